@@ -1,0 +1,42 @@
+"""fst_dspy: Fast-Slow Training for DSPy.
+
+Tunes a program's instructions and demos (fast weights) and its local model (slow weights) together.
+The public names are loaded on first use, so that importing the package costs what DSPy costs.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fst_dspy.config import FSTConfig, LoraConfig
+    from fst_dspy.local_lm import LocalLM
+    from fst_dspy.optimizer import FST
+    from fst_dspy.proposers import Proposer
+    from fst_dspy.result import FSTResult
+    from fst_dspy.types import Task
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "FST": "fst_dspy.optimizer",
+    "FSTConfig": "fst_dspy.config",
+    "FSTResult": "fst_dspy.result",
+    "LocalLM": "fst_dspy.local_lm",
+    "LoraConfig": "fst_dspy.config",
+    "Proposer": "fst_dspy.proposers",
+    "Task": "fst_dspy.types",
+}
+
+__all__ = ["FST", "FSTConfig", "FSTResult", "LocalLM", "LoraConfig", "Proposer", "Task"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(importlib.import_module(_HOME[name]), name)
+    raise AttributeError(f"module 'fst_dspy' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOME])

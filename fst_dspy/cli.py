@@ -1,0 +1,175 @@
+"""The ``fst`` command. Heavy imports happen inside the commands, so that ``--help`` is quick."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.panel import Panel
+from rich.table import Table
+
+from fst_dspy.errors import FSTError
+
+if TYPE_CHECKING:
+    from fst_dspy.evaluate import Quadrants
+    from fst_dspy.result import FSTResult
+
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_show_locals=False,
+    help="Fast-Slow Training: tune a DSPy program's prompts and its local model's weights together.",
+)
+console = Console()
+
+Program = Annotated[
+    str, typer.Argument(help="A Python file with load(seed), or the name of a packaged program.")
+]
+Model = Annotated[str, typer.Option(help='"embedded", a model folder or a hub id.')]
+Out = Annotated[
+    Path | None, typer.Option(help="Run folder; started again with the same one, a run goes on.")
+]
+Seed = Annotated[int, typer.Option(help="Seed of the task and of everything random.")]
+ArmOption = Annotated[str, typer.Option(help="fst, rl_only or gepa_only.")]
+Preset = Annotated[str | None, typer.Option(help="Budget preset: light, medium or heavy.")]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="Any setting of FST as name=value; repeat for more."),
+]
+ReflectionLM = Annotated[
+    str | None,
+    typer.Option(help="Model that rewrites instructions, such as openai/gpt-5-mini."),
+]
+
+
+@app.callback()
+def main() -> None:
+    """Keeps the commands subcommands."""
+
+
+@app.command()
+def compile(
+    program: Program,
+    model: Model = "embedded",
+    out: Out = None,
+    seed: Seed = 0,
+    arm: ArmOption = "fst",
+    auto: Preset = None,
+    settings: Settings = None,
+    reflection_lm: ReflectionLM = None,
+) -> None:
+    """Compile a program with FST and report what each channel brought on the test set."""
+    try:
+        _compile(program, model, out, seed, arm, auto, parse_settings(settings), reflection_lm)
+    except FSTError as error:
+        console.print(Panel(str(error), title=type(error).__name__, border_style="red"))
+        raise typer.Exit(1) from None
+    except KeyboardInterrupt as error:
+        console.print(f"\n{error or 'interrupted'}")
+        raise typer.Exit(130) from None
+
+
+@app.command()
+def demo(out: Out = None, seed: Seed = 0) -> None:
+    """Compile the triage program on the embedded model: a few minutes on two cores."""
+    compile("triage", out=out or Path("runs") / f"demo-{seed}", seed=seed)
+
+
+def parse_settings(settings: list[str] | None) -> dict[str, Any]:
+    """Settings given as ``name=value``; values are JSON where they can be read as such.
+
+    Raises:
+        typer.BadParameter: A setting without ``=``.
+    """
+    parsed: dict[str, Any] = {}
+    for setting in settings or []:
+        name, equals, text = setting.partition("=")
+        if not equals:
+            raise typer.BadParameter(f"--set takes name=value, got {setting!r}")
+        try:
+            parsed[name] = json.loads(text)
+        except json.JSONDecodeError:
+            parsed[name] = text
+    return parsed
+
+
+def _compile(
+    program: str,
+    model: str,
+    out: Path | None,
+    seed: int,
+    arm: Any,
+    auto: Any,
+    settings: dict[str, Any],
+    reflection_lm: str | None,
+) -> None:
+    with console.status("loading"):
+        import dspy
+
+        from fst_dspy.evaluate import quadrants
+        from fst_dspy.local_lm import LocalLM
+        from fst_dspy.optimizer import FST
+        from fst_dspy.progress import RichProgress
+        from fst_dspy.rollout import RolloutRunner
+        from fst_dspy.tasks import load_task
+
+        task = load_task(program, seed)
+        lm = LocalLM(model)
+    fst = FST(
+        metric=task.metric,
+        reflection_lm=dspy.LM(reflection_lm) if reflection_lm else None,
+        auto=auto,
+        arm=arm,
+        seed=seed,
+        log_dir=out,
+        track_stats=True,
+        progress=RichProgress(console),
+        **settings,
+    )
+    console.print(f"[bold]{task.name}[/] on {lm.model}, arm {arm}, seed {seed}")
+    with dspy.context(lm=lm):
+        compiled = fst.compile(task.program, trainset=task.trainset, valset=task.valset)
+        result = compiled.detailed_results
+        with console.status(f"testing on {len(task.testset)} examples"):
+            runner = RolloutRunner(task.program, task.metric, lm, fst.config.sampling, seed)
+            tested = quadrants(
+                runner,
+                result.seed_candidate,
+                result.best.candidate,
+                task.testset,
+                base_version=result.base_version,
+                trained_version=result.best.version,
+            )
+    if out is not None:
+        _write_quadrants(out, tested)
+    _report(result, tested)
+
+
+def _write_quadrants(out: Path, tested: Quadrants) -> None:
+    from fst_dspy.store import as_plain, write_atomically
+
+    text = json.dumps(as_plain(tested), indent=1).encode()
+    write_atomically(out / "quadrants.json", lambda file: file.write(text))
+
+
+def _report(result: FSTResult, tested: Quadrants) -> None:
+    table = Table(title=f"Mean test score on {tested.examples} examples, at the training temperature")
+    table.add_column("weights")
+    table.add_column("original context", justify="right")
+    table.add_column("evolved context", justify="right")
+    table.add_row("base", f"{tested.base_original:.3f}", f"{tested.base_evolved:.3f}")
+    table.add_row("trained", f"{tested.trained_original:.3f}", f"[bold]{tested.trained_evolved:.3f}")
+    console.print(table)
+    for component, text in result.best.candidate.components.items():
+        if result.seed_candidate.components.get(component) != text:
+            console.print(Panel(text, title=component, border_style="green"))
+    counts, last = result.rollouts, result.records[result.best.cycle]
+    console.print(
+        f"{counts.total:,} rollouts (fast {counts.fast:,}, slow {counts.slow:,}, "
+        f"validation {counts.eval:,}); KL to base {last.kl_to_base:.4f} nats a token; "
+        f"{sum(result.records[-1].seconds.values()):.0f} s"
+    )
+    if result.log_dir is not None:
+        console.print(f"run folder: {result.log_dir}")

@@ -1,0 +1,293 @@
+"""Every setting of Fast-Slow Training, with its default and range, in one place.
+
+``FSTConfig`` nests one frozen dataclass a channel. ``FSTConfig.make(...)`` takes the settings
+flat, by their unique names, which is how ``fst_dspy.FST(**settings)`` and studies pass them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from fst_dspy.errors import ConfigError
+
+Auto = Literal["light", "medium", "heavy"]
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)
+
+
+@dataclass(frozen=True)
+class BudgetConfig:
+    """When the joint loop stops: at whichever limit is reached first.
+
+    Attributes:
+        max_cycles: Cycles to run, at least 1, or ``None``.
+        max_rollouts: Rollouts to run over all channels (fast, slow and eval), or ``None``. The
+            cycle under way when it is reached is finished.
+        max_seconds: Wall time of the compile, or ``None``. Likewise.
+    """
+
+    max_cycles: int | None = None
+    max_rollouts: int | None = None
+    max_seconds: float | None = None
+
+    def __post_init__(self) -> None:
+        limits = (self.max_cycles, self.max_rollouts, self.max_seconds)
+        _require(
+            any(limit is not None for limit in limits),
+            "set at least one of max_cycles, max_rollouts and max_seconds, or auto",
+        )
+        for name in ("max_cycles", "max_rollouts", "max_seconds"):
+            value = getattr(self, name)
+            _require(value is None or value > 0, f"{name} must be positive or None, got {value}")
+
+
+@dataclass(frozen=True)
+class FastConfig:
+    """The fast channel: reflective evolution of the candidates (paper, section 3; GEPA).
+
+    Attributes:
+        population_size: K, candidates kept on the Pareto front and spread over each group.
+        first_cycle_iterations: GEPA iterations of the first fast phase, which has most to learn.
+        cycle_iterations: GEPA iterations of each later fast phase.
+        minibatch_size: Training examples reflected on in one iteration.
+        instruction_tokens: Longest instruction a proposer may write, in tokens of the local model.
+    """
+
+    population_size: int = 4
+    first_cycle_iterations: int = 8
+    cycle_iterations: int = 2
+    minibatch_size: int = 12
+    instruction_tokens: int = 256
+
+    def __post_init__(self) -> None:
+        for name in ("population_size", "minibatch_size", "instruction_tokens"):
+            value = getattr(self, name)
+            _require(value >= 1, f"{name} must be at least 1, got {value}")
+        for name in ("first_cycle_iterations", "cycle_iterations"):
+            value = getattr(self, name)
+            _require(value >= 0, f"{name} must not be negative, got {value}")
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters on every linear layer instead of full fine-tuning (peft).
+
+    Attributes:
+        rank: Rank of the adapters, at least 1.
+        alpha: Scale of the adapters; the update is multiplied by ``alpha / rank``.
+        dropout: Dropout on the adapters' input, in [0, 1).
+    """
+
+    rank: int = 16
+    alpha: float = 32.0
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        _require(self.rank >= 1, f"LoRA rank must be at least 1, got {self.rank}")
+        _require(self.alpha > 0, f"LoRA alpha must be positive, got {self.alpha}")
+        _require(0 <= self.dropout < 1, f"LoRA dropout must be in [0, 1), got {self.dropout}")
+
+
+@dataclass(frozen=True)
+class SlowConfig:
+    """The slow channel: GRPO on the local model (paper, section 3; TRL's GRPOTrainer).
+
+    Attributes:
+        steps_per_cycle: T, optimizer steps after each fast phase.
+        group_size: G, rollouts a problem (TRL: ``num_generations``), at least 2.
+        problems_per_step: P, problems an optimizer step.
+        learning_rate: Peak learning rate of AdamW.
+        lr_scheduler_type: Any of transformers' schedules. One that decays spans ``max_cycles``
+            cycles, and so needs ``max_cycles``.
+        warmup_steps: Optimizer steps of linear warm-up.
+        max_grad_norm: Gradient clipping; 0 switches it off.
+        weight_decay: AdamW's weight decay.
+        loss_type: TRL's name of the loss; the paper uses ``"cispo"``.
+        epsilon: TRL's lower clip, for losses that clip both ways.
+        epsilon_high: TRL's upper clip. With CISPO it is the cap on the importance weight itself
+            (ScaleRL: 5.0); TRL's own default would scale every gradient by 0.2.
+        scale_rewards: TRL's scaling of the advantage: ``"group"``, ``"batch"`` or ``"none"``.
+        beta: Weight of TRL's KL penalty to the base model; 0 switches it off.
+        micro_batch_size: Rows in one forward and backward pass.
+        lora: Adapter settings, or ``None`` for full fine-tuning.
+    """
+
+    steps_per_cycle: int = 6
+    group_size: int = 8
+    problems_per_step: int = 8
+    learning_rate: float = 3e-4
+    lr_scheduler_type: str = "constant"
+    warmup_steps: int = 0
+    max_grad_norm: float = 1.0
+    weight_decay: float = 0.0
+    loss_type: str = "cispo"
+    epsilon: float = 0.2
+    epsilon_high: float = 5.0
+    scale_rewards: Literal["group", "batch", "none"] = "group"
+    beta: float = 0.0
+    micro_batch_size: int = 64
+    lora: LoraConfig | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("steps_per_cycle", "problems_per_step", "micro_batch_size"):
+            value = getattr(self, name)
+            _require(value >= 1, f"{name} must be at least 1, got {value}")
+        _require(
+            self.group_size >= 2,
+            f"group_size must be at least 2 (a group of one has no advantage), got {self.group_size}",
+        )
+        _require(
+            math.isfinite(self.learning_rate) and self.learning_rate > 0,
+            f"learning_rate must be positive and finite, got {self.learning_rate}",
+        )
+        for name in ("max_grad_norm", "weight_decay", "beta", "warmup_steps", "epsilon"):
+            value = getattr(self, name)
+            _require(value >= 0, f"{name} must not be negative, got {value}")
+        _require(self.epsilon_high > 0, f"epsilon_high must be positive, got {self.epsilon_high}")
+        _require(
+            self.scale_rewards in ("group", "batch", "none"),
+            f"scale_rewards must be 'group', 'batch' or 'none', got {self.scale_rewards!r}",
+        )
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """How rollouts are sampled and scored.
+
+    Attributes:
+        temperature: Sampling temperature of every rollout, above 0.
+        top_p: Nucleus mass, in (0, 1].
+        max_tokens: Longest completion of one call, in tokens; ``None`` takes the LM's own limit.
+        failure_score: Reward of a rollout that could not be scored.
+        rollout_timeout: Seconds a program may run between two model calls, and a metric may take,
+            before the rollout is given up; ``None`` waits for ever. Generation does not count.
+        max_calls: Model calls one rollout may make; a program that loops ends there.
+        num_threads: Rollouts alive at once, each in its thread, and so the largest generation batch.
+        val_size: V, validation examples scored each cycle; the rest of the set is not used.
+    """
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    max_tokens: int | None = None
+    failure_score: float = 0.0
+    rollout_timeout: float | None = 120.0
+    max_calls: int = 64
+    num_threads: int = 128
+    val_size: int = 48
+
+    def __post_init__(self) -> None:
+        _require(
+            self.temperature > 0,
+            f"temperature must be above 0 (greedy groups have no advantage), got {self.temperature}",
+        )
+        _require(0 < self.top_p <= 1, f"top_p must be in (0, 1], got {self.top_p}")
+        _require(
+            self.max_tokens is None or self.max_tokens >= 1,
+            f"max_tokens must be at least 1 or None, got {self.max_tokens}",
+        )
+        _require(math.isfinite(self.failure_score), "failure_score must be finite")
+        _require(
+            self.rollout_timeout is None or self.rollout_timeout > 0,
+            f"rollout_timeout must be positive or None, got {self.rollout_timeout}",
+        )
+        for name in ("max_calls", "num_threads", "val_size"):
+            value = getattr(self, name)
+            _require(value >= 1, f"{name} must be at least 1, got {value}")
+
+
+@dataclass(frozen=True)
+class FSTConfig:
+    """All settings of one compile."""
+
+    fast: FastConfig = field(default_factory=FastConfig)
+    slow: SlowConfig = field(default_factory=SlowConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    budget: BudgetConfig = field(default_factory=lambda: BudgetConfig(max_cycles=6))
+
+    def __post_init__(self) -> None:
+        group_size, population_size = self.slow.group_size, self.fast.population_size
+        _require(
+            group_size % population_size == 0,
+            f"group_size ({group_size}) must be a multiple of population_size ({population_size}), "
+            "so that every candidate gets the same number of rollouts in a group; try "
+            f"group_size={population_size * max(2, math.ceil(group_size / population_size))}",
+        )
+        constant = self.slow.lr_scheduler_type in ("constant", "constant_with_warmup")
+        _require(
+            constant or self.budget.max_cycles is not None,
+            f"lr_scheduler_type={self.slow.lr_scheduler_type!r} needs max_cycles, over which it decays",
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings as nested plain values, ready for JSON."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def make(cls, auto: Auto | None = None, **settings: Any) -> FSTConfig:
+        """Build a config from settings given flat, by name.
+
+        Args:
+            auto: A preset for the budget; settings given by name win over it. ``"light"`` when
+                no limit is given at all.
+            **settings: Any field of the four parts, such as ``learning_rate=1e-4``; ``lora=True``
+                stands for ``LoraConfig()``.
+
+        Raises:
+            ConfigError: An unknown setting (the nearest name is suggested) or a bad value.
+        """
+        limits = [f.name for f in dataclasses.fields(BudgetConfig)]
+        if auto is None and not any(settings.get(name) is not None for name in limits):
+            auto = "light"
+        if auto is not None:
+            _require(auto in AUTO, f"auto must be one of {sorted(AUTO)}, got {auto!r}")
+            settings = {**AUTO[auto], **settings}
+        if "lora" in settings:
+            settings["lora"] = _as_lora(settings["lora"])
+        owner = {
+            f.name: part.name
+            for part in dataclasses.fields(cls)
+            for f in dataclasses.fields(PARTS[part.name])
+        }
+        values: dict[str, dict[str, Any]] = {name: {} for name in PARTS}
+        for name, value in settings.items():
+            if name not in owner:
+                near = difflib.get_close_matches(name, owner, n=1)
+                hint = f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(sorted(owner))}"
+                raise ConfigError(f"unknown setting {name!r}{hint}")
+            values[owner[name]][name] = value
+        try:
+            return cls(**{name: PARTS[name](**values[name]) for name in PARTS})
+        except TypeError as error:
+            raise ConfigError(f"a setting has the wrong type: {error}") from error
+
+
+def _as_lora(value: Any) -> LoraConfig | None:
+    if value is True:
+        return LoraConfig()
+    if value is False or value is None:
+        return None
+    if isinstance(value, dict):
+        return LoraConfig(**value)
+    _require(isinstance(value, LoraConfig), f"lora must be a LoraConfig, a bool or None, got {value!r}")
+    return value
+
+
+PARTS: dict[str, Any] = {
+    "fast": FastConfig,
+    "slow": SlowConfig,
+    "sampling": SamplingConfig,
+    "budget": BudgetConfig,
+}
+
+AUTO: dict[str, dict[str, int]] = {
+    "light": {"max_cycles": 6},
+    "medium": {"max_cycles": 15, "first_cycle_iterations": 12},
+    "heavy": {"max_cycles": 40, "first_cycle_iterations": 16, "cycle_iterations": 3, "val_size": 96},
+}

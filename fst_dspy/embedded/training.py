@@ -1,0 +1,223 @@
+"""The pre-training run: stages in order, one optimizer step after another, resumable anywhere.
+
+Every step draws its chats from a generator seeded by (seed, step), and a checkpoint holds weights,
+optimizer and position, so that a run that was killed goes on to the very same weights.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer
+from transformers import Lfm2Config, Lfm2ForCausalLM
+
+from fst_dspy.embedded import tokenizer as tokenizer_lib
+from fst_dspy.embedded.batches import batch_loss, encode_chats
+from fst_dspy.embedded.corpus.base import Family, Message, Stage
+from fst_dspy.embedded.corpus.words import VOCABULARY
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How the model is made.
+
+    Attributes:
+        seed: Of the weights and of every chat.
+        hidden, mlp, heads, layers: Sizes; layers alternate short convolution and attention.
+        reach: Tokens that a convolution spans; a rule's key and value must fit in.
+        pieces: Tokens of the vocabulary that are learned, besides whole words and phrases.
+        tokenizer_chats: Chats the tokenizer is trained on.
+        batch, micro: Chats an optimizer step, and at most at once, sorted by length.
+        learning_rate: Peak; warmed up over ``warmup_steps``, in the joint stage decayed to a tenth.
+        joint_steps: Steps of the last stage, which mixes all families. More make the model better,
+            and leave less for reinforcement learning to do.
+        warmup_limit: Caps the steps of each earlier stage, for quick trials; ``None``: as given.
+    """
+
+    seed: int = 0
+    hidden: int = 128
+    mlp: int = 320
+    heads: int = 4
+    layers: int = 4
+    reach: int = 6
+    pieces: int = 900
+    tokenizer_chats: int = 3000
+    batch: int = 32
+    micro: int = 8
+    learning_rate: float = 2e-3
+    warmup_steps: int = 30
+    joint_steps: int = 400
+    warmup_limit: int | None = None
+
+
+@dataclass
+class Position:
+    """Where a run stands: stage index, steps within it and in all, recent accuracy."""
+
+    stage: int = 0
+    stage_step: int = 0
+    step: int = 0
+    accuracy: float = 0.0
+    seconds: float = 0.0
+    finished: dict[str, int] = field(default_factory=dict)
+
+
+def make_tokenizer(families: Sequence[Family], recipe: Recipe) -> Tokenizer:
+    """The tokenizer, trained on chats of the joint stage of every family."""
+
+    def texts() -> Iterator[str]:
+        for index in range(recipe.tokenizer_chats):
+            rng = Random(f"tokenizer {recipe.seed} {index}")
+            for message in families[index % len(families)].sample(rng, "joint"):
+                yield message.content
+
+    return tokenizer_lib.train(texts(), VOCABULARY, recipe.pieces)
+
+
+def make_model(tokenizer: Tokenizer, recipe: Recipe) -> Lfm2ForCausalLM:
+    """A model with fresh weights, determined by the recipe's seed."""
+    config = Lfm2Config(
+        vocab_size=tokenizer.get_vocab_size(),
+        hidden_size=recipe.hidden,
+        intermediate_size=recipe.mlp,
+        block_auto_adjust_ff_dim=False,
+        num_hidden_layers=recipe.layers,
+        layer_types=["conv", "full_attention"] * (recipe.layers // 2),
+        num_attention_heads=recipe.heads,
+        num_key_value_heads=recipe.heads,
+        conv_L_cache=recipe.reach,
+        max_position_embeddings=tokenizer_lib.CONTEXT_LENGTH,
+        pad_token_id=tokenizer.token_to_id(tokenizer_lib.PAD),
+        eos_token_id=tokenizer.token_to_id(tokenizer_lib.END),
+        bos_token_id=None,
+        dtype="float32",
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.seed)
+        return Lfm2ForCausalLM(config)
+
+
+def stages(families: Sequence[Family], recipe: Recipe) -> list[tuple[Family | None, Stage]]:
+    """The warm-up stages of each family in turn, then the joint stage of all (family ``None``)."""
+    listed: list[tuple[Family | None, Stage]] = []
+    for family in families:
+        for stage in family.warmup:
+            limit = min(stage.max_steps, recipe.warmup_limit or stage.max_steps)
+            listed.append((family, Stage(stage.name, limit, stage.target)))
+    return [*listed, (None, Stage("joint", recipe.joint_steps, math.inf))]
+
+
+def draw_chats(
+    families: Sequence[Family], family: Family | None, stage: str, recipe: Recipe, step: int
+) -> list[list[Message]]:
+    """The chats of one optimizer step, determined by the recipe's seed and the step."""
+    rng = Random(f"{recipe.seed} {step}")
+    if family is not None:
+        return [family.sample(rng, stage) for _ in range(recipe.batch)]
+    shares = [each.share for each in families]
+    drawn = rng.choices(families, shares, k=recipe.batch)
+    return [each.sample(rng, "joint") for each in drawn]
+
+
+class Trainer:
+    """Model, optimizer and position of one run."""
+
+    def __init__(self, families: Sequence[Family], tokenizer: Tokenizer, recipe: Recipe) -> None:
+        self.families = families
+        self.recipe = recipe
+        self.tokenizer = tokenizer
+        self.model = make_model(self.tokenizer, recipe)
+        matrices = [p for p in self.model.parameters() if p.ndim >= 2]
+        vectors = [p for p in self.model.parameters() if p.ndim < 2]
+        self.optimizer = torch.optim.AdamW(
+            [{"params": matrices, "weight_decay": 0.05}, {"params": vectors, "weight_decay": 0.0}],
+            lr=recipe.learning_rate,
+            betas=(0.9, 0.98),
+        )
+        self.position = Position()
+        self.stages = stages(families, recipe)
+
+    @property
+    def done(self) -> bool:
+        """Whether every stage has been run."""
+        return self.position.stage >= len(self.stages)
+
+    def _rate(self) -> float:
+        at = self.position
+        rate = self.recipe.learning_rate * min(1.0, (at.step + 1) / self.recipe.warmup_steps)
+        if self.stages[at.stage][0] is None:
+            progress = at.stage_step / max(1, self.recipe.joint_steps)
+            rate *= 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * progress))
+        return rate
+
+    def advance(self) -> float:
+        """Takes one optimizer step; returns the mean loss."""
+        at, recipe = self.position, self.recipe
+        family, stage = self.stages[at.stage]
+        chats = draw_chats(self.families, family, stage.name, recipe, at.step)
+        rows = sorted(encode_chats(self.tokenizer, chats), key=lambda row: len(row.ids_T))
+        for group in self.optimizer.param_groups:
+            group["lr"] = self._rate()
+        total = sum(sum(row.weight_T) for row in rows)
+        loss, right, heavy = 0.0, 0, 0
+        self.model.train()
+        for start in range(0, len(rows), recipe.micro):
+            stats = batch_loss(self.model, rows[start : start + recipe.micro])
+            (stats.loss / total).backward()
+            loss += float(stats.loss.detach())
+            right += stats.right
+            heavy += stats.heavy
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        at.step += 1
+        at.stage_step += 1
+        at.accuracy += 0.1 * (right / max(1, heavy) - at.accuracy)
+        if at.stage_step >= stage.max_steps or at.accuracy >= stage.target:
+            at.finished[stage.name if family is None else f"{family.name}: {stage.name}"] = (
+                at.stage_step
+            )
+            at.stage, at.stage_step, at.accuracy = at.stage + 1, 0, 0.0
+        return loss / total
+
+    def save(self, file: Path) -> None:
+        """Writes a checkpoint; a kill at any moment leaves the old one or the new one, whole."""
+        temporary = file.with_suffix(".tmp")
+        state: dict[str, Any] = {
+            "recipe": vars(self.recipe),
+            "position": vars(self.position),
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+        }
+        with temporary.open("wb") as stream:
+            torch.save(state, stream)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(temporary, file)
+
+    def load(self, file: Path) -> bool:
+        """Goes on from a checkpoint of the same recipe; ``False`` where there is none."""
+        if not file.exists():
+            return False
+        state = torch.load(file, weights_only=True)
+        if state["recipe"] != vars(self.recipe):
+            return False
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.position = Position(**state["position"])
+        return True
+
+    def run(self, file: Path, save_every: int, report: Callable[[Trainer, float], None]) -> None:
+        """Advances to the end, with a checkpoint every ``save_every`` steps and at the end."""
+        while not self.done:
+            loss = self.advance()
+            if self.done or self.position.step % save_every == 0:
+                self.save(file)
+            report(self, loss)

@@ -1,0 +1,41 @@
+"""Errors that fst_dspy raises on purpose.
+
+Every kind is also a standard-library exception, so that callers who know nothing of
+this package can catch it. A message says what is wrong and what to do about it.
+"""
+
+
+class FSTError(Exception):
+    """Base of every error that fst_dspy raises on purpose."""
+
+
+class ConfigError(FSTError, ValueError):
+    """A setting, or a combination of settings, that cannot work."""
+
+
+class DataError(FSTError, ValueError):
+    """A training, validation or test set that cannot be used."""
+
+
+class ProgramError(FSTError, TypeError):
+    """A DSPy program that FST cannot tune: no predictors, no local model."""
+
+
+class MetricError(FSTError, TypeError):
+    """A metric with the wrong signature, or one that returns no usable score."""
+
+
+class ModelError(FSTError, OSError):
+    """A model that cannot be loaded, or weights that are no longer at hand."""
+
+
+class PromptTooLongError(FSTError, ValueError):
+    """A prompt that leaves no room for a completion in the model's context window."""
+
+
+class StoreError(FSTError, OSError):
+    """A run folder that cannot be read, written or resumed."""
+
+
+class TrainingError(FSTError, RuntimeError):
+    """Training that cannot go on, such as a loss that stays non-finite."""

@@ -1,0 +1,123 @@
+"""Scores of candidates on fixed examples, and the quadrants that tell the two channels apart."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import dspy
+
+from fst_dspy.rollout import Channel, RolloutJob, Runner
+from fst_dspy.types import Candidate, Rollout
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """K candidates on V examples.
+
+    Attributes:
+        score_K_V: Mean score of each candidate on each example.
+        rollouts_K: For each candidate its rollouts, V x samples of them, example by example.
+    """
+
+    score_K_V: tuple[tuple[float, ...], ...]
+    rollouts_K: tuple[tuple[Rollout, ...], ...]
+
+    @property
+    def mean_K(self) -> tuple[float, ...]:
+        """Mean score of each candidate over the examples."""
+        return tuple(sum(row) / len(row) for row in self.score_K_V)
+
+
+@dataclass(frozen=True)
+class Quadrants:
+    """Mean test scores of base or trained weights under the original or the evolved context.
+
+    Attributes:
+        base_original, base_evolved, trained_original, trained_evolved: Mean scores.
+        examples: Test examples behind each figure.
+    """
+
+    base_original: float
+    base_evolved: float
+    trained_original: float
+    trained_evolved: float
+    examples: int
+
+
+def evaluate(
+    runner: Runner,
+    candidates: Sequence[Candidate],
+    examples: Sequence[dspy.Example],
+    *,
+    channel: Channel = "eval",
+    salt: int = 0,
+    samples: int = 1,
+    version: str | None = None,
+) -> Evaluation:
+    """Score candidates at the sampling temperature (paper, section 4: mean@k).
+
+    Args:
+        runner: Runs the rollouts.
+        candidates: Length K.
+        examples: Length V.
+        channel: Where the K x V x samples rollouts are counted.
+        salt: Tells apart repeated evaluations.
+        samples: Rollouts an example; the score is their mean.
+        version: The weights to evaluate; ``None`` means the live ones.
+    """
+    jobs = [
+        RolloutJob(example, candidate, index)
+        for candidate in candidates
+        for example in examples
+        for index in range(samples)
+    ]
+    rollouts = runner.run(jobs, channel=channel, salt=salt, version=version)
+    width = len(examples) * samples
+    rows = [tuple(rollouts[k * width : (k + 1) * width]) for k in range(len(candidates))]
+    return Evaluation(
+        score_K_V=tuple(
+            tuple(
+                sum(r.reward for r in row[v * samples : (v + 1) * samples]) / samples
+                for v in range(len(examples))
+            )
+            for row in rows
+        ),
+        rollouts_K=tuple(rows),
+    )
+
+
+def quadrants(
+    runner: Runner,
+    original: Candidate,
+    evolved: Candidate,
+    testset: Sequence[dspy.Example],
+    *,
+    base_version: str,
+    trained_version: str,
+    samples: int = 1,
+) -> Quadrants:
+    """Evaluate both weights under both contexts, on the channel ``eval``.
+
+    Args:
+        runner: Runs 4 x len(testset) x samples rollouts.
+        original: The student's own instructions and demos.
+        evolved: The best candidate.
+        testset: Examples that nothing was learned or chosen on.
+        base_version: Version id of the weights before training.
+        trained_version: Version id of the weights after it.
+        samples: Rollouts an example.
+    """
+    scores = {
+        name: evaluate(
+            runner, [original, evolved], testset, samples=samples, version=version
+        ).mean_K
+        for name, version in (("base", base_version), ("trained", trained_version))
+    }
+    return Quadrants(
+        base_original=scores["base"][0],
+        base_evolved=scores["base"][1],
+        trained_original=scores["trained"][0],
+        trained_evolved=scores["trained"][1],
+        examples=len(testset),
+    )

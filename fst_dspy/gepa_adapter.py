@@ -1,0 +1,190 @@
+"""GEPA's view of a DSPy program: texts in, scores, traces and reflective records out."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import dspy
+from gepa.core.adapter import EvaluationBatch
+
+from fst_dspy.candidate import make_candidate, split_component
+from fst_dspy.proposers import LearnsFromRecords, ProposalError, Proposer, Record
+from fst_dspy.rollout import RolloutJob, Runner
+from fst_dspy.types import Candidate, PredictorTrace, Rollout
+
+logger = logging.getLogger(__name__)
+
+MAX_TEXT = 4000
+"""Characters of one field that go into a record; longer texts lose their middle."""
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """A rollout with the example it was run on."""
+
+    example: dspy.Example
+    rollout: Rollout
+
+
+@dataclass
+class GepaAdapter:
+    """Implements gepa's ``GEPAAdapter`` for one fast phase.
+
+    Attributes:
+        runner: Runs the rollouts, on channel ``fast``.
+        proposer: Proposes texts; what it raises is counted in ``errors`` and skips the iteration.
+        cycle: Part of every rollout's salt.
+        known_ids: Ids of the candidates there are, so that none is proposed and paid for twice.
+        errors: Proposals that failed, by kind.
+        outcomes: ``"empty"`` and ``"duplicate"`` proposals.
+    """
+
+    runner: Runner
+    proposer: Proposer
+    cycle: int
+    known_ids: set[str]
+    errors: Counter[str] = field(default_factory=Counter)
+    outcomes: Counter[str] = field(default_factory=Counter)
+    _runs: int = 0
+
+    def evaluate(
+        self,
+        batch: Sequence[dspy.Example],
+        candidate: Mapping[str, str],
+        capture_traces: bool = False,
+    ) -> EvaluationBatch[Trajectory, Rollout]:
+        """Run the candidate on the batch: one score an example, whatever failed.
+
+        Args:
+            batch: Examples.
+            candidate: Texts by component name.
+            capture_traces: Whether to keep the trajectories.
+        """
+        self._runs += 1
+        bound = make_candidate(candidate)
+        rollouts = self.runner.run(
+            [RolloutJob(example, bound, index) for index, example in enumerate(batch)],
+            channel="fast",
+            salt=phase_salt(self.cycle, self._runs),
+        )
+        trajectories = [Trajectory(e, r) for e, r in zip(batch, rollouts, strict=True)]
+        return EvaluationBatch(
+            outputs=rollouts,
+            scores=[rollout.reward for rollout in rollouts],
+            trajectories=trajectories if capture_traces else None,
+        )
+
+    def make_reflective_dataset(
+        self,
+        candidate: Mapping[str, str],
+        eval_batch: EvaluationBatch[Trajectory, Rollout],
+        components_to_update: Sequence[str],
+    ) -> dict[str, list[Record]]:
+        """For each component, one record a rollout, failures included."""
+        trajectories = eval_batch.trajectories or []
+        return {name: make_records(name, trajectories) for name in components_to_update}
+
+    def propose_new_texts(
+        self,
+        candidate: Mapping[str, str],
+        reflective_dataset: Mapping[str, Sequence[Record]],
+        components_to_update: Sequence[str],
+    ) -> dict[str, str]:
+        """The proposer's texts, or none: an empty dict makes gepa skip the iteration."""
+        try:
+            texts = self.proposer.propose(candidate, reflective_dataset, components_to_update)
+        except Exception as error:
+            kind = error.kind if isinstance(error, ProposalError) else type(error).__name__
+            self.errors[kind] += 1
+            logger.warning("no proposal in cycle %d (%s): %s", self.cycle, kind, error)
+            return {}
+        changed = {name: text for name, text in texts.items() if text != candidate[name]}
+        if not changed:
+            self.outcomes["empty"] += 1
+            return {}
+        if make_candidate({**candidate, **changed}).id in self.known_ids:
+            self.outcomes["duplicate"] += 1
+            return {}
+        return changed
+
+    def observe(self, names: Sequence[str], trajectories: Sequence[Trajectory]) -> None:
+        """Let a proposer that can learn from these rollouts, for each component."""
+        if isinstance(self.proposer, LearnsFromRecords):
+            for name in names:
+                self.proposer.observe(name, make_records(name, trajectories))
+
+
+def phase_salt(cycle: int, run: int) -> int:
+    """Salt of the ``run``-th batch of rollouts (from 1) in a cycle's fast phase."""
+    return int.from_bytes(hashlib.sha256(f"fast|{cycle}|{run}".encode()).digest()[:4], "big")
+
+
+def make_records(component: str, trajectories: Sequence[Trajectory]) -> list[Record]:
+    """One record a rollout, from the traces of the component's predictor."""
+    predictor, _ = split_component(component)
+    fields = _output_fields(predictor, trajectories)
+    return [_record(predictor, fields, trajectory) for trajectory in trajectories]
+
+
+def _record(predictor: str, fields: Sequence[str], trajectory: Trajectory) -> Record:
+    example, rollout = trajectory.example, trajectory.rollout
+    traces = [trace for trace in rollout.traces if trace.predictor == predictor]
+    # A program may call a predictor several times: the call that could not be read, if there is
+    # one, says most about what went wrong; else the last one stands nearest to the answer.
+    failed = [trace for trace in traces if trace.outputs is None]
+    trace = failed[0] if failed else (traces[-1] if traces else None)
+    inputs = trace.inputs if trace is not None else example.inputs().toDict()
+    return {
+        "Inputs": {name: _clip(value) for name, value in inputs.items()},
+        "Generated Outputs": _outputs(trace),
+        "Feedback": _feedback(rollout, trace, fields),
+        "score": rollout.reward,
+        "example_id": rollout.example_id,
+        "labels": {name: _clip(value) for name, value in example.labels().toDict().items()},
+        "failure": rollout.failure.kind if rollout.failure is not None else None,
+    }
+
+
+def _outputs(trace: PredictorTrace | None) -> dict[str, str] | str:
+    if trace is None:
+        return "(this step was not reached)"
+    if trace.outputs is None:
+        return f"(could not be read) {_clip(trace.text)}"
+    return {name: _clip(value) for name, value in trace.outputs.items()}
+
+
+def _feedback(rollout: Rollout, trace: PredictorTrace | None, fields: Sequence[str]) -> str:
+    parts = [rollout.feedback.strip()]
+    message = rollout.failure.message.strip() if rollout.failure is not None else ""
+    if message and message not in parts[0]:
+        parts.append(message)
+    if trace is not None and trace.outputs is None and fields:
+        parts.append(f"The answer must state the fields {', '.join(fields)} in the format asked.")
+    return "\n".join(part for part in parts if part)
+
+
+def _output_fields(predictor: str, trajectories: Sequence[Trajectory]) -> list[str]:
+    # Rollouts that were read tell which fields the others should have stated.
+    for trajectory in trajectories:
+        for trace in trajectory.rollout.traces:
+            if trace.predictor == predictor and trace.outputs is not None:
+                return list(trace.outputs)
+    return []
+
+
+def _clip(value: Any) -> str:
+    text = value if isinstance(value, str) else str(value)
+    if len(text) <= MAX_TEXT:
+        return text
+    half = MAX_TEXT // 2
+    return f"{text[:half]}\n[... {len(text) - 2 * half} characters left out ...]\n{text[-half:]}"
+
+
+def candidate_of(texts: Mapping[str, str], parent: Candidate, cycle: int) -> Candidate:
+    """The candidate that an accepted proposal makes."""
+    return make_candidate(texts, [parent.id], cycle, "instructions")

@@ -1,0 +1,319 @@
+"""A proposer without a language model: it puts the lessons that feedback states into the prompt.
+
+Feedback often says in so many words what the model did not know ("Lesson: visa tickets go to
+silver."). Such sentences are collected over all training rollouts of a run, counted by the examples
+they came from, and appended to the instruction, one a line. Feedback without any such marker is
+searched for sentences that hold beyond their own example.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from fst_dspy.candidate import INSTRUCTIONS, split_component
+from fst_dspy.proposers import Record
+from fst_dspy.types import Candidate
+
+MARKER = re.compile(r"\b(?:lesson|rule|hint|note|remember|tip)s?\s*:\s*", re.IGNORECASE)
+BULLET = re.compile(r"^\s*(?:[-*•]|\d+[.)])\s+")
+SENTENCE_END = re.compile(r"(?<=[.!?])(?<!\be\.g\.)(?<!\bi\.e\.)(?<!\bvs\.)\s+")
+QUOTED = re.compile(r"\"[^\"]+\"|`[^`]+`|(?<!\w)'[^']+'(?!\w)")
+VERDICT = re.compile(
+    r"^(?:correct|incorrect|wrong|right|expected|got|predicted|gold|score|this (?:is|was)"
+    r"|the (?:correct|expected|right|gold|answer|prediction|output)"
+    r"|your (?:answer|output|response|prediction)|you (?:answered|said|wrote|predicted|chose))\b",
+    re.IGNORECASE,
+)
+MIN_WORDS = 4
+"""Shorter sentences without a marker ("Well done.") teach nothing."""
+NEW_UNMARKED = 4
+"""Sentences without a marker that one proposal may add: most of them are chatter."""
+ORDERS = 3
+"""Other orders of the same lessons to propose: how well a model finds a rule depends on its place,
+and candidates of a population that know as much should still differ."""
+MEMORY_SIZE = 512
+"""Lessons remembered for a component; the least supported are forgotten first."""
+
+
+@dataclass
+class Lesson:
+    """One sentence that feedback stated.
+
+    Attributes:
+        text: As first stated.
+        general: It had a marker, or quotes nothing of its example; others need two examples.
+        marked: It had a marker.
+        subject: Words of it that the example's inputs hold, and not all examples do.
+        example_ids: Training examples whose feedback stated it.
+        failed_ids: Those of them on which the rollout scored below the best of its minibatch.
+        first, last: When it was first and last stated, on the proposer's clock.
+        live: Nothing newer contradicts it.
+        revived: Times it was stated again after something contradicted it.
+    """
+
+    text: str
+    general: bool
+    marked: bool
+    subject: list[str]
+    first: int
+    last: int
+    example_ids: list[str] = field(default_factory=list)
+    failed_ids: list[str] = field(default_factory=list)
+    live: bool = True
+    revived: int = 0
+
+    @property
+    def rank(self) -> tuple[int, int, int]:
+        """Higher is better supported, then newer."""
+        return (len(self.failed_ids), len(self.example_ids), self.last)
+
+    @property
+    def usable(self) -> bool:
+        """Whether it may go into an instruction."""
+        return self.live and (self.general or len(self.example_ids) >= 2)
+
+
+class LessonProposer:
+    """Appends the lessons of all training feedback so far to the instruction. Deterministic.
+
+    A lesson replaces an older one that differs from it only in a word or two at its end ("visa
+    tickets go to silver." becomes "visa tickets go to amber."), so a changed policy is followed.
+    When an instruction would be too long, the least supported lessons are left out; the lines of
+    the student's own instruction stay.
+
+    Args:
+        seed: The student's own texts.
+        instruction_tokens: Longest instruction to propose.
+        count_tokens: Counts the tokens of a text, best with the local model's tokenizer.
+    """
+
+    def __init__(
+        self, seed: Candidate, instruction_tokens: int, count_tokens: Callable[[str], int]
+    ) -> None:
+        self.seed = seed
+        self.instruction_tokens = instruction_tokens
+        self.count_tokens = count_tokens
+        self._memory: dict[str, dict[str, Lesson]] = {}
+        self._orders: dict[str, int] = {}  # orders tried since the lessons last changed
+        self._clock = 0
+
+    def propose(
+        self,
+        components: Mapping[str, str],
+        records: Mapping[str, Sequence[Record]],
+        names: Sequence[str],
+    ) -> dict[str, str]:
+        """The instructions with all lessons known by now; see ``proposers.Proposer``."""
+        for name in names:
+            self.observe(name, records[name])
+        return {
+            name: self._rewrite(name, components[name])
+            for name in names
+            if split_component(name)[1] == INSTRUCTIONS
+        }
+
+    def observe(self, component: str, records: Sequence[Record]) -> None:
+        """Remember the lessons of some rollouts; to see the same ones again changes nothing."""
+        told = [r for r in records if r["failure"] in (None, "no_calls") and r["Feedback"]]
+        if not told:
+            return
+        memory = self._memory.setdefault(component, {})
+        before = {key for key, lesson in memory.items() if lesson.usable}
+        top = max(record["score"] for record in told)
+        worst = min(record["score"] for record in told)
+        inputs = [_words(" ".join(map(str, record["Inputs"].values()))) for record in told]
+        everywhere = set.intersection(*map(set, inputs)) if len(inputs) > 1 else set()
+        stated = [marked_lessons(record["Feedback"]) for record in told]
+        marked = any(stated) or any(lesson.marked for lesson in memory.values())
+        for record, words, lessons in zip(told, inputs, stated, strict=True):
+            failed = record["score"] < top or top == worst
+            subject = set(words) - everywhere
+            for text in lessons if marked else unmarked_sentences(record["Feedback"]):
+                general = marked or not quotes_example(text, record)
+                self._remember(memory, text, record["example_id"], failed, subject, general, marked)
+        for key in sorted(memory, key=lambda key: memory[key].rank)[: len(memory) - MEMORY_SIZE]:
+            del memory[key]
+        if before != {key for key, lesson in memory.items() if lesson.usable}:
+            self._orders[component] = 0
+
+    def lessons(self, component: str) -> list[str]:
+        """The lessons known for a component, best supported first."""
+        known = [lesson for lesson in self._memory.get(component, {}).values() if lesson.usable]
+        return [lesson.text for lesson in _ranked(known)]
+
+    def state(self) -> dict[str, Any]:
+        """The memory, for JSON."""
+        return {
+            "clock": self._clock,
+            "orders": dict(self._orders),
+            "memory": {
+                component: [dataclasses.asdict(lesson) for lesson in memory.values()]
+                for component, memory in self._memory.items()
+            },
+        }
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Take up the memory that :meth:`state` gave."""
+        self._clock = int(state["clock"])
+        self._orders = dict(state["orders"])
+        self._memory = {
+            component: {key_of(row["text"]): Lesson(**row) for row in rows}
+            for component, rows in state["memory"].items()
+        }
+
+    def _remember(
+        self,
+        memory: dict[str, Lesson],
+        text: str,
+        example: str,
+        failed: bool,
+        subject: set[str],
+        general: bool,
+        marked: bool,
+    ) -> None:
+        key = key_of(text)
+        if not key:
+            return
+        self._clock += 1
+        lesson = memory.get(key)
+        if lesson is None:
+            own = sorted(subject & set(key.split()))
+            lesson = memory[key] = Lesson(text, general, marked, own, self._clock, self._clock)
+        lesson.last = self._clock
+        lesson.general |= general
+        lesson.revived += not lesson.live
+        lesson.live = True
+        for ids, counts in ((lesson.example_ids, True), (lesson.failed_ids, failed)):
+            if counts and example not in ids:
+                ids.append(example)
+        for other_key, other in memory.items() if lesson.usable else ():
+            # Two that keep coming back after each other do not contradict: both hold.
+            both_return = lesson.revived > 0 and other.revived > 0
+            if other.live and not both_return and contradicts(key, other_key, lesson.subject):
+                other.live = False
+
+    def _rewrite(self, component: str, instruction: str) -> str:
+        memory = self._memory.get(component, {})
+        live = {key: lesson for key, lesson in memory.items() if lesson.usable}
+        lines = [line for line in instruction.split("\n") if not _outdated(line, memory, live)]
+        present = f" {key_of(' '.join(lines))} "
+        missing = _ranked([x for key, x in live.items() if f" {key} " not in present])
+        unmarked = [lesson for lesson in missing if not lesson.marked][NEW_UNMARKED:]
+        lines += [lesson.text for lesson in missing if lesson not in unmarked]
+        lines = self._shorten(component, lines, memory)
+        text = "\n".join(lines)
+        if text != instruction or self._orders.get(component, 0) >= ORDERS:
+            return text
+        self._orders[component] = self._orders.get(component, 0) + 1
+        return self._reordered(lines, memory)
+
+    def _reordered(self, lines: list[str], memory: Mapping[str, Lesson]) -> str:
+        places = [i for i, line in enumerate(lines) if key_of(line) in memory]
+        shuffled = [lines[i] for i in places]
+        random.Random(self._clock).shuffle(shuffled)
+        moved = dict(zip(places, shuffled, strict=True))
+        return "\n".join(moved.get(i, line) for i, line in enumerate(lines))
+
+    def _shorten(self, component: str, lines: list[str], memory: Mapping[str, Lesson]) -> list[str]:
+        own = set(self.seed.components.get(component, "").split("\n"))
+        weakest = sorted(
+            (line for line in lines if line.strip() and line not in own),
+            key=lambda line: memory[key_of(line)].rank if key_of(line) in memory else (0, 0, 0),
+            reverse=True,
+        )
+        while weakest and self.count_tokens("\n".join(lines)) > self.instruction_tokens:
+            lines = [line for line in lines if line != weakest[-1]]
+            weakest.pop()
+        return lines
+
+
+def marked_lessons(feedback: str) -> list[str]:
+    """The sentences after a marker such as ``Lesson:``, to the end of its line.
+
+    A marker that ends its line holds for the lines up to the next blank one.
+    """
+    lessons: list[str] = []
+    in_block = False
+    for raw in feedback.split("\n"):
+        line = BULLET.sub("", raw).strip()
+        found = MARKER.search(line)
+        if found:
+            rest = MARKER.sub("", line[found.end() :])
+            lessons += sentences(rest)
+            in_block = not rest
+        elif in_block and line:
+            lessons += sentences(line)
+        elif not line:
+            in_block = False
+    return lessons
+
+
+def unmarked_sentences(feedback: str) -> list[str]:
+    """The sentences of feedback without markers that may say more than right or wrong."""
+    lines = [BULLET.sub("", line).strip() for line in feedback.split("\n")]
+    return [
+        sentence
+        for line in lines
+        for sentence in sentences(line)
+        if len(sentence.split()) >= MIN_WORDS and not VERDICT.search(sentence)
+    ]
+
+
+def sentences(line: str) -> list[str]:
+    """The sentences of one line."""
+    return [part.strip() for part in SENTENCE_END.split(line) if part.strip()]
+
+
+def quotes_example(sentence: str, record: Record) -> bool:
+    """Whether a sentence repeats a value of its own example: an input, an output or a label."""
+    if QUOTED.search(sentence):
+        return True
+    outputs = record["Generated Outputs"]
+    values = [*record["Inputs"].values(), *record["labels"].values()]
+    values += outputs.values() if isinstance(outputs, Mapping) else [outputs]
+    inside = f" {key_of(sentence)} "
+    return any(f" {key} " in inside for key in (key_of(str(value)) for value in values) if key)
+
+
+def contradicts(new: str, old: str, subject: Sequence[str] = ()) -> bool:
+    """Whether two keys say different things of the same subject.
+
+    They do if only one or two neighbouring words differ, in the second half: in a rule the subject
+    comes first. Where a differing word is one of ``subject`` (words of ``new`` that its example is
+    about), it is the subject that differs.
+    """
+    new_words, old_words = new.split(), old.split()
+    if len(new_words) != len(old_words):
+        return False
+    differ = [i for i, (a, b) in enumerate(zip(new_words, old_words, strict=True)) if a != b]
+    if not 1 <= len(differ) <= 2 or differ[-1] - differ[0] >= len(differ):
+        return False
+    if any(new_words[i] in subject for i in differ):
+        return False
+    before, after = differ[0], len(new_words) - 1 - differ[-1]
+    return before > after and 2 * before >= len(new_words)
+
+
+def key_of(text: str) -> str:
+    """A text's words in lower case: texts with equal keys say the same."""
+    return " ".join(_words(text))
+
+
+def _words(text: str) -> list[str]:
+    return re.findall(r"\w+(?:['’.-]\w+)*", text.lower())
+
+
+def _ranked(lessons: Sequence[Lesson]) -> list[Lesson]:
+    return sorted(lessons, key=lambda x: (-len(x.failed_ids), -len(x.example_ids), x.first))
+
+
+def _outdated(line: str, memory: Mapping[str, Lesson], live: Mapping[str, Lesson]) -> bool:
+    key = key_of(line)
+    if key in memory:
+        return not memory[key].live
+    return any(contradicts(other, key, lesson.subject) for other, lesson in live.items())

@@ -1,0 +1,498 @@
+"""Fast-Slow Training as a DSPy optimizer: the joint loop, to be read top to bottom.
+
+A cycle is one fast phase (GEPA evolves the instructions and demos) and then T optimizer steps
+(GRPO on the local model), whose groups are spread over the K candidates that the fast phase left.
+The fast phase comes first, because RL under a prompt that gives no reward damages the model.
+
+Departures from the paper (Tiwari et al., 2026), section 3:
+
+* The whole population is scored on the validation examples at the end of every cycle, under the
+  weights of that moment. The scores serve twice: as validation and as the next Pareto front.
+* Rollouts of both channels are counted, scoring included.
+* The arms ``rl_only`` and ``gepa_only`` are this loop with one channel off.
+
+Example::
+
+    import dspy, fst_dspy
+
+    dspy.configure(lm=fst_dspy.LocalLM("embedded"))
+    compiled = fst_dspy.FST(metric=metric).compile(program, trainset=train, valset=val)
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import dspy
+from dspy.teleprompt import Teleprompter
+
+from fst_dspy import population as populations
+from fst_dspy.advantage import constant_group_share, group_rows
+from fst_dspy.candidate import bind, example_id, seed_candidate
+from fst_dspy.checks import CheckedInput, check_first_rollouts, check_input
+from fst_dspy.config import Auto, FSTConfig
+from fst_dspy.drift import kl_to_base
+from fst_dspy.errors import ConfigError
+from fst_dspy.evaluate import evaluate
+from fst_dspy.fast import FastPhase
+from fst_dspy.interrupt import Interrupt
+from fst_dspy.progress import ProgressListener, RichProgress, SilentProgress
+from fst_dspy.proposers import Proposer, make_proposer
+from fst_dspy.result import Best, FSTResult
+from fst_dspy.rollout import RolloutJob, RolloutRunner, calls_of, trained_predictors
+from fst_dspy.run_state import LoopState, RunFolder
+from fst_dspy.slow import SlowTrainer
+from fst_dspy.types import (
+    Arm,
+    CycleRecord,
+    Group,
+    Population,
+    StepRecord,
+)
+
+logger = logging.getLogger(__name__)
+
+KL_CALLS = 64
+"""Validation calls that the KL to the base model is measured on."""
+
+
+class FST(Teleprompter):
+    """Tunes a program's instructions and demos and its local model's weights together.
+
+    Args:
+        metric: ``metric(gold, pred, trace=None, pred_name=None, pred_trace=None)`` returning a
+            number or ``dspy.Prediction(score=, feedback=)``. The fast channel learns from the
+            feedback text, so say what was wrong and what would have been right.
+        reflection_lm: The ``dspy.LM`` that rewrites instructions. Without one, the lessons in the
+            feedback are distilled into the instruction by a proposer that needs no LM.
+        auto: Budget preset: ``"light"`` (the default when no limit is given), ``"medium"`` or
+            ``"heavy"``. See ``fst_dspy.config.AUTO``.
+        arm: ``"fst"``; ``"rl_only"`` and ``"gepa_only"`` switch one channel off.
+        seed: Seed of everything random.
+        log_dir: Run folder. A compile that was killed goes on when started again with the same
+            folder, settings and data.
+        track_stats: Put an ``FSTResult`` on the compiled program as ``detailed_results``.
+        instruction_proposer: A proposer of your own (``fst_dspy.Proposer``) in place of both.
+        progress: Hears what goes on; by default a live line on the terminal, and nothing where
+            there is none.
+        **settings: Any setting of ``fst_dspy.config``, flat: ``learning_rate=1e-4``,
+            ``population_size=8``, ``lora=True``, ``max_rollouts=5000``, ...
+
+    Raises:
+        ConfigError: A setting that is unknown or cannot work.
+    """
+
+    def __init__(
+        self,
+        metric: Callable[..., Any],
+        *,
+        reflection_lm: dspy.LM | None = None,
+        auto: Auto | None = None,
+        arm: Arm = "fst",
+        seed: int = 0,
+        log_dir: str | os.PathLike[str] | None = None,
+        track_stats: bool = False,
+        instruction_proposer: Proposer | None = None,
+        progress: ProgressListener | None = None,
+        **settings: Any,
+    ) -> None:
+        super().__init__()
+        if arm not in ("fst", "rl_only", "gepa_only"):
+            raise ConfigError(f"arm must be 'fst', 'rl_only' or 'gepa_only', got {arm!r}")
+        if arm == "rl_only":
+            settings = {**settings, "population_size": 1}
+        self.metric = metric
+        self.reflection_lm = reflection_lm
+        self.config = FSTConfig.make(auto, **settings)
+        self.arm: Arm = arm
+        self.seed = seed
+        self.log_dir = Path(log_dir) if log_dir is not None else None
+        self.track_stats = track_stats
+        self.instruction_proposer = instruction_proposer
+        self.progress = progress
+
+    def compile(
+        self,
+        student: dspy.Module,
+        *,
+        trainset: list[dspy.Example],
+        teacher: dspy.Module | None = None,
+        valset: list[dspy.Example] | None = None,
+    ) -> dspy.Module:
+        """Tune a copy of the student and return it.
+
+        Args:
+            student: The program; it is left as it was. Its predictors call a ``LocalLM``, their
+                own or the one set with ``dspy.configure(lm=...)``.
+            trainset: Examples to learn from.
+            teacher: Not used by FST; must be ``None``.
+            valset: Examples to choose the best weights and candidate on, at most ``val_size`` of
+                them. Without one, the last fifth of the training set.
+
+        Returns:
+            A copy of the student with the best candidate's instructions and demos, its predictors
+            bound to the best weights.
+
+        Raises:
+            ConfigError, DataError, MetricError, ProgramError: Input that cannot work, before any
+                training.
+            StoreError: The run folder cannot be used.
+            TrainingError: Training diverged and cannot go on.
+            KeyboardInterrupt: After Ctrl-C, once the step under way is finished and saved.
+        """
+        if teacher is not None:
+            raise ConfigError("FST has no use for a teacher; pass the student alone")
+        checked = check_input(student, self.metric, trainset, valset)
+        run = _Run(self, student, checked)
+        try:
+            state = run.loop()
+        finally:
+            run.close()
+        assert state.best is not None
+        compiled = bind(student, state.best.candidate)
+        checked.lm.policy.restore(state.best.version)
+        names = trained_predictors(student, checked.lm)
+        for name, predictor in compiled.named_predictors():
+            if name in names:
+                predictor.lm = checked.lm.at(state.best.version)
+        compiled._compiled = True
+        if self.track_stats:
+            compiled.detailed_results = run.result(state)
+        return compiled
+
+
+class _Run:
+    """The parts of one compile, and the loop over them."""
+
+    def __init__(self, fst: FST, student: dspy.Module, checked: CheckedInput) -> None:
+        self.config, self.arm, self.seed = fst.config, fst.arm, fst.seed
+        self.lm, self.policy = checked.lm, checked.lm.policy
+        self.trainset = checked.trainset
+        self.valset = sample(checked.valset, self.config.sampling.val_size, self.seed)
+        self.val_ids = tuple(example_id(example) for example in self.valset)
+        self.seed_candidate = seed_candidate(student)
+        self.progress = fst.progress or default_progress()
+        self.fast_on, self.slow_on = self.arm != "rl_only", self.arm != "gepa_only"
+        self.folder = RunFolder(fst.log_dir) if fst.log_dir is not None else None
+        if self.folder is not None:
+            self.folder.begin(self._identity(checked))
+        self.policy.restore(checked.lm.version)
+        self.policy.step = 0
+        if self.slow_on and self.config.slow.lora is not None:
+            self.policy.add_lora(self.config.slow.lora, self.seed)
+        self.runner = RolloutRunner(
+            student, fst.metric, self.lm, self.config.sampling, self.seed
+        )
+        self.proposer = fst.instruction_proposer or make_proposer(
+            fst.reflection_lm, self.config.fast, self.policy.count_tokens
+        )
+        self.fast = FastPhase(self.config.fast, self.proposer, self.seed)
+        self.trainer = self._make_trainer() if self.slow_on else None
+
+    def loop(self) -> LoopState:
+        """Cycles until the budget is spent, from the start or from the last checkpoint."""
+        state = self._resume() or self._start()
+        self.progress.begin(self.config.budget)
+        try:
+            with Interrupt(self.folder.path if self.folder else None) as interrupt:
+                if not state.records:
+                    state = self._validate(state)
+                while not self._finished(state):
+                    if state.phase == "fast":
+                        state = self._fast_phase(state)
+                        self._checkpoint(state)
+                    while state.phase == "slow":
+                        state = self._slow_step(state)
+                        self._checkpoint(state, now=interrupt.requested)
+                        interrupt.stop_if_requested()
+                    state = self._validate(state)
+                    self._checkpoint(state)
+                    interrupt.stop_if_requested()
+        finally:
+            self.progress.end()
+        if self.folder is not None:
+            self.folder.finish(self.result(state))
+        return state
+
+    # --- the parts of a cycle -----------------------------------------------------------------
+
+    def _fast_phase(self, state: LoopState) -> LoopState:
+        started, cycle = time.monotonic(), state.cycle + 1
+        population = state.population
+        if self.fast_on:
+            self._tell(cycle, "fast phase")
+            first = state.cycle == 0
+            fast = self.config.fast
+            population = self.fast.run(
+                self.runner,
+                population,
+                self.trainset,
+                self.valset,
+                cycle=cycle,
+                iterations=fast.first_cycle_iterations if first else fast.cycle_iterations,
+                policy_version=self.policy.step,
+            )
+        return replace(
+            state,
+            population=population,
+            phase="slow" if self.slow_on else "validate",
+            fast_state=self.fast.state(),
+            counts=self.runner.counts,
+            seconds=add_seconds(state.seconds, "fast", started),
+        )
+
+    def _slow_step(self, state: LoopState) -> LoopState:
+        started, cycle, step = time.monotonic(), state.cycle + 1, state.step + 1
+        slow = self.config.slow
+        done = step - 1 - self._steps_before(state)
+        self._tell(cycle, f"step {done + 1}/{slow.steps_per_cycle}")
+        problems_P = pick_problems(self.trainset, step, slow.problems_per_step, self.seed)
+        groups_P = self._rollout_groups(problems_P, state.population, step)
+        assert self.trainer is not None
+        stats = self.trainer.advance(group_rows(groups_P, slow.scale_rewards))
+        rollouts = [rollout for group in groups_P for rollout in group.rollouts_G]
+        record = StepRecord(
+            cycle=cycle,
+            step=step,
+            reward=mean([rollout.reward for rollout in rollouts]),
+            constant_group_share=constant_group_share(groups_P),
+            failures=dict(Counter(r.failure.kind for r in rollouts if r.failure is not None)),
+            rollouts=len(rollouts),
+            stats=stats,
+        )
+        if self.folder is not None:
+            self.folder.record_step(record, groups_P)
+        return replace(
+            state,
+            step=step,
+            steps=(*state.steps, record),
+            phase="validate" if done + 1 == slow.steps_per_cycle else "slow",
+            counts=self.runner.counts,
+            seconds=add_seconds(state.seconds, "slow", started),
+        )
+
+    def _rollout_groups(
+        self, problems_P: Sequence[dspy.Example], population: Population, step: int
+    ) -> list[Group]:
+        """G rollouts a problem, spread over the candidates: one batch, one barrier."""
+        slow = self.config.slow
+        candidates_G = populations.assign(
+            population, slow.group_size, self.config.fast.population_size
+        )
+        jobs = [
+            RolloutJob(example, candidate, index)
+            for example in problems_P
+            for index, candidate in enumerate(candidates_G)
+        ]
+        rollouts = self.runner.run(jobs, channel="slow", salt=step)
+        size = slow.group_size
+        return [
+            Group(example_id(example), tuple(rollouts[p * size : (p + 1) * size]))
+            for p, example in enumerate(problems_P)
+        ]
+
+    def _validate(self, state: LoopState) -> LoopState:
+        """Score the population under the weights as they are, and close the cycle's record."""
+        started = time.monotonic()
+        cycle = state.cycle + 1 if state.records else 0
+        population = state.population
+        self._tell(cycle, "validation")
+        kl = state.records[-1].kl_to_base if state.records else 0.0
+        if not state.records or population.policy_version != self.policy.step:
+            scored = evaluate(
+                self.runner,
+                population.candidates,
+                self.valset,
+                channel="fast" if self.fast_on else "eval",
+                salt=self.policy.step,
+            )
+            population = replace(
+                population, score_K_V=scored.score_K_V, policy_version=self.policy.step
+            )
+            best_rollouts = scored.rollouts_K[populations.best(population)]
+            if not state.records:
+                check_first_rollouts(best_rollouts)
+            if self.policy.step > 0:
+                kl = kl_to_base(self.policy, calls_of(best_rollouts)[:KL_CALLS])
+        seconds = add_seconds(state.seconds, "eval", started)
+        record = self._record(state, cycle, population, kl, seconds)
+        best = self._best(state.best, record, population)
+        if self.folder is not None:
+            self.folder.record_cycle(record, population)
+        self.progress.cycle_done(record)
+        return replace(
+            state,
+            cycle=cycle,
+            phase="fast",
+            population=population,
+            records=(*state.records, record),
+            steps=(),
+            best=best,
+            counts=self.runner.counts,
+            seconds=seconds,
+        )
+
+    def _record(
+        self,
+        state: LoopState,
+        cycle: int,
+        population: Population,
+        kl: float,
+        seconds: Mapping[str, float],
+    ) -> CycleRecord:
+        steps = state.steps
+        last = state.records[-1] if state.records else None
+        rollouts = max(1, sum(step.rollouts for step in steps))
+        failures = sum((Counter(step.failures) for step in steps), Counter[str]())
+        return CycleRecord(
+            cycle=cycle,
+            step=state.step,
+            candidate_ids=tuple(c.id for c in population.candidates),
+            best_candidate_id=population.candidates[populations.best(population)].id,
+            train_reward=mean([step.reward for step in steps]) if steps else None,
+            val_score=mean(population.score_K_V[populations.best(population)]),
+            val_scores=tuple(mean(score_V) for score_V in population.score_K_V),
+            kl_to_base=kl,
+            entropy=mean([step.stats.entropy for step in steps]) if steps else None,
+            constant_group_share=mean([step.constant_group_share for step in steps]),
+            failure_shares={kind: count / rollouts for kind, count in sorted(failures.items())},
+            rollouts=self.runner.counts.minus(last.total_rollouts) if last else self.runner.counts,
+            total_rollouts=self.runner.counts,
+            tokens=dict(self.runner.tokens),
+            seconds=dict(seconds),
+            weights_version=self.policy.version(),
+        )
+
+    def _best(self, best: Best | None, record: CycleRecord, population: Population) -> Best:
+        """The best (weights, candidate) so far; of equals the later, which has learned more."""
+        if best is not None and record.val_score < best.score:
+            return best
+        candidate = population.candidates[populations.best(population)]
+        version = self.policy.keep()
+        if best is not None and best.version not in (version, self.lm.version):
+            self.policy.forget(best.version)
+        if self.folder is not None:
+            self.folder.keep_version(version, self.policy)
+        return Best(version, candidate, record.val_score, record.cycle)
+
+    # --- start, stop, resume --------------------------------------------------------------------
+
+    def _start(self) -> LoopState:
+        population = Population((self.seed_candidate,), self.val_ids, (), 0)
+        return LoopState(population=population)
+
+    def _resume(self) -> LoopState | None:
+        found = self.folder.resume(self.policy, self.trainer) if self.folder else None
+        if found is not None:
+            self.fast.load_state(found.fast_state)
+            self.runner.counts = found.counts
+            self.runner.tokens = dict(found.tokens)
+        return found
+
+    def _finished(self, state: LoopState) -> bool:
+        budget = self.config.budget
+        if state.phase != "fast":
+            return False
+        if budget.max_cycles is not None and state.cycle >= budget.max_cycles:
+            return True
+        if budget.max_rollouts is not None and state.counts.total >= budget.max_rollouts:
+            return True
+        return budget.max_seconds is not None and sum(state.seconds.values()) >= budget.max_seconds
+
+    def _checkpoint(self, state: LoopState, *, now: bool = True) -> None:
+        """Save everything the loop needs to go on; steps that take no time do so at intervals."""
+        if self.folder is not None:
+            state = replace(state, tokens=dict(self.runner.tokens))
+            self.folder.checkpoint(state, self.trainer, now=now)
+
+    def _steps_before(self, state: LoopState) -> int:
+        return state.records[-1].step
+
+    def _make_trainer(self) -> SlowTrainer:
+        cycles = self.config.budget.max_cycles
+        total_steps = (cycles or 1) * self.config.slow.steps_per_cycle
+        return SlowTrainer(
+            self.policy, self.config.slow, self.config.sampling, total_steps, self.seed
+        )
+
+    def _identity(self, checked: CheckedInput) -> dict[str, Any]:
+        return {
+            "arm": self.arm,
+            "seed": self.seed,
+            "settings": self.config.to_dict(),
+            "model": checked.lm.version,
+            "student": dict(self.seed_candidate.components),
+            "train_ids": [example_id(example) for example in checked.trainset],
+            "val_ids": list(self.val_ids),
+        }
+
+    def _tell(self, cycle: int, name: str) -> None:
+        self.progress.phase(cycle, name, self.runner.counts)
+
+    def close(self) -> None:
+        if self.folder is not None:
+            self.folder.close()
+
+    def result(self, state: LoopState) -> FSTResult:
+        assert state.best is not None
+        return FSTResult(
+            arm=self.arm,
+            seed=self.seed,
+            config=self.config,
+            records=state.records,
+            population=state.population,
+            best=state.best,
+            seed_candidate=self.seed_candidate,
+            base_version=self.policy.base_version,
+            weights_version=self.policy.version(),
+            log_dir=str(self.folder.path) if self.folder is not None else None,
+        )
+
+
+def pick_problems(
+    trainset: Sequence[dspy.Example], step: int, count: int, seed: int
+) -> list[dspy.Example]:
+    """The problems of an optimizer step (counted from 1): shuffled epochs, one after another.
+
+    A function of the step alone, so that a resumed run sees the same problems.
+    """
+    picked = []
+    for position in range((step - 1) * count, step * count):
+        epoch, offset = divmod(position, len(trainset))
+        order = list(range(len(trainset)))
+        random.Random(f"{seed}/{epoch}").shuffle(order)
+        picked.append(trainset[order[offset]])
+    return picked
+
+
+def sample(examples: Sequence[dspy.Example], size: int, seed: int) -> list[dspy.Example]:
+    """At most ``size`` of the examples, drawn with the seed, in their own order."""
+    if len(examples) <= size:
+        return list(examples)
+    chosen = random.Random(seed).sample(range(len(examples)), size)
+    return [examples[index] for index in sorted(chosen)]
+
+
+def mean(values: Sequence[float]) -> float:
+    """The mean, 0 for none."""
+    return sum(values) / len(values) if values else 0.0
+
+
+def add_seconds(seconds: Mapping[str, float], channel: str, started: float) -> dict[str, float]:
+    """The seconds by channel, with the time since ``started`` added to one."""
+    return {**seconds, channel: seconds.get(channel, 0.0) + time.monotonic() - started}
+
+
+def default_progress() -> ProgressListener:
+    """A live line where there is a terminal or a notebook to show it."""
+    progress = RichProgress()
+    shown = progress.console.is_terminal or progress.console.is_jupyter
+    return progress if shown else SilentProgress()

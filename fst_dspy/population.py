@@ -1,0 +1,121 @@
+"""The population: a per-example Pareto front over candidates, and how it is spread over a group.
+
+Pure functions. The front is GEPA's: a candidate is on it if it is best on at least one validation
+example, less those whose every win is shared with a better candidate that stays (gepa,
+``gepa_utils.remove_dominated_programs``). The K kept are chosen greedily to cover the front.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from fst_dspy.errors import ConfigError
+from fst_dspy.types import Candidate, Population
+
+
+def pareto_front(score_K_V: Sequence[Sequence[float]]) -> tuple[int, ...]:
+    """Indices of the candidates on the per-example front, ascending.
+
+    Args:
+        score_K_V: K candidates on V examples; higher is better. Empty gives an empty front.
+    """
+    if not score_K_V:
+        return ()
+    winners_V = [
+        {k for k, score in enumerate(score_K) if score == max(score_K)}
+        for score_K in zip(*score_K_V, strict=True)
+    ]
+    front = set().union(*winners_V) if winners_V else set()
+    for k in sorted(front, key=lambda k: (_mean(score_K_V[k]), -k)):
+        if all((winners & front) - {k} for winners in winners_V if k in winners):
+            front.discard(k)
+    return tuple(sorted(front))
+
+
+def choose(
+    candidates: Sequence[Candidate],
+    score_K_V: Sequence[Sequence[float]],
+    val_ids: Sequence[str],
+    k: int,
+    policy_version: int,
+) -> Population:
+    """The ``k`` candidates that cover the front.
+
+    First the best mean; then, again and again, the one on the front with the most examples on
+    which it beats all those chosen (ties: higher mean, then id). Where the front holds fewer than
+    ``k``, the best means of the others follow. The result depends on no order of the arguments.
+
+    Args:
+        candidates: At least one; of equal ids the first is taken.
+        score_K_V: Their scores, a row each.
+        val_ids: Length V.
+        k: Candidates to keep, at least 1.
+        policy_version: Optimizer steps taken when the scores were measured.
+
+    Raises:
+        ConfigError: No candidates, or ``k`` below 1.
+    """
+    if not candidates or k < 1:
+        raise ConfigError(f"cannot choose {k} of {len(candidates)} candidates")
+    scores: dict[str, tuple[float, ...]] = {}
+    by_id: dict[str, Candidate] = {}
+    for candidate, score_V in zip(candidates, score_K_V, strict=True):
+        if candidate.id not in by_id:
+            by_id[candidate.id] = candidate
+            scores[candidate.id] = tuple(score_V)
+    ids = sorted(by_id, key=lambda i: (-_mean(scores[i]), i))
+    front = {ids[index] for index in pareto_front([scores[i] for i in ids])}
+    chosen = [ids[0]]
+    rest = ids[1:]
+    while rest and len(chosen) < k:
+        best_V = [max(column) for column in zip(*(scores[i] for i in chosen), strict=True)]
+        gain = {
+            i: sum(s > b for s, b in zip(scores[i], best_V, strict=True)) if i in front else -1
+            for i in rest
+        }
+        pick = max(rest, key=lambda i: gain[i])  # the first of equals: rest is sorted by mean, id
+        chosen.append(pick)
+        rest.remove(pick)
+    return Population(
+        candidates=tuple(by_id[i] for i in chosen),
+        val_ids=tuple(val_ids),
+        score_K_V=tuple(scores[i] for i in chosen),
+        policy_version=policy_version,
+    )
+
+
+def ranked(population: Population) -> tuple[Candidate, ...]:
+    """The candidates by mean score, best first; ties by id."""
+    order = sorted(
+        zip(population.candidates, population.score_K_V, strict=True),
+        key=lambda pair: (-_mean(pair[1]), pair[0].id),
+    )
+    return tuple(candidate for candidate, _ in order)
+
+
+def best(population: Population) -> int:
+    """Index of the candidate with the best mean score; ties by id."""
+    return population.candidates.index(ranked(population)[0])
+
+
+def assign(population: Population, group_size: int, k: int) -> tuple[Candidate, ...]:
+    """The candidate of each of a group's G rollouts (paper, section 3: G/K for each of K).
+
+    A population smaller than ``k`` is cycled evenly and its best candidates get the remainder.
+
+    Args:
+        population: At least one candidate; of more than ``k`` the best ``k`` are used.
+        group_size: G, rollouts in the group.
+        k: K, candidates to spread them over; G must be a multiple of it.
+
+    Raises:
+        ConfigError: G is not a positive multiple of ``k``.
+    """
+    if k < 1 or group_size < 1 or group_size % k:
+        raise ConfigError(f"group_size ({group_size}) must be a multiple of k ({k})")
+    order = ranked(population)[:k]
+    return tuple(order[slot % len(order)] for slot in range(group_size))
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else 0.0

@@ -1,0 +1,401 @@
+"""Rollouts: run a program many times at once on the live weights, score it, keep everything.
+
+A rollout that fails is data: it is scored with the failure score, and its text and the reason stay
+with it. Nothing that a program, a metric or the model does wrong to one rollout ends the others.
+
+Every rollout runs in a thread of its own over its own copy of the program. Generation happens when
+all of them are blocked on a model call (``engine.BarrierBatcher``): the largest possible batch, and
+the same one however the threads were scheduled, so the same seed gives the same rollouts.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import hashlib
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Protocol
+
+import dspy
+from dspy.adapters.chat_adapter import ChatAdapter
+from dspy.utils.callback import BaseCallback
+from dspy.utils.exceptions import AdapterParseError
+
+from fst_dspy.candidate import bind, example_id, predictor_names
+from fst_dspy.config import SamplingConfig
+from fst_dspy.engine import BarrierBatcher, Slot
+from fst_dspy.errors import MetricError
+from fst_dspy.local_lm import LocalLM
+from fst_dspy.metric import Score, call_metric
+from fst_dspy.types import Call, Candidate, Failure, PredictorTrace, Rollout, RolloutCounts
+
+Channel = Literal["fast", "slow", "eval"]
+
+
+@dataclass(frozen=True)
+class RolloutJob:
+    """One rollout to run: which example, under which candidate, and its number among its equals.
+
+    Attributes:
+        example: The problem, with its inputs set.
+        candidate: The texts to bind into the program.
+        index: Tells apart rollouts of the same example and candidate; part of the sampling seed.
+    """
+
+    example: dspy.Example
+    candidate: Candidate
+    index: int = 0
+
+
+class Runner(Protocol):
+    """What the fast phase and evaluation need: jobs in, rollouts out, in the same order."""
+
+    def run(
+        self,
+        jobs: Sequence[RolloutJob],
+        *,
+        channel: Channel,
+        salt: int,
+        version: str | None = None,
+    ) -> list[Rollout]: ...
+
+
+class RolloutRunner:
+    """Runs rollouts of one program on the live weights of one ``LocalLM``.
+
+    Args:
+        program: The student. Each predictor that has no LM of its own, or a ``LocalLM`` over the
+            same policy, is sampled from the live weights; another LM is left as it is.
+        metric: See ``fst_dspy.metric``.
+        lm: The local model; its ``max_tokens`` holds where ``sampling.max_tokens`` is ``None``.
+        sampling: Temperature, limits and the failure score.
+        seed: Seed of every rollout, together with its job, channel and salt.
+    """
+
+    def __init__(
+        self,
+        program: dspy.Module,
+        metric: Callable[..., Any],
+        lm: LocalLM,
+        sampling: SamplingConfig,
+        seed: int,
+    ) -> None:
+        self.program = program
+        self.metric = metric
+        self.policy = lm.policy
+        self.sampling = sampling
+        self.seed = seed
+        self.counts = RolloutCounts()
+        self.tokens: dict[str, int] = {"prompt": 0, "completion": 0}
+        self._lm = lm.live().copy(num_retries=0, **_sampling_kwargs(sampling))
+        self._adapter = strict_adapter(dspy.settings.adapter)
+
+    def run(
+        self,
+        jobs: Sequence[RolloutJob],
+        *,
+        channel: Channel,
+        salt: int,
+        version: str | None = None,
+    ) -> list[Rollout]:
+        """Run the jobs and return their rollouts in the same order.
+
+        Args:
+            jobs: What to run; ``sampling.num_threads`` of them are alive at once.
+            channel: Where the rollouts are counted.
+            salt: Tells apart repeated runs of the same job, such as the optimizer step.
+            version: The weights to sample from; ``None`` means the live ones.
+        """
+        size = self.sampling.num_threads
+        rollouts: list[Rollout] = []
+        for start in range(0, len(jobs), size):
+            rollouts += self._run_batch(jobs[start : start + size], channel, salt, version)
+        self.counts = self.counts.plus(RolloutCounts(**{channel: len(jobs)}))
+        for rollout in rollouts:
+            for call in rollout.calls:
+                self.tokens["prompt"] += len(call.prompt_ids_T)
+                self.tokens["completion"] += len(call.completion_ids_T)
+        return rollouts
+
+    def _run_batch(
+        self, jobs: Sequence[RolloutJob], channel: Channel, salt: int, version: str | None
+    ) -> list[Rollout]:
+        slots = [
+            Slot(key=(number,), seed=self._slot_seed(job, channel, salt))
+            for number, job in enumerate(jobs)
+        ]
+        batcher = BarrierBatcher(self.policy, slots)
+        runs = [
+            _Run(self, job, slot, batcher, version)
+            for job, slot in zip(jobs, slots, strict=True)
+        ]
+        try:
+            for run in runs:
+                run.start()
+            while waiting := [run for run in runs if not run.done.wait(timeout=0.0)]:
+                waiting[0].done.wait(timeout=0.25)
+                for run in waiting:
+                    run.give_up_if_stuck(self.sampling.rollout_timeout)
+        except BaseException:
+            for run in runs:
+                run.give_up("interrupted")
+            raise
+        return [run.result() for run in runs]
+
+    def _slot_seed(self, job: RolloutJob, channel: str, salt: int) -> int:
+        parts = (self.seed, channel, salt, example_id(job.example), job.candidate.id, job.index)
+        digest = hashlib.sha256("|".join(map(str, parts)).encode()).digest()
+        return int.from_bytes(digest[:8], "big") >> 1
+
+
+class _Run:
+    """One rollout in its thread; everything it learns is in plain attributes."""
+
+    def __init__(
+        self,
+        runner: RolloutRunner,
+        job: RolloutJob,
+        slot: Slot,
+        batcher: BarrierBatcher,
+        version: str | None,
+    ) -> None:
+        self.runner, self.job, self.slot, self.batcher = runner, job, slot, batcher
+        self.version = version
+        self.policy_version = runner.policy.step
+        self.recorder = _TraceRecorder(slot)
+        self.done = threading.Event()
+        self.clock = _Clock()
+        self._lock = threading.Lock()
+        self._rollout: Rollout | None = None
+
+    def start(self) -> None:
+        context = contextvars.copy_context()
+        threading.Thread(target=context.run, args=(self._work,), daemon=True).start()
+
+    def give_up_if_stuck(self, timeout: float | None) -> None:
+        if timeout is not None and self.clock.seconds() > timeout:
+            self.give_up(f"no answer within {timeout:g} s outside the model")
+
+    def give_up(self, message: str) -> None:
+        self.clock.given_up = True
+        self._finish(self._failed("timeout", message))
+        self.batcher.leave(self.slot)
+
+    def result(self) -> Rollout:
+        assert self._rollout is not None
+        return self._rollout
+
+    def _finish(self, rollout: Rollout) -> None:
+        # The thread and the watchdog may both end a rollout; the first one counts.
+        with self._lock:
+            if self._rollout is None:
+                self._rollout = rollout
+        self.done.set()
+
+    def _work(self) -> None:
+        try:
+            try:
+                prediction = self._run_program()
+            finally:
+                self.batcher.leave(self.slot)
+            self.clock.restart()
+            self._finish(self._score(prediction))
+        except AdapterParseError as error:
+            self._finish(self._parse_failure(error))
+        except MetricError as error:
+            self._finish(self._failed("metric", str(error)))
+        except Exception as error:
+            self._finish(self._failed("program", f"{type(error).__name__}: {error}"))
+
+    def _run_program(self) -> Any:
+        program = bind(self.runner.program, self.job.candidate)
+        self.recorder.names = {
+            id(predictor): name for name, predictor in program.named_predictors()
+        }
+        for name, predictor in program.named_predictors():
+            if predictor.lm is None or _shares_policy(predictor.lm, self.runner.policy):
+                predictor.lm = self._slot_lm(name)
+        with dspy.context(
+            lm=self._slot_lm("unnamed"),
+            adapter=self.runner._adapter,
+            callbacks=[*dspy.settings.callbacks, self.recorder],
+            trace=[],
+            disable_history=True,
+        ):
+            inputs = self.job.example.inputs().toDict()
+            if hasattr(program, "aforward") and not hasattr(program, "forward"):
+                return asyncio.run(program.acall(**inputs))
+            return program(**inputs)
+
+    def _slot_lm(self, predictor: str) -> dspy.LM:
+        engine = self.batcher.engine_for(self.slot, predictor, version=self.version)
+        limit = self.runner.sampling.max_calls
+        return self.runner._lm.copy(
+            engine=_WatchedEngine(engine, self.clock, self.slot, limit),
+            async_engine=_WatchedAsyncEngine(engine.async_engine, self.clock, self.slot, limit),
+        )
+
+    def _score(self, prediction: Any) -> Rollout:
+        try:
+            score = call_metric(self.runner.metric, self.job.example, prediction)
+        except MetricError:
+            raise
+        except Exception as error:
+            raise MetricError(f"the metric raised {type(error).__name__}: {error}") from error
+        if not self.slot.calls:
+            message = "the program never called the local model on this example"
+            return replace(self._rollout_with(score), failure=Failure("no_calls", message))
+        return self._rollout_with(score)
+
+    def _parse_failure(self, error: AdapterParseError) -> Rollout:
+        fields = ", ".join(error.signature.output_fields)
+        last = self.slot.calls[-1] if self.slot.calls else None
+        if last is not None and last.finish_reason == "length":
+            message = (
+                f"The answer was cut off after {len(last.completion_ids_T)} tokens, before it "
+                f"stated the fields {fields}."
+            )
+            return self._failed("truncated", message)
+        if last is not None and not last.text.strip():
+            return self._failed("empty", f"The answer was empty; expected the fields {fields}.")
+        return self._failed("parse", f"The answer did not state the fields {fields} as asked.")
+
+    def _failed(self, kind: Any, message: str) -> Rollout:
+        score = Score(self.runner.sampling.failure_score, message)
+        return replace(self._rollout_with(score), failure=Failure(kind, message))
+
+    def _rollout_with(self, score: Score) -> Rollout:
+        return Rollout(
+            example_id=example_id(self.job.example),
+            candidate_id=self.job.candidate.id,
+            calls=tuple(self.slot.calls),
+            traces=tuple(self.recorder.traces),
+            reward=score.reward,
+            feedback=score.feedback,
+            failure=None,
+            policy_version=self.policy_version,
+        )
+
+
+class _Clock:
+    """Seconds a rollout has run outside the model: generation is not its fault."""
+
+    def __init__(self) -> None:
+        self.given_up = False
+        self._inside = 0
+        self._since = time.monotonic()
+
+    def restart(self) -> None:
+        self._since = time.monotonic()
+
+    def enter(self, slot: Slot, max_calls: int) -> None:
+        if self.given_up:
+            raise RuntimeError("this rollout was given up")
+        if len(slot.calls) >= max_calls:
+            raise RuntimeError(f"the program made more than max_calls={max_calls} model calls")
+        self._inside += 1
+
+    def leave(self) -> None:
+        self._inside -= 1
+        self.restart()
+
+    def seconds(self) -> float:
+        return 0.0 if self._inside else time.monotonic() - self._since
+
+
+class _WatchedEngine:
+    """The slot's engine, with the clock stopped while it generates."""
+
+    def __init__(self, engine: Any, clock: _Clock, slot: Slot, max_calls: int) -> None:
+        self.engine, self.clock, self.slot, self.max_calls = engine, clock, slot, max_calls
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _WatchedEngine:
+        return self
+
+    def complete(self, request: Any) -> Any:
+        self.clock.enter(self.slot, self.max_calls)
+        try:
+            return self.engine.complete(request)
+        finally:
+            self.clock.leave()
+
+
+class _WatchedAsyncEngine(_WatchedEngine):
+    async def complete(self, request: Any) -> Any:
+        self.clock.enter(self.slot, self.max_calls)
+        try:
+            return await self.engine.complete(request)
+        finally:
+            self.clock.leave()
+
+
+class _TraceRecorder(BaseCallback):
+    """Keeps what every predictor was given and what was parsed, failures included."""
+
+    def __init__(self, slot: Slot) -> None:
+        self.slot = slot
+        self.names: Mapping[int, str] = {}
+        self.traces: list[PredictorTrace] = []
+        self._open: dict[str, tuple[str, dict[str, Any], int]] = {}
+
+    def on_module_start(self, call_id: str, instance: Any, inputs: dict[str, Any]) -> None:
+        if not isinstance(instance, dspy.Predict):
+            return
+        given = inputs.get("kwargs", {})
+        fields = {k: v for k, v in given.items() if k in instance.signature.input_fields}
+        name = self.names.get(id(instance), "unnamed")
+        self._open[call_id] = (name, fields, len(self.slot.calls))
+
+    def on_module_end(
+        self, call_id: str, outputs: Any | None, exception: BaseException | None = None
+    ) -> None:
+        if call_id not in self._open:
+            return
+        name, inputs, first_call = self._open.pop(call_id)
+        texts = [call.text for call in self.slot.calls[first_call:] if call.predictor == name]
+        parsed = outputs.toDict() if isinstance(outputs, dspy.Prediction) else None
+        self.traces.append(PredictorTrace(name, inputs, parsed, texts[-1] if texts else ""))
+
+
+def strict_adapter(adapter: dspy.Adapter | None) -> dspy.Adapter:
+    """The adapter rollouts run with: the user's, without ChatAdapter's second try through JSON.
+
+    The second try hides format failures from the reward and adds a call nobody asked for.
+    """
+    if adapter is None:
+        return ChatAdapter(use_json_adapter_fallback=False)
+    if isinstance(adapter, ChatAdapter) and adapter.use_json_adapter_fallback:
+        import copy
+
+        adapter = copy.copy(adapter)
+        adapter.use_json_adapter_fallback = False
+    return adapter
+
+
+def calls_of(rollouts: Sequence[Rollout]) -> list[Call]:
+    """All calls of the local model in some rollouts, in order."""
+    return [call for rollout in rollouts for call in rollout.calls]
+
+
+def trained_predictors(program: dspy.Module, lm: LocalLM) -> list[str]:
+    """Names of the predictors that call the trained policy."""
+    own = {name: predictor.lm for name, predictor in program.named_predictors()}
+    return [
+        name
+        for name in predictor_names(program)
+        if own[name] is None or _shares_policy(own[name], lm.policy)
+    ]
+
+
+def _shares_policy(lm: Any, policy: Any) -> bool:
+    return isinstance(lm, LocalLM) and lm.policy is policy
+
+
+def _sampling_kwargs(sampling: SamplingConfig) -> dict[str, Any]:
+    kwargs: dict[str, Any] = {"temperature": sampling.temperature, "top_p": sampling.top_p}
+    if sampling.max_tokens is not None:
+        kwargs["max_tokens"] = sampling.max_tokens
+    return kwargs

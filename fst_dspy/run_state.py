@@ -1,0 +1,204 @@
+"""The state of the joint loop between two of its parts, and its way to and from the run folder."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from safetensors.torch import load_file, save
+
+from fst_dspy.advantage import group_advantages
+from fst_dspy.candidate import (
+    candidate_from_json,
+    candidate_to_json,
+    population_from_json,
+    population_to_json,
+)
+from fst_dspy.errors import StoreError
+from fst_dspy.policy import Policy
+from fst_dspy.result import Best, FSTResult
+from fst_dspy.slow import SlowTrainer
+from fst_dspy.store import RunStore, write_atomically
+from fst_dspy.types import (
+    CycleRecord,
+    Group,
+    Population,
+    RolloutCounts,
+    StepRecord,
+    StepStats,
+)
+
+CHECKPOINT_SECONDS = 20.0
+"""Steps are checkpointed when this long has passed; phases and cycles always are."""
+
+
+@dataclass(frozen=True)
+class LoopState:
+    """Everything the joint loop carries from one part to the next, but for the trainer's tensors.
+
+    Attributes:
+        population: The fast weights.
+        cycle: Cycles completed.
+        step: Optimizer steps taken.
+        phase: What comes next in the cycle under way.
+        records: One record a completed cycle, the student's own first.
+        steps: Records of the optimizer steps of the cycle under way.
+        best: The best pair so far; ``None`` before the first validation.
+        counts: Rollouts so far.
+        tokens: Prompt and completion tokens so far.
+        seconds: Wall time so far, by channel.
+        fast_state: What the fast phase remembers, as plain values.
+    """
+
+    population: Population
+    cycle: int = 0
+    step: int = 0
+    phase: Literal["fast", "slow", "validate"] = "fast"
+    records: tuple[CycleRecord, ...] = ()
+    steps: tuple[StepRecord, ...] = ()
+    best: Best | None = None
+    counts: RolloutCounts = field(default_factory=RolloutCounts)
+    tokens: Mapping[str, int] = field(default_factory=dict)
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    fast_state: Mapping[str, Any] = field(default_factory=dict)
+
+
+class RunFolder:
+    """What the joint loop writes to its run folder, and reads back to go on."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.store = RunStore(path)
+        self._saved_at = time.monotonic()
+
+    def begin(self, identity: Mapping[str, Any]) -> None:
+        """Claim the folder for this run, or recognise it as this run's own."""
+        self.store.begin({**identity, "environment": environment()})
+
+    def close(self) -> None:
+        """Let go of the folder."""
+        self.store.close()
+
+    def record_step(self, record: StepRecord, groups_P: Sequence[Group]) -> None:
+        """Log an optimizer step and its rollouts."""
+        self.store.append("steps", [record])
+        rows = []
+        for group in groups_P:
+            advantages_G = group_advantages(group)
+            for rollout, advantage in zip(group.rollouts_G, advantages_G, strict=True):
+                rows.append(
+                    {"step": record.step, "cycle": record.cycle, "advantage": advantage}
+                    | asdict(rollout)
+                )
+        self.store.append("rollouts", rows)
+
+    def record_cycle(self, record: CycleRecord, population: Population) -> None:
+        """Log a cycle and the population it ended with."""
+        self.store.append("cycles", [record])
+        self.store.append(
+            "population", [{"cycle": record.cycle, **population_to_json(population)}]
+        )
+
+    def keep_version(self, version: str, policy: Policy) -> None:
+        """Keep the live weights as the best ones, and no others."""
+        path = self.store.version_path(version)
+        if not path.exists():
+            data = save({k: v.contiguous() for k, v in policy.trainable_state().items()})
+            write_atomically(path, lambda file: file.write(data))
+
+    def checkpoint(self, state: LoopState, trainer: SlowTrainer | None, *, now: bool) -> None:
+        """Write a checkpoint, at once or when the last one is old enough."""
+        if not now and time.monotonic() - self._saved_at < CHECKPOINT_SECONDS:
+            return
+        self.store.checkpoint(
+            state_to_json(state), trainer.save if trainer is not None else lambda folder: None
+        )
+        if state.best is not None:
+            self.store.keep_versions([state.best.version])
+        self._saved_at = time.monotonic()
+
+    def resume(self, policy: Policy, trainer: SlowTrainer | None) -> LoopState | None:
+        """The state of the newest checkpoint, with weights and optimizer put back; else ``None``.
+
+        Raises:
+            StoreError: The best weights' file is missing.
+        """
+        found = self.store.latest()
+        if found is None:
+            self.store.clear_logs()
+            return None
+        plain, weights = found
+        state = state_from_json(plain)
+        if state.best is not None and state.best.version != policy.version():
+            path = self.store.version_path(state.best.version)
+            if not path.exists():
+                raise StoreError(f"the run folder lacks the best weights, {path}")
+            policy.load_trainable_state(load_file(path))
+            policy.keep()
+        elif state.best is not None:
+            policy.keep()
+        if trainer is not None:
+            trainer.load(weights)
+        return state
+
+    def finish(self, result: FSTResult) -> None:
+        """Write the outcome."""
+        self.store.write_json("result.json", result.to_dict())
+
+
+def state_to_json(state: LoopState) -> dict[str, Any]:
+    """The state as plain values."""
+    best = state.best
+    return {
+        **asdict(replace(state, population=None, best=None)),  # type: ignore[arg-type]
+        "population": population_to_json(state.population),
+        "best": None
+        if best is None
+        else {**asdict(best), "candidate": candidate_to_json(best.candidate)},
+    }
+
+
+def state_from_json(plain: Mapping[str, Any]) -> LoopState:
+    """The inverse of ``state_to_json``."""
+    best = plain["best"]
+    return LoopState(
+        population=population_from_json(plain["population"]),
+        cycle=plain["cycle"],
+        step=plain["step"],
+        phase=plain["phase"],
+        records=tuple(cycle_record(row) for row in plain["records"]),
+        steps=tuple(
+            StepRecord(**{**row, "stats": StepStats(**row["stats"])}) for row in plain["steps"]
+        ),
+        best=None
+        if best is None
+        else Best(**{**best, "candidate": candidate_from_json(best["candidate"])}),
+        counts=RolloutCounts(**plain["counts"]),
+        tokens=plain["tokens"],
+        seconds=plain["seconds"],
+        fast_state=plain["fast_state"],
+    )
+
+
+def cycle_record(row: Mapping[str, Any]) -> CycleRecord:
+    """A cycle record from a line of ``cycles.jsonl``."""
+    counts = {name: RolloutCounts(**row[name]) for name in ("rollouts", "total_rollouts")}
+    lists = {name: tuple(row[name]) for name in ("candidate_ids", "val_scores")}
+    return CycleRecord(**{**row, **counts, **lists})
+
+
+def environment() -> dict[str, str]:
+    """The versions a result depends on."""
+    names = ("fst-dspy", "dspy", "gepa", "torch", "transformers", "trl", "peft")
+    versions = {}
+    for name in names:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = "not installed"
+    return {"python": platform.python_version(), "machine": platform.machine(), **versions}

@@ -1,0 +1,298 @@
+"""The data that flows between the parts of fst_dspy: frozen dataclasses, no behaviour.
+
+Shape suffixes name the axes of nested sequences, outermost first:
+``P`` problems, ``G`` rollouts a group, ``K`` candidates, ``V`` validation examples,
+``T`` tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    import dspy
+
+Arm = Literal["fst", "rl_only", "gepa_only"]
+FailureKind = Literal["parse", "empty", "truncated", "program", "metric", "no_calls", "timeout"]
+
+
+@dataclass(frozen=True)
+class Task:
+    """A program with its metric and data, ready to be compiled.
+
+    Attributes:
+        name: Short identifier, such as ``"triage"``.
+        program: The uncompiled student.
+        metric: ``metric(gold, pred, trace=None, pred_name=None, pred_trace=None)``, returning a
+            float or ``dspy.Prediction(score=, feedback=)``.
+        trainset, valset, testset: Disjoint lists of ``dspy.Example`` with inputs set.
+        ideal_instructions: For each predictor, the instruction that states all there is to know;
+            the ceiling of what the fast weights can hold. Empty where nobody knows it.
+    """
+
+    name: str
+    program: dspy.Module
+    metric: Callable[..., Any]
+    trainset: list[dspy.Example]
+    valset: list[dspy.Example]
+    testset: list[dspy.Example]
+    ideal_instructions: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One setting of the fast weights: a text for every component of the program.
+
+    Attributes:
+        id: Content hash of ``components`` (12 hex digits): equal texts have equal ids.
+        components: ``"<predictor>.instructions"`` holds an instruction, ``"<predictor>.demos"`` a
+            JSON list of demos. A component that is absent keeps the student's own value.
+        parent_ids: Candidates it was made from; empty for the seed.
+        cycle: Cycle in which it was proposed (0 for the seed).
+        source: How it was made: ``"seed"``, ``"instructions"``, ``"demos"`` or ``"merge"``.
+    """
+
+    id: str
+    components: Mapping[str, str]
+    parent_ids: tuple[str, ...] = ()
+    cycle: int = 0
+    source: str = "seed"
+
+
+@dataclass(frozen=True)
+class Population:
+    """The fast weights: K candidates and their scores on V validation examples.
+
+    Attributes:
+        candidates: Length K, no two with the same id.
+        val_ids: Length V, the examples' ids.
+        score_K_V: Scores in the metric's own range, one row a candidate.
+        policy_version: Optimizer steps taken when the scores were measured.
+    """
+
+    candidates: tuple[Candidate, ...]
+    val_ids: tuple[str, ...]
+    score_K_V: tuple[tuple[float, ...], ...]
+    policy_version: int
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of the local model, recorded as sampled: never re-tokenised.
+
+    Attributes:
+        predictor: Name of the predictor that called, as in ``program.named_predictors()``.
+        prompt_ids_T: Token ids of the rendered prompt.
+        completion_ids_T: Sampled token ids, with the end token where one was sampled.
+        logprobs_T: Log-probability (nats) of each completion token under the temperature-scaled
+            softmax over the whole vocabulary; the same length as ``completion_ids_T``.
+        text: The decoded completion, without special tokens.
+        finish_reason: ``"stop"``, or ``"length"`` when ``max_tokens`` cut it off.
+        temperature: The temperature it was sampled at; 0 means greedy.
+    """
+
+    predictor: str
+    prompt_ids_T: tuple[int, ...]
+    completion_ids_T: tuple[int, ...]
+    logprobs_T: tuple[float, ...]
+    text: str
+    finish_reason: Literal["stop", "length"]
+    temperature: float
+
+
+@dataclass(frozen=True)
+class PredictorTrace:
+    """What one predictor was given and what was parsed from its answer.
+
+    Attributes:
+        predictor: Name of the predictor.
+        inputs: Its input fields.
+        outputs: Its parsed output fields; ``None`` when parsing failed.
+        text: The completion it was parsed from (empty when no local model was called).
+    """
+
+    predictor: str
+    inputs: Mapping[str, Any]
+    outputs: Mapping[str, Any] | None
+    text: str
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a rollout is scored without, or in spite of, the metric's word."""
+
+    kind: FailureKind
+    message: str
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One run of the program on one example under one candidate.
+
+    Attributes:
+        example_id: Content hash of the example.
+        candidate_id: The candidate whose texts were in the program.
+        calls: Every call of the local model, in order.
+        traces: Every predictor call, parsed, in order.
+        reward: The metric's score; the failure score where the metric could not be asked.
+        feedback: The metric's text, or an account of the failure.
+        failure: ``None`` when the program ran and the metric scored it.
+        policy_version: Optimizer steps taken when it was sampled.
+    """
+
+    example_id: str
+    candidate_id: str
+    calls: tuple[Call, ...]
+    traces: tuple[PredictorTrace, ...]
+    reward: float
+    feedback: str
+    failure: Failure | None
+    policy_version: int
+
+
+@dataclass(frozen=True)
+class Group:
+    """The G rollouts of one problem, spread over the candidates of the population."""
+
+    example_id: str
+    rollouts_G: tuple[Rollout, ...]
+
+
+@dataclass(frozen=True)
+class TrainingRow:
+    """One row of the policy-gradient loss: one call of the local model.
+
+    Attributes:
+        prompt_ids_T, completion_ids_T: As sampled.
+        logprobs_T: Sampling log-probabilities, the length of ``completion_ids_T``.
+        advantage: The advantage of the call's rollout, computed once per problem over all G.
+    """
+
+    prompt_ids_T: tuple[int, ...]
+    completion_ids_T: tuple[int, ...]
+    logprobs_T: tuple[float, ...]
+    advantage: float
+
+
+@dataclass(frozen=True)
+class StepStats:
+    """What one optimizer step did.
+
+    Attributes:
+        loss: The loss before the step.
+        grad_norm: Norm of the gradient before clipping.
+        learning_rate: The rate the step was taken at.
+        entropy: Mean entropy (nats a token) of the policy over the completions.
+        clip_share: Share of tokens whose importance weight was clipped, 0 to 1.
+        rows: Rows that went into the step.
+        skipped: Why no step was taken (``"constant"``, ``"non_finite"``), or ``None``.
+    """
+
+    loss: float
+    grad_norm: float
+    learning_rate: float
+    entropy: float
+    clip_share: float
+    rows: int
+    skipped: str | None = None
+
+
+@dataclass(frozen=True)
+class RolloutCounts:
+    """Rollouts by channel. ``reused`` were served from earlier ones and cost nothing.
+
+    Attributes:
+        fast: Run for the fast phase: reflection minibatches and scoring of candidates.
+        slow: Run for the slow phase: the groups of the optimizer steps.
+        eval: Run for validation only: nothing was learned from them.
+        reused: Scores or traces that an earlier rollout supplied.
+    """
+
+    fast: int = 0
+    slow: int = 0
+    eval: int = 0
+    reused: int = 0
+
+    @property
+    def total(self) -> int:
+        """Rollouts that were really run, over all channels."""
+        return self.fast + self.slow + self.eval
+
+    def minus(self, other: RolloutCounts) -> RolloutCounts:
+        """The difference of two counts, channel by channel."""
+        return self.plus(RolloutCounts(-other.fast, -other.slow, -other.eval, -other.reused))
+
+    def plus(self, other: RolloutCounts) -> RolloutCounts:
+        """The sum of two counts, channel by channel."""
+        return RolloutCounts(
+            fast=self.fast + other.fast,
+            slow=self.slow + other.slow,
+            eval=self.eval + other.eval,
+            reused=self.reused + other.reused,
+        )
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """One optimizer step, as written to ``steps.jsonl``.
+
+    Attributes:
+        cycle: The cycle it belongs to.
+        step: Its number, counted from 1 over the whole run.
+        reward: Mean reward of its rollouts.
+        constant_group_share: Share of its groups with equal rewards (no gradient), 0 to 1.
+        failures: Rollouts by kind of failure.
+        rollouts: Rollouts it used.
+        stats: What the optimizer did.
+    """
+
+    cycle: int
+    step: int
+    reward: float
+    constant_group_share: float
+    failures: Mapping[str, int]
+    rollouts: int
+    stats: StepStats
+
+
+@dataclass(frozen=True)
+class CycleRecord:
+    """One cycle of the joint loop, as written to ``cycles.jsonl``.
+
+    Attributes:
+        cycle: 0 is the student as it came, before any learning.
+        step: Optimizer steps taken by the end of the cycle.
+        candidate_ids: The population after the cycle's fast phase.
+        best_candidate_id: The candidate with the best validation score.
+        train_reward: Mean reward over the cycle's slow rollouts; ``None`` without a slow phase.
+        val_score: Mean score of the best candidate on the validation examples.
+        val_scores: Mean validation score of each candidate, in the order of ``candidate_ids``.
+        kl_to_base: KL(policy || base), nats a token, on validation prompts.
+        entropy: Mean policy entropy, nats a token; ``None`` without a slow phase.
+        constant_group_share: Share of groups with equal rewards (no gradient), 0 to 1.
+        failure_shares: Share of the slow rollouts by kind of failure, 0 to 1.
+        rollouts: Counts of this cycle.
+        total_rollouts: Counts from the start of the run to the end of this cycle.
+        tokens: Prompt and completion tokens of this cycle.
+        seconds: Wall time of this cycle by channel: ``fast``, ``slow``, ``eval``.
+        weights_version: Version id of the weights at the end of the cycle.
+    """
+
+    cycle: int
+    step: int
+    candidate_ids: tuple[str, ...]
+    best_candidate_id: str
+    train_reward: float | None
+    val_score: float
+    val_scores: tuple[float, ...]
+    kl_to_base: float
+    entropy: float | None
+    constant_group_share: float
+    failure_shares: Mapping[str, float]
+    rollouts: RolloutCounts
+    total_rollouts: RolloutCounts
+    tokens: Mapping[str, int]
+    seconds: Mapping[str, float]
+    weights_version: str
