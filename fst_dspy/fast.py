@@ -18,9 +18,10 @@ import random
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import dspy
+from gepa.core.adapter import GEPAAdapter
 from gepa.core.state import GEPAState, ValsetEvaluation
 from gepa.logging.experiment_tracker import ExperimentTracker
 from gepa.proposer.reflective_mutation.base import ReflectionComponentSelector
@@ -72,7 +73,7 @@ class ProposalStats:
         return ProposalStats(**sums, errors=dict(Counter(self.errors) + Counter(other.errors)))
 
 
-class WorstFirstComponentSelector(ReflectionComponentSelector):
+class WorstFirstComponentSelector:
     """Picks the component whose predictor fares worst on the minibatch.
 
     Worst is the largest share of calls that could not be read, then the lowest mean reward of the
@@ -82,7 +83,7 @@ class WorstFirstComponentSelector(ReflectionComponentSelector):
     def __call__(
         self,
         state: GEPAState,
-        trajectories: list[Trajectory],
+        trajectories: list[Any],
         subsample_scores: list[float],
         candidate_idx: int,
         candidate: dict[str, str],
@@ -246,7 +247,7 @@ class FastPhase:
         return ReflectiveMutationProposer(
             logger=_QuietLogger(),
             trainset=list(trainset),
-            adapter=adapter,
+            adapter=cast(GEPAAdapter[Any, Any, Any], adapter),
             candidate_selector=ParetoCandidateSelector(parents),
             module_selector=self.component_selector(),
             batch_sampler=EpochShuffledBatchSampler(self.config.minibatch_size, batches),
@@ -303,7 +304,7 @@ def _check(
 
 def _state_of(population: Population, cycle: int) -> GEPAState:
     """gepa's state, as if it had found the whole population by itself."""
-    evaluations = [
+    evaluations: list[ValsetEvaluation] = [
         ValsetEvaluation({}, dict(enumerate(score_V))) for score_V in population.score_K_V
     ]
     first, *others = population.candidates
@@ -320,4 +321,3 @@ def _state_of(population: Population, cycle: int) -> GEPAState:
         (cycle + k) % len(names) for k in range(len(evaluations))
     ]
     return state
-

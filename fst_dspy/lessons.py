@@ -17,7 +17,6 @@ from typing import Any
 
 from fst_dspy.candidate import INSTRUCTIONS, split_component
 from fst_dspy.proposers import Record
-from fst_dspy.types import Candidate
 
 MARKER = re.compile(r"\b(?:lesson|rule|hint|note|remember|tip)s?\s*:\s*", re.IGNORECASE)
 BULLET = re.compile(r"^\s*(?:[-*•]|\d+[.)])\s+")
@@ -83,19 +82,15 @@ class LessonProposer:
 
     A lesson replaces an older one that differs from it only in a word or two at its end ("visa
     tickets go to silver." becomes "visa tickets go to amber."), so a changed policy is followed.
-    When an instruction would be too long, the least supported lessons are left out; the lines of
-    the student's own instruction stay.
+    When an instruction would be too long, the least supported lessons are left out; lines that no
+    feedback stated, such as the student's own, stay.
 
     Args:
-        seed: The student's own texts.
         instruction_tokens: Longest instruction to propose.
         count_tokens: Counts the tokens of a text, best with the local model's tokenizer.
     """
 
-    def __init__(
-        self, seed: Candidate, instruction_tokens: int, count_tokens: Callable[[str], int]
-    ) -> None:
-        self.seed = seed
+    def __init__(self, instruction_tokens: int, count_tokens: Callable[[str], int]) -> None:
         self.instruction_tokens = instruction_tokens
         self.count_tokens = count_tokens
         self._memory: dict[str, dict[str, Lesson]] = {}
@@ -205,7 +200,7 @@ class LessonProposer:
         missing = _ranked([x for key, x in live.items() if f" {key} " not in present])
         unmarked = [lesson for lesson in missing if not lesson.marked][NEW_UNMARKED:]
         lines += [lesson.text for lesson in missing if lesson not in unmarked]
-        lines = self._shorten(component, lines, memory)
+        lines = self._shorten(lines, memory)
         text = "\n".join(lines)
         if text != instruction or self._orders.get(component, 0) >= ORDERS:
             return text
@@ -219,16 +214,12 @@ class LessonProposer:
         moved = dict(zip(places, shuffled, strict=True))
         return "\n".join(moved.get(i, line) for i, line in enumerate(lines))
 
-    def _shorten(self, component: str, lines: list[str], memory: Mapping[str, Lesson]) -> list[str]:
-        own = set(self.seed.components.get(component, "").split("\n"))
-        weakest = sorted(
-            (line for line in lines if line.strip() and line not in own),
-            key=lambda line: memory[key_of(line)].rank if key_of(line) in memory else (0, 0, 0),
-            reverse=True,
-        )
+    def _shorten(self, lines: list[str], memory: Mapping[str, Lesson]) -> list[str]:
+        learned = [line for line in lines if key_of(line) in memory]
+        weakest = sorted(learned, key=lambda line: memory[key_of(line)].rank, reverse=True)
         while weakest and self.count_tokens("\n".join(lines)) > self.instruction_tokens:
-            lines = [line for line in lines if line != weakest[-1]]
-            weakest.pop()
+            dropped = weakest.pop()
+            lines = [line for line in lines if line != dropped]
         return lines
 
 
@@ -295,8 +286,7 @@ def contradicts(new: str, old: str, subject: Sequence[str] = ()) -> bool:
         return False
     if any(new_words[i] in subject for i in differ):
         return False
-    before, after = differ[0], len(new_words) - 1 - differ[-1]
-    return before > after and 2 * before >= len(new_words)
+    return 2 * differ[0] >= len(new_words)
 
 
 def key_of(text: str) -> str:

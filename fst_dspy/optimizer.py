@@ -44,8 +44,9 @@ from fst_dspy.errors import ConfigError
 from fst_dspy.evaluate import evaluate
 from fst_dspy.fast import FastPhase
 from fst_dspy.interrupt import Interrupt
+from fst_dspy.lessons import LessonProposer
 from fst_dspy.progress import ProgressListener, RichProgress, SilentProgress
-from fst_dspy.proposers import Proposer, make_proposer
+from fst_dspy.proposers import Proposer, ReflectionLMProposer
 from fst_dspy.result import Best, FSTResult
 from fst_dspy.rollout import RolloutJob, RolloutRunner, calls_of, trained_predictors
 from fst_dspy.run_state import LoopState, RunFolder
@@ -191,10 +192,7 @@ class _Run:
         self.runner = RolloutRunner(
             student, fst.metric, self.lm, self.config.sampling, self.seed
         )
-        self.proposer = fst.instruction_proposer or make_proposer(
-            fst.reflection_lm, self.config.fast, self.policy.count_tokens
-        )
-        self.fast = FastPhase(self.config.fast, self.proposer, self.seed)
+        self.fast = FastPhase(self.config.fast, self._make_proposer(fst), self.seed)
         self.trainer = self._make_trainer() if self.slow_on else None
 
     def loop(self) -> LoopState:
@@ -415,6 +413,17 @@ class _Run:
 
     def _steps_before(self, state: LoopState) -> int:
         return state.records[-1].step
+
+    def _make_proposer(self, fst: FST) -> Proposer:
+        if fst.instruction_proposer is not None:
+            return fst.instruction_proposer
+        limit = self.config.fast.instruction_tokens
+        if fst.reflection_lm is not None:
+            return ReflectionLMProposer(fst.reflection_lm, limit, self._count_tokens)
+        return LessonProposer(limit, self._count_tokens)
+
+    def _count_tokens(self, text: str) -> int:
+        return len(self.policy.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def _make_trainer(self) -> SlowTrainer:
         cycles = self.config.budget.max_cycles

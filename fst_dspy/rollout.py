@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import copy
 import hashlib
 import threading
 import time
@@ -368,8 +369,6 @@ def strict_adapter(adapter: dspy.Adapter | None) -> dspy.Adapter:
     if adapter is None:
         return ChatAdapter(use_json_adapter_fallback=False)
     if isinstance(adapter, ChatAdapter) and adapter.use_json_adapter_fallback:
-        import copy
-
         adapter = copy.copy(adapter)
         adapter.use_json_adapter_fallback = False
     return adapter

@@ -30,11 +30,23 @@ from fst_dspy.embedded.corpus.render import (
 )
 from fst_dspy.embedded.corpus.words import ENGLISH, HELD_OUT, VOCABULARY, distinct
 
-DRILLS: Mapping[str, tuple[str, ...]] = {
-    "adjacent": ("{k} {v}",),
-    "one apart": ("{k}: {v}", "{k} -> {v}", "{k} = {v}"),
-    "two apart": ("{k} goes to {v}", "{k} belongs to {v}", "{k} means: {v}", "send {k} to the {v}"),
-    "three apart": ("{k} {n} go to {v}", "{k} is sent to {v}", "if it is {k}, answer {v}"),
+@dataclass(frozen=True)
+class Drill:
+    """Wordings of one distance, the most pairs in a list, and the shares of English to choose."""
+
+    wordings: tuple[str, ...]
+    pairs: int = 12
+    english: tuple[float, ...] = (0.4, 0.8, 1.0)
+
+
+DRILLS: Mapping[str, Drill] = {
+    "adjacent, few": Drill(("{k} {v}",), pairs=4, english=(1.0,)),
+    "adjacent": Drill(("{k} {v}",)),
+    "one apart": Drill(("{k}: {v}", "{k} -> {v}", "{k} = {v}", "{k} {v}")),
+    "two apart": Drill(
+        ("{k} goes to {v}", "{k} belongs to {v}", "{k} means: {v}", "send {k} to the {v}")
+    ),
+    "three apart": Drill(("{k} {n} go to {v}", "{k} is sent to {v}", "if it is {k}, answer {v}")),
 }
 NOUNS = "tickets cases requests questions messages items things mails topics orders".split()
 WORDINGS = (
@@ -198,16 +210,15 @@ def repeat(rng: Random) -> list[Message]:
     return [Message("user", listed), Message("assistant", listed, 1.0)]
 
 
-def drill(rng: Random, wordings: Sequence[str]) -> list[Message]:
-    """Pairs of words in one wording, then most of them again, to be completed."""
-    count = rng.randint(3, 12)
-    words = distinct(rng, 2 * count, english=rng.choice([0.4, 0.8, 1.0]))
-    wording = rng.choice(wordings).replace("{n}", rng.choice(NOUNS))
+def drill(rng: Random, kind: Drill) -> list[Message]:
+    """Pairs of words in one wording, then the same several times over, to be completed."""
+    count = rng.randint(2, kind.pairs)
+    words = distinct(rng, 2 * count, english=rng.choice(kind.english))
+    wording = rng.choice(kind.wordings).replace("{n}", rng.choice(NOUNS))
     pairs = list(zip(words[:count], words[count:], strict=True))
     listed = "\n".join(wording.format(k=k, v=v) for k, v in pairs)
-    rng.shuffle(pairs)
     content, spans = "", []
-    for key, value in pairs:
+    for key, value in rng.choices(pairs, k=16):
         content += wording.format(k=key, v=value)
         spans.append((len(content) - len(value), len(content), HEAVY))
         content += "\n"
@@ -270,7 +281,7 @@ class RuleLookup:
     """See the module docstring; satisfies ``Family``."""
 
     name = "rule_lookup"
-    warmup = tuple(Stage(name, 250, 0.85) for name in DRILLS)
+    warmup = tuple(Stage(name, 400, 0.85) for name in DRILLS)
     share = 1.0
 
     def sample(self, rng: Random, stage: str) -> list[Message]:

@@ -1,0 +1,145 @@
+"""Makes the embedded model from nothing: ``python -m fst_dspy.embedded.pretrain``.
+
+Text is generated, never downloaded. The run is determined by its seed, can be killed at any moment
+and goes on from its last checkpoint when started again with the same settings.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from tokenizers import Tokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from fst_dspy import embedded
+from fst_dspy.embedded import tokenizer as tokenizer_lib
+from fst_dspy.embedded.corpus import FAMILIES
+from fst_dspy.embedded.figures import family_figures
+from fst_dspy.embedded.training import Recipe, Trainer, make_tokenizer
+
+
+def _git_commit() -> str | None:
+    """The commit that the code stands at, or ``None`` outside a repository."""
+    try:
+        found = subprocess.run(
+            ["git", "rev-parse", "HEAD"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return found.stdout.strip()
+
+
+def _with_progress(trainer: Trainer, file: Path, save_every: int) -> None:
+    total = sum(stage.max_steps for _, stage in trainer.stages)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.completed:.0f}/{task.total:.0f} steps"),
+        TimeElapsedColumn(),
+        TextColumn("at most left:"),
+        TimeRemainingColumn(),
+    )
+    began = time.monotonic() - trainer.position.seconds
+    with Progress(*columns) as progress:
+        task = progress.add_task("start", total=total)
+
+        def report(run: Trainer, loss: float) -> None:
+            at = run.position
+            at.seconds = time.monotonic() - began
+            if run.done:
+                progress.update(task, completed=total, description="done")
+                return
+            # A stage that reached its target early counts as run in full.
+            passed = sum(stage.max_steps for _, stage in run.stages[: at.stage])
+            name = run.stages[at.stage][1].name
+            progress.update(
+                task,
+                completed=passed + at.stage_step,
+                description=f"{name}: loss {loss:.2f}, right {at.accuracy:.0%}",
+            )
+
+        trainer.run(file, save_every, report)
+
+
+def pretrain(out: Path, work: Path, recipe: Recipe, questions: int, save_every: int) -> Path:
+    """Trains (or goes on training) in ``work`` and writes model, tokenizer and figures to ``out``.
+
+    Args:
+        out: The model folder, in the format of ``AutoModelForCausalLM``.
+        work: Where the tokenizer and the checkpoint are kept during the run.
+        recipe: How the model is made. Another recipe in the same ``work`` starts from nothing.
+        questions: Test questions a family for the figures.
+        save_every: Steps between checkpoints.
+    """
+    work.mkdir(parents=True, exist_ok=True)
+    out.mkdir(parents=True, exist_ok=True)
+    kept = work / f"tokenizer-{recipe.seed}-{recipe.pieces}-{recipe.tokenizer_chats}.json"
+    if kept.exists():
+        tokenizer = Tokenizer.from_file(str(kept))
+    else:
+        tokenizer = make_tokenizer(FAMILIES, recipe)
+        temporary = kept.with_suffix(".tmp")
+        tokenizer.save(str(temporary))
+        temporary.replace(kept)
+    trainer = Trainer(FAMILIES, tokenizer, recipe)
+    trainer.load(work / "checkpoint.pt")
+    if not trainer.done:
+        _with_progress(trainer, work / "checkpoint.pt", save_every)
+    trainer.model.save_pretrained(out)
+    tokenizer_lib.save(tokenizer, out)
+    figures: dict[str, Any] = {
+        "families": family_figures(
+            AutoModelForCausalLM.from_pretrained(out),
+            AutoTokenizer.from_pretrained(out),
+            FAMILIES,
+            questions,
+            recipe.seed,
+        ),
+        "temperature": 1.0,
+        "parameters": sum(p.numel() for p in trainer.model.parameters()),
+        "steps": trainer.position.step,
+        "steps_by_stage": trainer.position.finished,
+        "seconds": round(trainer.position.seconds, 1),
+        "seed": recipe.seed,
+        "recipe": dataclasses.asdict(recipe),
+        "command": " ".join(["python -m fst_dspy.embedded.pretrain", *sys.argv[1:]]),
+        "git_commit": _git_commit(),
+    }
+    (out / "figures.json").write_text(json.dumps(figures, indent=2) + "\n")
+    return out
+
+
+def main(
+    out: Annotated[Path, typer.Option(help="The model folder to write.")] = embedded.path(),
+    work: Annotated[Path, typer.Option(help="Checkpoints are kept here.")] = Path(
+        "runs/pretrain"
+    ),
+    seed: Annotated[int, typer.Option(help="Decides weights and text.")] = Recipe.seed,
+    joint_steps: Annotated[
+        int, typer.Option(min=1, help="Steps of the last stage, which mixes all families.")
+    ] = Recipe.joint_steps,
+    questions: Annotated[int, typer.Option(min=1, help="Test questions a family.")] = 512,
+    save_every: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = 50,
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 2,
+) -> None:
+    """Make the embedded model from nothing, or go on with a run that was killed."""
+    torch.set_num_threads(threads)
+    pretrain(out, work, Recipe(seed=seed, joint_steps=joint_steps), questions, save_every)
+    typer.echo(f"{out}: {(out / 'figures.json').read_text()}")
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,377 @@
+"""Sampling from the policy: a decode loop of our own over a transformers model.
+
+It departs from ``model.generate`` where rollouts gain by it: equal prompts are read once and their
+cache is copied to the rows; finished rows leave the batch; every row samples from a counter-based
+generator of its own seed, so its tokens do not depend on what else is in the batch (beyond float
+noise); and the log-probability of each token is kept as it was sampled.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicLayer
+
+from fst_dspy.errors import PromptTooLongError
+from fst_dspy.policy import Policy
+
+logger = logging.getLogger(__name__)
+
+MAX_BATCH_TOKENS = 65_536  # prompt and completion tokens of the rows decoded together
+LEAVE_SHARE = 0.25  # finished rows are dropped when they are this share of the batch
+
+
+@dataclass(frozen=True)
+class GenerationRequest:
+    """One completion to sample.
+
+    Attributes:
+        prompt_ids_T: Token ids of the prompt, at least one.
+        max_tokens: Longest completion, at least 1; cut to the room left in the context window.
+        temperature: 0 takes the likeliest token every time.
+        top_p: Nucleus mass, in (0, 1].
+        stop: Strings that end the completion; they are left out of its text.
+        seed: Seed of this row alone, any int.
+    """
+
+    prompt_ids_T: tuple[int, ...]
+    max_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    stop: tuple[str, ...] = ()
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class GenerationResult:
+    """One sampled completion.
+
+    Attributes:
+        completion_ids_T: As sampled, with the end token where there was one.
+        logprobs_T: Of each token, in nats, under the softmax over the whole vocabulary scaled by
+            the temperature (1 for greedy rows) and before ``top_p``.
+        text: Decoded, without special tokens, cut before a stop string.
+        finish_reason: ``"stop"`` for an end token or stop string, else ``"length"``.
+    """
+
+    completion_ids_T: tuple[int, ...]
+    logprobs_T: tuple[float, ...]
+    text: str
+    finish_reason: Literal["stop", "length"]
+
+
+def check_prompt(policy: Policy, prompt_ids_T: Sequence[int]) -> None:
+    """Raise ``PromptTooLongError`` when a prompt leaves no room for a completion."""
+    if len(prompt_ids_T) >= policy.context_length:
+        raise PromptTooLongError(
+            f"the prompt has {len(prompt_ids_T)} tokens, but {policy.name} holds "
+            f"{policy.context_length} tokens of prompt and completion; shorten the instructions, "
+            "the demos or the inputs"
+        )
+
+
+def generate(policy: Policy, requests: Sequence[GenerationRequest]) -> list[GenerationResult]:
+    """Sample a completion for every request, in the requests' order.
+
+    Raises:
+        PromptTooLongError: A prompt leaves no room for a completion; nothing is generated.
+    """
+    for request in requests:
+        check_prompt(policy, request.prompt_ids_T)
+    results: list[GenerationResult | None] = [None] * len(requests)
+    with policy.lock, torch.no_grad():
+        model = policy.model
+        was_training = model.training
+        model.eval()
+        try:
+            for chunk in _chunks(policy, requests):
+                rows = _Batch(policy, [requests[index] for index in chunk]).run()
+                for index, result in zip(chunk, rows, strict=True):
+                    results[index] = result
+        finally:
+            model.train(was_training)
+    return [result for result in results if result is not None]
+
+
+def _chunks(policy: Policy, requests: Sequence[GenerationRequest]) -> list[list[int]]:
+    """Split requests into batches of alike length that keep to ``MAX_BATCH_TOKENS``."""
+    chunks: list[list[int]] = []
+    equal_only = not _pads_safely(policy.model.config)
+    longest_T, longest_new = 0, 0
+    for index in sorted(range(len(requests)), key=lambda i: len(requests[i].prompt_ids_T)):
+        request = requests[index]
+        length = len(request.prompt_ids_T)
+        longest_new = max(longest_new, _room(policy, request))
+        fits = chunks and (len(chunks[-1]) + 1) * (length + longest_new) <= MAX_BATCH_TOKENS
+        if not fits or (equal_only and length != longest_T):
+            chunks.append([])
+            longest_new = _room(policy, request)
+        chunks[-1].append(index)
+        longest_T = length
+    return chunks
+
+
+def _room(policy: Policy, request: GenerationRequest) -> int:
+    return min(request.max_tokens, policy.context_length - len(request.prompt_ids_T))
+
+
+def _pads_safely(config: Any) -> bool:
+    """Whether left padding leaves the logits alone.
+
+    Attention masks it out. A convolution zeroes the padded inputs, but a bias in its projection
+    would bring them back (Lfm2 with ``conv_bias``); other recurrent layers are not relied upon.
+    """
+    config = config.get_text_config()
+    recurrent = {
+        kind
+        for kind in getattr(config, "layer_types", None) or ()
+        if not kind.endswith("attention") or kind == "linear_attention"
+    }
+    if recurrent == {"conv"}:
+        return not getattr(config, "conv_bias", True)
+    return not recurrent and config.model_type not in ("mamba", "mamba2", "falcon_mamba", "jamba")
+
+
+class _Batch:
+    """One batch from prompts to results. Tensors: U distinct prompts, B live rows, T tokens."""
+
+    def __init__(self, policy: Policy, requests: Sequence[GenerationRequest]) -> None:
+        self.policy, self.requests = policy, requests
+        self.model, self.tokenizer = policy.model, policy.tokenizer
+        device = policy.device
+        limits = [_room(policy, request) for request in requests]
+        total, self.steps = len(requests), max(limits)
+        self.ids = torch.zeros((total, self.steps), dtype=torch.long, device=device)
+        self.logprobs = torch.zeros((total, self.steps), device=device)
+        self.uniform = torch.from_numpy(_uniforms([r.seed for r in requests], self.steps))
+        self.uniform = self.uniform.to(device)
+        self.lengths = torch.zeros(total, dtype=torch.long, device=device)
+        self.stopped = torch.zeros(total, dtype=torch.bool, device=device)
+        self.limits = torch.tensor(limits, device=device)
+        self.temperature = torch.tensor([r.temperature for r in requests], device=device)
+        self.top_p = torch.tensor([r.top_p for r in requests], device=device)
+        self.any_top_p = any(r.top_p < 1 for r in requests)
+        self.any_stop = any(r.stop for r in requests)
+        self.eos = torch.tensor(sorted(eos_ids(policy)), dtype=torch.long, device=device)
+
+    def run(self) -> list[GenerationResult]:
+        rows = torch.arange(len(self.requests), device=self.policy.device)
+        done = torch.zeros(len(rows), dtype=torch.bool, device=rows.device)
+        logits_BV, cache, mask_BT, position_B = self._prefill()
+        for step in range(self.steps):
+            next_B, logprob_B = self._sample(logits_BV, rows, step)
+            self.ids[rows, step], self.logprobs[rows, step] = next_B, logprob_B
+            done = self._update_done(done, rows, next_B, step)
+            finished = int(done.sum())
+            if finished == len(rows):
+                break
+            if finished >= LEAVE_SHARE * len(rows) and hasattr(cache, "reorder_cache"):
+                keep = (~done).nonzero().squeeze(1)
+                cache.reorder_cache(keep)
+                rows, next_B, done = rows[keep], next_B[keep], done[keep]
+                mask_BT, position_B = mask_BT[keep], position_B[keep]
+            mask_BT = torch.nn.functional.pad(mask_BT, (0, 1), value=1)
+            logits_BV, cache = self._forward(next_B[:, None], mask_BT, position_B[:, None], cache)
+            position_B = position_B + 1
+        return self._results()
+
+    def _prefill(self) -> tuple[Tensor, Any, Tensor, Tensor]:
+        """Read each distinct prompt once, then give every row its copy of the cache."""
+        distinct: dict[tuple[int, ...], int] = {}
+        owner = [distinct.setdefault(r.prompt_ids_T, len(distinct)) for r in self.requests]
+        device, longest = self.policy.device, max(map(len, distinct))
+        pad = self.tokenizer.pad_token_id
+        ids_UT = torch.tensor([[pad] * (longest - len(p)) + list(p) for p in distinct])
+        lengths_U = torch.tensor([len(p) for p in distinct])
+        mask_UT = (torch.arange(longest)[None] >= longest - lengths_U[:, None]).long()
+        owner_B = torch.tensor(owner, device=device)
+        ids_UT, mask_UT, lengths_U = ids_UT.to(device), mask_UT.to(device), lengths_U.to(device)
+        logits_UV, cache = self._forward(ids_UT, mask_UT, _positions(mask_UT), None)
+        if not hasattr(cache, "reorder_cache") and len(distinct) < len(owner):
+            logger.warning("equal prompts are read again: %s has no copies", type(cache).__name__)
+            ids_BT, mask_BT = ids_UT[owner_B], mask_UT[owner_B]
+            logits_BV, cache = self._forward(ids_BT, mask_BT, _positions(mask_BT), None)
+            return logits_BV, cache, mask_BT, lengths_U[owner_B]
+        if len(distinct) < len(owner):
+            cache.reorder_cache(owner_B)
+        _make_room(cache, self.steps)
+        return logits_UV[owner_B], cache, mask_UT[owner_B], lengths_U[owner_B]
+
+    def _forward(
+        self, ids: Tensor, mask: Tensor, position: Tensor, cache: Any
+    ) -> tuple[Tensor, Any]:
+        output = self.model(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=position,
+            past_key_values=cache,
+            use_cache=True,
+            **_last_only(self.model),
+        )
+        return output.logits[:, -1].float(), output.past_key_values
+
+    def _sample(self, logits_BV: Tensor, rows: Tensor, step: int) -> tuple[Tensor, Tensor]:
+        temperature_B1 = self.temperature[rows][:, None]
+        greedy_B = temperature_B1[:, 0] == 0
+        scaled_BV = logits_BV / temperature_B1.masked_fill(temperature_B1 == 0, 1.0)
+        logprob_BV = scaled_BV.log_softmax(-1)
+        chosen_B = _draw(
+            logprob_BV.exp(),
+            self.uniform[rows, step],
+            self.top_p[rows] if self.any_top_p else None,
+        )
+        next_B = torch.where(greedy_B, logits_BV.argmax(-1), chosen_B)
+        return next_B, logprob_BV.gather(1, next_B[:, None]).squeeze(1)
+
+    def _update_done(self, done: Tensor, rows: Tensor, next_B: Tensor, step: int) -> Tensor:
+        ended = torch.isin(next_B, self.eos)
+        if self.any_stop:
+            ended = ended | self._hit_stop_string(done, rows, step)
+        now = ~done & (ended | (self.limits[rows] <= step + 1))
+        self.lengths[rows] = torch.where(now, step + 1, self.lengths[rows])
+        self.stopped[rows] |= now & ended
+        return done | now
+
+    def _hit_stop_string(self, done: Tensor, rows: Tensor, step: int) -> Tensor:
+        hit = [False] * len(rows)
+        for place, (row, over) in enumerate(zip(rows.tolist(), done.tolist(), strict=True)):
+            stop = self.requests[row].stop
+            if stop and not over:
+                # A token is at least a byte, but for special ones, which decode to nothing.
+                tail = max(len(text.encode()) for text in stop) + 8
+                ids = self.ids[row, max(0, step + 1 - tail) : step + 1].tolist()
+                text = self.tokenizer.decode(ids, skip_special_tokens=True)
+                hit[place] = any(s in text for s in stop)
+        return torch.tensor(hit, device=done.device)
+
+    def _results(self) -> list[GenerationResult]:
+        lengths, stopped = self.lengths.tolist(), self.stopped.tolist()
+        ids = [row[:n] for row, n in zip(self.ids.tolist(), lengths, strict=True)]
+        logprobs = [row[:n] for row, n in zip(self.logprobs.tolist(), lengths, strict=True)]
+        texts = self.tokenizer.batch_decode(
+            ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+        return [
+            GenerationResult(
+                completion_ids_T=tuple(ids_T),
+                logprobs_T=tuple(logprobs_T),
+                text=_cut(text, request.stop),
+                finish_reason="stop" if ended else "length",
+            )
+            for request, ids_T, logprobs_T, text, ended in zip(
+                self.requests, ids, logprobs, texts, stopped, strict=True
+            )
+        ]
+
+
+class _RoomyLayer(DynamicLayer):
+    """Keys and values in a buffer with room for the whole completion.
+
+    The stock layer copies all it holds at every token, a quarter of the time of a small model.
+    """
+
+    def __init__(self, layer: DynamicLayer, steps: int) -> None:
+        super().__init__()
+        self.dtype, self.device, self.is_initialized = layer.dtype, layer.device, True
+        self._length = layer.keys.shape[-2]
+        self._rooms = [torch.nn.functional.pad(t, (0, 0, 0, steps)) for t in (layer.keys, layer.values)]
+        self._show()
+
+    def _show(self) -> None:
+        self.keys, self.values = (room[:, :, : self._length] for room in self._rooms)
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        start, self._length = self._length, self._length + key_states.shape[-2]
+        for room, new in zip(self._rooms, (key_states, value_states), strict=True):
+            room[:, :, start : self._length] = new
+        self._show()
+        return self.keys, self.values
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self._rooms = [room.index_select(0, beam_idx) for room in self._rooms]
+        self._show()
+
+
+def _make_room(cache: Any, steps: int) -> None:
+    layers = getattr(cache, "layers", [])
+    for place, layer in enumerate(layers):
+        if type(layer) is DynamicLayer and layer.is_initialized:
+            layers[place] = _RoomyLayer(layer, steps)
+
+
+def _positions(mask_BT: Tensor) -> Tensor:
+    return (mask_BT.cumsum(1) - 1).clamp(min=0)
+
+
+def eos_ids(policy: Policy) -> set[int]:
+    """Every token that ends a completion, as model, generation settings and tokenizer name them."""
+    model = policy.model
+    found: set[int] = set()
+    for value in (
+        model.generation_config.eos_token_id if model.generation_config else None,
+        model.config.get_text_config().eos_token_id,
+        policy.tokenizer.eos_token_id,
+    ):
+        found |= {value} if isinstance(value, int) else set(value or ())
+    return found
+
+
+def _draw(prob_BV: Tensor, uniform_B: Tensor, top_p_B: Tensor | None) -> Tensor:
+    """Inverse-CDF sampling: the token in whose share of the (cut) distribution the number falls."""
+    prob_BV = prob_BV.double()
+    if top_p_B is not None:
+        sorted_BV, order_BV = prob_BV.sort(-1, descending=True, stable=True)
+        before_BV = sorted_BV.cumsum(-1) - sorted_BV
+        sorted_BV = sorted_BV.masked_fill(before_BV >= top_p_B[:, None], 0.0)
+        sorted_BV[:, 0] = sorted_BV[:, 0].clamp(min=1e-300)  # top_p of 0 leaves the likeliest
+        prob_BV = torch.zeros_like(prob_BV).scatter(1, order_BV, sorted_BV)
+    cumulative_BV = prob_BV.cumsum(-1)
+    target_B1 = (uniform_B * cumulative_BV[:, -1])[:, None]
+    token_B = torch.searchsorted(cumulative_BV, target_B1, right=True).squeeze(1)
+    # Rounding may put the target at the very end: stay on the last token that can be drawn.
+    last_B = prob_BV.shape[-1] - 1 - (prob_BV.flip(-1) > 0).int().argmax(-1)
+    return torch.minimum(token_B, last_B)
+
+
+def _uniforms(seeds: Sequence[int], steps: int) -> np.ndarray:
+    """Numbers in [0, 1) for each (seed, step), by the splitmix64 hash: float64 (rows, steps)."""
+    mask = (1 << 64) - 1
+    seed_B1 = np.array([seed & mask for seed in seeds], dtype=np.uint64)[:, None]
+    with np.errstate(over="ignore"):
+        counter_T = np.arange(1, steps + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+        bits_BT = _mix(_mix(seed_B1 + np.uint64(0x9E3779B97F4A7C15)) + counter_T[None])
+    return (bits_BT >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+def _mix(bits: np.ndarray) -> np.ndarray:
+    bits = (bits ^ (bits >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    bits = (bits ^ (bits >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return bits ^ (bits >> np.uint64(31))
+
+
+def _cut(text: str, stop: tuple[str, ...]) -> str:
+    return text[: min((text.find(s) for s in stop if s in text), default=len(text))]
+
+
+def _last_only(model: Any) -> dict[str, int]:
+    """Ask for the last position's logits only, of models that can be asked."""
+    model = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return {"logits_to_keep": 1} if "logits_to_keep" in _parameters(type(model)) else {}
+
+
+_parameters_of: dict[type, frozenset[str]] = {}
+
+
+def _parameters(kind: type) -> frozenset[str]:
+    if kind not in _parameters_of:
+        _parameters_of[kind] = frozenset(inspect.signature(kind.forward).parameters)
+    return _parameters_of[kind]

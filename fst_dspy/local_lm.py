@@ -1,0 +1,103 @@
+"""``LocalLM``: a DSPy language model over weights in this process, which FST can train."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import dspy
+import torch
+
+from fst_dspy.engine import DEFAULT_MAX_TOKENS, AsyncLocalEngine, LocalEngine
+from fst_dspy.errors import ModelError
+from fst_dspy.policy import Policy
+
+
+class LocalLM(dspy.LM):
+    """A local causal language model for DSPy programs.
+
+    ``lm.model`` is the version id of the weights it answers with, a content hash. The response
+    cache is keyed on it, so an answer of other weights is never returned. Training moves the
+    policy's live weights on, but not this LM: ``live()`` follows them, ``at()`` names others.
+
+    Args:
+        model: ``"embedded"`` for the model in the package, a folder, a hub id, or a loaded
+            ``Policy`` to share.
+        temperature: In [0, 2]; 0 is greedy.
+        max_tokens: Longest answer, in tokens; by default 512 or half the context window, if less.
+        device: Defaults to CUDA where there is one.
+        dtype: Defaults to bfloat16 on CUDA and float32 elsewhere.
+        trust_remote_code: Run Python code that comes with the model.
+        cache: Keep answers in DSPy's cache.
+        **kwargs: As for ``dspy.LM``, such as ``top_p``, ``stop`` and ``seed``.
+
+    Raises:
+        ModelError: The model cannot be loaded.
+    """
+
+    def __init__(
+        self,
+        model: str | Policy = "embedded",
+        *,
+        temperature: float | None = 1.0,
+        max_tokens: int | None = None,
+        device: str | torch.device | None = None,
+        dtype: str | torch.dtype | None = None,
+        trust_remote_code: bool = False,
+        cache: bool = True,
+        engine: LocalEngine | None = None,
+        async_engine: AsyncLocalEngine | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if engine is not None:  # a saved state: the engine was loaded, ``model`` is the version id
+            version = _must_have(engine.policy, str(model))
+        else:
+            policy = (
+                model
+                if isinstance(model, Policy)
+                else Policy.load(
+                    model, device=device, dtype=dtype, trust_remote_code=trust_remote_code
+                )
+            )
+            engine, version = LocalEngine(policy), policy.version()
+        self._local = engine
+        super().__init__(
+            version,
+            temperature=temperature,
+            max_tokens=max_tokens or min(DEFAULT_MAX_TOKENS, self.policy.context_length // 2),
+            cache=cache,
+            engine=engine,
+            async_engine=async_engine or AsyncLocalEngine(engine),
+            **kwargs,
+        )
+
+    @property
+    def policy(self) -> Policy:
+        """The weights and tokenizer; copies of this LM share it."""
+        return self._local.policy
+
+    @property
+    def version(self) -> str:
+        """Version id of the weights this LM answers with; of a live LM, as they are now."""
+        return self.policy.version() if self.model == self.policy.live_id else self.model
+
+    def at(self, version: str) -> LocalLM:
+        """A copy bound to other weights of the same policy.
+
+        Raises:
+            ModelError: They are neither the base, nor live, nor kept.
+        """
+        return self.copy(model=_must_have(self.policy, version))
+
+    def live(self) -> LocalLM:
+        """A copy that follows the live weights, without the cache."""
+        return self.copy(model=self.policy.live_id, cache=False)
+
+
+def _must_have(policy: Policy, version: str) -> str:
+    if not policy.has(version):
+        raise ModelError(
+            f"the weights {version} are not at hand, only {policy.base_version}, the live "
+            f"{policy.version()} and kept ones; a saved program names its weights but does not "
+            "hold them"
+        )
+    return version

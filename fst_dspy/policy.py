@@ -1,0 +1,424 @@
+"""The slow weights: a causal language model, and the versions kept of its weights.
+
+A version id is ``"<name>@<12 hex digits>"``, a content hash: the same weights have the same id in
+every process, and different weights never share one. ``"<name>@live"`` names whatever the weights
+are at the moment; it moves with every optimizer step and is never cached.
+
+Nothing is copied at load. The base weights are read again from where they came when they are first
+needed after they changed, and their hash is checked; so training needs no preparation, and LoRA,
+whose base never changes, needs no copy at all.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from fst_dspy.config import LoraConfig
+from fst_dspy.embedded import path as embedded_path
+from fst_dspy.errors import ModelError
+
+DEFAULT_CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ message['role'] + ': ' + message['content'] + '\n\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
+)
+LIVE = "live"
+_OWN, _VISITING = "default", "visiting"  # names of the live adapter and of one swapped in
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """A copy of weights on the CPU: all of them, or the adapters that sit on the base."""
+
+    lora: LoraConfig | None
+    tensors: Mapping[str, Tensor]
+
+
+class Policy:
+    """A causal LM with its tokenizer: the live weights, and versions kept of them.
+
+    Made with ``Policy.load``. Whoever generates, trains or swaps weights holds ``lock``.
+
+    Attributes:
+        model: The live model, updated in place; wrapped by peft after ``add_lora``.
+        tokenizer: Has a chat template and a pad token, given here if the files had none.
+        name: First half of every version id: the last part of the folder name or hub id.
+        step: Optimizer steps taken since the weights were loaded; the trainer counts it.
+        context_length: Tokens that prompt and completion may have together.
+        base_version: Version id of the weights as loaded.
+        device, lock: Where the weights are, and the lock that guards them.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        name: str,
+        source: Mapping[str, Any],
+    ) -> None:
+        self.model = model.eval()
+        self.tokenizer = tokenizer
+        self.name = re.sub(r"[^\w.-]", "-", name)
+        self.lock = threading.RLock()
+        self.step = 0
+        self.source = dict(source)
+        self.context_length = _context_length(model.config, tokenizer)
+        # peft moves modules about but keeps the parameters, so these names hold for good.
+        self._weights: dict[str, torch.nn.Parameter] = dict(model.named_parameters())
+        self._lora: LoraConfig | None = None
+        self._kept: dict[str, _Kept] = {}
+        self._visiting: str | None = None
+        self._hashed: tuple[Any, str] | None = None
+        self._base_hash = _hash(self._weights)
+        self.base_version = self._version_id(self._base_hash)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Policy:
+        return self
+
+    @property
+    def device(self) -> torch.device:
+        return next(iter(self._weights.values())).device
+
+    @property
+    def lora(self) -> LoraConfig | None:
+        """The adapters' settings, or ``None`` when all weights are trained."""
+        return self._lora
+
+    @classmethod
+    def load(
+        cls,
+        name_or_path: str | Path,
+        *,
+        device: str | torch.device | None = None,
+        dtype: str | torch.dtype | None = None,
+        trust_remote_code: bool = False,
+    ) -> Policy:
+        """Load a model.
+
+        Args:
+            name_or_path: ``"embedded"`` for the model in the package, a folder, or a hub id.
+            device: Defaults to CUDA where there is one.
+            dtype: A torch dtype or its name; defaults to bfloat16 on CUDA and float32 elsewhere.
+            trust_remote_code: Run Python code that comes with the model. Off unless asked for.
+
+        Returns:
+            The policy. A tokenizer without a chat template gets a plain one, ``role: content``.
+
+        Raises:
+            ModelError: The model does not exist, cannot be reached or cannot be read.
+        """
+        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if dtype is None:
+            dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+        where = _where(name_or_path)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=trust_remote_code)
+            model = _read_model(where, dtype, trust_remote_code).to(device)
+        except Exception as error:
+            raise ModelError(
+                f"cannot load the model {str(name_or_path)!r} ({type(error).__name__}: {error}); "
+                'give "embedded", a folder with config.json, weights and tokenizer, or the id of a '
+                "model on the Hugging Face hub that this machine can reach"
+            ) from error
+        if tokenizer.chat_template is None:
+            tokenizer.chat_template = DEFAULT_CHAT_TEMPLATE
+        if tokenizer.pad_token_id is None:
+            tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
+        source = {
+            "name_or_path": str(name_or_path),
+            "dtype": str(dtype).removeprefix("torch."),
+            "trust_remote_code": trust_remote_code,
+        }
+        return cls(model, tokenizer, Path(str(name_or_path).rstrip("/")).name, source)
+
+    # --- which weights ----------------------------------------------------------------------------
+
+    def weights_hash(self) -> str:
+        """SHA-256 over the live weights: names, dtypes, shapes and bytes, tied weights once.
+
+        Under LoRA it covers the adapters, their settings and the hash of the base.
+        """
+        key = self._fingerprint()
+        if self._hashed is None or self._hashed[0] != key:
+            salt = "" if self._lora is None else f"{self._base_hash} {self._lora}"
+            self._hashed = (key, _hash(self._trainable(), salt))
+        return self._hashed[1]
+
+    def version(self) -> str:
+        """Version id of the weights in use: the live ones, or inside ``at`` those."""
+        return self._visiting or self._version_id(self.weights_hash())
+
+    @property
+    def live_id(self) -> str:
+        """``"<name>@live"``, the id that follows the live weights."""
+        return f"{self.name}@{LIVE}"
+
+    def has(self, version: str) -> bool:
+        """Whether ``at`` and ``restore`` can serve a version."""
+        known = (self.live_id, self.base_version, self.version())
+        return version in self._kept or version in known
+
+    def trainable_state(self) -> dict[str, Tensor]:
+        """Copies on the CPU of the weights that training changes (adapters only under LoRA)."""
+        with self.lock:
+            return {name: _copy(weight) for name, weight in self._trainable().items()}
+
+    def load_trainable_state(self, state: Mapping[str, Tensor]) -> None:
+        """Put back what ``trainable_state`` gave.
+
+        Raises:
+            ModelError: The tensors are not those of this model, or the adapters differ.
+        """
+        with self.lock:
+            _fill(self._trainable(), state)
+
+    # --- versions ---------------------------------------------------------------------------------
+
+    def keep(self) -> str:
+        """Keep a copy of the live weights under their version id, which is returned."""
+        with self.lock:
+            version = self.version()
+            if version not in self._kept:
+                self._kept[version] = _Kept(self._lora, self.trainable_state())
+            return version
+
+    def forget(self, version: str) -> None:
+        """Drop a kept version. The base version can always be read again."""
+        with self.lock:
+            self._kept.pop(version, None)
+
+    def restore(self, version: str) -> None:
+        """Make a kept version, or the base, the live weights; adapters come or go with it.
+
+        Raises:
+            ModelError: The version is not kept.
+        """
+        with self.lock:
+            if version in (self.live_id, self.version()):
+                return
+            kept = self._find(version)
+            if kept.lora != self._lora:
+                self._unwrap()
+                if kept.lora is not None:
+                    self.add_lora(kept.lora, seed=0)
+            _fill(self._trainable(), kept.tensors)
+
+    @contextmanager
+    def at(self, version: str) -> Iterator[None]:
+        """Use a version's weights inside the block, under ``lock``; then put the live ones back.
+
+        Threads other than the caller's must not generate meanwhile: they would wait for the lock.
+
+        Raises:
+            ModelError: The version is not kept, or another one is already swapped in.
+        """
+        with self.lock:
+            if version in (self.live_id, self.version()):
+                yield
+                return
+            if self._visiting is not None:
+                raise ModelError(f"cannot swap in {version}: {self._visiting} is swapped in already")
+            kept, hashed = self._find(version), self._hashed
+            with ExitStack() as stack:
+                if self._lora is not None and kept.lora is None:
+                    stack.enter_context(self.model.disable_adapter())
+                    if version != self.base_version:
+                        stack.enter_context(_swapped(self._weights, kept.tensors))
+                elif self._lora == kept.lora:
+                    stack.enter_context(_swapped(self._trainable(), kept.tensors))
+                else:
+                    stack.enter_context(self._visit(kept))
+                self._visiting = version
+                try:
+                    yield
+                finally:
+                    self._visiting = None
+            if hashed is not None:  # the same weights as before, so the same hash
+                self._hashed = (self._fingerprint(), hashed[1])
+
+    def add_lora(self, cfg: LoraConfig, seed: int) -> None:
+        """Put fresh adapters on every linear layer but the output; only they are trained.
+
+        Adapters that were there are dropped. The first weights depend on ``seed`` alone.
+
+        Raises:
+            ModelError: The live weights are not the base: adapters on them could not be named.
+        """
+        with self.lock:
+            self._unwrap()
+            if self.version() != self.base_version:
+                raise ModelError(
+                    f"LoRA needs the base weights {self.base_version}, but {self.version()} is "
+                    "live; call policy.restore(policy.base_version) first"
+                )
+            with _seeded(seed):
+                self.model = peft.get_peft_model(self.model, _peft_config(cfg), _OWN)
+            self.model.eval()
+            self._lora = cfg
+
+    # --- inside -----------------------------------------------------------------------------------
+
+    def _trainable(self) -> dict[str, torch.nn.Parameter]:
+        return self._weights if self._lora is None else self._adapter(_OWN)
+
+    def _adapter(self, name: str) -> dict[str, torch.nn.Parameter]:
+        found = self.model.named_parameters()
+        return {k.replace(f".{name}.", "."): v for k, v in found if f".{name}." in k}
+
+    def _version_id(self, digest: str) -> str:
+        return f"{self.name}@{digest[:12]}"
+
+    def _fingerprint(self) -> Any:
+        """Changes whenever the weights may have: spares hashing a large model at every call."""
+        weights = list(self._trainable().values())
+        sample = torch.cat([weight.detach().reshape(-1)[:4].float() for weight in weights])
+        counters = tuple((weight.data_ptr(), weight._version) for weight in weights)
+        return self._lora, self.step, counters, tuple(sample.tolist())
+
+    def _find(self, version: str) -> _Kept:
+        if version in self._kept:
+            return self._kept[version]
+        if version == self.base_version:
+            return self._read_base()
+        raise ModelError(
+            f"the weights {version} are not at hand; kept are "
+            f"{', '.join(sorted({*self._kept, self.base_version}))} and the live {self.version()}"
+        )
+
+    def _read_base(self) -> _Kept:
+        if self._lora is not None:
+            # Under LoRA the base lies beneath the adapters, unchanged.
+            return _Kept(None, self._weights)
+        where = _where(self.source["name_or_path"])
+        dtype = getattr(torch, self.source["dtype"])
+        try:
+            model = _read_model(where, dtype, self.source["trust_remote_code"])
+        except Exception as error:
+            raise ModelError(f"cannot read the base weights again: {error}") from error
+        weights = dict(model.named_parameters())
+        if _hash(weights) != self._base_hash:
+            raise ModelError(
+                f"the files of {self.source['name_or_path']!r} have changed since they were loaded "
+                f"as {self.base_version}"
+            )
+        self._kept[self.base_version] = _Kept(None, {k: w.detach() for k, w in weights.items()})
+        return self._kept[self.base_version]
+
+    @contextmanager
+    def _visit(self, kept: _Kept) -> Iterator[None]:
+        """Adapters of another shape than the live ones: beside those, which keep their place."""
+        assert kept.lora is not None
+        live_lora, live_model = self._lora, self.model
+        with ExitStack() as stack:
+            if live_lora is None:
+                base = self._find(self.base_version)
+                stack.enter_context(_swapped(self._weights, base.tensors))
+                self.model = peft.get_peft_model(live_model, _peft_config(kept.lora), _VISITING)
+            else:
+                self.model.add_adapter(_VISITING, _peft_config(kept.lora))
+                self.model.set_adapter(_VISITING)
+            try:
+                _fill(self._adapter(_VISITING), kept.tensors)
+                self.model.eval()
+                yield
+            finally:
+                if live_lora is None:
+                    self._unwrap()
+                else:
+                    self.model.set_adapter(_OWN)
+                    self.model.delete_adapter(_VISITING)
+
+    def _unwrap(self) -> None:
+        """Take peft off; the parameters beneath are the ones it was put on."""
+        if isinstance(self.model, peft.PeftModel):
+            self.model = self.model.unload()
+            # peft leaves its mark, and would warn that the model is wrapped a second time.
+            if hasattr(self.model, "peft_config"):
+                del self.model.peft_config
+            for weight in self._weights.values():
+                weight.requires_grad_(True)
+        self._lora = None
+
+
+def _where(name_or_path: str | Path) -> str:
+    if str(name_or_path) == "embedded":
+        return str(embedded_path())
+    path = Path(name_or_path).expanduser()
+    looks_like_path = isinstance(name_or_path, Path) or str(name_or_path)[:1] in ("/", ".", "~")
+    if looks_like_path and not path.is_dir():
+        raise ModelError(f"there is no model folder {str(path)!r}")
+    return str(path) if path.is_dir() else str(name_or_path)
+
+
+def _read_model(where: str, dtype: torch.dtype, trust_remote_code: bool) -> Any:
+    return AutoModelForCausalLM.from_pretrained(
+        where, dtype=dtype, trust_remote_code=trust_remote_code
+    )
+
+
+def _context_length(config: Any, tokenizer: Any) -> int:
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    limits = [n for n in (positions, tokenizer.model_max_length) if n and n < 10**9]
+    return int(limits[0]) if limits else 2048
+
+
+def _peft_config(cfg: LoraConfig) -> peft.LoraConfig:
+    return peft.LoraConfig(
+        r=cfg.rank,
+        lora_alpha=cfg.alpha,  # type: ignore[arg-type]
+        lora_dropout=cfg.dropout,
+        target_modules="all-linear",
+        task_type="CAUSAL_LM",
+    )
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        yield
+
+
+def _copy(weight: Tensor) -> Tensor:
+    return weight.detach().to("cpu", copy=True)
+
+
+@torch.no_grad()
+def _fill(weights: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
+    wrong = sorted(set(weights) ^ set(state))
+    wrong += [k for k in weights if k in state and weights[k].shape != state[k].shape]
+    if wrong:
+        raise ModelError(f"these weights are of another model or other adapters: {wrong[:3]}")
+    for name, weight in weights.items():
+        weight.copy_(state[name])
+
+
+@contextmanager
+def _swapped(weights: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> Iterator[None]:
+    own = {name: weight.detach().clone() for name, weight in weights.items()}
+    _fill(weights, state)
+    try:
+        yield
+    finally:
+        _fill(weights, own)
+
+
+def _hash(weights: Mapping[str, Tensor], salt: str = "") -> str:
+    digest = hashlib.sha256(salt.encode())
+    for name in sorted(weights):
+        weight = weights[name].detach().cpu().contiguous()
+        digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
+        digest.update(weight.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()

@@ -1,0 +1,57 @@
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fst_dspy.config import AUTO, FSTConfig, LoraConfig
+from fst_dspy.errors import ConfigError
+
+
+def test_flat_settings_reach_their_part():
+    config = FSTConfig.make(learning_rate=1e-4, population_size=2, max_rollouts=100, val_size=7)
+    assert config.slow.learning_rate == 1e-4
+    assert config.fast.population_size == 2
+    assert config.budget.max_rollouts == 100
+    assert config.budget.max_cycles is None
+    assert config.sampling.val_size == 7
+
+
+def test_light_is_the_default_budget_and_names_win_over_a_preset():
+    assert FSTConfig.make().budget.max_cycles == AUTO["light"]["max_cycles"]
+    assert FSTConfig.make("heavy", max_cycles=3).budget.max_cycles == 3
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"learning_rat": 1}, "did you mean 'learning_rate'"),
+        ({"group_size": 8, "population_size": 3}, "multiple of population_size"),
+        ({"group_size": 1, "population_size": 1}, "at least 2"),
+        ({"learning_rate": float("nan")}, "finite"),
+        ({"temperature": 0}, "above 0"),
+        ({"top_p": 1.5}, "top_p"),
+        ({"max_cycles": 0}, "positive"),
+        ({"lora": "yes"}, "lora must be"),
+        ({"lora": {"rank": 0}}, "rank"),
+        ({"auto": "tiny"}, "auto must be one of"),
+        ({"lr_scheduler_type": "cosine", "max_rollouts": 10}, "needs max_cycles"),
+        ({"steps_per_cycle": "six"}, "wrong type"),
+    ],
+)
+def test_bad_settings_say_what_is_wrong(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        FSTConfig.make(**settings)
+
+
+def test_lora_true_stands_for_the_defaults():
+    assert FSTConfig.make(lora=True).slow.lora == LoraConfig()
+    assert FSTConfig.make(lora=False).slow.lora is None
+
+
+@given(st.integers(1, 16), st.integers(1, 8))
+def test_group_size_is_a_multiple_of_the_population_or_refused(population_size, times):
+    group_size = population_size * times
+    if group_size >= 2:
+        FSTConfig.make(population_size=population_size, group_size=group_size)
+    if population_size > 1:
+        with pytest.raises(ConfigError):
+            FSTConfig.make(population_size=population_size, group_size=group_size + 1)

@@ -1,0 +1,188 @@
+"""The embedded model: the packaged files, the tokenizer, the corpus, and pre-training."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from random import Random
+
+import dspy
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from tokenizers import Tokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from fst_dspy import embedded
+from fst_dspy.embedded.batches import encode_chats
+from fst_dspy.embedded.corpus import FAMILIES
+from fst_dspy.embedded.corpus.base import Message
+from fst_dspy.embedded.corpus.render import HEAVY
+from fst_dspy.embedded.corpus.words import HELD_OUT
+from fst_dspy.embedded.figures import score
+from fst_dspy.embedded.training import Recipe, Trainer
+
+TINY = Recipe(
+    hidden=16, mlp=16, pieces=300, tokenizer_chats=20, batch=4, joint_steps=3, warmup_limit=2
+)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return AutoTokenizer.from_pretrained(embedded.path())
+
+
+@pytest.fixture(scope="module")
+def model():
+    return AutoModelForCausalLM.from_pretrained(embedded.path())
+
+
+def test_package_is_small_and_complete(model) -> None:
+    names = {file.name for file in embedded.path().iterdir()}
+    assert {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"} <= names
+    assert sum(file.stat().st_size for file in embedded.path().iterdir()) <= 10 * 2**20
+    assert sum(weight.numel() for weight in model.parameters()) <= 4_000_000
+    assert model.config.max_position_embeddings >= 1024
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.text())
+def test_any_text_survives_the_tokenizer(tokenizer, text: str) -> None:
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+@pytest.mark.parametrize(
+    "text", ["", " visa", "a  b\n\n c\td", "ÿĠa", "'Tis (don't) x_y", "été 日本語", "[[ ## a ## ]]\nb"]
+)
+def test_awkward_text_survives_the_tokenizer(tokenizer, text: str) -> None:
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_a_word_has_the_same_tokens_wherever_it_stands(tokenizer) -> None:
+    inner = tokenizer.encode("to zorblat")[1:]
+    for text in ("\nzorblat", "(zorblat", "[[ ## a ## ]]\nzorblat"):
+        assert tokenizer.encode(text)[-len(inner) :] == inner
+
+
+def test_chat_template_and_end_token(tokenizer) -> None:
+    chat = [{"role": "system", "content": "a b"}, {"role": "user", "content": "c\n"}]
+    text = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+    assert text == "<|system|>a b<|end|><|user|>c\n<|end|><|assistant|>"
+    assert tokenizer.eos_token == "<|end|>" and tokenizer.pad_token_id != tokenizer.eos_token_id
+
+
+def test_training_chats_are_rendered_as_the_chat_template_does(tokenizer) -> None:
+    chat = FAMILIES[0].sample(Random(1), "joint")
+    messages = [{"role": message.role, "content": message.content} for message in chat]
+    (encoded,) = encode_chats(tokenizer.backend_tokenizer, [chat])
+    assert encoded.ids_T == tokenizer.apply_chat_template(messages, return_dict=False)
+
+
+def test_loss_weights_lie_on_the_answers(tokenizer) -> None:
+    text = "[[ ## queue ## ]]\nzorblat\n\n[[ ## completed ## ]]\n"
+    chat = [Message("user", "zorblat"), Message("assistant", text, 1.0, ((18, 25, HEAVY),))]
+    (row,) = encode_chats(tokenizer.backend_tokenizer, [chat])
+    heavy = [i for i, w in zip(row.ids_T, row.weight_T, strict=True) if w == HEAVY]
+    assert tokenizer.decode(heavy).strip() == "zorblat"
+    assert row.weight_T[0] == 0.0 and row.weight_T[-1] == 1.0
+
+
+def _words(chats: Sequence[Sequence[Message]]) -> set[str]:
+    text = " ".join(message.content for chat in chats for message in chat)
+    return {"".join(filter(str.isalpha, word)).lower() for word in text.split()}
+
+
+def test_held_out_words_make_no_rules() -> None:
+    """They stand only in repeat drills: a user's list of words, said again by the assistant."""
+    for family in FAMILIES:
+        names = [*(stage.name for stage in family.warmup), "joint"]
+        chats = [family.sample(Random(f"{n} {i}"), n) for n in names for i in range(300)]
+        repeats = [chat for chat in chats if chat[0].content == chat[-1].content]
+        assert not HELD_OUT & _words([chat for chat in chats if chat not in repeats])
+        assert _words(repeats) >= HELD_OUT
+
+
+def test_questions_are_decided_by_the_ideal_prompt() -> None:
+    for family in FAMILIES:
+        for question in family.questions(Random(3), 20):
+            assert question.answer in question.ideal_instructions
+            assert question.field in question.signature.output_fields
+
+
+def test_model_speaks_the_format_for_field_names_it_never_saw(model, tokenizer) -> None:
+    signature = dspy.Signature("gripe, vox -> reasoning, bucketeer", "Say which bucketeer it is.")
+    adapter = dspy.ChatAdapter()
+    question = FAMILIES[0].questions(Random(0), 1)[0]
+    questions = [
+        type(question)(
+            signature, "visa goes to teal.", {"gripe": "My visa.", "vox": "blue"}, "bucketeer", "teal"
+        )
+    ] * 64
+    assert adapter.format(signature, [], questions[0].inputs)
+    assert score(model, tokenizer, questions, ideal=True, seed=0).parsed >= 0.9
+
+
+def _state(file: Path) -> dict[str, torch.Tensor]:
+    return torch.load(file, weights_only=True)["model"]
+
+
+def test_a_resumed_run_gives_the_same_weights(tmp_path: Path, tokenizer) -> None:
+    backend: Tokenizer = tokenizer.backend_tokenizer
+    whole = Trainer(FAMILIES, backend, TINY)
+    whole.run(tmp_path / "whole.pt", 100, lambda *_: None)
+
+    class Killed(Exception):
+        pass
+
+    def kill(run: Trainer, loss: float) -> None:
+        if run.position.step == 5:
+            raise Killed
+
+    with pytest.raises(Killed):
+        Trainer(FAMILIES, backend, TINY).run(tmp_path / "part.pt", 2, kill)
+    resumed = Trainer(FAMILIES, backend, TINY)
+    assert resumed.load(tmp_path / "part.pt") and resumed.position.step == 4
+    resumed.run(tmp_path / "part.pt", 100, lambda *_: None)
+    assert resumed.position.finished == whole.position.finished
+    first, second = _state(tmp_path / "whole.pt"), _state(tmp_path / "part.pt")
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+PRETRAIN = """
+import sys, torch
+from pathlib import Path
+from fst_dspy.embedded.pretrain import pretrain
+from fst_dspy.embedded.training import Recipe
+torch.set_num_threads(1)
+recipe = Recipe(hidden=16, mlp=16, pieces=300, tokenizer_chats=20, batch=4, joint_steps=30,
+                warmup_limit=1)
+pretrain(Path(sys.argv[1]), Path(sys.argv[2]), recipe, questions=2, save_every=2)
+"""
+
+
+def test_pretraining_survives_kill_9(tmp_path: Path) -> None:
+    def start(name: str) -> subprocess.Popen[bytes]:
+        folders = [str(tmp_path / name), str(tmp_path / f"{name}-work")]
+        return subprocess.Popen(
+            [sys.executable, "-c", PRETRAIN, *folders], stdout=subprocess.DEVNULL
+        )
+
+    assert start("whole").wait() == 0
+    killed = start("killed")
+    checkpoint = tmp_path / "killed-work" / "checkpoint.pt"
+    while not checkpoint.exists() and killed.poll() is None:
+        time.sleep(0.01)
+    os.kill(killed.pid, signal.SIGKILL)
+    assert killed.wait() == -signal.SIGKILL, "it ended before it could be killed"
+    assert start("killed").wait() == 0
+    first = load_file(tmp_path / "whole" / "model.safetensors")
+    second = load_file(tmp_path / "killed" / "model.safetensors")
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert (tmp_path / "killed" / "figures.json").exists()

@@ -1,0 +1,52 @@
+"""Layers import one way: a module may import from its own layer or a lower one, in order."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "fst_dspy"
+
+LAYERS = [
+    {"types", "errors", "config", "metric"},
+    {"population", "candidate", "store", "policy", "generate", "engine", "local_lm", "embedded"},
+    {"rollout", "advantage", "result"},
+    {"fast", "gepa_adapter", "proposers", "lessons", "slow", "trl_stepper", "evaluate", "drift"},
+    {"optimizer", "run_state", "checks", "progress", "interrupt"},
+    {"tasks"},
+    {"cli", "plots"},
+]
+LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
+
+
+def module_files():
+    return [p for p in PACKAGE.rglob("*.py") if "programs" not in p.parts and p.stem != "__init__"]
+
+
+def imports_of(path):
+    tree = ast.parse(path.read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("fst_dspy"):
+            parts = node.module.split(".")
+            names = [parts[1]] if len(parts) > 1 else [alias.name for alias in node.names]
+            yield from names
+        elif isinstance(node, ast.Import):
+            for alias in node.names:
+                if alias.name.startswith("fst_dspy."):
+                    yield alias.name.split(".")[1]
+
+
+def layer_name(path):
+    return path.relative_to(PACKAGE).with_suffix("").parts[0]
+
+
+@pytest.mark.parametrize("path", module_files(), ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_module_imports_only_from_its_layer_or_lower(path):
+    own = layer_name(path)
+    assert own in LEVEL, f"{own} is in no layer; add it to LAYERS"
+    # The pretraining script measures its model through the programs, above its layer.
+    if own == "embedded":
+        return
+    for name in imports_of(path):
+        if name in LEVEL:
+            assert LEVEL[name] <= LEVEL[own], f"{own} imports {name} from a higher layer"

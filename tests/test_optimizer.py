@@ -1,0 +1,230 @@
+"""The joint loop on tiny random models: real rollouts, real optimizer steps, real GEPA."""
+
+import dspy
+import pytest
+from helpers import Echo, RawAdapter, Twice, questions, vowels
+
+from fst_dspy import FST, LocalLM
+from fst_dspy.errors import (
+    ConfigError,
+    DataError,
+    FSTError,
+    MetricError,
+    ModelError,
+    ProgramError,
+    StoreError,
+)
+from fst_dspy.optimizer import pick_problems
+
+SETTINGS = {
+    "max_cycles": 2,
+    "steps_per_cycle": 2,
+    "group_size": 4,
+    "population_size": 2,
+    "problems_per_step": 2,
+    "first_cycle_iterations": 2,
+    "cycle_iterations": 1,
+    "minibatch_size": 3,
+    "max_tokens": 8,
+    "val_size": 4,
+    "learning_rate": 1e-2,
+}
+
+
+@pytest.fixture(autouse=True)
+def raw_adapter():
+    with dspy.context(adapter=RawAdapter()):
+        yield
+
+
+def compile_tiny(folder, program=None, *, seed=0, log_dir=None, arm="fst", **settings):
+    """Compile on a freshly loaded model: the compiled program, its LM and its results."""
+    lm = LocalLM(str(folder))
+    fst = FST(
+        vowels, seed=seed, log_dir=log_dir, arm=arm, track_stats=True, **{**SETTINGS, **settings}
+    )
+    with dspy.context(lm=lm):
+        compiled = fst.compile(program or Echo(), trainset=questions(6), valset=questions(4, 6))
+    return compiled, lm, compiled.detailed_results
+
+
+@pytest.mark.parametrize("lora", [False, {"rank": 4}], ids=["full", "lora"])
+@pytest.mark.parametrize("kind", ["tiny_qwen3", "tiny_llama"])
+def test_both_channels_change_and_the_best_pair_is_bound(kind, lora, request):
+    compiled, lm, result = compile_tiny(request.getfixturevalue(kind), lora=lora)
+    first, *_, last = result.records
+    assert first.cycle == 0 and first.kl_to_base == 0 and first.rollouts.slow == 0
+    assert last.step == 4 and last.weights_version != result.base_version
+    assert last.kl_to_base > 0
+    assert last.total_rollouts.slow == 4 * 2 * 4
+    assert last.total_rollouts.fast > 0
+    best = max(record.val_score for record in result.records)
+    assert result.best.score == best
+    assert compiled._compiled and compiled.say.lm.model == result.best.version
+    instructions = result.best.candidate.components["say.instructions"]
+    assert compiled.say.signature.instructions == instructions
+    assert compiled(question="number 3").answer is not None
+
+
+def test_the_same_seed_gives_the_same_weights_and_population(tiny_qwen3):
+    one, two = compile_tiny(tiny_qwen3)[2], compile_tiny(tiny_qwen3)[2]
+    assert one.weights_version == two.weights_version
+    assert one.population == two.population
+    assert compile_tiny(tiny_qwen3, seed=1)[2].weights_version != one.weights_version
+
+
+def test_arms_are_the_same_loop_with_one_channel_off(tiny_qwen3):
+    rl_only = compile_tiny(tiny_qwen3, arm="rl_only")[2]
+    assert rl_only.rollouts.fast == 0 and rl_only.rollouts.slow > 0
+    assert rl_only.best.candidate.id == rl_only.seed_candidate.id
+    assert rl_only.weights_version != rl_only.base_version
+    gepa_only = compile_tiny(tiny_qwen3, arm="gepa_only")[2]
+    assert gepa_only.rollouts.slow == 0 and gepa_only.rollouts.fast > 0
+    assert gepa_only.weights_version == gepa_only.base_version
+    assert all(record.kl_to_base == 0 for record in gepa_only.records)
+
+
+def test_a_program_of_several_predictors_compiles(tiny_qwen3):
+    compiled, _, result = compile_tiny(tiny_qwen3, Twice())
+    assert {name.split(".")[0] for name in result.best.candidate.components} == {"first", "second"}
+    assert compiled.first.lm.model == compiled.second.lm.model == result.best.version
+
+
+def test_the_student_is_left_as_it_was(tiny_qwen3):
+    student = Echo()
+    compile_tiny(tiny_qwen3, student)
+    assert student.say.lm is None and student.say.signature.instructions == "Say something."
+
+
+def test_the_lm_given_keeps_answering_with_its_own_weights(tiny_qwen3):
+    compiled, lm, result = compile_tiny(tiny_qwen3)
+    fresh = LocalLM(str(tiny_qwen3))
+    assert lm.model == fresh.model
+    assert lm("hello", temperature=0) == fresh("hello", temperature=0)
+
+
+def test_budgets_in_rollouts_and_seconds_end_the_loop(tiny_qwen3):
+    result = compile_tiny(tiny_qwen3, max_cycles=50, max_rollouts=40)[2]
+    assert len(result.records) < 6
+    assert result.records[-2].total_rollouts.total < 40 <= result.rollouts.total
+    result = compile_tiny(tiny_qwen3, max_cycles=None, max_seconds=0.01)[2]
+    assert len(result.records) == 1
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+def test_a_killed_run_goes_on_to_the_same_end(tiny_qwen3, tmp_path, lora, monkeypatch):
+    whole = compile_tiny(tiny_qwen3, log_dir=tmp_path / "whole", lora=lora)[2]
+
+    from fst_dspy import optimizer, run_state
+
+    monkeypatch.setattr(run_state, "CHECKPOINT_SECONDS", 0.0)
+    steps = []
+    real = optimizer._Run._slow_step
+
+    def dying(self, state):
+        steps.append(state.step)
+        if len(steps) in (2, 4):
+            raise RuntimeError("killed")
+        return real(self, state)
+
+    monkeypatch.setattr(optimizer._Run, "_slow_step", dying)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="killed"):
+            compile_tiny(tiny_qwen3, log_dir=tmp_path / "cut", lora=lora)
+    resumed = compile_tiny(tiny_qwen3, log_dir=tmp_path / "cut", lora=lora)[2]
+    assert steps == [0, 1, 1, 2, 2, 3]
+    assert resumed.weights_version == whole.weights_version
+    assert resumed.best == whole.best
+    assert resumed.population == whole.population
+    for name in ("cycles", "steps", "rollouts"):
+        lines = [(tmp_path / run / f"{name}.jsonl").read_text().count("\n") for run in ("whole", "cut")]
+        assert lines[0] == lines[1]
+
+
+def test_a_finished_run_is_returned_without_running_again(tiny_qwen3, tmp_path):
+    first = compile_tiny(tiny_qwen3, log_dir=tmp_path)[2]
+    compiled, _, again = compile_tiny(tiny_qwen3, log_dir=tmp_path)
+    assert again.records == first.records and again.best == first.best
+    assert compiled.say.lm.model == first.best.version
+    assert compiled(question="number 1").answer is not None
+
+
+def test_a_run_folder_of_other_settings_is_refused(tiny_qwen3, tmp_path):
+    compile_tiny(tiny_qwen3, log_dir=tmp_path)
+    with pytest.raises(StoreError, match="seed differs"):
+        compile_tiny(tiny_qwen3, log_dir=tmp_path, seed=1)
+
+
+def test_problems_come_in_whole_shuffled_epochs():
+    train = questions(5)
+    seen = [q.question for step in (1, 2, 3, 4, 5) for q in pick_problems(train, step, 2, 0)]
+    assert sorted(seen[:5]) == sorted(seen[5:]) == sorted(q.question for q in train)
+    assert seen[:5] != seen[5:]
+
+
+def three(gold, pred, trace=None):
+    return 1.0
+
+
+class Empty(dspy.Module):
+    def forward(self, question):
+        return dspy.Prediction(answer="")
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"trainset": []}, DataError, "trainset is empty"),
+        ({"valset": []}, DataError, "valset is empty"),
+        ({"trainset": [dspy.Example(question="x")]}, DataError, "with_inputs"),
+        ({"trainset": ["x"]}, DataError, "not a dspy.Example"),
+        ({"metric": lambda gold: 1}, MetricError, "must accept"),
+        ({"metric": None}, MetricError, "needs a metric"),
+        ({"metric": lambda gold, pred, trace=None: None}, MetricError, "must return a number"),
+        ({"metric": lambda gold, pred, trace=None: float("nan")}, MetricError, "finite"),
+        ({"lm": None}, ProgramError, "needs a local model"),
+        ({"student": Empty()}, ProgramError, "no predictors"),
+        ({"student": "program"}, ProgramError, "must be a dspy.Module"),
+        ({"settings": {"group_size": 6, "population_size": 4}}, ConfigError, "multiple"),
+        ({"settings": {"arm": "rl"}}, ConfigError, "arm must be"),
+        ({"teacher": Echo()}, ConfigError, "teacher"),
+    ],
+)
+def test_bad_input_is_refused_before_any_work(tiny_qwen3, change, error, message, monkeypatch):
+    from fst_dspy import rollout
+
+    def no_work(*args, **kwargs):
+        raise AssertionError("rollouts were run")
+
+    monkeypatch.setattr(rollout.RolloutRunner, "run", no_work)
+    lm = change.get("lm", LocalLM(str(tiny_qwen3)))
+    with dspy.context(lm=lm), pytest.raises(error, match=message) as caught:
+        fst = FST(change.get("metric", vowels), **{**SETTINGS, **change.get("settings", {})})
+        fst.compile(
+            change.get("student", Echo()),
+            trainset=change.get("trainset", questions(4)),
+            valset=change.get("valset", questions(2, 4)),
+            teacher=change.get("teacher"),
+        )
+    assert isinstance(caught.value, FSTError)
+
+
+def test_a_model_path_that_does_not_exist_is_a_clear_error(tmp_path):
+    with pytest.raises(ModelError, match="nowhere"):
+        LocalLM(str(tmp_path / "nowhere"))
+
+
+def test_a_metric_without_feedback_works(tiny_qwen3):
+    with dspy.context(lm=LocalLM(str(tiny_qwen3))):
+        compiled = FST(three, **{**SETTINGS, "max_cycles": 1}).compile(
+            Echo(), trainset=questions(4)
+        )
+    assert compiled._compiled
+
+
+def test_a_metric_that_fails_on_every_rollout_ends_the_compile(tiny_qwen3):
+    def broken(gold, pred, trace=None):
+        return pred.no_such_field
+
+    with dspy.context(lm=LocalLM(str(tiny_qwen3))), pytest.raises(MetricError, match="every"):
+        FST(broken, **SETTINGS).compile(Echo(), trainset=questions(4), valset=questions(2, 4))

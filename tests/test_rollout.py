@@ -1,0 +1,185 @@
+import threading
+import time
+
+import dspy
+import pytest
+from helpers import Echo, RawAdapter, Twice, questions, vowels
+
+from fst_dspy.candidate import seed_candidate
+from fst_dspy.config import SamplingConfig
+from fst_dspy.local_lm import LocalLM
+from fst_dspy.rollout import RolloutJob, RolloutRunner, strict_adapter
+
+SAMPLING = SamplingConfig(max_tokens=8, rollout_timeout=30, failure_score=-1.0)
+
+
+@pytest.fixture
+def lm(tiny_qwen3):
+    return LocalLM(str(tiny_qwen3))
+
+
+def make_runner(lm, program=None, metric=vowels, sampling=SAMPLING, seed=0):
+    with dspy.context(adapter=RawAdapter()):
+        return RolloutRunner(program or Echo(), metric, lm, sampling, seed)
+
+
+def jobs_for(program, count=4, repeats=3):
+    candidate = seed_candidate(program)
+    return [RolloutJob(q, candidate, i) for q in questions(count) for i in range(repeats)]
+
+
+def test_rollouts_come_back_in_order_with_everything_recorded(lm):
+    runner = make_runner(lm)
+    jobs = jobs_for(Echo())
+    rollouts = runner.run(jobs, channel="slow", salt=1)
+    assert [r.candidate_id for r in rollouts] == [j.candidate.id for j in jobs]
+    assert runner.counts.slow == len(jobs) and runner.counts.fast == 0
+    for rollout in rollouts:
+        (call,) = rollout.calls
+        assert call.predictor == "say"
+        assert len(call.completion_ids_T) == len(call.logprobs_T) > 0
+        if rollout.failure is None:
+            assert rollout.traces[0].outputs["answer"] == call.text
+            assert rollout.feedback.startswith("Lesson")
+    assert len({r.calls[0].completion_ids_T for r in rollouts}) > len(jobs) // 2
+
+
+def test_the_same_seed_gives_the_same_rollouts_whatever_the_threads_do(lm):
+    program = Twice()
+    first = make_runner(lm, program).run(jobs_for(program), channel="slow", salt=1)
+    again = make_runner(lm, program).run(jobs_for(program), channel="slow", salt=1)
+    assert first == again
+    other = make_runner(lm, program, seed=1).run(jobs_for(program), channel="slow", salt=1)
+    assert other != first
+
+
+def test_every_call_of_several_predictors_is_kept(lm):
+    program = Twice()
+    for rollout, job in zip(
+        make_runner(lm, program).run(jobs_for(program), channel="eval", salt=0),
+        jobs_for(program),
+        strict=True,
+    ):
+        if rollout.failure is None:
+            times = 1 + len(job.example.question) % 3
+            assert [c.predictor for c in rollout.calls] == ["first", *["second"] * times]
+            assert [t.predictor for t in rollout.traces] == [c.predictor for c in rollout.calls]
+
+
+def test_a_parse_failure_is_a_scored_rollout_with_its_text(lm):
+    class Unparsable(RawAdapter):
+        def parse(self, signature, completion):
+            return super().parse(signature, "!" + completion)
+
+    with dspy.context(adapter=Unparsable()):
+        runner = RolloutRunner(Echo(), vowels, lm, SAMPLING, 0)
+    for rollout in runner.run(jobs_for(Echo()), channel="slow", salt=0):
+        assert rollout.failure.kind in ("parse", "truncated", "empty")
+        assert rollout.reward == -1.0
+        assert rollout.calls and rollout.traces[0].outputs is None
+        assert "answer" in rollout.feedback
+
+
+@pytest.mark.parametrize(
+    ("result", "message"),
+    [(None, "must return a number"), (float("nan"), "finite"), (1e30, "finite"), ("x", "number")],
+)
+def test_a_bad_score_is_a_metric_failure(lm, result, message):
+    runner = make_runner(lm, metric=lambda gold, pred, trace=None: result)
+    for rollout in runner.run(jobs_for(Echo(), 1), channel="slow", salt=0):
+        if rollout.failure.kind == "metric":
+            assert message in rollout.failure.message
+            assert rollout.reward == -1.0 and rollout.calls
+
+
+def test_a_metric_that_raises_and_a_program_that_raises_end_only_their_rollout(lm):
+    class Half(Echo):
+        def forward(self, question):
+            if question.endswith(("1", "3")):
+                raise ValueError("odd question")
+            return super().forward(question)
+
+    def metric(gold, pred, trace=None):
+        if gold.question.endswith("2"):
+            raise ZeroDivisionError("two")
+        return 1.0
+
+    rollouts = make_runner(lm, Half(), metric).run(jobs_for(Half()), channel="slow", salt=0)
+    kinds = [r.failure.kind if r.failure else None for r in rollouts]
+    assert kinds[3:6] == kinds[9:12] == ["program"] * 3
+    assert "odd question" in rollouts[3].failure.message
+    assert set(kinds[6:9]) <= {"metric", "parse", "truncated", "empty"}
+    assert "metric" in kinds[6:9]
+    assert None in kinds[0:3]
+
+
+def test_a_program_that_never_calls_its_predictor_is_marked(lm):
+    class Silent(Echo):
+        def forward(self, question):
+            return dspy.Prediction(answer="abc")
+
+    rollouts = make_runner(lm, Silent()).run(jobs_for(Silent(), 1), channel="slow", salt=0)
+    assert {r.failure.kind for r in rollouts} == {"no_calls"}
+
+
+def test_a_program_that_loops_is_stopped_at_max_calls(lm):
+    class Loop(Echo):
+        def forward(self, question):
+            while True:
+                self.say(question=question)
+
+    sampling = SamplingConfig(max_tokens=2, max_calls=3)
+    rollouts = make_runner(lm, Loop(), sampling=sampling).run(
+        jobs_for(Loop(), 2), channel="slow", salt=0
+    )
+    stopped = [r for r in rollouts if r.failure.kind == "program"]
+    assert stopped and all("max_calls=3" in r.failure.message for r in stopped)
+    assert all(len(r.calls) == 3 for r in stopped)
+
+
+def test_a_program_or_metric_that_hangs_is_given_up_and_the_others_go_on(lm):
+    release = threading.Event()
+
+    class Hang(Echo):
+        def forward(self, question):
+            if question.endswith("0"):
+                release.wait(20)
+            return super().forward(question)
+
+    def metric(gold, pred, trace=None):
+        if gold.question.endswith("1"):
+            release.wait(20)
+        return 1.0
+
+    sampling = SamplingConfig(max_tokens=4, rollout_timeout=1.0)
+    started = time.monotonic()
+    rollouts = make_runner(lm, Hang(), metric, sampling).run(
+        jobs_for(Hang(), 3, 2), channel="slow", salt=0
+    )
+    release.set()
+    assert time.monotonic() - started < 15
+    assert [r.failure.kind for r in rollouts[:2]] == ["timeout"] * 2
+    assert "timeout" in [r.failure.kind for r in rollouts[2:4] if r.failure]
+    assert all(r.failure is None or r.failure.kind != "timeout" for r in rollouts[4:])
+
+
+def test_async_programs_run(lm):
+    class Async(dspy.Module):
+        def __init__(self):
+            super().__init__()
+            self.say = dspy.Predict(dspy.Signature("question -> answer", "Say something."))
+
+        async def aforward(self, question):
+            return await self.say.acall(question=question)
+
+    rollouts = make_runner(lm, Async()).run(jobs_for(Async(), 2), channel="slow", salt=0)
+    assert all(len(r.calls) == 1 for r in rollouts)
+    assert any(r.failure is None for r in rollouts)
+
+
+def test_the_second_try_through_json_is_switched_off_on_a_copy():
+    own = dspy.ChatAdapter()
+    assert strict_adapter(own).use_json_adapter_fallback is False
+    assert own.use_json_adapter_fallback is True
+    assert isinstance(strict_adapter(dspy.JSONAdapter()), dspy.JSONAdapter)
+    assert strict_adapter(None).use_json_adapter_fallback is False

@@ -1,0 +1,83 @@
+import json
+
+import pytest
+
+from fst_dspy.errors import StoreError
+from fst_dspy.store import KEPT_CHECKPOINTS, RunStore
+
+
+def write_weights(text):
+    return lambda folder: (folder / "w.bin").write_text(text)
+
+
+def test_checkpoints_come_back_newest_first_and_old_ones_go(tmp_path):
+    store = RunStore(tmp_path)
+    for n in range(4):
+        store.checkpoint({"n": n}, write_weights(str(n)))
+    state, weights = store.latest()
+    assert state == {"n": 3}
+    assert (weights / "w.bin").read_text() == "3"
+    assert len(list((tmp_path / "checkpoints").iterdir())) == KEPT_CHECKPOINTS
+
+
+def test_a_half_written_checkpoint_is_never_picked(tmp_path):
+    store = RunStore(tmp_path)
+    store.checkpoint({"n": 0}, write_weights("0"))
+
+    def die(folder):
+        (folder / "w.bin").write_text("half")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        store.checkpoint({"n": 1}, die)
+    assert store.latest()[0] == {"n": 0}
+    store.checkpoint({"n": 2}, write_weights("2"))
+    assert store.latest()[0] == {"n": 2}
+
+
+def test_resuming_cuts_the_logs_back(tmp_path):
+    store = RunStore(tmp_path)
+    store.append("cycles", [{"cycle": 0}])
+    store.checkpoint({}, write_weights(""))
+    store.append("cycles", [{"cycle": 1}])
+    assert len(store.read("cycles")) == 2
+    store.latest()
+    assert store.read("cycles") == [{"cycle": 0}]
+
+
+def test_a_cut_off_last_line_is_left_out(tmp_path):
+    store = RunStore(tmp_path)
+    store.append("cycles", [{"cycle": 0}])
+    with open(tmp_path / "cycles.jsonl", "a") as file:
+        file.write('{"cycle": ')
+    assert store.read("cycles") == [{"cycle": 0}]
+
+
+def test_two_writers_are_refused(tmp_path):
+    store = RunStore(tmp_path)
+    with pytest.raises(StoreError, match="another process"):
+        RunStore(tmp_path)
+    store.close()
+    RunStore(tmp_path).close()
+
+
+def test_another_runs_folder_is_refused(tmp_path):
+    store = RunStore(tmp_path)
+    store.begin({"seed": 0, "environment": {"python": "3.11"}})
+    store.begin({"seed": 0, "environment": {"python": "3.12"}})
+    with pytest.raises(StoreError, match="seed differs"):
+        store.begin({"seed": 1, "environment": {}})
+
+
+def test_a_folder_that_cannot_be_made_is_a_clear_error(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StoreError, match="cannot write to the run folder"):
+        RunStore(tmp_path / "file" / "run")
+
+
+def test_json_is_written_whole(tmp_path):
+    store = RunStore(tmp_path)
+    store.write_json("a.json", {"x": 1})
+    with pytest.raises(TypeError):
+        store.write_json("a.json", {"x": object()})
+    assert json.loads((tmp_path / "a.json").read_text()) == {"x": 1}

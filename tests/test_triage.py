@@ -1,0 +1,83 @@
+"""The triage program: its data, its metric, and what the embedded model makes of it."""
+
+from __future__ import annotations
+
+import dspy
+import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from fst_dspy import embedded
+from fst_dspy.embedded.corpus.base import Question
+from fst_dspy.embedded.corpus.words import HELD_OUT
+from fst_dspy.embedded.figures import Score, score
+from programs import triage
+
+
+def test_splits_share_no_ticket() -> None:
+    task = triage.load(3)
+    tickets = [e.ticket for e in [*task.trainset, *task.valset, *task.testset]]
+    assert [len(task.trainset), len(task.valset), len(task.testset)] == [200, 64, 200]
+    assert len(set(tickets)) == len(tickets)
+    for split in (task.trainset, task.valset, task.testset):
+        assert {example.topic for example in split} == set(triage.TOPICS)
+
+
+def test_seed_and_policy_decide_the_mapping() -> None:
+    assert triage.draw_policy(0) == triage.draw_policy(0)
+    assert triage.draw_policy(0) != triage.draw_policy(1)
+    first, second = triage.load(0, policy=0), triage.load(0, policy=1)
+    assert [e.ticket for e in first.trainset] == [e.ticket for e in second.trainset]
+    assert [e.queue for e in first.trainset] != [e.queue for e in second.trainset]
+
+
+def test_words_are_held_out_of_pretraining() -> None:
+    assert HELD_OUT >= {*triage.TOPICS, *triage.QUEUES}
+
+
+def test_metric_teaches_a_lesson() -> None:
+    task = triage.load(0)
+    gold = task.trainset[0]
+    lesson = f"Lesson: {gold.topic} tickets go to {gold.queue}."
+    wrong = task.metric(gold, dspy.Prediction(queue="nowhere"))
+    assert (wrong.score, wrong.feedback) == (0.0, f"Wrong: the ticket went to nowhere. {lesson}")
+    right = task.metric(gold, dspy.Prediction(queue=f" {gold.queue} "), None, "predict", None)
+    assert right.score == 1.0 and right.feedback.endswith(lesson)
+    assert task.metric(gold, dspy.Prediction()).score == 0.0
+
+
+def test_ideal_instructions_state_every_rule_for_a_predictor_of_the_program() -> None:
+    task = triage.load(0)
+    (name,) = [name for name, _ in task.program.named_predictors()]
+    text = task.ideal_instructions[name]
+    for example in task.testset:
+        assert f"{example.topic} tickets go to {example.queue}." in text
+
+
+def test_too_many_tickets_are_refused() -> None:
+    with pytest.raises(ValueError, match="there are 4800"):
+        triage.draw_tickets(0, 5000)
+
+
+@pytest.fixture(scope="module")
+def scores() -> dict[bool, Score]:
+    """The embedded model's scores on 64 tickets, with the ideal (``True``) and the bare prompt."""
+    model = AutoModelForCausalLM.from_pretrained(embedded.path())
+    tokenizer = AutoTokenizer.from_pretrained(embedded.path())
+    task = triage.load(0)
+    signature = task.program.predict.signature
+    questions = [
+        Question(
+            signature, task.ideal_instructions["predict"], {"ticket": e.ticket}, "queue", e.queue
+        )
+        for e in task.valset
+    ]
+    return {ideal: score(model, tokenizer, questions, ideal, seed=0) for ideal in (True, False)}
+
+
+def test_embedded_model_leaves_room_to_learn(scores: dict[bool, Score]) -> None:
+    assert 0.45 <= scores[True].accuracy <= 0.9
+    assert scores[False].accuracy < 0.2
+
+
+def test_embedded_model_keeps_to_the_format(scores: dict[bool, Score]) -> None:
+    assert scores[True].parsed >= 0.95 and scores[False].parsed >= 0.95
