@@ -313,9 +313,10 @@ def prompt_ids(policy: Policy, request: lm15.Request) -> tuple[int, ...]:
         lm15.InvalidRequestError: The chat template refuses the messages.
     """
     if request.tools:
-        raise lm15.UnsupportedFeatureError("a local model takes no tools; drop them", feature="tools")
+        raise lm15.UnsupportedFeatureError("a local model takes no tools", feature="tools")
     messages = [
-        {"role": _ROLES.get(m.role, m.role), "content": _text_of(m.parts)} for m in request.messages
+        {"role": _ROLES.get(m.role, m.role), "content": _text_of(m.parts)}
+        for m in request.messages
     ]
     if request.system is not None:
         system = request.system if isinstance(request.system, str) else _text_of(request.system)

@@ -17,6 +17,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers.cache_utils import DynamicLayer
 
 from fst_dspy.errors import PromptTooLongError
@@ -145,6 +146,7 @@ class _Batch:
     def __init__(self, policy: Policy, requests: Sequence[GenerationRequest]) -> None:
         self.policy, self.requests = policy, requests
         self.model, self.tokenizer = policy.model, policy.tokenizer
+        self.last_only = _last_only(self.model)
         device = policy.device
         limits = [_room(policy, request) for request in requests]
         total, self.steps = len(requests), max(limits)
@@ -177,7 +179,7 @@ class _Batch:
                 cache.reorder_cache(keep)
                 rows, next_B, done = rows[keep], next_B[keep], done[keep]
                 mask_BT, position_B = mask_BT[keep], position_B[keep]
-            mask_BT = torch.nn.functional.pad(mask_BT, (0, 1), value=1)
+            mask_BT = pad(mask_BT, (0, 1), value=1)
             logits_BV, cache = self._forward(next_B[:, None], mask_BT, position_B[:, None], cache)
             position_B = position_B + 1
         return self._results()
@@ -187,8 +189,8 @@ class _Batch:
         distinct: dict[tuple[int, ...], int] = {}
         owner = [distinct.setdefault(r.prompt_ids_T, len(distinct)) for r in self.requests]
         device, longest = self.policy.device, max(map(len, distinct))
-        pad = self.tokenizer.pad_token_id
-        ids_UT = torch.tensor([[pad] * (longest - len(p)) + list(p) for p in distinct])
+        filler = self.tokenizer.pad_token_id
+        ids_UT = torch.tensor([[filler] * (longest - len(p)) + list(p) for p in distinct])
         lengths_U = torch.tensor([len(p) for p in distinct])
         mask_UT = (torch.arange(longest)[None] >= longest - lengths_U[:, None]).long()
         owner_B = torch.tensor(owner, device=device)
@@ -213,7 +215,7 @@ class _Batch:
             position_ids=position,
             past_key_values=cache,
             use_cache=True,
-            **_last_only(self.model),
+            **self.last_only,
         )
         return output.logits[:, -1].float(), output.past_key_values
 
@@ -280,12 +282,15 @@ class _RoomyLayer(DynamicLayer):
     def __init__(self, layer: DynamicLayer, steps: int) -> None:
         super().__init__()
         self.dtype, self.device, self.is_initialized = layer.dtype, layer.device, True
+        assert layer.keys is not None and layer.values is not None
         self._length = layer.keys.shape[-2]
-        self._rooms = [torch.nn.functional.pad(t, (0, 0, 0, steps)) for t in (layer.keys, layer.values)]
+        self._rooms = [pad(layer.keys, (0, 0, 0, steps)), pad(layer.values, (0, 0, 0, steps))]
         self._show()
 
-    def _show(self) -> None:
-        self.keys, self.values = (room[:, :, : self._length] for room in self._rooms)
+    def _show(self) -> tuple[Tensor, Tensor]:
+        keys, values = (room[:, :, : self._length] for room in self._rooms)
+        self.keys, self.values = keys, values
+        return keys, values
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
@@ -293,8 +298,7 @@ class _RoomyLayer(DynamicLayer):
         start, self._length = self._length, self._length + key_states.shape[-2]
         for room, new in zip(self._rooms, (key_states, value_states), strict=True):
             room[:, :, start : self._length] = new
-        self._show()
-        return self.keys, self.values
+        return self._show()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self._rooms = [room.index_select(0, beam_idx) for room in self._rooms]
@@ -329,7 +333,7 @@ def _draw(prob_BV: Tensor, uniform_B: Tensor, top_p_B: Tensor | None) -> Tensor:
     """Inverse-CDF sampling: the token in whose share of the (cut) distribution the number falls."""
     prob_BV = prob_BV.double()
     if top_p_B is not None:
-        sorted_BV, order_BV = prob_BV.sort(-1, descending=True, stable=True)
+        sorted_BV, order_BV = prob_BV.sort(stable=True, dim=-1, descending=True)
         before_BV = sorted_BV.cumsum(-1) - sorted_BV
         sorted_BV = sorted_BV.masked_fill(before_BV >= top_p_B[:, None], 0.0)
         sorted_BV[:, 0] = sorted_BV[:, 0].clamp(min=1e-300)  # top_p of 0 leaves the likeliest
@@ -365,13 +369,5 @@ def _cut(text: str, stop: tuple[str, ...]) -> str:
 def _last_only(model: Any) -> dict[str, int]:
     """Ask for the last position's logits only, of models that can be asked."""
     model = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return {"logits_to_keep": 1} if "logits_to_keep" in _parameters(type(model)) else {}
-
-
-_parameters_of: dict[type, frozenset[str]] = {}
-
-
-def _parameters(kind: type) -> frozenset[str]:
-    if kind not in _parameters_of:
-        _parameters_of[kind] = frozenset(inspect.signature(kind.forward).parameters)
-    return _parameters_of[kind]
+    takes = inspect.signature(model.forward).parameters
+    return {"logits_to_keep": 1} if "logits_to_keep" in takes else {}

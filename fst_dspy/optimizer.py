@@ -56,6 +56,8 @@ from fst_dspy.types import (
     CycleRecord,
     Group,
     Population,
+    Rollout,
+    RolloutCounts,
     StepRecord,
 )
 
@@ -257,6 +259,7 @@ class _Run:
         assert self.trainer is not None
         stats = self.trainer.advance(group_rows(groups_P, slow.scale_rewards))
         rollouts = [rollout for group in groups_P for rollout in group.rollouts_G]
+        self._learn_lessons(problems_P, rollouts)
         record = StepRecord(
             cycle=cycle,
             step=step,
@@ -273,6 +276,7 @@ class _Run:
             step=step,
             steps=(*state.steps, record),
             phase="validate" if done + 1 == slow.steps_per_cycle else "slow",
+            fast_state=self.fast.state(),
             counts=self.runner.counts,
             seconds=add_seconds(state.seconds, "slow", started),
         )
@@ -296,6 +300,16 @@ class _Run:
             Group(example_id(example), tuple(rollouts[p * size : (p + 1) * size]))
             for p, example in enumerate(problems_P)
         ]
+
+    def _learn_lessons(
+        self, problems_P: Sequence[dspy.Example], rollouts: Sequence[Rollout]
+    ) -> None:
+        """Let the fast channel's proposer learn from the slow rollouts, which cost nothing more."""
+        if not self.fast_on:
+            return
+        examples = [example for example in problems_P for _ in range(self.config.slow.group_size)]
+        self.fast.observe(list(self.seed_candidate.components), examples, rollouts)
+        self.runner.counts = self.runner.counts.plus(RolloutCounts(reused=len(rollouts)))
 
     def _validate(self, state: LoopState) -> LoopState:
         """Score the population under the weights as they are, and close the cycle's record."""

@@ -12,8 +12,10 @@ whose base never changes, needs no copy at all.
 from __future__ import annotations
 
 import hashlib
+import logging
 import re
 import threading
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -24,6 +26,7 @@ import peft
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as hf_logging
 
 from fst_dspy.config import LoraConfig
 from fst_dspy.embedded import path as embedded_path
@@ -158,7 +161,8 @@ class Policy:
 
     def version(self) -> str:
         """Version id of the weights in use: the live ones, or inside ``at`` those."""
-        return self._visiting or self._version_id(self.weights_hash())
+        with self.lock:
+            return self._visiting or self._version_id(self.weights_hash())
 
     @property
     def live_id(self) -> str:
@@ -167,8 +171,9 @@ class Policy:
 
     def has(self, version: str) -> bool:
         """Whether ``at`` and ``restore`` can serve a version."""
-        known = (self.live_id, self.base_version, self.version())
-        return version in self._kept or version in known
+        if version in self._kept or version in (self.live_id, self.base_version):
+            return True
+        return version == self.version()
 
     def trainable_state(self) -> dict[str, Tensor]:
         """Copies on the CPU of the weights that training changes (adapters only under LoRA)."""
@@ -206,7 +211,7 @@ class Policy:
             ModelError: The version is not kept.
         """
         with self.lock:
-            if version in (self.live_id, self.version()):
+            if version == self.live_id or version == self.version():
                 return
             kept = self._find(version)
             if kept.lora != self._lora:
@@ -225,11 +230,11 @@ class Policy:
             ModelError: The version is not kept, or another one is already swapped in.
         """
         with self.lock:
-            if version in (self.live_id, self.version()):
+            if version == self.live_id or version == self.version():
                 yield
                 return
             if self._visiting is not None:
-                raise ModelError(f"cannot swap in {version}: {self._visiting} is swapped in already")
+                raise ModelError(f"cannot swap in {version} while {self._visiting} is swapped in")
             kept, hashed = self._find(version), self._hashed
             with ExitStack() as stack:
                 if self._lora is not None and kept.lora is None:
@@ -263,9 +268,9 @@ class Policy:
                     f"LoRA needs the base weights {self.base_version}, but {self.version()} is "
                     "live; call policy.restore(policy.base_version) first"
                 )
-            with _seeded(seed):
-                self.model = peft.get_peft_model(self.model, _peft_config(cfg), _OWN)
-            self.model.eval()
+            with torch.random.fork_rng():
+                torch.manual_seed(seed)
+                self.model = _wrap(self.model, cfg, _OWN)
             self._lora = cfg
 
     # --- inside -----------------------------------------------------------------------------------
@@ -325,7 +330,7 @@ class Policy:
             if live_lora is None:
                 base = self._find(self.base_version)
                 stack.enter_context(_swapped(self._weights, base.tensors))
-                self.model = peft.get_peft_model(live_model, _peft_config(kept.lora), _VISITING)
+                self.model = _wrap(live_model, kept.lora, _VISITING)
             else:
                 self.model.add_adapter(_VISITING, _peft_config(kept.lora))
                 self.model.set_adapter(_VISITING)
@@ -363,9 +368,21 @@ def _where(name_or_path: str | Path) -> str:
 
 
 def _read_model(where: str, dtype: torch.dtype, trust_remote_code: bool) -> Any:
-    return AutoModelForCausalLM.from_pretrained(
-        where, dtype=dtype, trust_remote_code=trust_remote_code
-    )
+    # A bar for a second's work is noise, and so is the hint to install a CUDA kernel on a CPU.
+    logging.getLogger("transformers.integrations.hub_kernels").addFilter(_no_kernel_hint)
+    showed_bars = hf_logging.is_progress_bar_enabled()
+    hf_logging.disable_progress_bar()
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            where, dtype=dtype, trust_remote_code=trust_remote_code
+        )
+    finally:
+        if showed_bars:
+            hf_logging.enable_progress_bar()
+
+
+def _no_kernel_hint(record: logging.LogRecord) -> bool:
+    return torch.cuda.is_available() or "reference PyTorch" not in record.getMessage()
 
 
 def _context_length(config: Any, tokenizer: Any) -> int:
@@ -384,11 +401,11 @@ def _peft_config(cfg: LoraConfig) -> peft.LoraConfig:
     )
 
 
-@contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        yield
+def _wrap(model: Any, cfg: LoraConfig, name: str) -> Any:
+    with warnings.catch_warnings():
+        # peft 0.19 to 0.21 asks transformers for an attribute by its former name.
+        warnings.simplefilter("ignore", FutureWarning)
+        return peft.get_peft_model(model, _peft_config(cfg), name).eval()
 
 
 def _copy(weight: Tensor) -> Tensor:
@@ -420,5 +437,5 @@ def _hash(weights: Mapping[str, Tensor], salt: str = "") -> str:
     for name in sorted(weights):
         weight = weights[name].detach().cpu().contiguous()
         digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
-        digest.update(weight.reshape(-1).view(torch.uint8).numpy())
+        digest.update(weight.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -14,6 +14,7 @@ import asyncio
 import contextvars
 import copy
 import hashlib
+import logging
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -34,6 +35,8 @@ from fst_dspy.metric import Score, call_metric
 from fst_dspy.types import Call, Candidate, Failure, PredictorTrace, Rollout, RolloutCounts
 
 Channel = Literal["fast", "slow", "eval"]
+
+_in_rollout: contextvars.ContextVar[bool] = contextvars.ContextVar("in_rollout", default=False)
 
 
 @dataclass(frozen=True)
@@ -197,6 +200,7 @@ class _Run:
         self.done.set()
 
     def _work(self) -> None:
+        _in_rollout.set(True)
         try:
             try:
                 prediction = self._run_program()
@@ -359,6 +363,14 @@ class _TraceRecorder(BaseCallback):
         texts = [call.text for call in self.slot.calls[first_call:] if call.predictor == name]
         parsed = outputs.toDict() if isinstance(outputs, dspy.Prediction) else None
         self.traces.append(PredictorTrace(name, inputs, parsed, texts[-1] if texts else ""))
+
+
+def _outside_rollouts(record: logging.LogRecord) -> bool:
+    """DSPy warns of every truncated answer; in a rollout that is data, and counted."""
+    return not _in_rollout.get()
+
+
+logging.getLogger("dspy.clients.lm").addFilter(_outside_rollouts)
 
 
 def strict_adapter(adapter: dspy.Adapter | None) -> dspy.Adapter:

@@ -102,9 +102,7 @@ def make_metric(policy: Mapping[str, str]) -> Callable[..., dspy.Prediction]:
     return metric
 
 
-def load(
-    seed: int = 0, policy: int = 0, train: int = 200, val: int = 64, test: int = 200
-) -> Task:
+def load(seed: int = 0, policy: int = 0, train: int = 200, val: int = 64, test: int = 200) -> Task:
     """The task: ``seed`` draws tickets and policies, ``policy`` picks one of the seed's policies.
 
     Tasks of one seed and different ``policy`` have the same tickets in the same splits, with other

@@ -59,7 +59,8 @@ def test_any_text_survives_the_tokenizer(tokenizer, text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", " visa", "a  b\n\n c\td", "ÿĠa", "'Tis (don't) x_y", "été 日本語", "[[ ## a ## ]]\nb"]
+    "text",
+    ["", " visa", "a  b\n\n c\td", "ÿĠa", "'Tis (don't) x_y", "été 日本語", "[[ ## a ## ]]\nb"],
 )
 def test_awkward_text_survives_the_tokenizer(tokenizer, text: str) -> None:
     assert tokenizer.decode(tokenizer.encode(text)) == text
@@ -118,14 +119,16 @@ def test_questions_are_decided_by_the_ideal_prompt() -> None:
 
 def test_model_speaks_the_format_for_field_names_it_never_saw(model, tokenizer) -> None:
     signature = dspy.Signature("gripe, vox -> reasoning, bucketeer", "Say which bucketeer it is.")
-    adapter = dspy.ChatAdapter()
     question = FAMILIES[0].questions(Random(0), 1)[0]
     questions = [
         type(question)(
-            signature, "visa goes to teal.", {"gripe": "My visa.", "vox": "blue"}, "bucketeer", "teal"
+            signature,
+            "visa goes to teal.",
+            {"gripe": "My visa.", "vox": "blue"},
+            "bucketeer",
+            "teal",
         )
     ] * 64
-    assert adapter.format(signature, [], questions[0].inputs)
     assert score(model, tokenizer, questions, ideal=True, seed=0).parsed >= 0.9
 
 

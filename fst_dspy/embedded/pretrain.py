@@ -26,6 +26,8 @@ from fst_dspy.embedded.corpus import FAMILIES
 from fst_dspy.embedded.figures import family_figures
 from fst_dspy.embedded.training import Recipe, Trainer, make_tokenizer
 
+MODEL = embedded.path()
+
 
 def _git_commit() -> str | None:
     """The commit that the code stands at, or ``None`` outside a repository."""
@@ -123,10 +125,8 @@ def pretrain(out: Path, work: Path, recipe: Recipe, questions: int, save_every: 
 
 
 def main(
-    out: Annotated[Path, typer.Option(help="The model folder to write.")] = embedded.path(),
-    work: Annotated[Path, typer.Option(help="Checkpoints are kept here.")] = Path(
-        "runs/pretrain"
-    ),
+    out: Annotated[Path, typer.Option(help="The model folder to write.")] = MODEL,
+    work: Annotated[Path, typer.Option(help="Checkpoints are kept here.")] = Path("runs/pretrain"),
     seed: Annotated[int, typer.Option(help="Decides weights and text.")] = Recipe.seed,
     joint_steps: Annotated[
         int, typer.Option(min=1, help="Steps of the last stage, which mixes all families.")

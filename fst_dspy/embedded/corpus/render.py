@@ -13,7 +13,7 @@ from typing import Any
 import dspy
 
 from fst_dspy.embedded.corpus.base import Message
-from fst_dspy.embedded.corpus.words import ENGLISH, made_up
+from fst_dspy.embedded.corpus.words import ENGLISH, made_up, word_list
 
 HEAVY = 5.0  # loss weight of the tokens that carry the answer
 LIGHT = 0.3  # of answers that nothing in the prompt decides: taught as guesses, not as facts
@@ -21,14 +21,18 @@ PLAIN = 1.0  # of all other assistant tokens
 
 ADAPTER = dspy.ChatAdapter()
 
-INPUT_NAMES = (
-    "ticket question message text email request note item input query document comment report"
-    " story passage problem case entry review context task log subject memo record letter post"
-).split()
-OUTPUT_NAMES = (
-    "queue answer label category team output result choice decision class route target response"
-    " department owner action code tag folder verdict place value group destination reply"
-).split()
+INPUT_NAMES = word_list(
+    """
+    ticket question message text email request note item input query document comment report story
+    passage problem case entry review context task log subject memo record letter post
+    """
+)
+OUTPUT_NAMES = word_list(
+    """
+    queue answer label category team output result choice decision class route target response
+    department owner action code tag folder verdict place value group destination reply
+    """
+)
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """The skill of following rules stated in the prompt: find which rule applies, say it, answer.
 
 A rule maps a key word to a value word. It stands in the instruction, in one of many wordings, or
-has to be read off the demos; the input is a sentence with the key somewhere in it. The ``reasoning``
-states the rule before the answer, which turns one hard step into two easy ones.
+has to be read off the demos; the input is a sentence with the key somewhere in it. The
+``reasoning`` states the rule before the answer, which turns one hard step into two easy ones.
 
 A small model learns this only by a curriculum of distance: first the value follows the key at
 once, then one, two and three tokens later, and only then DSPy's format around it.
@@ -13,8 +13,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from random import Random
-
-import dspy
 
 from fst_dspy.embedded.corpus.base import Message, Question, Stage
 from fst_dspy.embedded.corpus.render import (
@@ -28,7 +26,8 @@ from fst_dspy.embedded.corpus.render import (
     make_signature,
     render_chat,
 )
-from fst_dspy.embedded.corpus.words import ENGLISH, HELD_OUT, VOCABULARY, distinct
+from fst_dspy.embedded.corpus.words import ENGLISH, HELD_OUT, VOCABULARY, distinct, word_list
+
 
 @dataclass(frozen=True)
 class Drill:
@@ -36,19 +35,19 @@ class Drill:
 
     wordings: tuple[str, ...]
     pairs: int = 12
-    english: tuple[float, ...] = (0.4, 0.8, 1.0)
+    english: tuple[float, ...] = (0.7, 1.0, 1.0)
 
 
 DRILLS: Mapping[str, Drill] = {
     "adjacent, few": Drill(("{k} {v}",), pairs=4, english=(1.0,)),
-    "adjacent": Drill(("{k} {v}",)),
+    "adjacent": Drill(("{k} {v}",), english=(1.0,)),
     "one apart": Drill(("{k}: {v}", "{k} -> {v}", "{k} = {v}", "{k} {v}")),
     "two apart": Drill(
         ("{k} goes to {v}", "{k} belongs to {v}", "{k} means: {v}", "send {k} to the {v}")
     ),
     "three apart": Drill(("{k} {n} go to {v}", "{k} is sent to {v}", "if it is {k}, answer {v}")),
 }
-NOUNS = "tickets cases requests questions messages items things mails topics orders".split()
+NOUNS = word_list("tickets cases requests questions messages items things mails topics orders")
 WORDINGS = (
     "{k} {n} go to {v}.",
     "{k} {n} go to {v}.",
@@ -229,7 +228,7 @@ def chat(rng: Random) -> list[Message]:
     """A chat in DSPy's format, with the rules in the instruction, in the demos, or nowhere."""
     mode = rng.choices(["stated", "partly", "demos", "bare"], [0.62, 0.14, 0.14, 0.1])[0]
     count = rng.randint(2, 14)
-    words = distinct(rng, 2 * count, english=rng.choice([0.4, 0.8, 1.0]))
+    words = distinct(rng, 2 * count, english=rng.choice([0.5, 0.8, 1.0]))
     keys, values = words[:count], words[count:]
     if rng.random() < 0.3:  # several keys may share a value
         values = rng.choices(values, k=count)
@@ -257,9 +256,7 @@ def chat(rng: Random) -> list[Message]:
         instructions = f"{task}{rng.choice([' ', chr(10), chr(10)])}{text}"
         if rng.random() < 0.05:
             instructions = text
-    signature = make_signature(
-        dict.fromkeys((shape.source, *shape.extra)), described, instructions
-    )
+    signature = make_signature(dict.fromkeys((shape.source, *shape.extra)), described, instructions)
 
     turns, known = [], set(stated)
     guess = {key: rng.choice(options) for key in keys}
@@ -281,7 +278,7 @@ class RuleLookup:
     """See the module docstring; satisfies ``Family``."""
 
     name = "rule_lookup"
-    warmup = tuple(Stage(name, 400, 0.85) for name in DRILLS)
+    warmup = tuple(Stage(name, 400, 0.75) for name in DRILLS)
     share = 1.0
 
     def sample(self, rng: Random, stage: str) -> list[Message]:

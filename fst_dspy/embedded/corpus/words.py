@@ -11,15 +11,23 @@ from __future__ import annotations
 
 from random import Random
 
+
+def word_list(text: str) -> tuple[str, ...]:
+    """The words of ``text``, which may be broken into lines."""
+    return tuple(text.split())
+
+
 HELD_OUT: frozenset[str] = frozenset(
-    """
+    word_list(
+        """
     visa refund baggage parking catering wifi insurance passport shuttle loyalty upgrade delay
     amber silver cobalt ivory crimson jade onyx coral indigo violet bronze pearl topaz ochre teal
     maroon
-    """.split()
+        """
+    )
 )
 
-ENGLISH: tuple[str, ...] = tuple(
+ENGLISH: tuple[str, ...] = word_list(
     """
     account address airport album alarm anchor animal answer apple apron arrow artist autumn award
     baker balcony banana banner barrel basket battery beach beacon bean bear bed bell bench berry
@@ -52,14 +60,16 @@ ENGLISH: tuple[str, ...] = tuple(
     tulip tunnel turtle umbrella uncle valley van velvet village vine violin voice wagon wallet
     warehouse water wave wheel whale wheat whistle white willow wind window wine winter wire wolf
     wood wool yacht yellow zebra zinc
-    """.split()
+    """
 )
 
 VOCABULARY: tuple[str, ...] = (*ENGLISH, *sorted(HELD_OUT))  # a token each
 
-_ONSETS = "b c d f g h j k l m n p r s t v w z b c d f l m n p r s t br cr dr fl gr pl sh st tr".split()
-_NUCLEI = "a e i o u".split()
-_CODAS = "- - - - - - b d f g k l m n p r s t x l m n r s t ck nd nt rd rt ss st".split()
+_ONSETS = word_list(
+    "b c d f g h j k l m n p r s t v w z b c d f l m n p r s t br cr dr fl gr pl sh st tr"
+)
+_NUCLEI = word_list("a e i o u")
+_CODAS = word_list("- - - - - - b d f g k l m n p r s t x l m n r s t ck nd nt rd rt ss st")
 
 
 def made_up(rng: Random) -> str:

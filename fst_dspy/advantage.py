@@ -1,0 +1,88 @@
+"""Advantages: how much better a rollout was than the others of its problem (paper, section 3).
+
+One advantage a rollout, centred over all G rollouts of the problem, whichever candidates they ran
+under; every call of the rollout becomes a training row with that advantage. The arithmetic is that
+of TRL 1.16 (``GRPOTrainer._generate_and_score_completions``), in float32, with one difference: a
+group of equal rewards has advantages of exactly 0, where TRL may leave rounding noise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+
+from fst_dspy.types import Group, TrainingRow
+
+EPSILON = 1e-4
+"""Added to the standard deviation, as in TRL."""
+
+Scale = Literal["group", "batch", "none"]
+
+
+def is_constant(group: Group) -> bool:
+    """Whether all rewards of the group are equal, so that it has no gradient."""
+    return len({rollout.reward for rollout in group.rollouts_G}) <= 1
+
+
+def constant_group_share(groups_P: Sequence[Group]) -> float:
+    """Share of the groups whose rewards are all equal, 0 to 1; 0 for no groups."""
+    return sum(map(is_constant, groups_P)) / len(groups_P) if groups_P else 0.0
+
+
+def group_advantages(group: Group, divisor: float | None = None) -> list[float]:
+    """The advantage of each rollout of a group: ``(r - mean) / divisor``.
+
+    Args:
+        group: G rollouts of one problem.
+        divisor: ``None`` takes the standard deviation of the group's own rewards (with Bessel's
+            correction) plus 1e-4.
+
+    Returns:
+        Length G, in the order of the rollouts; all 0 when the rewards are equal.
+    """
+    reward_G = torch.tensor([rollout.reward for rollout in group.rollouts_G], dtype=torch.float32)
+    if is_constant(group):
+        return [0.0] * len(group.rollouts_G)
+    centred_G = reward_G - reward_G.mean()
+    scale = _spread(reward_G) if divisor is None else torch.tensor(divisor)
+    return (centred_G / scale).tolist()
+
+
+def group_rows(groups_P: Sequence[Group], scale_rewards: Scale) -> list[TrainingRow]:
+    """The training rows of a step: one for each call of each rollout, in order.
+
+    A call without completion tokens has nothing to learn from and gives no row. Rows with
+    advantage 0 are kept: they count in the loss's normaliser.
+
+    Args:
+        groups_P: The problems of the step with their rollouts.
+        scale_rewards: ``"group"`` divides by the group's standard deviation, ``"batch"`` by that
+            of all rewards of the step, ``"none"`` by nothing.
+    """
+    return [
+        TrainingRow(call.prompt_ids_T, call.completion_ids_T, call.logprobs_T, advantage)
+        for group, advantages_G in zip(groups_P, _advantages(groups_P, scale_rewards), strict=True)
+        for rollout, advantage in zip(group.rollouts_G, advantages_G, strict=True)
+        for call in rollout.calls
+        if call.completion_ids_T
+    ]
+
+
+def _advantages(groups_P: Sequence[Group], scale_rewards: Scale) -> list[list[float]]:
+    if scale_rewards == "group":
+        return [group_advantages(group) for group in groups_P]
+    if scale_rewards == "none":
+        return [group_advantages(group, divisor=1.0) for group in groups_P]
+    rewards = [rollout.reward for group in groups_P for rollout in group.rollouts_G]
+    if len(rewards) < 2:
+        return [[0.0] * len(group.rollouts_G) for group in groups_P]
+    divisor = _spread(torch.tensor(rewards, dtype=torch.float32)).item()
+    return [group_advantages(group, divisor) for group in groups_P]
+
+
+def _spread(reward_N: torch.Tensor) -> torch.Tensor:
+    n = reward_N.numel()
+    variance = ((reward_N - reward_N.mean()) ** 2).mean() * torch.tensor(n / (n - 1))
+    return variance.sqrt() + EPSILON

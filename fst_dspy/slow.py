@@ -1,0 +1,252 @@
+"""The slow channel: GRPO on the local model, one optimizer step at a time (paper, section 3).
+
+A step takes the rows of one batch of rollouts, sampled from the weights as they are, so it is on
+policy: the importance ratio is 1 and the step equals one of TRL's stock ``GRPOTrainer``, bit for
+bit. Optimizer, schedule and random numbers go on from step to step whatever runs between.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from fst_dspy.config import SamplingConfig, SlowConfig
+from fst_dspy.errors import ModelError, StoreError, TrainingError
+from fst_dspy.policy import Policy
+from fst_dspy.trl_stepper import Gradients, SteppedGRPOTrainer, collate
+from fst_dspy.types import StepStats, TrainingRow
+
+WEIGHTS, OPTIMIZER, RNG, SCALARS = (
+    "weights.safetensors",
+    "optimizer.safetensors",
+    "rng.safetensors",
+    "trainer.json",
+)
+SCHEMA_VERSION = 1
+
+
+class SlowTrainer:
+    """Advances a policy's weights, and can be saved and gone on with.
+
+    The policy's adapters, where it has any, must be in place before. Its weights are updated in
+    place and its ``step`` is counted on.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        slow: SlowConfig,
+        sampling: SamplingConfig,
+        total_steps: int,
+        seed: int,
+    ) -> None:
+        """Make optimizer and schedule; takes well under a second and writes nothing.
+
+        Args:
+            policy: Whose weights are trained.
+            slow, sampling: The settings; of ``sampling`` the temperature and ``max_tokens``, which
+                only the ``dr_grpo`` loss reads.
+            total_steps: Length of the learning rate schedule, in optimizer steps.
+            seed: Seed of dropout.
+        """
+        self.policy, self.slow = policy, slow
+        with policy.lock:
+            self._trl = SteppedGRPOTrainer(
+                policy.model, policy.tokenizer, slow, sampling, total_steps, seed
+            )
+            policy.model.eval()
+            if slow.beta and policy.lora is None and policy.version() == policy.base_version:
+                policy.keep()  # the reference, so that it need not be read again
+        self._rng = {"cpu": torch.Generator().manual_seed(seed).get_state()}
+        if policy.device.type == "cuda":
+            cuda = torch.Generator(policy.device).manual_seed(seed)
+            self._rng["cuda"] = cuda.get_state()
+
+    def advance(self, rows: Sequence[TrainingRow], *, on_policy: bool = True) -> StepStats:
+        """Take exactly one optimizer step on the rows.
+
+        No step is taken, weights, optimizer and schedule stay untouched, and ``skipped`` says why
+        when all advantages are 0 and there is no KL penalty (``"constant"``; loss and norm are
+        then 0 and the entropy is estimated from the sampling log-probabilities), or when loss or
+        gradient is not finite (``"non_finite"``; what is not finite is reported as 0).
+
+        Rows with advantage 0 have no gradient without a KL penalty: they count in the loss's
+        normaliser, but are not run, and the entropy is that of the others.
+
+        Args:
+            rows: Any number, each with a completion, sampled at the configured temperature.
+            on_policy: Whether the rows were sampled from the weights as they are. If not, their
+                sampling log-probabilities give the importance ratio.
+
+        Raises:
+            TrainingError: A row without completion tokens, or the adapters were changed.
+        """
+        if not all(row.completion_ids_T for row in rows):
+            raise TrainingError("a training row has no completion; leave such rows out")
+        if self._trl.model is not self.policy.model:
+            raise TrainingError("the policy's adapters were changed; make a new SlowTrainer")
+        live_rows = [row for row in rows if row.advantage != 0 or self.slow.beta]
+        if not live_rows:
+            return self._stats(rows, Gradients(0.0, _sampled_entropy(rows), 0.0), 0.0, "constant")
+        with self.policy.lock, self._trl.fused(), self._own_rng():
+            batches = self._micro_batches(live_rows, on_policy)
+            if self.slow.beta:
+                self._add_reference(batches)
+            self._trl.model.train()
+            try:
+                tokens = sum(len(row.completion_ids_T) for row in rows)
+                gradients = self._trl.accumulate(batches, len(rows), tokens)
+                return self._update(rows, gradients)
+            finally:
+                self._trl.optimizer.zero_grad()
+                self._trl.model.eval()
+
+    def save(self, folder: Path) -> None:
+        """Write trained weights, optimizer, schedule and random state; no pickle.
+
+        The files are not written atomically: the caller makes the folder appear at once.
+
+        Args:
+            folder: An existing folder.
+        """
+        with self.policy.lock:
+            _write(folder / WEIGHTS, self.policy.trainable_state())
+            optimizer = self._trl.optimizer.state_dict()
+            moments = {
+                f"{index}.{key}": tensor
+                for index, state in optimizer["state"].items()
+                for key, tensor in state.items()
+            }
+            _write(folder / OPTIMIZER, moments)
+            _write(folder / RNG, self._rng)
+            scalars = {
+                "schema_version": SCHEMA_VERSION,
+                "step": self.policy.step,
+                "learning_rates": [group["lr"] for group in optimizer["param_groups"]],
+                "scheduler": _plain(self._trl.lr_scheduler.state_dict()),
+            }
+            (folder / SCALARS).write_text(json.dumps(scalars), encoding="utf-8")
+
+    def load(self, folder: Path) -> None:
+        """Go on from what ``save`` wrote, bit for bit, on a trainer made with the same settings.
+
+        Raises:
+            StoreError: A file is missing or unreadable, or belongs to another model.
+        """
+        try:
+            scalars = json.loads((folder / SCALARS).read_text(encoding="utf-8"))
+            weights, tensors = load_file(folder / WEIGHTS), load_file(folder / OPTIMIZER)
+            rng = load_file(folder / RNG)
+        except Exception as error:
+            raise StoreError(f"cannot read the training state in {folder}: {error}") from error
+        if scalars["schema_version"] != SCHEMA_VERSION:
+            raise StoreError(
+                f"{folder} has training state of version {scalars['schema_version']}, this package "
+                f"reads {SCHEMA_VERSION}; go on with the package that wrote it"
+            )
+        with self.policy.lock:
+            try:
+                self.policy.load_trainable_state(weights)
+            except ModelError as error:
+                raise StoreError(f"{folder} is of another model: {error}") from error
+            self._load_optimizer(tensors, scalars["learning_rates"])
+            self._trl.lr_scheduler.load_state_dict(scalars["scheduler"])
+            self._rng = rng
+            self.policy.step = scalars["step"]
+
+    # --- inside -----------------------------------------------------------------------------------
+
+    def _micro_batches(
+        self, rows: Sequence[TrainingRow], on_policy: bool
+    ) -> list[dict[str, Tensor]]:
+        size = self.slow.micro_batch_size
+        if len(rows) > size:
+            # Rows of like length together need the least padding; one batch keeps its order.
+            rows = sorted(rows, key=lambda row: len(row.prompt_ids_T) + len(row.completion_ids_T))
+        pad_id, device = self.policy.tokenizer.pad_token_id, self.policy.device
+        return [
+            collate(rows[start : start + size], pad_id, device, on_policy=on_policy)
+            for start in range(0, len(rows), size)
+        ]
+
+    def _add_reference(self, batches: Sequence[dict[str, Tensor]]) -> None:
+        with self.policy.at(self.policy.base_version):
+            for batch in batches:
+                batch["ref_per_token_logps"] = self._trl.reference_logprobs(batch)
+
+    def _update(self, rows: Sequence[TrainingRow], gradients: Gradients) -> StepStats:
+        trl = self._trl
+        limit = self.slow.max_grad_norm or math.inf
+        norm = torch.nn.utils.clip_grad_norm_(trl.parameters, limit).item()
+        if not (math.isfinite(gradients.loss) and math.isfinite(norm)):
+            return self._stats(rows, gradients, norm, "non_finite")
+        stats = self._stats(rows, gradients, norm, None)
+        trl.optimizer.step()
+        trl.lr_scheduler.step()
+        self.policy.step += 1
+        return stats
+
+    def _stats(
+        self, rows: Sequence[TrainingRow], seen: Gradients, norm: float, skipped: str | None
+    ) -> StepStats:
+        return StepStats(
+            loss=_finite(seen.loss),
+            grad_norm=_finite(norm),
+            learning_rate=self._trl.lr_scheduler.get_last_lr()[0],
+            entropy=_finite(seen.entropy),
+            clip_share=_finite(seen.clip_share),
+            rows=len(rows),
+            skipped=skipped,
+        )
+
+    def _load_optimizer(self, tensors: dict[str, Tensor], learning_rates: list[float]) -> None:
+        state: dict[int, dict[str, Tensor]] = {}
+        for name, tensor in tensors.items():
+            index, key = name.split(".", 1)
+            state.setdefault(int(index), {})[key] = tensor
+        groups = self._trl.optimizer.state_dict()["param_groups"]
+        for group, learning_rate in zip(groups, learning_rates, strict=True):
+            group["lr"] = learning_rate
+        self._trl.optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+    @contextmanager
+    def _own_rng(self) -> Iterator[None]:
+        """Dropout draws from the trainer's own stream, whatever else draws between steps."""
+        device = self.policy.device
+        with torch.random.fork_rng([device] if "cuda" in self._rng else []):
+            torch.set_rng_state(self._rng["cpu"])
+            if "cuda" in self._rng:
+                torch.cuda.set_rng_state(self._rng["cuda"], device)
+            yield
+            self._rng["cpu"] = torch.get_rng_state()
+            if "cuda" in self._rng:
+                self._rng["cuda"] = torch.cuda.get_rng_state(device)
+
+
+def _finite(value: float) -> float:
+    return value if math.isfinite(value) else 0.0
+
+
+def _sampled_entropy(rows: Sequence[TrainingRow]) -> float:
+    """Mean of ``-log p`` over sampled tokens: unbiased for the entropy of what they came from."""
+    logprobs = [logprob for row in rows for logprob in row.logprobs_T]
+    return -sum(logprobs) / len(logprobs) if logprobs else 0.0
+
+
+def _write(path: Path, tensors: dict[str, Tensor]) -> None:
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
+
+
+def _plain(state: dict[str, Any]) -> dict[str, Any]:
+    """A scheduler's state as JSON holds it; its functions are made anew from the settings."""
+    return {key: value for key, value in state.items() if key != "lr_lambdas"} | (
+        {"lr_lambdas": [None] * len(state["lr_lambdas"])} if "lr_lambdas" in state else {}
+    )

@@ -1,0 +1,251 @@
+"""TRL's GRPOTrainer, advanced one optimizer step at a time on rows that are given to it.
+
+This is the one file that leans on private parts of TRL 1.16 and transformers 5.17 to 5.23; the
+test ``tests/test_trl_contract.py`` holds it to the stock trainer, bit for bit. They are:
+
+- ``GRPOTrainer._compute_loss(model, inputs)`` and the keys of ``inputs`` it reads;
+- ``GRPOTrainer._get_per_token_logps_and_entropies`` for the reference's log-probabilities;
+- ``GRPOTrainer._metrics["train"]`` with ``entropy``, ``clip_ratio/region_mean`` and
+  ``cispo_clip_ratio``; ``GRPOTrainer.beta``;
+- ``Trainer._prepare_for_training``, which makes optimizer and scheduler,
+  ``Trainer.compute_loss_context_manager`` and ``Trainer.current_gradient_accumulation_steps``;
+- that TRL and accelerate put a ``forward`` of their own on the model's instance.
+
+The stock loop, its callbacks, its data loader and its generation are never entered.
+"""
+
+from __future__ import annotations
+
+import random
+import tempfile
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from torch import Tensor
+from trl import GRPOConfig, GRPOTrainer
+
+from fst_dspy.config import SamplingConfig, SlowConfig
+from fst_dspy.types import TrainingRow
+
+TRL_MAX_COMPLETION = 512
+"""TRL's own ``max_completion_length``; only ``dr_grpo`` uses it, as a constant to divide by."""
+
+TOKEN_SUM_LOSSES = ("cispo", "dapo", "vespo")  # divided by the tokens of the whole batch
+CLIP_METRICS = ("cispo_clip_ratio", "clip_ratio/region_mean")
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """What one pass over a batch measured; the gradients are on the parameters.
+
+    Attributes:
+        loss: Sum over the micro-batches.
+        entropy: Nats a token, mean over the completion tokens of the rows that were run.
+        clip_share: Share of those tokens whose importance weight was clipped, 0 to 1.
+    """
+
+    loss: float
+    entropy: float
+    clip_share: float
+
+
+class SteppedGRPOTrainer(GRPOTrainer):
+    """A GRPOTrainer that is opened once and fed batches of rows.
+
+    The model's ``forward`` is TRL's own only inside ``fused``: generation and everything else
+    between the steps sees the model as it was.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        slow: SlowConfig,
+        sampling: SamplingConfig,
+        total_steps: int,
+        seed: int,
+    ) -> None:
+        device = next(model.parameters()).device
+        places = [model, model.get_base_model()] if hasattr(model, "peft_config") else [model]
+        before = [(place, place.__dict__.get("forward")) for place in places]
+        with (
+            tempfile.TemporaryDirectory() as folder,
+            _global_rng_kept(device),
+            warnings.catch_warnings(),
+        ):
+            # transformers renames gradient_checkpointing, which TRL sets by itself.
+            warnings.simplefilter("ignore", FutureWarning)
+            super().__init__(
+                model=model,
+                reward_funcs=_no_reward,
+                args=_trl_config(slow, sampling, total_steps, seed, device, folder),
+                # TRL asks for a dataset; it is never read.
+                train_dataset=Dataset.from_dict({"prompt": [""]}),
+                processing_class=tokenizer,
+            )
+            self._prepare_for_training(total_steps, None, None)
+        # With beta set from the start TRL would load a reference model, or add an adapter.
+        self.beta = slow.beta
+        self._forwards = [
+            (place, original, place.__dict__.get("forward")) for place, original in before
+        ]
+        self._show(original=True)
+
+    @property
+    def parameters(self) -> list[torch.nn.Parameter]:
+        """The parameters that are trained."""
+        return [p for p in self.model.parameters() if p.requires_grad]
+
+    @contextmanager
+    def fused(self) -> Iterator[None]:
+        """Inside the block, the model has TRL's forward."""
+        self._show(original=False)
+        try:
+            yield
+        finally:
+            self._show(original=True)
+
+    @torch.no_grad()
+    def reference_logprobs(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """Log-probabilities of a batch's completions under the weights now in the model."""
+        ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
+        mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
+        keep = batch["completion_ids"].size(1)
+        return self._get_per_token_logps_and_entropies(self.model, ids, mask, keep)[0]
+
+    def accumulate(
+        self, batches: Sequence[Mapping[str, Tensor]], rows: int, tokens: int
+    ) -> Gradients:
+        """Forward and backward over the micro-batches of one optimizer step.
+
+        Args:
+            batches: The micro-batches, as ``collate`` makes them; of any number and size.
+            rows, tokens: Rows and completion tokens of the whole step, those left out of
+                ``batches`` for an advantage of 0 included: the loss is divided by them.
+        """
+        loss, measured = 0.0, {"entropy": 0.0, "clip": 0.0}
+        seen = sum(int(batch["completion_mask"].sum()) for batch in batches)
+        for batch in batches:
+            own_rows, own_tokens = len(batch["advantages"]), int(batch["completion_mask"].sum())
+            self.current_gradient_accumulation_steps = self._parts(
+                rows / own_rows, tokens / own_tokens
+            )
+            whole = torch.tensor(tokens, device=self.args.device)
+            self._metrics["train"].clear()
+            with self.compute_loss_context_manager():
+                value = self._compute_loss(self.model, {**batch, "num_items_in_batch": whole})
+            self.accelerator.backward(value)
+            loss += value.item()
+            metrics = self._metrics["train"]
+            measured["entropy"] += metrics["entropy"][-1] * own_tokens / seen
+            clips = [metrics[name][-1] for name in CLIP_METRICS if name in metrics]
+            measured["clip"] += sum(clips) * own_tokens / seen
+        self._metrics["train"].clear()
+        return Gradients(loss, measured["entropy"], measured["clip"])
+
+    def _parts(self, row_parts: float, token_parts: float) -> float:
+        """How many micro-batches of this size make up the step, in the loss's own measure.
+
+        TRL takes them to be of equal size, so that it is the number of micro-batches; with these
+        numbers the loss of the whole step does not depend on how it is cut.
+        """
+        if self.loss_type in TOKEN_SUM_LOSSES:
+            return 1.0
+        return token_parts if self.loss_type == "bnpo" else row_parts
+
+    def _show(self, *, original: bool) -> None:
+        for place, before, patched in self._forwards:
+            forward = before if original else patched
+            if forward is None:
+                place.__dict__.pop("forward", None)
+            else:
+                place.forward = forward
+
+
+def collate(
+    rows: Sequence[TrainingRow], pad_id: int, device: torch.device, *, on_policy: bool
+) -> dict[str, Tensor]:
+    """Rows as the tensors TRL's loss reads: prompts padded on the left, completions on the right.
+
+    With ``on_policy`` the importance ratio is 1 by construction and no old log-probabilities are
+    given, as in the stock trainer; without it, those of sampling are.
+    """
+    prompt_BT = [list(row.prompt_ids_T) for row in rows]
+    completion_BT = [list(row.completion_ids_T) for row in rows]
+    batch = {
+        "prompt_ids": _padded(prompt_BT, pad_id, left=True),
+        "prompt_mask": _padded([[1] * len(ids) for ids in prompt_BT], 0, left=True),
+        "completion_ids": _padded(completion_BT, pad_id),
+        "completion_mask": _padded([[1] * len(ids) for ids in completion_BT], 0),
+        "advantages": torch.tensor([row.advantage for row in rows], dtype=torch.float32),
+    }
+    if not on_policy:
+        batch["old_per_token_logps"] = _padded([list(row.logprobs_T) for row in rows], 0.0)
+    return {name: tensor.to(device) for name, tensor in batch.items()}
+
+
+def _padded(values_BT: Sequence[list[Any]], fill: float, *, left: bool = False) -> Tensor:
+    width = max(map(len, values_BT))
+    pads_BT = [[fill] * (width - len(values)) for values in values_BT]
+    pairs = zip(values_BT, pads_BT, strict=True)
+    return torch.tensor([pad + values if left else values + pad for values, pad in pairs])
+
+
+def _trl_config(
+    slow: SlowConfig,
+    sampling: SamplingConfig,
+    total_steps: int,
+    seed: int,
+    device: torch.device,
+    folder: str,
+) -> GRPOConfig:
+    cuda = device.type == "cuda"
+    return GRPOConfig(
+        output_dir=folder,
+        max_steps=total_steps,
+        learning_rate=slow.learning_rate,
+        lr_scheduler_type=slow.lr_scheduler_type,
+        warmup_steps=slow.warmup_steps,
+        max_grad_norm=slow.max_grad_norm,
+        weight_decay=slow.weight_decay,
+        loss_type=slow.loss_type,
+        epsilon=slow.epsilon,
+        epsilon_high=slow.epsilon_high,
+        temperature=sampling.temperature,
+        max_completion_length=sampling.max_tokens or TRL_MAX_COMPLETION,
+        # The rows of a step come in one batch, cut up by us.
+        per_device_train_batch_size=2,
+        num_generations=2,
+        steps_per_generation=1,
+        gradient_accumulation_steps=1,
+        use_cpu=not cuda,
+        bf16=cuda and torch.cuda.is_bf16_supported(),
+        gradient_checkpointing=False,
+        report_to="none",
+        save_strategy="no",
+        disable_tqdm=True,
+        seed=seed,
+    )
+
+
+def _no_reward(completions: Sequence[Any], **_: Any) -> list[float]:
+    """TRL asks for a reward function; the rows come with their advantages."""
+    return [0.0] * len(completions)
+
+
+@contextmanager
+def _global_rng_kept(device: torch.device) -> Iterator[None]:
+    """TRL seeds every global generator when it is made; others' randomness is none of its affair."""
+    python, numpy = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)

@@ -1,0 +1,203 @@
+"""Our steps equal those of TRL's stock GRPOTrainer, bit for bit, on the same rows."""
+
+import copy
+
+import pytest
+import torch
+from datasets import Dataset
+from trl import GRPOConfig, GRPOTrainer
+
+from fst_dspy.advantage import group_advantages, group_rows
+from fst_dspy.config import LoraConfig, SamplingConfig, SlowConfig
+from fst_dspy.policy import Policy
+from fst_dspy.slow import SlowTrainer
+from fst_dspy.types import Call, Group, Rollout, TrainingRow
+
+STEPS, PROBLEMS, GROUP = 4, 2, 4
+
+
+class SpyTrainer(GRPOTrainer):
+    """The stock trainer; keeps the batches it made of the rollouts and those it took the loss of."""
+
+    def _generate_and_score_completions(self, inputs):
+        batch = super()._generate_and_score_completions(inputs)
+        self.scored.append({"rewards": self.drawn[-1], "advantages": batch["advantages"].tolist()})
+        return batch
+
+    def _compute_loss(self, model, inputs):
+        self.trained.append({k: v for k, v in inputs.items() if torch.is_tensor(v)})
+        assert inputs.get("old_per_token_logps") is None
+        return super()._compute_loss(model, inputs)
+
+
+def run_stock(policy, slow, micro_batches=1, equal_lengths=False):
+    """Four steps of the stock trainer on random rows and rewards; the spy, and the step norms."""
+    rng = torch.Generator().manual_seed(7)
+
+    def draw(low, high):
+        return int(torch.randint(low, high, (), generator=rng))
+
+    def rollout_func(prompts, trainer):
+        rows = {"prompt_ids": [], "completion_ids": [], "logprobs": None}
+        for index in range(len(prompts)):
+            if index % GROUP == 0:
+                length = 9 if equal_lengths else draw(3, 12)
+                prompt = [draw(3, 300) for _ in range(length)]
+            length = 6 if equal_lengths else draw(1, 8)
+            rows["prompt_ids"].append(list(prompt))
+            rows["completion_ids"].append([draw(3, 300) for _ in range(length)])
+        return rows
+
+    def reward(completions, **kwargs):
+        drawn = [draw(0, 100) / 100 for _ in completions]
+        spy.drawn.append(drawn)
+        return drawn
+
+    args = GRPOConfig(
+        output_dir="unused",
+        per_device_train_batch_size=PROBLEMS * GROUP // micro_batches,
+        gradient_accumulation_steps=micro_batches,
+        num_generations=GROUP,
+        max_steps=STEPS,
+        learning_rate=slow.learning_rate,
+        lr_scheduler_type=slow.lr_scheduler_type,
+        warmup_steps=slow.warmup_steps,
+        max_grad_norm=slow.max_grad_norm,
+        weight_decay=slow.weight_decay,
+        loss_type=slow.loss_type,
+        epsilon=slow.epsilon,
+        epsilon_high=slow.epsilon_high,
+        scale_rewards=slow.scale_rewards,
+        temperature=1.0,
+        use_cpu=True,
+        bf16=False,
+        gradient_checkpointing=False,
+        report_to="none",
+        save_strategy="no",
+        logging_strategy="steps",
+        logging_steps=1,
+        disable_tqdm=True,
+    )
+    spy = SpyTrainer(
+        model=policy.model,
+        reward_funcs=reward,
+        args=args,
+        train_dataset=Dataset.from_dict({"prompt": [f"p{n}" for n in range(16)]}),
+        processing_class=policy.tokenizer,
+        rollout_func=rollout_func,
+    )
+    spy.scored, spy.trained, spy.drawn = [], [], []
+    spy.train()
+    return spy
+
+
+def rows_of(batch):
+    """The training rows of a batch of the stock trainer, in its order."""
+    rows = []
+    for n, advantage in enumerate(batch["advantages"].tolist()):
+        prompt = batch["prompt_ids"][n][batch["prompt_mask"][n].bool()].tolist()
+        completion = batch["completion_ids"][n][batch["completion_mask"][n].bool()].tolist()
+        zeros = (0.0,) * len(completion)
+        rows.append(TrainingRow(tuple(prompt), tuple(completion), zeros, advantage))
+    return rows
+
+
+def make_pair(folder, lora=None):
+    pair = Policy.load(folder, device="cpu"), Policy.load(folder, device="cpu")
+    for policy in pair:
+        if lora is not None:
+            policy.add_lora(lora, seed=3)
+    return pair
+
+
+def trainer_for(policy, slow):
+    return SlowTrainer(policy, slow, SamplingConfig(), total_steps=STEPS, seed=0)
+
+
+@pytest.fixture(autouse=True)
+def in_tmp(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.parametrize("loss_type", ["cispo", "dapo", "grpo", "bnpo", "dr_grpo"])
+@pytest.mark.parametrize("kind", ["qwen3", "lfm2"])
+def test_steps_equal_the_stock_trainer(kind, loss_type, request):
+    stock, ours = make_pair(request.getfixturevalue(f"tiny_{kind}"))
+    slow = SlowConfig(
+        loss_type=loss_type, learning_rate=1e-2, lr_scheduler_type="linear", weight_decay=0.1
+    )
+    before = ours.version()
+    spy = run_stock(stock, slow)
+    trainer = trainer_for(ours, slow)
+    logs = [log for log in spy.state.log_history if "grad_norm" in log]
+    for batch, log in zip(spy.trained, logs, strict=True):
+        stats = trainer.advance(rows_of(batch))
+        ours.model(torch.tensor([[3, 4, 5]]))  # what runs between steps changes nothing
+        torch.rand(3)
+        assert stats.grad_norm == pytest.approx(log["grad_norm"], rel=1e-6)
+        assert stats.learning_rate == pytest.approx(log["learning_rate"])
+        assert stats.entropy == pytest.approx(log["entropy"], rel=1e-5)
+    assert ours.step == STEPS
+    assert before != ours.version() == stock.version()  # a hash over all bytes of the weights
+
+
+def test_lora_steps_equal_the_stock_trainer(tiny_llama):
+    stock, ours = make_pair(tiny_llama, LoraConfig(rank=4))
+    slow = SlowConfig(learning_rate=1e-2)
+    spy = run_stock(stock, slow)
+    trainer = trainer_for(ours, slow)
+    for batch in spy.trained:
+        trainer.advance(rows_of(batch))
+    assert stock.weights_hash() == ours.weights_hash()
+
+
+@pytest.mark.parametrize("loss_type", ["cispo", "grpo"])
+def test_micro_batches_equal_the_stock_trainers(loss_type, tiny_qwen3):
+    stock, ours = make_pair(tiny_qwen3)
+    slow = SlowConfig(loss_type=loss_type, learning_rate=1e-2, micro_batch_size=4)
+    spy = run_stock(stock, slow, micro_batches=2, equal_lengths=True)
+    trainer = trainer_for(ours, slow)
+    for first, second in zip(spy.trained[::2], spy.trained[1::2], strict=True):
+        trainer.advance(rows_of(first) + rows_of(second))
+    assert stock.weights_hash() == ours.weights_hash()
+
+
+def group_of(rewards):
+    call = Call("p", (3, 4), (5,), (0.0,), "x", "stop", 1.0)
+    rollouts = [Rollout("e", "c", (call,), (), r, "", None, 0) for r in rewards]
+    return Group("e", tuple(rollouts))
+
+
+@pytest.mark.parametrize("scale_rewards", ["group", "batch", "none"])
+def test_advantages_equal_the_stock_trainers(scale_rewards, tiny_qwen3):
+    policy = Policy.load(tiny_qwen3, device="cpu")
+    spy = run_stock(policy, SlowConfig(scale_rewards=scale_rewards))
+    assert len(spy.scored) == STEPS
+    for scored in spy.scored:
+        rewards = scored["rewards"]
+        groups = [group_of(rewards[:GROUP]), group_of(rewards[GROUP:])]
+        ours = [row.advantage for row in group_rows(groups, scale_rewards)]
+        assert ours == scored["advantages"]
+        if scale_rewards == "group":
+            assert group_advantages(groups[0]) + group_advantages(groups[1]) == ours
+
+
+def test_old_logprobs_of_the_live_policy_give_the_same_step(tiny_qwen3):
+    """Off-policy rows whose log-probabilities happen to be the live ones: ratio 1 but for noise."""
+    stock, ours = make_pair(tiny_qwen3)
+    slow = SlowConfig(learning_rate=1e-3)
+    generator = torch.Generator().manual_seed(0)
+    rows = []
+    for n in range(6):
+        ids = torch.randint(3, 300, (5 + n,), generator=generator)
+        with torch.no_grad():
+            logprobs = stock.model(ids[None]).logits[0, 3:-1].log_softmax(-1)
+        taken = logprobs.gather(1, ids[4:, None])[:, 0]
+        row = TrainingRow(
+            tuple(ids[:4].tolist()), tuple(ids[4:].tolist()), tuple(taken.tolist()), 1.0 - n
+        )
+        rows.append(row)
+    one = trainer_for(stock, slow).advance(rows)
+    other = trainer_for(ours, slow).advance(copy.deepcopy(rows), on_policy=False)
+    assert other.grad_norm == pytest.approx(one.grad_norm, rel=1e-4)
+    assert other.clip_share == 0.0
