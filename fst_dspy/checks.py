@@ -104,9 +104,7 @@ def _check_examples(name: str, examples: Sequence[dspy.Example] | None) -> list[
         raise DataError(f"the {name} is empty; FST needs at least one dspy.Example")
     for position, example in enumerate(examples):
         if not isinstance(example, dspy.Example):
-            raise DataError(
-                f"{name}[{position}] is a {type(example).__name__}, not a dspy.Example"
-            )
+            raise DataError(f"{name}[{position}] is a {type(example).__name__}, not a dspy.Example")
         if not example._input_keys:
             raise DataError(
                 f"{name}[{position}] does not say which fields are inputs; "

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_show_locals=False,
-    help="Fast-Slow Training: tune a DSPy program's prompts and its local model's weights together.",
+    help="Fast-Slow Training: tune a DSPy program's prompts and its model's weights together.",
 )
 console = Console()
 
@@ -155,12 +155,14 @@ def _write_quadrants(out: Path, tested: Quadrants) -> None:
 
 
 def _report(result: FSTResult, tested: Quadrants) -> None:
-    table = Table(title=f"Mean test score on {tested.examples} examples, at the training temperature")
+    table = Table(title=f"Mean test score, {tested.examples} examples, training temperature")
     table.add_column("weights")
     table.add_column("original context", justify="right")
     table.add_column("evolved context", justify="right")
     table.add_row("base", f"{tested.base_original:.3f}", f"{tested.base_evolved:.3f}")
-    table.add_row("trained", f"{tested.trained_original:.3f}", f"[bold]{tested.trained_evolved:.3f}")
+    table.add_row(
+        "trained", f"{tested.trained_original:.3f}", f"[bold]{tested.trained_evolved:.3f}"
+    )
     console.print(table)
     for component, text in result.best.candidate.components.items():
         if result.seed_candidate.components.get(component) != text:

@@ -141,7 +141,7 @@ class SlowConfig:
             _require(value >= 1, f"{name} must be at least 1, got {value}")
         _require(
             self.group_size >= 2,
-            f"group_size must be at least 2 (a group of one has no advantage), got {self.group_size}",
+            f"group_size must be at least 2 (one alone has no advantage), got {self.group_size}",
         )
         _require(
             math.isfinite(self.learning_rate) and self.learning_rate > 0,
@@ -153,7 +153,7 @@ class SlowConfig:
         _require(self.epsilon_high > 0, f"epsilon_high must be positive, got {self.epsilon_high}")
         _require(
             self.scale_rewards in ("group", "batch", "none"),
-            f"scale_rewards must be 'group', 'batch' or 'none', got {self.scale_rewards!r}",
+            f"scale_rewards is 'group', 'batch' or 'none', not {self.scale_rewards!r}",
         )
 
 
@@ -169,7 +169,7 @@ class SamplingConfig:
         rollout_timeout: Seconds a program may run between two model calls, and a metric may take,
             before the rollout is given up; ``None`` waits for ever. Generation does not count.
         max_calls: Model calls one rollout may make; a program that loops ends there.
-        num_threads: Rollouts alive at once, each in its thread, and so the largest generation batch.
+        num_threads: Rollouts alive at once, each in its thread; the largest generation batch.
         val_size: V, validation examples scored each cycle; the rest of the set is not used.
     """
 
@@ -185,7 +185,7 @@ class SamplingConfig:
     def __post_init__(self) -> None:
         _require(
             self.temperature > 0,
-            f"temperature must be above 0 (greedy groups have no advantage), got {self.temperature}",
+            f"temperature must be above 0 (greedy groups are constant), got {self.temperature}",
         )
         _require(0 < self.top_p <= 1, f"top_p must be in (0, 1], got {self.top_p}")
         _require(
@@ -222,7 +222,7 @@ class FSTConfig:
         constant = self.slow.lr_scheduler_type in ("constant", "constant_with_warmup")
         _require(
             constant or self.budget.max_cycles is not None,
-            f"lr_scheduler_type={self.slow.lr_scheduler_type!r} needs max_cycles, over which it decays",
+            f"lr_scheduler_type={self.slow.lr_scheduler_type!r} decays over max_cycles: set it",
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -259,7 +259,8 @@ class FSTConfig:
         for name, value in settings.items():
             if name not in owner:
                 near = difflib.get_close_matches(name, owner, n=1)
-                hint = f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(sorted(owner))}"
+                known = ", ".join(sorted(owner))
+                hint = f"; did you mean {near[0]!r}?" if near else f"; known: {known}"
                 raise ConfigError(f"unknown setting {name!r}{hint}")
             values[owner[name]][name] = value
         try:
@@ -275,7 +276,7 @@ def _as_lora(value: Any) -> LoraConfig | None:
         return None
     if isinstance(value, dict):
         return LoraConfig(**value)
-    _require(isinstance(value, LoraConfig), f"lora must be a LoraConfig, a bool or None, got {value!r}")
+    _require(isinstance(value, LoraConfig), f"lora must be a LoraConfig or a bool, got {value!r}")
     return value
 
 
@@ -289,5 +290,10 @@ PARTS: dict[str, Any] = {
 AUTO: dict[str, dict[str, int]] = {
     "light": {"max_cycles": 6},
     "medium": {"max_cycles": 15, "first_cycle_iterations": 12},
-    "heavy": {"max_cycles": 40, "first_cycle_iterations": 16, "cycle_iterations": 3, "val_size": 96},
+    "heavy": {
+        "max_cycles": 40,
+        "first_cycle_iterations": 16,
+        "cycle_iterations": 3,
+        "val_size": 96,
+    },
 }

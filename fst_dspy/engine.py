@@ -36,6 +36,7 @@ GATHER_SECONDS = 0.004  # how long the first of some concurrent calls waits for 
 class _Pending:
     """A call on its way: what to generate, with which weights, and what came of it."""
 
+    policy: Policy
     request: lm15.Request
     version: str
     generation: GenerationRequest
@@ -67,7 +68,7 @@ class _Pending:
         if self.error is not None:
             raise self.error
         assert self.result is not None
-        return _response(self.request, self.generation, self.result)
+        return _response(self.policy, self.request, self.generation, self.result)
 
 
 class LocalEngine:
@@ -266,11 +267,11 @@ class BarrierBatcher:
             raise _left()
         asked = (slot.key, generation.prompt_ids_T)
         pending.order = (slot.key, generation.prompt_ids_T, self._asked[asked])
-        if pending.request.config.seed is None:
-            parts = (slot.seed, *pending.order[1:])
-            digest = hashlib.sha256(repr(parts).encode()).digest()
-            seed = int.from_bytes(digest[:8], "big")
-            pending.generation = replace(generation, seed=seed)
+        # A seed in the request is mixed in only: taken as it is, it would make a group's rollouts
+        # copies of each other.
+        parts = (slot.seed, pending.request.config.seed, *pending.order[1:])
+        digest = hashlib.sha256(repr(parts).encode()).digest()
+        pending.generation = replace(generation, seed=int.from_bytes(digest[:8], "big"))
         pending.slot, pending.predictor = slot, engine.predictor
         self._asked[asked] += 1
         self._blocked[slot.key].append(pending)
@@ -349,6 +350,7 @@ def _prepare(
 ) -> _Pending:
     """Turn a request into what ``generate`` takes, or raise what is wrong with it."""
     config = request.config
+    _refuse_unknown(config)
     ids = prompt_ids(policy, request)
     try:
         check_prompt(policy, ids)
@@ -368,7 +370,32 @@ def _prepare(
         stop=config.stop,
         seed=seed if config.seed is None else config.seed,
     )
-    return _Pending(request, version, generation)
+    return _Pending(policy, request, version, generation)
+
+
+def _refuse_unknown(config: lm15.Config) -> None:
+    """Refuse settings that would change the answer elsewhere, rather than drop them."""
+    wanted = [name for name in _UNKNOWN if getattr(config, name) is not None]
+    wanted += sorted(config.extensions or {})
+    if config.logprobs:
+        wanted.append("logprobs of other tokens than the sampled ones")
+    if wanted:
+        raise lm15.UnsupportedFeatureError(
+            f"a local model has no {', '.join(wanted)}; it takes temperature, top_p, max_tokens, "
+            "stop, seed and logprobs",
+            feature=f"config.{wanted[0]}",
+        )
+
+
+_UNKNOWN = (
+    "top_k",
+    "response_format",
+    "tool_choice",
+    "reasoning",
+    "frequency_penalty",
+    "presence_penalty",
+    "probabilities",
+)
 
 
 def _run(policy: Policy, batch: Sequence[_Pending]) -> int:
@@ -393,13 +420,12 @@ def _run(policy: Policy, batch: Sequence[_Pending]) -> int:
 
 
 def _response(
-    request: lm15.Request, generation: GenerationRequest, result: GenerationResult
+    policy: Policy,
+    request: lm15.Request,
+    generation: GenerationRequest,
+    result: GenerationResult,
 ) -> lm15.Response:
-    data = {
-        "prompt_ids": list(generation.prompt_ids_T),
-        "completion_ids": list(result.completion_ids_T),
-        "logprobs": list(result.logprobs_T),
-    }
+    scored = zip(result.completion_ids_T, result.logprobs_T, strict=True)
     return lm15.Response(
         id=None,
         model=request.model,
@@ -408,7 +434,17 @@ def _response(
         usage=lm15.Usage(
             input_tokens=len(generation.prompt_ids_T), output_tokens=len(result.completion_ids_T)
         ),
-        provider_data=data,
+        logprobs=None
+        if request.config.logprobs is None
+        else tuple(
+            lm15.TokenLogprob(policy.tokenizer.decode([token]), logprob, token_id=token)
+            for token, logprob in scored
+        ),
+        provider_data={
+            "prompt_ids": list(generation.prompt_ids_T),
+            "completion_ids": list(result.completion_ids_T),
+            "logprobs": list(result.logprobs_T),
+        },
     )
 
 

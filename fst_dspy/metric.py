@@ -69,7 +69,7 @@ def read_score(result: Any) -> Score:
     else:
         raw, feedback = result, ""
     try:
-        reward = float(raw)  # type: ignore[arg-type]
+        reward = float(raw)
     except (TypeError, ValueError):
         raise MetricError(
             f"the metric must return a number or dspy.Prediction(score=, feedback=), got {result!r}"

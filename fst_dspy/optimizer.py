@@ -27,7 +27,7 @@ import random
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -191,9 +191,7 @@ class _Run:
         self.policy.step = 0
         if self.slow_on and self.config.slow.lora is not None:
             self.policy.add_lora(self.config.slow.lora, self.seed)
-        self.runner = RolloutRunner(
-            student, fst.metric, self.lm, self.config.sampling, self.seed
-        )
+        self.runner = RolloutRunner(student, fst.metric, self.lm, self.config.sampling, self.seed)
         self.fast = FastPhase(self.config.fast, self._make_proposer(fst), self.seed)
         self.trainer = self._make_trainer() if self.slow_on else None
 

@@ -42,7 +42,7 @@ class FSTResult:
         best: What was bound into the compiled program.
         seed_candidate: The student's own instructions and demos.
         base_version: Version id of the weights as the model was loaded.
-        weights_version: Version id of the weights at the end of the run, which need not be the best.
+        weights_version: Version id of the weights at the end, which need not be the best.
         log_dir: The run folder, or ``None``.
     """
 

@@ -36,6 +36,9 @@ from fst_dspy.types import Call, Candidate, Failure, PredictorTrace, Rollout, Ro
 
 Channel = Literal["fast", "slow", "eval"]
 
+BOUND_PROGRAMS = 64
+"""Programs with a candidate's texts in them that are kept to be copied."""
+
 _in_rollout: contextvars.ContextVar[bool] = contextvars.ContextVar("in_rollout", default=False)
 
 
@@ -96,6 +99,7 @@ class RolloutRunner:
         self.tokens: dict[str, int] = {"prompt": 0, "completion": 0}
         self._lm = lm.live().copy(num_retries=0, **_sampling_kwargs(sampling))
         self._adapter = strict_adapter(dspy.settings.adapter)
+        self._bound: dict[str, dspy.Module] = {}
 
     def run(
         self,
@@ -133,8 +137,7 @@ class RolloutRunner:
         ]
         batcher = BarrierBatcher(self.policy, slots)
         runs = [
-            _Run(self, job, slot, batcher, version)
-            for job, slot in zip(jobs, slots, strict=True)
+            _Run(self, job, slot, batcher, version) for job, slot in zip(jobs, slots, strict=True)
         ]
         try:
             for run in runs:
@@ -148,6 +151,15 @@ class RolloutRunner:
                 run.give_up("interrupted")
             raise
         return [run.result() for run in runs]
+
+    def bound(self, candidate: Candidate) -> dspy.Module:
+        """A fresh copy of the program with a candidate's texts in it."""
+        if candidate.id not in self._bound:
+            # Putting texts in builds new signature classes, which costs more than the copy.
+            if len(self._bound) >= BOUND_PROGRAMS:
+                self._bound.clear()
+            self._bound[candidate.id] = bind(self.program, candidate)
+        return self._bound[candidate.id].deepcopy()
 
     def _slot_seed(self, job: RolloutJob, channel: str, salt: int) -> int:
         parts = (self.seed, channel, salt, example_id(job.example), job.candidate.id, job.index)
@@ -216,7 +228,7 @@ class _Run:
             self._finish(self._failed("program", f"{type(error).__name__}: {error}"))
 
     def _run_program(self) -> Any:
-        program = bind(self.runner.program, self.job.candidate)
+        program = self.runner.bound(self.job.candidate)
         self.recorder.names = {
             id(predictor): name for name, predictor in program.named_predictors()
         }

@@ -100,9 +100,7 @@ class RunFolder:
     def record_cycle(self, record: CycleRecord, population: Population) -> None:
         """Log a cycle and the population it ended with."""
         self.store.append("cycles", [record])
-        self.store.append(
-            "population", [{"cycle": record.cycle, **population_to_json(population)}]
-        )
+        self.store.append("population", [{"cycle": record.cycle, **population_to_json(population)}])
 
     def keep_version(self, version: str, policy: Policy) -> None:
         """Keep the live weights as the best ones, and no others."""

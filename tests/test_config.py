@@ -33,7 +33,7 @@ def test_light_is_the_default_budget_and_names_win_over_a_preset():
         ({"lora": "yes"}, "lora must be"),
         ({"lora": {"rank": 0}}, "rank"),
         ({"auto": "tiny"}, "auto must be one of"),
-        ({"lr_scheduler_type": "cosine", "max_rollouts": 10}, "needs max_cycles"),
+        ({"lr_scheduler_type": "cosine", "max_rollouts": 10}, "decays over max_cycles"),
         ({"steps_per_cycle": "six"}, "wrong type"),
     ],
 )

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import fst_dspy.generate as generate_module
+from fst_dspy.config import LoraConfig
 from fst_dspy.errors import PromptTooLongError
 from fst_dspy.generate import GenerationRequest, GenerationResult, generate
 from fst_dspy.policy import Policy
@@ -63,6 +64,22 @@ def test_logprobs_equal_a_full_forward_pass(tiny_model: Path, temperature: float
         expected = expected_TV.gather(1, ids)[:, 0]
         assert len(result.logprobs_T) == len(result.completion_ids_T) > 0
         assert np.allclose(result.logprobs_T, expected, atol=1e-4)
+
+
+def test_adapters_are_sampled_from(tiny_model: Path) -> None:
+    policy = Policy.load(tiny_model)
+    requests = [GenerationRequest(encode(policy, w), 20, seed=i) for i, w in enumerate(WORDS)]
+    base = generate(policy, requests)
+    policy.add_lora(LoraConfig(rank=2), seed=0)
+    policy.load_trainable_state({k: v + 0.02 for k, v in policy.trainable_state().items()})
+    tuned = generate(policy, requests)
+    assert tuned != base
+    for request, result in zip(requests, tuned, strict=True):
+        ids = torch.tensor(result.completion_ids_T)[:, None]
+        expected = full_logprobs(policy, request, result).gather(1, ids)[:, 0]
+        assert np.allclose(result.logprobs_T, expected, atol=1e-4)
+    with policy.at(policy.base_version):
+        assert generate(policy, requests) == base
 
 
 def test_a_row_does_not_depend_on_the_rest_of_its_batch(tiny_model: Path) -> None:

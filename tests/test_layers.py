@@ -14,7 +14,7 @@ LAYERS = [
     {"fast", "gepa_adapter", "proposers", "lessons", "slow", "trl_stepper", "evaluate", "drift"},
     {"optimizer", "run_state", "checks", "progress", "interrupt"},
     {"tasks"},
-    {"cli", "plots"},
+    {"cli", "plots", "__main__"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 

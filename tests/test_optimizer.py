@@ -51,7 +51,7 @@ def compile_tiny(folder, program=None, *, seed=0, log_dir=None, arm="fst", **set
 @pytest.mark.parametrize("lora", [False, {"rank": 4}], ids=["full", "lora"])
 @pytest.mark.parametrize("kind", ["tiny_qwen3", "tiny_llama"])
 def test_both_channels_change_and_the_best_pair_is_bound(kind, lora, request):
-    compiled, lm, result = compile_tiny(request.getfixturevalue(kind), lora=lora)
+    compiled, _, result = compile_tiny(request.getfixturevalue(kind), lora=lora)
     first, *_, last = result.records
     assert first.cycle == 0 and first.kl_to_base == 0 and first.rollouts.slow == 0
     assert last.step == 4 and last.weights_version != result.base_version
@@ -97,7 +97,7 @@ def test_the_student_is_left_as_it_was(tiny_qwen3):
 
 
 def test_the_lm_given_keeps_answering_with_its_own_weights(tiny_qwen3):
-    compiled, lm, result = compile_tiny(tiny_qwen3)
+    lm = compile_tiny(tiny_qwen3)[1]
     fresh = LocalLM(str(tiny_qwen3))
     assert lm.model == fresh.model
     assert lm("hello", temperature=0) == fresh("hello", temperature=0)
@@ -137,7 +137,9 @@ def test_a_killed_run_goes_on_to_the_same_end(tiny_qwen3, tmp_path, lora, monkey
     assert resumed.best == whole.best
     assert resumed.population == whole.population
     for name in ("cycles", "steps", "rollouts"):
-        lines = [(tmp_path / run / f"{name}.jsonl").read_text().count("\n") for run in ("whole", "cut")]
+        lines = [
+            (tmp_path / run / f"{name}.jsonl").read_text().count("\n") for run in ("whole", "cut")
+        ]
         assert lines[0] == lines[1]
 
 

@@ -1,0 +1,367 @@
+"""Engines: requests to responses, batching of concurrent calls, and the barrier for rollouts."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from dspy import lm15
+
+import fst_dspy.engine as engine_module
+from fst_dspy.engine import AsyncLocalEngine, BarrierBatcher, LocalEngine, Slot, prompt_ids
+from fst_dspy.errors import ModelError
+from fst_dspy.policy import Policy
+
+
+@pytest.fixture
+def policy(tiny_lfm2: Path) -> Policy:
+    return Policy.load(tiny_lfm2)
+
+
+def ask(policy: Policy, text: str, version: str | None = None, **config: Any) -> lm15.Request:
+    return lm15.Request(
+        model=version or policy.live_id,
+        messages=(lm15.Message.user(text),),
+        config=lm15.Config(**{"max_tokens": 12, **config}),
+    )
+
+
+def move(policy: Policy) -> None:
+    with torch.no_grad():
+        for weight in policy.model.parameters():
+            weight.mul_(1.5)
+
+
+def test_messages_go_through_the_chat_template(policy: Policy) -> None:
+    request = lm15.Request(
+        model=policy.live_id,
+        system="Be brief.",
+        messages=(
+            lm15.Message.user("hi"),
+            lm15.Message.assistant("hello"),
+            lm15.Message.user((lm15.TextPart("how "), lm15.TextPart("are you"))),
+        ),
+    )
+    assert policy.tokenizer.decode(prompt_ids(policy, request)) == (
+        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nhi<|im_end|>\n"
+        "<|im_start|>assistant\nhello<|im_end|>\n<|im_start|>user\nhow are you<|im_end|>\n"
+        "<|im_start|>assistant\n"
+    )
+
+
+def test_a_response_carries_text_usage_ids_and_logprobs(policy: Policy) -> None:
+    request = ask(policy, "hi", seed=3, logprobs=0)
+    response = LocalEngine(policy).complete(request)
+    data = response.provider_data
+    assert data is not None and response.logprobs is not None
+    assert tuple(data["prompt_ids"]) == prompt_ids(policy, request)
+    assert policy.tokenizer.decode(data["completion_ids"], skip_special_tokens=True) == (
+        response.text or ""
+    )
+    assert [t.token_id for t in response.logprobs] == data["completion_ids"]
+    assert [t.logprob for t in response.logprobs] == data["logprobs"]
+    assert response.usage.input_tokens == len(data["prompt_ids"])
+    assert response.usage.output_tokens == len(data["completion_ids"])
+    assert response.usage.total_tokens == len(data["prompt_ids"]) + len(data["completion_ids"])
+
+
+def test_a_seed_repeats_an_answer_and_none_varies_it(policy: Policy) -> None:
+    engine = LocalEngine(policy)
+    seeded = {engine.complete(ask(policy, "hi", seed=3)).text for _ in range(3)}
+    fresh = {engine.complete(ask(policy, "hi")).text for _ in range(3)}
+    assert len(seeded) == 1 and len(fresh) == 3
+
+
+def test_an_empty_completion_is_an_empty_text(policy: Policy) -> None:
+    with torch.no_grad():  # a final norm of zero makes every token equally likely
+        policy.model.model.embedding_norm.weight.zero_()
+    policy.model.generation_config.eos_token_id = list(range(len(policy.tokenizer)))
+    request = ask(policy, "hi", temperature=0)  # of equals, the first: the pad token
+    response = LocalEngine(policy).complete(request)
+    assert not response.text and response.finish_reason == "stop"
+    assert response.usage.output_tokens == 1
+
+
+def test_the_request_names_the_weights(policy: Policy) -> None:
+    engine = LocalEngine(policy)
+    base = engine.complete(ask(policy, "hi", temperature=0)).text
+    move(policy)
+    moved = engine.complete(ask(policy, "hi", temperature=0)).text
+    assert moved != base
+    named = {
+        version: engine.complete(ask(policy, "hi", version, temperature=0)).text
+        for version in (policy.base_version, policy.version())
+    }
+    assert list(named.values()) == [base, moved]
+    with pytest.raises(lm15.UnsupportedModelError, match="not at hand"):
+        engine.complete(ask(policy, "hi", f"{policy.name}@000000000000"))
+
+
+@pytest.mark.parametrize(
+    ("config", "named"),
+    [({"top_k": 5}, "top_k"), ({"response_format": {"type": "json_object"}}, "response_format")],
+)
+def test_settings_it_lacks_are_refused_not_dropped(
+    policy: Policy, config: dict[str, Any], named: str
+) -> None:
+    with pytest.raises(lm15.UnsupportedFeatureError, match=named):
+        LocalEngine(policy).complete(ask(policy, "hi", **config))
+
+
+def test_images_and_streams_are_refused(policy: Policy) -> None:
+    engine = LocalEngine(policy)
+    image = lm15.Message.user((lm15.ImagePart(url="https://example.org/x.png"),))
+    with pytest.raises(lm15.UnsupportedFeatureError, match="image"):
+        engine.complete(lm15.Request(model=policy.live_id, messages=(image,)))
+    for served in (engine, AsyncLocalEngine(engine)):
+        with pytest.raises(lm15.UnsupportedFeatureError, match="does not stream"):
+            served.stream(ask(policy, "hi"))
+
+
+def test_calls_from_threads_are_batched_and_one_bad_call_fails_alone(policy: Policy) -> None:
+    engine = LocalEngine(policy)
+    texts = [f"question {i}" for i in range(16)]
+    alone = [engine.complete(ask(policy, text, seed=1)).text for text in texts]
+    before = engine.batches
+
+    def call(text: str) -> Any:
+        try:
+            return engine.complete(ask(policy, text, seed=1)).text
+        except lm15.ContextLengthError as error:
+            return error
+
+    with ThreadPoolExecutor(17) as pool:
+        answers = list(pool.map(call, [*texts, "x" * 2000]))
+    assert answers[:-1] == alone
+    assert "holds 512 tokens" in str(answers[-1])
+    assert engine.batches - before < 8
+
+
+def test_awaited_calls_are_batched(policy: Policy) -> None:
+    engine = LocalEngine(policy)
+    served = AsyncLocalEngine(engine)
+    texts = [f"question {i}" for i in range(24)]
+
+    async def gather() -> list[lm15.Response]:
+        return await asyncio.gather(*(served.complete(ask(policy, t, seed=1)) for t in texts))
+
+    answers = [response.text for response in asyncio.run(gather())]
+    assert engine.batches < 12
+    assert answers == [engine.complete(ask(policy, text, seed=1)).text for text in texts]
+
+
+def test_a_failure_in_generation_reaches_every_caller(
+    policy: Policy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = LocalEngine(policy)
+
+    def fail(*_: Any) -> Any:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(engine_module, "generate", fail)
+    with ThreadPoolExecutor(4) as pool:
+        errors = list(pool.map(lambda i: _error_of(engine, ask(policy, str(i))), range(4)))
+    assert [str(error) for error in errors] == ["out of memory"] * 4
+    monkeypatch.undo()
+    assert engine.complete(ask(policy, "hi")).finish_reason
+
+
+def _error_of(engine: Any, request: lm15.Request) -> BaseException | None:
+    try:
+        engine.complete(request)
+    except Exception as error:
+        return error
+    return None
+
+
+def test_a_saved_engine_loads_once_and_only_with_its_own_weights(tiny_lfm2: Path) -> None:
+    engine = LocalEngine(Policy.load(tiny_lfm2))
+    state = engine.dump_state()
+    first, second = LocalEngine.load_state(state), LocalEngine.load_state(state)
+    assert first is second and first.policy.base_version == engine.policy.base_version
+    assert AsyncLocalEngine.load_state(AsyncLocalEngine(engine).dump_state()).engine is first
+    with pytest.raises(ModelError, match="now hold"):
+        LocalEngine.load_state({**state, "base_version": "tiny-lfm2@000000000000"})
+
+
+# --- the barrier -----------------------------------------------------------------------------------
+
+
+def run_slots(
+    policy: Policy,
+    programs: list[Callable[[Any], None]],
+    jitter: random.Random | None = None,
+) -> tuple[BarrierBatcher, list[Slot], list[BaseException | None]]:
+    """Run one program a slot in its thread, as the rollout runner does."""
+    slots = [Slot((i,), seed=100 + i) for i in range(len(programs))]
+    batcher = BarrierBatcher(policy, slots)
+    errors: list[BaseException | None] = [None] * len(programs)
+
+    def work(place: int) -> None:
+        try:
+            if jitter is not None:
+                time.sleep(jitter.random() * 0.02)
+            programs[place](batcher.engine_for(slots[place], "solve"))
+        except Exception as error:
+            errors[place] = error
+        finally:
+            batcher.leave(slots[place])
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(len(programs))]
+    random.Random(len(programs)).shuffle(threads)
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=30)
+        assert not thread.is_alive()
+    return batcher, slots, errors
+
+
+def steps(policy: Policy, count: int, jitter: random.Random) -> Callable[[Any], None]:
+    def program(engine: Any) -> None:
+        text = "start"
+        for _ in range(count):
+            text = engine.complete(ask(policy, f"say more: {text!r}")).text or ""
+            time.sleep(jitter.random() * 0.005)
+
+    return program
+
+
+def test_the_barrier_gives_the_same_calls_however_threads_run(policy: Policy) -> None:
+    counts = [1, 3, 2, 3, 1, 2]
+    runs = []
+    for repeat in range(3):
+        jitter = random.Random(repeat)
+        batcher, slots, errors = run_slots(
+            policy, [steps(policy, n, jitter) for n in counts], jitter
+        )
+        assert errors == [None] * len(counts)
+        # One batch a round: nobody generates before all live rollouts are blocked.
+        assert batcher.batches == max(counts)
+        assert [len(slot.calls) for slot in slots] == counts
+        runs.append([slot.calls for slot in slots])
+    assert runs[0] == runs[1] == runs[2]
+    first = [calls[0] for calls in runs[0]]
+    assert len({call.completion_ids_T for call in first}) == len(first)  # own seeds
+    assert {call.predictor for call in first} == {"solve"}
+
+
+def test_a_bad_call_or_a_crash_fails_only_its_own_rollout(policy: Policy) -> None:
+    def too_long(engine: Any) -> None:
+        engine.complete(ask(policy, "x" * 2000))
+
+    def crash(engine: Any) -> None:
+        engine.complete(ask(policy, "hi"))
+        raise ZeroDivisionError
+
+    quiet = random.Random(0)
+    batcher, slots, errors = run_slots(
+        policy, [steps(policy, 2, quiet), too_long, crash, lambda engine: None]
+    )
+    assert [type(e).__name__ for e in errors] == [
+        "NoneType",
+        "ContextLengthError",
+        "ZeroDivisionError",
+        "NoneType",
+    ]
+    assert [len(slot.calls) for slot in slots] == [2, 0, 1, 0]
+    assert batcher.batches == 2
+
+
+def test_a_failing_batch_reaches_all_in_it_and_the_next_one_works(
+    policy: Policy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, failures = engine_module.generate, iter([True])
+
+    def sometimes(*args: Any) -> Any:
+        if next(failures, False):
+            raise RuntimeError("out of memory")
+        return real(*args)
+
+    monkeypatch.setattr(engine_module, "generate", sometimes)
+
+    def twice(engine: Any) -> None:
+        assert str(_error_of(engine, ask(policy, "hi"))) == "out of memory"
+        engine.complete(ask(policy, "hi"))
+
+    _, slots, errors = run_slots(policy, [twice] * 3)
+    assert errors == [None] * 3 and [len(slot.calls) for slot in slots] == [1, 1, 1]
+
+
+def test_a_rollout_given_up_frees_the_others_and_its_own_blocked_call(policy: Policy) -> None:
+    slots = [Slot((i,), seed=i) for i in range(3)]
+    batcher = BarrierBatcher(policy, slots)
+    outcomes: dict[int, Any] = {}
+
+    def call(place: int) -> None:
+        engine = batcher.engine_for(slots[place], "solve")
+        outcomes[place] = _error_of(engine, ask(policy, "hi"))
+
+    threads = [threading.Thread(target=call, args=(i,)) for i in (0, 1)]
+    for thread in threads:
+        thread.start()
+    time.sleep(0.2)
+    assert batcher.batches == 0 and not outcomes  # slot 2 has not called yet
+    batcher.leave(slots[1])
+    threads[1].join(timeout=5)
+    assert "has ended" in str(outcomes[1]) and 0 not in outcomes
+    batcher.leave(slots[2])
+    batcher.leave(slots[2])
+    threads[0].join(timeout=5)
+    assert outcomes[0] is None and len(slots[0].calls) == 1 and not slots[1].calls
+    call(1)
+    assert "has ended" in str(outcomes[1])
+
+
+def test_rollouts_may_be_async_and_call_at_once(policy: Policy) -> None:
+    def program(engine: Any) -> None:
+        async def gather() -> None:
+            asked = [ask(policy, text) for text in ("one", "two", "two", "three")]
+            await asyncio.gather(*(engine.async_engine.complete(a) for a in asked))
+
+        asyncio.run(gather())
+
+    runs = []
+    for _ in range(3):
+        _, slots, errors = run_slots(policy, [program] * 3)
+        assert errors == [None] * 3
+        # Which of a rollout's own calls share a batch is up to the loop; the samples are not.
+        runs.append([sorted(call.completion_ids_T for call in slot.calls) for slot in slots])
+    assert runs[0] == runs[1] == runs[2]
+    # The same prompt asked twice by one rollout is sampled twice.
+    assert all(len(set(completions)) == 4 for completions in runs[0])
+
+
+def test_a_slot_engine_can_be_bound_to_a_version_and_ignores_a_shared_seed(
+    policy: Policy,
+) -> None:
+    base = LocalEngine(policy).complete(ask(policy, "hi", temperature=0)).text
+    move(policy)
+    slots = [Slot((i,), seed=i) for i in range(2)]
+    batcher = BarrierBatcher(policy, slots)
+    threads = [
+        threading.Thread(
+            target=batcher.engine_for(slot, "solve", version=policy.base_version).complete,
+            args=(ask(policy, "hi", temperature=0),),
+        )
+        for slot in slots
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=30)
+    assert [slot.calls[0].text for slot in slots] == [base, base]
+
+    def seeded(engine: Any) -> None:
+        engine.complete(ask(policy, "hi", seed=7))
+
+    _, slots, _ = run_slots(policy, [seeded] * 2)
+    assert slots[0].calls[0].completion_ids_T != slots[1].calls[0].completion_ids_T
