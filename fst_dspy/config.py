@@ -58,6 +58,20 @@ class FastConfig:
         cycle_iterations: GEPA iterations of each later fast phase.
         minibatch_size: Training examples reflected on in one iteration.
         instruction_tokens: Longest instruction a proposer may write, in tokens of the local model.
+        demo_tokens: Most tokens that a predictor's learned demos may take in its prompt; 0 leaves
+            demos alone.
+        component_selector: Which component the next proposal rewrites: ``"round_robin"`` or
+            ``"worst_first"``, the predictor that fares worst on the minibatch.
+        merge_iterations: Merges of complementary candidates tried after the iterations of a fast
+            phase (or, with ``reuse``, after as many trials); 0 switches them off.
+        reuse: Score, reflect on and try candidates within the slow phase's own rollouts, from the
+            first slow phase on. ``False`` is the paper's way: separate rollouts for GEPA. Without
+            a slow phase it has no effect.
+        reuse_window: Optimizer steps for which a slow rollout counts; ``None`` means
+            ``steps_per_cycle``.
+        max_reflection_cost: US dollars that the reflection LM may cost, by litellm's price list;
+            then the run goes on without it. ``None`` sets no limit.
+        max_reflection_tokens: Prompt and completion tokens of the reflection LM, likewise.
     """
 
     population_size: int = 4
@@ -65,14 +79,33 @@ class FastConfig:
     cycle_iterations: int = 2
     minibatch_size: int = 12
     instruction_tokens: int = 256
+    demo_tokens: int = 0
+    component_selector: Literal["round_robin", "worst_first"] = "round_robin"
+    merge_iterations: int = 1
+    reuse: bool = True
+    reuse_window: int | None = None
+    max_reflection_cost: float | None = None
+    max_reflection_tokens: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("population_size", "minibatch_size", "instruction_tokens"):
+        for name in ("population_size", "minibatch_size", "instruction_tokens", "reuse_window"):
             value = getattr(self, name)
-            _require(value >= 1, f"{name} must be at least 1, got {value}")
-        for name in ("first_cycle_iterations", "cycle_iterations"):
+            _require(value is None or value >= 1, f"{name} must be at least 1, got {value}")
+        for name in (
+            "first_cycle_iterations",
+            "cycle_iterations",
+            "demo_tokens",
+            "merge_iterations",
+            "max_reflection_cost",
+            "max_reflection_tokens",
+        ):
             value = getattr(self, name)
-            _require(value >= 0, f"{name} must not be negative, got {value}")
+            _require(value is None or value >= 0, f"{name} must not be negative, got {value}")
+        _require(
+            self.component_selector in ("round_robin", "worst_first"),
+            "component_selector must be 'round_robin' or 'worst_first', "
+            f"got {self.component_selector!r}",
+        )
 
 
 @dataclass(frozen=True)
@@ -116,6 +149,10 @@ class SlowConfig:
         scale_rewards: TRL's scaling of the advantage: ``"group"``, ``"batch"`` or ``"none"``.
         beta: Weight of TRL's KL penalty to the base model; 0 switches it off.
         micro_batch_size: Rows in one forward and backward pass.
+        resample_constant: How often a step all of whose groups are constant (no gradient) draws
+            other problems, at the cost of their rollouts, before it is skipped.
+        max_bad_steps: Steps in a row with a loss or gradient that is not finite, after which the
+            run stops; each of them is dropped.
         lora: Adapter settings, or ``None`` for full fine-tuning.
     """
 
@@ -133,10 +170,12 @@ class SlowConfig:
     scale_rewards: Literal["group", "batch", "none"] = "group"
     beta: float = 0.0
     micro_batch_size: int = 64
+    resample_constant: int = 0
+    max_bad_steps: int = 5
     lora: LoraConfig | None = None
 
     def __post_init__(self) -> None:
-        for name in ("steps_per_cycle", "problems_per_step", "micro_batch_size"):
+        for name in ("steps_per_cycle", "problems_per_step", "micro_batch_size", "max_bad_steps"):
             value = getattr(self, name)
             _require(value >= 1, f"{name} must be at least 1, got {value}")
         _require(
@@ -147,7 +186,14 @@ class SlowConfig:
             math.isfinite(self.learning_rate) and self.learning_rate > 0,
             f"learning_rate must be positive and finite, got {self.learning_rate}",
         )
-        for name in ("max_grad_norm", "weight_decay", "beta", "warmup_steps", "epsilon"):
+        for name in (
+            "max_grad_norm",
+            "weight_decay",
+            "beta",
+            "warmup_steps",
+            "epsilon",
+            "resample_constant",
+        ):
             value = getattr(self, name)
             _require(value >= 0, f"{name} must not be negative, got {value}")
         _require(self.epsilon_high > 0, f"epsilon_high must be positive, got {self.epsilon_high}")

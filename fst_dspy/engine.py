@@ -229,9 +229,7 @@ class BarrierBatcher:
                     pending.error = _left()
                 self._changed.notify_all()
 
-    def engine_for(
-        self, slot: Slot, predictor: str, *, version: str | None = None
-    ) -> SlotEngine:
+    def engine_for(self, slot: Slot, predictor: str, *, version: str | None = None) -> SlotEngine:
         """An engine for one predictor of one rollout.
 
         Args:
@@ -316,8 +314,7 @@ def prompt_ids(policy: Policy, request: lm15.Request) -> tuple[int, ...]:
     if request.tools:
         raise lm15.UnsupportedFeatureError("a local model takes no tools", feature="tools")
     messages = [
-        {"role": _ROLES.get(m.role, m.role), "content": _text_of(m.parts)}
-        for m in request.messages
+        {"role": _ROLES.get(m.role, m.role), "content": _text_of(m.parts)} for m in request.messages
     ]
     if request.system is not None:
         system = request.system if isinstance(request.system, str) else _text_of(request.system)

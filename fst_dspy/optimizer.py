@@ -40,7 +40,7 @@ from fst_dspy.candidate import bind, example_id, seed_candidate
 from fst_dspy.checks import CheckedInput, check_first_rollouts, check_input
 from fst_dspy.config import Auto, FSTConfig
 from fst_dspy.drift import kl_to_base
-from fst_dspy.errors import ConfigError
+from fst_dspy.errors import ConfigError, TrainingError
 from fst_dspy.evaluate import evaluate
 from fst_dspy.fast import FastPhase
 from fst_dspy.interrupt import Interrupt
@@ -209,6 +209,7 @@ class _Run:
                         self._checkpoint(state)
                     while state.phase == "slow":
                         state = self._slow_step(state)
+                        self._stop_if_diverged(state)
                         self._checkpoint(state, now=interrupt.requested)
                         interrupt.stop_if_requested()
                     state = self._validate(state)
@@ -252,12 +253,17 @@ class _Run:
         slow = self.config.slow
         done = step - 1 - self._steps_before(state)
         self._tell(cycle, f"step {done + 1}/{slow.steps_per_cycle}")
-        problems_P = pick_problems(self.trainset, step, slow.problems_per_step, self.seed)
-        groups_P = self._rollout_groups(problems_P, state.population, step)
+        for attempt in range(slow.resample_constant + 1):
+            problems_P = pick_problems(
+                self.trainset, step, slow.problems_per_step, f"{self.seed}/{attempt}"
+            )
+            groups_P = self._rollout_groups(problems_P, state.population, step, attempt)
+            rollouts = [rollout for group in groups_P for rollout in group.rollouts_G]
+            self._learn_lessons(problems_P, rollouts)
+            if constant_group_share(groups_P) < 1:
+                break
         assert self.trainer is not None
         stats = self.trainer.advance(group_rows(groups_P, slow.scale_rewards))
-        rollouts = [rollout for group in groups_P for rollout in group.rollouts_G]
-        self._learn_lessons(problems_P, rollouts)
         record = StepRecord(
             cycle=cycle,
             step=step,
@@ -280,7 +286,11 @@ class _Run:
         )
 
     def _rollout_groups(
-        self, problems_P: Sequence[dspy.Example], population: Population, step: int
+        self,
+        problems_P: Sequence[dspy.Example],
+        population: Population,
+        step: int,
+        attempt: int,
     ) -> list[Group]:
         """G rollouts a problem, spread over the candidates: one batch, one barrier."""
         slow = self.config.slow
@@ -290,7 +300,7 @@ class _Run:
         jobs = [
             RolloutJob(example, candidate, index)
             for example in problems_P
-            for index, candidate in enumerate(candidates_G)
+            for index, candidate in enumerate(candidates_G, start=attempt * slow.group_size)
         ]
         rollouts = self.runner.run(jobs, channel="slow", salt=step)
         size = slow.group_size
@@ -417,6 +427,20 @@ class _Run:
             return True
         return budget.max_seconds is not None and sum(state.seconds.values()) >= budget.max_seconds
 
+    def _stop_if_diverged(self, state: LoopState) -> None:
+        """Stop where step after step gives no finite gradient; the last checkpoint stands."""
+        limit = self.config.slow.max_bad_steps
+        last = [step.stats.skipped for step in state.steps[-limit:]]
+        if len(last) < limit or set(last) != {"non_finite"}:
+            return
+        assert state.best is not None
+        self.policy.restore(state.best.version)
+        raise TrainingError(
+            f"{limit} optimizer steps in a row had a loss or gradient that is not finite; the "
+            f"policy is back at its best weights, {state.best.version}. Try a lower learning_rate"
+            " (or max_grad_norm), or float32"
+        )
+
     def _checkpoint(self, state: LoopState, *, now: bool = True) -> None:
         """Save everything the loop needs to go on; steps that take no time do so at intervals."""
         if self.folder is not None:
@@ -479,7 +503,7 @@ class _Run:
 
 
 def pick_problems(
-    trainset: Sequence[dspy.Example], step: int, count: int, seed: int
+    trainset: Sequence[dspy.Example], step: int, count: int, seed: int | str
 ) -> list[dspy.Example]:
     """The problems of an optimizer step (counted from 1): shuffled epochs, one after another.
 

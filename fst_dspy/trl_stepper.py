@@ -4,7 +4,8 @@ This is the one file that leans on private parts of TRL 1.16 and transformers 5.
 test ``tests/test_trl_contract.py`` holds it to the stock trainer, bit for bit. They are:
 
 - ``GRPOTrainer._compute_loss(model, inputs)`` and the keys of ``inputs`` it reads;
-- ``GRPOTrainer._get_per_token_logps_and_entropies`` for the reference's log-probabilities;
+- ``GRPOTrainer._get_per_token_logps_and_entropies``, overridden, and the ``fused_lm_head`` forward
+  that it calls, which runs ``model.base_model`` and reads its ``last_hidden_state``;
 - ``GRPOTrainer._metrics["train"]`` with ``entropy``, ``clip_ratio/region_mean`` and
   ``cispo_clip_ratio``; ``GRPOTrainer.beta``;
 - ``Trainer._prepare_for_training``, which makes optimizer and scheduler,
@@ -62,6 +63,11 @@ class SteppedGRPOTrainer(GRPOTrainer):
     between the steps sees the model as it was.
     """
 
+    model: Any
+    optimizer: Any
+    lr_scheduler: Any
+    current_gradient_accumulation_steps: Any
+
     def __init__(
         self,
         model: Any,
@@ -110,6 +116,44 @@ class SteppedGRPOTrainer(GRPOTrainer):
             yield
         finally:
             self._show(original=True)
+
+    def _get_per_token_logps_and_entropies(
+        self,
+        model: Any,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        logits_to_keep: int,
+        *args: Any,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """TRL's log-probabilities, with the output layer run at the completions only.
+
+        Without Triton, TRL's fused output layer runs at every position of the prompt as well,
+        which for long prompts is most of the work.
+        """
+        if self.aux_loss_enabled:  # mixtures of experts, whose routers the loss reads
+            return super()._get_per_token_logps_and_entropies(
+                model, input_ids, attention_mask, logits_to_keep, *args, **kwargs
+            )
+        label_BT = input_ids.masked_fill(attention_mask == 0, -100)[:, -logits_to_keep - 1 :]
+
+        def last_positions(_module: Any, _inputs: Any, output: Any) -> Any:
+            output.last_hidden_state = output.last_hidden_state[:, -logits_to_keep - 1 :]
+            return output
+
+        backbone = self._forwards[-1][0].base_model
+        handle = backbone.register_forward_hook(last_positions)
+        try:
+            with self.accelerator.autocast():
+                output = model(
+                    input_ids=input_ids,
+                    attention_mask=attention_mask,
+                    labels=label_BT,
+                    fused_lm_head=True,
+                )
+        finally:
+            handle.remove()
+        return output.log_probs, output.entropy, None
 
     @torch.no_grad()
     def reference_logprobs(self, batch: Mapping[str, Tensor]) -> Tensor:
@@ -234,14 +278,14 @@ def _trl_config(
     )
 
 
-def _no_reward(completions: Sequence[Any], **_: Any) -> list[float]:
+def _no_reward(completions: Sequence[Any], **_: Any) -> list[float | None]:
     """TRL asks for a reward function; the rows come with their advantages."""
     return [0.0] * len(completions)
 
 
 @contextmanager
 def _global_rng_kept(device: torch.device) -> Iterator[None]:
-    """TRL seeds every global generator when it is made; others' randomness is none of its affair."""
+    """TRL seeds every global generator when it is made; the randomness of others is kept."""
     python, numpy = random.getstate(), np.random.get_state()
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         try:

@@ -140,6 +140,8 @@ class Rollout:
         feedback: The metric's text, or an account of the failure.
         failure: ``None`` when the program ran and the metric scored it.
         policy_version: Optimizer steps taken when it was sampled.
+        feedback_by_predictor: The metric's text for a predictor by name, where it was asked for
+            one (``pred_name``) and it differs from ``feedback``.
     """
 
     example_id: str
@@ -150,6 +152,7 @@ class Rollout:
     feedback: str
     failure: Failure | None
     policy_version: int
+    feedback_by_predictor: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

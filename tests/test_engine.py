@@ -192,7 +192,7 @@ def test_a_saved_engine_loads_once_and_only_with_its_own_weights(tiny_lfm2: Path
         LocalEngine.load_state({**state, "base_version": "tiny-lfm2@000000000000"})
 
 
-# --- the barrier -----------------------------------------------------------------------------------
+# --- the barrier ----------------------------------------------------------------------------------
 
 
 def run_slots(

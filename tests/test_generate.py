@@ -79,7 +79,8 @@ def test_adapters_are_sampled_from(tiny_model: Path) -> None:
         expected = full_logprobs(policy, request, result).gather(1, ids)[:, 0]
         assert np.allclose(result.logprobs_T, expected, atol=1e-4)
     with policy.at(policy.base_version):
-        assert generate(policy, requests) == base
+        untuned = generate(policy, requests)
+    assert [r.completion_ids_T for r in untuned] == [r.completion_ids_T for r in base]
 
 
 def test_a_row_does_not_depend_on_the_rest_of_its_batch(tiny_model: Path) -> None:
@@ -172,9 +173,7 @@ def test_large_batches_are_split_without_changing_any_row(
     tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     policy = Policy.load(tiny_model)
-    requests = [
-        GenerationRequest(encode(policy, w), 12, seed=s) for s, w in enumerate(WORDS * 3)
-    ]
+    requests = [GenerationRequest(encode(policy, w), 12, seed=s) for s, w in enumerate(WORDS * 3)]
     whole = generate(policy, requests)
     monkeypatch.setattr(generate_module, "MAX_BATCH_TOKENS", 100)
     sizes: list[int] = []

@@ -13,6 +13,7 @@ from fst_dspy.errors import (
     ModelError,
     ProgramError,
     StoreError,
+    TrainingError,
 )
 from fst_dspy.optimizer import pick_problems
 
@@ -230,3 +231,62 @@ def test_a_metric_that_fails_on_every_rollout_ends_the_compile(tiny_qwen3):
 
     with dspy.context(lm=LocalLM(str(tiny_qwen3))), pytest.raises(MetricError, match="every"):
         FST(broken, **SETTINGS).compile(Echo(), trainset=questions(4), valset=questions(2, 4))
+
+
+def test_steps_whose_groups_are_all_constant_are_skipped_or_resampled(tiny_qwen3):
+    def flat(gold, pred, trace=None):
+        return 0.5
+
+    runs = {}
+    for times in (0, 2):
+        fst = FST(flat, track_stats=True, **{**SETTINGS, "resample_constant": times})
+        lm = LocalLM(str(tiny_qwen3))
+        with dspy.context(lm=lm):
+            runs[times] = fst.compile(Echo(), trainset=questions(6)).detailed_results
+    assert runs[0].weights_version == runs[0].base_version
+    assert runs[0].records[-1].constant_group_share == 1
+    assert runs[0].rollouts.slow == 4 * 2 * 4
+    assert runs[2].rollouts.slow == 3 * runs[0].rollouts.slow
+
+
+def test_a_loss_that_stays_non_finite_ends_the_run_at_the_best_weights(tiny_qwen3, monkeypatch):
+    from fst_dspy import optimizer
+    from fst_dspy.types import TrainingRow
+
+    real = optimizer.group_rows
+
+    def poisoned(groups, scale):
+        return [
+            TrainingRow(r.prompt_ids_T, r.completion_ids_T, r.logprobs_T, float("nan"))
+            for r in real(groups, scale)
+        ]
+
+    monkeypatch.setattr(optimizer, "group_rows", poisoned)
+    lm = LocalLM(str(tiny_qwen3))
+    with dspy.context(lm=lm), pytest.raises(TrainingError, match="3 optimizer steps in a row"):
+        FST(vowels, **{**SETTINGS, "max_bad_steps": 3, "steps_per_cycle": 4}).compile(
+            Echo(), trainset=questions(6)
+        )
+    assert lm.policy.version() == lm.policy.base_version
+
+
+def test_ctrl_c_finishes_the_step_saves_and_says_how_to_go_on(tiny_qwen3, tmp_path, monkeypatch):
+    import os
+    import signal
+
+    from fst_dspy import optimizer
+
+    whole = compile_tiny(tiny_qwen3)[2]
+    real = optimizer._Run._slow_step
+
+    def interrupted(self, state):
+        if state.step == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+        return real(self, state)
+
+    monkeypatch.setattr(optimizer._Run, "_slow_step", interrupted)
+    with pytest.raises(KeyboardInterrupt, match="log_dir"):
+        compile_tiny(tiny_qwen3, log_dir=tmp_path)
+    assert '"step": 2' in (tmp_path / "steps.jsonl").read_text()
+    monkeypatch.setattr(optimizer._Run, "_slow_step", real)
+    assert compile_tiny(tiny_qwen3, log_dir=tmp_path)[2].weights_version == whole.weights_version

@@ -56,7 +56,8 @@ def test_any_change_of_the_weights_changes_the_version(tiny_qwen3: Path, lora: b
         seen.add(policy.version())
     nudge(policy)
     seen.add(policy.version())
-    next(p for p in policy.model.parameters() if p.requires_grad).data[0] += 0.5  # unseen by autograd
+    trained = next(p for p in policy.model.parameters() if p.requires_grad)
+    trained.data[0] += 0.5  # no version counter of torch's sees this
     seen.add(policy.version())
     assert len(seen) == 3 + lora
 

@@ -296,4 +296,4 @@ def test_saved_files_need_no_pickle(tiny_qwen3, tmp_path: Path):
     _, trainer = make(tiny_qwen3)
     trainer.advance(rows_for(0))
     trainer.save(tmp_path)
-    assert all(b"\x80\x04" != path.read_bytes()[:2] for path in tmp_path.iterdir())
+    assert all(path.read_bytes()[:2] != b"\x80\x04" for path in tmp_path.iterdir())

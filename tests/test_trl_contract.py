@@ -17,7 +17,7 @@ STEPS, PROBLEMS, GROUP = 4, 2, 4
 
 
 class SpyTrainer(GRPOTrainer):
-    """The stock trainer; keeps the batches it made of the rollouts and those it took the loss of."""
+    """The stock trainer; keeps the batches it scored and those it took the loss of."""
 
     def _generate_and_score_completions(self, inputs):
         batch = super()._generate_and_score_completions(inputs)

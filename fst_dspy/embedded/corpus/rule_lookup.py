@@ -278,7 +278,7 @@ class RuleLookup:
     """See the module docstring; satisfies ``Family``."""
 
     name = "rule_lookup"
-    warmup = tuple(Stage(name, 400, 0.75) for name in DRILLS)
+    warmup = tuple(Stage(name, 150, 0.85) for name in DRILLS)
     share = 1.0
 
     def sample(self, rng: Random, stage: str) -> list[Message]:

@@ -1,0 +1,233 @@
+"""Demos as fast weights: what predictors did in successful training rollouts, shown as examples.
+
+A bank keeps a bounded number of successful calls of every predictor. A proposal picks the few that
+cover most: each different answer, then as many words of the inputs as fit the budget of tokens.
+Every other proposal for a candidate that has demos takes some away, so that demos which no longer
+help, because the weights have learned what they show, go again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import random
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import dspy
+
+from fst_dspy.candidate import canonical_json, decode_demos, encode_demos, split_component
+from fst_dspy.proposers import Record
+from fst_dspy.types import Candidate, PredictorTrace, Rollout
+
+SOURCE = "from_example"
+"""Field of a learned demo that names the training example it came from. Adapters ignore it."""
+BANK_SIZE = 64
+"""Successful calls kept of each predictor."""
+TOP_SHARE = 0.25
+"""A rollout succeeds if its reward lies in this top share of the range of rewards seen."""
+SHORT_ANSWER = 6
+"""Outputs of at most this many words are answers to be covered one by one; others are prose."""
+ANSWER_WEIGHT = 4.0
+"""What covering another answer counts for, where another input word counts for 1."""
+
+
+@dataclass(frozen=True)
+class BankedCall:
+    """One predictor call of a rollout.
+
+    Attributes:
+        inputs, outputs: Its fields, as JSON values.
+        example_id: The training example of the rollout.
+        reward: The rollout's reward.
+    """
+
+    inputs: Mapping[str, Any]
+    outputs: Mapping[str, Any]
+    example_id: str
+    reward: float
+
+
+class DemoProposer:
+    """Proposes demos from a bank of successful calls. Deterministic; implements ``Proposer``.
+
+    Args:
+        demo_tokens: Most tokens for the demos of one predictor.
+        count_tokens: Counts the tokens of a text, best with the local model's tokenizer.
+    """
+
+    def __init__(self, demo_tokens: int, count_tokens: Callable[[str], int]) -> None:
+        self.demo_tokens = demo_tokens
+        self.count_tokens = count_tokens
+        self._bank: dict[str, list[BankedCall]] = {}
+        self._rewards: list[float] = []  # the lowest and the highest seen
+        self._turns: dict[str, int] = {}
+
+    def bank(self, rollouts: Sequence[Rollout]) -> None:
+        """Keep the calls of training rollouts that the metric scored. Never pass validation ones.
+
+        Calls whose fields JSON cannot hold, such as images, are left out.
+        """
+        for rollout in rollouts:
+            if rollout.failure is not None:
+                continue
+            self._rewards = [
+                min([*self._rewards, rollout.reward]),
+                max([*self._rewards, rollout.reward]),
+            ]
+            for trace in rollout.traces:
+                call = _banked(trace, rollout)
+                if call is not None:
+                    self._keep(trace.predictor, call)
+
+    def ready(self, component: str) -> bool:
+        """Whether there is a successful call of the component's predictor to show."""
+        return any(map(self._succeeded, self._bank.get(split_component(component)[0], [])))
+
+    def propose(
+        self,
+        components: Mapping[str, str],
+        records: Mapping[str, Sequence[Record]],
+        names: Sequence[str],
+    ) -> dict[str, str]:
+        """New demos for each component: another choice, or, on every other turn, fewer.
+
+        Examples among ``records`` are not shown: the proposal is about to be tried on them.
+        A component for which there is nothing to show keeps its text.
+        """
+        return {name: self._propose(name, components[name], records[name]) for name in names}
+
+    def state(self) -> dict[str, Any]:
+        """The bank, for JSON."""
+        return {
+            "bank": {
+                name: [dataclasses.asdict(call) for call in calls]
+                for name, calls in self._bank.items()
+            },
+            "rewards": list(self._rewards),
+            "turns": dict(self._turns),
+        }
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Take up the bank that :meth:`state` gave."""
+        self._bank = {
+            name: [BankedCall(**row) for row in rows] for name, rows in state["bank"].items()
+        }
+        self._rewards = list(state["rewards"])
+        self._turns = dict(state["turns"])
+
+    def _keep(self, predictor: str, call: BankedCall) -> None:
+        key = (call.inputs, call.outputs)
+        calls = [c for c in self._bank.get(predictor, []) if (c.inputs, c.outputs) != key]
+        calls.append(call)
+        if len(calls) > BANK_SIZE:
+            # The least rewarded goes, of these one with the commonest answer, the oldest of them.
+            common = Counter(_answer(c) for c in calls)
+            calls.remove(min(calls, key=lambda c: (c.reward, -common[_answer(c)])))
+        self._bank[predictor] = calls
+
+    def _succeeded(self, call: BankedCall) -> bool:
+        low, high = self._rewards
+        return call.reward > low and call.reward >= high - TOP_SHARE * (high - low)
+
+    def _propose(self, component: str, text: str, records: Sequence[Record]) -> str:
+        turn = self._turns[component] = self._turns.get(component, 0) + 1
+        demos = decode_demos(text)
+        learned = [demo for demo in demos if SOURCE in demo]
+        own = [demo for demo in demos if SOURCE not in demo]
+        if learned and turn % 2 == 0:
+            return encode_demos([*own, *learned[: len(learned) // 2]])
+        shown = {record["example_id"] for record in records}
+        calls = [
+            call
+            for call in self._bank.get(split_component(component)[0], [])
+            if self._succeeded(call) and call.example_id not in shown
+        ]
+        failed = set().union(*(_words(r["Inputs"]) for r in records if self._is_low(r["score"])))
+        room = self.demo_tokens - sum(self._tokens(demo) for demo in own)
+        chosen = self._cover(calls, failed, room, random.Random(f"{component}|{turn}"))
+        return encode_demos([*own, *map(_demo, chosen)]) if chosen else text
+
+    def _is_low(self, reward: float) -> bool:
+        return not self._rewards or reward < self._rewards[1]
+
+    def _cover(
+        self, calls: Sequence[BankedCall], failed: set[str], room: int, rng: random.Random
+    ) -> list[BankedCall]:
+        """Greedy budgeted cover: the most not yet shown for its tokens, again and again."""
+        cost = [self._tokens(_demo(call)) for call in calls]
+        common = Counter(word for call in calls for word in _words(call.inputs))
+        weights: list[dict[str, float]] = []
+        for call in calls:
+            words = {w for w in _words(call.inputs) if 2 * common[w] <= max(2, len(calls))}
+            weight = {f"word {word}": 2.0 if word in failed else 1.0 for word in words}
+            weights.append({**weight, f"answer {_answer(call)}": ANSWER_WEIGHT})
+        # Near equals change places from turn to turn, so that other sets get their chance.
+        jitter = [rng.uniform(0.8, 1.2) for _ in calls]
+        chosen: list[int] = []
+        covered: set[str] = set()
+        while True:
+            gain = {
+                i: jitter[i] * sum(w for f, w in weights[i].items() if f not in covered) / cost[i]
+                for i in range(len(calls))
+                if i not in chosen and cost[i] <= room
+            }
+            best = max(gain, key=lambda i: gain[i], default=None)
+            if best is None or gain[best] <= 0:
+                return [calls[i] for i in chosen]
+            chosen.append(best)
+            covered |= weights[best].keys()
+            room -= cost[best]
+
+    def _tokens(self, demo: dspy.Example) -> int:
+        """Tokens that a demo takes in a prompt, as ChatAdapter marks its fields."""
+        fields = {name: value for name, value in demo.toDict().items() if name != SOURCE}
+        lines = [f"[[ ## {name} ## ]]\n{value}\n" for name, value in fields.items()]
+        return max(1, self.count_tokens("\n".join([*lines, "[[ ## completed ## ]]\n"])))
+
+
+def only_fewer(new: str, old: str) -> bool:
+    """Whether one demos text is another with some demos taken away."""
+    rows = [canonical_json(demo.toDict()) for demo in decode_demos(new)]
+    before = [canonical_json(demo.toDict()) for demo in decode_demos(old)]
+    return len(rows) < len(before) and set(rows) <= set(before)
+
+
+def shown_examples(candidate: Candidate) -> frozenset[str]:
+    """Ids of the training examples that a candidate's demos come from.
+
+    A score on one of them says nothing: the answer stands in the prompt.
+    """
+    return frozenset(
+        demo[SOURCE]
+        for name, text in candidate.components.items()
+        if name.endswith(".demos") and SOURCE in text
+        for demo in decode_demos(text)
+        if SOURCE in demo
+    )
+
+
+def _banked(trace: PredictorTrace, rollout: Rollout) -> BankedCall | None:
+    if trace.outputs is None:
+        return None
+    try:
+        inputs, outputs = (json.loads(json.dumps(dict(x))) for x in (trace.inputs, trace.outputs))
+    except (TypeError, ValueError):
+        return None
+    return BankedCall(inputs, outputs, rollout.example_id, rollout.reward)
+
+
+def _demo(call: BankedCall) -> dspy.Example:
+    return dspy.Example(**{**call.inputs, **call.outputs, SOURCE: call.example_id})
+
+
+def _answer(call: BankedCall) -> str:
+    short = {k: str(v) for k, v in call.outputs.items() if len(str(v).split()) <= SHORT_ANSWER}
+    return canonical_json(short)
+
+
+def _words(fields: Mapping[str, Any]) -> set[str]:
+    return set(re.findall(r"\w+", " ".join(map(str, fields.values())).lower()))

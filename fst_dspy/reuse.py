@@ -1,0 +1,190 @@
+"""Rollouts used twice: what the slow phase's groups say about the candidates they ran under.
+
+The slow phase runs K candidates on P problems a step, under almost the current weights. A pool
+keeps those of the last steps. From it come the candidates' scores, with problems for columns, and
+the traces and feedback to reflect on. Pure functions over frozen dataclasses.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import random
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fst_dspy.candidate import canonical_json
+from fst_dspy.demos import shown_examples
+from fst_dspy.types import Candidate, Failure, PredictorTrace, Rollout
+
+SWEEPS = 50
+"""Alternations of the two-way fit; a chain of candidates compared pairwise needs a few dozen."""
+MAX_CHARACTERS = 4000
+"""Characters of one field that a pooled trace keeps: the pool is written at every checkpoint."""
+
+
+@dataclass(frozen=True)
+class RolloutPool:
+    """Rollouts of training problems under recent weights, oldest first, without their tokens."""
+
+    rollouts: tuple[Rollout, ...] = ()
+
+    def plus(self, rollouts: Sequence[Rollout]) -> RolloutPool:
+        """With some more rollouts."""
+        return RolloutPool((*self.rollouts, *map(_without_tokens, rollouts)))
+
+    def since(self, policy_version: int) -> RolloutPool:
+        """Those sampled from this version of the weights or a later one."""
+        return RolloutPool(tuple(r for r in self.rollouts if r.policy_version >= policy_version))
+
+    def of(self, candidate_id: str) -> tuple[Rollout, ...]:
+        """Those under one candidate."""
+        return tuple(r for r in self.rollouts if r.candidate_id == candidate_id)
+
+    def to_json(self) -> list[dict[str, Any]]:
+        """Plain values, for JSON."""
+        return [dataclasses.asdict(rollout) for rollout in self.rollouts]
+
+
+def pool_from_json(rows: Sequence[Mapping[str, Any]]) -> RolloutPool:
+    """The inverse of ``RolloutPool.to_json``."""
+    return RolloutPool(
+        tuple(
+            Rollout(
+                **{
+                    **row,
+                    "calls": (),
+                    "traces": tuple(PredictorTrace(**trace) for trace in row["traces"]),
+                    "failure": Failure(**row["failure"]) if row["failure"] else None,
+                }
+            )
+            for row in rows
+        )
+    )
+
+
+@dataclass(frozen=True)
+class ScoreTable:
+    """Scores of candidates on problems, as ``population.choose`` takes them.
+
+    Attributes:
+        candidates: Those of which there is at least one score, in the order given.
+        problem_ids: Length P, the columns.
+        score_K_P: Mean reward; where a candidate has not run on a problem, the fitted value.
+    """
+
+    candidates: tuple[Candidate, ...]
+    problem_ids: tuple[str, ...]
+    score_K_P: tuple[tuple[float, ...], ...]
+
+
+def score_table(pool: RolloutPool, candidates: Sequence[Candidate]) -> ScoreTable:
+    """Scores of the candidates from the pool, gaps filled by :func:`fill`.
+
+    A candidate's rollouts on problems that its own demos show do not count.
+    """
+    means = [problem_means(pool, candidate) for candidate in candidates]
+    problems = tuple(sorted({problem for row in means for problem in row}))
+    known = [(c, row) for c, row in zip(candidates, means, strict=True) if row]
+    gaps_K_P = [[row.get(problem) for problem in problems] for _, row in known]
+    return ScoreTable(tuple(c for c, _ in known), problems, fill(gaps_K_P))
+
+
+def problem_means(pool: RolloutPool, candidate: Candidate) -> dict[str, float]:
+    """Mean reward of a candidate on each problem it has run on, but for those its demos show."""
+    shown = shown_examples(candidate)
+    rewards: dict[str, list[float]] = defaultdict(list)
+    for rollout in pool.of(candidate.id):
+        if rollout.example_id not in shown:
+            rewards[rollout.example_id].append(rollout.reward)
+    return {problem: sum(values) / len(values) for problem, values in rewards.items()}
+
+
+def fill(score_K_P: Sequence[Sequence[float | None]]) -> tuple[tuple[float, ...], ...]:
+    """The scores with each gap filled by candidate effect + problem effect.
+
+    The effects are the least-squares fit to the scores there are. Without them, a candidate that
+    happened to run on easy problems, or later, under better weights, would look better than it is.
+
+    Args:
+        score_K_P: ``None`` marks a gap. Each row and each column holds at least one score.
+    """
+    there = [(k, p, s) for k, row in enumerate(score_K_P) for p, s in enumerate(row) if s is not None]
+    if not there:
+        return ()
+    low, high = min(s for _, _, s in there), max(s for _, _, s in there)
+    effect_K, effect_P = [0.0] * len(score_K_P), [0.0] * len(score_K_P[0])
+    by_row: dict[int, list[tuple[int, float]]] = defaultdict(list)
+    by_column: dict[int, list[tuple[int, float]]] = defaultdict(list)
+    for k, p, s in there:
+        by_row[k].append((p, s))
+        by_column[p].append((k, s))
+    for _ in range(SWEEPS):
+        for p, cells in by_column.items():
+            effect_P[p] = sum(s - effect_K[k] for k, s in cells) / len(cells)
+        for k, cells in by_row.items():
+            effect_K[k] = sum(s - effect_P[p] for p, s in cells) / len(cells)
+    return tuple(
+        tuple(
+            min(high, max(low, effect_K[k] + effect_P[p])) if s is None else s
+            for p, s in enumerate(row)
+        )
+        for k, row in enumerate(score_K_P)
+    )
+
+
+def paired(
+    pool: RolloutPool, child: Candidate, others: Sequence[Candidate]
+) -> tuple[list[list[float]], list[float]]:
+    """Scores of the others, and of the child, on the problems that all of them have run on.
+
+    Returns:
+        A row for each of ``others``, and the child's; problems in the same order.
+    """
+    rows = [problem_means(pool, candidate) for candidate in (child, *others)]
+    common = sorted(set.intersection(*(set(row) for row in rows)))
+    child_P, *others_P = [[row[problem] for problem in common] for row in rows]
+    return others_P, child_P
+
+
+def minibatch(rollouts: Sequence[Rollout], size: int, rng: random.Random) -> list[Rollout]:
+    """Rollouts to reflect on: three quarters the least rewarded, the rest the most, drawn.
+
+    Different problems first: several rollouts of one problem say much the same.
+    """
+    pool = list(rollouts)
+    rng.shuffle(pool)
+    rank: dict[str, int] = defaultdict(int)
+    keyed = []
+    for rollout in sorted(pool, key=lambda r: r.reward):
+        keyed.append((rank[rollout.example_id], rollout))
+        rank[rollout.example_id] += 1
+    by_need = [rollout for _, rollout in sorted(keyed, key=lambda pair: pair[0])]
+    bad = by_need[: size - size // 4]
+    rest = sorted(by_need[len(bad) :], key=lambda r: -r.reward)
+    return [*bad, *rest[: size - len(bad)]]
+
+
+def _without_tokens(rollout: Rollout) -> Rollout:
+    """What a checkpoint can hold of a rollout, so that a resumed run sees the same."""
+    traces = tuple(
+        PredictorTrace(
+            predictor=trace.predictor,
+            inputs=_short(trace.inputs),
+            outputs=None if trace.outputs is None else _short(trace.outputs),
+            text=trace.text[:MAX_CHARACTERS],
+        )
+        for trace in rollout.traces
+    )
+    feedback = dict(rollout.feedback_by_predictor)
+    return dataclasses.replace(rollout, calls=(), traces=traces, feedback_by_predictor=feedback)
+
+
+def _short(fields: Mapping[str, Any]) -> dict[str, Any]:
+    plain = json.loads(canonical_json(dict(fields)))
+    return {
+        name: value if len(text := str(value)) <= MAX_CHARACTERS else text[:MAX_CHARACTERS]
+        for name, value in plain.items()
+    }
