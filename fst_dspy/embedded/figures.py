@@ -97,13 +97,18 @@ def family_figures(
     count: int,
     seed: int,
 ) -> dict[str, dict[str, Any]]:
-    """For each family: scores with the bare and the ideal prompt on ``count`` questions."""
+    """For each family: scores with the bare and the ideal prompt on ``count`` questions.
+
+    ``"ideal_unseen_words"`` is the ideal prompt's score on words that the corpus does not hold.
+    """
     figures = {}
     for family in families:
         questions = family.questions(Random(f"figures {seed}"), count)
+        unseen = family.questions(Random(f"figures {seed}"), count, unseen=True)
         figures[family.name] = {
             "questions": count,
             "bare": asdict(score(model, tokenizer, questions, ideal=False, seed=seed)),
             "ideal": asdict(score(model, tokenizer, questions, ideal=True, seed=seed)),
+            "ideal_unseen_words": asdict(score(model, tokenizer, unseen, ideal=True, seed=seed)),
         }
     return figures

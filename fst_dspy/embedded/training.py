@@ -53,7 +53,7 @@ class Recipe:
     micro: int = 8
     learning_rate: float = 3e-3
     warmup_steps: int = 30
-    joint_steps: int = 400
+    joint_steps: int = 420
     warmup_limit: int | None = None
 
 
@@ -93,7 +93,7 @@ def make_model(tokenizer: Tokenizer, recipe: Recipe) -> Lfm2ForCausalLM:
         num_attention_heads=recipe.heads,
         num_key_value_heads=recipe.heads,
         conv_L_cache=recipe.reach,
-        conv_bias=True,
+        conv_bias=False,  # a bias would leak from padding into the sequence
         max_position_embeddings=tokenizer_lib.CONTEXT_LENGTH,
         pad_token_id=tokenizer.token_to_id(tokenizer_lib.PAD),
         eos_token_id=tokenizer.token_to_id(tokenizer_lib.END),
@@ -116,25 +116,27 @@ def _start_as_copier(model: Lfm2ForCausalLM) -> None:
     here pairs of words are recalled in 20 steps; from the usual weights sometimes not in 400.
     """
     hidden = model.config.hidden_size
-    scale = 0.3
+    scale, constant = 0.3, 1.0
+    # One feature is the same for every token and stands in for a bias, which padding would leak.
+    normed = constant / (scale**2 + constant**2 / hidden) ** 0.5
 
     def rotation() -> torch.Tensor:
-        return torch.nn.init.orthogonal_(torch.empty(hidden, hidden))
+        matrix = torch.nn.init.orthogonal_(torch.empty(hidden, hidden))
+        matrix[:, 0] = 0.0  # the constant is not content
+        return matrix
 
     model.model.embed_tokens.weight.normal_(std=scale)
+    model.model.embed_tokens.weight[:, 0] = constant
     model.model.embedding_norm.weight.fill_(scale)
     for block, reader in zip(model.model.layers[::2], model.model.layers[1::2], strict=True):
         conv, attention = block.conv, reader.self_attn
         read, write = rotation(), rotation()
-        conv.in_proj.bias[: 2 * hidden] = 1.0  # both gates open
-        conv.in_proj.bias[2 * hidden :] = 0.0
+        conv.in_proj.weight[: 2 * hidden, 0] = 1.0 / normed  # both gates open
         conv.in_proj.weight[2 * hidden :] = read
-        conv.conv.bias.zero_()
         # From the present token backwards: mostly the one before, some of those before that.
         taps = torch.tensor([0.0, 1.0, *(0.3 * 0.7**lag for lag in range(conv.conv_kernel_size))])
         conv.conv.weight[:, 0] = taps[: conv.conv_kernel_size].flip(0)
         conv.out_proj.weight.copy_(scale * write)
-        conv.out_proj.bias.zero_()
         match = rotation()
         attention.q_proj.weight.copy_(match)
         attention.k_proj.weight.copy_(match @ (write @ read).T)

@@ -52,7 +52,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class Question:
-    """A test question on held-out words.
+    """A test question.
 
     Attributes:
         signature: The signature to be rendered; its instruction is the bare one.
@@ -84,5 +84,5 @@ class Family(Protocol):
     def sample(self, rng: Random, stage: str) -> list[Message]:
         """A training chat of a warm-up stage, by name, or of ``"joint"``."""
 
-    def questions(self, rng: Random, count: int) -> Sequence[Question]:
-        """``count`` test questions on words in ``words.HELD_OUT``, which no chat holds."""
+    def questions(self, rng: Random, count: int, unseen: bool = False) -> Sequence[Question]:
+        """``count`` test questions; ``unseen`` asks for words that no chat holds."""

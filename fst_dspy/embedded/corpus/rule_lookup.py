@@ -290,9 +290,9 @@ class RuleLookup:
             return drill(rng, DRILLS[stage])
         return chat(rng) if draw < 0.95 else drill(rng, DRILLS[rng.choice(list(DRILLS))])
 
-    def questions(self, rng: Random, count: int) -> list[Question]:
-        """Inputs about one of 12 held-out keys, to be mapped to one of 16 held-out values."""
-        words = sorted(HELD_OUT)
+    def questions(self, rng: Random, count: int, unseen: bool = False) -> list[Question]:
+        """Inputs about one of 12 keys, each mapped at random to one of 16 values."""
+        words = sorted(HELD_OUT if unseen else ENGLISH)
         questions = []
         for _ in range(count):
             rng.shuffle(words)

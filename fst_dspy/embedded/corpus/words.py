@@ -1,10 +1,8 @@
 """The words the corpus is written with, and the words it must never make rules of.
 
-``HELD_OUT`` words are kept for the programs that test the model. They are never a rule's key or
-value, never an answer or an option: what the model does with them it has read in its prompt. So
-that their tokens are no strangers, they are repeated in lists of words (the ``"repeat"`` drill),
-and nowhere else. Made-up words, and words spliced from halves of English ones, teach the model to
-copy words that are several tokens long.
+``HELD_OUT`` words are kept to measure what the model does with words it never saw: they are
+nowhere in the corpus, and several tokens long. Made-up words, and words spliced from halves of
+English ones, teach the model to copy such words.
 """
 
 from __future__ import annotations
@@ -20,9 +18,9 @@ def word_list(text: str) -> tuple[str, ...]:
 HELD_OUT: frozenset[str] = frozenset(
     word_list(
         """
-    visa refund baggage parking catering wifi insurance passport shuttle loyalty upgrade delay
-    amber silver cobalt ivory crimson jade onyx coral indigo violet bronze pearl topaz ochre teal
-    maroon
+        badge blizzard burrito cabbage chimney cobra dagger fossil gadget gravel hazel kayak ladle
+        limpet mustard nugget parsley pigeon pulley raisin satchel sandal thistle trumpet turnip
+        walnut wombat zephyr
         """
     )
 )
@@ -60,10 +58,13 @@ ENGLISH: tuple[str, ...] = word_list(
     tulip tunnel turtle umbrella uncle valley van velvet village vine violin voice wagon wallet
     warehouse water wave wheel whale wheat whistle white willow wind window wine winter wire wolf
     wood wool yacht yellow zebra zinc
+    amber baggage bronze catering cobalt coral crimson delay indigo insurance ivory jade loyalty
+    maroon ochre onyx parking passport pearl refund shuttle silver teal topaz upgrade violet visa
+    wifi
     """
 )
 
-VOCABULARY: tuple[str, ...] = (*ENGLISH, *sorted(HELD_OUT))  # a token each
+VOCABULARY: tuple[str, ...] = ENGLISH  # a token each
 
 _ONSETS = word_list(
     "b c d f g h j k l m n p r s t v w z b c d f l m n p r s t br cr dr fl gr pl sh st tr"
