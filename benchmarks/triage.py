@@ -65,6 +65,7 @@ def main(
     out: Annotated[Path, typer.Option(help="Where the run folders go.")] = Path("runs/triage"),
     program: str = "triage",
     seeds: int = 5,
+    rl_seeds: Annotated[int, typer.Option(help="Seeds of each learning rate of rl_only.")] = 2,
     workers: Annotated[int, typer.Option(help="Runs at once.")] = 2,
 ) -> None:
     """Run everything that has not run yet, then write the table and the figure."""
@@ -78,7 +79,7 @@ def main(
             (out / f"rl_only-{rate:g}-{s}", s, "rl_only",
              [f"max_rollouts={budgets[s]}", f"learning_rate={rate}"])
             for rate in RL_RATES
-            for s in range(seeds)
+            for s in range(rl_seeds)
         ]  # fmt: skip
         others = list(pool.map(lambda job: run(job[0], program, job[1], job[2], *job[3]), jobs))
     rows = fst + others

@@ -10,11 +10,13 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from fst_dspy.bundle import export, load, save
     from fst_dspy.config import FSTConfig, LoraConfig
     from fst_dspy.local_lm import LocalLM
     from fst_dspy.optimizer import FST
     from fst_dspy.proposers import Proposer
     from fst_dspy.result import FSTResult
+    from fst_dspy.study import TunedFST
     from fst_dspy.types import Task
 
 __version__ = "0.1.0"
@@ -27,9 +29,25 @@ _HOME = {
     "LoraConfig": "fst_dspy.config",
     "Proposer": "fst_dspy.proposers",
     "Task": "fst_dspy.types",
+    "TunedFST": "fst_dspy.study",
+    "export": "fst_dspy.bundle",
+    "load": "fst_dspy.bundle",
+    "save": "fst_dspy.bundle",
 }
 
-__all__ = ["FST", "FSTConfig", "FSTResult", "LocalLM", "LoraConfig", "Proposer", "Task"]
+__all__ = [
+    "FST",
+    "FSTConfig",
+    "FSTResult",
+    "LocalLM",
+    "LoraConfig",
+    "Proposer",
+    "Task",
+    "TunedFST",
+    "export",
+    "load",
+    "save",
+]
 
 
 def __getattr__(name: str) -> Any:

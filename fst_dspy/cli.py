@@ -77,6 +77,135 @@ def demo(out: Out = None, seed: Seed = 0) -> None:
     compile("triage", out=out or Path("runs") / f"demo-{seed}", seed=seed)
 
 
+@app.command()
+def export(
+    source: Annotated[Path, typer.Argument(help="A bundle, or the run folder of a compile.")],
+    folder: Annotated[Path, typer.Argument(help="A new folder for the model.")],
+    base: Annotated[
+        str | None, typer.Option(help="The model that was trained, where it is not at hand.")
+    ] = None,
+) -> None:
+    """Write the trained model as a plain folder that transformers and vLLM load."""
+    try:
+        with console.status("exporting"):
+            from fst_dspy.bundle import export as write_model_folder
+
+            written = write_model_folder(source, folder, base=base)
+    except FSTError as error:
+        console.print(Panel(str(error), title=type(error).__name__, border_style="red"))
+        raise typer.Exit(1) from None
+    console.print(f"model folder: {written}")
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Run folders, finished or not.")],
+    out: Annotated[Path, typer.Option(help="The HTML file to write.")] = Path("report.html"),
+    model: Annotated[
+        str | None,
+        typer.Option(help="Model whose tokenizer shows the prompts; embedded's is found."),
+    ] = None,
+    every: Annotated[
+        float | None,
+        typer.Option(min=1, help="Write it again every so many seconds until the runs have ended."),
+    ] = None,
+) -> None:
+    """Write one self-contained HTML page about a run, or several laid over one another."""
+    from fst_dspy.report import follow, write_report
+
+    try:
+        if every is None:
+            write_report(runs, out, model=model)
+        else:
+            console.print(f"writing {out} every {every:g} s; Ctrl-C ends it")
+            follow(runs, out, every, model=model)
+    except FSTError as error:
+        console.print(Panel(str(error), title=type(error).__name__, border_style="red"))
+        raise typer.Exit(1) from None
+    except KeyboardInterrupt:
+        raise typer.Exit(130) from None
+    console.print(f"report: {out}")
+
+
+@app.command()
+def watch(
+    run: Annotated[Path, typer.Argument(help="Run folder of a compile that goes on elsewhere.")],
+    every: Annotated[float, typer.Option(min=0.2, help="Seconds between two looks.")] = 2.0,
+) -> None:
+    """Show a run in the terminal while it goes on; it may run in another process."""
+    from fst_dspy.report.watch import watch as watch_run
+
+    try:
+        watch_run(run, console, every)
+    except FSTError as error:
+        console.print(Panel(str(error), title=type(error).__name__, border_style="red"))
+        raise typer.Exit(1) from None
+    except KeyboardInterrupt:
+        raise typer.Exit(130) from None
+
+
+@app.command()
+def tune(
+    program: Program,
+    model: Model = "embedded",
+    out: Annotated[
+        Path, typer.Option(help="The study's folder; started again with it, a study goes on.")
+    ] = Path("runs/study"),
+    trials: Annotated[int, typer.Option(min=1, help="Trials in all, earlier ones counted.")] = 20,
+    workers: Annotated[int, typer.Option(min=1, help="Processes that run trials.")] = 1,
+    rollouts: Annotated[int, typer.Option(min=1, help="Rollout budget of a trial.")] = 3000,
+    objective: Annotated[
+        str, typer.Option(help="score, or several of score,kl_to_base,rollouts for a front.")
+    ] = "score",
+    at_most: Annotated[
+        list[str] | None, typer.Option(help="Upper limit, such as kl_to_base=0.1; repeat for more.")
+    ] = None,
+    pruner: Annotated[str, typer.Option(help="median, asha, hyperband or none.")] = "median",
+    space: Annotated[Path | None, typer.Option(help="YAML file of the search space.")] = None,
+    storage: Annotated[
+        str | None,
+        typer.Option(help="sqlite:///..., journal:///... or postgresql://...; SQLite in --out."),
+    ] = None,
+    study_name: Annotated[str, typer.Option(help="The study's name in the storage.")] = "fst",
+    seed: Seed = 0,
+    arm: ArmOption = "fst",
+    settings: Settings = None,
+    reflection_lm: ReflectionLM = None,
+) -> None:
+    """Tune FST's settings on a program with Optuna; --set holds settings fixed."""
+    try:
+        with console.status("loading"):
+            import dspy
+
+            from fst_dspy.cli_tune import tune_and_report
+            from fst_dspy.study import Objective, load_space
+
+        limits = {name: float(value) for name, value in parse_settings(at_most).items()}
+        goal = Objective(tuple(objective.split(",")), rollouts, limits, pruner)
+        tune_and_report(
+            console,
+            program,
+            out,
+            trials,
+            lm=model,
+            workers=workers,
+            objective=goal,
+            space=load_space(space) if space is not None else None,
+            storage=storage,
+            study_name=study_name,
+            seed=seed,
+            arm=arm,  # type: ignore[arg-type]
+            fixed=parse_settings(settings),
+            reflection_lm=dspy.LM(reflection_lm) if reflection_lm else None,
+        )
+    except FSTError as error:
+        console.print(Panel(str(error), title=type(error).__name__, border_style="red"))
+        raise typer.Exit(1) from None
+    except KeyboardInterrupt:
+        console.print(f"\ninterrupted; start it again with --out {out} to go on")
+        raise typer.Exit(130) from None
+
+
 def parse_settings(settings: list[str] | None) -> dict[str, Any]:
     """Settings given as ``name=value``; values are JSON where they can be read as such.
 

@@ -159,7 +159,7 @@ class SlowConfig:
     steps_per_cycle: int = 6
     group_size: int = 8
     problems_per_step: int = 8
-    learning_rate: float = 3e-4
+    learning_rate: float = 1e-4
     lr_scheduler_type: str = "constant"
     warmup_steps: int = 0
     max_grad_norm: float = 1.0
@@ -169,7 +169,7 @@ class SlowConfig:
     epsilon_high: float = 5.0
     scale_rewards: Literal["group", "batch", "none"] = "group"
     beta: float = 0.0
-    micro_batch_size: int = 64
+    micro_batch_size: int = 16
     resample_constant: int = 0
     max_bad_steps: int = 5
     lora: LoraConfig | None = None
@@ -283,7 +283,9 @@ class FSTConfig:
             auto: A preset for the budget; settings given by name win over it. ``"light"`` when
                 no limit is given at all.
             **settings: Any field of the four parts, such as ``learning_rate=1e-4``; ``lora=True``
-                stands for ``LoraConfig()``.
+                stands for ``LoraConfig()``, ``lora_rank=8`` for adapters of that rank and twice
+                that alpha (0 for none), ``rollouts_per_candidate=2`` for a ``group_size`` of twice
+                the ``population_size``. The last two can be varied freely, as studies do.
 
         Raises:
             ConfigError: An unknown setting (the nearest name is suggested) or a bad value.
@@ -294,20 +296,14 @@ class FSTConfig:
         if auto is not None:
             _require(auto in AUTO, f"auto must be one of {sorted(AUTO)}, got {auto!r}")
             settings = {**AUTO[auto], **settings}
+        settings = _derive(settings)
         if "lora" in settings:
-            settings["lora"] = _as_lora(settings["lora"])
-        owner = {
-            f.name: part.name
-            for part in dataclasses.fields(cls)
-            for f in dataclasses.fields(PARTS[part.name])
-        }
+            settings["lora"] = as_lora(settings["lora"])
+        owner = _owners()
         values: dict[str, dict[str, Any]] = {name: {} for name in PARTS}
         for name, value in settings.items():
             if name not in owner:
-                near = difflib.get_close_matches(name, owner, n=1)
-                known = ", ".join(sorted(owner))
-                hint = f"; did you mean {near[0]!r}?" if near else f"; known: {known}"
-                raise ConfigError(f"unknown setting {name!r}{hint}")
+                raise _unknown_setting(name)
             values[owner[name]][name] = value
         try:
             return cls(**{name: PARTS[name](**values[name]) for name in PARTS})
@@ -315,7 +311,64 @@ class FSTConfig:
             raise ConfigError(f"a setting has the wrong type: {error}") from error
 
 
-def _as_lora(value: Any) -> LoraConfig | None:
+def check_setting(name: str, value: Any) -> None:
+    """Check one flat setting by itself, whatever the others are.
+
+    Raises:
+        ConfigError: There is no such setting (the nearest name is suggested), or the value is out
+            of range.
+    """
+    if name in DERIVED:
+        _check_derived(name, value)
+        return
+    owner = _owners()
+    if name not in owner:
+        raise _unknown_setting(name)
+    try:
+        PARTS[owner[name]](**{name: as_lora(value) if name == "lora" else value})
+    except TypeError as error:
+        raise ConfigError(f"{name} has the wrong type: {error}") from error
+
+
+def _check_derived(name: str, value: Any) -> None:
+    least = DERIVED[name]
+    _require(
+        isinstance(value, int) and not isinstance(value, bool) and value >= least,
+        f"{name} must be a whole number of at least {least}, got {value!r}",
+    )
+
+
+def _derive(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings with ``group_size`` and ``lora`` in place of what they are derived from."""
+    settings = dict(settings)
+    for name, target in (("rollouts_per_candidate", "group_size"), ("lora_rank", "lora")):
+        if name not in settings:
+            continue
+        _require(target not in settings, f"give {name} or {target}, not both")
+        value = settings.pop(name)
+        _check_derived(name, value)
+        if name == "lora_rank":
+            settings["lora"] = LoraConfig(rank=value, alpha=2.0 * value) if value else None
+        else:
+            population_size = settings.get("population_size", FastConfig.population_size)
+            settings["group_size"] = value * population_size
+    return settings
+
+
+def _owners() -> dict[str, str]:
+    """The part that each flat setting belongs to."""
+    return {f.name: part for part, kind in PARTS.items() for f in dataclasses.fields(kind)}
+
+
+def _unknown_setting(name: str) -> ConfigError:
+    known = sorted([*_owners(), *DERIVED])
+    near = difflib.get_close_matches(name, known, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}"
+    return ConfigError(f"unknown setting {name!r}{hint}")
+
+
+def as_lora(value: Any) -> LoraConfig | None:
+    """Adapter settings from what users write: ``True``, a dict, a ``LoraConfig``, or none of it."""
     if value is True:
         return LoraConfig()
     if value is False or value is None:
@@ -325,6 +378,9 @@ def _as_lora(value: Any) -> LoraConfig | None:
     _require(isinstance(value, LoraConfig), f"lora must be a LoraConfig or a bool, got {value!r}")
     return value
 
+
+DERIVED = {"rollouts_per_candidate": 1, "lora_rank": 0}
+"""Flat settings that stand for others, with the least value of each."""
 
 PARTS: dict[str, Any] = {
     "fast": FastConfig,

@@ -136,7 +136,9 @@ class LocalEngine:
         with _loading:
             engine = _loaded.get(key)
             if engine is None:
-                engine = cls(Policy.load(state["name_or_path"], dtype=state["dtype"]))
+                # Its folder may bear another name than the one it was saved under.
+                name = state["base_version"].rsplit("@", 1)[0]
+                engine = cls(Policy.load(state["name_or_path"], dtype=state["dtype"], name=name))
                 if engine.policy.base_version != state["base_version"]:
                     raise ModelError(
                         f"saved with the weights {state['base_version']} of "

@@ -5,15 +5,16 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import dspy
 from gepa.core.adapter import EvaluationBatch
 
-from fst_dspy.candidate import make_candidate, split_component
-from fst_dspy.proposers import LearnsFromRecords, ProposalError, Proposer, Record
+from fst_dspy.candidate import DEMOS, INSTRUCTIONS, make_candidate, split_component
+from fst_dspy.demos import DemoProposer
+from fst_dspy.proposers import CountsFaults, LearnsFromRecords, ProposalError, Proposer, Record
 from fst_dspy.rollout import RolloutJob, Runner
 from fst_dspy.types import Candidate, PredictorTrace, Rollout
 
@@ -32,24 +33,88 @@ class Trajectory:
 
 
 @dataclass
+class Reflector:
+    """Turns a candidate's rollouts into new texts, and counts what came of it.
+
+    Attributes:
+        proposer: Proposes instructions; what it raises is counted and gives no texts.
+        demos: Proposes demos, or ``None``.
+        known_ids: Ids of candidates that were tried, so that none is proposed and paid for twice.
+        errors: Failures by kind.
+        outcomes: ``"empty"`` and ``"duplicate"`` proposals.
+    """
+
+    proposer: Proposer
+    known_ids: set[str]
+    demos: DemoProposer | None = None
+    errors: Counter[str] = field(default_factory=Counter)
+    outcomes: Counter[str] = field(default_factory=Counter)
+
+    def propose(
+        self,
+        components: Mapping[str, str],
+        records: Mapping[str, Sequence[Record]],
+        names: Sequence[str],
+    ) -> dict[str, str]:
+        """The texts that change, or none: an empty dict makes gepa skip the iteration."""
+        try:
+            texts = self._texts(components, records, names)
+        except Exception as error:
+            kind = error.kind if isinstance(error, ProposalError) else type(error).__name__
+            self.errors[kind] += 1
+            logger.warning("no proposal (%s): %s", kind, error)
+            return {}
+        finally:
+            if isinstance(self.proposer, CountsFaults):
+                self.errors.update(self.proposer.take_faults())
+        changed = {name: text for name, text in texts.items() if text != components[name]}
+        if not changed:
+            self.outcomes["empty"] += 1
+            return {}
+        if make_candidate({**components, **changed}).id in self.known_ids:
+            self.outcomes["duplicate"] += 1
+            return {}
+        return changed
+
+    def learn(self, components: Iterable[str], trajectories: Sequence[Trajectory]) -> None:
+        """Let a proposer of instructions that can learn from these rollouts."""
+        if isinstance(self.proposer, LearnsFromRecords):
+            for name in components:
+                if split_component(name)[1] == INSTRUCTIONS:
+                    self.proposer.observe(name, make_records(name, trajectories))
+
+    def _texts(
+        self,
+        components: Mapping[str, str],
+        records: Mapping[str, Sequence[Record]],
+        names: Sequence[str],
+    ) -> dict[str, str]:
+        of_demos = [name for name in names if split_component(name)[1] == DEMOS]
+        others = [name for name in names if name not in of_demos]
+        texts: dict[str, str] = {}
+        if of_demos and self.demos is not None:
+            texts |= self.demos.propose(components, records, of_demos)
+        if others:
+            rows = {name: records[name] for name in others}
+            texts |= self.proposer.propose(components, rows, others)
+        return texts
+
+
+@dataclass
 class GepaAdapter:
     """Implements gepa's ``GEPAAdapter`` for one fast phase.
 
     Attributes:
         runner: Runs the rollouts, on channel ``fast``.
-        proposer: Proposes texts; what it raises is counted in ``errors`` and skips the iteration.
+        reflector: Proposes texts.
         cycle: Part of every rollout's salt.
-        known_ids: Ids of the candidates there are, so that none is proposed and paid for twice.
-        errors: Proposals that failed, by kind.
-        outcomes: ``"empty"`` and ``"duplicate"`` proposals.
+        keep: Is given the rollouts of every training minibatch.
     """
 
     runner: Runner
-    proposer: Proposer
+    reflector: Reflector
     cycle: int
-    known_ids: set[str]
-    errors: Counter[str] = field(default_factory=Counter)
-    outcomes: Counter[str] = field(default_factory=Counter)
+    keep: Callable[[Sequence[Rollout]], None] = lambda rollouts: None
     _runs: int = 0
 
     def evaluate(
@@ -63,7 +128,7 @@ class GepaAdapter:
         Args:
             batch: Examples.
             candidate: Texts by component name.
-            capture_traces: Whether to keep the trajectories.
+            capture_traces: Whether to keep the trajectories: training examples alone.
         """
         self._runs += 1
         bound = make_candidate(candidate)
@@ -72,6 +137,8 @@ class GepaAdapter:
             channel="fast",
             salt=phase_salt(self.cycle, self._runs),
         )
+        if capture_traces:
+            self.keep(rollouts)
         trajectories = [Trajectory(e, r) for e, r in zip(batch, rollouts, strict=True)]
         return EvaluationBatch(
             outputs=rollouts,
@@ -95,28 +162,8 @@ class GepaAdapter:
         reflective_dataset: Mapping[str, Sequence[Record]],
         components_to_update: Sequence[str],
     ) -> dict[str, str]:
-        """The proposer's texts, or none: an empty dict makes gepa skip the iteration."""
-        try:
-            texts = self.proposer.propose(candidate, reflective_dataset, components_to_update)
-        except Exception as error:
-            kind = error.kind if isinstance(error, ProposalError) else type(error).__name__
-            self.errors[kind] += 1
-            logger.warning("no proposal in cycle %d (%s): %s", self.cycle, kind, error)
-            return {}
-        changed = {name: text for name, text in texts.items() if text != candidate[name]}
-        if not changed:
-            self.outcomes["empty"] += 1
-            return {}
-        if make_candidate({**candidate, **changed}).id in self.known_ids:
-            self.outcomes["duplicate"] += 1
-            return {}
-        return changed
-
-    def observe(self, names: Sequence[str], trajectories: Sequence[Trajectory]) -> None:
-        """Let a proposer that can learn from these rollouts, for each component."""
-        if isinstance(self.proposer, LearnsFromRecords):
-            for name in names:
-                self.proposer.observe(name, make_records(name, trajectories))
+        """See :meth:`Reflector.propose`."""
+        return self.reflector.propose(candidate, reflective_dataset, components_to_update)
 
 
 def phase_salt(cycle: int, run: int) -> int:
@@ -142,7 +189,7 @@ def _record(predictor: str, fields: Sequence[str], trajectory: Trajectory) -> Re
     return {
         "Inputs": {name: _clip(value) for name, value in inputs.items()},
         "Generated Outputs": _outputs(trace),
-        "Feedback": _feedback(rollout, trace, fields),
+        "Feedback": _feedback(predictor, rollout, trace, fields),
         "score": rollout.reward,
         "example_id": rollout.example_id,
         "labels": {name: _clip(value) for name, value in example.labels().toDict().items()},
@@ -158,8 +205,10 @@ def _outputs(trace: PredictorTrace | None) -> dict[str, str] | str:
     return {name: _clip(value) for name, value in trace.outputs.items()}
 
 
-def _feedback(rollout: Rollout, trace: PredictorTrace | None, fields: Sequence[str]) -> str:
-    parts = [rollout.feedback.strip()]
+def _feedback(
+    predictor: str, rollout: Rollout, trace: PredictorTrace | None, fields: Sequence[str]
+) -> str:
+    parts = [rollout.feedback_by_predictor.get(predictor, rollout.feedback).strip()]
     message = rollout.failure.message.strip() if rollout.failure is not None else ""
     if message and message not in parts[0]:
         parts.append(message)
@@ -186,5 +235,8 @@ def _clip(value: Any) -> str:
 
 
 def candidate_of(texts: Mapping[str, str], parent: Candidate, cycle: int) -> Candidate:
-    """The candidate that an accepted proposal makes."""
-    return make_candidate(texts, [parent.id], cycle, "instructions")
+    """The candidate that a proposal makes of its parent."""
+    changed = [name for name, text in texts.items() if text != parent.components[name]]
+    kinds = {split_component(name)[1] for name in changed}
+    source = DEMOS if kinds == {DEMOS} else INSTRUCTIONS
+    return make_candidate(texts, [parent.id], cycle, source)

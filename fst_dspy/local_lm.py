@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
+import threading
+import weakref
 from typing import Any
 
 import dspy
 import torch
+from dspy.clients.provider import Provider
 
 from fst_dspy.engine import DEFAULT_MAX_TOKENS, AsyncLocalEngine, LocalEngine
 from fst_dspy.errors import ModelError
@@ -23,7 +27,7 @@ class LocalLM(dspy.LM):
         model: ``"embedded"`` for the model in the package, a folder, a hub id, or a loaded
             ``Policy`` to share.
         temperature: In [0, 2]; 0 is greedy.
-        max_tokens: Longest answer, in tokens; by default 512 or half the context window, if less.
+        max_tokens: Longest answer, in tokens; by default 512 or an eighth of the context window, if less.
         device: Defaults to CUDA where there is one.
         dtype: Defaults to bfloat16 on CUDA and float32 elsewhere.
         trust_remote_code: Run Python code that comes with the model.
@@ -49,6 +53,9 @@ class LocalLM(dspy.LM):
         **kwargs: Any,
     ) -> None:
         if engine is not None:  # a saved state: the engine was loaded, ``model`` is the version id
+            serving = _serving(engine, str(model))
+            if serving is not engine:
+                engine, async_engine = serving, None
             version = _must_have(engine.policy, str(model))
         else:
             policy = (
@@ -63,12 +70,26 @@ class LocalLM(dspy.LM):
         super().__init__(
             version,
             temperature=temperature,
-            max_tokens=max_tokens or min(DEFAULT_MAX_TOKENS, self.policy.context_length // 2),
+            max_tokens=max_tokens or min(DEFAULT_MAX_TOKENS, self.policy.context_length // 8),
             cache=cache,
             engine=engine,
             async_engine=async_engine or AsyncLocalEngine(engine),
             **kwargs,
         )
+
+        _remember(self)
+
+    def infer_provider(self) -> Provider:
+        """The provider that trains these weights for DSPy's weight optimizers."""
+        # By name: a language model carries its trainer, which lies layers above it.
+        return importlib.import_module("fst_dspy.provider").LocalProvider(self.policy)
+
+    def __copy__(self) -> LocalLM:
+        return _remember(super().__copy__())
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        _remember(self)
 
     @property
     def policy(self) -> Policy:
@@ -93,11 +114,37 @@ class LocalLM(dspy.LM):
         return self.copy(model=self.policy.live_id, cache=False)
 
 
+_alive: weakref.WeakSet[LocalLM] = weakref.WeakSet()
+_alive_lock = threading.Lock()
+
+
+def _remember(lm: LocalLM) -> LocalLM:
+    with _alive_lock:
+        _alive.add(lm)
+    return lm
+
+
+def versions_in_use(policy: Policy, *, besides: LocalLM | None = None) -> set[str]:
+    """Version ids that language models over a policy name, wherever they are; but for one."""
+    with _alive_lock:
+        return {lm.model for lm in _alive if lm.policy is policy and lm is not besides}
+
+
+def _serving(engine: LocalEngine, version: str) -> LocalEngine:
+    """The engine given, or one at work in this process that has the weights which it lacks."""
+    if engine.policy.has(version):
+        return engine
+    base = engine.policy.base_version
+    with _alive_lock:  # not while asking the policies, which takes their own locks
+        lms = [lm for lm in _alive if lm.policy.base_version == base]
+    return next((lm._local for lm in lms if lm.policy.has(version)), engine)
+
+
 def _must_have(policy: Policy, version: str) -> str:
     if not policy.has(version):
         raise ModelError(
             f"the weights {version} are not at hand, only {policy.base_version}, the live "
             f"{policy.version()} and kept ones; a saved program names its weights but does not "
-            "hold them"
+            "hold them: fst_dspy.save writes them to a folder, and fst_dspy.load reads it"
         )
     return version

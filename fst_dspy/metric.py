@@ -56,6 +56,11 @@ def call_metric(metric: Callable[..., Any], gold: dspy.Example, pred: dspy.Predi
     return read_score(metric(*arguments))
 
 
+def gives_predictor_feedback(metric: Callable[..., Any]) -> bool:
+    """Whether a metric can be asked about one predictor (``pred_name``, ``pred_trace``)."""
+    return _accepts(metric, 5)
+
+
 def read_score(result: Any) -> Score:
     """Read a metric's return value: a number, a bool, or a prediction with score and feedback.
 

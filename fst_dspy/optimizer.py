@@ -6,8 +6,10 @@ The fast phase comes first, because RL under a prompt that gives no reward damag
 
 Departures from the paper (Tiwari et al., 2026), section 3:
 
-* The whole population is scored on the validation examples at the end of every cycle, under the
-  weights of that moment. The scores serve twice: as validation and as the next Pareto front.
+* Rollouts are used twice: those of the slow phase score, feed and try the candidates of the fast
+  channel (``fst_dspy.trials``). With ``reuse=False`` it runs its own, as in the paper; then the
+  whole population is scored on the validation examples at the end of every cycle, under the
+  weights of that moment, and the scores serve as validation and as the next Pareto front.
 * Rollouts of both channels are counted, scoring included.
 * The arms ``rl_only`` and ``gepa_only`` are this loop with one channel off.
 
@@ -36,21 +38,25 @@ from dspy.teleprompt import Teleprompter
 
 from fst_dspy import population as populations
 from fst_dspy.advantage import constant_group_share, group_rows
+from fst_dspy.bundle import make_savable
 from fst_dspy.candidate import bind, example_id, seed_candidate
 from fst_dspy.checks import CheckedInput, check_first_rollouts, check_input
 from fst_dspy.config import Auto, FSTConfig
+from fst_dspy.demos import DemoProposer
 from fst_dspy.drift import kl_to_base
 from fst_dspy.errors import ConfigError, TrainingError
 from fst_dspy.evaluate import evaluate
 from fst_dspy.fast import FastPhase
 from fst_dspy.interrupt import Interrupt
 from fst_dspy.lessons import LessonProposer
-from fst_dspy.progress import ProgressListener, RichProgress, SilentProgress
-from fst_dspy.proposers import Proposer, ReflectionLMProposer
+from fst_dspy.progress import ProgressListener, RichProgress, SilentProgress, StopRun
+from fst_dspy.proposers import Proposer
+from fst_dspy.reflection import ReflectionLMProposer
 from fst_dspy.result import Best, FSTResult
 from fst_dspy.rollout import RolloutJob, RolloutRunner, calls_of, trained_predictors
 from fst_dspy.run_state import LoopState, RunFolder
 from fst_dspy.slow import SlowTrainer
+from fst_dspy.trials import TrialPhase
 from fst_dspy.types import (
     Arm,
     CycleRecord,
@@ -142,7 +148,7 @@ class FST(Teleprompter):
 
         Returns:
             A copy of the student with the best candidate's instructions and demos, its predictors
-            bound to the best weights.
+            bound to the best weights. Its ``save(folder)`` writes a bundle for ``fst_dspy.load``.
 
         Raises:
             ConfigError, DataError, MetricError, ProgramError: Input that cannot work, before any
@@ -167,8 +173,10 @@ class FST(Teleprompter):
             if name in names:
                 predictor.lm = checked.lm.at(state.best.version)
         compiled._compiled = True
+        result = run.result(state)
         if self.track_stats:
-            compiled.detailed_results = run.result(state)
+            compiled.detailed_results = result
+        make_savable(compiled, result)
         return compiled
 
 
@@ -191,8 +199,15 @@ class _Run:
         self.policy.step = 0
         if self.slow_on and self.config.slow.lora is not None:
             self.policy.add_lora(self.config.slow.lora, self.seed)
-        self.runner = RolloutRunner(student, fst.metric, self.lm, self.config.sampling, self.seed)
-        self.fast = FastPhase(self.config.fast, self._make_proposer(fst), self.seed)
+        self.runner = RolloutRunner(
+            student,
+            fst.metric,
+            self.lm,
+            self.config.sampling,
+            self.seed,
+            predictor_feedback=self.fast_on,
+        )
+        self.fast = self._make_fast(fst)
         self.trainer = self._make_trainer() if self.slow_on else None
 
     def loop(self) -> LoopState:
@@ -203,7 +218,8 @@ class _Run:
             with Interrupt(self.folder.path if self.folder else None) as interrupt:
                 if not state.records:
                     state = self._validate(state)
-                while not self._finished(state):
+                stopped = self._tell_cycle(state)
+                while not (stopped or self._finished(state)):
                     if state.phase == "fast":
                         state = self._fast_phase(state)
                         self._checkpoint(state)
@@ -214,6 +230,7 @@ class _Run:
                         interrupt.stop_if_requested()
                     state = self._validate(state)
                     self._checkpoint(state)
+                    stopped = self._tell_cycle(state)
                     interrupt.stop_if_requested()
         finally:
             self.progress.end()
@@ -253,13 +270,14 @@ class _Run:
         slow = self.config.slow
         done = step - 1 - self._steps_before(state)
         self._tell(cycle, f"step {done + 1}/{slow.steps_per_cycle}")
+        seen: list[Rollout] = []
         for attempt in range(slow.resample_constant + 1):
             problems_P = pick_problems(
                 self.trainset, step, slow.problems_per_step, f"{self.seed}/{attempt}"
             )
             groups_P = self._rollout_groups(problems_P, state.population, step, attempt)
             rollouts = [rollout for group in groups_P for rollout in group.rollouts_G]
-            self._learn_lessons(problems_P, rollouts)
+            seen += rollouts
             if constant_group_share(groups_P) < 1:
                 break
         assert self.trainer is not None
@@ -275,14 +293,18 @@ class _Run:
         )
         if self.folder is not None:
             self.folder.record_step(record, groups_P)
+        seconds = add_seconds(state.seconds, "slow", started)
+        started = time.monotonic()
+        population = self._learn_from(state.population, seen, cycle)
         return replace(
             state,
+            population=population,
             step=step,
             steps=(*state.steps, record),
             phase="validate" if done + 1 == slow.steps_per_cycle else "slow",
             fast_state=self.fast.state(),
             counts=self.runner.counts,
-            seconds=add_seconds(state.seconds, "slow", started),
+            seconds=add_seconds(seconds, "fast", started),
         )
 
     def _rollout_groups(
@@ -294,9 +316,7 @@ class _Run:
     ) -> list[Group]:
         """G rollouts a problem, spread over the candidates: one batch, one barrier."""
         slow = self.config.slow
-        candidates_G = populations.assign(
-            population, slow.group_size, self.config.fast.population_size
-        )
+        candidates_G = self.fast.lineup(population, slow.group_size)
         jobs = [
             RolloutJob(example, candidate, index)
             for example in problems_P
@@ -309,45 +329,56 @@ class _Run:
             for p, example in enumerate(problems_P)
         ]
 
-    def _learn_lessons(
-        self, problems_P: Sequence[dspy.Example], rollouts: Sequence[Rollout]
-    ) -> None:
-        """Let the fast channel's proposer learn from the slow rollouts, which cost nothing more."""
+    def _learn_from(
+        self, population: Population, rollouts: Sequence[Rollout], cycle: int
+    ) -> Population:
+        """Let the fast channel use the slow rollouts, which cost nothing more."""
         if not self.fast_on:
-            return
-        examples = [example for example in problems_P for _ in range(self.config.slow.group_size)]
-        self.fast.observe(list(self.seed_candidate.components), examples, rollouts)
+            return population
         self.runner.counts = self.runner.counts.plus(RolloutCounts(reused=len(rollouts)))
+        return self.fast.after_step(
+            population, self.trainset, rollouts, cycle=cycle, policy_version=self.policy.step
+        )
 
     def _validate(self, state: LoopState) -> LoopState:
-        """Score the population under the weights as they are, and close the cycle's record."""
+        """Score the fast weights under the slow ones as they are, and close the cycle's record.
+
+        Where slow rollouts are reused, they have scored the population; what is left to validate is
+        its best candidate. Else all are scored, and the next front is made of it.
+        """
         started = time.monotonic()
         cycle = state.cycle + 1 if state.records else 0
         population = state.population
         self._tell(cycle, "validation")
         kl = state.records[-1].kl_to_base if state.records else 0.0
-        if not state.records or population.policy_version != self.policy.step:
+        first, reuses = not state.records, self.fast.reuses
+        val_score = None
+        if first or reuses or population.policy_version != self.policy.step:
+            candidates = population.candidates
+            if reuses and not first:
+                candidates = (candidates[populations.best(population)],)
             scored = evaluate(
                 self.runner,
-                population.candidates,
+                candidates,
                 self.valset,
-                channel="fast" if self.fast_on else "eval",
+                channel="fast" if self.fast_on and not reuses else "eval",
                 salt=self.policy.step,
             )
-            population = replace(
-                population, score_K_V=scored.score_K_V, policy_version=self.policy.step
-            )
-            best_rollouts = scored.rollouts_K[populations.best(population)]
-            if not state.records:
+            if first or not reuses:
+                population = replace(
+                    population, score_K_V=scored.score_K_V, policy_version=self.policy.step
+                )
+            best_k = 0 if reuses else populations.best(population)
+            best_rollouts, val_score = scored.rollouts_K[best_k], scored.mean_K[best_k]
+            if first:
                 check_first_rollouts(best_rollouts)
             if self.policy.step > 0:
                 kl = kl_to_base(self.policy, calls_of(best_rollouts)[:KL_CALLS])
         seconds = add_seconds(state.seconds, "eval", started)
-        record = self._record(state, cycle, population, kl, seconds)
+        record = self._record(state, cycle, population, val_score, kl, seconds)
         best = self._best(state.best, record, population)
         if self.folder is not None:
             self.folder.record_cycle(record, population)
-        self.progress.cycle_done(record)
         return replace(
             state,
             cycle=cycle,
@@ -365,6 +396,7 @@ class _Run:
         state: LoopState,
         cycle: int,
         population: Population,
+        val_score: float | None,
         kl: float,
         seconds: Mapping[str, float],
     ) -> CycleRecord:
@@ -378,7 +410,9 @@ class _Run:
             candidate_ids=tuple(c.id for c in population.candidates),
             best_candidate_id=population.candidates[populations.best(population)].id,
             train_reward=mean([step.reward for step in steps]) if steps else None,
-            val_score=mean(population.score_K_V[populations.best(population)]),
+            val_score=mean(population.score_K_V[populations.best(population)])
+            if val_score is None
+            else val_score,
             val_scores=tuple(mean(score_V) for score_V in population.score_K_V),
             kl_to_base=kl,
             entropy=mean([step.stats.entropy for step in steps]) if steps else None,
@@ -389,6 +423,7 @@ class _Run:
             tokens=dict(self.runner.tokens),
             seconds=dict(seconds),
             weights_version=self.policy.version(),
+            proposals=self.fast.report(),
         )
 
     def _best(self, best: Best | None, record: CycleRecord, population: Population) -> Best:
@@ -450,13 +485,29 @@ class _Run:
     def _steps_before(self, state: LoopState) -> int:
         return state.records[-1].step
 
+    def _make_fast(self, fst: FST) -> FastPhase:
+        fast, proposer = self.config.fast, self._make_proposer(fst)
+        demos = DemoProposer(fast.demo_tokens, self._count_tokens) if fast.demo_tokens else None
+        if fast.reuse and self.fast_on and self.slow_on:
+            steps = self.config.slow.steps_per_cycle
+            return TrialPhase(fast, proposer, self.seed, demos=demos, steps_per_cycle=steps)
+        return FastPhase(fast, proposer, self.seed, demos=demos)
+
     def _make_proposer(self, fst: FST) -> Proposer:
         if fst.instruction_proposer is not None:
             return fst.instruction_proposer
-        limit = self.config.fast.instruction_tokens
-        if fst.reflection_lm is not None:
-            return ReflectionLMProposer(fst.reflection_lm, limit, self._count_tokens)
-        return LessonProposer(limit, self._count_tokens)
+        fast = self.config.fast
+        lessons = LessonProposer(fast.instruction_tokens, self._count_tokens)
+        if fst.reflection_lm is None:
+            return lessons
+        return ReflectionLMProposer(
+            fst.reflection_lm,
+            fast.instruction_tokens,
+            self._count_tokens,
+            fallback=lessons,
+            max_cost=fast.max_reflection_cost,
+            max_tokens=fast.max_reflection_tokens,
+        )
 
     def _count_tokens(self, text: str) -> int:
         return len(self.policy.tokenizer(text, add_special_tokens=False)["input_ids"])
@@ -481,6 +532,14 @@ class _Run:
 
     def _tell(self, cycle: int, name: str) -> None:
         self.progress.phase(cycle, name, self.runner.counts)
+
+    def _tell_cycle(self, state: LoopState) -> bool:
+        """Tell that a cycle has ended; whether the listener wants the run to end with it."""
+        try:
+            self.progress.cycle_done(state.records[-1])
+        except StopRun:
+            return True
+        return False
 
     def close(self) -> None:
         if self.folder is not None:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from fst_dspy.types import CycleRecord
+from fst_dspy.types import Candidate, CycleRecord
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -73,3 +73,97 @@ def draw_comparison(runs: Mapping[str, Sequence[CycleRecord]], title: str) -> Fi
         axes.grid(alpha=0.25)
     figure.suptitle(title)
     return figure
+
+
+@dataclass(frozen=True)
+class LineageNode:
+    """A candidate in the lineage figure.
+
+    Attributes:
+        id: The candidate's id.
+        parent_ids: Those of its parents that are in the figure too.
+        cycle: Cycle in which it was proposed.
+        score: Its last mean validation score; ``None`` where it has none.
+        best: Whether it has the best score of its last validation.
+    """
+
+    id: str
+    parent_ids: tuple[str, ...]
+    cycle: int
+    score: float | None
+    best: bool
+
+
+def lineage(candidates: Sequence[Candidate], records: Sequence[CycleRecord]) -> list[LineageNode]:
+    """The candidates with their parents and last scores, oldest first.
+
+    Args:
+        candidates: Those to show; of equal ids the first counts.
+        records: The cycles whose scores are taken.
+    """
+    by_id: dict[str, Candidate] = {}
+    for candidate in candidates:
+        by_id.setdefault(candidate.id, candidate)
+    scores: dict[str, float] = {}
+    for record in records:
+        scores |= dict(zip(record.candidate_ids, record.val_scores, strict=True))
+    best = records[-1].best_candidate_id if records else None
+    return [
+        LineageNode(
+            id=candidate.id,
+            parent_ids=tuple(parent for parent in candidate.parent_ids if parent in by_id),
+            cycle=candidate.cycle,
+            score=scores.get(candidate.id),
+            best=candidate.id == best,
+        )
+        for candidate in sorted(by_id.values(), key=lambda c: (c.cycle, c.id))
+    ]
+
+
+def draw_lineage(nodes: Sequence[LineageNode], title: str = "") -> Figure:
+    """Score against the cycle of birth, a line from each parent to its child."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    figure = Figure(figsize=(7, 3.6), layout="constrained")
+    axes = figure.subplots()
+    at = {node.id: (node.cycle, node.score) for node in nodes if node.score is not None}
+    for node in nodes:
+        if node.id not in at:
+            continue
+        x, y = at[node.id]
+        for parent in node.parent_ids:
+            if parent in at:
+                px, py = at[parent]
+                axes.plot((px, x), (py, y), color="C7", alpha=0.6, zorder=1)
+        axes.plot(x, y, "*" if node.best else "o", color="C3" if node.best else "C0")
+        axes.annotate(node.id[:6], (x, y), textcoords="offset points", xytext=(5, 4), fontsize=7)
+    axes.set(xlabel="cycle in which it was proposed", ylabel="last validation score", title=title)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(alpha=0.25)
+    return figure
+
+
+def draw_curves(curves: Sequence[Curve], xlabel: str, ylabel: str, title: str = "") -> Figure:
+    """Curves in one panel, with a legend where there is more than one."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5.5, 3.6), layout="constrained")
+    axes = figure.subplots()
+    for curve in curves:
+        axes.plot(curve.x, curve.y, ".-", label=curve.label)
+    axes.set(xlabel=xlabel, ylabel=ylabel, title=title)
+    axes.grid(alpha=0.25)
+    if len(curves) > 1:
+        axes.legend(frameon=False, fontsize=8)
+    return figure
+
+
+def reward_curve(records: Sequence[CycleRecord]) -> Curve:
+    """Train reward against rollouts, over the cycles that had a slow phase."""
+    trained = [record for record in records if record.train_reward is not None]
+    return Curve(
+        "train reward",
+        tuple(float(record.total_rollouts.total) for record in trained),
+        tuple(record.train_reward or 0.0 for record in trained),
+    )

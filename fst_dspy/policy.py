@@ -106,6 +106,7 @@ class Policy:
         device: str | torch.device | None = None,
         dtype: str | torch.dtype | None = None,
         trust_remote_code: bool = False,
+        name: str | None = None,
     ) -> Policy:
         """Load a model.
 
@@ -114,6 +115,7 @@ class Policy:
             device: Defaults to CUDA where there is one.
             dtype: A torch dtype or its name; defaults to bfloat16 on CUDA and float32 elsewhere.
             trust_remote_code: Run Python code that comes with the model. Off unless asked for.
+            name: First half of the version ids; defaults to the last part of ``name_or_path``.
 
         Returns:
             The policy. A tokenizer without a chat template gets a plain one, ``role: content``.
@@ -144,7 +146,7 @@ class Policy:
             "dtype": str(dtype).removeprefix("torch."),
             "trust_remote_code": trust_remote_code,
         }
-        return cls(model, tokenizer, Path(str(name_or_path).rstrip("/")).name, source)
+        return cls(model, tokenizer, name or Path(str(name_or_path).rstrip("/")).name, source)
 
     # --- which weights ----------------------------------------------------------------------------
 

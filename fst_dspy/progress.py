@@ -12,8 +12,16 @@ from fst_dspy.config import BudgetConfig
 from fst_dspy.types import CycleRecord, RolloutCounts
 
 
+class StopRun(Exception):
+    """Raised by a listener in ``cycle_done``: the run ends there, as if its budget were spent."""
+
+
 class ProgressListener(Protocol):
-    """Hears what the joint loop does. Every method may be called from one thread only."""
+    """Hears what the joint loop does. Every method may be called from one thread only.
+
+    An exception that a listener raises ends the compile (``StopRun`` ends it well). The run folder
+    stands as after a kill: the same compile goes on from its last checkpoint.
+    """
 
     def begin(self, budget: BudgetConfig) -> None:
         """The loop starts, or goes on after an interruption."""
@@ -22,7 +30,7 @@ class ProgressListener(Protocol):
         """A phase of a cycle begins, or another step of it: ``name`` says which."""
 
     def cycle_done(self, record: CycleRecord) -> None:
-        """A cycle has ended."""
+        """A cycle has ended and was saved; a resumed run tells of its last cycle again."""
 
     def end(self) -> None:
         """The loop has ended, well or not."""

@@ -1,18 +1,15 @@
 """What proposes new texts for a candidate from rollouts and their feedback.
 
-A proposer has one method. ``ReflectionLMProposer`` asks a language model, any that ``dspy.LM``
-reaches; ``fst_dspy.lessons.LessonProposer`` needs none.
+A proposer has one method. ``fst_dspy.reflection.ReflectionLMProposer`` asks a language model, any
+that ``dspy.LM`` reaches; ``fst_dspy.lessons.LessonProposer`` needs none;
+``fst_dspy.demos.DemoProposer`` proposes demos.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
-
-import dspy
-from gepa.strategies.instruction_proposal import InstructionProposalSignature
-
-from fst_dspy.candidate import INSTRUCTIONS, split_component
 
 Record = Mapping[str, Any]
 """One rollout as one predictor saw it.
@@ -21,8 +18,6 @@ Record = Mapping[str, Any]
 reflection prompt. ``"example_id"``, ``"labels"`` (the example's, as a dict) and ``"failure"`` (the
 kind, or ``None``) are for programs.
 """
-
-PROMPT_KEYS = ("Inputs", "Generated Outputs", "Feedback", "score")
 
 
 class ProposalError(Exception):
@@ -64,69 +59,16 @@ class LearnsFromRecords(Protocol):
 
 
 @runtime_checkable
+class CountsFaults(Protocol):
+    """A proposer that makes some failures good by itself, and tells of them."""
+
+    def take_faults(self) -> Counter[str]: ...
+
+
+@runtime_checkable
 class HasState(Protocol):
     """A proposer with a memory, which a resumed run must get back."""
 
     def state(self) -> dict[str, Any]: ...
 
     def load_state(self, state: Mapping[str, Any]) -> None: ...
-
-
-class ReflectionLMProposer:
-    """Has a language model rewrite the instruction, with GEPA's reflection prompt.
-
-    Args:
-        lm: Any ``dspy.LM``. Its own settings hold: temperature, retries, timeout, cache.
-        instruction_tokens: Longest instruction to accept.
-        count_tokens: Counts the tokens of a text, best with the local model's tokenizer.
-    """
-
-    def __init__(
-        self, lm: dspy.LM, instruction_tokens: int, count_tokens: Callable[[str], int]
-    ) -> None:
-        self.lm = lm
-        self.instruction_tokens = instruction_tokens
-        self.count_tokens = count_tokens
-        words = max(1, instruction_tokens * 2 // 3)  # English runs at about 1.5 tokens a word
-        self.template = (
-            f"{InstructionProposalSignature.default_prompt_template}\n\n"
-            f"The new instruction must not be longer than {words} words."
-        )
-
-    def propose(
-        self,
-        components: Mapping[str, str],
-        records: Mapping[str, Sequence[Record]],
-        names: Sequence[str],
-    ) -> dict[str, str]:
-        """New instructions, one call of the LM for each; see :class:`Proposer`."""
-        return {
-            name: self._reflect(components[name], records[name])
-            for name in names
-            if split_component(name)[1] == INSTRUCTIONS
-        }
-
-    def _reflect(self, instruction: str, records: Sequence[Record]) -> str:
-        prompt = InstructionProposalSignature.prompt_renderer(
-            {
-                "current_instruction_doc": instruction,
-                "dataset_with_feedback": [
-                    {key: record[key] for key in PROMPT_KEYS} for record in records
-                ],
-                "prompt_template": self.template,
-            }
-        )
-        answers = self.lm(prompt)
-        answer = answers[0] if answers else ""
-        text = answer.get("text") if isinstance(answer, dict) else answer
-        if not isinstance(text, str) or not text.strip():
-            raise ProposalError("empty", "the reflection LM answered with no text")
-        proposal = InstructionProposalSignature.output_extractor(text)["new_instruction"].strip()
-        if not proposal:
-            raise ProposalError("empty", "the reflection LM proposed an empty instruction")
-        tokens = self.count_tokens(proposal)
-        if tokens > self.instruction_tokens:
-            raise ProposalError(
-                "too_long", f"the proposal has {tokens} tokens, over {self.instruction_tokens}"
-            )
-        return proposal

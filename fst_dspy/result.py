@@ -4,10 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from fst_dspy.candidate import candidate_from_json
 from fst_dspy.config import FSTConfig
+from fst_dspy.store import read_jsonl
 from fst_dspy.types import Arm, Candidate, CycleRecord, Population, RolloutCounts
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
+    from rich.console import RenderableType
 
 SCHEMA_VERSION = 1
 
@@ -65,3 +73,55 @@ class FSTResult:
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON."""
         return {"schema_version": SCHEMA_VERSION, **dataclasses.asdict(self)}
+
+    def candidates(self) -> list[Candidate]:
+        """The candidates that are known: the student's, the run folder's, the last population's.
+
+        Each once; those that did not outlive their cycle are kept nowhere. Without a run folder
+        the populations of earlier cycles are missing.
+        """
+        found = {self.seed_candidate.id: self.seed_candidate}
+        if self.log_dir is not None:
+            for row in read_jsonl(Path(self.log_dir) / "population.jsonl"):
+                for data in row["candidates"]:
+                    found.setdefault(data["id"], candidate_from_json(data))
+        for candidate in (*self.population.candidates, self.best.candidate):
+            found.setdefault(candidate.id, candidate)
+        return list(found.values())
+
+    def to_pandas(self) -> pd.DataFrame:
+        """The cycles as a table, a row each; see ``fst_dspy.display.records_frame``."""
+        from fst_dspy.display import records_frame
+
+        return records_frame(self.records)
+
+    def plot_score(self) -> Figure:
+        """Validation score and train reward against rollouts of all channels."""
+        from fst_dspy import plots
+
+        (score,) = plots.score_curves({"validation score": self.records})
+        curves = [score, plots.reward_curve(self.records)]
+        return plots.draw_curves(curves, "rollouts, all channels", "mean score")
+
+    def plot_drift(self) -> Figure:
+        """Validation score against KL to the base model."""
+        from fst_dspy import plots
+
+        curves = plots.drift_curves({self.arm: self.records})
+        return plots.draw_curves(curves, "KL to the base model, nats a token", "validation score")
+
+    def plot_lineage(self) -> Figure:
+        """The candidates' last scores against the cycle of birth, joined to their parents."""
+        from fst_dspy import plots
+
+        return plots.draw_lineage(plots.lineage(self.candidates(), self.records))
+
+    def _repr_html_(self) -> str:
+        from fst_dspy.result_display import result_html
+
+        return result_html(self)
+
+    def __rich__(self) -> RenderableType:
+        from fst_dspy.result_display import result_rich
+
+        return result_rich(self)

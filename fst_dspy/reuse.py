@@ -39,6 +39,10 @@ class RolloutPool:
         """Those sampled from this version of the weights or a later one."""
         return RolloutPool(tuple(r for r in self.rollouts if r.policy_version >= policy_version))
 
+    def latest(self, count: int) -> RolloutPool:
+        """The last so many."""
+        return RolloutPool(self.rollouts[-count:])
+
     def of(self, candidate_id: str) -> tuple[Rollout, ...]:
         """Those under one candidate."""
         return tuple(r for r in self.rollouts if r.candidate_id == candidate_id)
@@ -111,9 +115,11 @@ def fill(score_K_P: Sequence[Sequence[float | None]]) -> tuple[tuple[float, ...]
     Args:
         score_K_P: ``None`` marks a gap. Each row and each column holds at least one score.
     """
-    there = [(k, p, s) for k, row in enumerate(score_K_P) for p, s in enumerate(row) if s is not None]
-    if not there:
-        return ()
+    there = [
+        (k, p, s) for k, row in enumerate(score_K_P) for p, s in enumerate(row) if s is not None
+    ]
+    if len(there) == sum(map(len, score_K_P)):
+        return tuple(tuple(s for s in row if s is not None) for row in score_K_P)
     low, high = min(s for _, _, s in there), max(s for _, _, s in there)
     effect_K, effect_P = [0.0] * len(score_K_P), [0.0] * len(score_K_P[0])
     by_row: dict[int, list[tuple[int, float]]] = defaultdict(list)

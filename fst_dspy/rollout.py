@@ -31,8 +31,10 @@ from fst_dspy.config import SamplingConfig
 from fst_dspy.engine import BarrierBatcher, Slot
 from fst_dspy.errors import MetricError
 from fst_dspy.local_lm import LocalLM
-from fst_dspy.metric import Score, call_metric
+from fst_dspy.metric import Score, call_metric, gives_predictor_feedback, read_score
 from fst_dspy.types import Call, Candidate, Failure, PredictorTrace, Rollout, RolloutCounts
+
+logger = logging.getLogger(__name__)
 
 Channel = Literal["fast", "slow", "eval"]
 
@@ -80,6 +82,9 @@ class RolloutRunner:
         lm: The local model; its ``max_tokens`` holds where ``sampling.max_tokens`` is ``None``.
         sampling: Temperature, limits and the failure score.
         seed: Seed of every rollout, together with its job, channel and salt.
+        predictor_feedback: Ask the metric about each predictor too, as ``dspy.GEPA`` does, at one
+            more call of it a predictor. Only for programs of several predictors and metrics that
+            take ``pred_name``, and not on channel ``eval``, from which nothing is learned.
     """
 
     def __init__(
@@ -89,12 +94,18 @@ class RolloutRunner:
         lm: LocalLM,
         sampling: SamplingConfig,
         seed: int,
+        predictor_feedback: bool = False,
     ) -> None:
         self.program = program
         self.metric = metric
         self.policy = lm.policy
         self.sampling = sampling
         self.seed = seed
+        self.predictor_feedback = (
+            predictor_feedback
+            and len(predictor_names(program)) > 1
+            and gives_predictor_feedback(metric)
+        )
         self.counts = RolloutCounts()
         self.tokens: dict[str, int] = {"prompt": 0, "completion": 0}
         self._lm = lm.live().copy(num_retries=0, **_sampling_kwargs(sampling))
@@ -137,7 +148,8 @@ class RolloutRunner:
         ]
         batcher = BarrierBatcher(self.policy, slots)
         runs = [
-            _Run(self, job, slot, batcher, version) for job, slot in zip(jobs, slots, strict=True)
+            _Run(self, job, slot, batcher, version, channel != "eval")
+            for job, slot in zip(jobs, slots, strict=True)
         ]
         try:
             for run in runs:
@@ -177,7 +189,10 @@ class _Run:
         slot: Slot,
         batcher: BarrierBatcher,
         version: str | None,
+        learned_from: bool,
     ) -> None:
+        self.ask_predictors = learned_from and runner.predictor_feedback
+        self.predictors: dict[str, dspy.Predict] = {}
         self.runner, self.job, self.slot, self.batcher = runner, job, slot, batcher
         self.version = version
         self.policy_version = runner.policy.step
@@ -232,7 +247,8 @@ class _Run:
         self.recorder.names = {
             id(predictor): name for name, predictor in program.named_predictors()
         }
-        for name, predictor in program.named_predictors():
+        self.predictors = dict(program.named_predictors())
+        for name, predictor in self.predictors.items():
             if predictor.lm is None or _shares_policy(predictor.lm, self.runner.policy):
                 predictor.lm = self._slot_lm(name)
         with dspy.context(
@@ -243,7 +259,8 @@ class _Run:
             disable_history=True,
         ):
             inputs = self.job.example.inputs().toDict()
-            if hasattr(program, "aforward") and not hasattr(program, "forward"):
+            kind = type(program)  # asking the instance for forward makes DSPy warn
+            if hasattr(kind, "aforward") and not hasattr(kind, "forward"):
                 return asyncio.run(program.acall(**inputs))
             return program(**inputs)
 
@@ -262,10 +279,38 @@ class _Run:
             raise
         except Exception as error:
             raise MetricError(f"the metric raised {type(error).__name__}: {error}") from error
+        rollout = self._rollout_with(score)
+        if self.ask_predictors:
+            rollout = replace(rollout, feedback_by_predictor=self._ask(prediction, score))
         if not self.slot.calls:
             message = "the program never called the local model on this example"
-            return replace(self._rollout_with(score), failure=Failure("no_calls", message))
-        return self._rollout_with(score)
+            return replace(rollout, failure=Failure("no_calls", message))
+        return rollout
+
+    def _ask(self, prediction: Any, score: Score) -> dict[str, str]:
+        """What the metric says of each predictor that ran, by its last call (dspy.GEPA's protocol).
+
+        The scores it gives with that are not used: the reward is the rollout's.
+        """
+        trace = [
+            (self.predictors[t.predictor], dict(t.inputs), dspy.Prediction(**t.outputs))
+            for t in self.recorder.traces
+            if t.outputs is not None and t.predictor in self.predictors
+        ]
+        said = {}
+        for name, predictor in self.predictors.items():
+            own = [call for call in trace if call[0] is predictor]
+            if not own:
+                continue
+            try:
+                result = self.runner.metric(self.job.example, prediction, trace, name, own[-1:])
+                feedback = read_score(result).feedback
+            except Exception as error:  # the rollout has its reward; only the hint is lost
+                logger.debug("the metric raised %s about predictor %s", error, name)
+                continue
+            if feedback and feedback != score.feedback:
+                said[name] = feedback
+        return said
 
     def _parse_failure(self, error: AdapterParseError) -> Rollout:
         fields = ", ".join(error.signature.output_fields)

@@ -1,8 +1,10 @@
 """The slow channel: GRPO on the local model, one optimizer step at a time (paper, section 3).
 
 A step takes the rows of one batch of rollouts, sampled from the weights as they are, so it is on
-policy: the importance ratio is 1 and the step equals one of TRL's stock ``GRPOTrainer``, bit for
-bit. Optimizer, schedule and random numbers go on from step to step whatever runs between.
+policy: the importance ratio is 1 and the step is that of TRL's stock ``GRPOTrainer``. The output
+layer is run at the completions only, so that large batches sum its gradient in another order: then
+gradients differ by float rounding (1e-7 of their norm), and on small ones not at all.
+Optimizer, schedule and random numbers go on from step to step whatever runs between.
 """
 
 from __future__ import annotations

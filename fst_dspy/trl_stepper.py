@@ -1,7 +1,8 @@
 """TRL's GRPOTrainer, advanced one optimizer step at a time on rows that are given to it.
 
 This is the one file that leans on private parts of TRL 1.16 and transformers 5.17 to 5.23; the
-test ``tests/test_trl_contract.py`` holds it to the stock trainer, bit for bit. They are:
+test ``tests/test_trl_contract.py`` holds it to the stock trainer, bit for bit on small batches and
+to rounding on large ones. They are:
 
 - ``GRPOTrainer._compute_loss(model, inputs)`` and the keys of ``inputs`` it reads;
 - ``GRPOTrainer._get_per_token_logps_and_entropies``, overridden, and the ``fused_lm_head`` forward
@@ -82,7 +83,7 @@ class SteppedGRPOTrainer(GRPOTrainer):
         before = [(place, place.__dict__.get("forward")) for place in places]
         with (
             tempfile.TemporaryDirectory() as folder,
-            _global_rng_kept(device),
+            global_rng_kept(device),
             warnings.catch_warnings(),
         ):
             # transformers renames gradient_checkpointing, which TRL sets by itself.
@@ -284,7 +285,7 @@ def _no_reward(completions: Sequence[Any], **_: Any) -> list[float | None]:
 
 
 @contextmanager
-def _global_rng_kept(device: torch.device) -> Iterator[None]:
+def global_rng_kept(device: torch.device) -> Iterator[None]:
     """TRL seeds every global generator when it is made; the randomness of others is kept."""
     python, numpy = random.getstate(), np.random.get_state()
     with torch.random.fork_rng([device] if device.type == "cuda" else []):

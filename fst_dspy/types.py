@@ -1,4 +1,4 @@
-"""The data that flows between the parts of fst_dspy: frozen dataclasses, no behaviour.
+"""The data that flows between the parts of fst_dspy: frozen dataclasses that hold and show it.
 
 Shape suffixes name the axes of nested sequences, outermost first:
 ``P`` problems, ``G`` rollouts a group, ``K`` candidates, ``V`` validation examples,
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     import dspy
+    from rich.console import RenderableType
 
 Arm = Literal["fst", "rl_only", "gepa_only"]
 FailureKind = Literal["parse", "empty", "truncated", "program", "metric", "no_calls", "timeout"]
@@ -60,6 +61,16 @@ class Candidate:
     cycle: int = 0
     source: str = "seed"
 
+    def _repr_html_(self) -> str:
+        from fst_dspy.display import candidate_html
+
+        return candidate_html(self)
+
+    def __rich__(self) -> RenderableType:
+        from fst_dspy.display import candidate_rich
+
+        return candidate_rich(self)
+
 
 @dataclass(frozen=True)
 class Population:
@@ -76,6 +87,16 @@ class Population:
     val_ids: tuple[str, ...]
     score_K_V: tuple[tuple[float, ...], ...]
     policy_version: int
+
+    def _repr_html_(self) -> str:
+        from fst_dspy.display import population_html
+
+        return population_html(self)
+
+    def __rich__(self) -> RenderableType:
+        from fst_dspy.display import population_rich
+
+        return population_rich(self)
 
 
 @dataclass(frozen=True)
@@ -271,7 +292,8 @@ class CycleRecord:
         best_candidate_id: The candidate with the best validation score.
         train_reward: Mean reward over the cycle's slow rollouts; ``None`` without a slow phase.
         val_score: Mean score of the best candidate on the validation examples.
-        val_scores: Mean validation score of each candidate, in the order of ``candidate_ids``.
+        val_scores: Mean score of each candidate, in the order of ``candidate_ids``: on the
+            validation examples or, where slow rollouts are reused, on recent training problems.
         kl_to_base: KL(policy || base), nats a token, on validation prompts.
         entropy: Mean policy entropy, nats a token; ``None`` without a slow phase.
         constant_group_share: Share of groups with equal rewards (no gradient), 0 to 1.
@@ -281,6 +303,8 @@ class CycleRecord:
         tokens: Prompt and completion tokens of this cycle.
         seconds: Wall time of this cycle by channel: ``fast``, ``slow``, ``eval``.
         weights_version: Version id of the weights at the end of the cycle.
+        proposals: What became of the fast channel's proposals from the start of the run, and what
+            reflection cost (``FastPhase.report``).
     """
 
     cycle: int
@@ -299,3 +323,4 @@ class CycleRecord:
     tokens: Mapping[str, int]
     seconds: Mapping[str, float]
     weights_version: str
+    proposals: Mapping[str, Any] = field(default_factory=dict)

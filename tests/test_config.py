@@ -35,6 +35,10 @@ def test_light_is_the_default_budget_and_names_win_over_a_preset():
         ({"auto": "tiny"}, "auto must be one of"),
         ({"lr_scheduler_type": "cosine", "max_rollouts": 10}, "decays over max_cycles"),
         ({"steps_per_cycle": "six"}, "wrong type"),
+        ({"component_selector": "best_first"}, "round_robin"),
+        ({"demo_tokens": -1}, "not be negative"),
+        ({"reuse_window": 0}, "at least 1"),
+        ({"max_reflection_cost": -0.5}, "not be negative"),
     ],
 )
 def test_bad_settings_say_what_is_wrong(settings, message):

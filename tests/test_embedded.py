@@ -67,7 +67,7 @@ def test_awkward_text_survives_the_tokenizer(tokenizer, text: str) -> None:
 
 
 def test_a_word_has_the_same_tokens_wherever_it_stands(tokenizer) -> None:
-    inner = tokenizer.encode("to zorblat")[1:]
+    inner = tokenizer.encode("to zorblat")[len(tokenizer.encode("to")) :]
     for text in ("\nzorblat", "(zorblat", "[[ ## a ## ]]\nzorblat"):
         assert tokenizer.encode(text)[-len(inner) :] == inner
 
@@ -100,14 +100,11 @@ def _words(chats: Sequence[Sequence[Message]]) -> set[str]:
     return {"".join(filter(str.isalpha, word)).lower() for word in text.split()}
 
 
-def test_held_out_words_make_no_rules() -> None:
-    """They stand only in repeat drills: a user's list of words, said again by the assistant."""
+def test_held_out_words_stand_nowhere_in_the_corpus() -> None:
     for family in FAMILIES:
         names = [*(stage.name for stage in family.warmup), "joint"]
         chats = [family.sample(Random(f"{n} {i}"), n) for n in names for i in range(300)]
-        repeats = [chat for chat in chats if chat[0].content == chat[-1].content]
-        assert not HELD_OUT & _words([chat for chat in chats if chat not in repeats])
-        assert _words(repeats) >= HELD_OUT
+        assert not HELD_OUT & _words(chats)
 
 
 def test_questions_are_decided_by_the_ideal_prompt() -> None:
@@ -130,6 +127,19 @@ def test_model_speaks_the_format_for_field_names_it_never_saw(model, tokenizer) 
         )
     ] * 64
     assert score(model, tokenizer, questions, ideal=True, seed=0).parsed >= 0.9
+
+
+@torch.no_grad()
+def test_left_padding_changes_nothing(model, tokenizer) -> None:
+    ids = tokenizer.encode("<|system|>visa goes to teal.<|end|><|assistant|>")
+    plain = model(input_ids=torch.tensor([ids])).logits[0]
+    mask = torch.tensor([[0] * 9 + [1] * len(ids)])
+    padded = model(
+        input_ids=torch.tensor([[tokenizer.pad_token_id] * 9 + ids]),
+        attention_mask=mask,
+        position_ids=(mask.cumsum(1) - 1).clamp(min=0),
+    ).logits[0, 9:]
+    assert torch.allclose(plain.log_softmax(-1), padded.log_softmax(-1), atol=1e-4)
 
 
 def _state(file: Path) -> dict[str, torch.Tensor]:

@@ -15,13 +15,14 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from fst_dspy.candidate import example_id, make_candidate, seed_candidate
 from fst_dspy.config import FastConfig, SamplingConfig
 from fst_dspy.errors import ConfigError, DataError
-from fst_dspy.fast import FastPhase, ProposalStats, WorstFirstComponentSelector, score
-from fst_dspy.gepa_adapter import GepaAdapter, Trajectory, make_records
+from fst_dspy.fast import FastPhase, ProposalStats, score
+from fst_dspy.gepa_adapter import GepaAdapter, Reflector, Trajectory, make_records
 from fst_dspy.lessons import LessonProposer
 from fst_dspy.local_lm import LocalLM
 from fst_dspy.population import best, choose
 from fst_dspy.proposers import ProposalError
 from fst_dspy.rollout import RolloutJob, RolloutRunner
+from fst_dspy.selectors import WorstFirstComponentSelector
 from fst_dspy.types import Candidate, Failure, Population, PredictorTrace, Rollout
 
 NAME = "solve.instructions"
@@ -362,9 +363,12 @@ def test_round_robin_reaches_every_predictor_and_no_demos() -> None:
     start = choose([PAIR], [[0.0] * len(VAL)], [example_id(e) for e in VAL], 4, 0)
     proposer = Scripted(lambda *_: {})
     run(FastPhase(FastConfig(), proposer, 0), Flat(), start, iterations=4)
-    assert proposer.names == ["b.instructions", "a.instructions"] * 2
-    run(FastPhase(FastConfig(), proposer, 0), Flat(), start, iterations=1, cycle=2)
-    assert proposer.names[-1] == "a.instructions"
+    assert proposer.names == ["a.instructions", "b.instructions"] * 2
+    # Short phases get round too.
+    phase = FastPhase(FastConfig(), proposer, 0)
+    for cycle in (1, 2, 3):
+        run(phase, Flat(), start, iterations=1, cycle=cycle)
+    assert proposer.names[-3:] == ["a.instructions", "b.instructions", "a.instructions"]
 
 
 @pytest.mark.parametrize(
@@ -431,7 +435,7 @@ def test_long_texts_lose_their_middle() -> None:
 
 def test_the_adapter_gives_one_result_an_example() -> None:
     runner = RuleRunner()
-    adapter = GepaAdapter(runner, Scripted(lambda *_: {}), 1, set())
+    adapter = GepaAdapter(runner, Reflector(Scripted(lambda *_: {}), set()), 1)
     batch = [TRAIN[0], TRAIN[0], TRAIN[1]]
     result = adapter.evaluate(batch, SEED.components, capture_traces=True)
     assert len(result.scores) == len(result.outputs) == len(result.trajectories or []) == 3

@@ -8,13 +8,18 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "fst_dspy"
 
 LAYERS = [
-    {"types", "errors", "config", "metric"},
+    {"types", "errors", "config", "metric", "display", "word_diff"},
     {"population", "candidate", "store", "policy", "generate", "engine", "local_lm", "embedded"},
-    {"rollout", "advantage", "result"},
-    {"fast", "gepa_adapter", "proposers", "lessons", "slow", "trl_stepper", "evaluate", "drift"},
-    {"optimizer", "run_state", "checks", "progress", "interrupt"},
-    {"tasks"},
-    {"cli", "plots", "__main__"},
+    {"rollout", "advantage", "result", "result_display", "plots"},
+    {
+        "fast", "gepa_adapter", "proposers", "lessons", "demos", "reuse", "merge", "reflection",
+        "trials", "selectors", "slow", "trl_stepper", "evaluate", "drift", "provider",
+        "reinforce", "sft", "train_input", "acceptance",
+    },
+    {"optimizer", "run_state", "checks", "progress", "interrupt"}
+    | {"bundle", "bundle_files", "bundle_manifest", "bundle_weights", "litellm_provider"},
+    {"tasks", "study"},
+    {"cli", "cli_tune", "report", "__main__"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 

@@ -121,6 +121,11 @@ def test_a_program_on_trained_weights_says_that_they_are_not_in_the_file(
     program.lm = lm.at(lm.policy.keep())
     path = str(tmp_path / "program.json")
     program.save(path)
+    loaded = dspy.Predict("question -> answer")
+    loaded.load(path, allow_unsafe_lm_state=True)  # this process has them
+    assert loaded.lm.policy is lm.policy and loaded.lm.model == program.lm.model
+    lm.policy.forget(program.lm.model)
+    lm.policy.restore(lm.policy.base_version)
     with pytest.raises(ModelError, match="does not hold them"):
         dspy.Predict("question -> answer").load(path, allow_unsafe_lm_state=True)
 

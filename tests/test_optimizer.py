@@ -290,3 +290,26 @@ def test_ctrl_c_finishes_the_step_saves_and_says_how_to_go_on(tiny_qwen3, tmp_pa
     assert '"step": 2' in (tmp_path / "steps.jsonl").read_text()
     monkeypatch.setattr(optimizer._Run, "_slow_step", real)
     assert compile_tiny(tiny_qwen3, log_dir=tmp_path)[2].weights_version == whole.weights_version
+
+
+def test_reused_rollouts_leave_the_fast_channel_its_first_phase_alone(tiny_qwen3):
+    reused = compile_tiny(tiny_qwen3, max_cycles=3)[2]
+    separate = compile_tiny(tiny_qwen3, max_cycles=3, reuse=False)[2]
+    first, *later = reused.records
+    assert first.rollouts.fast == 0 and first.rollouts.eval == 4
+    assert later[0].rollouts.fast > 0
+    for record in later[1:]:
+        assert record.rollouts.fast == 0
+        assert record.rollouts.eval == 4, "the best candidate on the validation examples"
+        assert record.rollouts.reused == record.rollouts.slow == 2 * 2 * 4
+    assert separate.records[-1].rollouts.fast > 0 and separate.rollouts.eval == 0
+    assert reused.records[-1].proposals["iterations"] > later[0].proposals["iterations"] - 1
+    assert reused.records[-1].val_score <= reused.best.score
+
+
+def test_demos_of_a_real_program_are_learned_and_bound(tiny_qwen3):
+    compiled, _, result = compile_tiny(tiny_qwen3, max_cycles=3, demo_tokens=200)
+    seen = {c.source for c in result.population.candidates}
+    tried = result.records[-1].proposals
+    assert tried["iterations"] > 0 and seen <= {"seed", "instructions", "demos", "merge"}
+    assert compiled(question="number 3").answer is not None

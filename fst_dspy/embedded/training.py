@@ -36,8 +36,9 @@ class Recipe:
         tokenizer_chats: Chats the tokenizer is trained on.
         batch, micro: Chats an optimizer step, and at most at once, sorted by length.
         learning_rate: Peak; warmed up over ``warmup_steps``, in the joint stage decayed to a tenth.
-        joint_steps: Steps of the last stage, which mixes all families. More make the model better,
-            and leave less for reinforcement learning to do.
+        joint_steps: Steps of the stage that mixes all families.
+        polish_steps, polish_rate: Steps and peak rate of the last stage, on harder inputs. More
+            steps make the model better, and leave less for reinforcement learning to do.
         warmup_limit: Caps the steps of each earlier stage, for quick trials; ``None``: as given.
     """
 
@@ -54,6 +55,8 @@ class Recipe:
     learning_rate: float = 3e-3
     warmup_steps: int = 30
     joint_steps: int = 420
+    polish_steps: int = 150
+    polish_rate: float = 1e-3
     warmup_limit: int | None = None
 
 
@@ -147,13 +150,17 @@ def _start_as_copier(model: Lfm2ForCausalLM) -> None:
 
 
 def stages(families: Sequence[Family], recipe: Recipe) -> list[tuple[Family | None, Stage]]:
-    """The warm-up stages of each family in turn, then the joint stage of all (family ``None``)."""
+    """The warm-up stages of each family in turn, then the stages of all (family ``None``)."""
     listed: list[tuple[Family | None, Stage]] = []
     for family in families:
         for stage in family.warmup:
             limit = min(stage.max_steps, recipe.warmup_limit or stage.max_steps)
             listed.append((family, Stage(stage.name, limit, stage.target)))
-    return [*listed, (None, Stage("joint", recipe.joint_steps, math.inf))]
+    return [
+        *listed,
+        (None, Stage("joint", recipe.joint_steps, math.inf)),
+        (None, Stage("polish", recipe.polish_steps, math.inf)),
+    ]
 
 
 def draw_chats(
@@ -165,7 +172,7 @@ def draw_chats(
         return [family.sample(rng, stage) for _ in range(recipe.batch)]
     shares = [each.share for each in families]
     drawn = rng.choices(families, shares, k=recipe.batch)
-    return [each.sample(rng, "joint") for each in drawn]
+    return [each.sample(rng, stage) for each in drawn]
 
 
 class Trainer:
@@ -193,9 +200,11 @@ class Trainer:
 
     def _rate(self) -> float:
         at = self.position
-        rate = self.recipe.learning_rate * min(1.0, (at.step + 1) / self.recipe.warmup_steps)
-        if self.stages[at.stage][0] is None:
-            progress = at.stage_step / max(1, self.recipe.joint_steps)
+        family, stage = self.stages[at.stage]
+        rate = self.recipe.polish_rate if stage.name == "polish" else self.recipe.learning_rate
+        rate *= min(1.0, (at.step + 1) / self.recipe.warmup_steps)
+        if family is None:
+            progress = at.stage_step / max(1, stage.max_steps)
             rate *= 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * progress))
         return rate
 

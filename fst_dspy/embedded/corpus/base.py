@@ -82,7 +82,7 @@ class Family(Protocol):
     share: float
 
     def sample(self, rng: Random, stage: str) -> list[Message]:
-        """A training chat of a warm-up stage, by name, or of ``"joint"``."""
+        """A training chat of a warm-up stage, by name, of ``"joint"`` or of ``"polish"``."""
 
     def questions(self, rng: Random, count: int, unseen: bool = False) -> Sequence[Question]:
         """``count`` test questions; ``unseen`` asks for words that no chat holds."""

@@ -10,7 +10,7 @@ once, then one, two and three tokens later, and only then DSPy's format around i
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from random import Random
 
@@ -137,6 +137,15 @@ def sentence(rng: Random, key: str, others: Sequence[str]) -> str:
     return " ".join(part for part in (opener, body, closer) if part)
 
 
+def noisy_sentence(rng: Random, key: str, others: Sequence[str]) -> str:
+    """A sentence with several other words strewn in, so that only the rules tell the key apart."""
+    words = sentence(rng, key, others).split()
+    for _ in range(rng.randint(1, 5)):
+        other = rng.choice(others) if rng.random() < 0.6 else distinct(rng, 1, english=0.0)[0]
+        words.insert(rng.randint(0, len(words)), other)
+    return " ".join(words)
+
+
 def rule_text(rng: Random, rules: Mapping[str, str], names: tuple[str, str]) -> str:
     """All rules, in the wording of one template (now and then of several), with a lead-in."""
     wordings = [rng.choice(WORDINGS)] if rng.random() < 0.75 else rng.choices(WORDINGS, k=4)
@@ -187,7 +196,13 @@ def _shape(rng: Random) -> _Shape:
 
 
 def _turn(
-    rng: Random, shape: _Shape, key: str, value: str, known: bool, others: Sequence[str]
+    rng: Random,
+    shape: _Shape,
+    key: str,
+    value: str,
+    known: bool,
+    others: Sequence[str],
+    speak: Callable[[Random, str, Sequence[str]], str],
 ) -> Turn:
     weight = HEAVY if known else LIGHT
     reasoning = (Piece(key, weight), Piece(" goes to"), Piece(" " + value, weight), Piece("."))
@@ -198,7 +213,7 @@ def _turn(
     }
     if shape.topic:
         values[shape.topic] = (Piece(key, weight),)
-    inputs = {shape.source: sentence(rng, key, others)}
+    inputs = {shape.source: speak(rng, key, others)}
     inputs |= {name: " ".join(rng.choices(others, k=rng.randint(1, 3))) for name in shape.extra}
     return Turn(inputs, {name: values[name] for name in shape.outputs})
 
@@ -224,7 +239,9 @@ def drill(rng: Random, kind: Drill) -> list[Message]:
     return [Message("system", listed), Message("assistant", content, 0.05, tuple(spans))]
 
 
-def chat(rng: Random) -> list[Message]:
+def chat(
+    rng: Random, speak: Callable[[Random, str, Sequence[str]], str] = sentence
+) -> list[Message]:
     """A chat in DSPy's format, with the rules in the instruction, in the demos, or nowhere."""
     mode = rng.choices(["stated", "partly", "demos", "bare"], [0.62, 0.14, 0.14, 0.1])[0]
     count = rng.randint(2, 14)
@@ -263,7 +280,7 @@ def chat(rng: Random) -> list[Message]:
     for key in asked:
         decided = mode == "stated" or key in known
         value = rules[key] if decided or mode == "demos" else guess[key]
-        turns.append(_turn(rng, shape, key, value, decided, others))
+        turns.append(_turn(rng, shape, key, value, decided, others, speak))
         if mode != "demos" and not decided:
             guess[key] = value
         known.add(key)  # a demo of it has now been shown
@@ -282,10 +299,14 @@ class RuleLookup:
     share = 1.0
 
     def sample(self, rng: Random, stage: str) -> list[Message]:
-        """A drill of the named distance, or for ``"joint"`` mostly chats in DSPy's format."""
+        """A drill of the named distance; for ``"joint"`` mostly chats in DSPy's format; for
+        ``"polish"`` such chats alone, most of them with inputs that are hard to read.
+        """
         draw = rng.random()
         if draw < 0.12:
             return repeat(rng)
+        if stage == "polish":
+            return chat(rng, noisy_sentence if draw < 0.8 else sentence)
         if stage != "joint":
             return drill(rng, DRILLS[stage])
         return chat(rng) if draw < 0.95 else drill(rng, DRILLS[rng.choice(list(DRILLS))])

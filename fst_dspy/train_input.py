@@ -1,17 +1,22 @@
-"""Chat turns as token ids: what DSPy gives its training providers, in the tokens a model samples.
+"""What DSPy hands its training providers: data and settings, checked, and conversations as tokens.
 
-DSPy hands over messages and the text of the answer, rendered again from parsed fields. The tokens
-that were sampled are gone, so the answer is tokenised anew, ending as a sampled answer would.
+DSPy gives messages and the text of the answer, rendered again from parsed fields. The tokens that
+were sampled are gone, so the answer is tokenised anew, to begin and end as a sampled one would.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import difflib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fst_dspy.errors import DataError
+from dspy.clients.utils_finetune import TrainDataFormat
+
+from fst_dspy.config import as_lora
+from fst_dspy.errors import ConfigError, DataError
 from fst_dspy.generate import eos_ids
 from fst_dspy.policy import Policy
 
@@ -53,6 +58,20 @@ def encode_turn(
     lead, end = _frame(policy, prompt, answer)
     answer_ids = tokenizer(lead + answer, add_special_tokens=False)["input_ids"] + end
     return Turn(tuple(ids), tuple(answer_ids[:room])) if answer_ids else None
+
+
+def check_format(train_data: Any, given: Any, wanted: TrainDataFormat) -> None:
+    """Raise ``DataError`` where there is no data, or data said to be of another format."""
+    if given is not None and given != wanted:
+        raise DataError(
+            f"train data of format {getattr(given, 'value', given)!r} cannot be used here; "
+            f"give {wanted.value!r}"
+        )
+    if not isinstance(train_data, list) or not train_data:
+        raise DataError(
+            f"train_data must be a non-empty list, got {train_data!r:.80}; with nothing to learn "
+            "from, look at the metric and the adapter"
+        )
 
 
 def check_messages(where: str, messages: Any) -> list[dict[str, str]]:
@@ -99,6 +118,28 @@ def check_reward(where: str, reward: Any) -> float:
     if not math.isfinite(value):
         raise DataError(f"{where} must be a finite number, got {reward!r:.80}")
     return value
+
+
+def known_settings(settings: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:
+    """A copy of the settings, ``lora`` made a ``LoraConfig`` or ``None``.
+
+    Raises:
+        ConfigError: A name that is not among ``names``; the nearest one is suggested.
+    """
+    for name in settings:
+        if name not in names:
+            near = difflib.get_close_matches(name, names, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(sorted(names))}"
+            raise ConfigError(f"unknown setting {name!r} in train_kwargs; {hint}")
+    result = dict(settings)
+    if "lora" in result:
+        result["lora"] = as_lora(result["lora"])
+    return result
+
+
+def field_names(cls: Any) -> list[str]:
+    """The names of a dataclass's fields."""
+    return [f.name for f in dataclasses.fields(cls)]
 
 
 def _frame(policy: Policy, prompt: list[dict[str, str]], answer: str) -> tuple[str, list[int]]:

@@ -1,0 +1,82 @@
+"""What a new candidate must show to be accepted, and the count of what became of proposals."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from gepa.proposer.base import CandidateProposal
+from gepa.strategies.acceptance import AcceptanceCriterion, ImprovementOrEqualAcceptance
+
+from fst_dspy.candidate import DEMOS, split_component
+from fst_dspy.demos import only_fewer
+from fst_dspy.types import Candidate
+
+
+@dataclass(frozen=True)
+class ProposalStats:
+    """What became of the iterations so far.
+
+    Attributes:
+        iterations: Iterations run, merges included.
+        proposals: Children that were tried.
+        accepted: Children that did better, and joined the candidates.
+        rejected: Children that did not.
+        merges: Accepted children that merge two candidates.
+        empty: Iterations whose proposer changed nothing, or that found nothing to merge.
+        duplicate: Iterations whose proposal there was already.
+        errors: Failures of the proposers by kind, those included that a retry or the fallback
+            made good.
+    """
+
+    iterations: int = 0
+    proposals: int = 0
+    accepted: int = 0
+    rejected: int = 0
+    merges: int = 0
+    empty: int = 0
+    duplicate: int = 0
+    errors: Mapping[str, int] = field(default_factory=dict)
+
+    def plus(self, other: ProposalStats) -> ProposalStats:
+        """The sum of two counts."""
+        names = [f.name for f in dataclasses.fields(self) if f.name != "errors"]
+        sums = {name: getattr(self, name) + getattr(other, name) for name in names}
+        return ProposalStats(**sums, errors=dict(Counter(self.errors) + Counter(other.errors)))
+
+
+def criterion_for(
+    child: Candidate, parent: Candidate, strict: AcceptanceCriterion
+) -> AcceptanceCriterion:
+    """gepa's criterion for a child.
+
+    A merge, and a child that only shows fewer demos, need not do better than its parent, but as
+    well: gepa's rule for the one, and for the other the shorter prompt is gain enough.
+    """
+    as_well = child.source == "merge" or shows_fewer(child, parent)
+    return ImprovementOrEqualAcceptance() if as_well else strict
+
+
+def proposal_of(
+    child: Candidate, before: Sequence[Sequence[float]], after: Sequence[float]
+) -> CandidateProposal:
+    """A child and its scores as gepa's criteria take them, against the best of its parents."""
+    return CandidateProposal(
+        candidate=dict(child.components),
+        parent_program_ids=[],
+        subsample_scores_before=list(max(before, key=sum)),
+        subsample_scores_after=list(after),
+        tag=child.source,
+    )
+
+
+def shows_fewer(child: Candidate, parent: Candidate) -> bool:
+    """Whether all that changed is that demos were taken away."""
+    changed = [n for n, text in child.components.items() if text != parent.components.get(n)]
+    return bool(changed) and all(
+        split_component(name)[1] == DEMOS
+        and only_fewer(child.components[name], parent.components[name])
+        for name in changed
+    )

@@ -1,0 +1,404 @@
+"""A trained program as one folder: saved, checked, loaded again, on this machine or another.
+
+Layout::
+
+    manifest.json        versions, program class, base model, settings, metrics, SHA-256 of files
+    program.json         DSPy's own state of the program, without its language models
+    model/               full fine-tuning: weights (safetensors), config and tokenizer
+    adapter.safetensors  LoRA: the adapters alone
+    tokenizer/           with adapters, or where the base's weights are unchanged
+    population.json      the candidates with lineage and scores, the best pair, the student's own
+    cycles.json          one record a cycle
+
+Loading verifies every file first and runs nothing from the folder: no pickles, no code of a model,
+and no import of a module that is not imported already.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import dspy
+import torch
+from dspy.utils.saving import get_dependency_versions
+
+from fst_dspy.bundle_files import MANIFEST, file_records, read_plain_json, write_folder
+from fst_dspy.bundle_manifest import (
+    Manifest,
+    PredictorRecord,
+    check_lm_settings,
+    damaged,
+    is_bundle,
+    read_manifest,
+)
+from fst_dspy.bundle_weights import plain_folder, read_run, read_weights, write_weights
+from fst_dspy.candidate import (
+    candidate_from_json,
+    candidate_to_json,
+    population_from_json,
+    population_to_json,
+)
+from fst_dspy.config import FSTConfig
+from fst_dspy.errors import ProgramError, StoreError
+from fst_dspy.local_lm import LocalLM
+from fst_dspy.policy import Policy
+from fst_dspy.result import Best, FSTResult
+from fst_dspy.run_state import cycle_record, environment
+
+_PREDICT_STATE = {"traces", "train", "demos", "signature", "lm", "fields"}
+
+
+def save(program: dspy.Module, folder: str | os.PathLike[str]) -> Path:
+    """Save a compiled program, with its weights, as a bundle.
+
+    Weights: the adapters alone under LoRA; nothing where they are the unchanged ones of the
+    embedded model or of a model on the hub; otherwise all of them.
+
+    Args:
+        program: Its predictors call one ``LocalLM``, at one version. Those that call another model
+            get it from the program that is passed to ``load``.
+        folder: A new or empty folder, or a bundle, which is replaced.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ProgramError: No predictor calls a ``LocalLM``, or they disagree, or the state is not JSON.
+        StoreError: The folder holds something else, or cannot be written.
+    """
+    policy, version = _weights_of(program)
+    predictors = {name: _predictor_record(p) for name, p in program.named_predictors()}
+    state, result = _dump_state(program), _result_of(program)
+
+    def write(path: Path) -> None:
+        weights = write_weights(policy, version, path)
+        _write_json(path / "program.json", state)
+        if result is not None:
+            _write_json(path / "population.json", _population_to_json(result))
+            _write_json(path / "cycles.json", [asdict(record) for record in result.records])
+        manifest = Manifest(
+            program=f"{type(program).__module__}:{type(program).__qualname__}",
+            predictors=predictors,
+            weights=weights,
+            run=None if result is None else _run_to_json(result),
+            versions=environment(),
+            files=file_records(path),
+        )
+        _write_json(path / MANIFEST, manifest.to_json())
+
+    return write_folder(Path(folder), write, may_replace=is_bundle)
+
+
+def load(
+    folder: str | os.PathLike[str],
+    program: dspy.Module | None = None,
+    *,
+    base: str | os.PathLike[str] | None = None,
+    device: str | torch.device | None = None,
+) -> dspy.Module:
+    """Load a bundle: the program, its predictors bound to the trained weights.
+
+    Args:
+        folder: The bundle.
+        program: An instance of the student's class, which is copied. May be left out when the
+            class has been imported and is made without arguments.
+        base: The folder or hub id of the model that was trained, for a bundle without its own
+            copy (LoRA over a local folder, or a name that cannot be reached).
+        device: Defaults to CUDA where there is one.
+
+    Returns:
+        The program; with ``detailed_results`` where the bundle holds them.
+
+    Raises:
+        StoreError: The folder is damaged, unknown or unsafe. Nothing of it was run.
+        ProgramError: The program is missing, or is not the one that was saved.
+        ModelError: The base model is missing or another one; the message says which is expected.
+    """
+    path = Path(folder).expanduser().absolute()
+    manifest = read_manifest(path)
+    with damaged(path):
+        loaded = _instance(manifest.program) if program is None else _copy_of(program)
+        _load_state(loaded, manifest, read_plain_json(path / "program.json"))
+        result = _read_result(path, manifest)
+    policy = read_weights(path, manifest, os.fspath(base) if base is not None else None, device)
+    policy.keep()
+    _bind(loaded, manifest, LocalLM(policy))
+    loaded._compiled = True
+    if result is not None:
+        loaded.detailed_results = result
+    make_savable(loaded, result)
+    return loaded
+
+
+def export(
+    source: dspy.Module | str | os.PathLike[str],
+    folder: str | os.PathLike[str],
+    *,
+    base: str | os.PathLike[str] | None = None,
+) -> Path:
+    """Write the trained model as a plain folder for transformers, vLLM and others.
+
+    Adapters are merged into the weights. The program's prompts do not go along.
+
+    Args:
+        source: A compiled program, a bundle, or the run folder of a finished compile.
+        folder: A new or empty folder.
+        base: As for ``load``; a run folder needs it unless the embedded model was trained.
+
+    Returns:
+        The folder.
+
+    Raises:
+        StoreError: The source is neither, or the folder holds something.
+        ModelError: The base model is missing or another one.
+        ProgramError: No predictor calls a ``LocalLM``, or they disagree.
+    """
+    where = os.fspath(base) if base is not None else None
+    if isinstance(source, dspy.Module):
+        policy, version = _weights_of(source)
+    else:
+        path = Path(source).expanduser().absolute()
+        if is_bundle(path):
+            policy = read_weights(path, read_manifest(path), where)
+        elif (path / "result.json").is_file():
+            policy = read_run(path, where)
+        else:
+            raise StoreError(f"{path} is neither a bundle nor the run folder of a finished compile")
+        version = policy.version()
+    return write_folder(Path(folder), plain_folder(policy, version), may_replace=lambda _: False)
+
+
+class BundleSave:
+    """``save`` of a compiled program: a folder becomes a bundle, all else is DSPy's own ``save``.
+
+    Put on the program by ``FST.compile`` and ``load``, as an attribute: its class stays the
+    student's. Copies and pickles of the program get their own.
+    """
+
+    def __init__(self, program: dspy.Module | None, result: FSTResult | None) -> None:
+        self.program, self.result = program, result
+
+    def __call__(self, path: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
+        if self.program is None:
+            raise ProgramError(
+                "this copy of the program does not know itself, for its attributes were copied one "
+                "by one; call fst_dspy.save(program, folder), or "
+                "dspy.Module.save(program, 'x.json')"
+            )
+        own = args or any(kwargs.values()) or Path(path).suffix in (".json", ".pkl")
+        if own:
+            type(self.program).save(self.program, path, *args, **kwargs)
+        else:
+            save(self.program, path)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> BundleSave:
+        # DSPy copies attribute by attribute where a program cannot be copied whole. Then the copy
+        # is not in the memo, and saving the original in its place would be the worst answer.
+        return BundleSave(memo.get(id(self.program)), self.result)
+
+
+def make_savable(program: dspy.Module, result: FSTResult | None) -> None:
+    """Let ``program.save(folder)`` write a bundle, unless its class has a ``save`` of its own."""
+    if type(program).save is dspy.Module.save:
+        program.save = BundleSave(program, result)
+
+
+# --- the program ----------------------------------------------------------------------------------
+
+
+def _weights_of(program: dspy.Module) -> tuple[Policy, str]:
+    if not isinstance(program, dspy.Module):
+        raise ProgramError(f"a program must be a dspy.Module, got {type(program).__name__}")
+    lms = [p.lm for _, p in program.named_predictors() if isinstance(p.lm, LocalLM)]
+    if not lms:
+        raise ProgramError(
+            "no predictor of the program has a LocalLM of its own, so there are no weights to "
+            "save; compile it with fst_dspy.FST, or call program.set_lm(lm)"
+        )
+    versions = {lm.version for lm in lms}
+    if len(versions) > 1 or any(lm.policy is not lms[0].policy for lm in lms):
+        raise ProgramError(f"its predictors call different weights: {', '.join(sorted(versions))}")
+    return lms[0].policy, versions.pop()
+
+
+def _predictor_record(predictor: dspy.Predict) -> PredictorRecord:
+    settings = None
+    if isinstance(predictor.lm, LocalLM):
+        settings = {**predictor.lm.kwargs, "cache": predictor.lm.cache}
+        try:
+            check_lm_settings(settings)
+        except (StoreError, TypeError) as error:
+            raise ProgramError(f"the settings of its LM cannot be saved: {error}") from error
+    return PredictorRecord(tuple(predictor.signature.fields), settings)
+
+
+def _dump_state(program: dspy.Module) -> dict[str, Any]:
+    """What ``program.save("x.json")`` would write, but for the language models."""
+    bare = program.deepcopy()
+    for _, predictor in bare.named_predictors():
+        predictor.lm = None
+    state = {**bare.dump_state(), "metadata": {"dependency_versions": get_dependency_versions()}}
+    try:
+        return json.loads(json.dumps(state))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ProgramError(f"the program's state is not plain JSON: {error}") from error
+
+
+def _instance(class_path: str) -> dspy.Module:
+    """A program of a class that this process has imported; nothing is imported for the folder."""
+    hint = "pass program=<an instance of its class>"
+    module, _, qualname = class_path.partition(":")
+    found: Any = sys.modules.get(module)
+    if found is None:
+        raise ProgramError(
+            f"the bundle holds a program of the class {class_path!r}, whose module has not been "
+            f"imported; import it first, or {hint}"
+        )
+    for part in qualname.split("."):
+        found = vars(found).get(part) if hasattr(found, "__dict__") else None
+    if not (isinstance(found, type) and issubclass(found, dspy.Module)):
+        raise ProgramError(f"{class_path!r} is not a class of DSPy programs here; {hint}")
+    try:
+        return found()
+    except Exception as error:
+        raise ProgramError(f"{class_path!r} cannot be made without arguments; {hint}") from error
+
+
+def _copy_of(program: dspy.Module) -> dspy.Module:
+    if not isinstance(program, dspy.Module):
+        raise ProgramError(
+            f"program must be an instance of the program's class, got {program!r}"
+        )
+    return program.deepcopy()
+
+
+def _load_state(program: dspy.Module, manifest: Manifest, state: dict[str, Any]) -> None:
+    parameters = dict(program.named_parameters())
+    predictors = dict(program.named_predictors())
+    if not isinstance(state, dict) or set(state) - {"metadata"} != set(parameters):
+        raise ProgramError(
+            f"the bundle's program has the parameters {sorted(set(state) - {'metadata'})}, but "
+            f"{type(program).__name__} has {sorted(parameters)}; pass the program that was compiled"
+        )
+    if set(manifest.predictors) != set(predictors):
+        raise ProgramError(
+            f"the bundle's program has the predictors {sorted(manifest.predictors)}, but "
+            f"{type(program).__name__} has {sorted(predictors)}"
+        )
+    for name, predictor in predictors.items():
+        fields = tuple(predictor.signature.fields)
+        if manifest.predictors[name].fields != fields:
+            raise ProgramError(
+                f"the predictor {name!r} of the bundle's program has the fields "
+                f"{manifest.predictors[name].fields}, but here it has {fields}"
+            )
+        if type(predictor).load_state is dspy.Predict.load_state:
+            _check_state(name, state[name], len(fields))
+    lms = {name: predictor.lm for name, predictor in predictors.items()}
+    program.load_state({name: state[name] for name in parameters})
+    for name, predictor in program.named_predictors():
+        predictor.lm = lms[name]
+
+
+def _check_state(name: str, state: dict[str, Any], fields: int) -> None:
+    """DSPy sets whatever a state holds as attributes: so it must hold what DSPy writes, no more."""
+    signature = state["signature"]
+    sound = (
+        set(state) <= _PREDICT_STATE
+        and state["lm"] is None
+        and all(isinstance(state[key], list) for key in ("traces", "train", "demos"))
+        and all(isinstance(demo, dict) for demo in state["demos"])
+        and isinstance(state.get("fields", {}), dict)
+        and set(signature) == {"instructions", "fields"}
+        and isinstance(signature["instructions"], str)
+        and len(signature["fields"]) == fields
+        and all(
+            set(field) == {"prefix", "description"}
+            and all(isinstance(text, str) for text in field.values())
+            for field in signature["fields"]
+        )
+    )
+    if not sound:
+        raise StoreError(f"program.json does not hold the state of a predictor under {name!r}")
+
+
+def _bind(program: dspy.Module, manifest: Manifest, lm: LocalLM) -> None:
+    """Give the predictors their LMs; those with equal settings share one, as before."""
+    bound: dict[str, LocalLM] = {}
+    for name, predictor in program.named_predictors():
+        settings = manifest.predictors[name].lm
+        if settings is not None:
+            key = json.dumps(settings, sort_keys=True)
+            if key not in bound:
+                bound[key] = lm.copy(cache=settings["cache"])
+                bound[key].kwargs = {k: v for k, v in settings.items() if k != "cache"}
+            predictor.lm = bound[key]
+
+
+# --- the compile's outcome ------------------------------------------------------------------------
+
+
+def _result_of(program: dspy.Module) -> FSTResult | None:
+    found = getattr(program, "detailed_results", None)
+    if isinstance(found, FSTResult):
+        return found
+    attached = program.__dict__.get("save")
+    return attached.result if isinstance(attached, BundleSave) else None
+
+
+def _run_to_json(result: FSTResult) -> dict[str, Any]:
+    first, best = result.records[0], result.records[result.best.cycle]
+    return {
+        "arm": result.arm,
+        "seed": result.seed,
+        "config": result.config.to_dict(),
+        "base_version": result.base_version,
+        "weights_version": result.weights_version,
+        "metrics": {
+            "student_val_score": first.val_score,
+            "best_val_score": result.best.score,
+            "best_cycle": result.best.cycle,
+            "kl_to_base": best.kl_to_base,
+            "rollouts": asdict(result.rollouts),
+            "seconds": sum(result.records[-1].seconds.values()),
+        },
+    }
+
+
+def _population_to_json(result: FSTResult) -> dict[str, Any]:
+    return {
+        "population": population_to_json(result.population),
+        "best": {**asdict(result.best), "candidate": candidate_to_json(result.best.candidate)},
+        "seed_candidate": candidate_to_json(result.seed_candidate),
+    }
+
+
+def _read_result(path: Path, manifest: Manifest) -> FSTResult | None:
+    run = manifest.run
+    if run is None:
+        return None
+    fast = read_plain_json(path / "population.json")
+    settings = {name: value for part in run["config"].values() for name, value in part.items()}
+    best: Mapping[str, Any] = fast["best"]
+    return FSTResult(
+        arm=run["arm"],
+        seed=run["seed"],
+        config=FSTConfig.make(**settings),
+        records=tuple(cycle_record(row) for row in read_plain_json(path / "cycles.json")),
+        population=population_from_json(fast["population"]),
+        best=Best(**{**best, "candidate": candidate_from_json(best["candidate"])}),
+        seed_candidate=candidate_from_json(fast["seed_candidate"]),
+        base_version=run["base_version"],
+        weights_version=run["weights_version"],
+        log_dir=None,
+    )
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=1))

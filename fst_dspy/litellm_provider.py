@@ -1,0 +1,207 @@
+"""Trained models for everything built on litellm: ``model="fst/<bundle>"``.
+
+Example::
+
+    import litellm, fst_dspy.litellm_provider
+
+    fst_dspy.litellm_provider.register()
+    litellm.completion(model="fst/runs/triage-bundle", messages=[...], temperature=0)
+
+The bundle's weights answer; the program's prompts are not added to the messages.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import litellm
+from dspy import lm15
+from litellm.types.utils import Choices, GenericStreamingChunk, Message, ModelResponse, Usage
+
+from fst_dspy.bundle_files import MANIFEST
+from fst_dspy.bundle_manifest import read_manifest
+from fst_dspy.bundle_weights import read_weights
+from fst_dspy.engine import AsyncLocalEngine, LocalEngine
+from fst_dspy.errors import FSTError
+
+PROVIDER = "fst"
+
+_SAMPLING = {"temperature", "top_p", "max_tokens", "stop", "seed"}
+_OTHER = {"n", "base", "max_retries", "stream", "stream_options"}
+_ROLES = {"system": "developer"}  # lm15's name for it; the engine gives it back to the template
+
+
+class FSTProvider(litellm.CustomLLM):
+    """Serves bundles to litellm. A bundle is loaded at its first call, and again when replaced.
+
+    Takes ``temperature`` (default 1), ``top_p``, ``max_tokens`` (default 512), ``stop``, ``seed``,
+    ``n``, and ``base``, the folder of the base model of a bundle that needs one. Everything else is
+    refused, not dropped. Streams come as one chunk, for the model answers whole.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._engines: dict[tuple[str, str | None], tuple[Any, LocalEngine]] = {}
+        self._lock = threading.Lock()
+
+    def completion(self, model: str, messages: list, *args: Any, **kwargs: Any) -> ModelResponse:
+        """Answer; concurrent calls are generated together.
+
+        Raises:
+            litellm.NotFoundError: The bundle cannot be loaded; the message says why.
+            litellm.ContextWindowExceededError: The messages leave no room for an answer.
+            litellm.BadRequestError: A message or a setting that a local model cannot take.
+        """
+        try:
+            engine, requests = self._prepare(model, messages, kwargs["optional_params"])
+            if len(requests) == 1:
+                responses = [engine.complete(requests[0])]
+            else:
+                with ThreadPoolExecutor(len(requests)) as pool:
+                    responses = list(pool.map(engine.complete, requests))
+        except (FSTError, lm15.LM15Error, ValueError, TypeError) as error:
+            raise _for_litellm(error, model) from error
+        return _fill(kwargs["model_response"], model, responses)
+
+    async def acompletion(
+        self, model: str, messages: list, *args: Any, **kwargs: Any
+    ) -> ModelResponse:
+        """As ``completion``."""
+        try:
+            engine, requests = await asyncio.to_thread(
+                self._prepare, model, messages, kwargs["optional_params"]
+            )
+            waiting = AsyncLocalEngine(engine)
+            responses = await asyncio.gather(*(waiting.complete(r) for r in requests))
+        except (FSTError, lm15.LM15Error, ValueError, TypeError) as error:
+            raise _for_litellm(error, model) from error
+        return _fill(kwargs["model_response"], model, responses)
+
+    def streaming(
+        self, model: str, messages: list, *args: Any, **kwargs: Any
+    ) -> Iterator[GenericStreamingChunk]:
+        """The whole answer as one chunk."""
+        yield _chunk(self.completion(model, messages, *args, **kwargs))
+
+    async def astreaming(  # type: ignore[override]
+        self, model: str, messages: list, *args: Any, **kwargs: Any
+    ) -> AsyncIterator[GenericStreamingChunk]:
+        """The whole answer as one chunk."""
+        yield _chunk(await self.acompletion(model, messages, *args, **kwargs))
+
+    def _prepare(
+        self, model: str, messages: Sequence[Mapping[str, Any]], params: Mapping[str, Any]
+    ) -> tuple[LocalEngine, list[lm15.Request]]:
+        unknown = {k for k in set(params) - _SAMPLING - _OTHER if params[k] is not None}
+        if unknown:
+            raise ValueError(
+                f"a local model takes {', '.join(sorted(_SAMPLING))}, n and base, not "
+                f"{', '.join(sorted(unknown))}"
+            )
+        count = params.get("n") or 1
+        if params.get("stream") and count > 1:
+            raise ValueError("a stream holds one answer; leave out n")
+        engine = self._engine(model, params.get("base"))
+        lm15_messages = tuple(map(_message, messages))
+        sampling = {k: v for k in _SAMPLING if (v := params.get(k)) is not None}
+        stop = sampling.pop("stop", ())
+        sampling["stop"] = (stop,) if isinstance(stop, str) else tuple(stop)
+        seed = sampling.pop("seed", None)
+        return engine, [
+            lm15.Request(
+                model=engine.policy.version(),
+                messages=lm15_messages,
+                # With one seed for all, n answers would be n copies of one.
+                config=lm15.Config(**sampling, seed=None if seed is None else seed + index),
+            )
+            for index in range(count)
+        ]
+
+    def _engine(self, model: str, base: str | None) -> LocalEngine:
+        folder = Path(model).expanduser().absolute()
+        with self._lock:
+            stamp = _stamp(folder / MANIFEST)
+            known = self._engines.get((str(folder), base))
+            if known is not None and known[0] == stamp:
+                return known[1]
+            engine = LocalEngine(read_weights(folder, read_manifest(folder), base))
+            self._engines[str(folder), base] = (stamp, engine)
+            return engine
+
+
+def register() -> None:
+    """Make ``fst/<bundle>`` known to litellm; calling it again changes nothing."""
+    if not any(item["provider"] == PROVIDER for item in litellm.custom_provider_map):
+        litellm.custom_provider_map.append(
+            {"provider": PROVIDER, "custom_handler": FSTProvider()}
+        )
+    litellm.utils.custom_llm_setup()
+
+
+def _stamp(path: Path) -> Any:
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return found.st_ino, found.st_mtime_ns
+
+
+def _message(message: Mapping[str, Any]) -> lm15.Message:
+    role, content = message["role"], message.get("content")
+    if role not in ("system", "developer", "user", "assistant") or message.get("tool_calls"):
+        raise ValueError(f"a local model takes no tools, and so no message of the role {role!r}")
+    pieces = [{"type": "text", "text": content}] if isinstance(content, str) else content or []
+    for piece in pieces:
+        if piece.get("type") != "text":
+            raise ValueError(f"a local model reads text only, not {piece.get('type')!r}")
+    text = "".join(piece["text"] for piece in pieces)
+    return lm15.Message(role=_ROLES.get(role, role), parts=(lm15.TextPart(text),))
+
+
+def _fill(response: ModelResponse, model: str, answers: Sequence[lm15.Response]) -> ModelResponse:
+    response.model = f"{PROVIDER}/{model}"
+    response.choices = [
+        Choices(
+            index=index,
+            finish_reason=answer.finish_reason,
+            message=Message(role="assistant", content=answer.message.parts[0].text),
+        )
+        for index, answer in enumerate(answers)
+    ]
+    prompt = answers[0].usage.input_tokens
+    completion = sum(answer.usage.output_tokens for answer in answers)
+    usage = Usage(
+        prompt_tokens=prompt, completion_tokens=completion, total_tokens=prompt + completion
+    )
+    response.usage = usage  # type: ignore[attr-defined]
+    return response
+
+
+def _chunk(response: ModelResponse) -> GenericStreamingChunk:
+    choice, usage = response.choices[0], response.usage  # type: ignore[attr-defined]
+    return GenericStreamingChunk(
+        text=choice.message.content or "",
+        is_finished=True,
+        finish_reason=choice.finish_reason or "stop",
+        index=0,
+        tool_use=None,
+        usage={
+            "prompt_tokens": usage.prompt_tokens,
+            "completion_tokens": usage.completion_tokens,
+            "total_tokens": usage.total_tokens,
+        },
+    )
+
+
+def _for_litellm(error: Exception, model: str) -> Exception:
+    if isinstance(error, lm15.ContextLengthError):
+        return litellm.ContextWindowExceededError(str(error), model, PROVIDER)
+    if isinstance(error, FSTError):
+        return litellm.NotFoundError(str(error), model, PROVIDER)
+    return litellm.BadRequestError(str(error), model, PROVIDER)

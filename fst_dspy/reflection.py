@@ -1,0 +1,301 @@
+"""Reflection through a language model, and how the run goes on when it fails or costs too much.
+
+Every call is retried with growing pauses while the provider is busy, down or garbled. When the
+budget is spent, or the provider fails call after call, the LM is left alone for good and a proposer
+that needs none takes over. Whatever went wrong is counted by kind.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import dataclasses
+import logging
+import re
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import dspy
+from dspy.utils.exceptions import LMError
+from gepa.strategies.instruction_proposal import InstructionProposalSignature
+
+from fst_dspy.candidate import INSTRUCTIONS, split_component
+from fst_dspy.proposers import HasState, LearnsFromRecords, ProposalError, Proposer, Record
+
+logger = logging.getLogger(__name__)
+
+PROMPT_KEYS = ("Inputs", "Generated Outputs", "Feedback", "score")
+RETRIED = frozenset({"rate_limit", "server", "timeout", "transport", "garbled", "no_text"})
+"""Kinds of failure that may pass; others, such as a wrong key, come back the same."""
+GARBLED = re.compile(r"is not JSON|Expecting value|is not a list|JSONDecodeError")
+MAX_PAUSE = 60.0
+"""Longest pause before a retry, in seconds, whatever the provider asks for."""
+MAX_FAILURES = 3
+"""Calls that fail in a row, retries included, before the LM is left alone."""
+MAX_CALLS_AT_ONCE = 8
+
+
+@dataclass(frozen=True)
+class ReflectionUsage:
+    """What the reflection LM was used for.
+
+    Attributes:
+        calls: Calls that were answered.
+        tokens: Prompt and completion tokens, as the provider counted them.
+        cost: US dollars by litellm's price list, over the calls whose price is known.
+        unpriced: Calls whose price is not known; they count in ``tokens`` alone.
+        failures: Calls in a row that failed, up to now.
+        fallbacks: Instructions that the proposer without a language model wrote instead.
+        stopped: Why the LM is left alone, ``None`` while it is not.
+    """
+
+    calls: int = 0
+    tokens: int = 0
+    cost: float = 0.0
+    unpriced: int = 0
+    failures: int = 0
+    fallbacks: int = 0
+    stopped: str | None = None
+
+
+class ReflectionLMProposer:
+    """Has a language model rewrite the instruction, with GEPA's reflection prompt.
+
+    Args:
+        lm: Any ``dspy.LM``. Its own settings hold: temperature, timeout, cache, and
+            ``num_retries`` for the attempts after the first.
+        instruction_tokens: Longest instruction to accept.
+        count_tokens: Counts the tokens of a text, best with the local model's tokenizer.
+        fallback: Proposes in place of the LM whenever it gives nothing usable. Without one, a
+            failure is raised, and that iteration has no proposal.
+        max_cost: Budget in US dollars, or ``None``. It is checked before each call.
+        max_tokens: Budget in prompt and completion tokens, or ``None``.
+        pause: Seconds before the first retry; doubled each time. A longer ``Retry-After`` holds.
+    """
+
+    def __init__(
+        self,
+        lm: dspy.LM,
+        instruction_tokens: int,
+        count_tokens: Callable[[str], int],
+        *,
+        fallback: Proposer | None = None,
+        max_cost: float | None = None,
+        max_tokens: int | None = None,
+        pause: float = 1.0,
+    ) -> None:
+        self.lm = lm
+        self.instruction_tokens = instruction_tokens
+        self.count_tokens = count_tokens
+        self.fallback = fallback
+        self.max_cost = max_cost
+        self.max_tokens = max_tokens
+        self.pause = pause
+        self.usage = ReflectionUsage()
+        self._faults: Counter[str] = Counter()
+        self._lock = threading.RLock()
+        words = max(1, instruction_tokens * 2 // 3)  # English runs at about 1.5 tokens a word
+        self.template = (
+            f"{InstructionProposalSignature.default_prompt_template}\n\n"
+            f"The new instruction must not be longer than {words} words, and must still name every "
+            "input field that the current one names."
+        )
+
+    def propose(
+        self,
+        components: Mapping[str, str],
+        records: Mapping[str, Sequence[Record]],
+        names: Sequence[str],
+    ) -> dict[str, str]:
+        """New instructions, one call of the LM for each, at the same time; see ``Proposer``.
+
+        Raises:
+            ProposalError: The LM gave nothing usable, and there is no ``fallback``.
+        """
+        names = [name for name in names if split_component(name)[1] == INSTRUCTIONS]
+        self.observe_all(records)
+
+        def one(name: str) -> str:
+            return self._instruction(name, components, records[name])
+
+        if len(names) < 2:
+            return {name: one(name) for name in names}
+        with ThreadPoolExecutor(min(len(names), MAX_CALLS_AT_ONCE)) as threads:
+            # The settings of dspy.context live in context variables, which threads do not inherit.
+            futures = [threads.submit(contextvars.copy_context().run, one, name) for name in names]
+            return {name: future.result() for name, future in zip(names, futures, strict=True)}
+
+    def observe(self, component: str, records: Sequence[Record]) -> None:
+        """Let the fallback learn, so that it knows all there is when it has to take over."""
+        if isinstance(self.fallback, LearnsFromRecords):
+            self.fallback.observe(component, records)
+
+    def observe_all(self, records: Mapping[str, Sequence[Record]]) -> None:
+        """:meth:`observe` for several components."""
+        for component, rows in records.items():
+            self.observe(component, rows)
+
+    def take_faults(self) -> Counter[str]:
+        """Failures since the last call, by kind, that a retry or the fallback made good."""
+        faults, self._faults = self._faults, Counter()
+        return faults
+
+    def state(self) -> dict[str, Any]:
+        """What was spent, and the fallback's memory, for JSON."""
+        memory = self.fallback.state() if isinstance(self.fallback, HasState) else None
+        return {"usage": dataclasses.asdict(self.usage), "fallback": memory}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Take up the state that :meth:`state` gave. A provider that was down is tried again."""
+        usage = ReflectionUsage(**state["usage"])
+        self.usage = dataclasses.replace(usage, failures=0, stopped=None)
+        if isinstance(self.fallback, HasState) and state["fallback"] is not None:
+            self.fallback.load_state(state["fallback"])
+
+    def _instruction(
+        self, name: str, components: Mapping[str, str], records: Sequence[Record]
+    ) -> str:
+        self._check_budget()
+        if self.usage.stopped is None:
+            try:
+                return self._reflect(components[name], records)
+            except ProposalError as error:
+                if self.fallback is None:
+                    raise
+                self._count(error.kind)
+                logger.info("no usable reflection on %s (%s): %s", name, error.kind, error)
+        elif self.fallback is None:
+            raise ProposalError(
+                "stopped", f"the reflection LM is no longer asked: {self.usage.stopped}"
+            )
+        with self._lock:
+            self._add(fallbacks=1)
+            return self.fallback.propose(components, {name: records}, [name])[name]
+
+    def _reflect(self, instruction: str, records: Sequence[Record]) -> str:
+        prompt = InstructionProposalSignature.prompt_renderer(
+            {
+                "current_instruction_doc": instruction,
+                "dataset_with_feedback": [
+                    {key: record[key] for key in PROMPT_KEYS} for record in records
+                ],
+                "prompt_template": self.template,
+            }
+        )
+        answer = self._ask(str(prompt))
+        proposal = InstructionProposalSignature.output_extractor(answer)["new_instruction"].strip()
+        if not proposal:
+            raise ProposalError("empty", "the reflection LM proposed an empty instruction")
+        tokens = self.count_tokens(proposal)
+        if tokens > self.instruction_tokens:
+            raise ProposalError(
+                "too_long", f"the proposal has {tokens} tokens, over {self.instruction_tokens}"
+            )
+        dropped = dropped_fields(instruction, proposal, records)
+        if dropped:
+            raise ProposalError(
+                "dropped_field", f"the proposal no longer mentions the input {', '.join(dropped)}"
+            )
+        return proposal
+
+    def _ask(self, prompt: str) -> str:
+        """The LM's answer, after as many attempts as it takes or ``num_retries`` allows."""
+        attempts = 1 + max(0, int(self.lm.num_retries or 0))
+        for attempt in range(attempts):
+            try:
+                answer = self._call(prompt)
+            except Exception as error:
+                kind = kind_of(error)
+                if kind not in RETRIED or attempt + 1 == attempts:
+                    self._failed(f"{attempt + 1} attempts, {kind}: {error}")
+                    raise ProposalError(kind, f"the reflection LM failed: {error}") from error
+                self._count(kind)
+                asked = getattr(error, "retry_after", None) or 0.0
+                time.sleep(min(MAX_PAUSE, max(asked, self.pause * 2**attempt)))
+            else:
+                with self._lock:
+                    self.usage = dataclasses.replace(self.usage, failures=0)
+                return answer
+        raise AssertionError("unreachable")
+
+    def _call(self, prompt: str) -> str:
+        # A copy has a history of its own, so that calls at the same time can be told apart.
+        lm = self.lm.copy(num_retries=0)
+        with dspy.context(disable_history=False):
+            answers = lm(prompt)
+        entry = lm.history[-1] if lm.history else {}
+        used = entry.get("usage") or {}
+        tokens = int(used.get("total_tokens") or 0)
+        cost = entry.get("cost")
+        billed = tokens > 0  # a cache hit reports no usage
+        unknown = billed and cost is None
+        if unknown and self.max_cost is not None and self.usage.unpriced == 0:
+            logger.warning(
+                "the price of reflection LM %s is not known: max_reflection_cost cannot hold it "
+                "back, max_reflection_tokens can",
+                self.lm.model,
+            )
+        self._add(calls=1, tokens=tokens, cost=(cost or 0.0) if billed else 0.0, unpriced=unknown)
+        answer = answers[0] if answers else ""
+        text = answer.get("text") if isinstance(answer, dict) else answer
+        if not isinstance(text, str) or not text.strip():
+            raise ProposalError("no_text", "the reflection LM answered with no text")
+        return text
+
+    def _check_budget(self) -> None:
+        spent = None
+        if self.max_cost is not None and self.usage.cost >= self.max_cost:
+            spent = f"its budget of {self.max_cost:g} USD is spent"
+        if self.max_tokens is not None and self.usage.tokens >= self.max_tokens:
+            spent = f"its budget of {self.max_tokens} tokens is spent"
+        if spent is not None:
+            self._stop(spent)
+
+    def _failed(self, message: str) -> None:
+        self._add(failures=1)
+        if self.usage.failures >= MAX_FAILURES:
+            self._stop(f"{self.usage.failures} calls in a row failed ({message[:200]})")
+
+    def _stop(self, reason: str) -> None:
+        with self._lock:
+            if self.usage.stopped is not None:
+                return
+            self.usage = dataclasses.replace(self.usage, stopped=reason)
+        instead = "going on with the lessons in the feedback" if self.fallback else "no fallback"
+        logger.warning("the reflection LM is no longer asked: %s; %s", reason, instead)
+
+    def _count(self, kind: str) -> None:
+        with self._lock:
+            self._faults[kind] += 1
+
+    def _add(self, **counts: float) -> None:
+        with self._lock:
+            sums = {name: getattr(self.usage, name) + value for name, value in counts.items()}
+            self.usage = dataclasses.replace(self.usage, **sums)
+
+
+def kind_of(error: Exception) -> str:
+    """The kind of a failed call: DSPy's error code, or ``"garbled"`` where it hides bad JSON."""
+    if isinstance(error, ProposalError):
+        return error.kind
+    if GARBLED.search(str(error)):
+        return "garbled"
+    return error.code if isinstance(error, LMError) else type(error).__name__
+
+
+def dropped_fields(old: str, new: str, records: Sequence[Record]) -> list[str]:
+    """Input fields that the old instruction names and the new one does not.
+
+    A field is named by its name as a word, in any case, in the singular or the plural.
+    """
+    fields = sorted({field for record in records for field in record["Inputs"]})
+    return [field for field in fields if _names(old, field) and not _names(new, field)]
+
+
+def _names(text: str, field: str) -> bool:
+    name = r"[\W_]+".join(map(re.escape, field.split("_")))
+    return re.search(rf"(?<![^\W_]){name}s?(?![^\W_])", text, re.IGNORECASE) is not None

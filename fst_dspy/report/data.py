@@ -1,0 +1,288 @@
+"""From a run folder to the plain values that a report shows. Pure functions; nothing is written.
+
+A run that is still going on can be read at any time: a line that is half written is left out.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fst_dspy.candidate import make_candidate
+from fst_dspy.errors import StoreError
+from fst_dspy.population import pareto_front
+from fst_dspy.store import read_json, read_jsonl
+from fst_dspy.types import Candidate
+
+CHANNELS = ("fast", "slow", "eval")
+
+
+@dataclass(frozen=True)
+class Run:
+    """All that a run folder says, but for its rollouts and weights.
+
+    Attributes:
+        label: A short name, different from those of the runs it is shown with.
+        folder: Where it lies.
+        config: ``config.json``.
+        cycles: Rows of ``cycles.jsonl``, oldest first.
+        steps: Rows of ``steps.jsonl``.
+        populations: Rows of ``population.jsonl``: one a cycle.
+        result: ``result.json``, or ``None`` while the run has not ended.
+        quadrants: ``quadrants.json``, or ``None`` where no test set was run.
+        age: Seconds since anything was written to the logs.
+    """
+
+    label: str
+    folder: Path
+    config: Mapping[str, Any]
+    cycles: Sequence[Mapping[str, Any]]
+    steps: Sequence[Mapping[str, Any]]
+    populations: Sequence[Mapping[str, Any]]
+    result: Mapping[str, Any] | None
+    quadrants: Mapping[str, Any] | None
+    age: float
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run has written its outcome."""
+        return self.result is not None
+
+
+def read_run(folder: Path, label: str | None = None) -> Run:
+    """Read a run folder.
+
+    Raises:
+        StoreError: It is not one: it has no readable ``config.json``.
+    """
+    if not (folder / "config.json").exists():
+        raise StoreError(
+            f"{folder} is not a run folder: it has no config.json. Give the log_dir of a compile "
+            "(fst compile --out)"
+        )
+    logs = [path.stat().st_mtime for path in (folder / "config.json", *folder.glob("*.jsonl"))]
+    return Run(
+        label=label or folder.resolve().name,
+        folder=folder,
+        config=read_json(folder / "config.json"),
+        cycles=list(read_jsonl(folder / "cycles.jsonl")),
+        steps=list(read_jsonl(folder / "steps.jsonl")),
+        populations=list(read_jsonl(folder / "population.jsonl")),
+        result=_optional(folder / "result.json"),
+        quadrants=_optional(folder / "quadrants.json"),
+        age=max(0.0, time.time() - max(logs)),
+    )
+
+
+def read_runs(folders: Sequence[Path]) -> list[Run]:
+    """Read run folders, under labels that tell them apart.
+
+    Raises:
+        StoreError: One of them is not a run folder, or none was given.
+    """
+    if not folders:
+        raise StoreError("no run folder was given")
+    names = [folder.resolve().name for folder in folders]
+    if len(set(names)) < len(names):
+        names = [f"{folder.resolve().parent.name}/{folder.resolve().name}" for folder in folders]
+    if len(set(names)) < len(names):
+        names = [f"{number}: {name}" for number, name in enumerate(names, start=1)]
+    return [read_run(folder, name) for folder, name in zip(folders, names, strict=True)]
+
+
+def total(counts: Mapping[str, int]) -> int:
+    """Rollouts over all channels; reused ones cost nothing and do not count."""
+    return sum(counts[channel] for channel in CHANNELS)
+
+
+def best_cycle(run: Run) -> Mapping[str, Any] | None:
+    """The cycle with the best validation score, of equals the later, as the joint loop has it."""
+    best: Mapping[str, Any] | None = None
+    for cycle in run.cycles:
+        if best is None or cycle["val_score"] >= best["val_score"]:
+            best = cycle
+    return best
+
+
+def half_width(scores: Sequence[float]) -> float | None:
+    """Half the width of a 95 % interval of the mean (normal approximation); ``None`` below 2."""
+    if len(scores) < 2:
+        return None
+    mean = sum(scores) / len(scores)
+    variance = sum((score - mean) ** 2 for score in scores) / (len(scores) - 1)
+    return 1.96 * math.sqrt(variance / len(scores))
+
+
+def best_scores(run: Run) -> Sequence[float]:
+    """The per-example scores behind the best validation score; empty where they are not kept."""
+    best = best_cycle(run)
+    for row in run.populations:
+        if best is not None and row["cycle"] == best["cycle"]:
+            ids = [candidate["id"] for candidate in row["candidates"]]
+            if best["best_candidate_id"] in ids and row["score_K_V"]:
+                return row["score_K_V"][ids.index(best["best_candidate_id"])]
+    return ()
+
+
+def spent(run: Run) -> dict[str, float]:
+    """Seconds by channel, from the start of the run: the records' seconds only ever grow."""
+    return {key: float(s) for key, s in run.cycles[-1]["seconds"].items()} if run.cycles else {}
+
+
+def candidates(run: Run) -> dict[str, Candidate]:
+    """Every candidate whose texts the folder holds, by id, the student's own first.
+
+    Candidates that were proposed and did not outlive their cycle are not kept in the folder.
+    """
+    found: dict[str, Candidate] = {}
+    if "student" in run.config:
+        seed = make_candidate(run.config["student"])
+        found[seed.id] = seed
+    for row in run.populations:
+        for data in row["candidates"]:
+            found.setdefault(
+                data["id"],
+                Candidate(
+                    data["id"],
+                    data["components"],
+                    tuple(data["parent_ids"]),
+                    data["cycle"],
+                    data["source"],
+                ),
+            )
+    return found
+
+
+@dataclass(frozen=True)
+class Node:
+    """A candidate in the lineage tree.
+
+    Attributes:
+        candidate: Its texts and origin.
+        parent: The first parent that is known, or ``None``.
+        scores: ``(cycle, mean validation score)`` for each cycle it lived through.
+        alive: Whether it is in the newest population.
+        best: Whether it has the newest population's best mean.
+        children: Its children, in the order in which they were proposed.
+    """
+
+    candidate: Candidate
+    parent: Candidate | None
+    scores: tuple[tuple[int, float], ...]
+    alive: bool
+    best: bool
+    children: tuple[Node, ...]
+
+
+def lineage(run: Run) -> list[Node]:
+    """The candidates as trees: the student first, then those whose parents were not kept."""
+    known = candidates(run)
+    scores: dict[str, list[tuple[int, float]]] = {}
+    for cycle in run.cycles:
+        for name, score in zip(cycle["candidate_ids"], cycle["val_scores"], strict=True):
+            scores.setdefault(name, []).append((cycle["cycle"], score))
+    alive = run.cycles[-1]["candidate_ids"] if run.cycles else ()
+    best = run.cycles[-1]["best_candidate_id"] if run.cycles else None
+    parents = _parents(known)
+
+    def node(name: str) -> Node:
+        children = [child for child in known if parents[child] == name]
+        return Node(
+            candidate=known[name],
+            parent=known.get(parents[name] or ""),
+            scores=tuple(scores.get(name, ())),
+            alive=name in alive,
+            best=name == best,
+            children=tuple(node(child) for child in children),
+        )
+
+    return [node(name) for name in known if parents[name] is None]
+
+
+def _parents(known: Mapping[str, Candidate]) -> dict[str, str | None]:
+    """For each candidate its first known parent, so chosen that no chain of parents closes.
+
+    A text that comes up again has the id it had before, so that a candidate can be recorded as
+    the child of its own child.
+    """
+    parents: dict[str, str | None] = dict.fromkeys(known)
+    for name, candidate in known.items():
+        for parent in candidate.parent_ids:
+            line: set[str | None] = set()
+            above: str | None = parent
+            while above in parents and above not in line:
+                line.add(above)
+                above = parents[above]
+            if parent in known and name not in line:
+                parents[name] = parent
+                break
+    return parents
+
+
+@dataclass(frozen=True)
+class Pareto:
+    """The newest population's scores, example by example.
+
+    Attributes:
+        cycle: The cycle at whose end they were measured.
+        candidate_ids: Length K, best mean first.
+        val_ids: Length V, hardest example first.
+        score_K_V: The scores, in these orders.
+        mean_K: Mean of each candidate.
+        wins_K: On how many examples none is better.
+        front: Ids of the candidates on the per-example front.
+    """
+
+    cycle: int
+    candidate_ids: tuple[str, ...]
+    val_ids: tuple[str, ...]
+    score_K_V: tuple[tuple[float, ...], ...]
+    mean_K: tuple[float, ...]
+    wins_K: tuple[int, ...]
+    front: frozenset[str]
+
+
+def pareto(run: Run) -> Pareto | None:
+    """The per-example table of the newest population, or ``None`` before the first validation."""
+    if not run.populations or not run.populations[-1]["score_K_V"]:
+        return None
+    row = run.populations[-1]
+    ids = [candidate["id"] for candidate in row["candidates"]]
+    score_K_V = row["score_K_V"]
+    mean_K = [sum(score_V) / max(1, len(score_V)) for score_V in score_K_V]
+    columns = list(zip(*score_K_V, strict=True))
+    order_K = sorted(range(len(ids)), key=lambda k: (-mean_K[k], ids[k]))
+    order_V = sorted(range(len(columns)), key=lambda v: (sum(columns[v]), row["val_ids"][v]))
+    wins_K = [
+        sum(score == max(column) for score, column in zip(score_V, columns, strict=True))
+        for score_V in score_K_V
+    ]
+    return Pareto(
+        cycle=row["cycle"],
+        candidate_ids=tuple(ids[k] for k in order_K),
+        val_ids=tuple(row["val_ids"][v] for v in order_V),
+        score_K_V=tuple(tuple(score_K_V[k][v] for v in order_V) for k in order_K),
+        mean_K=tuple(mean_K[k] for k in order_K),
+        wins_K=tuple(wins_K[k] for k in order_K),
+        front=frozenset(ids[k] for k in pareto_front(score_K_V)),
+    )
+
+
+def flat_settings(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings as ``{"slow.learning_rate": ...}``; lists and texts stay whole."""
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        name = f"{prefix}.{key}" if prefix else str(key)
+        if isinstance(value, Mapping) and value:
+            flat |= flat_settings(value, name)
+        else:
+            flat[name] = value
+    return flat
+
+
+def _optional(path: Path) -> Any | None:
+    return read_json(path) if path.exists() else None

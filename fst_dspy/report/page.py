@@ -1,0 +1,202 @@
+"""The page itself: one HTML file with its style, script and data inside, that asks for nothing."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import time
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+from html import escape
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from fst_dspy.report import sections
+from fst_dspy.report.data import Run, read_runs
+from fst_dspy.report.faults import find_faults
+from fst_dspy.report.prompts import find_decoder
+from fst_dspy.report.rollouts import Rollouts, read_rollouts
+from fst_dspy.store import write_atomically
+
+FAILURE_SCORE = 0.0
+"""What a failure scores where the settings do not say."""
+
+
+def write_report(
+    folders: Sequence[Path], out: Path, *, model: str | None = None, refresh: float | None = None
+) -> list[Run]:
+    """Write the page about some run folders; returns the runs it shows.
+
+    Args:
+        folders: One or more run folders, finished or not.
+        out: The HTML file; it is replaced whole, so that a browser never sees half of it.
+        model: Where the tokenizer of the runs' model is, for their prompts. The embedded model's
+            is found without it.
+        refresh: Seconds after which a browser loads the page again, while a run is not finished.
+
+    Raises:
+        StoreError: Not a run folder, or ``out`` cannot be written.
+        ModelError: ``model`` has no tokenizer on this machine.
+    """
+    runs = read_runs(folders)
+    decoders = [find_decoder(str(run.config.get("model", "")), model) for run in runs]
+    rollouts = [
+        read_rollouts(run.folder, decode) for run, decode in zip(runs, decoders, strict=True)
+    ]
+    going_on = not all(run.finished for run in runs)
+    page = render(runs, rollouts, refresh if going_on else None)
+    # Half of a surrogate pair, which a byte-level model can write, has no form in UTF-8.
+    write_atomically(out, lambda file: file.write(page.encode("utf-8", "replace")))
+    return runs
+
+
+def follow(
+    folders: Sequence[Path],
+    out: Path,
+    every: float,
+    *,
+    model: str | None = None,
+    sleep: Callable[[float], Any] = time.sleep,
+) -> None:
+    """Write the page again and again until every run has finished."""
+    while not all(run.finished for run in write_report(folders, out, model=model, refresh=every)):
+        sleep(every)
+
+
+def render(runs: Sequence[Run], rollouts: Sequence[Rollouts], refresh: float | None = None) -> str:
+    """The page's HTML.
+
+    Args:
+        runs: At least one.
+        rollouts: Theirs, in the same order.
+        refresh: Seconds after which a browser loads the page again; ``None`` for never.
+    """
+    style, script = _asset("page.css"), _asset("page.js")
+    policy = (
+        f"default-src 'none'; style-src '{_hash(style)}'; script-src '{_hash(script)}'; "
+        "img-src data:; base-uri 'none'; form-action 'none'"
+    )
+    again = f'<meta http-equiv="refresh" content="{refresh:g}">' if refresh else ""
+    packed, parts = [], []
+    for number, (run, own) in enumerate(zip(runs, rollouts, strict=True)):
+        failure_score = (
+            run.config.get("settings", {}).get("sampling", {}).get("failure_score", FAILURE_SCORE)
+        )
+        found = find_faults(own.outcomes, failure_score)
+        columns = {**own.packed["columns"], "stock": [int(s) for s in found.stock]}
+        packed.append({"label": run.label, **own.packed, "columns": columns})
+        blocks = (
+            ("lineage", "Candidates", sections.lineage(run)),
+            ("pareto", "Scores by example", sections.pareto(run)),
+            ("faults", "Faults", sections.faults(run, found, own.outcomes, failure_score)),
+            ("split", "Where time and rollouts went", sections.split(run)),
+        )
+        parts.append(_run_part(number, run, blocks, several=len(runs) > 1))
+    title = ", ".join(run.label for run in runs)
+    made = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
+    links = (
+        ("summary", "Summary"),
+        ("curves", "Curves"),
+        *((f"run-{n}", run.label) for n, run in enumerate(runs) if len(runs) > 1),
+        *(
+            (f"{name}-0", word)
+            for name, word in (
+                ("lineage", "Candidates"),
+                ("pareto", "Examples"),
+                ("faults", "Faults"),
+                ("split", "Cost"),
+            )
+            if len(runs) == 1
+        ),
+        ("rollouts", "Rollouts"),
+        ("settings", "Settings"),
+    )
+    nav = "".join(f'<li><a href="#{name}">{escape(word)}</a></li>' for name, word in links)
+    return (
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}">{again}'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        '<meta name="color-scheme" content="light dark"><link rel="icon" href="data:,">'
+        f"<title>{escape(title)} · fst report</title><style>{style}</style></head><body>"
+        '<a class=skip href="#main">Skip to the content</a>'
+        f"<header><h1>Fast-Slow Training <span>{escape(title)}</span></h1>"
+        f"<p>Made {made}{_refresh_words(refresh)}</p>"
+        f'<nav aria-label="Sections"><ul>{nav}</ul></nav></header><main id="main" tabindex="-1">'
+        f'<section id="summary"><h2>Summary</h2>{sections.headline(runs)}</section>'
+        f'<section id="curves"><h2>Curves</h2>{sections.curves(runs)}</section>'
+        f"{''.join(parts)}"
+        f'<section id="rollouts"><h2>Rollouts</h2>{_BROWSER}</section>'
+        f'<section id="settings"><h2>Settings</h2>{sections.settings(runs)}</section></main>'
+        f'<script type="application/json" id="data">{script_json(packed)}</script>'
+        f"<script>{script}</script></body></html>"
+    )
+
+
+def _run_part(
+    number: int, run: Run, blocks: Sequence[tuple[str, str, str]], *, several: bool
+) -> str:
+    if not several:
+        return "".join(
+            f'<section id="{name}-{number}"><h2>{title}</h2>{html}</section>'
+            for name, title, html in blocks
+        )
+    inner = "".join(
+        f'<section id="{name}-{number}"><h3>{title}</h3>{html}</section>'
+        for name, title, html in blocks
+    )
+    return (
+        f'<section id="run-{number}"><details{" open" if number == 0 else ""}><summary><h2>'
+        f"{escape(run.label)}</h2></summary>{inner}</details></section>"
+    )
+
+
+def _refresh_words(refresh: float | None) -> str:
+    return f"; loads again every {refresh:g} s until the run has finished" if refresh else ""
+
+
+def script_json(value: Any) -> str:
+    """JSON that can stand in a script element, whatever texts it holds."""
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    for character in "<>&\u2028\u2029":
+        text = text.replace(character, f"\\u{ord(character):04x}")
+    return text
+
+
+def _asset(name: str) -> str:
+    return (files("fst_dspy.report") / name).read_text("utf-8")
+
+
+def _hash(text: str) -> str:
+    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+
+
+_BROWSER = """
+<p>The rollouts of the slow phases; those of the fast phases and of validation are not logged.
+A row has the step, the reward r, the advantage A, the candidate or what failed, and the answer.</p>
+<noscript><p>Reading the rollouts takes JavaScript; the rest of the page does not.</p></noscript>
+<form id="filters" hidden aria-label="Choose rollouts">
+<label data-run>Run <select name="run"></select></label>
+<label>Outcome <select name="kind"></select></label>
+<label>Candidate <select name="candidate"></select></label>
+<label>Example <select name="example"></select></label>
+<label>Step <input name="step" type="number" min="1" step="1" placeholder="all"></label>
+<label>Order <select name="order"><option value="">as logged</option>
+<option value="low">lowest reward</option><option value="high">highest reward</option>
+<option value="strong">largest advantage</option><option value="long">longest answer</option>
+</select></label>
+<label class=wide>Text <input name="text" type="search"
+placeholder="in prompts, answers, feedback"></label>
+<button type="reset">Clear</button>
+</form>
+<p id="count" role="status"></p>
+<ol id="list"></ol>
+<nav id="pages" aria-label="Pages of rollouts" hidden>
+<button type="button" data-go="first">First</button>
+<button type="button" data-go="back">Back</button>
+<label>Page <input type="number" min="1" step="1" id="page"> of <span id="last"></span></label>
+<button type="button" data-go="next">Next</button>
+<button type="button" data-go="end">Last</button>
+</nav>
+"""

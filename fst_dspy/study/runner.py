@@ -1,0 +1,383 @@
+"""Running a study: ``tune``, and the workers it starts.
+
+Every trial is one ``FST`` compile from the base weights, with its own run folder under the study's
+folder. A worker that is killed leaves its trial's run folder; the trial is queued again and goes on
+from its last checkpoint. Starting the same ``tune`` again goes on with the study.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import multiprocessing
+import random
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import dspy
+import optuna
+from optuna.trial import FrozenTrial, TrialState
+
+from fst_dspy.errors import (
+    ConfigError,
+    DataError,
+    FSTError,
+    MetricError,
+    ModelError,
+    ProgramError,
+)
+from fst_dspy.local_lm import LocalLM
+from fst_dspy.optimizer import FST
+from fst_dspy.store import as_plain
+from fst_dspy.study.objective import BudgetSpentError, Objective, TrialListener
+from fst_dspy.study.outcome import front
+from fst_dspy.study.space import Space, default_space
+from fst_dspy.study.storage import (
+    open_storage,
+    retried_numbers,
+    retry,
+    retry_lost_trials,
+    worker_alive,
+)
+from fst_dspy.tasks import load_task
+from fst_dspy.types import Arm, Task
+
+logger = logging.getLogger(__name__)
+
+POLL_SECONDS = 1.0
+INPUT_ERRORS = (DataError, MetricError, ModelError, ProgramError)
+"""Raised for the task or the model, whatever the settings: they end the study, not the trial."""
+
+OnTrial = Callable[[optuna.Study, FrozenTrial], None]
+
+
+class TrialFailedError(Exception):
+    """A trial ended with an error, which is its cause."""
+
+
+@dataclass(frozen=True)
+class StudyPlan:
+    """All that a worker needs; several workers get it through a pickle.
+
+    Attributes:
+        task: A program's name or file, a function that makes the task, or the task itself.
+        lm: A model's name for ``LocalLM``, or a function that makes the ``LocalLM``.
+        space: What is tuned.
+        objective: What for.
+        fixed: FST's settings that all trials share.
+        folder: Where the run folders go.
+        storage: URL of the study's storage.
+        study_name: Its name there.
+        trials: Trials to finish, failed and pruned ones included.
+        seed: Of the task and every compile. Worker ``i`` draws settings with ``seed + i``.
+        arm: As for ``FST``.
+        reflection_lm: As for ``FST``.
+    """
+
+    task: str | Path | Task | Callable[[], Task]
+    lm: str | Callable[[], LocalLM]
+    space: Space
+    objective: Objective
+    folder: Path
+    storage: str
+    study_name: str
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+    trials: int = 20
+    seed: int = 0
+    arm: Arm = "fst"
+    reflection_lm: dspy.LM | None = None
+
+    def load_task(self) -> Task:
+        """The task, from whatever stands for it."""
+        if isinstance(self.task, Task):
+            return self.task
+        if isinstance(self.task, str | Path):
+            return load_task(str(self.task), self.seed)
+        return self.task()
+
+    def load_lm(self) -> LocalLM:
+        """A model with base weights."""
+        return LocalLM(self.lm) if isinstance(self.lm, str) else self.lm()
+
+
+def tune(
+    task: str | Path | Task | Callable[[], Task],
+    *,
+    lm: str | Callable[[], LocalLM] = "embedded",
+    space: Space | None = None,
+    objective: Objective | None = None,
+    fixed: Mapping[str, Any] | None = None,
+    trials: int = 20,
+    workers: int = 1,
+    folder: str | Path = "runs/study",
+    storage: str | None = None,
+    study_name: str = "fst",
+    warm_start: Sequence[optuna.Study] = (),
+    seed: int = 0,
+    arm: Arm = "fst",
+    reflection_lm: dspy.LM | None = None,
+    on_trial: OnTrial | None = None,
+) -> optuna.Study:
+    """Tune FST's settings on a task.
+
+    The first trial has FST's defaults, the next ones the best settings of ``warm_start``, the
+    others are drawn by Optuna's TPE. Each trial runs until the objective's rollout budget is spent,
+    or it is pruned or fails; a failed trial keeps its run folder and its error.
+
+    Args:
+        task: A program's name or file (as for ``fst compile``), a function without arguments that
+            returns a ``Task``, or a ``Task``. Workers in processes of their own cannot take a
+            ``Task``, whose metric seldom pickles.
+        lm: A model's name, or a function that returns a ``LocalLM`` with base weights. It is
+            loaded anew for every trial.
+        space: What is tuned; ``default_space()`` if not given.
+        objective: What for; the validation score after 3,000 rollouts if not given.
+        fixed: Settings of FST that all trials share, such as ``{"val_size": 32}``.
+        trials: Trials to finish, counting those of earlier calls, pruned and failed ones. With
+            several workers there may be up to ``workers - 1`` more.
+        workers: Processes that run trials; 1 runs them in this process. More of them, here or on
+            other machines, may join the same study through its storage.
+        folder: The study's folder: one run folder a trial.
+        storage: ``sqlite:///...``, ``journal:///...`` or ``postgresql://...``, see
+            ``open_storage``; if not given, SQLite in ``folder``.
+        study_name: The study's name in the storage.
+        warm_start: Earlier studies, on this or other tasks, whose best settings are tried early.
+        seed: Seed of the task, of every compile and of the draws.
+        arm, reflection_lm: As for ``FST``.
+        on_trial: Called in this process with every trial that has finished.
+
+    Returns:
+        The study. ``best_settings(study)`` gives what ``FST`` takes.
+
+    Raises:
+        ConfigError: Settings that cannot work, or a study of that name with another objective.
+        DataError, MetricError, ModelError, ProgramError: The task or the model cannot be used.
+        FSTError: All workers died before the study was done.
+    """
+    if workers > 1 and isinstance(task, Task):
+        raise ConfigError(
+            "several workers each load the task themselves: pass the program's name or file, or a "
+            "function of a module that returns the Task"
+        )
+    folder = Path(folder)
+    plan = StudyPlan(
+        task=task,
+        lm=lm,
+        space=space or default_space(),
+        objective=objective or Objective(),
+        folder=folder,
+        storage=storage or f"sqlite:///{folder / 'study.db'}",
+        study_name=study_name,
+        fixed={name: as_plain(value) for name, value in (fixed or {}).items()},
+        trials=trials,
+        seed=seed,
+        arm=arm,
+        reflection_lm=reflection_lm,
+    )
+    both = sorted({*plan.fixed} & {parameter.name for parameter in plan.space.parameters})
+    if both:
+        raise ConfigError(f"both fixed and in the search space: {', '.join(both)}")
+    study = open_study(plan, plan.load_task())
+    _enqueue_first(study, plan, warm_start)
+    told = _Told(study, on_trial)
+    if workers == 1:
+        run_worker(plan, 0, lambda _study, _trial: told.update())
+    else:
+        _run_processes(plan, workers, told)
+    told.update()
+    return study
+
+
+def open_study(plan: StudyPlan, task: Task, worker: int = 0) -> optuna.Study:
+    """Create the study, or take up the one of that name.
+
+    Raises:
+        ConfigError: It has another objective, task, seed, arm or fixed settings: its scores and
+            new ones could not be compared.
+    """
+    study = optuna.create_study(
+        storage=open_storage(plan.storage),
+        pruner=plan.objective.make_pruner(),
+        study_name=plan.study_name,
+        directions=plan.objective.directions,
+        load_if_exists=True,
+    )
+    # Another seed when a study goes on: it must not draw the same settings again.
+    draws = f"{plan.seed}/{worker}/{len(study.get_trials(deepcopy=False))}"
+    study.sampler = optuna.samplers.TPESampler(
+        seed=random.Random(draws).getrandbits(32),
+        n_startup_trials=8,
+    )
+    wanted = {
+        "objective": asdict(plan.objective),
+        "fixed": dict(plan.fixed),
+        "task": task.name,
+        "seed": plan.seed,
+        "arm": plan.arm,
+    }
+    found = study.user_attrs
+    for name, value in json.loads(json.dumps(wanted)).items():
+        if name not in found:
+            study.set_user_attr(name, value)
+        elif found[name] != value:
+            raise ConfigError(
+                f"the study {plan.study_name!r} has another {name}: {found[name]}, not {value}; "
+                "choose another study name, or warm-start from it"
+            )
+    return study
+
+
+def run_worker(plan: StudyPlan, worker: int = 0, on_trial: OnTrial | None = None) -> None:
+    """Run trials until the study has as many as planned. Any number of workers may do so at once.
+
+    A worker stays until the trials of the others have ended too, to take over those of a worker
+    that dies.
+    """
+    task = plan.load_task()
+    study = open_study(plan, task, worker)
+    with worker_alive(plan.folder) as name:
+        while True:
+            retry_lost_trials(study, plan.folder)
+            finished, running = count_trials(study)
+            if finished >= plan.trials:
+                return
+            if finished + running >= plan.trials:
+                time.sleep(POLL_SECONDS)
+                continue
+            study.optimize(
+                lambda trial: run_trial(trial, plan, task, name),
+                n_trials=1,
+                catch=(TrialFailedError,),
+                callbacks=[on_trial] if on_trial is not None else None,
+                gc_after_trial=True,  # the trial's model
+            )
+
+
+def count_trials(study: optuna.Study) -> tuple[int, int]:
+    """Trials that have ended for good, and trials under way."""
+    states = [trial.state for trial in study.get_trials(deepcopy=False)]
+    running = states.count(TrialState.RUNNING)
+    finished = sum(state.is_finished() for state in states) - len(retried_numbers(study))
+    return finished, running
+
+
+def run_trial(trial: optuna.Trial, plan: StudyPlan, task: Task, worker: str) -> Sequence[float]:
+    """Compile with the trial's settings and measure the outcome.
+
+    Kept in the trial's user attributes: ``settings`` (for ``FST(**settings)``), ``folder``,
+    ``measured``, ``spent`` (rollouts, all channels), ``reports`` and, where it failed, ``error``.
+    """
+    trial.set_user_attr("worker", worker)
+    settings = {
+        **plan.fixed,
+        **plan.space.suggest(trial),
+        "max_rollouts": plan.objective.rollouts,
+    }
+    folder = Path(trial.user_attrs.get("folder") or plan.folder / f"trial-{trial.number:04d}")
+    trial.set_user_attr("folder", str(folder))
+    trial.set_user_attr("settings", settings)
+    listener = TrialListener(trial, plan.objective, folder)
+    try:
+        fst = FST(
+            task.metric,
+            seed=plan.seed,
+            arm=plan.arm,
+            reflection_lm=plan.reflection_lm,
+            log_dir=folder,
+            progress=listener,
+            **settings,
+        )
+        with dspy.context(lm=plan.load_lm()):
+            fst.compile(task.program, trainset=task.trainset, valset=task.valset)
+    except BudgetSpentError:
+        pass
+    except KeyboardInterrupt:
+        retry(trial.study, trial.number)  # Optuna marks this one failed
+        raise
+    except optuna.TrialPruned:
+        _keep_measures(trial, plan, listener)
+        raise
+    except Exception as error:
+        trial.set_user_attr("error", f"{type(error).__name__}: {error}")
+        if isinstance(error, INPUT_ERRORS):
+            raise
+        raise TrialFailedError(str(error)) from error
+    listener.finish()
+    _keep_measures(trial, plan, listener)
+    return listener.measured().values(plan.objective.measures)
+
+
+def _keep_measures(trial: optuna.Trial, plan: StudyPlan, listener: TrialListener) -> None:
+    measured = asdict(listener.measured())
+    trial.set_user_attr("measured", measured)
+    trial.set_user_attr("spent", listener.spent)
+    for name, limit in (plan.objective.at_most or {}).items():
+        trial.set_constraint(name, measured[name] - limit)
+
+
+def _enqueue_first(
+    study: optuna.Study, plan: StudyPlan, warm_start: Sequence[optuna.Study]
+) -> None:
+    """Queue the defaults and the earlier studies' best settings, once."""
+    if study.get_trials(deepcopy=False):
+        return
+    study.enqueue_trial(plan.space.defaults(), {"source": "defaults"}, skip_if_exists=True)
+    for earlier in warm_start:
+        for trial in front(earlier):
+            settings = plan.space.restrict(trial.params)
+            source = {"source": f"{earlier.study_name}, trial {trial.number}"}
+            if settings:
+                study.enqueue_trial(settings, source, skip_if_exists=True)
+
+
+class _Told:
+    """Tells of every finished trial once, whichever process ran it."""
+
+    def __init__(self, study: optuna.Study, on_trial: OnTrial | None) -> None:
+        self.study, self.on_trial = study, on_trial
+        self.seen = {t.number for t in study.get_trials(deepcopy=False) if t.state.is_finished()}
+
+    def update(self) -> None:
+        for trial in self.study.get_trials(deepcopy=False):
+            if trial.state.is_finished() and trial.number not in self.seen:
+                self.seen.add(trial.number)
+                if self.on_trial is not None:
+                    self.on_trial(self.study, trial)
+
+
+def _run_processes(plan: StudyPlan, workers: int, told: _Told) -> None:
+    # Not "fork": torch's threads would not survive it.
+    context = multiprocessing.get_context("spawn")
+    processes = [
+        context.Process(target=_process, args=(plan, index), name=f"fst-worker-{index}")
+        for index in range(workers)
+    ]
+    for process in processes:
+        process.start()
+    try:
+        while any(process.is_alive() for process in processes):
+            told.update()
+            time.sleep(POLL_SECONDS)
+    except KeyboardInterrupt:
+        # The workers got it too: they finish and save their step, and queue their trial again.
+        for process in processes:
+            process.join()
+        raise
+    dead = [f"{p.name} ({p.exitcode})" for p in processes if p.exitcode != 0]
+    finished, _ = count_trials(told.study)
+    if finished < plan.trials:
+        raise FSTError(
+            f"{finished} of {plan.trials} trials are done, but the workers ended: "
+            f"{', '.join(dead) or 'with exit code 0'}; what they said is above. Start the same "
+            "study again to go on"
+        )
+    if dead:
+        logger.warning("workers that died on the way: %s", ", ".join(dead))
+
+
+def _process(plan: StudyPlan, worker: int) -> None:
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    run_worker(plan, worker)

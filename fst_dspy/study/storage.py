@@ -1,0 +1,163 @@
+"""Where a study is kept, and how the trials of killed workers are found and run again.
+
+Any Optuna storage works with any tool that reads Optuna's, such as optuna-dashboard.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import uuid
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import optuna
+from optuna.exceptions import ExperimentalWarning
+from optuna.storages import JournalStorage, RDBStorage, RetryHeartbeatStaleTrialCallback
+from optuna.storages.journal import JournalFileBackend
+from optuna.trial import TrialState
+
+from fst_dspy.errors import ConfigError
+
+HEARTBEAT_SECONDS = 30
+GRACE_SECONDS = 240
+SQLITE_WAIT_SECONDS = 60
+MAX_RETRIES = 3
+
+
+def open_storage(url: str) -> optuna.storages.BaseStorage:
+    """Open a study's storage.
+
+    Args:
+        url: ``sqlite:///studies/triage.db``, ``postgresql://user@host/name`` (needs the extra
+            ``fst-dspy[postgres]``), or ``journal:///studies/triage.log`` for a journal file, the
+            choice for network drives. As in every such URL, three slashes begin a relative path
+            and four an absolute one.
+
+    Raises:
+        ConfigError: It is none of these, or cannot be opened.
+    """
+    kind, separator, path = url.partition("://")
+    if not separator:
+        raise ConfigError(
+            f"{url!r} is no storage; give sqlite:///file.db, journal:///file.log or "
+            "postgresql://user@host/name"
+        )
+    if kind in ("sqlite", "journal"):
+        path = path.removeprefix("/")
+        if path and path != ":memory:":
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+    if kind == "journal":
+        return JournalStorage(JournalFileBackend(path))
+    if kind == "postgresql":
+        url = f"postgresql+psycopg://{path}"  # SQLAlchemy's own choice changed between versions
+    patience = {"connect_args": {"timeout": SQLITE_WAIT_SECONDS}} if kind == "sqlite" else {}
+    try:
+        with _no_experimental_warning():
+            return RDBStorage(
+                url,
+                engine_kwargs=patience,
+                heartbeat_interval=HEARTBEAT_SECONDS,
+                grace_period=GRACE_SECONDS,
+                heartbeat_stale_trial_callback=_retry_callback(),
+            )
+    except ImportError as error:
+        raise ConfigError(
+            f"the driver for {kind} is missing ({error.__cause__ or error}); "
+            "for PostgreSQL: pip install 'fst-dspy[postgres]'"
+        ) from error
+    except Exception as error:
+        raise ConfigError(f"cannot open the storage {url}: {error}") from error
+
+
+@contextmanager
+def worker_alive(folder: Path) -> Iterator[str]:
+    """Hold a lock for as long as this worker lives, whatever ends it; gives the worker's id.
+
+    The kernel lets go of the lock when the process dies, so others on this machine know at once,
+    with every storage. Workers on other machines are known by Optuna's heartbeat.
+    """
+    worker = uuid.uuid4().hex[:12]
+    path = _lock_path(folder, worker)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            yield worker
+        finally:
+            path.unlink(missing_ok=True)
+
+
+def retry_lost_trials(study: optuna.Study, folder: Path) -> list[int]:
+    """Fail the running trials whose worker is dead, and queue each again in its own run folder.
+
+    Args:
+        study: The study.
+        folder: The study's folder, which workers on this machine share.
+
+    Returns:
+        Numbers of the trials found by their worker's lock.
+    """
+    lost = []
+    for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+        with _locked_if_dead(folder, trial.user_attrs.get("worker")) as dead:
+            if dead and _fail(study, trial.number):
+                retry(study, trial.number)
+                lost.append(trial.number)
+    with _no_experimental_warning():
+        optuna.storages.fail_stale_trials(study)
+    return lost
+
+
+def retry(study: optuna.Study, number: int) -> None:
+    """Queue a failed trial again, with its settings and run folder, at most three times."""
+    _retry_callback()(study, study.get_trials()[number])
+
+
+def retried_numbers(study: optuna.Study) -> set[int]:
+    """Trials that failed with their worker and were queued again under another number."""
+    trials = study.get_trials(deepcopy=False)
+    return {n for trial in trials for n in trial.system_attrs.get("retry_history", [])}
+
+
+@contextmanager
+def _locked_if_dead(folder: Path, worker: str | None) -> Iterator[bool]:
+    """Whether a worker of this machine is dead; inside the block nobody else will find it so."""
+    path = _lock_path(folder, worker or "none")
+    if not path.exists():
+        yield False
+        return
+    with open(path) as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            yield False
+        else:
+            yield True
+
+
+def _fail(study: optuna.Study, number: int) -> bool:
+    """Mark a running trial failed; false where somebody else did first."""
+    try:
+        study.tell(number, state=TrialState.FAIL)
+    except (ValueError, optuna.exceptions.UpdateFinishedTrialError):
+        return False
+    return True
+
+
+def _lock_path(folder: Path, worker: str) -> Path:
+    return folder / "workers" / f"{os.path.basename(worker)}.lock"
+
+
+def _retry_callback() -> RetryHeartbeatStaleTrialCallback:
+    with _no_experimental_warning():
+        return RetryHeartbeatStaleTrialCallback(max_retry=MAX_RETRIES)
+
+
+@contextmanager
+def _no_experimental_warning() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ExperimentalWarning)
+        yield

@@ -1,0 +1,260 @@
+"""``TunedFST``: FST that also finds its own settings, within one budget of rollouts.
+
+Successive halving (Jamieson & Talwalkar, 2016). A few settings, the defaults among them, run on a
+share of the budget: all of them a little, then the better half further, and so on. The best run
+then *goes on* where it stood and gets all that is left, so nothing it did is lost. Every rollout of
+the runs given up counts against the budget and is in the result.
+
+It is worth it for budgets of many cycles; on a small one, plain ``FST`` spends it better.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import dspy
+import optuna
+from dspy.teleprompt import Teleprompter
+
+from fst_dspy.checks import find_local_lm
+from fst_dspy.errors import ConfigError
+from fst_dspy.optimizer import FST
+from fst_dspy.progress import ProgressListener, SilentProgress, StopRun
+from fst_dspy.result import FSTResult
+from fst_dspy.study.space import Space, default_space
+from fst_dspy.types import CycleRecord, RolloutCounts
+
+
+@dataclass(frozen=True)
+class TriedSettings:
+    """One setting that was tried, and how far its run came.
+
+    Attributes:
+        settings: What was tuned; the rest is as the user gave it.
+        score: Best validation score when it was last compared.
+        rollouts: All rollouts of its run.
+        given_up_after: Round of halving after which it was given up; ``None`` for the winner.
+    """
+
+    settings: Mapping[str, Any]
+    score: float
+    rollouts: RolloutCounts
+    given_up_after: int | None = None
+
+
+@dataclass(frozen=True)
+class TunedResult(FSTResult):
+    """The result of the winning run, and what else was tried.
+
+    Attributes:
+        tried: Every setting, the defaults first.
+    """
+
+    tried: tuple[TriedSettings, ...] = field(default=())
+
+    @property
+    def rollouts(self) -> RolloutCounts:
+        """Every rollout of the compile, the runs that were given up included."""
+        total = RolloutCounts()
+        for one in self.tried:
+            total = total.plus(one.rollouts)
+        return total
+
+
+class TunedFST(Teleprompter):
+    """FST with its outer settings tuned inside the compile.
+
+    Args:
+        metric: As for ``FST``.
+        max_rollouts: The budget of the whole compile, over all settings tried and all channels.
+            The cycle under way when it is reached is finished.
+        trials: Settings to try, the defaults included; at least 2.
+        tuning_share: Share of the budget that is spent on comparing them, in (0, 1).
+        space: What is tuned; ``default_space()`` if not given, less what ``options`` set.
+        seed: Seed of the draws and of every run.
+        log_dir: Folder of the run folders, one a setting. Started again with the same one, a
+            compile that was killed goes on.
+        track_stats: Put a ``TunedResult`` on the compiled program as ``detailed_results``.
+        progress: As for ``FST``.
+        **options: Anything else that ``FST`` takes: settings that are not to be tuned, ``arm``,
+            ``reflection_lm``, ...
+
+    Raises:
+        ConfigError: A setting that is unknown or cannot work.
+    """
+
+    def __init__(
+        self,
+        metric: Callable[..., Any],
+        *,
+        max_rollouts: int,
+        trials: int = 4,
+        tuning_share: float = 0.5,
+        space: Space | None = None,
+        seed: int = 0,
+        log_dir: str | os.PathLike[str] | None = None,
+        track_stats: bool = False,
+        progress: ProgressListener | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__()
+        if trials < 2:
+            raise ConfigError(f"trials must be at least 2, got {trials}; one is plain FST")
+        if not 0 < tuning_share < 1:
+            raise ConfigError(f"tuning_share must be between 0 and 1, got {tuning_share}")
+        given = {"group_size": "rollouts_per_candidate", "lora": "lora_rank"}
+        set_by_user = {*options, *(given[name] for name in options if name in given)}
+        space = space or default_space()
+        fixed = [p.name for p in space.parameters if p.name in set_by_user]
+        self.space = space.without(*fixed)
+        self.metric, self.max_rollouts, self.trials = metric, max_rollouts, trials
+        self.tuning_share, self.seed, self.track_stats = tuning_share, seed, track_stats
+        self.log_dir = Path(log_dir) if log_dir is not None else None
+        self.progress = progress
+        self.options = {**options, "max_rollouts": max_rollouts}
+        self._fst(self.space.defaults(), None, None)  # refuses settings that cannot work
+
+    def compile(
+        self,
+        student: dspy.Module,
+        *,
+        trainset: list[dspy.Example],
+        teacher: dspy.Module | None = None,
+        valset: list[dspy.Example] | None = None,
+    ) -> dspy.Module:
+        """Tune a copy of the student, and the settings on the way. As ``FST.compile``."""
+        with ExitStack() as stack:
+            folder = self.log_dir or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            runs = [
+                _Run(settings, folder / f"settings-{index}")
+                for index, settings in enumerate(draw_settings(self.space, self.trials, self.seed))
+            ]
+
+            def go_on(run: _Run, rollouts: int) -> dspy.Module:
+                fst = self._fst(run.settings, run.folder, RunTo(rollouts, self.progress))
+                compiled = fst.compile(student, teacher=teacher, trainset=trainset, valset=valset)
+                run.result = compiled.detailed_results
+                run.score = best_score(run.result.records, rollouts)
+                return compiled
+
+            def compare(run: _Run, rollouts: int) -> None:
+                version = go_on(run, rollouts).detailed_results.best.version
+                lm = find_local_lm(student)
+                if version != lm.version:
+                    lm.policy.forget(version)  # its run folder has it
+
+            best = self._halve(runs, compare)
+            others = sum(run.spent for run in runs if run is not best)
+            compiled = go_on(best, self.max_rollouts - others)
+        if self.track_stats:
+            plain = {f.name: getattr(best.result, f.name) for f in fields(FSTResult)}
+            plain["log_dir"] = str(best.folder) if self.log_dir is not None else None
+            compiled.detailed_results = TunedResult(**plain, tried=tuple(r.tried() for r in runs))
+        else:
+            del compiled.detailed_results
+        return compiled
+
+    def _halve(self, runs: list[_Run], compare: Callable[[_Run, int], None]) -> _Run:
+        """Give up the worse half of the runs, round by round, until one is left."""
+        rounds = math.ceil(math.log2(len(runs)))
+        share = self.max_rollouts * self.tuning_share / rounds
+        alive, target = runs, 0.0
+        for number in range(1, rounds + 1):
+            target += share / len(alive)
+            for run in alive:
+                compare(run, int(target))
+            ranked = sorted(alive, key=lambda run: -run.score)  # stable: the defaults win ties
+            alive = ranked[: math.ceil(len(ranked) / 2)]
+            for run in ranked[len(alive) :]:
+                run.given_up_after = number
+        return alive[0]
+
+    def _fst(
+        self, settings: Mapping[str, Any], folder: Path | None, progress: ProgressListener | None
+    ) -> FST:
+        return FST(
+            self.metric,
+            seed=self.seed,
+            log_dir=folder,
+            track_stats=True,
+            progress=progress,
+            **{**self.options, **settings},
+        )
+
+
+@dataclass
+class _Run:
+    """The run of one setting, as far as it has come."""
+
+    settings: Mapping[str, Any]
+    folder: Path
+    score: float = -math.inf
+    given_up_after: int | None = None
+    result: FSTResult | None = None
+
+    @property
+    def spent(self) -> int:
+        return 0 if self.result is None else self.result.rollouts.total
+
+    def tried(self) -> TriedSettings:
+        assert self.result is not None
+        return TriedSettings(
+            dict(self.settings), self.score, self.result.rollouts, self.given_up_after
+        )
+
+
+class RunTo(SilentProgress):
+    """Ends a run after the cycle that reaches a number of rollouts; tells another listener.
+
+    Args:
+        rollouts: Rollouts of the run, over all channels.
+        inner: Hears everything too.
+    """
+
+    def __init__(self, rollouts: int, inner: ProgressListener | None) -> None:
+        self.rollouts, self.inner = rollouts, inner or SilentProgress()
+
+    def begin(self, budget: Any) -> None:
+        self.inner.begin(budget)
+
+    def phase(self, cycle: int, name: str, counts: RolloutCounts) -> None:
+        self.inner.phase(cycle, name, counts)
+
+    def cycle_done(self, record: CycleRecord) -> None:
+        """Stop where the run has come far enough; the student as it came never is."""
+        self.inner.cycle_done(record)
+        if record.cycle > 0 and record.total_rollouts.total >= self.rollouts:
+            raise StopRun
+
+    def end(self) -> None:
+        self.inner.end()
+
+
+def best_score(records: Sequence[CycleRecord], rollouts: int) -> float:
+    """The best score up to the first cycle that reaches a number of rollouts, where ``RunTo`` ends.
+
+    What the run did after it does not count, so that a compile started again decides as before.
+    """
+    best = -math.inf
+    for record in records:
+        best = max(best, record.val_score)
+        if record.cycle > 0 and record.total_rollouts.total >= rollouts:
+            break
+    return best
+
+
+def draw_settings(space: Space, count: int, seed: int) -> list[dict[str, Any]]:
+    """The defaults and then settings drawn evenly from the space; a function of its arguments."""
+    verbosity = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=seed))
+    optuna.logging.set_verbosity(verbosity)
+    study.enqueue_trial(space.defaults())
+    return [space.suggest(study.ask()) for _ in range(count)]

@@ -1,0 +1,299 @@
+"""The fast channel without rollouts of its own: candidates are tried in the slow phase's groups.
+
+Every optimizer step runs K candidates on P problems anyway. Here these rollouts are
+
+* the Pareto scores: a table of candidates by problems, over the last ``reuse_window`` steps;
+* what is reflected on: the failures and feedback of the parent drawn from that front;
+* demos, and lessons for a proposer that keeps a memory;
+* the trial of a new candidate: for ``steps_per_cycle / cycle_iterations`` steps it gets the slots
+  of the weakest candidate in every group. It is accepted if it does better than its parent on the
+  same problems at the same time.
+
+A trial follows a trial, so a cycle has ``cycle_iterations`` of them, each on more rollouts than a
+minibatch of GEPA's. The weakest candidate, which gives way, leaves when nothing recent is known of
+it. Only the first fast phase has rollouts of its own, since there are no others yet; children are
+scored on their minibatches there, not on the validation examples. These are left for validation.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import dspy
+from gepa.core.adapter import EvaluationBatch
+from gepa.strategies.candidate_selector import ParetoCandidateSelector
+
+from fst_dspy import population as populations
+from fst_dspy.acceptance import ProposalStats, proposal_of
+from fst_dspy.candidate import candidate_from_json, candidate_to_json, example_id
+from fst_dspy.config import FastConfig
+from fst_dspy.fast import FastPhase, check_instructions
+from fst_dspy.gepa_adapter import Reflector, Trajectory, candidate_of, make_records
+from fst_dspy.merge import merge
+from fst_dspy.proposers import Proposer
+from fst_dspy.reuse import RolloutPool, minibatch, paired, pool_from_json, score_table
+from fst_dspy.rollout import Runner
+from fst_dspy.types import Candidate, Population, Rollout
+
+POOL_SIZE = 4096
+"""Rollouts kept at most, however slowly the policy's version moves."""
+TRIED = 256
+"""Candidates remembered by id, the latest, so that none is tried twice."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A candidate that is being tried in the slow phase.
+
+    Attributes:
+        child: The candidate.
+        parents: What it was made from: one candidate, or two for a merge.
+        since: Optimizer steps taken when the trial began; earlier rollouts do not count.
+        steps_left: Optimizer steps it still runs in.
+    """
+
+    child: Candidate
+    parents: tuple[Candidate, ...]
+    since: int
+    steps_left: int
+
+
+class TrialPhase(FastPhase):
+    """A fast channel that uses the slow phase's rollouts.
+
+    Args:
+        config, proposer, seed: As for :class:`~fst_dspy.fast.FastPhase`.
+        steps_per_cycle: T, optimizer steps a cycle.
+        **options: As for :class:`~fst_dspy.fast.FastPhase`.
+    """
+
+    reuses = True
+
+    def __init__(
+        self,
+        config: FastConfig,
+        proposer: Proposer,
+        seed: int,
+        *,
+        steps_per_cycle: int,
+        **options: Any,
+    ) -> None:
+        super().__init__(config, proposer, seed, **options)
+        self.trial_steps = max(1, steps_per_cycle // max(1, config.cycle_iterations))
+        self.window = max(self.trial_steps, config.reuse_window or steps_per_cycle)
+        self.pool = RolloutPool()
+        self.trial: Trial | None = None
+        self._trials = 0
+        self._tried: list[str] = []
+
+    def run(
+        self,
+        runner: Runner,
+        population: Population,
+        trainset: Sequence[dspy.Example],
+        valset: Sequence[dspy.Example],
+        *,
+        cycle: int,
+        iterations: int,
+        policy_version: int,
+    ) -> Population:
+        """The fast phase before a slow one; it runs rollouts only while there are no others.
+
+        Arguments and errors are those of ``FastPhase.run``; ``valset`` is not touched. The
+        population that comes back is scored on training problems, which ``val_ids`` names.
+        """
+        if iterations < 1:
+            return population
+        members = list(population.candidates)
+        if not self.pool.rollouts:
+            check_instructions(population, trainset)
+            adapter = self._adapter(runner, members, cycle)
+            scores = _PooledScores(self)
+            members = self._iterate(adapter, scores, population, trainset, cycle, iterations)
+            self._count_reflection(adapter.reflector)
+        population = self._choose(members, population, policy_version)
+        if self.trial is None:
+            self._begin_trial(population, trainset, cycle, policy_version)
+        return population
+
+    def lineup(self, population: Population, group_size: int) -> tuple[Candidate, ...]:
+        """The candidate of each of a group's G rollouts: the one on trial takes the weakest's."""
+        if self.trial is None:
+            return super().lineup(population, group_size)
+        return lineup(population, self.trial, group_size, self.config.population_size)
+
+    def after_step(
+        self,
+        population: Population,
+        trainset: Sequence[dspy.Example],
+        rollouts: Sequence[Rollout],
+        *,
+        cycle: int,
+        policy_version: int,
+    ) -> Population:
+        """Learn from a step's rollouts, judge a trial that is over, and begin the next.
+
+        Arguments are those of ``FastPhase.after_step``.
+        """
+        self.observe(list(population.candidates[0].components), trainset, rollouts)
+        self.pool = self.pool.since(policy_version - self.window).latest(POOL_SIZE)
+        members = list(population.candidates)
+        if self.trial is not None:
+            self.trial = dataclasses.replace(self.trial, steps_left=self.trial.steps_left - 1)
+            if self.trial.steps_left == 0:
+                members += [self.trial.child] if self._passed(self.trial) else []
+                self.trial = None
+        population = self._choose(members, population, policy_version)
+        if self.trial is None:
+            self._begin_trial(population, trainset, cycle, policy_version)
+        return population
+
+    def state(self) -> dict[str, Any]:
+        """All there is to resume from, for JSON."""
+        trial = self.trial
+        return {
+            **super().state(),
+            "pool": self.pool.to_json(),
+            "trials": self._trials,
+            "tried": list(self._tried),
+            "trial": None
+            if trial is None
+            else {
+                "child": candidate_to_json(trial.child),
+                "parents": [candidate_to_json(parent) for parent in trial.parents],
+                "since": trial.since,
+                "steps_left": trial.steps_left,
+            },
+        }
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Take up the state that :meth:`state` gave."""
+        super().load_state(state)
+        self.pool = pool_from_json(state["pool"])
+        self._trials = state["trials"]
+        self._tried = list(state["tried"])
+        row = state["trial"]
+        self.trial = row and Trial(
+            child=candidate_from_json(row["child"]),
+            parents=tuple(map(candidate_from_json, row["parents"])),
+            since=row["since"],
+            steps_left=row["steps_left"],
+        )
+
+    def _keep(self, rollouts: Sequence[Rollout]) -> None:
+        super()._keep(rollouts)
+        self.pool = self.pool.plus(rollouts)
+
+    def _choose(
+        self, members: Sequence[Candidate], population: Population, policy_version: int
+    ) -> Population:
+        """The K members that cover the front over the problems in the pool."""
+        table = score_table(self.pool, members)
+        if not table.candidates:
+            return population
+        return populations.choose(
+            table.candidates,
+            table.score_K_P,
+            table.problem_ids,
+            self.config.population_size,
+            policy_version,
+        )
+
+    def _passed(self, trial: Trial) -> bool:
+        before, after = paired(self.pool.since(trial.since), trial.child, trial.parents)
+        proposal = proposal_of(trial.child, before, after)
+        return self._judge(trial.child, trial.parents, proposal, None)
+
+    def _begin_trial(
+        self,
+        population: Population,
+        trainset: Sequence[dspy.Example],
+        cycle: int,
+        policy_version: int,
+    ) -> None:
+        """Put a new candidate on trial, if there is one to be had."""
+        if self.config.cycle_iterations < 1 or not self.pool.rollouts:
+            return
+        rng = random.Random(f"{self.seed}|{cycle}|{policy_version}|trial")
+        self._remember(population.candidates)
+        known = {c.id for c in population.candidates} | set(self._tried)
+        reflector = Reflector(self.proposer, known, self.demos)
+        merging = self._trials % (self.config.cycle_iterations + self.config.merge_iterations)
+        child = None
+        if merging >= self.config.cycle_iterations:
+            means = [sum(row) / len(row) for row in population.score_K_V]
+            child = merge(population.candidates, means, self._ancestors, known, cycle, rng)
+        if child is None:
+            child = self._reflect(reflector, population, trainset, cycle, rng)
+        self.stats = self.stats.plus(ProposalStats(iterations=1))
+        self._count_reflection(reflector)
+        if child is not None:
+            self._trials += 1
+            self._tried = [*self._tried, child.id][-TRIED:]
+            parents = tuple(c for c in population.candidates if c.id in child.parent_ids)
+            self.trial = Trial(child, parents, policy_version, self.trial_steps)
+
+    def _reflect(
+        self,
+        reflector: Reflector,
+        population: Population,
+        trainset: Sequence[dspy.Example],
+        cycle: int,
+        rng: random.Random,
+    ) -> Candidate | None:
+        """A child of a parent drawn from the front, from the parent's rollouts in the pool."""
+        state = self._gepa_state(population.candidates, population.score_K_V)
+        k = ParetoCandidateSelector(rng).select_candidate_idx(state)
+        parent = population.candidates[k]
+        examples = {example_id(example): example for example in trainset}
+        rollouts = minibatch(self.pool.of(parent.id), self.config.minibatch_size, rng)
+        trajectories = [Trajectory(examples[r.example_id], r) for r in rollouts]
+        batch = EvaluationBatch(rollouts, [r.reward for r in rollouts], trajectories)
+        texts = dict(parent.components)
+        names = self.component_selector()(state, trajectories, batch.scores, k, texts)
+        self._turn += 1
+        records = {name: make_records(name, trajectories) for name in names}
+        changed = reflector.propose(texts, records, names)
+        return candidate_of({**texts, **changed}, parent, cycle) if changed else None
+
+
+class _PooledScores:
+    """Scores from the phase's pool; before the first rollout, all candidates are alike."""
+
+    def __init__(self, phase: TrialPhase) -> None:
+        self.phase = phase
+
+    def rows(self, members: Sequence[Candidate]) -> tuple[tuple[float, ...], ...]:
+        table = score_table(self.phase.pool, members)
+        if len(table.candidates) < len(members):
+            return tuple((0.0,) for _ in members)
+        return table.score_K_P
+
+    def add(self, child: Candidate) -> None:
+        """Its minibatch is in the pool already."""
+
+
+def lineup(population: Population, trial: Trial, group_size: int, k: int) -> tuple[Candidate, ...]:
+    """The candidate of each of a group's G rollouts while one is on trial.
+
+    It takes the slots of the weakest candidate. Its parents, with which it is compared, keep
+    theirs, and so does the best, as long as there are enough slots.
+
+    Args:
+        population: Scored, at least one candidate; of more than ``k`` the best ``k`` are used.
+        trial: Its parents belong to the population.
+        group_size: G, at least 2.
+        k: K, candidates to spread the group over.
+    """
+    order = list(populations.ranked(population)[:k])
+    parents = {parent.id for parent in trial.parents}
+    spare = [c for c in reversed(order) if c.id not in parents]
+    weakest = next((c for c in spare if c.id != order[0].id or len(order) == group_size), None)
+    if len(order) == k and weakest is not None:
+        order.remove(weakest)
+    order.append(trial.child)
+    return tuple(order[slot % len(order)] for slot in range(group_size))

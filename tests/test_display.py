@@ -1,0 +1,139 @@
+"""What candidates, populations and results look like in a notebook and in a terminal."""
+
+import io
+from html.parser import HTMLParser
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rich.console import Console
+from run_folders import HOSTILE, write_run
+
+from fst_dspy import plots
+from fst_dspy.candidate import make_candidate
+from fst_dspy.display import population_rows, show
+from fst_dspy.types import Population
+from fst_dspy.word_diff import MOST_WORDS, changed_components, diff_html, word_diff
+
+
+@pytest.fixture(scope="module")
+def result(tmp_path_factory):
+    return write_run(tmp_path_factory.mktemp("runs") / "run", steps=12, cycles=3)
+
+
+def printed(thing, width=120):
+    file = io.StringIO()
+    show(thing, Console(file=file, width=width))
+    return file.getvalue()
+
+
+def visible(html):
+    texts = []
+    parser = HTMLParser()
+    parser.handle_data = texts.append
+    parser.feed(html)
+    return "".join(texts)
+
+
+words = st.lists(st.sampled_from(["a", "visa", " ", "  ", "\n", "go", ".", "é", "<b>"])).map(
+    "".join
+)
+
+
+@given(words, words)
+@settings(max_examples=300, deadline=None)
+def test_a_word_diff_holds_both_texts(before, after):
+    pieces = word_diff(before, after)
+    assert "".join(t for kind, t in pieces if kind != "added") == before
+    assert "".join(t for kind, t in pieces if kind != "removed") == after
+    assert all(text for _, text in pieces)
+    assert visible(diff_html(before, before)) == before
+
+
+def test_a_rewritten_phrase_is_one_change():
+    assert word_diff("Route the ticket.", "Send each ticket.") == [
+        ("removed", "Route the"),
+        ("added", "Send each"),
+        ("same", " ticket."),
+    ]
+
+
+def test_long_texts_are_compared_by_lines():
+    lines = [f"line {n} of many" for n in range(MOST_WORDS)]
+    pieces = word_diff("\n".join(lines), "\n".join([*lines[:-1], "new"]))
+    assert [kind for kind, _ in pieces] == ["same", "removed", "added"]
+
+
+def test_demos_are_compared_a_field_a_line():
+    (name, before, after), *rest = changed_components(
+        {"p.demos": "[]", "p.instructions": "x"},
+        {"p.demos": '[{"q": "1", "a": "2"}]', "p.instructions": "x"},
+    )
+    assert (name, before, rest) == ("p.demos", "[]", [])
+    assert after.splitlines()[2].strip() == '"q": "1",'
+
+
+def test_a_candidate_shows_its_origin_and_texts():
+    candidate = make_candidate({"p.instructions": HOSTILE}, ["parent00"], 3, "merge")
+    html = candidate._repr_html_()
+    assert HOSTILE in visible(html) and "<script" not in html and "<img" not in html
+    for text in (visible(html), printed(candidate)):
+        assert f"{candidate.id} · merge, cycle 3 from parent00" in text
+        assert "p.instructions" in text
+    # Square brackets are rich's markup; in an instruction they are text.
+    assert "[bold]x[/]" in printed(make_candidate({"p.instructions": "[bold]x[/]"}))
+
+
+def test_a_population_is_shown_best_first():
+    one, two = (make_candidate({"p.instructions": text}) for text in ("one", "two"))
+    population = Population((one, two), ("a", "b"), ((0.0, 0.0), (0.0, 1.0)), 6)
+    assert population_rows(population) == [(two, 0.5, 2), (one, 0.0, 1)]
+    for text in (visible(population._repr_html_()), printed(population)):
+        assert text.index(two.id) < text.index(one.id) and "0.500" in text
+    unscored = Population((one,), ("a",), (), 0)
+    assert "—" in visible(unscored._repr_html_()) and "—" in printed(unscored)
+
+
+def test_a_result_shows_its_figures_and_what_changed(result):
+    first, best = result.records[0].val_score, result.best.score
+    for text in (visible(result._repr_html_()), printed(result)):
+        assert f"{first:.3f} → {best:.3f}" in text
+        assert f"{result.rollouts.total:,}" in text and result.best.candidate.id in text
+    html = result._repr_html_()
+    changed = result.best.candidate != result.seed_candidate
+    assert ("<ins>" in html) is changed
+
+
+def test_to_pandas_has_a_row_a_cycle(result):
+    frame = result.to_pandas()
+    assert list(frame.index) == [0, 1, 2, 3]
+    assert list(frame.val_score) == [record.val_score for record in result.records]
+    assert frame.total_rollouts.iloc[-1] == result.rollouts.total
+    assert frame.rollouts_slow.sum() == result.rollouts.slow
+    assert frame.failure_parse.iloc[0] == 0 and frame.failure_parse.iloc[1] == 0.125
+    assert frame.seconds_eval.notna().all() and frame.train_reward.isna().sum() == 1
+
+
+def test_figures_hold_the_records(result):
+    score = result.plot_score().axes[0]
+    assert list(score.lines[0].get_ydata()) == [r.val_score for r in result.records]
+    assert len(score.lines[1].get_ydata()) == 3 and score.get_legend() is not None
+    drift = result.plot_drift().axes[0]
+    assert list(drift.lines[0].get_xdata()) == [r.kl_to_base for r in result.records]
+    file = io.BytesIO()
+    result.plot_lineage().savefig(file)
+    assert file.getvalue().startswith(b"\x89PNG")
+
+
+def test_lineage_takes_in_the_run_folder(result):
+    nodes = plots.lineage(result.candidates(), result.records)
+    assert len(nodes) == 1 + 2 * 3 and sum(node.best for node in nodes) == 1
+    known = {node.id for node in nodes}
+    assert all(set(node.parent_ids) <= known for node in nodes)
+    last = result.records[-1]
+    scores = {node.id: node.score for node in nodes}
+    assert [scores[name] for name in last.candidate_ids] == list(last.val_scores)
+    import dataclasses
+
+    alone = dataclasses.replace(result, log_dir=None)
+    assert len(alone.candidates()) < len(nodes)
