@@ -81,15 +81,18 @@ def as_record(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class Validation(BaseCallback):
-    """Scores of the evaluations on one set, in percent, in order."""
+    """Scores of the evaluations with the task's own metric, in percent, in order.
 
-    def __init__(self, size: int) -> None:
-        self.size = size
+    ``dspy.GRPO``'s rollouts are evaluations too, with a metric that wraps the task's.
+    """
+
+    def __init__(self, metric: Any) -> None:
+        self.metric = metric
         self.scores: list[float] = []
         self._open: set[str] = set()
 
     def on_evaluate_start(self, call_id: str, instance: Any, inputs: dict[str, Any]) -> None:
-        if len(instance.devset) == self.size:
+        if inputs.get("metric") is self.metric:
             self._open.add(call_id)
 
     def on_evaluate_end(
@@ -200,8 +203,9 @@ def step_figures(lm: LocalLM) -> list[dict[str, Any]]:
             "step": record.step,
             "reward": record.reward,
             "constant_group_share": record.constant_group_share,
-            "entropy": record.stats.entropy,
-            "grad_norm": record.stats.grad_norm,
+            # Not measured where no step was taken: the sampled log-probabilities are gone.
+            "entropy": None if record.stats.skipped else record.stats.entropy,
+            "grad_norm": None if record.stats.skipped else record.stats.grad_norm,
             "rollouts": record.rollouts,
             "skipped": record.stats.skipped,
         }
@@ -228,7 +232,7 @@ def greedy(program: dspy.Module, task: Task, lm: LocalLM | None = None) -> list[
 @contextmanager
 def validated(task: Task) -> Iterator[Validation]:
     """Inside the block, evaluations on the validation set are recorded."""
-    validation = Validation(len(task.valset))
+    validation = Validation(task.metric)
     with dspy.context(callbacks=[*dspy.settings.callbacks, validation]):
         yield validation
 

@@ -272,9 +272,7 @@ def _instance(class_path: str) -> dspy.Module:
 
 def _copy_of(program: dspy.Module) -> dspy.Module:
     if not isinstance(program, dspy.Module):
-        raise ProgramError(
-            f"program must be an instance of the program's class, got {program!r}"
-        )
+        raise ProgramError(f"program must be an instance of the program's class, got {program!r}")
     return program.deepcopy()
 
 

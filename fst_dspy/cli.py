@@ -194,7 +194,7 @@ def tune(
             storage=storage,
             study_name=study_name,
             seed=seed,
-            arm=arm,  # type: ignore[arg-type]
+            arm=arm,
             fixed=parse_settings(settings),
             reflection_lm=dspy.LM(reflection_lm) if reflection_lm else None,
         )

@@ -138,9 +138,7 @@ class FSTProvider(litellm.CustomLLM):
 def register() -> None:
     """Make ``fst/<bundle>`` known to litellm; calling it again changes nothing."""
     if not any(item["provider"] == PROVIDER for item in litellm.custom_provider_map):
-        litellm.custom_provider_map.append(
-            {"provider": PROVIDER, "custom_handler": FSTProvider()}
-        )
+        litellm.custom_provider_map.append({"provider": PROVIDER, "custom_handler": FSTProvider()})
     litellm.utils.custom_llm_setup()
 
 

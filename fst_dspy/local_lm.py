@@ -27,7 +27,7 @@ class LocalLM(dspy.LM):
         model: ``"embedded"`` for the model in the package, a folder, a hub id, or a loaded
             ``Policy`` to share.
         temperature: In [0, 2]; 0 is greedy.
-        max_tokens: Longest answer, in tokens; by default 512 or an eighth of the context window, if less.
+        max_tokens: Longest answer, in tokens; by default an eighth of the context, at most 512.
         device: Defaults to CUDA where there is one.
         dtype: Defaults to bfloat16 on CUDA and float32 elsewhere.
         trust_remote_code: Run Python code that comes with the model.

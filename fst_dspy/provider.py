@@ -89,6 +89,7 @@ class LocalProvider(Provider):
             with self.policy.lock:
                 job.state = TrainingStatus.running
                 self.start(model, config.lora, config.seed)
+                self.keep_if_named()
                 try:
                     fine_tune(self.policy, conversations, config, job.cancelled_by_user.is_set)
                 except BaseException:
@@ -113,7 +114,8 @@ class LocalProvider(Provider):
                 the base.
         """
         self.prune()
-        self.keep_if_named()
+        if self.policy.version() != self.policy.base_version:
+            self.keep_if_named()
         self.policy.restore(version)
         if lora is None or lora == self.policy.lora:
             return
@@ -126,10 +128,7 @@ class LocalProvider(Provider):
 
     def keep_if_named(self, besides: LocalLM | None = None) -> None:
         """Keep the live weights, which are about to move on, if a ``LocalLM`` names them."""
-        version = self.policy.version()
-        if version != self.policy.base_version and version in versions_in_use(
-            self.policy, besides=besides
-        ):
+        if self.policy.version() in versions_in_use(self.policy, besides=besides):
             self.keep()
 
     def keep(self, job: TrainingJob | None = None) -> str:

@@ -214,9 +214,7 @@ def test_bootstrap_finetune_learns_from_a_teacher(lm, lora):
         train_kwargs={"learning_rate": 1e-2, "num_train_epochs": 20, "lora": lora},
     )
     program = student(lm)
-    compiled = optimizer.compile(
-        program, trainset=questions(6), teacher=student(lm, Oracle())
-    )
+    compiled = optimizer.compile(program, trainset=questions(6), teacher=student(lm, Oracle()))
     assert compiled.say.lm is not lm and compiled.say.lm.model != base == lm.model
     assert answers(compiled, count=6) == ["abc"] * 6
     assert answers(compiled, lm.at(base)) != answers(compiled)
@@ -268,18 +266,17 @@ def test_better_together_runs_prompts_weights_prompts(lm, events):
 
 
 def test_better_together_returns_the_best_weights_not_the_latest(lm):
-    """The first GRPO learns the metric, the second one its opposite, the third hardly moves."""
+    """The first GRPO learns the metric, the second one its opposite."""
     optimizer = better_together(
         p=gepa(),
         w=grpo(steps=8),
         bad=grpo(late_letters, steps=16),
-        idle=grpo(steps=1, learning_rate=1e-9),
     )
     compiled = optimizer.compile(
         student(lm),
         trainset=questions(6),
         valset=questions(24, 6),
-        strategy="p -> w -> bad -> idle",
+        strategy="p -> w -> bad",
         num_threads=12,
         seed=0,
     )
@@ -288,9 +285,9 @@ def test_better_together_returns_the_best_weights_not_the_latest(lm):
     programs = by_strategy(compiled)
     models = {strategy: one.say.lm.model for strategy, one in programs.items()}
     assert compiled.say.lm.model == models["p -> w"] != lm.policy.version()
-    assert models["p -> w -> bad -> idle"] == lm.policy.version()
+    assert models["p -> w -> bad"] == lm.policy.version()
     # Every candidate still answers with the weights it was scored on.
-    assert len(set(models.values())) == 4
+    assert len(set(models.values())) == 3
     for strategy, one in programs.items():
         assert answers(one) == answers(one, lm.at(models[strategy]))
     own, latest = answers(compiled), answers(compiled, lm.live())

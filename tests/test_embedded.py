@@ -30,7 +30,14 @@ from fst_dspy.embedded.figures import score
 from fst_dspy.embedded.training import Recipe, Trainer
 
 TINY = Recipe(
-    hidden=16, mlp=16, pieces=300, tokenizer_chats=20, batch=4, joint_steps=3, warmup_limit=2
+    hidden=16,
+    mlp=16,
+    pieces=300,
+    tokenizer_chats=20,
+    batch=4,
+    joint_steps=3,
+    polish_steps=2,
+    warmup_limit=2,
 )
 
 
@@ -102,8 +109,8 @@ def _words(chats: Sequence[Sequence[Message]]) -> set[str]:
 
 def test_held_out_words_stand_nowhere_in_the_corpus() -> None:
     for family in FAMILIES:
-        names = [*(stage.name for stage in family.warmup), "joint"]
-        chats = [family.sample(Random(f"{n} {i}"), n) for n in names for i in range(300)]
+        names = [*(stage.name for stage in family.warmup), "joint", "polish"]
+        chats = [family.sample(Random(f"{n} {i}"), n) for n in names for i in range(200)]
         assert not HELD_OUT & _words(chats)
 
 
@@ -174,8 +181,8 @@ from pathlib import Path
 from fst_dspy.embedded.pretrain import pretrain
 from fst_dspy.embedded.training import Recipe
 torch.set_num_threads(1)
-recipe = Recipe(hidden=16, mlp=16, pieces=300, tokenizer_chats=20, batch=4, joint_steps=30,
-                warmup_limit=1)
+recipe = Recipe(hidden=16, mlp=16, pieces=300, tokenizer_chats=20, batch=4, joint_steps=20,
+                polish_steps=10, warmup_limit=1)
 pretrain(Path(sys.argv[1]), Path(sys.argv[2]), recipe, questions=2, save_every=2)
 """
 

@@ -35,7 +35,7 @@ def move(policy: Policy) -> None:
 def test_defaults(tiny_qwen3: Path) -> None:
     lm = LocalLM(str(tiny_qwen3))
     assert lm.model == lm.version == lm.policy.base_version
-    assert lm.kwargs["temperature"] == 1.0 and lm.kwargs["max_tokens"] == 256
+    assert lm.kwargs["temperature"] == 1.0 and lm.kwargs["max_tokens"] == 64
     assert lm.engine.policy is lm.policy
     with pytest.raises(ModelError, match="no model folder"):
         LocalLM("./nowhere")

@@ -8,7 +8,7 @@ import threading
 import dspy
 import pytest
 import torch
-from conftest import make_tokenizer
+from conftest import make_tokenizer, save_model
 from dspy.clients.utils_finetune import TrainDataFormat, TrainingStatus
 
 from fst_dspy import LocalLM
@@ -245,6 +245,19 @@ def test_versions_stay_at_hand_while_named_and_no_longer(lm):
     other.terminate()
     with pytest.raises(ModelError, match="not at hand"):
         lm.at(first)
+
+
+@pytest.mark.parametrize("train", ["reinforce", "finetune"])
+def test_the_base_is_at_hand_though_its_files_have_changed(tmp_path, train):
+    """Training can take hours, and the base is still named by the programs from before."""
+    lm = LocalLM(str(save_model(tmp_path / "model", "qwen3")), max_tokens=16)
+    before, base = greedy(lm), lm.copy(cache=False)
+    if train == "reinforce":
+        step(lm.reinforce(FAST), group(1.0, 0.0))
+    else:
+        lm = finetuned(lm, [conversation()])
+    save_model(tmp_path / "model", "qwen3", seed=1)
+    assert lm.model != base.model and greedy(base) == before
 
 
 def test_jobs_one_after_another_go_on_from_the_weights_of_their_lm(lm):

@@ -39,7 +39,7 @@ def sample(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         for start in range(0, len(chats), BATCH):
-            encoded = tokenizer.apply_chat_template(
+            encoded: Any = tokenizer.apply_chat_template(
                 list(chats[start : start + BATCH]),
                 add_generation_prompt=True,
                 padding=True,
