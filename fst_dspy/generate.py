@@ -21,6 +21,7 @@ from torch.nn.functional import pad
 from transformers.cache_utils import DynamicLayer
 
 from fst_dspy.errors import PromptTooLongError
+from fst_dspy.memory import is_out_of_memory
 from fst_dspy.policy import Policy
 
 logger = logging.getLogger(__name__)
@@ -93,12 +94,26 @@ def generate(policy: Policy, requests: Sequence[GenerationRequest]) -> list[Gene
         model.eval()
         try:
             for chunk in _chunks(policy, requests):
-                rows = _Batch(policy, [requests[index] for index in chunk]).run()
+                rows = _run_chunk(policy, [requests[index] for index in chunk])
                 for index, result in zip(chunk, rows, strict=True):
                     results[index] = result
         finally:
             model.train(was_training)
     return [result for result in results if result is not None]
+
+
+def _run_chunk(policy: Policy, requests: Sequence[GenerationRequest]) -> list[GenerationResult]:
+    """One batch; where memory runs out, its two halves."""
+    try:
+        return _Batch(policy, requests).run()
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error) or len(requests) == 1:
+            raise
+    half = len(requests) // 2
+    logger.warning("memory ran out on %d rows; generating %d at a time", len(requests), half)
+    if policy.device.type == "cuda":
+        torch.cuda.empty_cache()
+    return _run_chunk(policy, requests[:half]) + _run_chunk(policy, requests[half:])
 
 
 def _chunks(policy: Policy, requests: Sequence[GenerationRequest]) -> list[list[int]]:

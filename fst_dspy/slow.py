@@ -10,6 +10,7 @@ Optimizer, schedule and random numbers go on from step to step whatever runs bet
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -22,9 +23,12 @@ from torch import Tensor
 
 from fst_dspy.config import SamplingConfig, SlowConfig
 from fst_dspy.errors import ModelError, StoreError, TrainingError
+from fst_dspy.memory import is_out_of_memory
 from fst_dspy.policy import Policy
 from fst_dspy.trl_stepper import Gradients, SteppedGRPOTrainer, collate
 from fst_dspy.types import StepStats, TrainingRow
+
+logger = logging.getLogger(__name__)
 
 WEIGHTS, OPTIMIZER, RNG, SCALARS = (
     "weights.safetensors",
@@ -60,6 +64,7 @@ class SlowTrainer:
             seed: Seed of dropout.
         """
         self.policy, self.slow = policy, slow
+        self.micro_batch_size = slow.micro_batch_size
         with policy.lock:
             self._trl = SteppedGRPOTrainer(
                 policy.model, policy.tokenizer, slow, sampling, total_steps, seed
@@ -89,7 +94,9 @@ class SlowTrainer:
                 sampling log-probabilities give the importance ratio.
 
         Raises:
-            TrainingError: A row without completion tokens, or the adapters were changed.
+            TrainingError: A row without completion tokens, the adapters were changed, or memory
+                runs out on a single row. Where it runs out on several, ``micro_batch_size`` is
+                halved and the step taken again.
         """
         if not all(row.completion_ids_T for row in rows):
             raise TrainingError("a training row has no completion; leave such rows out")
@@ -98,6 +105,17 @@ class SlowTrainer:
         live_rows = [row for row in rows if row.advantage != 0 or self.slow.beta]
         if not live_rows:
             return self._stats(rows, Gradients(0.0, _sampled_entropy(rows), 0.0), 0.0, "constant")
+        while True:
+            try:
+                return self._step(rows, live_rows, on_policy)
+            except (MemoryError, RuntimeError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                self._halve_micro_batch(error)
+
+    def _step(
+        self, rows: Sequence[TrainingRow], live_rows: Sequence[TrainingRow], on_policy: bool
+    ) -> StepStats:
         with self.policy.lock, self._trl.fused(), self._own_rng():
             batches = self._micro_batches(live_rows, on_policy)
             if self.slow.beta:
@@ -166,10 +184,22 @@ class SlowTrainer:
 
     # --- inside -----------------------------------------------------------------------------------
 
+    def _halve_micro_batch(self, error: BaseException) -> None:
+        """After memory ran out: weights and optimizer are as before the step."""
+        if self.micro_batch_size == 1:
+            raise TrainingError(
+                "memory ran out on a single row; shorten prompts or max_tokens, use lora=True, or "
+                "a smaller model"
+            ) from error
+        self.micro_batch_size //= 2
+        logger.warning("memory ran out; going on with micro_batch_size=%d", self.micro_batch_size)
+        if self.policy.device.type == "cuda":
+            torch.cuda.empty_cache()
+
     def _micro_batches(
         self, rows: Sequence[TrainingRow], on_policy: bool
     ) -> list[dict[str, Tensor]]:
-        size = self.slow.micro_batch_size
+        size = self.micro_batch_size
         if len(rows) > size:
             # Rows of like length together need the least padding; one batch keeps its order.
             rows = sorted(rows, key=lambda row: len(row.prompt_ids_T) + len(row.completion_ids_T))

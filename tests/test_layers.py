@@ -8,7 +8,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "fst_dspy"
 
 LAYERS = [
-    {"types", "errors", "config", "metric", "display", "word_diff"},
+    {"memory", "types", "errors", "config", "metric", "display", "word_diff"},
     {"population", "candidate", "store", "policy", "generate", "engine", "local_lm", "embedded"},
     {"rollout", "advantage", "result", "result_display", "plots"},
     {

@@ -81,3 +81,33 @@ def test_json_is_written_whole(tmp_path):
     with pytest.raises(TypeError):
         store.write_json("a.json", {"x": object()})
     assert json.loads((tmp_path / "a.json").read_text()) == {"x": 1}
+
+
+def test_a_full_disk_is_a_clear_error_and_what_was_written_stays(tmp_path):
+    store = RunStore(tmp_path)
+    store.append("cycles", [{"cycle": 0}])
+    store.checkpoint({"n": 0}, write_weights("0"))
+    (tmp_path / "steps.jsonl").symlink_to("/dev/full")  # every write to it finds no space left
+    with pytest.raises(StoreError, match="No space left on device; what was written before"):
+        store.append("steps", [{"step": 1}])
+    (tmp_path / "steps.jsonl").unlink()
+    assert store.latest()[0] == {"n": 0}
+    assert store.read("cycles") == [{"cycle": 0}]
+
+
+def test_a_checkpoint_that_finds_no_space_leaves_the_one_before(tmp_path):
+    store = RunStore(tmp_path)
+    store.checkpoint({"n": 0}, write_weights("0"))
+
+    def fill(folder):
+        with open("/dev/full", "w") as file:
+            file.write("x" * 10_000)
+
+    with pytest.raises(StoreError, match="No space left"):
+        store.checkpoint({"n": 1}, fill)
+    assert store.latest()[0] == {"n": 0}
+
+
+def test_a_read_only_place_is_a_clear_error():
+    with pytest.raises(StoreError, match="cannot write to the run folder /proc/run"):
+        RunStore("/proc/run")

@@ -306,6 +306,26 @@ def test_several_objectives_with_a_limit_and_a_warm_start(tiny_qwen3, tmp_path):
     assert (tmp_path / "front.png").stat().st_size > 1000
 
 
+def test_importances_ask_what_makes_a_maximised_score_high():
+    study = optuna.create_study(direction="maximize")
+    study.set_user_attr("objective", {"measures": ["score"]})
+    uniform = optuna.distributions.FloatDistribution(0.0, 1.0)
+    for n in range(40):
+        # "top" decides among the best; "bottom" only how bad the bad ones are.
+        top, bottom = (n * 7 % 40) / 40, (n * 11 % 40) / 40
+        score = 1 + top if top > 0.7 else -bottom
+        study.add_trial(
+            optuna.create_trial(
+                params={"top": top, "bottom": bottom},
+                distributions={"top": uniform, "bottom": uniform},
+                value=score,
+            )
+        )
+    shares = importances(study)["score"]
+    assert shares["top"] > 0.9
+    assert sum(shares.values()) == pytest.approx(1)
+
+
 def test_no_trial_within_the_limit_is_a_clear_error(tiny_qwen3, tmp_path):
     objective = Objective(rollouts=BUDGET, at_most={"rollouts": 0})
     study = tune_tiny(tiny_qwen3, tmp_path, trials=1, objective=objective)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import optuna
+from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from fst_dspy.errors import ConfigError
@@ -21,7 +23,7 @@ def front(study: optuna.Study) -> list[FrozenTrial]:
     Trials above a limit (``Objective.at_most``) are left out; the list may be empty.
     """
     if len(study.directions) > 1:
-        sign = -1 if study.directions[0] == optuna.study.StudyDirection.MAXIMIZE else 1
+        sign = -1 if study.directions[0] == StudyDirection.MAXIMIZE else 1
         return sorted(study.best_trials, key=lambda trial: sign * trial.values[0])
     try:
         return [study.best_trial]
@@ -76,15 +78,19 @@ def importances(study: optuna.Study) -> dict[str, dict[str, float]]:
         return {}
     names = study.user_attrs.get("objective", {}).get("measures", ["score"])
     found = {}
-    for index, name in enumerate(names):
-        found[name] = optuna.importance.get_param_importances(
-            study, target=partial(_value, index=index)
-        )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="PedAnova.*low `target`")  # _loss is low
+        for index, name in enumerate(names):
+            sign = -1.0 if study.directions[index] == StudyDirection.MAXIMIZE else 1.0
+            found[name] = optuna.importance.get_param_importances(
+                study, target=partial(_loss, index=index, sign=sign)
+            )
     return found
 
 
-def _value(trial: FrozenTrial, index: int) -> float:
-    return trial.values[index]
+def _loss(trial: FrozenTrial, index: int, sign: float) -> float:
+    """One objective as PED-ANOVA wants it: it asks what makes the target low."""
+    return sign * trial.values[index]
 
 
 def draw_importances(importances: Mapping[str, Mapping[str, float]]) -> Figure:

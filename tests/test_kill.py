@@ -1,0 +1,21 @@
+"""The short version of ``benchmarks/kill_nine.py``: real kills of a real compile."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).parent.parent / "benchmarks" / "kill_nine.py"
+
+
+@pytest.mark.slow
+def test_a_compile_killed_at_random_instants_ends_as_if_it_had_not_been():
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), "--trials", "2", "--seed", "5"],
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "2 of 2 ended as the uninterrupted run" in done.stdout
