@@ -63,14 +63,17 @@ def group_rows(groups_P: Sequence[Group], scale_rewards: Scale) -> list[Training
     """
     return [
         TrainingRow(call.prompt_ids_T, call.completion_ids_T, call.logprobs_T, advantage)
-        for group, advantages_G in zip(groups_P, _advantages(groups_P, scale_rewards), strict=True)
+        for group, advantages_G in zip(
+            groups_P, step_advantages(groups_P, scale_rewards), strict=True
+        )
         for rollout, advantage in zip(group.rollouts_G, advantages_G, strict=True)
         for call in rollout.calls
         if call.completion_ids_T
     ]
 
 
-def _advantages(groups_P: Sequence[Group], scale_rewards: Scale) -> list[list[float]]:
+def step_advantages(groups_P: Sequence[Group], scale_rewards: Scale) -> list[list[float]]:
+    """The advantages of a step, G for each of P groups; see :func:`group_rows` for the scale."""
     if scale_rewards == "group":
         return [group_advantages(group) for group in groups_P]
     if scale_rewards == "none":

@@ -292,7 +292,7 @@ class _Run:
             stats=stats,
         )
         if self.folder is not None:
-            self.folder.record_step(record, groups_P)
+            self.folder.record_step(record, groups_P, slow.scale_rewards)
         seconds = add_seconds(state.seconds, "slow", started)
         started = time.monotonic()
         population = self._learn_from(state.population, seen, cycle)

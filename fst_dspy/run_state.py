@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from safetensors.torch import load_file, save
 
-from fst_dspy.advantage import group_advantages
+from fst_dspy.advantage import Scale, step_advantages
 from fst_dspy.candidate import (
     candidate_from_json,
     candidate_to_json,
@@ -84,12 +84,14 @@ class RunFolder:
         """Let go of the folder."""
         self.store.close()
 
-    def record_step(self, record: StepRecord, groups_P: Sequence[Group]) -> None:
+    def record_step(
+        self, record: StepRecord, groups_P: Sequence[Group], scale_rewards: Scale
+    ) -> None:
         """Log an optimizer step and its rollouts."""
         self.store.append("steps", [record])
         rows = []
-        for group in groups_P:
-            advantages_G = group_advantages(group)
+        advantages_P_G = step_advantages(groups_P, scale_rewards)
+        for group, advantages_G in zip(groups_P, advantages_P_G, strict=True):
             for rollout, advantage in zip(group.rollouts_G, advantages_G, strict=True):
                 rows.append(
                     {"step": record.step, "cycle": record.cycle, "advantage": advantage}

@@ -300,8 +300,8 @@ class CycleRecord:
         failure_shares: Share of the slow rollouts by kind of failure, 0 to 1.
         rollouts: Counts of this cycle.
         total_rollouts: Counts from the start of the run to the end of this cycle.
-        tokens: Prompt and completion tokens of this cycle.
-        seconds: Wall time of this cycle by channel: ``fast``, ``slow``, ``eval``.
+        tokens: Prompt and completion tokens from the start of the run.
+        seconds: Wall time from the start of the run, by channel: ``fast``, ``slow``, ``eval``.
         weights_version: Version id of the weights at the end of the cycle.
         proposals: What became of the fast channel's proposals from the start of the run, and what
             reflection cost (``FastPhase.report``).

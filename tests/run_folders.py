@@ -84,7 +84,7 @@ def write_run(
                 )
                 if step == 2:
                     record = replace(record, stats=replace(record.stats, skipped="constant"))
-                run.record_step(record, groups)
+                run.record_step(record, groups, "group")
                 counts = counts.plus(RolloutCounts(slow=len(rollouts)))
         skill = 0.2 + 0.6 * cycle / cycles
         population = _score(population, step, skill, rng)
