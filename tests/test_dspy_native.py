@@ -161,7 +161,8 @@ def test_grpo_trains_every_new_group_and_no_old_one(lm, monkeypatch):
     for groups, data in zip(given, trained, strict=True):
         distinct = {id(group) for group in groups}
         assert len(groups) == PENDING_BATCHES
-        assert len(data) == len(distinct - before) == 3 * (1 + 3)
+        # A group all of whose answers are empty is not sent, so there may be fewer.
+        assert 3 * (1 + 3) - 3 <= len(data) == len(distinct - before) <= 3 * (1 + 3)
         before = distinct
     assert any(len({id(g) for g in groups}) > 12 for groups in given), "nothing was carried over"
 

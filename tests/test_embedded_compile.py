@@ -67,7 +67,7 @@ def test_a_program_whose_signature_and_words_the_model_never_saw_improves():
     examples = unseen_task()
     train, val, test = examples[:40], examples[40:56], examples[56:]
     program, lm = dspy.ChainOfThought(ShelveFinding), LocalLM("embedded")
-    fst = FST(shelf_metric, seed=0, max_cycles=4, track_stats=True)
+    fst = FST(shelf_metric, seed=0, max_cycles=5, learning_rate=3e-4, track_stats=True)
     with dspy.context(lm=lm):
         result = fst.compile(program, trainset=train, valset=val).detailed_results
         runner = RolloutRunner(program, shelf_metric, lm, SamplingConfig(max_tokens=48), 9)
@@ -78,5 +78,5 @@ def test_a_program_whose_signature_and_words_the_model_never_saw_improves():
                 (result.best.candidate, result.best.version),
             )
         )
-    assert before < 0.3
-    assert after > before + 0.2
+    assert before < 0.1
+    assert after > before + 0.1

@@ -158,7 +158,7 @@ def test_yaml_extends_or_replaces_the_default_space(tmp_path):
         ("parameters: {learning_rte: {low: 1, high: 2}}", "did you mean 'learning_rate'"),
         ("parameters: {learning_rate: {low: a, high: 2}}", "not a number"),
         ("parameters: {learning_rate: {low: 1}}", "high"),
-        ("parameters: {learning_rate: 3}", "low and high"),
+        ("parameters: {learning_rate: 3}", "low: ..., high: ..."),
         ("extends: other\nparameters: {val_size: [1]}", "extends: default"),
         ("- 1", "mapping under 'parameters'"),
         ("a: [", "cannot read"),
@@ -223,7 +223,7 @@ def test_a_study_starts_with_the_defaults_and_its_best_settings_compile(tiny_qwe
     )
     assert states(study) == [TrialState.COMPLETE] * 4 and told == [0, 1, 2, 3]
     # SPACE holds no default of population_size (4), and so leaves it to be drawn.
-    assert study.trials[0].params["learning_rate"] == 3e-4
+    assert study.trials[0].params["learning_rate"] == FSTConfig().slow.learning_rate
     assert study.trials[0].params["rollouts_per_candidate"] == 2
     for trial in study.trials:
         folder = Path(trial.user_attrs["folder"])
@@ -285,7 +285,9 @@ def test_every_pruner_hears_of_the_cycles(pruner, tiny_qwen3, tmp_path):
 
 def test_several_objectives_with_a_limit_and_a_warm_start(tiny_qwen3, tmp_path):
     earlier = tune_tiny(tiny_qwen3, tmp_path / "earlier", trials=2)
-    objective = Objective(("score", "kl_to_base"), BUDGET, at_most={"kl_to_base": 0.5})
+    objective = Objective(
+        ("score", "kl_to_base"), BUDGET, at_most={"kl_to_base": 0.5}, pruner="none"
+    )
     study = tune_tiny(
         tiny_qwen3, tmp_path / "study", trials=5, objective=objective, warm_start=[earlier]
     )
@@ -557,7 +559,11 @@ def test_the_command_runs_a_study_and_writes_its_best_settings(tiny_qwen3, tmp_p
     assert shown.exit_code == 0, shown.output
     assert "1 completed, 0 pruned, 0 failed" in shown.output
     best = json.loads((tmp_path / "study" / "best.json").read_text())
-    assert best == {**settings, "learning_rate": 3e-4, "max_rollouts": BUDGET}
+    assert best == {
+        **settings,
+        "learning_rate": FSTConfig().slow.learning_rate,
+        "max_rollouts": BUDGET,
+    }
     assert (tmp_path / "study" / "front.png").exists()
     wrong = CliRunner().invoke(app, ["tune", PROGRAM, "--objective", "sore"])
     assert wrong.exit_code == 1 and "unknown measure" in wrong.output
