@@ -95,7 +95,8 @@ def main(
     """Run the trials and say how they ended."""
     rng = random.Random(seed)
     root = Path(tempfile.mkdtemp(prefix="kill-nine-"))
-    expected, seconds = {}, {}
+    expected: dict[bool, dict[str, object]] = {}
+    seconds: dict[bool, float] = {}
     for lora in (False, True):
         started = time.monotonic()
         finish(root / f"whole-{lora}", lora, None)
@@ -105,12 +106,15 @@ def main(
     for trial in range(trials):
         lora, folder = bool(trial % 2), root / f"trial-{trial}"
         for _ in range(rng.randint(1, 3)):
-            ended = finish(folder, lora, rng.uniform(0.1, seconds[lora]))
+            ended = finish(folder, lora, rng.uniform(0.1, 0.8 * seconds[lora]))
             kills += not ended
             if ended:
                 break
         finish(folder, lora, None)
-        same += outcome(folder) == expected[lora]
+        found = outcome(folder)
+        same += found == expected[lora]
+        odd = [name for name in found if found[name] != expected[lora][name]]
+        print(f"trial {trial}: {'differs in ' + ', '.join(odd) if odd else 'same'}", flush=True)
         shutil.rmtree(folder)
     shutil.rmtree(root)
     print(f"{kills} kills over {trials} runs; {same} of {trials} ended as the uninterrupted run")

@@ -131,9 +131,11 @@ class RunStore:
             return None
         folder = self.folder / "checkpoints" / str(numbers[-1])
         state = read_json(folder / "state.json")
-        for name, length in state.pop("lengths").items():
-            with open(self.folder / name, "a") as file:
-                file.truncate(length)
+        lengths = state.pop("lengths")
+        for path in self.folder.glob("*.jsonl"):
+            # A log that was begun after the checkpoint is cut back to nothing.
+            with open(path, "a") as file:
+                file.truncate(lengths.get(path.name, 0))
         return state, folder / "weights"
 
     def clear_logs(self) -> None:

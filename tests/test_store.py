@@ -40,9 +40,11 @@ def test_resuming_cuts_the_logs_back(tmp_path):
     store.append("cycles", [{"cycle": 0}])
     store.checkpoint({}, write_weights(""))
     store.append("cycles", [{"cycle": 1}])
+    store.append("steps", [{"step": 1}])  # begun after the checkpoint
     assert len(store.read("cycles")) == 2
     store.latest()
     assert store.read("cycles") == [{"cycle": 0}]
+    assert store.read("steps") == []
 
 
 def test_a_cut_off_last_line_is_left_out(tmp_path):
