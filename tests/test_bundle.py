@@ -29,6 +29,8 @@ from fst_dspy import LocalLM
 from fst_dspy.bundle import BundleSave
 from fst_dspy.errors import FSTError, ModelError, ProgramError, StoreError
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 FRESH = """
 import json, sys

@@ -7,6 +7,8 @@ from fst_dspy.cli import app, parse_settings
 from fst_dspy.errors import ProgramError
 from fst_dspy.tasks import load_task
 
+pytestmark = pytest.mark.slow
+
 PROGRAM = """
 import dspy
 from helpers import Echo, RawAdapter, questions, vowels

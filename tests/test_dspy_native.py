@@ -15,6 +15,7 @@ from fst_dspy.errors import ConfigError
 from fst_dspy.reinforce import PENDING_BATCHES, LocalReinforceJob
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.filterwarnings("error::DeprecationWarning"),
     pytest.mark.filterwarnings("error::PendingDeprecationWarning"),
     pytest.mark.filterwarnings("error::FutureWarning"),

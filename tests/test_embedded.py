@@ -29,6 +29,8 @@ from fst_dspy.embedded.corpus.words import HELD_OUT
 from fst_dspy.embedded.figures import score
 from fst_dspy.embedded.training import Recipe, Trainer
 
+pytestmark = pytest.mark.slow
+
 TINY = Recipe(
     hidden=16,
     mlp=16,

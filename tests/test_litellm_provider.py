@@ -16,6 +16,8 @@ from dspy.utils.exceptions import ContextWindowExceededError
 import fst_dspy
 from fst_dspy.litellm_provider import register
 
+pytestmark = pytest.mark.slow
+
 HELLO = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "hello"}]
 
 

@@ -5,6 +5,8 @@ import sys
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 CODE = """
 import logging, resource, sys
 sys.path.insert(0, {tests!r})

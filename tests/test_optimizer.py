@@ -17,6 +17,8 @@ from fst_dspy.errors import (
 )
 from fst_dspy.optimizer import pick_problems
 
+pytestmark = pytest.mark.slow
+
 SETTINGS = {
     "max_cycles": 2,
     "steps_per_cycle": 2,

@@ -19,6 +19,8 @@ from fst_dspy.slow import SlowTrainer
 from fst_dspy.train_input import encode_turn
 from fst_dspy.types import TrainingRow
 
+pytestmark = pytest.mark.slow
+
 CHAT, GRPO_CHAT = TrainDataFormat.CHAT, TrainDataFormat.GRPO_CHAT
 FAST = {"learning_rate": 1e-2}
 

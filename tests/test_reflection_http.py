@@ -23,6 +23,8 @@ from fst_dspy.reflection import ReflectionLMProposer, dropped_fields
 from fst_dspy.rollout import RolloutJob
 from fst_dspy.types import PredictorTrace, Rollout
 
+pytestmark = pytest.mark.slow
+
 # Offline, litellm would try for ten seconds to fetch its price list.
 os.environ.setdefault("LITELLM_LOCAL_MODEL_COST_MAP", "True")
 

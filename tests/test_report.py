@@ -25,6 +25,8 @@ from fst_dspy.report.watch import run_view, watch
 from fst_dspy.store import read_json, read_jsonl
 from fst_dspy.types import Candidate
 
+pytestmark = pytest.mark.slow
+
 VOID = {"meta", "link", "input", "br", "img"}
 
 

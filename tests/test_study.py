@@ -45,6 +45,8 @@ from fst_dspy.study.runner import StudyPlan, count_trials
 from fst_dspy.study.storage import open_storage, retried_numbers, worker_alive
 from fst_dspy.study.tuned import draw_settings
 
+pytestmark = pytest.mark.slow
+
 PROGRAM = str(Path(__file__).parent / "study_program.py")
 SPACE = Space(
     (

@@ -14,6 +14,8 @@ from fst_dspy.embedded.corpus.base import Question
 from fst_dspy.embedded.figures import Score, score
 from programs import triage
 
+pytestmark = pytest.mark.slow
+
 
 def test_splits_share_no_ticket() -> None:
     task = triage.load(3)
