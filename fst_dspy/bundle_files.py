@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from fst_dspy.errors import StoreError
+from fst_dspy.store import flush
 
 MANIFEST = "manifest.json"
 MAX_JSON_BYTES = 256 * 2**20
@@ -198,9 +199,9 @@ def write_folder(
             temporary.mkdir()
             write(temporary)
             for path in [*_walk(temporary), *_folders(temporary)]:
-                _flush(path)
+                flush(path)
             _swap_in(temporary, target)
-            _flush(target.parent)
+            flush(target.parent)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
     return target
@@ -252,14 +253,6 @@ def _keys(value: Any) -> Iterator[str]:
     if isinstance(value, dict | list):
         for child in children:
             yield from _keys(child)
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 @contextmanager

@@ -117,10 +117,10 @@ class RunStore:
             text = json.dumps({**state, "lengths": self._lengths()})
             (temporary / "state.json").write_text(text)
             for path in sorted(temporary.rglob("*")):
-                _flush(path)
-            _flush(temporary)
+                flush(path)
+            flush(temporary)
             os.replace(temporary, root / str(number))
-            _flush(root)
+            flush(root)
             for old in self._checkpoints()[:-KEPT_CHECKPOINTS]:
                 shutil.rmtree(root / str(old), ignore_errors=True)
 
@@ -159,7 +159,7 @@ class RunStore:
         return sorted(int(name) for name in names if name.isdigit())
 
     def _lengths(self) -> dict[str, int]:
-        return {path.name: _flush(path) for path in sorted(self.folder.glob("*.jsonl"))}
+        return {path.name: flush(path) for path in sorted(self.folder.glob("*.jsonl"))}
 
 
 def as_plain(row: Any) -> Any:
@@ -198,10 +198,11 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
-    _flush(path.parent)
+    flush(path.parent)
 
 
-def _flush(path: Path) -> int:
+def flush(path: Path) -> int:
+    """Flush a file or folder to disk, and return its length in bytes."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
