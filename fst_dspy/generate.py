@@ -1,7 +1,7 @@
 """Sampling from the policy: a decode loop of our own over a transformers model.
 
-It departs from ``model.generate`` where rollouts gain by it: equal prompts are read once and their
-cache is copied to the rows; finished rows leave the batch; every row samples from a counter-based
+It departs from ``model.generate`` where rollouts gain by it: equal prompts are read and kept once
+(``fst_dspy.prompt_cache``); finished rows leave the batch; every row samples from a counter-based
 generator of its own seed, so its tokens do not depend on what else is in the batch (beyond float
 noise); and the log-probability of each token is kept as it was sampled.
 """
@@ -18,15 +18,23 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
-from transformers.cache_utils import DynamicLayer
 
 from fst_dspy.errors import PromptTooLongError
 from fst_dspy.memory import is_out_of_memory
 from fst_dspy.policy import Policy
+from fst_dspy.prompt_cache import (
+    CannotShare,
+    can_share,
+    keep_rows,
+    make_room,
+    share,
+    shared_attention,
+)
 
 logger = logging.getLogger(__name__)
 
 MAX_BATCH_TOKENS = 65_536  # prompt and completion tokens of the rows decoded together
+SHARE_TOKENS = 2048  # prompt tokens of all rows, from which on rows share their prompts' cache
 LEAVE_SHARE = 0.25  # finished rows are dropped when they are this share of the batch
 
 
@@ -105,7 +113,10 @@ def generate(policy: Policy, requests: Sequence[GenerationRequest]) -> list[Gene
 def _run_chunk(policy: Policy, requests: Sequence[GenerationRequest]) -> list[GenerationResult]:
     """One batch; where memory runs out, its two halves."""
     try:
-        return _Batch(policy, requests).run()
+        try:
+            return _Batch(policy, requests).run()
+        except CannotShare:  # found out at the first new token; the second time it is known
+            return _Batch(policy, requests).run()
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error) or len(requests) == 1:
             raise
@@ -162,6 +173,7 @@ class _Batch:
         self.policy, self.requests = policy, requests
         self.model, self.tokenizer = policy.model, policy.tokenizer
         self.last_only = _last_only(self.model)
+        self.shares = False
         device = policy.device
         limits = [_room(policy, request) for request in requests]
         total, self.steps = len(requests), max(limits)
@@ -172,7 +184,10 @@ class _Batch:
         self.lengths = torch.zeros(total, dtype=torch.long, device=device)
         self.stopped = torch.zeros(total, dtype=torch.bool, device=device)
         self.limits = torch.tensor(limits, device=device)
-        self.temperature = torch.tensor([r.temperature for r in requests], device=device)
+        temperature = torch.tensor([r.temperature for r in requests], device=device)
+        self.greedy = temperature == 0
+        self.scale = temperature.masked_fill(self.greedy, 1.0)
+        self.any_greedy, self.any_scaled = bool(self.greedy.any()), bool((self.scale != 1).any())
         self.top_p = torch.tensor([r.top_p for r in requests], device=device)
         self.any_top_p = any(r.top_p < 1 for r in requests)
         self.any_stop = any(r.stop for r in requests)
@@ -191,11 +206,10 @@ class _Batch:
                 break
             if finished >= LEAVE_SHARE * len(rows) and hasattr(cache, "reorder_cache"):
                 keep = (~done).nonzero().squeeze(1)
-                cache.reorder_cache(keep)
+                keep_rows(cache, keep)
                 rows, next_B, done = rows[keep], next_B[keep], done[keep]
                 mask_BT, position_B = mask_BT[keep], position_B[keep]
-            mask_BT = pad(mask_BT, (0, 1), value=1)
-            logits_BV, cache = self._forward(next_B[:, None], mask_BT, position_B[:, None], cache)
+            logits_BV, cache, mask_BT = self._decode(next_B, mask_BT, position_B, cache)
             position_B = position_B + 1
         return self._results()
 
@@ -211,6 +225,10 @@ class _Batch:
         owner_B = torch.tensor(owner, device=device)
         ids_UT, mask_UT, lengths_U = ids_UT.to(device), mask_UT.to(device), lengths_U.to(device)
         logits_UV, cache = self._forward(ids_UT, mask_UT, _positions(mask_UT), None)
+        if len(owner) * longest >= SHARE_TOKENS and can_share(self.model):
+            self.shares = share(cache, owner_B, mask_UT, self.steps)
+        if self.shares:
+            return logits_UV[owner_B], cache, mask_UT[owner_B], lengths_U[owner_B]
         if not hasattr(cache, "reorder_cache") and len(distinct) < len(owner):
             logger.warning("equal prompts are read again: %s has no copies", type(cache).__name__)
             ids_BT, mask_BT = ids_UT[owner_B], mask_UT[owner_B]
@@ -218,11 +236,23 @@ class _Batch:
             return logits_BV, cache, mask_BT, lengths_U[owner_B]
         if len(distinct) < len(owner):
             cache.reorder_cache(owner_B)
-        _make_room(cache, self.steps)
+        make_room(cache, self.steps)
         return logits_UV[owner_B], cache, mask_UT[owner_B], lengths_U[owner_B]
 
+    def _decode(
+        self, next_B: Tensor, mask_BT: Tensor, position_B: Tensor, cache: Any
+    ) -> tuple[Tensor, Any, Tensor]:
+        """One more token a row."""
+        if self.shares:
+            with shared_attention(self.model, cache):
+                logits_BV, cache = self._forward(next_B[:, None], None, position_B[:, None], cache)
+        else:
+            mask_BT = pad(mask_BT, (0, 1), value=1)
+            logits_BV, cache = self._forward(next_B[:, None], mask_BT, position_B[:, None], cache)
+        return logits_BV, cache, mask_BT
+
     def _forward(
-        self, ids: Tensor, mask: Tensor, position: Tensor, cache: Any
+        self, ids: Tensor, mask: Tensor | None, position: Tensor, cache: Any
     ) -> tuple[Tensor, Any]:
         output = self.model(
             input_ids=ids,
@@ -235,16 +265,16 @@ class _Batch:
         return output.logits[:, -1].float(), output.past_key_values
 
     def _sample(self, logits_BV: Tensor, rows: Tensor, step: int) -> tuple[Tensor, Tensor]:
-        temperature_B1 = self.temperature[rows][:, None]
-        greedy_B = temperature_B1[:, 0] == 0
-        scaled_BV = logits_BV / temperature_B1.masked_fill(temperature_B1 == 0, 1.0)
-        logprob_BV = scaled_BV.log_softmax(-1)
-        chosen_B = _draw(
+        if self.any_scaled:
+            logits_BV = logits_BV / self.scale[rows][:, None]
+        logprob_BV = logits_BV.log_softmax(-1)
+        next_B = _draw(
             logprob_BV.exp(),
             self.uniform[rows, step],
             self.top_p[rows] if self.any_top_p else None,
         )
-        next_B = torch.where(greedy_B, logits_BV.argmax(-1), chosen_B)
+        if self.any_greedy:
+            next_B = torch.where(self.greedy[rows], logits_BV.argmax(-1), next_B)
         return next_B, logprob_BV.gather(1, next_B[:, None]).squeeze(1)
 
     def _update_done(self, done: Tensor, rows: Tensor, next_B: Tensor, step: int) -> Tensor:
@@ -288,45 +318,6 @@ class _Batch:
         ]
 
 
-class _RoomyLayer(DynamicLayer):
-    """Keys and values in a buffer with room for the whole completion.
-
-    The stock layer copies all it holds at every token, a quarter of the time of a small model.
-    """
-
-    def __init__(self, layer: DynamicLayer, steps: int) -> None:
-        super().__init__()
-        self.dtype, self.device, self.is_initialized = layer.dtype, layer.device, True
-        assert layer.keys is not None and layer.values is not None
-        self._length = layer.keys.shape[-2]
-        self._rooms = [pad(layer.keys, (0, 0, 0, steps)), pad(layer.values, (0, 0, 0, steps))]
-        self._show()
-
-    def _show(self) -> tuple[Tensor, Tensor]:
-        keys, values = (room[:, :, : self._length] for room in self._rooms)
-        self.keys, self.values = keys, values
-        return keys, values
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        start, self._length = self._length, self._length + key_states.shape[-2]
-        for room, new in zip(self._rooms, (key_states, value_states), strict=True):
-            room[:, :, start : self._length] = new
-        return self._show()
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        self._rooms = [room.index_select(0, beam_idx) for room in self._rooms]
-        self._show()
-
-
-def _make_room(cache: Any, steps: int) -> None:
-    layers = getattr(cache, "layers", [])
-    for place, layer in enumerate(layers):
-        if type(layer) is DynamicLayer and layer.is_initialized:
-            layers[place] = _RoomyLayer(layer, steps)
-
-
 def _positions(mask_BT: Tensor) -> Tensor:
     return (mask_BT.cumsum(1) - 1).clamp(min=0)
 
@@ -357,7 +348,7 @@ def _draw(prob_BV: Tensor, uniform_B: Tensor, top_p_B: Tensor | None) -> Tensor:
     target_B1 = (uniform_B * cumulative_BV[:, -1])[:, None]
     token_B = torch.searchsorted(cumulative_BV, target_B1, right=True).squeeze(1)
     # Rounding may put the target at the very end: stay on the last token that can be drawn.
-    last_B = prob_BV.shape[-1] - 1 - (prob_BV.flip(-1) > 0).int().argmax(-1)
+    last_B = torch.searchsorted(cumulative_BV, cumulative_BV[:, -1:].contiguous()).squeeze(1)
     return torch.minimum(token_B, last_B)
 
 

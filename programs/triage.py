@@ -12,6 +12,7 @@ from typing import Any
 
 import dspy
 
+from fst_dspy.errors import DataError
 from fst_dspy.types import Task
 
 TOPICS = (
@@ -58,7 +59,7 @@ def draw_tickets(seed: int, count: int) -> list[tuple[str, str]]:
     """``count`` different tickets with their topics, the topics as even as can be.
 
     Raises:
-        ValueError: when more are asked for than can be written (4,800).
+        DataError: More are asked for than can be written (4,800).
     """
     texts = {
         topic: [
@@ -71,7 +72,7 @@ def draw_tickets(seed: int, count: int) -> list[tuple[str, str]]:
     }
     limit = sum(map(len, texts.values()))
     if count > limit:
-        raise ValueError(f"{count} different tickets asked for; there are {limit}")
+        raise DataError(f"{count} different tickets asked for; there are {limit}")
     rng = Random(f"triage tickets {seed}")
     for lines in texts.values():
         rng.shuffle(lines)
@@ -107,7 +108,12 @@ def load(seed: int = 0, policy: int = 0, train: int = 200, val: int = 64, test: 
 
     Tasks of one seed and different ``policy`` have the same tickets in the same splits, with other
     right queues. No ticket is in two splits.
+
+    Raises:
+        DataError: More tickets than there are, or a negative number.
     """
+    if min(train, val, test) < 0:
+        raise DataError(f"a split cannot have fewer than 0 tickets: {train}, {val}, {test}")
     mapping = draw_policy(seed, policy)
     examples = [
         dspy.Example(ticket=text, queue=mapping[topic], topic=topic).with_inputs("ticket")
@@ -123,3 +129,17 @@ def load(seed: int = 0, policy: int = 0, train: int = 200, val: int = 64, test: 
         testset=examples[train + val :],
         ideal_instructions={"predict": f"{INSTRUCTIONS}\n{rules}"},
     )
+
+
+def stream(
+    seed: int = 0, tasks: int = 3, train: int = 200, val: int = 64, test: int = 200
+) -> list[Task]:
+    """A policy that changes ``tasks - 1`` times: the tasks of policies 0, 1, ... of one seed.
+
+    The tickets and their splits stay, so that an earlier task's rules are wrong for the next. A
+    topic may keep its queue by chance, on average less than one of 12.
+
+    Raises:
+        DataError: As for ``load``.
+    """
+    return [load(seed, policy, train, val, test) for policy in range(tasks)]

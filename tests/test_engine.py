@@ -15,8 +15,10 @@ import pytest
 import torch
 from dspy import lm15
 
-import fst_dspy.engine as engine_module
-from fst_dspy.engine import AsyncLocalEngine, BarrierBatcher, LocalEngine, Slot, prompt_ids
+import fst_dspy.calls as calls_module
+from fst_dspy.barrier import BarrierBatcher, Slot
+from fst_dspy.calls import prompt_ids
+from fst_dspy.engine import AsyncLocalEngine, LocalEngine
 from fst_dspy.errors import ModelError
 from fst_dspy.policy import Policy
 
@@ -166,7 +168,7 @@ def test_a_failure_in_generation_reaches_every_caller(
     def fail(*_: Any) -> Any:
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(engine_module, "generate", fail)
+    monkeypatch.setattr(calls_module, "generate", fail)
     with ThreadPoolExecutor(4) as pool:
         errors = list(pool.map(lambda i: _error_of(engine, ask(policy, str(i))), range(4)))
     assert [str(error) for error in errors] == ["out of memory"] * 4
@@ -279,14 +281,14 @@ def test_a_bad_call_or_a_crash_fails_only_its_own_rollout(policy: Policy) -> Non
 def test_a_failing_batch_reaches_all_in_it_and_the_next_one_works(
     policy: Policy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, failures = engine_module.generate, iter([True])
+    real, failures = calls_module.generate, iter([True])
 
     def sometimes(*args: Any) -> Any:
         if next(failures, False):
             raise RuntimeError("out of memory")
         return real(*args)
 
-    monkeypatch.setattr(engine_module, "generate", sometimes)
+    monkeypatch.setattr(calls_module, "generate", sometimes)
 
     def twice(engine: Any) -> None:
         assert str(_error_of(engine, ask(policy, "hi"))) == "out of memory"

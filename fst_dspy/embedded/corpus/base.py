@@ -68,6 +68,12 @@ class Question:
     answer: str
 
 
+STAGES_OF_ALL = ("joint", "polish", "calibrate")
+"""The stages that mix all families: chats of all kinds, harder ones, and a last one in which what
+the prompt leaves open weighs as much as what it says, so that guesses come as often as they should.
+"""
+
+
 class Family(Protocol):
     """A skill that the embedded model is taught.
 
@@ -82,7 +88,7 @@ class Family(Protocol):
     share: float
 
     def sample(self, rng: Random, stage: str) -> list[Message]:
-        """A training chat of a warm-up stage, by name, of ``"joint"`` or of ``"polish"``."""
+        """A training chat of a stage: of a warm-up by name, or of one of ``STAGES_OF_ALL``."""
 
     def questions(self, rng: Random, count: int, unseen: bool = False) -> Sequence[Question]:
         """``count`` test questions; ``unseen`` asks for words that no chat holds."""

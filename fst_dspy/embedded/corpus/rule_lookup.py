@@ -295,19 +295,22 @@ class RuleLookup:
     """See the module docstring; satisfies ``Family``."""
 
     name = "rule_lookup"
-    warmup = tuple(Stage(name, 150, 0.85) for name in DRILLS)
-    share = 1.0
+    warmup: tuple[Stage, ...] = (
+        *(Stage(name, 150, 0.85) for name in DRILLS),
+        Stage("chats", 300, 0.97),
+    )
+    share = 1.5
 
     def sample(self, rng: Random, stage: str) -> list[Message]:
-        """A drill of the named distance; for ``"joint"`` mostly chats in DSPy's format; for
-        ``"polish"`` such chats alone, most of them with inputs that are hard to read.
+        """A drill of the named distance; for ``"chats"`` and ``"joint"`` mostly chats in DSPy's
+        format; after them such chats alone, most of them with inputs that are hard to read.
         """
         draw = rng.random()
         if draw < 0.12:
             return repeat(rng)
-        if stage == "polish":
+        if stage in ("polish", "calibrate"):
             return chat(rng, noisy_sentence if draw < 0.8 else sentence)
-        if stage != "joint":
+        if stage in DRILLS:
             return drill(rng, DRILLS[stage])
         return chat(rng) if draw < 0.95 else drill(rng, DRILLS[rng.choice(list(DRILLS))])
 

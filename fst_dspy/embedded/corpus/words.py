@@ -64,7 +64,27 @@ ENGLISH: tuple[str, ...] = word_list(
     """
 )
 
-VOCABULARY: tuple[str, ...] = ENGLISH  # a token each
+NAMES: tuple[str, ...] = word_list(
+    """
+    Ada Alba Anton Basil Bea Boris Bruno Carla Cleo Conrad Dora Edgar Edith Elias Emil Enid Fabio
+    Flora Frida Gita Greta Hanna Hugo Ida Igor Ines Ivo Jonas Judith Kasper Kira Lars Lena Leo
+    Lotte Luca Marek Mira Nadia Nils Nora Olga Oscar Paula Petra Rafael Rosa Rufus Selma Sven Tara
+    Thea Tobias Ursula Vera Viktor Wanda Xenia Yara Zoe
+    """
+)
+TOWNS: tuple[str, ...] = word_list(
+    """
+    Ashford Barwick Belmont Brantham Calder Camborne Carlow Coldbrook Dalton Denby Dunmore Eastwell
+    Elmswood Fairhaven Farley Glenmoor Grafton Halden Harwick Hexham Holloway Kelby Kenfield Kirkby
+    Langdale Lindale Lowmoor Marlow Melford Milbury Norwood Oakham Otley Penrose Radley Redhill
+    Romford Rosedale Selby Silverton Stanmore Thornbury Tilbury Upton Walden Wexcombe Whitby Winslow
+    """
+)
+TERMS: tuple[str, ...] = word_list(
+    "reverse first last rest trim rotate ends swap supported refuted mayor means Backwards Forwards"
+)
+
+VOCABULARY: tuple[str, ...] = (*ENGLISH, *NAMES, *TOWNS, *TERMS)  # a token each
 
 _ONSETS = word_list(
     "b c d f g h j k l m n p r s t v w z b c d f l m n p r s t br cr dr fl gr pl sh st tr"
