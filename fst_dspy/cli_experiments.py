@@ -1,0 +1,227 @@
+"""The commands ``fst compare``, ``fst ablate`` and ``fst experiments show``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.panel import Panel
+
+from fst_dspy.errors import FSTError
+
+if TYPE_CHECKING:
+    from fst_dspy.experiments import Plan
+
+console = Console()
+experiments = typer.Typer(no_args_is_help=True, help="Look at what experiments have found.")
+
+Program = Annotated[
+    str, typer.Argument(help="A program's name or file, as for fst compile.", show_default=False)
+]
+Out = Annotated[
+    Path | None,
+    typer.Option(help="The store; started again with it, what has run is not run again."),
+]
+Model = Annotated[str, typer.Option(help='"embedded", a model folder or a hub id.')]
+Seeds = Annotated[int | None, typer.Option(min=1, help="Seeds of every arm; 5 if not given.")]
+Rollouts = Annotated[
+    int | None,
+    typer.Option(min=1, help="Budget of a run, all channels counted; 3000 if not given."),
+]
+Workers = Annotated[int, typer.Option(min=1, help="Processes at once; they share the cores.")]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="A setting of every arm as name=value; repeat for more."),
+]
+Samples = Annotated[
+    int | None, typer.Option(min=1, help="Rollouts a test example: mean@k; 4 if not given.")
+]
+TestSize = Annotated[int | None, typer.Option(min=1, help="Test examples; all if not given.")]
+ForgetOn = Annotated[
+    list[str] | None,
+    typer.Option(help="A program to test for forgetting, with its ideal prompts; repeat for more."),
+]
+ReflectionLM = Annotated[
+    str | None, typer.Option(help="Model that rewrites instructions, such as openai/gpt-5-mini.")
+]
+Quick = Annotated[bool, typer.Option("--quick", help="Minutes on two cores; says little.")]
+RESULTS = "Where results.md and the rest go; the store if not given."
+Results = Annotated[Path | None, typer.Option(help=RESULTS)]
+
+
+def compare(
+    program: Program,
+    arms: Annotated[
+        str | None, typer.Option(help="Comma-separated; all of them if not given.")
+    ] = None,
+    out: Out = None,
+    model: Model = "embedded",
+    seeds: Seeds = None,
+    rollouts: Rollouts = None,
+    workers: Workers = 1,
+    settings: Settings = None,
+    tune_rl: Annotated[
+        int, typer.Option(min=0, help="Trials of a study that tunes rl_only first.")
+    ] = 0,
+    rl_budget_factor: Annotated[
+        int, typer.Option(min=1, help="Run rl_only on so many times the budget too.")
+    ] = 1,
+    samples: Samples = None,
+    test_size: TestSize = None,
+    forget_on: ForgetOn = None,
+    reflection_lm: ReflectionLM = None,
+    quick: Quick = False,
+    results: Results = None,
+) -> None:
+    """Compare FST with RL alone, GEPA alone and others: same model, data, seeds and rollouts."""
+    with _errors_told():
+        with console.status("loading"):
+            from fst_dspy.cli_tune import trial_line
+            from fst_dspy.experiments import ARMS, ExperimentStore
+            from fst_dspy.experiments import compare as run_comparison
+        plan = _plan(
+            program,
+            model,
+            quick,
+            settings,
+            seeds=seeds,
+            rollouts=rollouts,
+            samples=samples,
+            test_size=test_size,
+            forget_on=tuple(forget_on) if forget_on else None,
+            reflection_lm=reflection_lm,
+        )
+        folder = out or default_folder("compare", program, quick)
+        failed = run_comparison(
+            ExperimentStore(folder),
+            plan,
+            arms.split(",") if arms else tuple(ARMS),
+            workers=workers,
+            rl_trials=tune_rl,
+            rl_budget_factor=rl_budget_factor,
+            console=console,
+            on_trial=lambda _study, trial: console.print(f"tuning rl_only: {trial_line(trial)}"),
+        )
+        _finish(folder, results, failed)
+
+
+def ablate(
+    program: Program,
+    axes: Annotated[
+        str | None,
+        typer.Option(
+            help="Comma-separated: K,T,advantage,reuse,first,demos,weights; all if not given."
+        ),
+    ] = None,
+    out: Out = None,
+    model: Model = "embedded",
+    seeds: Seeds = None,
+    rollouts: Rollouts = None,
+    workers: Workers = 1,
+    settings: Settings = None,
+    samples: Samples = None,
+    test_size: TestSize = None,
+    forget_on: ForgetOn = None,
+    reflection_lm: ReflectionLM = None,
+    quick: Quick = False,
+    results: Results = None,
+) -> None:
+    """Change one setting of FST at a time, to see what it is worth."""
+    with _errors_told():
+        with console.status("loading"):
+            from fst_dspy.experiments import AXES, ExperimentStore
+            from fst_dspy.experiments import ablate as run_ablation
+        plan = _plan(
+            program,
+            model,
+            quick,
+            settings,
+            seeds=seeds,
+            rollouts=rollouts,
+            samples=samples,
+            test_size=test_size,
+            forget_on=tuple(forget_on) if forget_on else None,
+            reflection_lm=reflection_lm,
+        )
+        folder = out or default_folder("ablate", program, quick)
+        chosen = axes.split(",") if axes else tuple(AXES)
+        failed = run_ablation(
+            ExperimentStore(folder), plan, chosen, workers=workers, console=console
+        )
+        _finish(folder, results, failed)
+
+
+@experiments.command()
+def show(
+    store: Annotated[Path, typer.Argument(help="The --out of fst compare or fst ablate.")],
+    out: Annotated[Path | None, typer.Option(help=RESULTS)] = None,
+) -> None:
+    """Write the tables and figures of a store, whatever has ended so far, and print them."""
+    with _errors_told():
+        _show(store, out)
+
+
+@experiments.callback()
+def main() -> None:
+    """Keeps ``show`` a subcommand."""
+
+
+def default_folder(protocol: str, program: str, quick: bool) -> Path:
+    """Where a protocol's store goes if nothing is said: ``runs/compare-triage``."""
+    from fst_dspy.tasks import find_program, split_arguments
+
+    name, arguments = split_arguments(program)
+    parts = [protocol, find_program(name).stem, *(f"{k}={v}" for k, v in arguments.items())]
+    return Path("runs") / "-".join([*parts, *(["quick"] if quick else [])]).replace("/", "_")
+
+
+def _plan(
+    program: str, model: str, quick: bool, settings: Sequence[str] | None, **given: Any
+) -> Plan:
+    """The plan of the options; what was not given is the plan's default, or the quick one's."""
+    from fst_dspy.cli import parse_settings
+    from fst_dspy.experiments import Plan
+    from fst_dspy.experiments.plan import QUICK, QUICK_SETTINGS
+
+    fields = {name: value for name, value in given.items() if value is not None}
+    own = parse_settings(list(settings or []))
+    return Plan(
+        program,
+        model,
+        settings={**QUICK_SETTINGS, **own} if quick else own,
+        **{**QUICK, **fields} if quick else fields,
+    )
+
+
+def _finish(folder: Path, results: Path | None, failed: Sequence[str]) -> None:
+    _show(folder, results)
+    if failed:
+        console.print(f"[red]failed: {', '.join(failed)}[/]; start it again to try them once more")
+        raise typer.Exit(1)
+
+
+def _show(folder: Path, out: Path | None) -> None:
+    with console.status("computing the tables"):
+        from fst_dspy.experiments import write_results
+
+        tables, files = write_results(folder, out)
+    for table in tables:
+        console.print(table.rich(), soft_wrap=True)
+    console.print(f"written: {', '.join(map(str, files))}", soft_wrap=True)
+
+
+@contextmanager
+def _errors_told() -> Iterator[None]:
+    """Turn what is wrong, and Ctrl-C, into a message and an exit code."""
+    try:
+        yield
+    except FSTError as error:
+        console.print(Panel(str(error), title=type(error).__name__, border_style="red"))
+        raise typer.Exit(1) from None
+    except KeyboardInterrupt:
+        console.print("\ninterrupted; start it again with the same --out to go on")
+        raise typer.Exit(130) from None

@@ -1,0 +1,287 @@
+"""Distillation steps: a student's calls, read again by a teacher under another context.
+
+The teacher is a fixed version of the weights under one candidate, the student the live weights
+under another. Every call that the student sampled is rendered again as the teacher's program would
+have put it, and the student is moved towards the teacher's next-token distributions on the
+student's own completion: reverse KL, exact over the vocabulary (Agarwal et al., 2024, "On-policy
+distillation of language models"). Reading costs no rollouts.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import dspy
+import torch
+from torch import Tensor
+from torch.nn.functional import kl_div
+
+from fst_dspy import distributed
+from fst_dspy.calls import no_streaming, prompt_ids
+from fst_dspy.candidate import bind
+from fst_dspy.config import SamplingConfig, SlowConfig
+from fst_dspy.drift import CHUNK_BYTES
+from fst_dspy.engine import AsyncLocalEngine
+from fst_dspy.errors import TrainingError
+from fst_dspy.local_lm import LocalLM
+from fst_dspy.memory import is_out_of_memory
+from fst_dspy.policy import Policy
+from fst_dspy.rollout import strict_adapter
+from fst_dspy.slow import SlowTrainer
+from fst_dspy.trl_stepper import Gradients, collate
+from fst_dspy.types import Call, Candidate, Rollout, StepStats, TrainingRow
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """One completion of the student's, under its own prompt and under the teacher's.
+
+    Attributes:
+        student, teacher: Rows with the same completion; the advantages are not used.
+    """
+
+    student: TrainingRow
+    teacher: TrainingRow
+
+
+class ContextReader:
+    """Renders the calls of rollouts again, as a program with other texts would have made them.
+
+    Args:
+        program: The program that the rollouts ran.
+        context: The other texts.
+        lm: The local model; it is not called.
+    """
+
+    def __init__(self, program: dspy.Module, context: Candidate, lm: LocalLM) -> None:
+        self.context_length = lm.policy.context_length
+        self._engine = _PromptEngine(lm.policy)
+        self._lm = lm.copy(
+            engine=self._engine,
+            async_engine=AsyncLocalEngine(self._engine),
+            cache=False,
+            num_retries=0,
+        )
+        self._adapter = strict_adapter(dspy.settings.adapter)
+        self._predictors = dict(bind(program, context).named_predictors())
+
+    def read(self, rollouts: Sequence[Rollout]) -> list[Reading]:
+        """One reading for each call of the rollouts, failed ones included.
+
+        Left out are empty completions, calls that cannot be told apart from others of their
+        predictor, and those that do not fit into the context window with the longer prompt.
+
+        Raises:
+            TrainingError: None is left.
+        """
+        readings = []
+        for rollout in rollouts:
+            for call, inputs in _calls_with_inputs(rollout):
+                ids = self.prompt_ids(call.predictor, inputs)
+                length = len(ids or ()) + len(call.completion_ids_T)
+                if ids is None or not call.completion_ids_T or length > self.context_length:
+                    logger.debug("a call of %s is left out", call.predictor)
+                    continue
+                rows = (
+                    TrainingRow(prompt, call.completion_ids_T, call.logprobs_T, 0.0)
+                    for prompt in (call.prompt_ids_T, ids)
+                )
+                readings.append(Reading(*rows))
+        if not readings:
+            raise TrainingError(
+                "none of the student's calls could be read under the teacher's context; its "
+                f"prompts and answers may be too long for {self.context_length} tokens"
+            )
+        return readings
+
+    def prompt_ids(self, predictor: str, inputs: dict[str, Any]) -> tuple[int, ...] | None:
+        """The prompt of one predictor's call under the context; ``None`` if it cannot be made."""
+        self._engine.ids = None
+        module = self._predictors[predictor]
+        # The engine stops the call once it has seen the prompt.
+        with (
+            dspy.context(adapter=self._adapter, callbacks=[], trace=None, disable_history=True),
+            suppress(Exception),
+        ):
+            module(lm=self._lm, **inputs)
+        return self._engine.ids
+
+
+class _PromptEngine:
+    """An engine that keeps the prompt of a call and answers nothing."""
+
+    def __init__(self, policy: Policy) -> None:
+        self.policy = policy
+        self.ids: tuple[int, ...] | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _PromptEngine:
+        return self
+
+    def complete(self, request: Any) -> Any:
+        self.ids = prompt_ids(self.policy, request)
+        raise _PromptSeen
+
+    def stream(self, request: Any) -> Iterator[Any]:
+        raise no_streaming()
+
+
+class _PromptSeen(Exception):
+    pass
+
+
+class DistillTrainer(SlowTrainer):
+    """The slow channel's optimizer, schedule and checkpoints, with the distillation loss.
+
+    Dropout is off, as in TRL's distillation trainers.
+
+    Args:
+        policy, slow, sampling, total_steps, seed: As for :class:`~fst_dspy.slow.SlowTrainer`.
+        teacher_version: The teacher's weights, at hand in the policy.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        slow: SlowConfig,
+        sampling: SamplingConfig,
+        total_steps: int,
+        seed: int,
+        teacher_version: str,
+    ) -> None:
+        super().__init__(policy, slow, sampling, total_steps, seed)
+        self.teacher_version = teacher_version
+        self.temperature = sampling.temperature
+
+    def imitate(self, readings: Sequence[Reading]) -> StepStats:
+        """Take exactly one optimizer step towards the teacher.
+
+        As in ``advance``, a loss or gradient that is not finite is dropped, several processes share
+        the readings out, and where memory runs out the micro-batches are halved. Where the student
+        is the teacher to the last bit (``"constant"``) no step is taken.
+
+        Args:
+            readings: At least one, sampled from the live weights.
+
+        Returns:
+            The loss is the reverse KL, nats a token, before the step.
+        """
+        sampled = [reading.student.completion_ids_T for reading in readings]
+        distributed.check_same("training rows", sampled)
+        while True:
+            try:
+                return self._imitate(readings)
+            except (MemoryError, RuntimeError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                self._halve_micro_batch(error)
+
+    def _imitate(self, readings: Sequence[Reading]) -> StepStats:
+        rows = [reading.student for reading in readings]
+        tokens = sum(len(row.completion_ids_T) for row in rows)
+        with self.policy.lock:
+            own = distributed.own_share(readings, _tokens)
+            try:
+                gradients = self._accumulate(own, tokens)
+                if distributed.processes() > 1:
+                    gradients = self._over_processes(gradients, [r.student for r in own])
+                if gradients.loss == 0:
+                    # What is left of the gradient is rounding, which Adam would blow up.
+                    return self._stats(rows, gradients, 0.0, "constant")
+                return self._update(rows, gradients)
+            finally:
+                self._trl.model.zero_grad()
+
+    def _accumulate(self, readings: Sequence[Reading], tokens: int) -> Gradients:
+        """Forward and backward; the loss is divided by the tokens of the whole step."""
+        loss = entropy = 0.0
+        own_tokens = sum(len(reading.student.completion_ids_T) for reading in readings)
+        for chunk in self._chunks(readings):
+            # The teacher reads a whole chunk at once, to swap its weights in as rarely as can be.
+            with self.policy.at(self.teacher_version), torch.no_grad():
+                teachers = [self._logprobs([r.teacher for r in batch])[0] for batch in chunk]
+            for batch, teacher_BTV in zip(chunk, teachers, strict=True):
+                student_BTV, mask_BT = self._logprobs([r.student for r in batch])
+                value = reverse_kl(student_BTV, teacher_BTV, mask_BT) / tokens
+                value.backward()
+                loss += value.item()
+                entropy += token_entropy(student_BTV.detach(), mask_BT) / own_tokens
+        return Gradients(loss, entropy, clip_share=0.0)
+
+    def _chunks(self, readings: Sequence[Reading]) -> Iterator[list[Sequence[Reading]]]:
+        """Micro-batches by length, in chunks whose log-probabilities fit in ``CHUNK_BYTES``."""
+        ordered = sorted(readings, key=_tokens)
+        size = self.micro_batch_size
+        batches = [ordered[start : start + size] for start in range(0, len(ordered), size)]
+        token_bytes = 4 * self.policy.model.config.get_text_config().vocab_size
+        chunk: list[Sequence[Reading]] = []
+        used = 0
+        for batch in batches:
+            longest = max(len(reading.student.completion_ids_T) for reading in batch)
+            need = len(batch) * longest * token_bytes
+            if chunk and used + need > CHUNK_BYTES:
+                yield chunk
+                chunk, used = [], 0
+            chunk.append(batch)
+            used += need
+        if chunk:
+            yield chunk
+
+    def _logprobs(self, rows: Sequence[TrainingRow]) -> tuple[Tensor, Tensor]:
+        """Log-probabilities over the vocabulary at the completion tokens, and these tokens' mask.
+
+        At the sampling temperature, in float32; of shape B x T x V and B x T.
+        """
+        pad_id, device = self.policy.tokenizer.pad_token_id, self.policy.device
+        batch = collate(rows, pad_id, device, on_policy=True)
+        with self._trl.compute_loss_context_manager():
+            output = self.policy.model(
+                input_ids=torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1),
+                attention_mask=torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1),
+                logits_to_keep=batch["completion_ids"].size(1) + 1,
+                use_cache=False,
+            )
+        logits_BTV = output.logits[:, :-1].float() / self.temperature
+        return logits_BTV.log_softmax(-1), batch["completion_mask"].bool()
+
+
+def reverse_kl(student_BTV: Tensor, teacher_BTV: Tensor, mask_BT: Tensor) -> Tensor:
+    """KL(student || teacher), nats, summed over the tokens of a mask.
+
+    As TRL's ``GKDTrainer.generalized_jsd_loss`` at ``beta=1``, without its division.
+
+    Args:
+        student_BTV, teacher_BTV: Log-probabilities over the vocabulary.
+        mask_BT: Which tokens count.
+    """
+    return kl_div(teacher_BTV[mask_BT], student_BTV[mask_BT], reduction="sum", log_target=True)
+
+
+def token_entropy(logprob_BTV: Tensor, mask_BT: Tensor) -> float:
+    """Entropy, nats, summed over the tokens of a mask."""
+    return torch.special.entr(logprob_BTV[mask_BT].exp()).sum().item()
+
+
+def _tokens(reading: Reading) -> int:
+    row = reading.student
+    return len(row.prompt_ids_T) + len(row.completion_ids_T)
+
+
+def _calls_with_inputs(rollout: Rollout) -> Iterator[tuple[Call, dict[str, Any]]]:
+    """The calls of a rollout with their predictor's inputs, predictor by predictor.
+
+    A predictor's calls and traces are matched in order; where an adapter calls several times, or
+    calls overtake each other, they do not match and are left out.
+    """
+    for name in dict.fromkeys(call.predictor for call in rollout.calls):
+        calls = [call for call in rollout.calls if call.predictor == name]
+        traces = [trace for trace in rollout.traces if trace.predictor == name]
+        if len(calls) == len(traces):
+            for call, trace in zip(calls, traces, strict=True):
+                if call.text == trace.text:
+                    yield call, dict(trace.inputs)

@@ -1,0 +1,153 @@
+"""The tables that set entries against one another: ``rl_only``, asymptotes, ablations."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from statistics import fmean
+from typing import Any
+
+from fst_dspy.errors import DataError
+from fst_dspy.experiments.ablate import REFERENCE
+from fst_dspy.experiments.runs import Run, by_label, scores_by_seed, shared_budget
+from fst_dspy.experiments.tables import (
+    CHANNELS,
+    COUNTED,
+    NONE,
+    Table,
+    counts_text,
+    interval_text,
+    mean_text,
+)
+from fst_dspy.measures import (
+    area_under_curve,
+    asymptote,
+    kl_at_matched_score,
+    mean_interval,
+    paired_difference,
+)
+
+RL = "rl_only"
+
+
+def against_rl(runs: Sequence[Run]) -> Table | None:
+    """Every entry against ``rl_only``, its longest runs, seed by seed; ``None`` without them."""
+    groups = by_label(runs)
+    candidates = [label for label, group in groups.items() if group[0].job.arm == RL]
+    if not candidates:
+        return None
+    label = max(candidates, key=lambda name: groups[name][0].job.rollouts)
+    reference = {run.job.seed: run for run in groups[label]}
+    rows = []
+    for name, group in groups.items():
+        pairs = [(run, reference[run.job.seed]) for run in group if run.job.seed in reference]
+        if name == label or not pairs:
+            continue
+        risen = [(run, rl) for run, rl in pairs if rl.best > rl.records[0].val_score]
+        to_best = [(run.rollouts_to_best_of(rl), rl.rollouts_to_best_of(rl)) for run, rl in risen]
+        reached = [(own, rls) for own, rls in to_best if own is not None and rls is not None]
+        matched = [kl_at_matched_score(run.records, rl.records) for run, rl in pairs]
+        lower = [100 * match.reduction for match in matched if match.reduction is not None]
+        tests = paired_difference(scores_by_seed(group), scores_by_seed(groups[label]))
+        rows.append(
+            (
+                name,
+                f"{len(reached)} of {len(risen)}",
+                mean_text([own for own, _ in reached], ".0f"),
+                mean_text([rls for _, rls in reached], ".0f"),
+                mean_text([rls / own for own, rls in reached], ".1f"),
+                mean_text([run.steps_to_best_of(rl) for run, rl in risen], ".0f"),
+                mean_text([match.score for match in matched], ".3f"),
+                mean_text(lower, ".0f"),
+                interval_text(tests.difference),
+            )
+        )
+    return Table(
+        f"Against {label}",
+        (
+            "arm",
+            "reached",
+            "rollouts",
+            "its own",
+            "times",
+            "steps",
+            "matched",
+            "KL less",
+            "test",
+        ),
+        tuple(rows),
+        f"Reached: seeds that reach {label}'s best validation score on the same seed, of those on "
+        "which it rose at all; then the rollouts of all channels that takes, its own, how many "
+        "times fewer, and the optimizer steps. Matched: the best score that both reach; KL less: "
+        "by how many percent the KL to the base is lower there. Test: difference, paired by seed.",
+    )
+
+
+def asymptotes(runs: Sequence[Run]) -> Table:
+    """The sigmoid's asymptote over all seeds of each entry."""
+    rows = []
+    for label, group in by_label(runs).items():
+        try:
+            found = asymptote([run.curve for run in group])
+        except DataError as error:  # scores outside of 0 to 1
+            rows.append((label, NONE, NONE, NONE, str(error)))
+            continue
+        rows.append(
+            (
+                label,
+                NONE if found.fit is None else f"{found.fit.asymptote:.3f}",
+                NONE if found.low is None else f"{found.low:.3f} to {found.high:.3f}",
+                NONE if found.fit is None else f"{100 * found.fit.rise_seen:.0f}",
+                found.problem or "",
+            )
+        )
+    return Table(
+        "Asymptote of the validation score",
+        ("arm", "asymptote", "interval", "% seen", ""),
+        tuple(rows),
+        "Four-parameter sigmoid through the points of all seeds, 95 % bootstrap interval over "
+        "seeds; where little of the rise has been seen, it is an extrapolation.",
+    )
+
+
+def ablations(runs: Sequence[Run], axes: Mapping[str, Mapping[str, Any]]) -> Table:
+    """Each variant beside the reference, axis by axis."""
+    groups, budget = by_label(runs), shared_budget(runs)
+    rows = []
+    for axis, variants in axes.items():
+        for label, change in variants.items():
+            group = groups.get(label, [])
+            if not group:
+                continue
+            difference = NONE
+            if label != REFERENCE and REFERENCE in groups:
+                paired = paired_difference(scores_by_seed(group), scores_by_seed(groups[REFERENCE]))
+                difference = interval_text(paired.difference)
+            areas = [area_under_curve(*run.curve, budget, running_best=True) for run in group]
+            rows.append(
+                (
+                    axis,
+                    ", ".join(f"{name}={value}" for name, value in change.items()),
+                    str(len(group)),
+                    interval_text(mean_interval(run.test for run in group)),
+                    difference,
+                    f"{fmean(areas):.3f}",
+                    f"{fmean(run.outcome.kl_to_base for run in group):.4f}",
+                    *counts_text(group),
+                )
+            )
+    return Table(
+        "Ablations",
+        (
+            "axis",
+            "setting",
+            "seeds",
+            "test",
+            "difference",
+            "area",
+            "KL",
+            *CHANNELS,
+        ),
+        tuple(rows),
+        "Difference to the reference, paired by seed; the row without one is the reference itself. "
+        f"Area: under the best validation score so far, to {budget} rollouts. {COUNTED}",
+    )

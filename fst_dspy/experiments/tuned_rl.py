@@ -1,0 +1,115 @@
+"""The baseline ``rl_only`` with settings of its own, found by a study at the same budget."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from optuna.trial import TrialState
+
+from fst_dspy.experiments.plan import Plan
+from fst_dspy.experiments.runner import ExperimentStore, threads_each
+from fst_dspy.study import Categorical, Float, Int, Objective, Space, best_settings, tune
+from fst_dspy.study.runner import OnTrial
+
+FOLDER = "tune-rl"
+SEED = 0
+
+
+def rl_space() -> Space:
+    """What a reinforcement learner is tuned in; FST's defaults are in it and are tried first.
+
+    Learning rate, clip, batch (problems times group), temperature, KL penalty, entropy bonus.
+    """
+    return Space(
+        (
+            Float("learning_rate", 1e-5, 1e-3, log=True),
+            Float("epsilon_high", 1.0, 8.0, log=True),
+            Int("problems_per_step", 4, 16, step=4),
+            Categorical("group_size", (4, 8, 16)),
+            Float("temperature", 0.7, 1.3),
+            Categorical("beta", (0.0, 1e-3, 1e-2, 1e-1)),
+            Categorical("entropy_coef", (0.0, 1e-3, 1e-2)),
+        )
+    )
+
+
+def tune_rl(
+    store: ExperimentStore,
+    plan: Plan,
+    trials: int,
+    *,
+    workers: int = 1,
+    on_trial: OnTrial | None = None,
+) -> dict[str, Any]:
+    """Tune ``rl_only`` on seed 0 of the plan's task; started again, the study goes on.
+
+    Every trial has the plan's budget and is measured by its best validation score within it. What
+    the plan's settings fix is not tuned. The outcome of every trial is noted down in the store.
+
+    Args:
+        store: Gets the study's folder, and ``about["tuned_rl"]``.
+        plan: The common footing.
+        trials: Trials in all; the first has FST's defaults.
+        workers: Processes at once.
+        on_trial: As for ``study.tune``.
+
+    Returns:
+        The best trial's settings, the plan's own included.
+
+    Raises:
+        ConfigError: No trial has completed, or all that could be tuned is fixed.
+        FSTError: As ``study.tune``.
+    """
+    space = rl_space()
+    space = space.without(*(p.name for p in space.parameters if p.name in plan.settings))
+    with _threads(threads_each(workers)):
+        study = tune(
+            plan.program,
+            lm=plan.model,
+            space=space,
+            objective=Objective(("score",), plan.rollouts),
+            fixed=plan.settings,
+            trials=trials,
+            workers=workers,
+            folder=store.folder / FOLDER,
+            seed=SEED,
+            arm="rl_only",
+            on_trial=on_trial,
+        )
+    best = best_settings(study)
+    del best["max_rollouts"]
+    store.about["tuned_rl"] = {
+        "seed": SEED,
+        "rollouts": plan.rollouts,
+        "settings": best,
+        "trials": [
+            {
+                "number": trial.number,
+                "state": trial.state.name.lower(),
+                "score": trial.values[0] if trial.state is TrialState.COMPLETE else None,
+                "spent": trial.user_attrs.get("spent"),
+                "settings": trial.params,
+                "error": trial.user_attrs.get("error"),
+            }
+            for trial in study.trials
+        ],
+    }
+    store.save()
+    return best
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    """The study's worker processes take their number of threads from the environment."""
+    before = os.environ.get("OMP_NUM_THREADS")
+    os.environ["OMP_NUM_THREADS"] = str(count)
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["OMP_NUM_THREADS"]
+        else:
+            os.environ["OMP_NUM_THREADS"] = before
