@@ -10,8 +10,11 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from fst_dspy import measures
     from fst_dspy.bundle import export, load, save
     from fst_dspy.config import FSTConfig, LoraConfig
+    from fst_dspy.continual import ContinualFST
+    from fst_dspy.distill import FSTDistill
     from fst_dspy.local_lm import LocalLM
     from fst_dspy.optimizer import FST
     from fst_dspy.proposers import Proposer
@@ -22,8 +25,10 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
+    "ContinualFST": "fst_dspy.continual",
     "FST": "fst_dspy.optimizer",
     "FSTConfig": "fst_dspy.config",
+    "FSTDistill": "fst_dspy.distill",
     "FSTResult": "fst_dspy.result",
     "LocalLM": "fst_dspy.local_lm",
     "LoraConfig": "fst_dspy.config",
@@ -35,9 +40,13 @@ _HOME = {
     "save": "fst_dspy.bundle",
 }
 
+_MODULES = ("measures",)
+
 __all__ = [
     "FST",
+    "ContinualFST",
     "FSTConfig",
+    "FSTDistill",
     "FSTResult",
     "LocalLM",
     "LoraConfig",
@@ -46,6 +55,7 @@ __all__ = [
     "TunedFST",
     "export",
     "load",
+    "measures",
     "save",
 ]
 
@@ -53,8 +63,10 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name in _HOME:
         return getattr(importlib.import_module(_HOME[name]), name)
+    if name in _MODULES:
+        return importlib.import_module(f"fst_dspy.{name}")
     raise AttributeError(f"module 'fst_dspy' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_HOME])
+    return sorted([*globals(), *_HOME, *_MODULES])

@@ -31,6 +31,19 @@ def constant_group_share(groups_P: Sequence[Group]) -> float:
     return sum(map(is_constant, groups_P)) / len(groups_P) if groups_P else 0.0
 
 
+def by_candidate(groups_P: Sequence[Group]) -> list[Group]:
+    """The groups cut up by candidate, for an advantage over a candidate's own rollouts alone.
+
+    Such an advantage cannot tell a good candidate's rollouts from a poor one's: what a step of
+    several candidates loses without one advantage a problem (paper, section 3).
+    """
+    return [
+        Group(group.example_id, tuple(r for r in group.rollouts_G if r.candidate_id == candidate))
+        for group in groups_P
+        for candidate in dict.fromkeys(rollout.candidate_id for rollout in group.rollouts_G)
+    ]
+
+
 def group_advantages(group: Group, divisor: float | None = None) -> list[float]:
     """The advantage of each rollout of a group: ``(r - mean) / divisor``.
 

@@ -10,8 +10,11 @@ import typer
 from rich.console import Console
 from rich.panel import Panel
 from rich.table import Table
+from rich.text import Text
 
+from fst_dspy import cli_experiments, distributed
 from fst_dspy.errors import FSTError
+from fst_dspy.tasks import read_value
 
 if TYPE_CHECKING:
     from fst_dspy.evaluate import Quadrants
@@ -22,10 +25,14 @@ app = typer.Typer(
     pretty_exceptions_show_locals=False,
     help="Fast-Slow Training: tune a DSPy program's prompts and its model's weights together.",
 )
-console = Console()
+console = Console(quiet=not distributed.is_main())
 
 Program = Annotated[
-    str, typer.Argument(help="A Python file with load(seed), or the name of a packaged program.")
+    str,
+    typer.Argument(
+        help="A Python file with load(seed), or the name of a packaged program; arguments for "
+        "load may follow, as in triage:policy=1,train=50."
+    ),
 ]
 Model = Annotated[str, typer.Option(help='"embedded", a model folder or a hub id.')]
 Out = Annotated[
@@ -42,6 +49,15 @@ ReflectionLM = Annotated[
     str | None,
     typer.Option(help="Model that rewrites instructions, such as openai/gpt-5-mini."),
 ]
+ReportTo = Annotated[
+    list[str] | None,
+    typer.Option(help="tensorboard, wandb or mlflow, in the run folder; repeat for more."),
+]
+
+
+app.command()(cli_experiments.compare)
+app.command()(cli_experiments.ablate)
+app.add_typer(cli_experiments.experiments, name="experiments")
 
 
 @app.callback()
@@ -59,12 +75,16 @@ def compile(
     auto: Preset = None,
     settings: Settings = None,
     reflection_lm: ReflectionLM = None,
+    report_to: ReportTo = None,
 ) -> None:
     """Compile a program with FST and report what each channel brought on the test set."""
     try:
-        _compile(program, model, out, seed, arm, auto, parse_settings(settings), reflection_lm)
+        given = parse_settings(settings)
+        _compile(program, model, out, seed, arm, auto, given, reflection_lm, report_to)
     except FSTError as error:
-        console.print(Panel(str(error), title=type(error).__name__, border_style="red"))
+        console.print(Panel(Text(str(error)), title=type(error).__name__, border_style="red"))
+        if not distributed.is_main():  # whose console is quiet
+            typer.echo(f"process {distributed.rank()}: {type(error).__name__}: {error}", err=True)
         raise typer.Exit(1) from None
     except KeyboardInterrupt as error:
         console.print(f"\n{error or 'interrupted'}")
@@ -92,7 +112,7 @@ def export(
 
             written = write_model_folder(source, folder, base=base)
     except FSTError as error:
-        console.print(Panel(str(error), title=type(error).__name__, border_style="red"))
+        console.print(Panel(Text(str(error)), title=type(error).__name__, border_style="red"))
         raise typer.Exit(1) from None
     console.print(f"model folder: {written}")
 
@@ -120,7 +140,7 @@ def report(
             console.print(f"writing {out} every {every:g} s; Ctrl-C ends it")
             follow(runs, out, every, model=model)
     except FSTError as error:
-        console.print(Panel(str(error), title=type(error).__name__, border_style="red"))
+        console.print(Panel(Text(str(error)), title=type(error).__name__, border_style="red"))
         raise typer.Exit(1) from None
     except KeyboardInterrupt:
         raise typer.Exit(130) from None
@@ -138,7 +158,7 @@ def watch(
     try:
         watch_run(run, console, every)
     except FSTError as error:
-        console.print(Panel(str(error), title=type(error).__name__, border_style="red"))
+        console.print(Panel(Text(str(error)), title=type(error).__name__, border_style="red"))
         raise typer.Exit(1) from None
     except KeyboardInterrupt:
         raise typer.Exit(130) from None
@@ -173,6 +193,8 @@ def tune(
     reflection_lm: ReflectionLM = None,
 ) -> None:
     """Tune FST's settings on a program with Optuna; --set holds settings fixed."""
+    if distributed.processes() > 1:
+        raise typer.BadParameter("a study starts its own processes: use --workers, not torchrun")
     try:
         with console.status("loading"):
             import dspy
@@ -199,7 +221,7 @@ def tune(
             reflection_lm=dspy.LM(reflection_lm) if reflection_lm else None,
         )
     except FSTError as error:
-        console.print(Panel(str(error), title=type(error).__name__, border_style="red"))
+        console.print(Panel(Text(str(error)), title=type(error).__name__, border_style="red"))
         raise typer.Exit(1) from None
     except KeyboardInterrupt:
         console.print(f"\ninterrupted; start it again with --out {out} to go on")
@@ -217,10 +239,7 @@ def parse_settings(settings: list[str] | None) -> dict[str, Any]:
         name, equals, text = setting.partition("=")
         if not equals:
             raise typer.BadParameter(f"--set takes name=value, got {setting!r}")
-        try:
-            parsed[name] = json.loads(text)
-        except json.JSONDecodeError:
-            parsed[name] = text
+        parsed[name] = read_value(text)
     return parsed
 
 
@@ -233,6 +252,7 @@ def _compile(
     auto: Any,
     settings: dict[str, Any],
     reflection_lm: str | None,
+    report_to: list[str] | None,
 ) -> None:
     with console.status("loading"):
         import dspy
@@ -254,6 +274,7 @@ def _compile(
         seed=seed,
         log_dir=out,
         track_stats=True,
+        report_to=report_to,
         progress=RichProgress(console),
         **settings,
     )
@@ -271,7 +292,7 @@ def _compile(
                 base_version=result.base_version,
                 trained_version=result.best.version,
             )
-    if out is not None:
+    if out is not None and distributed.is_main():
         _write_quadrants(out, tested)
     _report(result, tested)
 
@@ -295,7 +316,7 @@ def _report(result: FSTResult, tested: Quadrants) -> None:
     console.print(table)
     for component, text in result.best.candidate.components.items():
         if result.seed_candidate.components.get(component) != text:
-            console.print(Panel(text, title=component, border_style="green"))
+            console.print(Panel(Text(text), title=component, border_style="green"))
     counts, last = result.rollouts, result.records[result.best.cycle]
     console.print(
         f"{counts.total:,} rollouts (fast {counts.fast:,}, slow {counts.slow:,}, "

@@ -58,6 +58,8 @@ class FastConfig:
         cycle_iterations: GEPA iterations of each later fast phase.
         minibatch_size: Training examples reflected on in one iteration.
         instruction_tokens: Longest instruction a proposer may write, in tokens of the local model.
+        first_phase: Which phase opens the first cycle: ``"fast"``, as in the paper, or ``"slow"``,
+            which leaves that cycle to the slow channel alone. Later cycles are the same.
         demo_tokens: Most tokens that a predictor's learned demos may take in its prompt; 0 leaves
             demos alone.
         component_selector: Which component the next proposal rewrites: ``"round_robin"`` or
@@ -79,6 +81,7 @@ class FastConfig:
     cycle_iterations: int = 2
     minibatch_size: int = 12
     instruction_tokens: int = 256
+    first_phase: Literal["fast", "slow"] = "fast"
     demo_tokens: int = 0
     component_selector: Literal["round_robin", "worst_first"] = "round_robin"
     merge_iterations: int = 1
@@ -105,6 +108,10 @@ class FastConfig:
             self.component_selector in ("round_robin", "worst_first"),
             "component_selector must be 'round_robin' or 'worst_first', "
             f"got {self.component_selector!r}",
+        )
+        _require(
+            self.first_phase in ("fast", "slow"),
+            f"first_phase must be 'fast' or 'slow', got {self.first_phase!r}",
         )
 
 
@@ -147,7 +154,10 @@ class SlowConfig:
         epsilon_high: TRL's upper clip. With CISPO it is the cap on the importance weight itself
             (ScaleRL: 5.0); TRL's own default would scale every gradient by 0.2.
         scale_rewards: TRL's scaling of the advantage: ``"group"``, ``"batch"`` or ``"none"``.
+        advantage: What a rollout's reward is compared with: ``"problem"``, all G rollouts of the
+            problem, as in the paper, or ``"candidate"``, those under the same candidate alone.
         beta: Weight of TRL's KL penalty to the base model; 0 switches it off.
+        entropy_coef: Weight of TRL's entropy bonus, the mean entropy a token; 0 switches it off.
         micro_batch_size: Rows in one forward and backward pass.
         resample_constant: How often a step all of whose groups are constant (no gradient) draws
             other problems, at the cost of their rollouts, before it is skipped.
@@ -168,7 +178,9 @@ class SlowConfig:
     epsilon: float = 0.2
     epsilon_high: float = 5.0
     scale_rewards: Literal["group", "batch", "none"] = "group"
+    advantage: Literal["problem", "candidate"] = "problem"
     beta: float = 0.0
+    entropy_coef: float = 0.0
     micro_batch_size: int = 16
     resample_constant: int = 0
     max_bad_steps: int = 5
@@ -190,6 +202,7 @@ class SlowConfig:
             "max_grad_norm",
             "weight_decay",
             "beta",
+            "entropy_coef",
             "warmup_steps",
             "epsilon",
             "resample_constant",
@@ -200,6 +213,10 @@ class SlowConfig:
         _require(
             self.scale_rewards in ("group", "batch", "none"),
             f"scale_rewards is 'group', 'batch' or 'none', not {self.scale_rewards!r}",
+        )
+        _require(
+            self.advantage in ("problem", "candidate"),
+            f"advantage must be 'problem' or 'candidate', got {self.advantage!r}",
         )
 
 
@@ -264,6 +281,11 @@ class FSTConfig:
             f"group_size ({group_size}) must be a multiple of population_size ({population_size}), "
             "so that every candidate gets the same number of rollouts in a group; try "
             f"group_size={population_size * max(2, math.ceil(group_size / population_size))}",
+        )
+        _require(
+            self.slow.advantage == "problem" or group_size >= 2 * population_size,
+            "advantage='candidate' compares rollouts of one candidate: group_size must be at least "
+            f"twice population_size, got {group_size} and {population_size}",
         )
         constant = self.slow.lr_scheduler_type in ("constant", "constant_with_warmup")
         _require(

@@ -7,11 +7,13 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import dspy
 from gepa.core.adapter import EvaluationBatch
 
+from fst_dspy import distributed
 from fst_dspy.candidate import DEMOS, INSTRUCTIONS, make_candidate, split_component
 from fst_dspy.demos import DemoProposer
 from fst_dspy.proposers import CountsFaults, LearnsFromRecords, ProposalError, Proposer, Record
@@ -96,7 +98,9 @@ class Reflector:
             texts |= self.demos.propose(components, records, of_demos)
         if others:
             rows = {name: records[name] for name in others}
-            texts |= self.proposer.propose(components, rows, others)
+            # A language model would give each process another answer.
+            ask = partial(self.proposer.propose, components, rows, others)
+            texts |= distributed.from_main(ask)
         return texts
 
 

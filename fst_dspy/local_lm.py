@@ -11,7 +11,8 @@ import dspy
 import torch
 from dspy.clients.provider import Provider
 
-from fst_dspy.engine import DEFAULT_MAX_TOKENS, AsyncLocalEngine, LocalEngine
+from fst_dspy.calls import DEFAULT_MAX_TOKENS
+from fst_dspy.engine import AsyncLocalEngine, LocalEngine
 from fst_dspy.errors import ModelError
 from fst_dspy.policy import Policy
 

@@ -29,19 +29,21 @@ import random
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import dspy
 from dspy.teleprompt import Teleprompter
 
+from fst_dspy import distributed
 from fst_dspy import population as populations
-from fst_dspy.advantage import constant_group_share, group_rows
+from fst_dspy.advantage import by_candidate, constant_group_share, group_rows
 from fst_dspy.bundle import make_savable
 from fst_dspy.candidate import bind, example_id, seed_candidate
 from fst_dspy.checks import CheckedInput, check_first_rollouts, check_input
-from fst_dspy.config import Auto, FSTConfig
+from fst_dspy.config import Auto, FSTConfig, LoraConfig
 from fst_dspy.demos import DemoProposer
 from fst_dspy.drift import kl_to_base
 from fst_dspy.errors import ConfigError, TrainingError
@@ -49,28 +51,49 @@ from fst_dspy.evaluate import evaluate
 from fst_dspy.fast import FastPhase
 from fst_dspy.interrupt import Interrupt
 from fst_dspy.lessons import LessonProposer
-from fst_dspy.progress import ProgressListener, RichProgress, SilentProgress, StopRun
+from fst_dspy.local_lm import LocalLM
+from fst_dspy.policy import Policy
+from fst_dspy.progress import ProgressListener, SilentProgress, StopRun, default_progress
 from fst_dspy.proposers import Proposer
 from fst_dspy.reflection import ReflectionLMProposer
 from fst_dspy.result import Best, FSTResult
 from fst_dspy.rollout import RolloutJob, RolloutRunner, calls_of, trained_predictors
 from fst_dspy.run_state import LoopState, RunFolder
 from fst_dspy.slow import SlowTrainer
+from fst_dspy.trackers import Trackers, tracker_names
 from fst_dspy.trials import TrialPhase
 from fst_dspy.types import (
     Arm,
+    Candidate,
     CycleRecord,
     Group,
     Population,
     Rollout,
     RolloutCounts,
     StepRecord,
+    StepStats,
 )
 
 logger = logging.getLogger(__name__)
 
 KL_CALLS = 64
 """Validation calls that the KL to the base model is measured on."""
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a run begins with; the weights are those that the student's LM names.
+
+    Attributes:
+        candidates: The first population; the student's own texts where there are none.
+        counts, tokens, seconds: What finding them has cost, as in ``CycleRecord``; the run counts
+            on from there, also towards its budget.
+    """
+
+    candidates: tuple[Candidate, ...] = ()
+    counts: RolloutCounts = field(default_factory=RolloutCounts)
+    tokens: Mapping[str, int] = field(default_factory=dict)
+    seconds: Mapping[str, float] = field(default_factory=dict)
 
 
 class FST(Teleprompter):
@@ -90,6 +113,8 @@ class FST(Teleprompter):
             folder, settings and data.
         track_stats: Put an ``FSTResult`` on the compiled program as ``detailed_results``.
         instruction_proposer: A proposer of your own (``fst_dspy.Proposer``) in place of both.
+        report_to: ``"tensorboard"``, ``"wandb"`` or ``"mlflow"``, or several; each logs to the run
+            folder, and nowhere else unless told to. See ``fst_dspy.trackers``.
         progress: Hears what goes on; by default a live line on the terminal, and nothing where
             there is none.
         **settings: Any setting of ``fst_dspy.config``, flat: ``learning_rate=1e-4``,
@@ -110,6 +135,7 @@ class FST(Teleprompter):
         log_dir: str | os.PathLike[str] | None = None,
         track_stats: bool = False,
         instruction_proposer: Proposer | None = None,
+        report_to: str | Sequence[str] | None = None,
         progress: ProgressListener | None = None,
         **settings: Any,
     ) -> None:
@@ -126,6 +152,7 @@ class FST(Teleprompter):
         self.log_dir = Path(log_dir) if log_dir is not None else None
         self.track_stats = track_stats
         self.instruction_proposer = instruction_proposer
+        self.report_to = tracker_names(report_to)
         self.progress = progress
 
     def compile(
@@ -159,20 +186,35 @@ class FST(Teleprompter):
         """
         if teacher is not None:
             raise ConfigError("FST has no use for a teacher; pass the student alone")
+        return self.compile_from(Start(), student, trainset=trainset, valset=valset)
+
+    def compile_from(
+        self,
+        start: Start,
+        student: dspy.Module,
+        *,
+        trainset: list[dspy.Example],
+        valset: list[dspy.Example] | None = None,
+    ) -> dspy.Module:
+        """As ``compile``, from a population that was found before.
+
+        Raises:
+            ConfigError: Besides, a candidate that was made for another program.
+        """
         checked = check_input(student, self.metric, trainset, valset)
-        run = _Run(self, student, checked)
+        for candidate in start.candidates:
+            bind(student, candidate)
+        return self._finish(_Run(self, student, checked, start), student)
+
+    def _finish(self, run: _Run, student: dspy.Module) -> dspy.Module:
+        """Run the loop, and bind what it found into a copy of the student."""
         try:
             state = run.loop()
         finally:
             run.close()
         assert state.best is not None
-        compiled = bind(student, state.best.candidate)
-        checked.lm.policy.restore(state.best.version)
-        names = trained_predictors(student, checked.lm)
-        for name, predictor in compiled.named_predictors():
-            if name in names:
-                predictor.lm = checked.lm.at(state.best.version)
-        compiled._compiled = True
+        run.policy.restore(state.best.version)
+        compiled = bound_to(student, state.best.candidate, run.lm.at(state.best.version))
         result = run.result(state)
         if self.track_stats:
             compiled.detailed_results = result
@@ -183,22 +225,30 @@ class FST(Teleprompter):
 class _Run:
     """The parts of one compile, and the loop over them."""
 
-    def __init__(self, fst: FST, student: dspy.Module, checked: CheckedInput) -> None:
-        self.config, self.arm, self.seed = fst.config, fst.arm, fst.seed
+    def __init__(self, fst: FST, student: dspy.Module, checked: CheckedInput, start: Start) -> None:
+        self.config, self.arm, self.seed, self.start = fst.config, fst.arm, fst.seed, start
         self.lm, self.policy = checked.lm, checked.lm.policy
         self.trainset = checked.trainset
         self.valset = sample(checked.valset, self.config.sampling.val_size, self.seed)
         self.val_ids = tuple(example_id(example) for example in self.valset)
         self.seed_candidate = seed_candidate(student)
-        self.progress = fst.progress or default_progress()
-        self.fast_on, self.slow_on = self.arm != "rl_only", self.arm != "gepa_only"
-        self.folder = RunFolder(fst.log_dir) if fst.log_dir is not None else None
-        if self.folder is not None:
-            self.folder.begin(self._identity(checked))
+        main = distributed.is_main()
+        self.progress = (fst.progress or default_progress()) if main else SilentProgress()
+        self.fast_on, self.slow_on = self.arm in ("fst", "gepa_only"), self.arm != "gepa_only"
+        self.slow_opens = self.slow_on and self.config.fast.first_phase == "slow"
+        self.trained_before = checked.lm.version != self.policy.base_version
+        self.folder: RunFolder | None = None
+        distributed.from_main(partial(self._open_folder, fst.log_dir, checked))
+        self.trackers = Trackers(
+            fst.report_to if main else (),
+            self.folder.store if self.folder is not None else None,
+            {"arm": self.arm, "seed": self.seed, "model": checked.lm.version}
+            | self.config.to_dict(),
+        )
         self.policy.restore(checked.lm.version)
         self.policy.step = 0
         if self.slow_on and self.config.slow.lora is not None:
-            self.policy.add_lora(self.config.slow.lora, self.seed)
+            begin_lora(self.policy, self.config.slow.lora, self.seed)
         self.runner = RolloutRunner(
             student,
             fst.metric,
@@ -215,7 +265,8 @@ class _Run:
         state = self._resume() or self._start()
         self.progress.begin(self.config.budget)
         try:
-            with Interrupt(self.folder.path if self.folder else None) as interrupt:
+            folder = self.folder.path if self.folder else None
+            with self.trackers, Interrupt(folder) as interrupt:
                 if not state.records:
                     state = self._validate(state)
                 stopped = self._tell_cycle(state)
@@ -225,10 +276,13 @@ class _Run:
                         self._checkpoint(state)
                     while state.phase == "slow":
                         state = self._slow_step(state)
+                        self.trackers.step(state.steps[-1], state.counts.total)
                         self._stop_if_diverged(state)
+                        interrupt.requested = distributed.any_process(interrupt.requested)
                         self._checkpoint(state, now=interrupt.requested)
                         interrupt.stop_if_requested()
                     state = self._validate(state)
+                    interrupt.requested = distributed.any_process(interrupt.requested)
                     self._checkpoint(state)
                     stopped = self._tell_cycle(state)
                     interrupt.stop_if_requested()
@@ -245,7 +299,7 @@ class _Run:
         population = state.population
         if self.fast_on:
             self._tell(cycle, "fast phase")
-            first = state.cycle == 0
+            first = state.cycle == int(self.slow_opens)
             fast = self.config.fast
             population = self.fast.run(
                 self.runner,
@@ -280,8 +334,7 @@ class _Run:
             seen += rollouts
             if constant_group_share(groups_P) < 1:
                 break
-        assert self.trainer is not None
-        stats = self.trainer.advance(group_rows(groups_P, slow.scale_rewards))
+        stats = self._advance(groups_P)
         record = StepRecord(
             cycle=cycle,
             step=step,
@@ -314,7 +367,10 @@ class _Run:
         step: int,
         attempt: int,
     ) -> list[Group]:
-        """G rollouts a problem, spread over the candidates: one batch, one barrier."""
+        """G rollouts a problem, spread over the candidates: one batch, one barrier.
+
+        A group shares one advantage: the whole of it, or a candidate's part of it.
+        """
         slow = self.config.slow
         candidates_G = self.fast.lineup(population, slow.group_size)
         jobs = [
@@ -324,16 +380,22 @@ class _Run:
         ]
         rollouts = self.runner.run(jobs, channel="slow", salt=step)
         size = slow.group_size
-        return [
+        groups_P = [
             Group(example_id(example), tuple(rollouts[p * size : (p + 1) * size]))
             for p, example in enumerate(problems_P)
         ]
+        return by_candidate(groups_P) if slow.advantage == "candidate" else groups_P
+
+    def _advance(self, groups_P: Sequence[Group]) -> StepStats:
+        """Exactly one optimizer step on the groups."""
+        assert self.trainer is not None
+        return self.trainer.advance(group_rows(groups_P, self.config.slow.scale_rewards))
 
     def _learn_from(
         self, population: Population, rollouts: Sequence[Rollout], cycle: int
     ) -> Population:
         """Let the fast channel use the slow rollouts, which cost nothing more."""
-        if not self.fast_on:
+        if not self.fast_on or (self.slow_opens and cycle == 1):
             return population
         self.runner.counts = self.runner.counts.plus(RolloutCounts(reused=len(rollouts)))
         return self.fast.after_step(
@@ -368,21 +430,23 @@ class _Run:
                 population = replace(
                     population, score_K_V=scored.score_K_V, policy_version=self.policy.step
                 )
-            best_k = 0 if reuses else populations.best(population)
+            best_k = 0 if reuses and not first else populations.best(population)
             best_rollouts, val_score = scored.rollouts_K[best_k], scored.mean_K[best_k]
             if first:
                 check_first_rollouts(best_rollouts)
-            if self.policy.step > 0:
+            if self.policy.step > 0 or self.trained_before:
                 kl = kl_to_base(self.policy, calls_of(best_rollouts)[:KL_CALLS])
         seconds = add_seconds(state.seconds, "eval", started)
         record = self._record(state, cycle, population, val_score, kl, seconds)
+        facts = (record.weights_version, record.val_scores, record.candidate_ids)
+        distributed.check_same("weights and population", facts)
         best = self._best(state.best, record, population)
         if self.folder is not None:
             self.folder.record_cycle(record, population)
         return replace(
             state,
             cycle=cycle,
-            phase="fast",
+            phase="slow" if first and self.slow_opens else "fast",
             population=population,
             records=(*state.records, record),
             steps=(),
@@ -441,15 +505,20 @@ class _Run:
     # --- start, stop, resume --------------------------------------------------------------------
 
     def _start(self) -> LoopState:
-        population = Population((self.seed_candidate,), self.val_ids, (), 0)
-        return LoopState(population=population)
+        start = self.start
+        self.runner.counts = start.counts
+        self.runner.tokens |= start.tokens
+        population = Population(start.candidates or (self.seed_candidate,), self.val_ids, (), 0)
+        return LoopState(population=population, counts=start.counts, seconds=start.seconds)
 
     def _resume(self) -> LoopState | None:
-        found = self.folder.resume(self.policy, self.trainer) if self.folder else None
-        if found is not None:
-            self.fast.load_state(found.fast_state)
-            self.runner.counts = found.counts
-            self.runner.tokens = dict(found.tokens)
+        checkpoint = distributed.from_main(lambda: self.folder.latest() if self.folder else None)
+        if checkpoint is None:
+            return None
+        found = checkpoint.restore(self.policy, self.trainer)
+        self.fast.load_state(found.fast_state)
+        self.runner.counts = found.counts
+        self.runner.tokens = dict(found.tokens)
         return found
 
     def _finished(self, state: LoopState) -> bool:
@@ -460,7 +529,8 @@ class _Run:
             return True
         if budget.max_rollouts is not None and state.counts.total >= budget.max_rollouts:
             return True
-        return budget.max_seconds is not None and sum(state.seconds.values()) >= budget.max_seconds
+        late = budget.max_seconds is not None and sum(state.seconds.values()) >= budget.max_seconds
+        return distributed.any_process(late)  # their clocks differ
 
     def _stop_if_diverged(self, state: LoopState) -> None:
         """Stop where step after step gives no finite gradient; the last checkpoint stands."""
@@ -520,7 +590,9 @@ class _Run:
         )
 
     def _identity(self, checked: CheckedInput) -> dict[str, Any]:
+        start = [candidate.id for candidate in self.start.candidates]
         return {
+            **({"start": start} if start else {}),
             "arm": self.arm,
             "seed": self.seed,
             "settings": self.config.to_dict(),
@@ -535,11 +607,18 @@ class _Run:
 
     def _tell_cycle(self, state: LoopState) -> bool:
         """Tell that a cycle has ended; whether the listener wants the run to end with it."""
+        stop = False
+        self.trackers.cycle(state.records[-1], state.population)
         try:
             self.progress.cycle_done(state.records[-1])
         except StopRun:
-            return True
-        return False
+            stop = True
+        return distributed.any_process(stop)
+
+    def _open_folder(self, path: Path | None, checked: CheckedInput) -> None:
+        if path is not None:
+            self.folder = RunFolder(path)
+            self.folder.begin(self._identity(checked))
 
     def close(self) -> None:
         if self.folder is not None:
@@ -559,6 +638,33 @@ class _Run:
             weights_version=self.policy.version(),
             log_dir=str(self.folder.path) if self.folder is not None else None,
         )
+
+
+def begin_lora(policy: Policy, lora: LoraConfig, seed: int) -> None:
+    """Make adapters the trained weights: those that the live weights have, or fresh ones.
+
+    Raises:
+        ConfigError: The live weights have adapters of other settings.
+        ModelError: They have none and are not the base.
+    """
+    if policy.lora is None:
+        policy.add_lora(lora, seed)
+    elif policy.lora != lora:
+        raise ConfigError(
+            f"the weights {policy.version()} have adapters with {policy.lora}; train them on with "
+            f"the same lora settings, or start from {policy.base_version}"
+        )
+
+
+def bound_to(student: dspy.Module, candidate: Candidate, lm: LocalLM) -> dspy.Module:
+    """A compiled copy of a program: a candidate's texts in it, its trained predictors on ``lm``."""
+    compiled = bind(student, candidate)
+    names = trained_predictors(student, lm)
+    for name, predictor in compiled.named_predictors():
+        if name in names:
+            predictor.lm = lm
+    compiled._compiled = True
+    return compiled
 
 
 def pick_problems(
@@ -593,10 +699,3 @@ def mean(values: Sequence[float]) -> float:
 def add_seconds(seconds: Mapping[str, float], channel: str, started: float) -> dict[str, float]:
     """The seconds by channel, with the time since ``started`` added to one."""
     return {**seconds, channel: seconds.get(channel, 0.0) + time.monotonic() - started}
-
-
-def default_progress() -> ProgressListener:
-    """A live line where there is a terminal or a notebook to show it."""
-    progress = RichProgress()
-    shown = progress.console.is_terminal or progress.console.is_jupyter
-    return progress if shown else SilentProgress()

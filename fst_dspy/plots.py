@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from fst_dspy.types import Candidate, CycleRecord
 
@@ -52,9 +52,9 @@ def draw_comparison(runs: Mapping[str, Sequence[CycleRecord]], title: str) -> Fi
         runs: Records by label; the part of a label before the first comma is its arm.
         title: Above both panels.
     """
-    from matplotlib.figure import Figure
+    from fst_dspy.notebook_figure import NotebookFigure
 
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    figure = NotebookFigure(figsize=(9, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
     arms = list(dict.fromkeys(label.split(",")[0] for label in runs))
     for axes, curves in ((left, score_curves(runs)), (right, drift_curves(runs))):
@@ -122,10 +122,11 @@ def lineage(candidates: Sequence[Candidate], records: Sequence[CycleRecord]) -> 
 
 def draw_lineage(nodes: Sequence[LineageNode], title: str = "") -> Figure:
     """Score against the cycle of birth, a line from each parent to its child."""
-    from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    figure = Figure(figsize=(7, 3.6), layout="constrained")
+    from fst_dspy.notebook_figure import NotebookFigure
+
+    figure = NotebookFigure(figsize=(7, 3.6), layout="constrained")
     axes = figure.subplots()
     at = {node.id: (node.cycle, node.score) for node in nodes if node.score is not None}
     for node in nodes:
@@ -146,9 +147,9 @@ def draw_lineage(nodes: Sequence[LineageNode], title: str = "") -> Figure:
 
 def draw_curves(curves: Sequence[Curve], xlabel: str, ylabel: str, title: str = "") -> Figure:
     """Curves in one panel, with a legend where there is more than one."""
-    from matplotlib.figure import Figure
+    from fst_dspy.notebook_figure import NotebookFigure
 
-    figure = Figure(figsize=(5.5, 3.6), layout="constrained")
+    figure = NotebookFigure(figsize=(5.5, 3.6), layout="constrained")
     axes = figure.subplots()
     for curve in curves:
         axes.plot(curve.x, curve.y, ".-", label=curve.label)
@@ -167,3 +168,75 @@ def reward_curve(records: Sequence[CycleRecord]) -> Curve:
         tuple(float(record.total_rollouts.total) for record in trained),
         tuple(record.train_reward or 0.0 for record in trained),
     )
+
+
+CHANNELS = ("fast", "slow", "eval")
+
+
+def channel_counts(records: Sequence[CycleRecord]) -> dict[str, tuple[int, ...]]:
+    """Rollouts run in each cycle, by channel."""
+    return {
+        channel: tuple(getattr(record.rollouts, channel) for record in records)
+        for channel in CHANNELS
+    }
+
+
+def draw_channels(cycles: Sequence[int], counts: Mapping[str, Sequence[int]]) -> Figure:
+    """Stacked bars of the rollouts in each cycle.
+
+    Args:
+        cycles: The cycles' numbers.
+        counts: For each channel as many counts as there are cycles.
+    """
+    from matplotlib.ticker import MaxNLocator
+
+    from fst_dspy.notebook_figure import NotebookFigure
+
+    figure = NotebookFigure(figsize=(5.5, 3.6), layout="constrained")
+    axes = figure.subplots()
+    floor = [0] * len(cycles)
+    for channel, heights in counts.items():
+        axes.bar(cycles, heights, bottom=floor, label=f"{channel}, {sum(heights):,} in all")
+        floor = [low + height for low, height in zip(floor, heights, strict=True)]
+    axes.set(xlabel="cycle", ylabel="rollouts")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(axis="y", alpha=0.25)
+    axes.legend(frameon=False, fontsize=8)
+    return figure
+
+
+class FourScores(Protocol):
+    """What ``fst_dspy.evaluate.quadrants`` returns."""
+
+    @property
+    def base_original(self) -> float: ...
+    @property
+    def base_evolved(self) -> float: ...
+    @property
+    def trained_original(self) -> float: ...
+    @property
+    def trained_evolved(self) -> float: ...
+    @property
+    def examples(self) -> int: ...
+
+
+def draw_quadrants(scores: FourScores) -> Figure:
+    """Mean scores of base and trained weights (rows) under both contexts (columns)."""
+    from fst_dspy.notebook_figure import NotebookFigure
+
+    rows = (
+        (scores.base_original, scores.base_evolved),
+        (scores.trained_original, scores.trained_evolved),
+    )
+    top = max(1.0, *rows[0], *rows[1])
+    figure = NotebookFigure(figsize=(4.2, 3.2), layout="constrained")
+    axes = figure.subplots()
+    axes.imshow(rows, cmap="Blues", vmin=0, vmax=top)
+    for y, row in enumerate(rows):
+        for x, score in enumerate(row):
+            colour = "white" if score > 0.6 * top else "black"
+            axes.text(x, y, f"{score:.2f}", ha="center", va="center", color=colour, fontsize=14)
+    axes.set_xticks((0, 1), ("original context", "evolved context"))
+    axes.set_yticks((0, 1), ("base\nweights", "trained\nweights"))
+    axes.set_title(f"mean score on {scores.examples:,} examples", fontsize=10)
+    return figure

@@ -28,6 +28,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as hf_logging
 
+from fst_dspy import distributed
 from fst_dspy.config import LoraConfig
 from fst_dspy.embedded import path as embedded_path
 from fst_dspy.errors import ModelError
@@ -112,7 +113,7 @@ class Policy:
 
         Args:
             name_or_path: ``"embedded"`` for the model in the package, a folder, or a hub id.
-            device: Defaults to CUDA where there is one.
+            device: Defaults to CUDA where there is one; of several processes, each has its own.
             dtype: A torch dtype or its name; defaults to bfloat16 on CUDA and float32 elsewhere.
             trust_remote_code: Run Python code that comes with the model. Off unless asked for.
             name: First half of the version ids; defaults to the last part of ``name_or_path``.
@@ -122,8 +123,10 @@ class Policy:
 
         Raises:
             ModelError: The model does not exist, cannot be reached or cannot be read.
+            ConfigError: Several processes were set up to hold parts of the model.
         """
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        distributed.join(device.type)
         if dtype is None:
             dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
@@ -270,7 +273,7 @@ class Policy:
                     f"LoRA needs the base weights {self.base_version}, but {self.version()} is "
                     "live; call policy.restore(policy.base_version) first"
                 )
-            with torch.random.fork_rng():
+            with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
                 torch.manual_seed(seed)
                 self.model = _wrap(self.model, cfg, _OWN)
             self._lora = cfg

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from typing import Protocol
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
@@ -64,29 +65,21 @@ class RichProgress:
             transient=True,
         )
         self._task = self._bar.add_task("starting", total=None, rate="", left="")
-        self._budget = BudgetConfig(max_cycles=1)
-        self._started = 0.0
-        self._rollouts_before: int | None = None
+        self._pace = _Pace(BudgetConfig(max_cycles=1))
 
     def begin(self, budget: BudgetConfig) -> None:
-        self._budget = budget
-        self._started = time.monotonic()
+        self._pace = _Pace(budget)
         self._bar.start()
 
     def phase(self, cycle: int, name: str, counts: RolloutCounts) -> None:
-        if self._rollouts_before is None:
-            self._rollouts_before = counts.total
-        seconds = max(time.monotonic() - self._started, 1e-9)
-        rate = (counts.total - self._rollouts_before) / seconds
-        share = self._share(cycle, counts)
-        left = f"about {seconds * (1 - share) / share:.0f} s left" if share > 0.02 else ""
+        now = self._pace.at(cycle, counts)
         self._bar.update(
             self._task,
             description=f"cycle {cycle} · {name}",
-            completed=share,
+            completed=now.share,
             total=1.0,
-            rate=f"{counts.total:,} rollouts, {rate:.0f}/s",
-            left=left,
+            rate=now.rate,
+            left=now.left,
         )
 
     def cycle_done(self, record: CycleRecord) -> None:
@@ -95,8 +88,78 @@ class RichProgress:
     def end(self) -> None:
         self._bar.stop()
 
+
+class NotebookProgress:
+    """One plain-text output, rewritten in place: a line a cycle, and the phase under way below.
+
+    Needs no widgets; what is left at the end is a line a cycle.
+    """
+
+    def __init__(self) -> None:
+        self._pace = _Pace(BudgetConfig(max_cycles=1))
+        self._lines: list[str] = []
+        self._output: Any = None
+
+    def begin(self, budget: BudgetConfig) -> None:
+        from IPython.display import display
+
+        self._pace = _Pace(budget)
+        self._lines = []
+        self._output = display({"text/plain": "starting"}, raw=True, display_id=True)
+
+    def phase(self, cycle: int, name: str, counts: RolloutCounts) -> None:
+        now = self._pace.at(cycle, counts)
+        parts = (f"cycle {cycle:>3}  {name}", f"{now.share:.0%}", now.rate, now.left)
+        self._show("  ·  ".join(part for part in parts if part))
+
+    def cycle_done(self, record: CycleRecord) -> None:
+        self._lines.append(cycle_line(record))
+        self._show()
+
+    def end(self) -> None:
+        self._show()
+
+    def _show(self, *under_way: str) -> None:
+        self._output.update({"text/plain": "\n".join([*self._lines, *under_way])}, raw=True)
+
+
+def default_progress() -> ProgressListener:
+    """Shows itself where there is a terminal or a notebook, and says nothing elsewhere."""
+    console = Console(stderr=True)
+    if console.is_jupyter:
+        return NotebookProgress()
+    return RichProgress(console) if console.is_terminal else SilentProgress()
+
+
+@dataclass(frozen=True)
+class _Now:
+    """How far a run is: the share of its budget, 0 to 1, and what people read."""
+
+    share: float
+    rate: str
+    left: str
+
+
+class _Pace:
+    """How fast a run goes, from its start or from where it was taken up again."""
+
+    def __init__(self, budget: BudgetConfig) -> None:
+        self.budget = budget
+        self._started = time.monotonic()
+        self._rollouts_before: int | None = None
+
+    def at(self, cycle: int, counts: RolloutCounts) -> _Now:
+        """Where the run is at the start of a phase of ``cycle``."""
+        if self._rollouts_before is None:
+            self._rollouts_before = counts.total
+        seconds = max(time.monotonic() - self._started, 1e-9)
+        speed = (counts.total - self._rollouts_before) / seconds
+        share = self._share(cycle, counts)
+        left = f"about {seconds * (1 - share) / share:.0f} s left" if share > 0.02 else ""
+        return _Now(share, f"{counts.total:,} rollouts, {speed:.0f}/s", left)
+
     def _share(self, cycle: int, counts: RolloutCounts) -> float:
-        budget = self._budget
+        budget = self.budget
         shares = [0.0]
         if budget.max_cycles is not None:
             shares.append(max(0, cycle - 1) / budget.max_cycles)

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from rich.console import RenderableType
 
+    from fst_dspy.result_display import Lineage
+
 SCHEMA_VERSION = 1
 
 
@@ -42,7 +44,7 @@ class FSTResult:
     """What a compile did and found.
 
     Attributes:
-        arm: ``"fst"``, ``"rl_only"`` or ``"gepa_only"``.
+        arm: ``"fst"``, ``"rl_only"``, ``"gepa_only"`` or, of ``FSTDistill``, ``"fst_distill"``.
         seed: The seed it ran with.
         config: Every setting.
         records: One ``CycleRecord`` a cycle; the first is the student as it came.
@@ -115,6 +117,19 @@ class FSTResult:
         from fst_dspy import plots
 
         return plots.draw_lineage(plots.lineage(self.candidates(), self.records))
+
+    def plot_rollouts(self) -> Figure:
+        """Rollouts by channel, a bar a cycle."""
+        from fst_dspy import plots
+
+        cycles = [record.cycle for record in self.records]
+        return plots.draw_channels(cycles, plots.channel_counts(self.records))
+
+    def lineage(self) -> Lineage:
+        """The known candidates, each with what it changed in its parent's texts."""
+        from fst_dspy.result_display import Lineage
+
+        return Lineage.of(self)
 
     def _repr_html_(self) -> str:
         from fst_dspy.result_display import result_html

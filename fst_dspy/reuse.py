@@ -49,7 +49,15 @@ class RolloutPool:
 
     def to_json(self) -> list[dict[str, Any]]:
         """Plain values, for JSON."""
-        return [dataclasses.asdict(rollout) for rollout in self.rollouts]
+        # Not ``asdict``, which copies all texts: this is done at every optimizer step.
+        return [
+            vars(rollout)
+            | {
+                "traces": [vars(trace) for trace in rollout.traces],
+                "failure": vars(rollout.failure) if rollout.failure else None,
+            }
+            for rollout in self.rollouts
+        ]
 
 
 def pool_from_json(rows: Sequence[Mapping[str, Any]]) -> RolloutPool:

@@ -4,8 +4,8 @@ A rollout that fails is data: it is scored with the failure score, and its text 
 with it. Nothing that a program, a metric or the model does wrong to one rollout ends the others.
 
 Every rollout runs in a thread of its own over its own copy of the program. Generation happens when
-all of them are blocked on a model call (``engine.BarrierBatcher``): the largest possible batch, and
-the same one however the threads were scheduled, so the same seed gives the same rollouts.
+all of them are blocked on a model call (``fst_dspy.barrier``): the largest possible batch, and the
+same one however the threads were scheduled, so the same seed gives the same rollouts.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import copy
+import functools
 import hashlib
 import logging
 import threading
@@ -26,9 +27,10 @@ from dspy.adapters.chat_adapter import ChatAdapter
 from dspy.utils.callback import BaseCallback
 from dspy.utils.exceptions import AdapterParseError
 
+from fst_dspy import distributed
+from fst_dspy.barrier import BarrierBatcher, Slot
 from fst_dspy.candidate import bind, example_id, predictor_names
 from fst_dspy.config import SamplingConfig
-from fst_dspy.engine import BarrierBatcher, Slot
 from fst_dspy.errors import MetricError
 from fst_dspy.local_lm import LocalLM
 from fst_dspy.metric import Score, call_metric, gives_predictor_feedback, read_score
@@ -40,6 +42,9 @@ Channel = Literal["fast", "slow", "eval"]
 
 BOUND_PROGRAMS = 64
 """Programs with a candidate's texts in them that are kept to be copied."""
+
+WATCH_SECONDS = 0.25
+"""How often rollouts that are not done are looked at, for one that is stuck."""
 
 _in_rollout: contextvars.ContextVar[bool] = contextvars.ContextVar("in_rollout", default=False)
 
@@ -123,15 +128,21 @@ class RolloutRunner:
         """Run the jobs and return their rollouts in the same order.
 
         Args:
-            jobs: What to run; ``sampling.num_threads`` of them are alive at once.
+            jobs: What to run; ``sampling.num_threads`` of them are alive at once. Several
+                processes are given the same jobs and share them out.
             channel: Where the rollouts are counted.
             salt: Tells apart repeated runs of the same job, such as the optimizer step.
             version: The weights to sample from; ``None`` means the live ones.
         """
-        size = self.sampling.num_threads
-        rollouts: list[Rollout] = []
-        for start in range(0, len(jobs), size):
-            rollouts += self._run_batch(jobs[start : start + size], channel, salt, version)
+
+        def run_own(own: list[RolloutJob]) -> list[Rollout]:
+            size = self.sampling.num_threads
+            rollouts: list[Rollout] = []
+            for start in range(0, len(own), size):
+                rollouts += self._run_batch(own[start : start + size], channel, salt, version)
+            return rollouts
+
+        rollouts = distributed.spread(run_own, jobs)
         self.counts = self.counts.plus(RolloutCounts(**{channel: len(jobs)}))
         for rollout in rollouts:
             for call in rollout.calls:
@@ -154,10 +165,10 @@ class RolloutRunner:
         try:
             for run in runs:
                 run.start()
-            while waiting := [run for run in runs if not run.done.wait(timeout=0.0)]:
-                waiting[0].done.wait(timeout=0.25)
-                for run in waiting:
-                    run.give_up_if_stuck(self.sampling.rollout_timeout)
+            for run in runs:
+                while not run.done.wait(timeout=WATCH_SECONDS):
+                    for other in runs:
+                        other.give_up_if_stuck(self.sampling.rollout_timeout)
         except BaseException:
             for run in runs:
                 run.give_up("interrupted")
@@ -207,7 +218,9 @@ class _Run:
         threading.Thread(target=context.run, args=(self._work,), daemon=True).start()
 
     def give_up_if_stuck(self, timeout: float | None) -> None:
-        if timeout is not None and self.clock.seconds() > timeout:
+        if self.done.is_set() or timeout is None:
+            return
+        if self.clock.seconds() > timeout:
             self.give_up(f"no answer within {timeout:g} s outside the model")
 
     def give_up(self, message: str) -> None:
@@ -244,17 +257,17 @@ class _Run:
 
     def _run_program(self) -> Any:
         program = self.runner.bound(self.job.candidate)
-        self.recorder.names = {
-            id(predictor): name for name, predictor in program.named_predictors()
-        }
         self.predictors = dict(program.named_predictors())
+        self.recorder.names = {id(predictor): name for name, predictor in self.predictors.items()}
         for name, predictor in self.predictors.items():
+            # On the predictors, not in the settings: those would hear adapter and LM as well, at a
+            # quarter of what DSPy takes for a call.
+            predictor.callbacks = [*predictor.callbacks, self.recorder]
             if predictor.lm is None or _shares_policy(predictor.lm, self.runner.policy):
                 predictor.lm = self._slot_lm(name)
         with dspy.context(
             lm=self._slot_lm("unnamed"),
             adapter=self.runner._adapter,
-            callbacks=[*dspy.settings.callbacks, self.recorder],
             trace=[],
             disable_history=True,
         ):
@@ -395,7 +408,7 @@ class _WatchedAsyncEngine(_WatchedEngine):
 
 
 class _TraceRecorder(BaseCallback):
-    """Keeps what every predictor was given and what was parsed, failures included."""
+    """Keeps what each of the program's predictors was given and what was parsed, also in vain."""
 
     def __init__(self, slot: Slot) -> None:
         self.slot = slot
@@ -403,9 +416,10 @@ class _TraceRecorder(BaseCallback):
         self.traces: list[PredictorTrace] = []
         self._open: dict[str, tuple[str, dict[str, Any], int]] = {}
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> _TraceRecorder:
+        return self  # a program may copy its predictors
+
     def on_module_start(self, call_id: str, instance: Any, inputs: dict[str, Any]) -> None:
-        if not isinstance(instance, dspy.Predict):
-            return
         given = inputs.get("kwargs", {})
         fields = {k: v for k, v in given.items() if k in instance.signature.input_fields}
         name = self.names.get(id(instance), "unnamed")
@@ -436,10 +450,15 @@ def strict_adapter(adapter: dspy.Adapter | None) -> dspy.Adapter:
     The second try hides format failures from the reward and adds a call nobody asked for.
     """
     if adapter is None:
-        return ChatAdapter(use_json_adapter_fallback=False)
-    if isinstance(adapter, ChatAdapter) and adapter.use_json_adapter_fallback:
+        adapter = ChatAdapter()
+    if isinstance(adapter, ChatAdapter):
         adapter = copy.copy(adapter)
         adapter.use_json_adapter_fallback = False
+    if type(adapter) is ChatAdapter:
+        # It writes a signature out, which is the same for all rollouts of a candidate; that is a
+        # third of DSPy's own time for a call.
+        written = functools.lru_cache(BOUND_PROGRAMS)(adapter.format_system_message)
+        adapter.format_system_message = written
     return adapter
 
 

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from safetensors.torch import load_file, save
 
+from fst_dspy import distributed
 from fst_dspy.advantage import Scale, step_advantages
 from fst_dspy.candidate import (
     candidate_from_json,
@@ -23,7 +24,7 @@ from fst_dspy.errors import StoreError
 from fst_dspy.policy import Policy
 from fst_dspy.result import Best, FSTResult
 from fst_dspy.slow import SlowTrainer
-from fst_dspy.store import RunStore, write_atomically
+from fst_dspy.store import RunStore, read_json, write_atomically
 from fst_dspy.types import (
     CycleRecord,
     Group,
@@ -68,6 +69,39 @@ class LoopState:
     fast_state: Mapping[str, Any] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint in the run folder.
+
+    Attributes:
+        state: The loop's state, as plain values.
+        weights: Folder of the trainer's tensors.
+        best: File of the best weights; ``None`` before the first validation.
+    """
+
+    state: Mapping[str, Any]
+    weights: Path
+    best: Path | None
+
+    def restore(self, policy: Policy, trainer: SlowTrainer | None) -> LoopState:
+        """Put weights and optimizer back, and return the loop's state.
+
+        Raises:
+            StoreError: A file is missing.
+        """
+        state = state_from_json(self.state)
+        if state.best is not None and state.best.version != policy.version():
+            if self.best is None or not self.best.exists():
+                raise StoreError(f"the run folder lacks the best weights, {self.best}")
+            policy.load_trainable_state(load_file(self.best))
+            policy.keep()
+        elif state.best is not None:
+            policy.keep()
+        if trainer is not None:
+            trainer.load(self.weights)
+        return state
+
+
 class RunFolder:
     """What the joint loop writes to its run folder, and reads back to go on."""
 
@@ -78,7 +112,16 @@ class RunFolder:
 
     def begin(self, identity: Mapping[str, Any]) -> None:
         """Claim the folder for this run, or recognise it as this run's own."""
-        self.store.begin({**identity, "environment": environment()})
+        count, config = distributed.processes(), self.path / "config.json"
+        before = read_json(config).get("processes", 1) if config.exists() else count
+        if before != count:
+            raise StoreError(
+                f"the run in {self.path} was begun with {before} processes, not {count}, which "
+                f"round differently; go on with {before} (torchrun --nproc_per_node {before}), or "
+                "choose another folder"
+            )
+        several = {"processes": count} if count > 1 else {}
+        self.store.begin({**identity, **several, "environment": environment()})
 
     def close(self) -> None:
         """Let go of the folder."""
@@ -95,7 +138,7 @@ class RunFolder:
             for rollout, advantage in zip(group.rollouts_G, advantages_G, strict=True):
                 rows.append(
                     {"step": record.step, "cycle": record.cycle, "advantage": advantage}
-                    | asdict(rollout)
+                    | vars(rollout)
                 )
         self.store.append("rollouts", rows)
 
@@ -122,29 +165,15 @@ class RunFolder:
             self.store.keep_versions([state.best.version])
         self._saved_at = time.monotonic()
 
-    def resume(self, policy: Policy, trainer: SlowTrainer | None) -> LoopState | None:
-        """The state of the newest checkpoint, with weights and optimizer put back; else ``None``.
-
-        Raises:
-            StoreError: The best weights' file is missing.
-        """
+    def latest(self) -> Checkpoint | None:
+        """The newest checkpoint; ``None``, and no logs, when there is none."""
         found = self.store.latest()
         if found is None:
             self.store.clear_logs()
             return None
-        plain, weights = found
-        state = state_from_json(plain)
-        if state.best is not None and state.best.version != policy.version():
-            path = self.store.version_path(state.best.version)
-            if not path.exists():
-                raise StoreError(f"the run folder lacks the best weights, {path}")
-            policy.load_trainable_state(load_file(path))
-            policy.keep()
-        elif state.best is not None:
-            policy.keep()
-        if trainer is not None:
-            trainer.load(weights)
-        return state
+        state, weights = found
+        best = self.store.version_path(state["best"]["version"]) if state["best"] else None
+        return Checkpoint(state, weights, best)
 
     def finish(self, result: FSTResult) -> None:
         """Write the outcome."""
@@ -155,7 +184,9 @@ def state_to_json(state: LoopState) -> dict[str, Any]:
     """The state as plain values."""
     best = state.best
     return {
-        **asdict(replace(state, population=None, best=None)),  # type: ignore[arg-type]
+        # Its fast state is plain already, and the most there is to copy.
+        **asdict(replace(state, population=None, best=None, fast_state={})),  # type: ignore[arg-type]
+        "fast_state": state.fast_state,
         "population": population_to_json(state.population),
         "best": None
         if best is None

@@ -21,8 +21,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from fst_dspy import distributed
 from fst_dspy.config import SamplingConfig, SlowConfig
 from fst_dspy.errors import ModelError, StoreError, TrainingError
+from fst_dspy.master_weights import PREFIX as MASTERS
 from fst_dspy.memory import is_out_of_memory
 from fst_dspy.policy import Policy
 from fst_dspy.trl_stepper import Gradients, SteppedGRPOTrainer, collate
@@ -63,7 +65,7 @@ class SlowTrainer:
             total_steps: Length of the learning rate schedule, in optimizer steps.
             seed: Seed of dropout.
         """
-        self.policy, self.slow = policy, slow
+        self.policy, self.slow, self.seed = policy, slow, seed
         self.micro_batch_size = slow.micro_batch_size
         with policy.lock:
             self._trl = SteppedGRPOTrainer(
@@ -81,15 +83,17 @@ class SlowTrainer:
         """Take exactly one optimizer step on the rows.
 
         No step is taken, weights, optimizer and schedule stay untouched, and ``skipped`` says why
-        when all advantages are 0 and there is no KL penalty (``"constant"``; loss and norm are
-        then 0 and the entropy is estimated from the sampling log-probabilities), or when loss or
-        gradient is not finite (``"non_finite"``; what is not finite is reported as 0).
+        when all advantages are 0 and there is neither KL penalty nor entropy bonus
+        (``"constant"``; loss and norm are then 0 and the entropy is estimated from the sampling
+        log-probabilities), or when loss or gradient is not finite (``"non_finite"``; what is not
+        finite is reported as 0).
 
-        Rows with advantage 0 have no gradient without a KL penalty: they count in the loss's
+        Rows with advantage 0 have no gradient without penalty or bonus: they count in the loss's
         normaliser, but are not run, and the entropy is that of the others.
 
         Args:
             rows: Any number, each with a completion, sampled at the configured temperature.
+                Several processes are given the same rows and share them out.
             on_policy: Whether the rows were sampled from the weights as they are. If not, their
                 sampling log-probabilities give the importance ratio.
 
@@ -102,7 +106,10 @@ class SlowTrainer:
             raise TrainingError("a training row has no completion; leave such rows out")
         if self._trl.model is not self.policy.model:
             raise TrainingError("the policy's adapters were changed; make a new SlowTrainer")
-        live_rows = [row for row in rows if row.advantage != 0 or self.slow.beta]
+        sampled = [(row.completion_ids_T, row.advantage) for row in rows]
+        distributed.check_same("training rows", sampled)
+        all_count = self.slow.beta or self.slow.entropy_coef
+        live_rows = [row for row in rows if row.advantage != 0 or all_count]
         if not live_rows:
             return self._stats(rows, Gradients(0.0, _sampled_entropy(rows), 0.0), 0.0, "constant")
         while True:
@@ -117,16 +124,19 @@ class SlowTrainer:
         self, rows: Sequence[TrainingRow], live_rows: Sequence[TrainingRow], on_policy: bool
     ) -> StepStats:
         with self.policy.lock, self._trl.fused(), self._own_rng():
-            batches = self._micro_batches(live_rows, on_policy)
+            own_rows = distributed.own_share(live_rows, _tokens)
+            batches = self._micro_batches(own_rows, on_policy)
             if self.slow.beta:
                 self._add_reference(batches)
             self._trl.model.train()
             try:
                 tokens = sum(len(row.completion_ids_T) for row in rows)
                 gradients = self._trl.accumulate(batches, len(rows), tokens)
+                if distributed.processes() > 1:
+                    gradients = self._over_processes(gradients, own_rows)
                 return self._update(rows, gradients)
             finally:
-                self._trl.optimizer.zero_grad()
+                self._trl.model.zero_grad()
                 self._trl.model.eval()
 
     def save(self, folder: Path) -> None:
@@ -145,7 +155,7 @@ class SlowTrainer:
                 for index, state in optimizer["state"].items()
                 for key, tensor in state.items()
             }
-            _write(folder / OPTIMIZER, moments)
+            _write(folder / OPTIMIZER, moments | self._trl.masters.state())
             _write(folder / RNG, self._rng)
             scalars = {
                 "schema_version": SCHEMA_VERSION,
@@ -178,6 +188,7 @@ class SlowTrainer:
             except ModelError as error:
                 raise StoreError(f"{folder} is of another model: {error}") from error
             self._load_optimizer(tensors, scalars["learning_rates"])
+            self._trl.masters.load(tensors)
             self._trl.lr_scheduler.load_state_dict(scalars["scheduler"])
             self._rng = rng
             self.policy.step = scalars["step"]
@@ -202,7 +213,7 @@ class SlowTrainer:
         size = self.micro_batch_size
         if len(rows) > size:
             # Rows of like length together need the least padding; one batch keeps its order.
-            rows = sorted(rows, key=lambda row: len(row.prompt_ids_T) + len(row.completion_ids_T))
+            rows = sorted(rows, key=_tokens)
         pad_id, device = self.policy.tokenizer.pad_token_id, self.policy.device
         return [
             collate(rows[start : start + size], pad_id, device, on_policy=on_policy)
@@ -213,6 +224,15 @@ class SlowTrainer:
         with self.policy.at(self.policy.base_version):
             for batch in batches:
                 batch["ref_per_token_logps"] = self._trl.reference_logprobs(batch)
+
+    def _over_processes(self, own: Gradients, own_rows: Sequence[TrainingRow]) -> Gradients:
+        """The gradients of all processes added up, and what was measured over all their tokens."""
+        tokens = sum(len(row.completion_ids_T) for row in own_rows)
+        figures = [own.loss, own.entropy * tokens, own.clip_share * tokens, tokens]
+        figures_4 = torch.tensor(figures, dtype=torch.float64, device=self.policy.device)
+        figures_4 = distributed.sum_gradients(self._trl.parameters, figures_4)
+        loss, entropy, clip, all_tokens = figures_4.tolist()
+        return Gradients(loss, entropy / all_tokens, clip / all_tokens)
 
     def _update(self, rows: Sequence[TrainingRow], gradients: Gradients) -> StepStats:
         trl = self._trl
@@ -243,7 +263,8 @@ class SlowTrainer:
         state: dict[int, dict[str, Tensor]] = {}
         for name, tensor in tensors.items():
             index, key = name.split(".", 1)
-            state.setdefault(int(index), {})[key] = tensor
+            if index != MASTERS:
+                state.setdefault(int(index), {})[key] = tensor
         groups = self._trl.optimizer.state_dict()["param_groups"]
         for group, learning_rate in zip(groups, learning_rates, strict=True):
             group["lr"] = learning_rate
@@ -257,6 +278,9 @@ class SlowTrainer:
             torch.set_rng_state(self._rng["cpu"])
             if "cuda" in self._rng:
                 torch.cuda.set_rng_state(self._rng["cuda"], device)
+            if distributed.processes() > 1:
+                # What is saved is process 0's stream: each step begins a new one everywhere.
+                torch.manual_seed(hash((self.seed, self.policy.step, distributed.rank())))
             yield
             self._rng["cpu"] = torch.get_rng_state()
             if "cuda" in self._rng:
@@ -265,6 +289,10 @@ class SlowTrainer:
 
 def _finite(value: float) -> float:
     return value if math.isfinite(value) else 0.0
+
+
+def _tokens(row: TrainingRow) -> int:
+    return len(row.prompt_ids_T) + len(row.completion_ids_T)
 
 
 def _sampled_entropy(rows: Sequence[TrainingRow]) -> float:

@@ -91,8 +91,8 @@ class RunStore:
             )
 
     def append(self, name: str, rows: Sequence[Any]) -> None:
-        """Append rows, each a dataclass or a dict, to ``<name>.jsonl``."""
-        text = "".join(json.dumps(as_plain(row)) + "\n" for row in rows)
+        """Append rows, dataclasses or dicts that may hold some, to ``<name>.jsonl``."""
+        text = "".join(json.dumps(row, default=_fields) + "\n" for row in rows)
         with _clear_errors(self.folder), open(self.folder / f"{name}.jsonl", "a") as file:
             file.write(text)
 
@@ -165,6 +165,13 @@ class RunStore:
 def as_plain(row: Any) -> Any:
     """A dataclass (or a dict) as plain values ready for JSON."""
     return dataclasses.asdict(row) if dataclasses.is_dataclass(row) else row  # type: ignore[arg-type]
+
+
+def _fields(value: Any) -> dict[str, Any]:
+    """A dataclass's fields for ``json``, which goes on to what is in them; nothing is copied."""
+    if not dataclasses.is_dataclass(value):
+        raise TypeError(f"{type(value).__name__} is not JSON")
+    return vars(value)
 
 
 def read_json(path: Path) -> Any:

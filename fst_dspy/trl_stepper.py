@@ -32,13 +32,15 @@ from datasets import Dataset
 from torch import Tensor
 from trl import GRPOConfig, GRPOTrainer
 
+from fst_dspy import distributed
 from fst_dspy.config import SamplingConfig, SlowConfig
+from fst_dspy.master_weights import MasterWeights
 from fst_dspy.types import TrainingRow
 
 TRL_MAX_COMPLETION = 512
 """TRL's own ``max_completion_length``; only ``dr_grpo`` uses it, as a constant to divide by."""
 
-TOKEN_SUM_LOSSES = ("cispo", "dapo", "vespo")  # divided by the tokens of the whole batch
+TOKEN_MEAN_LOSSES = ("cispo", "dapo", "vespo", "bnpo")  # every token weighs the same
 CLIP_METRICS = ("cispo_clip_ratio", "clip_ratio/region_mean")
 
 
@@ -96,7 +98,9 @@ class SteppedGRPOTrainer(GRPOTrainer):
                 train_dataset=Dataset.from_dict({"prompt": [""]}),
                 processing_class=tokenizer,
             )
+            distributed.keep_to_itself(self.accelerator)
             self._prepare_for_training(total_steps, None, None)
+            self.masters = MasterWeights(self.optimizer.optimizer)
         # With beta set from the start TRL would load a reference model, or add an adapter.
         self.beta = slow.beta
         self._forwards = [
@@ -181,10 +185,12 @@ class SteppedGRPOTrainer(GRPOTrainer):
             self.current_gradient_accumulation_steps = self._parts(
                 rows / own_rows, tokens / own_tokens
             )
-            whole = torch.tensor(tokens, device=self.args.device)
+            # TRL divides the tokens by the processes, to make up for DDP's mean over them.
+            all_tokens = own_tokens * self.accelerator.num_processes
+            part = torch.tensor(all_tokens, device=self.args.device)
             self._metrics["train"].clear()
             with self.compute_loss_context_manager():
-                value = self._compute_loss(self.model, {**batch, "num_items_in_batch": whole})
+                value = self._compute_loss(self.model, {**batch, "num_items_in_batch": part})
             self.accelerator.backward(value)
             loss += value.item()
             metrics = self._metrics["train"]
@@ -200,9 +206,7 @@ class SteppedGRPOTrainer(GRPOTrainer):
         TRL takes them to be of equal size, so that it is the number of micro-batches; with these
         numbers the loss of the whole step does not depend on how it is cut.
         """
-        if self.loss_type in TOKEN_SUM_LOSSES:
-            return 1.0
-        return token_parts if self.loss_type == "bnpo" else row_parts
+        return token_parts if self.loss_type in TOKEN_MEAN_LOSSES else row_parts
 
     def _show(self, *, original: bool) -> None:
         for place, before, patched in self._forwards:
@@ -262,6 +266,7 @@ def _trl_config(
         loss_type=slow.loss_type,
         epsilon=slow.epsilon,
         epsilon_high=slow.epsilon_high,
+        entropy_coef=slow.entropy_coef,
         temperature=sampling.temperature,
         max_completion_length=sampling.max_tokens or TRL_MAX_COMPLETION,
         # The rows of a step come in one batch, cut up by us.

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import dspy
     from rich.console import RenderableType
 
-Arm = Literal["fst", "rl_only", "gepa_only"]
+Arm = Literal["fst", "rl_only", "gepa_only", "fst_distill"]
 FailureKind = Literal["parse", "empty", "truncated", "program", "metric", "no_calls", "timeout"]
 
 

@@ -9,17 +9,7 @@ from fst_dspy.tasks import load_task
 
 pytestmark = pytest.mark.slow
 
-PROGRAM = """
-import dspy
-from helpers import Echo, RawAdapter, questions, vowels
-from fst_dspy import Task
-
-dspy.configure(adapter=RawAdapter())
-
-
-def load(seed):
-    return Task("echo", Echo(), vowels, questions(6), questions(4, 6), questions(4, 10))
-"""
+PROGRAM = "from study_program import load"
 
 SMALL = "max_cycles=1 steps_per_cycle=1 group_size=2 population_size=2 problems_per_step=2"
 SMALL += " first_cycle_iterations=1 minibatch_size=2 max_tokens=6 val_size=2"

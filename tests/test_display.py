@@ -12,6 +12,7 @@ from run_folders import HOSTILE, write_run
 from fst_dspy import plots
 from fst_dspy.candidate import make_candidate
 from fst_dspy.display import population_rows, show
+from fst_dspy.evaluate import Quadrants
 from fst_dspy.types import Population
 from fst_dspy.word_diff import MOST_WORDS, changed_components, diff_html, word_diff
 
@@ -123,6 +124,42 @@ def test_figures_hold_the_records(result):
     file = io.BytesIO()
     result.plot_lineage().savefig(file)
     assert file.getvalue().startswith(b"\x89PNG")
+
+
+def test_a_figure_shows_itself_without_pyplot():
+    figure = plots.draw_curves([plots.Curve("one", (0, 1), (0, 1))], "x", "y")
+    assert figure._repr_png_().startswith(b"\x89PNG")
+
+
+def test_rollouts_stack_to_the_cycle_counts(result):
+    axes = result.plot_rollouts().axes[0]
+    tops = [bar.get_y() + bar.get_height() for bar in axes.containers[-1]]
+    assert tops == [record.rollouts.total for record in result.records]
+    assert len(axes.containers) == 3
+
+
+def test_quadrants_stand_in_their_places():
+    scores = Quadrants(0.1, 0.4, 0.2, 0.9, examples=50)
+    axes = plots.draw_quadrants(scores).axes[0]
+    shown = {text.get_position(): text.get_text() for text in axes.texts}
+    assert shown == {(0, 0): "0.10", (1, 0): "0.40", (0, 1): "0.20", (1, 1): "0.90"}
+    assert [label.get_text() for label in axes.get_yticklabels()] == [
+        "base\nweights",
+        "trained\nweights",
+    ]
+
+
+def test_lineage_shows_what_every_candidate_changed(result):
+    html, text = result.lineage()._repr_html_(), printed(result.lineage())
+    known = {candidate.id: candidate for candidate in result.candidates()}
+    for name in known:
+        assert name in visible(html) and name in text
+    assert html.count("<details open>") == 1 and "<ins>" in html and "<script" not in html
+    for node, before, changes in result.lineage().changes():
+        after = known[node.id].components
+        assert {name: new for name, _, new in changes}.items() <= after.items()
+        expected = node.parent_ids[0] if node.parent_ids else result.seed_candidate.id
+        assert before.id == ("nothing" if node.id == expected else expected)
 
 
 def test_lineage_takes_in_the_run_folder(result):

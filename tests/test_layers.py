@@ -8,9 +8,10 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "fst_dspy"
 
 LAYERS = [
-    {"memory", "types", "errors", "config", "metric", "display", "word_diff"},
-    {"population", "candidate", "store", "policy", "generate", "engine", "local_lm", "embedded"},
-    {"rollout", "advantage", "result", "result_display", "plots"},
+    {"memory", "distributed", "types", "errors", "config", "metric", "display", "word_diff"},
+    {"population", "candidate", "store", "policy", "generate", "engine", "local_lm", "embedded"}
+    | {"calls", "barrier", "prompt_cache"},
+    {"rollout", "advantage", "result", "result_display", "plots", "notebook_figure"},
     {
         "fast",
         "gepa_adapter",
@@ -24,6 +25,7 @@ LAYERS = [
         "selectors",
         "slow",
         "trl_stepper",
+        "master_weights",
         "evaluate",
         "drift",
         "provider",
@@ -32,10 +34,12 @@ LAYERS = [
         "train_input",
         "acceptance",
     },
-    {"optimizer", "run_state", "checks", "progress", "interrupt"}
+    {"optimizer", "run_state", "checks", "progress", "interrupt", "trackers", "tracker_kinds"}
     | {"bundle", "bundle_files", "bundle_manifest", "bundle_weights", "litellm_provider"},
-    {"tasks", "study"},
-    {"cli", "cli_tune", "report", "__main__"},
+    {"tasks", "study", "measures", "distill", "distill_trainer"}
+    | {"continual", "continual_bundle", "continual_scores", "continual_search", "continual_state"},
+    {"experiments"},
+    {"cli", "cli_tune", "cli_experiments", "report", "__main__"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 

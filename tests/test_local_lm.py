@@ -14,7 +14,7 @@ import torch
 from dspy import lm15
 from dspy.utils.exceptions import ContextWindowExceededError
 
-import fst_dspy.engine as engine_module
+import fst_dspy.calls as calls_module
 from fst_dspy.config import LoraConfig
 from fst_dspy.errors import ModelError
 from fst_dspy.local_lm import LocalLM
@@ -134,13 +134,13 @@ def test_a_long_prompt_fails_once_with_the_limit(
     lm: LocalLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tries: list[int] = []
-    real = engine_module.check_prompt
+    real = calls_module.check_prompt
 
     def counted(policy: Policy, ids: tuple[int, ...]) -> None:
         tries.append(len(ids))
         real(policy, ids)
 
-    monkeypatch.setattr(engine_module, "check_prompt", counted)
+    monkeypatch.setattr(calls_module, "check_prompt", counted)
     dspy.configure(lm=lm)
     with pytest.raises(ContextWindowExceededError, match="holds 512 tokens"):
         dspy.Predict("question -> answer")(question="why? " * 600)
@@ -153,7 +153,7 @@ def test_adapters_work_on_the_answer(
 ) -> None:
     """A random model writes no fields, so what it wrote is replaced after generation."""
     prompts: list[str] = []
-    real = engine_module.generate
+    real = calls_module.generate
 
     def scripted(policy: Policy, requests: list) -> list:
         prompts.extend(policy.tokenizer.decode(r.prompt_ids_T) for r in requests)
@@ -162,7 +162,7 @@ def test_adapters_work_on_the_answer(
             text = '{"answer": "silver"}'
         return [replace(result, text=text) for result in real(policy, requests)]
 
-    monkeypatch.setattr(engine_module, "generate", scripted)
+    monkeypatch.setattr(calls_module, "generate", scripted)
     with dspy.context(lm=lm, adapter=adapter):
         assert dspy.Predict("question -> answer")(question="visa?").answer == "silver"
     assert len(prompts) == 1 and "visa?" in prompts[0] and "<|im_start|>system" in prompts[0]

@@ -9,7 +9,14 @@ Example::
 """
 
 from fst_dspy.study.objective import Objective
-from fst_dspy.study.outcome import best_settings, front, hypervolume, importances
+from fst_dspy.study.outcome import (
+    best_settings,
+    draw_front,
+    draw_importances,
+    front,
+    hypervolume,
+    importances,
+)
 from fst_dspy.study.runner import tune
 from fst_dspy.study.space import Categorical, Float, Int, Space, default_space, load_space
 from fst_dspy.study.tuned import TunedFST, TunedResult
@@ -24,6 +31,8 @@ __all__ = [
     "TunedResult",
     "best_settings",
     "default_space",
+    "draw_front",
+    "draw_importances",
     "front",
     "hypervolume",
     "importances",

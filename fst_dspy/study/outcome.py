@@ -95,9 +95,9 @@ def _loss(trial: FrozenTrial, index: int, sign: float) -> float:
 
 def draw_importances(importances: Mapping[str, Mapping[str, float]]) -> Figure:
     """Bars of what ``importances`` returned, a panel an objective."""
-    from matplotlib.figure import Figure
+    from fst_dspy.notebook_figure import NotebookFigure
 
-    figure = Figure(figsize=(4.6 * max(1, len(importances)), 3.4), layout="constrained")
+    figure = NotebookFigure(figsize=(4.6 * max(1, len(importances)), 3.4), layout="constrained")
     panels = figure.subplots(1, max(1, len(importances)), squeeze=False)[0]
     for axes, (name, shares) in zip(panels, importances.items(), strict=False):
         order = sorted(shares, key=lambda setting: shares[setting])
@@ -110,21 +110,21 @@ def draw_importances(importances: Mapping[str, Mapping[str, float]]) -> Figure:
 
 def draw_front(study: optuna.Study) -> Figure:
     """The completed trials of a study with two objectives; its front and defaults marked."""
-    from matplotlib.figure import Figure
+    from fst_dspy.notebook_figure import NotebookFigure
 
     first, second = study.user_attrs["objective"]["measures"]
     complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
     best = sorted(front(study), key=lambda trial: trial.values[1])
-    figure = Figure(figsize=(5, 3.6), layout="constrained")
+    figure = NotebookFigure(figsize=(5, 3.6), layout="constrained")
     axes = figure.subplots()
     default = [t for t in complete if t.user_attrs.get("source") == "defaults"]
-    for trials, style, label in (
-        (complete, "C7o", "trials"),
-        (best, "C0o-", "Pareto front"),
-        (default, "C1*", "defaults"),
+    for trials, style, colour, label in (
+        (complete, "o", "tab:gray", "trials"),
+        (best, "o-", "tab:blue", "Pareto front"),
+        (default, "*", "tab:orange", "defaults"),
     ):
         x, y = [t.values[1] for t in trials], [t.values[0] for t in trials]
-        axes.plot(x, y, style, label=label, markersize=10 if style == "C1*" else 5)
+        axes.plot(x, y, style, color=colour, label=label, markersize=10 if style == "*" else 5)
     axes.set(xlabel=second, ylabel=first)
     axes.grid(alpha=0.25)
     axes.legend(frameon=False, fontsize=8)
