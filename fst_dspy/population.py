@@ -3,14 +3,25 @@
 Pure functions. The front is GEPA's: a candidate is on it if it is best on at least one validation
 example, less those whose every win is shared with a better candidate that stays (gepa,
 ``gepa_utils.remove_dominated_programs``). The K kept are chosen greedily to cover the front.
+
+In one thing it departs from GEPA's: a candidate that is clearly worse than the best, and best on
+few examples, does not stay. Scores are single samples, so a bare prompt that guesses one answer in
+ten is soon on the front; in the slow phase it would take its share of every group, and teach the
+weights to do without the context.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import comb
 
 from fst_dspy.errors import ConfigError
 from fst_dspy.types import Candidate, Population
+
+CLEARLY = 0.05
+"""Level of the sign test by which a candidate is clearly worse than the best."""
+NICHE = 0.1
+"""Share of the examples on which a candidate must beat all others to stay nevertheless."""
 
 
 def pareto_front(score_K_V: Sequence[Sequence[float]]) -> tuple[int, ...]:
@@ -43,7 +54,9 @@ def choose(
 
     First the best mean; then, again and again, the one on the front with the most examples on
     which it beats all those chosen (ties: higher mean, then id). Where the front holds fewer than
-    ``k``, the best means of the others follow. The result depends on no order of the arguments.
+    ``k``, the best means of the others follow. One that is clearly worse than the best is only
+    taken for a niche of its own, so that there may be fewer than ``k``. The result depends on no
+    order of the arguments.
 
     Args:
         candidates: At least one; of equal ids the first is taken.
@@ -74,14 +87,27 @@ def choose(
             for i in rest
         }
         pick = max(rest, key=lambda i: gain[i])  # the first of equals: rest is sorted by mean, id
-        chosen.append(pick)
         rest.remove(pick)
+        if gain[pick] >= NICHE * len(best_V) or not clearly_worse(scores[pick], scores[ids[0]]):
+            chosen.append(pick)
     return Population(
         candidates=tuple(by_id[i] for i in chosen),
         val_ids=tuple(val_ids),
         score_K_V=tuple(scores[i] for i in chosen),
         policy_version=policy_version,
     )
+
+
+def clearly_worse(score_V: Sequence[float], best_V: Sequence[float]) -> bool:
+    """Whether scores are lower than others on the same examples, by a one-sided sign test.
+
+    Args:
+        score_V, best_V: Length V; examples on which they are equal do not count.
+    """
+    wins = sum(s > b for s, b in zip(score_V, best_V, strict=True))
+    losses = sum(s < b for s, b in zip(score_V, best_V, strict=True))
+    unequal = wins + losses
+    return sum(comb(unequal, n) for n in range(wins + 1)) < CLEARLY * 2**unequal
 
 
 def ranked(population: Population) -> tuple[Candidate, ...]:

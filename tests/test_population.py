@@ -4,10 +4,19 @@ import pytest
 from gepa.gepa_utils import remove_dominated_programs
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.stats import binomtest
 
 from fst_dspy.candidate import make_candidate
 from fst_dspy.errors import ConfigError
-from fst_dspy.population import assign, best, choose, pareto_front, ranked
+from fst_dspy.population import (
+    NICHE,
+    assign,
+    best,
+    choose,
+    clearly_worse,
+    pareto_front,
+    ranked,
+)
 from fst_dspy.types import Candidate, Population
 
 
@@ -80,17 +89,45 @@ def test_choose_properties(scores: list[list[float]], k: int, rng) -> None:
     val_ids = [f"v{v}" for v in range(len(scores[0]))]
     chosen = choose(candidates, scores, val_ids, k, 0)
     ids = [candidate.id for candidate in chosen.candidates]
-    assert len(ids) == len(set(ids)) == min(k, len(scores))
+    assert len(ids) == len(set(ids)) <= min(k, len(scores))
     table = {c.id: tuple(row) for c, row in zip(candidates, scores, strict=True)}
     assert [table[i] for i in ids] == list(chosen.score_K_V)
     assert sum(chosen.score_K_V[0]) == max(sum(row) for row in scores)
-    front = {candidates[i].id for i in pareto_front(scores)}
+    # Of equals the front keeps the first: in the order that ``choose`` gives them.
+    ordered = sorted(zip(candidates, scores, strict=True), key=lambda p: (-sum(p[1]), p[0].id))
+    front = {ordered[i][0].id for i in pareto_front([row for _, row in ordered])}
+    if len(ids) < min(k, len(scores)):
+        assert all(clearly_worse(row, table[ids[0]]) for i, row in table.items() if i not in ids)
     if k > len(front):  # the best mean need not be on the front, and is always kept
-        assert front <= set(ids)
+        assert all(clearly_worse(table[i], table[ids[0]]) for i in front - set(ids))
     order = list(range(len(scores)))
     rng.shuffle(order)
     again = choose([candidates[i] for i in order], [scores[i] for i in order], val_ids, k, 0)
     assert again == chosen
+
+
+def test_a_lucky_guesser_does_not_stay_but_a_specialist_does() -> None:
+    best_mean, guesser, specialist = candidates_named(3)
+    good = [1.0] * 30 + [0.0] * 10
+    guesses = [0.0] * 39 + [1.0]  # best where all others failed
+    niche = [0.0] * 30 + [1.0] * 5 + [0.0] * 5
+    assert NICHE * 40 == 4
+    val_ids = [str(v) for v in range(40)]
+    scores = [good, guesses, niche]
+    assert set(pareto_front(scores)) == {0, 1, 2}
+    chosen = choose([best_mean, guesser, specialist], scores, val_ids, 4, 0)
+    assert chosen.candidates == (best_mean, specialist)
+
+
+@pytest.mark.parametrize(
+    ("wins", "losses", "expected"),
+    [(0, 0, False), (0, 4, False), (0, 5, True), (1, 6, False), (1, 7, True), (9, 3, False)],
+)
+def test_clearly_worse_is_the_sign_test(wins: int, losses: int, expected: bool) -> None:
+    score = [1.0] * wins + [0.0] * losses + [0.5] * 3
+    other = [0.0] * wins + [1.0] * losses + [0.5] * 3
+    worst_p = binomtest(wins, wins + losses, alternative="less").pvalue if wins + losses else 1.0
+    assert clearly_worse(score, other) is expected is bool(worst_p < 0.05)
 
 
 def test_choose_takes_equal_texts_once() -> None:
