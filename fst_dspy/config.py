@@ -143,7 +143,9 @@ class SlowConfig:
         steps_per_cycle: T, optimizer steps after each fast phase.
         group_size: G, rollouts a problem (TRL: ``num_generations``), at least 2.
         problems_per_step: P, problems an optimizer step.
-        learning_rate: Peak learning rate of AdamW.
+        learning_rate: Peak learning rate of AdamW. The default suits small models such as the
+            embedded one; pretrained models of billions of parameters want 1e-6 to 1e-5, or ten
+            times that with adapters.
         lr_scheduler_type: Any of transformers' schedules. One that decays spans ``max_cycles``
             cycles, and so needs ``max_cycles``.
         warmup_steps: Optimizer steps of linear warm-up.
@@ -169,7 +171,7 @@ class SlowConfig:
     steps_per_cycle: int = 6
     group_size: int = 8
     problems_per_step: int = 8
-    learning_rate: float = 1e-4
+    learning_rate: float = 3e-4
     lr_scheduler_type: str = "constant"
     warmup_steps: int = 0
     max_grad_norm: float = 1.0
