@@ -144,11 +144,14 @@ def measure(job: Job, task: Task, others: Sequence[Task], results: Sequence[FSTR
         scores[quadrant] = known[pair]
     calls = calls_of(rollouts)[:MEASURED_CALLS]
     kl, entropy = kl_to_base(lm.policy, calls), token_entropy(lm.policy, calls)
+    if best.version == base:  # weights that were not changed have forgotten nothing
+        others = []
     lost = forgetting(
         [replace(other, testset=other.testset[: job.test_size]) for other in others],
         before=lm.at(base),
         after=lm.at(best.version),
         samples=job.samples,
+        sampling=results[-1].config.sampling,
         seed=job.seed,
     )
     seconds = _added([result.records[-1].seconds for result in results])
