@@ -186,7 +186,8 @@ def run_batch(policy: Policy, batch: Sequence[Pending]) -> int:
         group = [pending for pending in batch if pending.version == version]
         try:
             with policy.at(version):
-                results = generate(policy, [pending.generation for pending in group])
+                engine = policy.generator or generate
+                results = engine(policy, [pending.generation for pending in group])
             for pending, result in zip(group, results, strict=True):
                 pending.result = result
         except BaseException as error:

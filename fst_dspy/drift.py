@@ -13,6 +13,15 @@ from torch import Tensor
 
 from fst_dspy.errors import DataError
 from fst_dspy.policy import Policy
+from fst_dspy.prefixes import (
+    Prefixes,
+    backbone_of,
+    can_continue,
+    positions,
+    read_prefixes,
+    right_padded,
+    worthwhile_prefixes,
+)
 from fst_dspy.types import Call
 
 CHUNK_BYTES = 2**29
@@ -87,6 +96,9 @@ def _batches(calls: Sequence[Call]) -> Iterator[Sequence[Call]]:
 
 def _logprobs(policy: Policy, calls: Sequence[Call]) -> Tensor:
     """Log-probabilities over the vocabulary at the N completion tokens of the calls, in float32."""
+    prefixes = worthwhile_prefixes([call.prompt_ids_T for call in calls])
+    if prefixes is not None and can_continue(policy.model):
+        return _from_prefixes(policy, calls, prefixes)
     prompt_T = max(len(call.prompt_ids_T) for call in calls)
     completion_T = max(len(call.completion_ids_T) for call in calls)
     shape, device = (len(calls), prompt_T + completion_T), policy.device
@@ -103,3 +115,36 @@ def _logprobs(policy: Policy, calls: Sequence[Call]) -> Tensor:
     temperature_B = torch.tensor([call.temperature or 1.0 for call in calls], device=device)
     logits_BTV = output.logits[:, :-1].float() / temperature_B[:, None, None]
     return logits_BTV[mask_BT[:, prompt_T:].bool()].log_softmax(-1)
+
+
+def _from_prefixes(policy: Policy, calls: Sequence[Call], prefixes: Prefixes) -> Tensor:
+    """The same, with what the prompts have in common read once."""
+    pad_id, device = policy.tokenizer.pad_token_id, policy.device
+    rest_B = [prefixes.rest(row, call.prompt_ids_T) for row, call in enumerate(calls)]
+    own_ids, own_mask = right_padded(
+        [(*rest, *call.completion_ids_T) for rest, call in zip(rest_B, calls, strict=True)],
+        pad_id,
+        device,
+    )
+    cache, mask_BT = read_prefixes(backbone_of(policy.model), prefixes, pad_id, device)
+    mask_BT = torch.cat([mask_BT, own_mask], dim=1)
+    # The logits of a token are those of the position before it.
+    first = min(map(len, rest_B)) - 1
+    output = policy.model(
+        input_ids=own_ids,
+        attention_mask=mask_BT,
+        position_ids=positions(mask_BT)[:, -own_ids.shape[1] :],
+        past_key_values=cache,
+        use_cache=True,
+        logits_to_keep=torch.arange(first, own_ids.shape[1] - 1, device=device),
+    )
+    spans_B = [
+        (len(rest) - 1 - first, len(call.completion_ids_T), call.temperature or 1.0)
+        for rest, call in zip(rest_B, calls, strict=True)
+    ]
+    return torch.cat(
+        [
+            (logits_TV[start : start + length].float() / temperature).log_softmax(-1)
+            for logits_TV, (start, length, temperature) in zip(output.logits, spans_B, strict=True)
+        ]
+    )

@@ -22,6 +22,15 @@ from torch.nn.functional import pad
 from fst_dspy.errors import PromptTooLongError
 from fst_dspy.memory import is_out_of_memory
 from fst_dspy.policy import Policy
+from fst_dspy.prefixes import (
+    backbone_of,
+    can_continue,
+    pads_safely,
+    positions,
+    read_prefixes,
+    read_rest,
+    worthwhile_prefixes,
+)
 from fst_dspy.prompt_cache import (
     CannotShare,
     can_share,
@@ -130,40 +139,34 @@ def _run_chunk(policy: Policy, requests: Sequence[GenerationRequest]) -> list[Ge
 def _chunks(policy: Policy, requests: Sequence[GenerationRequest]) -> list[list[int]]:
     """Split requests into batches of alike length that keep to ``MAX_BATCH_TOKENS``."""
     chunks: list[list[int]] = []
-    equal_only = not _pads_safely(policy.model.config)
+    equal_only = not pads_safely(policy.model.config)
     longest_T, longest_new = 0, 0
     for index in sorted(range(len(requests)), key=lambda i: len(requests[i].prompt_ids_T)):
         request = requests[index]
         length = len(request.prompt_ids_T)
-        longest_new = max(longest_new, _room(policy, request))
+        longest_new = max(longest_new, room_for(policy, request))
         fits = chunks and (len(chunks[-1]) + 1) * (length + longest_new) <= MAX_BATCH_TOKENS
         if not fits or (equal_only and length != longest_T):
             chunks.append([])
-            longest_new = _room(policy, request)
+            longest_new = room_for(policy, request)
         chunks[-1].append(index)
         longest_T = length
     return chunks
 
 
-def _room(policy: Policy, request: GenerationRequest) -> int:
+def room_for(policy: Policy, request: GenerationRequest) -> int:
+    """Tokens that a completion may have."""
     return min(request.max_tokens, policy.context_length - len(request.prompt_ids_T))
 
 
-def _pads_safely(config: Any) -> bool:
-    """Whether left padding leaves the logits alone.
-
-    Attention masks it out. A convolution zeroes the padded inputs, but a bias in its projection
-    would bring them back (Lfm2 with ``conv_bias``); other recurrent layers are not relied upon.
-    """
-    config = config.get_text_config()
-    recurrent = {
-        kind
-        for kind in getattr(config, "layer_types", None) or ()
-        if not kind.endswith("attention") or kind == "linear_attention"
-    }
-    if recurrent == {"conv"}:
-        return not getattr(config, "conv_bias", True)
-    return not recurrent and config.model_type not in ("mamba", "mamba2", "falcon_mamba", "jamba")
+def texts_of(
+    policy: Policy, ids_BT: Sequence[Sequence[int]], stops_B: Sequence[tuple[str, ...]]
+) -> list[str]:
+    """Completions as text: without special tokens, cut before a stop string."""
+    texts = policy.tokenizer.batch_decode(
+        ids_BT, skip_special_tokens=True, clean_up_tokenization_spaces=False
+    )
+    return [_cut(text, stop) for text, stop in zip(texts, stops_B, strict=True)]
 
 
 class _Batch:
@@ -175,7 +178,7 @@ class _Batch:
         self.last_only = _last_only(self.model)
         self.shares = False
         device = policy.device
-        limits = [_room(policy, request) for request in requests]
+        limits = [room_for(policy, request) for request in requests]
         total, self.steps = len(requests), max(limits)
         self.ids = torch.zeros((total, self.steps), dtype=torch.long, device=device)
         self.logprobs = torch.zeros((total, self.steps), device=device)
@@ -217,27 +220,55 @@ class _Batch:
         """Read each distinct prompt once, then give every row its copy of the cache."""
         distinct: dict[tuple[int, ...], int] = {}
         owner = [distinct.setdefault(r.prompt_ids_T, len(distinct)) for r in self.requests]
-        device, longest = self.policy.device, max(map(len, distinct))
-        filler = self.tokenizer.pad_token_id
-        ids_UT = torch.tensor([[filler] * (longest - len(p)) + list(p) for p in distinct])
-        lengths_U = torch.tensor([len(p) for p in distinct])
-        mask_UT = (torch.arange(longest)[None] >= longest - lengths_U[:, None]).long()
+        device = self.policy.device
         owner_B = torch.tensor(owner, device=device)
-        ids_UT, mask_UT, lengths_U = ids_UT.to(device), mask_UT.to(device), lengths_U.to(device)
-        logits_UV, cache = self._forward(ids_UT, mask_UT, _positions(mask_UT), None)
-        if len(owner) * longest >= SHARE_TOKENS and can_share(self.model):
-            self.shares = share(cache, owner_B, mask_UT, self.steps)
-        if self.shares:
-            return logits_UV[owner_B], cache, mask_UT[owner_B], lengths_U[owner_B]
-        if not hasattr(cache, "reorder_cache") and len(distinct) < len(owner):
-            logger.warning("equal prompts are read again: %s has no copies", type(cache).__name__)
-            ids_BT, mask_BT = ids_UT[owner_B], mask_UT[owner_B]
-            logits_BV, cache = self._forward(ids_BT, mask_BT, _positions(mask_BT), None)
-            return logits_BV, cache, mask_BT, lengths_U[owner_B]
-        if len(distinct) < len(owner):
-            cache.reorder_cache(owner_B)
-        make_room(cache, self.steps)
-        return logits_UV[owner_B], cache, mask_UT[owner_B], lengths_U[owner_B]
+        length_B = torch.tensor([len(r.prompt_ids_T) for r in self.requests], device=device)
+        begun = self._read_by_prefixes(list(distinct))
+        logits_UV = None
+        if begun is not None:
+            cache, mask_UT = begun
+        else:
+            ids_UT, mask_UT = self._padded(list(distinct))
+            logits_UV, cache = self._forward(ids_UT, mask_UT, positions(mask_UT), None)
+        if len(owner) * mask_UT.shape[1] >= SHARE_TOKENS and can_share(self.model):
+            self.shares = share(cache, owner_B, mask_UT, self.steps + 1)
+        mask_BT = mask_UT[owner_B]
+        if not self.shares:
+            if not hasattr(cache, "reorder_cache") and len(distinct) < len(owner):
+                logger.warning("equal prompts are read again: %s has no copies", type(cache))
+                ids_BT = ids_UT[owner_B]
+                logits_BV, cache = self._forward(ids_BT, mask_BT, positions(mask_BT), None)
+                return logits_BV, cache, mask_BT, length_B
+            if len(distinct) < len(owner):
+                cache.reorder_cache(owner_B)
+            make_room(cache, self.steps + 1)
+        if logits_UV is not None:
+            return logits_UV[owner_B], cache, mask_BT, length_B
+        last_B = torch.tensor([r.prompt_ids_T[-1] for r in self.requests], device=device)
+        return *self._decode(last_B, mask_BT, length_B - 1, cache), length_B
+
+    def _read_by_prefixes(self, prompts_U: list[tuple[int, ...]]) -> tuple[Any, Tensor] | None:
+        """The cache of all prompts but for their last tokens, where common beginnings are worth it.
+
+        The last tokens are left to the decoding, whose rows end where their tokens do.
+        """
+        prefixes = worthwhile_prefixes(prompts_U)
+        if prefixes is None or not can_continue(self.model):
+            return None
+        pad_id = self.tokenizer.pad_token_id
+        backbone = backbone_of(self.model)
+        cache, mask_UT = read_prefixes(backbone, prefixes, pad_id, self.policy.device)
+        rest_U = [prefixes.rest(number, ids[:-1]) for number, ids in enumerate(prompts_U)]
+        if any(rest_U):
+            mask_UT = read_rest(backbone, cache, mask_UT, rest_U, pad_id)
+        return cache, mask_UT
+
+    def _padded(self, prompts_U: list[tuple[int, ...]]) -> tuple[Tensor, Tensor]:
+        longest, filler = max(map(len, prompts_U)), self.tokenizer.pad_token_id
+        ids_UT = torch.tensor([[filler] * (longest - len(p)) + list(p) for p in prompts_U])
+        lengths_U = torch.tensor([len(p) for p in prompts_U])
+        mask_UT = (torch.arange(longest)[None] >= longest - lengths_U[:, None]).long()
+        return ids_UT.to(self.policy.device), mask_UT.to(self.policy.device)
 
     def _decode(
         self, next_B: Tensor, mask_BT: Tensor, position_B: Tensor, cache: Any
@@ -302,24 +333,16 @@ class _Batch:
         lengths, stopped = self.lengths.tolist(), self.stopped.tolist()
         ids = [row[:n] for row, n in zip(self.ids.tolist(), lengths, strict=True)]
         logprobs = [row[:n] for row, n in zip(self.logprobs.tolist(), lengths, strict=True)]
-        texts = self.tokenizer.batch_decode(
-            ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
-        )
+        texts = texts_of(self.policy, ids, [request.stop for request in self.requests])
         return [
             GenerationResult(
                 completion_ids_T=tuple(ids_T),
                 logprobs_T=tuple(logprobs_T),
-                text=_cut(text, request.stop),
+                text=text,
                 finish_reason="stop" if ended else "length",
             )
-            for request, ids_T, logprobs_T, text, ended in zip(
-                self.requests, ids, logprobs, texts, stopped, strict=True
-            )
+            for ids_T, logprobs_T, text, ended in zip(ids, logprobs, texts, stopped, strict=True)
         ]
-
-
-def _positions(mask_BT: Tensor) -> Tensor:
-    return (mask_BT.cumsum(1) - 1).clamp(min=0)
 
 
 def eos_ids(policy: Policy) -> set[int]:

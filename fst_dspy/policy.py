@@ -62,6 +62,7 @@ class Policy:
         context_length: Tokens that prompt and completion may have together.
         base_version: Version id of the weights as loaded.
         device, lock: Where the weights are, and the lock that guards them.
+        generator: What generates in place of ``fst_dspy.generate.generate``, with its signature.
     """
 
     def __init__(
@@ -76,6 +77,7 @@ class Policy:
         self.name = re.sub(r"[^\w.-]", "-", name)
         self.lock = threading.RLock()
         self.step = 0
+        self.generator: Any | None = None
         self.source = dict(source)
         self.context_length = _context_length(model.config, tokenizer)
         # peft moves modules about but keeps the parameters, so these names hold for good.

@@ -27,6 +27,7 @@ from fst_dspy.errors import ModelError, StoreError, TrainingError
 from fst_dspy.master_weights import PREFIX as MASTERS
 from fst_dspy.memory import is_out_of_memory
 from fst_dspy.policy import Policy
+from fst_dspy.prefixes import worthwhile_prefixes
 from fst_dspy.trl_stepper import Gradients, SteppedGRPOTrainer, collate
 from fst_dspy.types import StepStats, TrainingRow
 
@@ -39,6 +40,11 @@ WEIGHTS, OPTIMIZER, RNG, SCALARS = (
     "trainer.json",
 )
 SCHEMA_VERSION = 1
+MICRO_BATCH_TOKENS = 16_384
+"""Tokens of a micro-batch, padding included; fewer rows than ``micro_batch_size`` where they are
+long."""
+DRIFT_LIMIT = 0.1
+"""Nats a token between sampling and training, above which there is a warning; bfloat16 is below."""
 
 
 class SlowTrainer:
@@ -67,6 +73,7 @@ class SlowTrainer:
         """
         self.policy, self.slow, self.seed = policy, slow, seed
         self.micro_batch_size = slow.micro_batch_size
+        self._most_tokens = MICRO_BATCH_TOKENS
         with policy.lock:
             self._trl = SteppedGRPOTrainer(
                 policy.model, policy.tokenizer, slow, sampling, total_steps, seed
@@ -134,6 +141,12 @@ class SlowTrainer:
                 gradients = self._trl.accumulate(batches, len(rows), tokens)
                 if distributed.processes() > 1:
                     gradients = self._over_processes(gradients, own_rows)
+                if on_policy and gradients.drift > DRIFT_LIMIT:
+                    logger.warning(
+                        "sampling and training disagree by %.3f nats a token on the "
+                        "log-probabilities of the same weights; the step is not quite on policy",
+                        gradients.drift,
+                    )
                 return self._update(rows, gradients)
             finally:
                 self._trl.model.zero_grad()
@@ -197,12 +210,16 @@ class SlowTrainer:
 
     def _halve_micro_batch(self, error: BaseException) -> None:
         """After memory ran out: weights and optimizer are as before the step."""
+        if self.micro_batch_size == 1 and self._trl.save_memory():
+            logger.warning("memory ran out on a single row; going on with activation checkpointing")
+            return
         if self.micro_batch_size == 1:
             raise TrainingError(
                 "memory ran out on a single row; shorten prompts or max_tokens, use lora=True, or "
                 "a smaller model"
             ) from error
         self.micro_batch_size //= 2
+        self._most_tokens //= 2
         logger.warning("memory ran out; going on with micro_batch_size=%d", self.micro_batch_size)
         if self.policy.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -211,14 +228,22 @@ class SlowTrainer:
         self, rows: Sequence[TrainingRow], on_policy: bool
     ) -> list[dict[str, Tensor]]:
         size = self.micro_batch_size
-        if len(rows) > size:
+        if len(rows) > size or len(rows) * max(map(_tokens, rows), default=0) > self._most_tokens:
             # Rows of like length together need the least padding; one batch keeps its order.
-            rows = sorted(rows, key=_tokens)
+            prompts = [row.prompt_ids_T for row in rows]
+            shared = self._trl.continues and worthwhile_prefixes(prompts) is not None
+            rows = sorted(rows, key=_alike if shared else _tokens)
         pad_id, device = self.policy.tokenizer.pad_token_id, self.policy.device
-        return [
-            collate(rows[start : start + size], pad_id, device, on_policy=on_policy)
-            for start in range(0, len(rows), size)
-        ]
+        parts: list[list[TrainingRow]] = []
+        longest = 0
+        for row in rows:
+            longest = max(longest, _tokens(row))
+            room = parts and (len(parts[-1]) + 1) * longest <= self._most_tokens
+            if not room or len(parts[-1]) == size:
+                parts.append([])
+                longest = _tokens(row)
+            parts[-1].append(row)
+        return [collate(part, pad_id, device, on_policy=on_policy) for part in parts]
 
     def _add_reference(self, batches: Sequence[dict[str, Tensor]]) -> None:
         with self.policy.at(self.policy.base_version):
@@ -228,11 +253,12 @@ class SlowTrainer:
     def _over_processes(self, own: Gradients, own_rows: Sequence[TrainingRow]) -> Gradients:
         """The gradients of all processes added up, and what was measured over all their tokens."""
         tokens = sum(len(row.completion_ids_T) for row in own_rows)
-        figures = [own.loss, own.entropy * tokens, own.clip_share * tokens, tokens]
-        figures_4 = torch.tensor(figures, dtype=torch.float64, device=self.policy.device)
-        figures_4 = distributed.sum_gradients(self._trl.parameters, figures_4)
-        loss, entropy, clip, all_tokens = figures_4.tolist()
-        return Gradients(loss, entropy / all_tokens, clip / all_tokens)
+        means = [own.entropy, own.clip_share, own.drift, 1.0]
+        figures = [own.loss, *(mean * tokens for mean in means)]
+        figures_5 = torch.tensor(figures, dtype=torch.float64, device=self.policy.device)
+        figures_5 = distributed.sum_gradients(self._trl.parameters, figures_5)
+        loss, *sums, all_tokens = figures_5.tolist()
+        return Gradients(loss, *(total / all_tokens for total in sums))
 
     def _update(self, rows: Sequence[TrainingRow], gradients: Gradients) -> StepStats:
         trl = self._trl
@@ -256,6 +282,7 @@ class SlowTrainer:
             entropy=_finite(seen.entropy),
             clip_share=_finite(seen.clip_share),
             rows=len(rows),
+            drift=_finite(seen.drift),
             skipped=skipped,
         )
 
@@ -293,6 +320,11 @@ def _finite(value: float) -> float:
 
 def _tokens(row: TrainingRow) -> int:
     return len(row.prompt_ids_T) + len(row.completion_ids_T)
+
+
+def _alike(row: TrainingRow) -> tuple[int, tuple[int, ...]]:
+    """Sorts by prompt within completions of up to 2, 4, 8, ... tokens."""
+    return (len(row.completion_ids_T) - 1).bit_length(), row.prompt_ids_T
 
 
 def _sampled_entropy(rows: Sequence[TrainingRow]) -> float:

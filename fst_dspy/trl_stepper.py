@@ -35,6 +35,15 @@ from trl import GRPOConfig, GRPOTrainer
 from fst_dspy import distributed
 from fst_dspy.config import SamplingConfig, SlowConfig
 from fst_dspy.master_weights import MasterWeights
+from fst_dspy.prefixes import (
+    Prefixes,
+    can_continue,
+    is_checkpointing,
+    positions,
+    read_prefixes,
+    right_padded,
+    worthwhile_prefixes,
+)
 from fst_dspy.types import TrainingRow
 
 TRL_MAX_COMPLETION = 512
@@ -52,11 +61,13 @@ class Gradients:
         loss: Sum over the micro-batches.
         entropy: Nats a token, mean over the completion tokens of the rows that were run.
         clip_share: Share of those tokens whose importance weight was clipped, 0 to 1.
+        drift: Mean absolute difference of their log-probabilities from those at sampling, nats.
     """
 
     loss: float
     entropy: float
     clip_share: float
+    drift: float = 0.0
 
 
 class SteppedGRPOTrainer(GRPOTrainer):
@@ -107,6 +118,10 @@ class SteppedGRPOTrainer(GRPOTrainer):
             (place, original, place.__dict__.get("forward")) for place, original in before
         ]
         self._show(original=True)
+        # Where there is dropout, each row draws its own.
+        self.pad_id: int = tokenizer.pad_token_id
+        self._seen_logprobs: Tensor | None = None  # of the micro-batch run last
+        self.continues = can_continue(model) and not _has_dropout(model)
 
     @property
     def parameters(self) -> list[torch.nn.Parameter]:
@@ -147,6 +162,20 @@ class SteppedGRPOTrainer(GRPOTrainer):
             return output
 
         backbone = self._forwards[-1][0].base_model
+        if self.continues:
+            rows = [
+                (prompt[seen.bool()].tolist(), completion[kept.bool()].tolist())
+                for prompt, seen, completion, kept in zip(
+                    input_ids[:, :-logits_to_keep],
+                    attention_mask[:, :-logits_to_keep],
+                    input_ids[:, -logits_to_keep:],
+                    attention_mask[:, -logits_to_keep:],
+                    strict=True,
+                )
+            ]
+            prefixes = worthwhile_prefixes([prompt for prompt, _ in rows])
+            if prefixes is not None:
+                return self._from_prefixes(model, prefixes, rows, label_BT[:, 1:])
         handle = backbone.register_forward_hook(last_positions)
         try:
             with self.accelerator.autocast():
@@ -158,6 +187,57 @@ class SteppedGRPOTrainer(GRPOTrainer):
                 )
         finally:
             handle.remove()
+        self._seen_logprobs = output.log_probs.detach()
+        return output.log_probs, output.entropy, None
+
+    def _from_prefixes(
+        self,
+        model: Any,
+        prefixes: Prefixes,
+        rows: Sequence[tuple[list[int], list[int]]],
+        label_BT: Tensor,
+    ) -> tuple[Tensor, Tensor | None, None]:
+        """The same, with what the prompts have in common run once, forward and backward.
+
+        Args:
+            rows: Prompt and completion of each row, without padding.
+            label_BT: The completions, padded with -100.
+        """
+        device, pad_id = label_BT.device, self.pad_id
+        backbone = self._forwards[-1][0].base_model
+        rest_B = [prefixes.rest(row, prompt) for row, (prompt, _) in enumerate(rows)]
+        own_ids, own_mask = right_padded(
+            [(*rest, *completion) for rest, (_, completion) in zip(rest_B, rows, strict=True)],
+            pad_id,
+            device,
+        )
+        # The logits of a token are those of the position before it.
+        first_B1 = torch.tensor([[len(rest) - 1] for rest in rest_B], device=device)
+        at_BT = first_B1 + torch.arange(label_BT.shape[1], device=device)[None]
+        at_BT1 = at_BT.clamp(max=own_ids.shape[1] - 1)[..., None]
+
+        def completion_positions(_module: Any, _inputs: Any, output: Any) -> Any:
+            hidden_BTD = output.last_hidden_state
+            at_BTD = at_BT1.expand(-1, -1, hidden_BTD.shape[-1])
+            output.last_hidden_state = hidden_BTD.gather(1, at_BTD)
+            return output
+
+        with self.accelerator.autocast():
+            cache, mask_BT = read_prefixes(backbone, prefixes, pad_id, device)
+            mask_BT = torch.cat([mask_BT, own_mask], dim=1)
+            handle = backbone.register_forward_hook(completion_positions)
+            try:
+                output = model(
+                    input_ids=own_ids,
+                    attention_mask=mask_BT,
+                    position_ids=positions(mask_BT)[:, -own_ids.shape[1] :],
+                    past_key_values=cache,
+                    shift_labels=label_BT,
+                    fused_lm_head=True,
+                )
+            finally:
+                handle.remove()
+        self._seen_logprobs = output.log_probs.detach()
         return output.log_probs, output.entropy, None
 
     @torch.no_grad()
@@ -178,7 +258,7 @@ class SteppedGRPOTrainer(GRPOTrainer):
             rows, tokens: Rows and completion tokens of the whole step, those left out of
                 ``batches`` for an advantage of 0 included: the loss is divided by them.
         """
-        loss, measured = 0.0, {"entropy": 0.0, "clip": 0.0}
+        loss, measured = 0.0, {"entropy": 0.0, "clip": 0.0, "drift": 0.0}
         seen = sum(int(batch["completion_mask"].sum()) for batch in batches)
         for batch in batches:
             own_rows, own_tokens = len(batch["advantages"]), int(batch["completion_mask"].sum())
@@ -197,8 +277,28 @@ class SteppedGRPOTrainer(GRPOTrainer):
             measured["entropy"] += metrics["entropy"][-1] * own_tokens / seen
             clips = [metrics[name][-1] for name in CLIP_METRICS if name in metrics]
             measured["clip"] += sum(clips) * own_tokens / seen
+            measured["drift"] += self._drift(batch) / seen
         self._metrics["train"].clear()
-        return Gradients(loss, measured["entropy"], measured["clip"])
+        return Gradients(loss, measured["entropy"], measured["clip"], measured["drift"])
+
+    def save_memory(self) -> bool:
+        """From here on keep few activations and run layers again on the way back.
+
+        It costs about a third of the step's time, so it is the last resort. Returns whether the
+        model can, and did not already.
+        """
+        if not self.model.supports_gradient_checkpointing or is_checkpointing(self.model):
+            return False
+        self.model.gradient_checkpointing_enable({"use_reentrant": False})
+        self.continues = can_continue(self.model)
+        return True
+
+    def _drift(self, batch: Mapping[str, Tensor]) -> float:
+        """Sum over the tokens of a micro-batch that was just run; 0 where none were kept."""
+        if self._seen_logprobs is None or not bool(batch["sampled_logprobs"].any()):
+            return 0.0
+        difference_BT = (self._seen_logprobs - batch["sampled_logprobs"]).abs()
+        return (difference_BT * batch["completion_mask"]).sum().item()
 
     def _parts(self, row_parts: float, token_parts: float) -> float:
         """How many micro-batches of this size make up the step, in the loss's own measure.
@@ -233,9 +333,10 @@ def collate(
         "completion_ids": _padded(completion_BT, pad_id),
         "completion_mask": _padded([[1] * len(ids) for ids in completion_BT], 0),
         "advantages": torch.tensor([row.advantage for row in rows], dtype=torch.float32),
+        "sampled_logprobs": _padded([list(row.logprobs_T) for row in rows], 0.0),
     }
     if not on_policy:
-        batch["old_per_token_logps"] = _padded([list(row.logprobs_T) for row in rows], 0.0)
+        batch["old_per_token_logps"] = batch["sampled_logprobs"]
     return {name: tensor.to(device) for name, tensor in batch.items()}
 
 
@@ -281,6 +382,13 @@ def _trl_config(
         save_strategy="no",
         disable_tqdm=True,
         seed=seed,
+    )
+
+
+def _has_dropout(model: Any) -> bool:
+    settings = model.config.get_text_config().to_dict()
+    return any(isinstance(m, torch.nn.Dropout) and m.p > 0 for m in model.modules()) or any(
+        isinstance(value, float) and value > 0 for name, value in settings.items() if "drop" in name
     )
 
 

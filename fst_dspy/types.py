@@ -212,6 +212,8 @@ class StepStats:
         clip_share: Share of tokens whose importance weight was clipped, 0 to 1.
         rows: Rows that went into the step.
         skipped: Why no step was taken (``"constant"``, ``"non_finite"``), or ``None``.
+        drift: Mean absolute difference (nats a token) between the log-probabilities at sampling
+            and at the step: rounding where both are of the same weights.
     """
 
     loss: float
@@ -221,6 +223,7 @@ class StepStats:
     clip_share: float
     rows: int
     skipped: str | None = None
+    drift: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from fst_dspy.config import LoraConfig
 from fst_dspy.errors import PromptTooLongError
 from fst_dspy.generate import GenerationRequest, GenerationResult, generate
 from fst_dspy.policy import Policy
+from fst_dspy.prefixes import pads_safely
 
 WORDS = ["where does a visa ticket go?", "abc", "The rule says", "You answer questions. " * 6]
 
@@ -188,9 +189,9 @@ def test_large_batches_are_split_without_changing_any_row(
 
 def test_convolutions_with_a_bias_are_not_padded(tiny_lfm2: Path) -> None:
     config = Policy.load(tiny_lfm2).model.config
-    assert generate_module._pads_safely(config)
+    assert pads_safely(config)
     config.conv_bias = True
-    assert not generate_module._pads_safely(config)
+    assert not pads_safely(config)
 
 
 def test_samples_follow_the_distribution(tiny_qwen3: Path) -> None:

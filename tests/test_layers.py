@@ -10,7 +10,7 @@ PACKAGE = Path(__file__).parent.parent / "fst_dspy"
 LAYERS = [
     {"memory", "distributed", "types", "errors", "config", "metric", "display", "word_diff"},
     {"population", "candidate", "store", "policy", "generate", "engine", "local_lm", "embedded"}
-    | {"calls", "barrier", "prompt_cache"},
+    | {"calls", "barrier", "prompt_cache", "prefixes", "vllm_engine"},
     {"rollout", "advantage", "result", "result_display", "plots", "notebook_figure"},
     {
         "fast",

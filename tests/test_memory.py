@@ -29,7 +29,7 @@ def spare(megabytes):
 
 if {what!r} == "step":
     trainer = SlowTrainer(policy, SlowConfig(micro_batch_size=64), SamplingConfig(), 10, 0)
-    rows = [TrainingRow((5,) * 200, (7,) * 200, (-1.0,) * 200, (-1.0) ** i) for i in range(64)]
+    rows = [TrainingRow((5 + i,) * 200, (7,) * 200, (-1.0,) * 200, (-1.0) ** i) for i in range(64)]
     trainer.advance(rows[:1] * 2)
     before = policy.version()
     spare({megabytes})

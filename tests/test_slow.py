@@ -9,10 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 
+import fst_dspy.slow as slow_module
 from fst_dspy.advantage import constant_group_share, group_advantages, group_rows
 from fst_dspy.config import LoraConfig, SamplingConfig, SlowConfig
 from fst_dspy.errors import StoreError, TrainingError
+from fst_dspy.generate import GenerationRequest, generate
 from fst_dspy.policy import Policy
+from fst_dspy.prefixes import is_checkpointing
 from fst_dspy.slow import SlowTrainer
 from fst_dspy.types import Call, Group, Rollout, TrainingRow
 
@@ -297,3 +300,61 @@ def test_saved_files_need_no_pickle(tiny_qwen3, tmp_path: Path):
     trainer.advance(rows_for(0))
     trainer.save(tmp_path)
     assert all(path.read_bytes()[:2] != b"\x80\x04" for path in tmp_path.iterdir())
+
+
+def sampled_rows(policy, count=6):
+    requests = [GenerationRequest((5 + n, 6, 7), 8, seed=n) for n in range(count)]
+    return [
+        TrainingRow(r.prompt_ids_T, g.completion_ids_T, g.logprobs_T, (-1.0) ** n)
+        for n, (r, g) in enumerate(zip(requests, generate(policy, requests), strict=True))
+    ]
+
+
+def test_drift_between_sampling_and_training_is_measured(tiny_lfm2, caplog):
+    policy, trainer = make(tiny_lfm2)
+    rows = sampled_rows(policy)
+    assert 0 < trainer.advance(rows).drift < 1e-5
+    assert "disagree" not in caplog.text
+    off = [replace(row, logprobs_T=tuple(p - 0.5 for p in row.logprobs_T)) for row in rows]
+    policy, trainer = make(tiny_lfm2)
+    assert trainer.advance(off).drift == pytest.approx(0.5, abs=1e-4)
+    assert "disagree by 0.500" in caplog.text
+
+
+@pytest.mark.parametrize("lora", [None, LoraConfig(rank=2)])
+def test_checkpointing_is_the_last_resort_when_memory_runs_out(
+    tiny_qwen3, lora, monkeypatch, caplog
+):
+    slow = replace(SLOW, lora=lora, micro_batch_size=2, max_grad_norm=0)
+    expected, _ = gradients_after(*make(tiny_qwen3, slow), rows_for(0))
+    policy, trainer = make(tiny_qwen3, slow)
+    accumulate = trainer._trl.accumulate
+
+    def short(*args):
+        if not is_checkpointing(policy.model):
+            raise MemoryError
+        return accumulate(*args)
+
+    monkeypatch.setattr(trainer._trl, "accumulate", short)
+    found, _ = gradients_after(policy, trainer, rows_for(0))
+    assert "going on with activation checkpointing" in caplog.text
+    assert_close(found, expected)
+    monkeypatch.setattr(trainer._trl, "accumulate", lambda *_: (_ for _ in ()).throw(MemoryError()))
+    with pytest.raises(TrainingError, match="single row"):
+        trainer.advance(rows_for(1))
+
+
+@pytest.mark.parametrize("most", [20, 64])
+def test_micro_batches_keep_to_a_number_of_tokens(most, tiny_lfm2, monkeypatch):
+    slow = replace(SLOW, max_grad_norm=0)
+    expected, _ = gradients_after(*make(tiny_lfm2, slow), rows_for(0, 11))
+    monkeypatch.setattr(slow_module, "MICRO_BATCH_TOKENS", most)
+    policy, trainer = make(tiny_lfm2, slow)
+    sizes = []
+    policy.model.get_input_embeddings().register_forward_pre_hook(
+        lambda _, inputs: sizes.append(inputs[0].shape)
+    )
+    found, _ = gradients_after(policy, trainer, rows_for(0, 11))
+    assert len(sizes) > 1
+    assert all(rows == 1 or rows * width <= most for rows, width in sizes)
+    assert_close(found, expected)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import multiprocessing
 import statistics
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
@@ -18,7 +17,15 @@ from tempfile import TemporaryDirectory
 import dspy
 import torch
 
-from benchmarks.speed.measure import Row, alternate, peak_memory, ratios, resident_memory, row_of
+from benchmarks.speed.measure import (
+    Clock,
+    Row,
+    alternate,
+    peak_memory,
+    ratios,
+    resident_memory,
+    row_of,
+)
 from benchmarks.speed.models import (
     WholeAnswer,
     early_letters,
@@ -156,7 +163,7 @@ class _Cycles(SilentProgress):
         self.memory: list[float] = []
 
     def cycle_done(self, record: CycleRecord) -> None:
-        self.seconds.append(time.perf_counter())
+        self.seconds.append(Clock.now())
         self.memory.append(resident_memory())
 
 

@@ -8,7 +8,6 @@ setting up.
 from __future__ import annotations
 
 import tempfile
-import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -17,7 +16,7 @@ from unittest.mock import patch
 
 import dspy
 
-from benchmarks.speed.measure import Row, row_of
+from benchmarks.speed.measure import Clock, Row, row_of
 from fst_dspy import FST, LocalLM, optimizer
 from fst_dspy.lessons import LessonProposer
 from fst_dspy.rollout import RolloutRunner
@@ -32,7 +31,7 @@ CHANNELS = (
 )
 
 
-class Clock:
+class Channels:
     """Seconds inside any of some functions; what they call of each other counts once."""
 
     def __init__(self) -> None:
@@ -44,13 +43,13 @@ class Clock:
 
         def run(*args: Any, **kwargs: Any) -> Any:
             self._depth += 1
-            started = time.perf_counter()
+            started = Clock.now()
             try:
                 return function(*args, **kwargs)
             finally:
                 self._depth -= 1
                 if self._depth == 0:
-                    self.seconds += time.perf_counter() - started
+                    self.seconds += Clock.now() - started
 
         return run
 
@@ -67,7 +66,7 @@ def run(quick: bool) -> Iterator[Row]:
 
 def bookkeeping(seed: int, cycles: int) -> tuple[float, str]:
     """Share of the wall time of a compile of triage on the embedded model, 0 to 1."""
-    task, clock = load_task("triage", seed), Clock()
+    task, clock = load_task("triage", seed), Channels()
     lm = LocalLM("embedded")
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
@@ -75,7 +74,7 @@ def bookkeeping(seed: int, cycles: int) -> tuple[float, str]:
         for owner, name in CHANNELS:
             stack.enter_context(patch.object(owner, name, clock.timed(owner, name)))
         fst = FST(task.metric, seed=seed, max_cycles=cycles, log_dir=folder / "run")
-        started = time.perf_counter()
+        started = Clock.now()
         fst.compile(task.program, trainset=task.trainset, valset=task.valset)
-        wall = time.perf_counter() - started
+        wall = Clock.now() - started
     return 1 - clock.seconds / wall, f"{wall:.1f} s in all, {clock.seconds:.1f} s in the channels"

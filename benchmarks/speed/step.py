@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import random
 import tempfile
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +17,7 @@ from datasets import Dataset
 from transformers import PrinterCallback, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
-from benchmarks.speed.measure import Row, ratios, row_of
+from benchmarks.speed.measure import Clock, Row, ratios, row_of
 from benchmarks.speed.models import MODELS
 from fst_dspy.config import SamplingConfig, SlowConfig
 from fst_dspy.slow import SlowTrainer
@@ -88,9 +87,9 @@ class _TimedTrainer(GRPOTrainer):
     batch: dict[str, Any]
 
     def _generate_and_score_completions(self, inputs: Any) -> Any:
-        started = time.perf_counter()
+        started = Clock.now()
         self.batch = super()._generate_and_score_completions(inputs)
-        self.scoring += time.perf_counter() - started
+        self.scoring += Clock.now() - started
         return self.batch
 
 
@@ -103,14 +102,14 @@ class _Timer(TrainerCallback):
         self.started = 0.0
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
-        self.loop.scoring, self.started = 0.0, time.perf_counter()
+        self.loop.scoring, self.started = 0.0, Clock.now()
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
-        self.times["stock"].append(time.perf_counter() - self.started - self.loop.scoring)
+        self.times["stock"].append(Clock.now() - self.started - self.loop.scoring)
         rows = rows_of(self.loop.batch)
-        started = time.perf_counter()
+        started = Clock.now()
         self.trainer.advance(rows)
-        self.times["ours"].append(time.perf_counter() - started)
+        self.times["ours"].append(Clock.now() - started)
 
 
 class _Rows:

@@ -1,0 +1,242 @@
+"""Beginnings that prompts have in common, read once each.
+
+The prompts of a batch begin alike: the rollouts of a group have all of theirs in common, those of a
+candidate its instructions. ``find_prefixes`` cuts prompts into such beginnings and what is left;
+a model reads the beginnings, and goes on from their caches with the rest. Generation and optimizer
+step do so where ``can_continue`` says that the model's caches allow it. The outcome is that of
+reading every prompt whole, but for rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer, LinearAttentionLayer
+
+WINDOW = 256
+"""Prompts among which beginnings are looked for at once: the work grows with its square."""
+
+SAVED_TOKENS = 512
+"""Tokens that need not be read again, from which on beginnings are worth a pass of their own."""
+
+
+@dataclass(frozen=True)
+class Prefixes:
+    """N prompts over P beginnings.
+
+    Attributes:
+        prefix_ids_P: Token ids of the beginnings, none empty.
+        owner_N: Which of them each prompt goes on from.
+        saved: Tokens that are not read again.
+    """
+
+    prefix_ids_P: tuple[tuple[int, ...], ...]
+    owner_N: tuple[int, ...]
+    saved: int
+
+    def rest(self, number: int, prompt_ids_T: Sequence[int]) -> tuple[int, ...]:
+        """What is left of a prompt after its beginning."""
+        return tuple(prompt_ids_T[len(self.prefix_ids_P[self.owner_N[number]]) :])
+
+
+def worthwhile_prefixes(prompts_N: Sequence[Sequence[int]]) -> Prefixes | None:
+    """The beginnings, where reading them once saves ``SAVED_TOKENS``."""
+    if min(map(len, prompts_N)) < 2 or sum(map(len, prompts_N)) < SAVED_TOKENS:
+        return None
+    prefixes = find_prefixes(prompts_N)
+    return prefixes if prefixes.saved >= SAVED_TOKENS else None
+
+
+def find_prefixes(prompts_N: Sequence[Sequence[int]]) -> Prefixes:
+    """Beginnings that save the most tokens; the last token of a prompt is never part of one.
+
+    Prompts are sorted, and neighbours grouped so that the sum over groups of (prompts - 1) x
+    (tokens that all of them begin with) is largest.
+
+    Args:
+        prompts_N: At least one, each of at least 2 tokens.
+    """
+    order = sorted(range(len(prompts_N)), key=lambda number: tuple(prompts_N[number]))
+    prefixes: list[tuple[int, ...]] = []
+    owners = [0] * len(order)
+    saved = 0
+    for start in range(0, len(order), WINDOW):
+        window = order[start : start + WINDOW]
+        for group in _grouped([prompts_N[number] for number in window]):
+            numbers = [window[place] for place in group]
+            first = prompts_N[numbers[0]]
+            length = _common(first, prompts_N[numbers[-1]])
+            for number in numbers:
+                owners[number] = len(prefixes)
+            prefixes.append(tuple(first[:length]))
+            saved += (len(numbers) - 1) * length
+    return Prefixes(tuple(prefixes), tuple(owners), saved)
+
+
+def _grouped(sorted_N: Sequence[Sequence[int]]) -> list[range]:
+    """The best grouping of sorted prompts into runs, by dynamic programming over where runs end."""
+    count = len(sorted_N)
+    with_next = [_common(a, b) for a, b in pairwise(sorted_N)]
+    best, begin = [0] * (count + 1), [0] * (count + 1)
+    for end in range(1, count + 1):
+        # A run of one saves nothing.
+        best[end], begin[end] = best[end - 1], end - 1
+        common = len(sorted_N[end - 1])
+        for start in range(end - 2, -1, -1):
+            common = min(common, with_next[start])
+            if common == 0:
+                break
+            saved = best[start] + (end - start - 1) * common
+            if saved > best[end]:
+                best[end], begin[end] = saved, start
+    runs, end = [], count
+    while end > 0:
+        runs.append(range(begin[end], end))
+        end = begin[end]
+    return runs[::-1]
+
+
+def _common(one: Sequence[int], other: Sequence[int]) -> int:
+    """Tokens that both begin with, less the last of either."""
+    limit = min(len(one), len(other)) - 1
+    if one[:limit] == other[:limit]:
+        return limit
+    return next(n for n, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
+
+
+def can_continue(model: Any) -> bool:
+    """Whether a model goes on from a cache, several tokens at a time, padding masked out.
+
+    Plain attention does, and so do short convolutions without bias. Sliding windows and recurrent
+    layers are not relied upon: their prompts are read whole.
+    """
+    if is_checkpointing(model):  # it has no use for caches
+        return False
+    config = backbone_of(model).config.get_text_config()
+    if not pads_safely(config):
+        return False
+    layers = DynamicCache(config=config).layers
+    return bool(layers) and all(
+        type(layer) is DynamicLayer
+        or (type(layer) is LinearAttentionLayer and hasattr(layer, "activate_past_recording"))
+        for layer in layers
+    )
+
+
+def is_checkpointing(model: Any) -> bool:
+    """Whether a model keeps few activations, and runs its layers again for the gradient."""
+    # The older name warns in later versions of transformers.
+    new, old = "is_activation_checkpointing", "is_gradient_checkpointing"
+    return getattr(model, new if hasattr(model, new) else old, False)
+
+
+def pads_safely(config: Any) -> bool:
+    """Whether left padding leaves the logits alone.
+
+    Attention masks it out. A convolution zeroes the padded inputs, but a bias in its projection
+    would bring them back (Lfm2 with ``conv_bias``); other recurrent layers are not relied upon.
+    """
+    config = config.get_text_config()
+    recurrent = {
+        kind
+        for kind in getattr(config, "layer_types", None) or ()
+        if not kind.endswith("attention") or kind == "linear_attention"
+    }
+    if recurrent == {"conv"}:
+        return not getattr(config, "conv_bias", True)
+    return not recurrent and config.model_type not in ("mamba", "mamba2", "falcon_mamba", "jamba")
+
+
+def backbone_of(model: Any) -> Any:
+    """A causal language model without its output layer, with its adapters if it has any."""
+    return (model.get_base_model() if hasattr(model, "get_base_model") else model).base_model
+
+
+def read_prefixes(
+    backbone: Any, prefixes: Prefixes, pad_id: int, device: torch.device
+) -> tuple[Any, Tensor]:
+    """Read the beginnings.
+
+    Gradients flow through the cache where they are enabled.
+
+    Returns:
+        A cache with a row a prompt (N), and the mask of what is in it, (N, T).
+    """
+    longest = max(map(len, prefixes.prefix_ids_P))
+    padded = [[pad_id] * (longest - len(ids)) + list(ids) for ids in prefixes.prefix_ids_P]
+    ids_PT = torch.tensor(padded, device=device)
+    lengths_P1 = torch.tensor([[len(ids)] for ids in prefixes.prefix_ids_P], device=device)
+    mask_PT = (torch.arange(longest, device=device)[None] >= longest - lengths_P1).long()
+    cache: Any = DynamicCache(config=backbone.config)
+    backbone(
+        input_ids=ids_PT,
+        attention_mask=mask_PT,
+        position_ids=positions(mask_PT),
+        past_key_values=cache,
+        use_cache=True,
+    )
+    owner_N = torch.tensor(prefixes.owner_N, device=device)
+    cache.reorder_cache(owner_N)
+    return cache, mask_PT[owner_N]
+
+
+def right_padded(
+    rest_N: Sequence[Sequence[int]], pad_id: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Ids and mask, (N, T), of what is left of the prompts."""
+    longest = max(map(len, rest_N))
+    ids_NT = [[*rest, *[pad_id] * (longest - len(rest))] for rest in rest_N]
+    lengths_N1 = torch.tensor([[len(rest)] for rest in rest_N], device=device)
+    mask_NT = (torch.arange(longest, device=device)[None] < lengths_N1).long()
+    return torch.tensor(ids_NT, dtype=torch.long, device=device), mask_NT
+
+
+def read_rest(
+    backbone: Any,
+    cache: Any,
+    mask_NT: Tensor,
+    rest_N: Sequence[Sequence[int]],
+    pad_id: int,
+) -> Tensor:
+    """Go on from the beginnings with the rest of each prompt, which may be empty.
+
+    Afterwards the cache is as if each prompt had been read whole. Without gradients.
+
+    Returns:
+        The mask of what is in the cache; with padding between and at the end.
+    """
+    ids_NR, own_NR = right_padded(rest_N, pad_id, mask_NT.device)
+    mask_NT = torch.cat([mask_NT, own_NR], dim=1)
+    cache.activate_past_recording()  # convolutions then keep all their inputs, to be cut below
+    backbone(
+        input_ids=ids_NR,
+        attention_mask=mask_NT,
+        position_ids=positions(mask_NT)[:, -ids_NR.shape[1] :],
+        past_key_values=cache,
+        use_cache=True,
+    )
+    for layer in cache.layers:
+        if isinstance(layer, LinearAttentionLayer):
+            _cut_states(layer, own_NR.sum(1))
+    return mask_NT
+
+
+def _cut_states(layer: LinearAttentionLayer, lengths_N: Tensor) -> None:
+    """Leave a convolution its inputs at each prompt's end, which is not that of the padded rows."""
+    layer.record_past = False
+    for index, state in layer.conv_states.items():
+        width = layer.conv_kernel_size[index]
+        assert state is not None and width is not None
+        at_N1K = (lengths_N[:, None] + torch.arange(width, device=lengths_N.device))[:, None]
+        layer.conv_states[index] = state.gather(2, at_N1K.expand(-1, state.shape[1], -1))
+
+
+def positions(mask_NT: Tensor) -> Tensor:
+    """The position of each token among those that the mask leaves."""
+    return (mask_NT.cumsum(1) - 1).clamp(min=0)

@@ -1,0 +1,120 @@
+"""vLLM in place of the decode loop, on the same GPU as training: ``pip install 'fst-dspy[vllm]'``.
+
+Building vLLM's engine and bringing it the trained weights is TRL's (``VLLMGeneration``); here are
+only the requests, each with its own seed, temperature and stop strings, and what comes back. The
+weights are brought over when the policy's version has changed since the last call.
+
+Not run by us on a GPU: the tests hold it to what is asked of any engine with a stand-in for vLLM.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from fst_dspy.errors import ConfigError
+from fst_dspy.generate import (
+    GenerationRequest,
+    GenerationResult,
+    check_prompt,
+    eos_ids,
+    room_for,
+    texts_of,
+)
+from fst_dspy.policy import Policy
+
+MAX_SEED = 2**63 - 1
+
+
+def use_vllm(policy: Policy, *, gpu_memory_utilization: float = 0.3) -> None:
+    """Generate with vLLM from here on; training stays where it is.
+
+    Args:
+        policy: On a GPU, without adapters; vLLM must know its architecture.
+        gpu_memory_utilization: Share of the GPU's memory that vLLM may take, weights and caches.
+
+    Raises:
+        ConfigError: vLLM is not installed, or there is no GPU.
+    """
+    if policy.device.type != "cuda":
+        raise ConfigError("vLLM runs on a GPU; the built-in engine runs anywhere")
+    try:
+        from vllm import SamplingParams
+    except ImportError as error:
+        raise ConfigError("vLLM is not installed: pip install 'fst-dspy[vllm]'") from error
+    from accelerate import Accelerator
+    from trl.generation.vllm_generation import VLLMGeneration
+
+    vllm = VLLMGeneration(
+        model=policy.model,
+        accelerator=Accelerator(),
+        processing_class=policy.tokenizer,
+        gpu_memory_utilization=gpu_memory_utilization,
+        max_model_length=policy.context_length,
+    )
+    policy.generator = VllmGenerator(vllm, SamplingParams)
+
+
+class VllmGenerator:
+    """What ``fst_dspy.generate.generate`` does, done by vLLM.
+
+    Args:
+        vllm: TRL's ``VLLMGeneration``, or what has its ``llm`` and ``sync_weights``.
+        sampling_params: vLLM's ``SamplingParams``.
+    """
+
+    def __init__(self, vllm: Any, sampling_params: Callable[..., Any]) -> None:
+        self.vllm, self.sampling_params = vllm, sampling_params
+        self._holds: str | None = None
+
+    def __call__(
+        self, policy: Policy, requests: Sequence[GenerationRequest]
+    ) -> list[GenerationResult]:
+        """Sample a completion for every request, in the requests' order.
+
+        Raises:
+            PromptTooLongError: A prompt leaves no room for a completion; nothing is generated.
+            ConfigError: Adapters, which TRL would merge into the base and take out again, rounding
+                it each time; or ``top_p``, which vLLM's log-probabilities would take in.
+        """
+        for request in requests:
+            check_prompt(policy, request.prompt_ids_T)
+            if request.top_p < 1:
+                raise ConfigError("vLLM gives log-probabilities after top_p; leave it at 1")
+        if policy.lora is not None:
+            raise ConfigError("the vLLM engine has no adapters: use lora=False or no vLLM")
+        with policy.lock:
+            version = policy.version()
+            if version != self._holds:
+                self.vllm.sync_weights()
+                self._holds = version
+            outputs = self.vllm.llm.generate(
+                [{"prompt_token_ids": list(r.prompt_ids_T)} for r in requests],
+                sampling_params=[self._params(policy, request) for request in requests],
+                use_tqdm=False,
+            )
+        answers = [output.outputs[0] for output in outputs]
+        ids = [list(answer.token_ids) for answer in answers]
+        texts = texts_of(policy, ids, [request.stop for request in requests])
+        return [
+            GenerationResult(
+                completion_ids_T=tuple(ids_T),
+                logprobs_T=tuple(
+                    given[token].logprob
+                    for token, given in zip(ids_T, answer.logprobs, strict=True)
+                ),
+                text=text,
+                finish_reason="length" if answer.finish_reason == "length" else "stop",
+            )
+            for ids_T, text, answer in zip(ids, texts, answers, strict=True)
+        ]
+
+    def _params(self, policy: Policy, request: GenerationRequest) -> Any:
+        return self.sampling_params(
+            temperature=request.temperature,
+            max_tokens=room_for(policy, request),
+            seed=request.seed & MAX_SEED,
+            stop=list(request.stop),
+            stop_token_ids=sorted(eos_ids(policy)),
+            logprobs=0,  # of the sampled token alone
+        )

@@ -1,0 +1,160 @@
+"""Common beginnings are found, read once, and change nothing but rounding."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import fst_dspy.generate as generate_module
+import fst_dspy.prefixes as prefixes_module
+from fst_dspy.config import LoraConfig, SamplingConfig, SlowConfig
+from fst_dspy.drift import kl_to_base, token_entropy
+from fst_dspy.generate import GenerationRequest, generate
+from fst_dspy.policy import Policy
+from fst_dspy.prefixes import can_continue, find_prefixes
+from fst_dspy.slow import SlowTrainer
+from fst_dspy.types import Call, TrainingRow
+
+PROMPTS = st.lists(st.lists(st.integers(0, 2), min_size=2, max_size=12), min_size=1, max_size=12)
+
+
+@given(PROMPTS)
+def test_every_prompt_goes_on_from_its_beginning(prompts: list[list[int]]) -> None:
+    prefixes = find_prefixes(prompts)
+    used = 0
+    for number, prompt in enumerate(prompts):
+        prefix = prefixes.prefix_ids_P[prefixes.owner_N[number]]
+        rest = prefixes.rest(number, prompt)
+        assert [*prefix, *rest] == prompt
+        assert len(prefix) > 0 or len(prompts) == 1 or rest
+        assert rest
+        used += len(rest)
+    read = used + sum(map(len, prefixes.prefix_ids_P))
+    assert prefixes.saved == sum(map(len, prompts)) - read >= 0
+
+
+def test_candidates_are_told_apart_and_groups_share_all_but_the_last_token() -> None:
+    instructions = [[1] * 50, [1] * 10 + [2] * 60, [3] * 30]
+    prompts = [[*text, 7, n, 8, 9] for text in instructions for n in range(4) for _ in range(2)]
+    prefixes = find_prefixes(prompts)
+    assert sorted(map(len, prefixes.prefix_ids_P)) == [31, 51, 71]
+    same = find_prefixes([instructions[0]] * 3)
+    assert same.prefix_ids_P == (tuple(instructions[0][:-1]),) and same.saved == 2 * 49
+
+
+def prompts_of(policy: Policy) -> list[tuple[int, ...]]:
+    """Two candidates' instructions, problems of unlike length, one prompt that is like no other."""
+
+    def encode(text: str) -> tuple[int, ...]:
+        return tuple(policy.tokenizer.encode(text, add_special_tokens=False))
+
+    instructions = [
+        encode("Sort the tickets as told. " * 4),
+        encode("Another way of saying it. " * 3),
+    ]
+    problems = [encode("word " * n + "?") for n in (1, 4, 9)]
+    return [a + b for a in instructions for b in problems] + [encode("alone here")]
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_generation_is_that_of_whole_prompts(
+    tiny_model: Path, lora: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy = Policy.load(tiny_model)
+    if lora:
+        policy.add_lora(LoraConfig(rank=2), seed=0)
+        policy.load_trainable_state({k: v + 0.02 for k, v in policy.trainable_state().items()})
+    requests = [
+        GenerationRequest(prompt, 16, temperature, seed=number)
+        for number, prompt in enumerate(prompts_of(policy) * 2)
+        for temperature in (0.0, 1.0)
+    ]
+    whole = generate(policy, requests)
+    read: list[int] = []
+    handle = policy.model.get_input_embeddings().register_forward_pre_hook(
+        lambda _, inputs: read.append(inputs[0].numel())
+    )
+    for share_tokens in (1, 10**9):  # with shared caches, and with copies
+        read.clear()
+        monkeypatch.setattr(prefixes_module, "SAVED_TOKENS", 1)
+        monkeypatch.setattr(generate_module, "SHARE_TOKENS", share_tokens)
+        parts = generate(policy, requests)
+        assert [r.completion_ids_T for r in parts] == [r.completion_ids_T for r in whole]
+        for one, other in zip(parts, whole, strict=True):
+            assert one.logprobs_T == pytest.approx(other.logprobs_T, abs=1e-4)
+        if can_continue(policy.model):
+            assert sum(read[:2]) < sum(map(len, prompts_of(policy)))
+    handle.remove()
+
+
+def rows_of(policy: Policy) -> list[TrainingRow]:
+    rows = []
+    for number, prompt in enumerate(prompts_of(policy) * 2):
+        completion = tuple(range(20, 23 + number))
+        zeros = (0.0,) * len(completion)
+        rows.append(TrainingRow(prompt, completion, zeros, (number % 5) - 1.9))
+    return rows
+
+
+@pytest.mark.parametrize("lora", [None, LoraConfig(rank=2)])
+@pytest.mark.parametrize("beta", [0.0, 0.1])
+def test_gradients_are_those_of_whole_prompts(
+    tiny_model: Path, lora: LoraConfig | None, beta: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[int] = []
+
+    def gradient(saved_tokens: int) -> tuple[torch.Tensor, float]:
+        monkeypatch.setattr(prefixes_module, "SAVED_TOKENS", saved_tokens)
+        policy = Policy.load(tiny_model)
+        if lora is not None:
+            policy.add_lora(lora, seed=0)
+            policy.load_trainable_state({k: v + 0.02 for k, v in policy.trainable_state().items()})
+        slow = SlowConfig(max_grad_norm=0, beta=beta, micro_batch_size=5, entropy_coef=0.1)
+        trainer, caught = SlowTrainer(policy, slow, SamplingConfig(), 10, 0), []
+        trainer._trl.optimizer.optimizer.register_step_pre_hook(
+            lambda *_: caught.extend(p.grad.flatten().clone() for p in trainer._trl.parameters)
+        )
+        read.clear()
+        policy.model.get_input_embeddings().register_forward_pre_hook(
+            lambda _, inputs: read.append(inputs[0].numel())
+        )
+        stats = trainer.advance(rows_of(policy))
+        return torch.cat(caught), stats.entropy
+
+    whole, entropy = gradient(10**9)
+    tokens = sum(read)
+    parts, same_entropy = gradient(1)
+    assert whole.norm() > 0
+    assert (parts - whole).norm() < 1e-5 * whole.norm()
+    assert same_entropy == pytest.approx(entropy, rel=1e-5)
+    if can_continue(Policy.load(tiny_model).model):
+        assert sum(read) < tokens
+
+
+def test_kl_and_entropy_are_those_of_whole_prompts(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy = Policy.load(tiny_model)
+    policy.load_trainable_state({k: v + 0.02 for k, v in policy.trainable_state().items()})
+    calls = [
+        Call("p", row.prompt_ids_T, row.completion_ids_T, row.logprobs_T, "", "stop", temperature)
+        for row, temperature in zip(rows_of(policy), [0.0, 0.7, 1.0, 1.3] * 4, strict=False)
+    ]
+    kl, entropy = kl_to_base(policy, calls), token_entropy(policy, calls)
+    monkeypatch.setattr(prefixes_module, "SAVED_TOKENS", 1)
+    assert kl > 1e-4
+    assert kl_to_base(policy, calls) == pytest.approx(kl, rel=1e-4)
+    assert token_entropy(policy, calls) == pytest.approx(entropy, rel=1e-5)
+
+
+def test_dropout_and_checkpointing_read_prompts_whole(tiny_llama: Path) -> None:
+    policy = Policy.load(tiny_llama)
+    assert can_continue(policy.model)
+    policy.add_lora(LoraConfig(dropout=0.1), seed=0)
+    assert not SlowTrainer(policy, SlowConfig(), SamplingConfig(), 10, 0)._trl.continues
+    policy.model.gradient_checkpointing_enable()
+    assert not can_continue(policy.model)
