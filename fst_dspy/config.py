@@ -163,6 +163,10 @@ class SlowConfig:
         micro_batch_size: Rows in one forward and backward pass.
         resample_constant: How often a step all of whose groups are constant (no gradient) draws
             other problems, at the cost of their rollouts, before it is skipped.
+        damp_constant: Shorten an optimizer step in proportion to the rows that have no advantage,
+            being of constant groups. AdamW makes every step about as long as the next, so that a
+            policy that has learned its task would be moved as far by one group in eight as by all.
+            Without effect under a KL penalty or entropy bonus, which all rows have.
         max_bad_steps: Steps in a row with a loss or gradient that is not finite, after which the
             run stops; each of them is dropped.
         lora: Adapter settings, or ``None`` for full fine-tuning.
@@ -185,6 +189,7 @@ class SlowConfig:
     entropy_coef: float = 0.0
     micro_batch_size: int = 16
     resample_constant: int = 0
+    damp_constant: bool = True
     max_bad_steps: int = 5
     lora: LoraConfig | None = None
 

@@ -74,6 +74,7 @@ class SlowTrainer:
         self.policy, self.slow, self.seed = policy, slow, seed
         self.micro_batch_size = slow.micro_batch_size
         self._most_tokens = MICRO_BATCH_TOKENS
+        self._all_count = bool(slow.beta or slow.entropy_coef)
         with policy.lock:
             self._trl = SteppedGRPOTrainer(
                 policy.model, policy.tokenizer, slow, sampling, total_steps, seed
@@ -115,8 +116,7 @@ class SlowTrainer:
             raise TrainingError("the policy's adapters were changed; make a new SlowTrainer")
         sampled = [(row.completion_ids_T, row.advantage) for row in rows]
         distributed.check_same("training rows", sampled)
-        all_count = self.slow.beta or self.slow.entropy_coef
-        live_rows = [row for row in rows if row.advantage != 0 or all_count]
+        live_rows = [row for row in rows if row.advantage != 0 or self._all_count]
         if not live_rows:
             return self._stats(rows, Gradients(0.0, _sampled_entropy(rows), 0.0), 0.0, "constant")
         while True:
@@ -267,10 +267,28 @@ class SlowTrainer:
         if not (math.isfinite(gradients.loss) and math.isfinite(norm)):
             return self._stats(rows, gradients, norm, "non_finite")
         stats = self._stats(rows, gradients, norm, None)
-        trl.optimizer.step()
+        with self._rates_times(self._live_share(rows)):
+            trl.optimizer.step()
         trl.lr_scheduler.step()
         self.policy.step += 1
         return stats
+
+    def _live_share(self, rows: Sequence[TrainingRow]) -> float:
+        """What a step is shortened to, in (0, 1]."""
+        if self._all_count or not self.slow.damp_constant:
+            return 1.0
+        return sum(row.advantage != 0 for row in rows) / len(rows)
+
+    @contextmanager
+    def _rates_times(self, factor: float) -> Iterator[None]:
+        """Multiplied learning rates for one step; the schedule goes on from its own."""
+        groups = self._trl.optimizer.param_groups
+        rates = [group["lr"] for group in groups]
+        for group, rate in zip(groups, rates, strict=True):
+            group["lr"] = rate * factor
+        yield
+        for group, rate in zip(groups, rates, strict=True):
+            group["lr"] = rate
 
     def _stats(
         self, rows: Sequence[TrainingRow], seen: Gradients, norm: float, skipped: str | None

@@ -358,3 +358,28 @@ def test_micro_batches_keep_to_a_number_of_tokens(most, tiny_lfm2, monkeypatch):
     assert len(sizes) > 1
     assert all(rows == 1 or rows * width <= most for rows, width in sizes)
     assert_close(found, expected)
+
+
+def moved(policy, rows, **settings):
+    """How far a first step moves the weights, as a share of what AdamW moves them at most."""
+    trainer = SlowTrainer(policy, SlowConfig(**settings), SamplingConfig(), 9, 0)
+    before = {name: value.clone() for name, value in policy.trainable_state().items()}
+    trainer.advance(rows)
+    after = policy.trainable_state()
+    longest = max((after[name] - value).abs().max().item() for name, value in before.items())
+    return longest / SlowConfig(**settings).learning_rate
+
+
+def test_a_step_is_as_short_as_its_rows_are_constant(tiny_qwen3):
+    rows = rows_for(0, 8, [1.0, -1.0, *[0.0] * 6])
+    assert moved(load(tiny_qwen3), rows) == pytest.approx(0.25, rel=1e-2)
+    alone = moved(load(tiny_qwen3), rows, damp_constant=False)
+    assert alone == pytest.approx(1, rel=1e-2)
+    with_penalty = moved(load(tiny_qwen3), rows, entropy_coef=1e-3)
+    assert with_penalty == pytest.approx(1, rel=1e-2)
+
+
+def test_the_schedule_does_not_remember_a_short_step(tiny_qwen3):
+    _, trainer = make(tiny_qwen3, SlowConfig(learning_rate=1e-3))
+    trainer.advance(rows_for(0, 4, [1.0, -1.0, 0.0, 0.0]))
+    assert trainer.advance(rows_for(1)).learning_rate == 1e-3
