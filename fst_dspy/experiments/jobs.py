@@ -46,7 +46,8 @@ class Job:
         forget_on: Programs that are tested under their ideal prompts before and after.
         reflection_lm: As for ``dspy.LM``; ``None`` for the proposer that needs no model.
         start: Run folder of a finished compile of the same model, whose best weights are started
-            from. Its prompts are not taken; KL is still to the model as it came.
+            from; a relative path is seen from the job's own folder. Its prompts are not taken; KL
+            is still to the model as it came.
         module: What is run, as ``python -m module folder``; it writes ``outcome.json``.
 
     Raises:
@@ -124,15 +125,14 @@ def write_job(folder: Path, job: Job) -> None:
     Raises:
         StoreError: It holds another job.
     """
-    wanted = json.loads(json.dumps(asdict(job)))
     path = folder / JOB
     if not path.exists():
-        write_json(path, wanted)
+        write_json(path, asdict(job))
         return
-    found = read_json(path)
-    changed = [key for key in wanted if wanted[key] != found.get(key)]
+    wanted, found = (json.loads(json.dumps(asdict(one))) for one in (job, read_job(folder)))
+    changed = [key for key in wanted if wanted[key] != found[key]]
     if changed:
-        was = ", ".join(f"{key} {found.get(key)!r}, not {wanted[key]!r}" for key in changed)
+        was = ", ".join(f"{key} {found[key]!r}, not {wanted[key]!r}" for key in changed)
         raise StoreError(f"{folder} holds another job: {was}; choose another --out, or delete it")
 
 
