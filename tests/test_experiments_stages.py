@@ -13,6 +13,7 @@ from fst_dspy.experiments.stages import Within
 from fst_dspy.store import read_json
 from fst_dspy.tasks import load_task
 
+pytestmark = pytest.mark.slow
 CHANNELS = {"sequential": ("gepa_only", "rl_only"), "sequential_reverse": ("rl_only", "gepa_only")}
 
 

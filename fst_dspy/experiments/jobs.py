@@ -48,6 +48,8 @@ class Job:
         start: Run folder of a finished compile of the same model, whose best weights are started
             from; a relative path is seen from the job's own folder. Its prompts are not taken; KL
             is still to the model as it came.
+        instructions: What every predictor is instructed with at first; ``None`` for its own words.
+        then: Programs that are learned after it, in one stream; see ``streams.py``.
         module: What is run, as ``python -m module folder``; it writes ``outcome.json``.
 
     Raises:
@@ -66,6 +68,8 @@ class Job:
     forget_on: tuple[str, ...] = ()
     reflection_lm: str | None = None
     start: str | None = None
+    instructions: str | None = None
+    then: tuple[str, ...] = ()
     module: str = "fst_dspy.experiments.worker"
 
     def __post_init__(self) -> None:
@@ -139,7 +143,8 @@ def write_job(folder: Path, job: Job) -> None:
 def read_job(folder: Path) -> Job:
     """The job of a folder."""
     plain = read_json(folder / JOB)
-    return Job(**{**plain, "forget_on": tuple(plain["forget_on"])})
+    lists = {name: tuple(plain.get(name, ())) for name in ("forget_on", "then")}
+    return Job(**{**plain, **lists})
 
 
 def write_outcome(folder: Path, outcome: Outcome) -> None:

@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import dspy
 from dspy.teleprompt import Teleprompter
 
+from fst_dspy.candidate import (
+    INSTRUCTIONS,
+    bind,
+    component_name,
+    make_candidate,
+    predictor_names,
+)
 from fst_dspy.experiments.arms import Stage, find_arm
 from fst_dspy.experiments.jobs import Job
 from fst_dspy.progress import SilentProgress, StopRun, cycle_line
 from fst_dspy.result import FSTResult
+from fst_dspy.tasks import load_task
 from fst_dspy.types import CycleRecord, Task
 
 
@@ -31,6 +40,21 @@ class Within(SilentProgress):
         print(cycle_line(record), flush=True)
         if record.cycle and record.total_rollouts.total + record.rollouts.total > self.rollouts:
             raise StopRun
+
+
+def load_job_task(job: Job, program: str) -> Task:
+    """A program's task with the job's seed and first instructions, and its share of the test set.
+
+    Raises:
+        ProgramError: The program cannot be loaded.
+    """
+    task = load_task(program, job.seed)
+    student = task.program
+    if job.instructions is not None:
+        names = predictor_names(student)
+        texts = {component_name(name, INSTRUCTIONS): job.instructions for name in names}
+        student = bind(student, make_candidate(texts))
+    return replace(task, program=student, testset=task.testset[: job.test_size])
 
 
 def compile_stages(folder: Path, job: Job, task: Task) -> list[FSTResult]:

@@ -21,7 +21,7 @@ from fst_dspy.drift import kl_to_base, token_entropy
 from fst_dspy.evaluate import evaluate
 from fst_dspy.experiments.jobs import Job, Outcome, read_job, write_outcome
 from fst_dspy.experiments.process import locked, work
-from fst_dspy.experiments.stages import compile_stages
+from fst_dspy.experiments.stages import compile_stages, load_job_task
 from fst_dspy.local_lm import LocalLM
 from fst_dspy.measures import forgetting, ideal_candidate, scores_by_example
 from fst_dspy.result import FSTResult
@@ -40,7 +40,8 @@ def run_job(folder: Path) -> Outcome:
         FSTError: As ``FST.compile``, or another process is at it.
     """
     job = read_job(folder)
-    task, *others = (load_task(name, job.seed) for name in (job.program, *job.forget_on))
+    task = load_job_task(job, job.program)
+    others = [load_task(name, job.seed) for name in job.forget_on]
     for other in others:
         ideal_candidate(other)  # a program without one is refused before the work
     with locked(folder), dspy.context(lm=load_lm(folder, job)):
@@ -74,10 +75,10 @@ def measure(job: Job, task: Task, others: Sequence[Task], results: Sequence[FSTR
     started = time.monotonic()
     lm, best, base = dspy.settings.lm, results[-1].best, results[0].base_version
     runner = RolloutRunner(task.program, task.metric, lm, results[-1].config.sampling, job.seed)
-    original, testset = seed_candidate(task.program), task.testset[: job.test_size]
+    original = seed_candidate(task.program)
 
     def test(candidate: Candidate, version: str, samples: int = 1) -> tuple[Rollout, ...]:
-        found = evaluate(runner, [candidate], testset, samples=samples, version=version)
+        found = evaluate(runner, [candidate], task.testset, samples=samples, version=version)
         return found.rollouts_K[0]
 
     rollouts = test(best.candidate, best.version, job.samples)
