@@ -234,7 +234,8 @@ def test_stages_are_measured_by_single_compiles_of_the_same_arm_and_seed():
     assert every.rows[2] == ("fst", "2 two", "0.700 (0.87)", "0.750 (0.88)")
     assert every_stage(streams, singles).rows[4][:3] == ("fst", "1", "2 two")
     line, _ = stage_lines(streams, singles, "two")
-    assert [round(score.mean, 3) for score in line.score_S] == [0.0, 0.2, 0.75, 0.875]
+    assert line.scores.mean.y == pytest.approx((0.0, 0.2, 0.75, 0.875))
+    assert [curve.y[2] for curve in line.scores.seeds] == [0.9, 0.6]
     assert line.alone == pytest.approx(0.85)
 
 

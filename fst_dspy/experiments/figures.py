@@ -14,7 +14,6 @@ from fst_dspy.experiments.plasticity_tables import ENOUGH, Probe
 from fst_dspy.experiments.runs import Run
 from fst_dspy.experiments.stream_tables import by_arm, stage_label
 from fst_dspy.experiments.streams import Stream
-from fst_dspy.measures import Interval, mean_interval
 from fst_dspy.plots import Curve
 
 if TYPE_CHECKING:
@@ -101,13 +100,11 @@ class StageLine:
     """A task's test scores over the stages of one arm.
 
     Attributes:
-        arm: Its label.
-        score_S: Mean over seeds with its interval, before the first stage and after each one.
+        scores: Over the stages' numbers, from 0 for before the first.
         alone: Mean single-task peak; ``None`` where no such compile has ended.
     """
 
-    arm: str
-    score_S: tuple[Interval, ...]
+    scores: Band
     alone: float | None
 
 
@@ -116,11 +113,12 @@ def stage_lines(streams: Sequence[Stream], runs: Sequence[Run], task: str) -> li
     lines = []
     for arm, group in by_arm(streams).items():
         peaks = [p for p in (stream.alone(task, runs) for stream in group) if p is not None]
-        scores = tuple(
-            mean_interval(stream.score(number, task) for stream in group)
-            for number in range(len(group[0].outcome.score_S_N))
-        )
-        lines.append(StageLine(arm, scores, fmean(peaks) if peaks else None))
+        numbers = range(len(group[0].outcome.score_S_N))
+        curves = [
+            Curve(arm, tuple(map(float, numbers)), tuple(stream.score(n, task) for n in numbers))
+            for stream in group
+        ]
+        lines.append(StageLine(band(arm, curves), fmean(peaks) if peaks else None))
     return lines
 
 
@@ -137,34 +135,30 @@ def draw_stages(streams: Sequence[Stream], runs: Sequence[Run], title: str) -> F
             if stage.task == task:
                 axes.axvspan(number - 0.5, number + 0.5, color="black", alpha=0.07, linewidth=0)
         for index, line in enumerate(stage_lines(streams, runs, task)):
-            means = [interval.mean for interval in line.score_S]
-            x = [n + 0.08 * index for n in range(len(means))]  # error bars lie side by side
-            axes.errorbar(
-                x, means, yerr=_half_widths(line.score_S), fmt="o-", color=f"C{index}",
-                label=line.arm, markersize=4, capsize=2, linewidth=1.5,
-            )  # fmt: skip
+            colour, arm = f"C{index}", line.scores.label
+            _draw_band(axes, line.scores, colour)
             if line.alone is not None:
-                axes.axhline(
-                    line.alone, color=f"C{index}", linestyle="--", linewidth=1,
-                    label=f"{line.arm}, alone",
-                )  # fmt: skip
+                label = f"{arm}, this task alone"
+                axes.axhline(line.alone, color=colour, linestyle="--", linewidth=1, label=label)
         axes.set_title(task, fontsize=10)
         axes.set_xticks(range(len(ticks)), ticks, rotation=30, ha="right", fontsize=8)
         axes.grid(alpha=0.25)
     panels[0].set(ylabel="test score", ylim=(-0.02, 1.05))
-    panels[0].legend(frameon=False, fontsize=8)
+    handles = {
+        label: h
+        for axes in panels
+        for h, label in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(
+        handles.values(), handles.keys(), loc="outside lower center", ncols=4, frameon=False,
+        fontsize=8,
+    )  # fmt: skip
     figure.suptitle(title)
     return figure
 
 
 def _last_by(curve: Curve, x: float) -> float:
     return curve.y[bisect_right(curve.x, x) - 1]
-
-
-def _half_widths(intervals: Sequence[Interval]) -> list[float] | None:
-    """Of the intervals; ``None`` where a single seed has none."""
-    widths = [i.high - i.mean for i in intervals if i.high is not None]
-    return widths if len(widths) == len(intervals) else None
 
 
 def _draw_band(axes: Any, one: Band, colour: str) -> None:
