@@ -25,8 +25,8 @@ LOCK_SECONDS = 60.0
 
 def work(run: Callable[[Path], Any], folder: str) -> int:
     """Do the job of a folder; the process's exit code."""
-    _stop_with_parent()
     try:
+        _stop_with_parent()
         run(Path(folder))
     except FSTError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
