@@ -12,7 +12,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from fst_dspy import cli_experiments, distributed
+from fst_dspy import cli_experiments, cli_protocols, distributed
 from fst_dspy.errors import FSTError
 from fst_dspy.tasks import read_value
 
@@ -57,6 +57,8 @@ ReportTo = Annotated[
 
 app.command()(cli_experiments.compare)
 app.command()(cli_experiments.ablate)
+app.command()(cli_protocols.plasticity)
+app.command()(cli_protocols.continual)
 app.add_typer(cli_experiments.experiments, name="experiments")
 
 

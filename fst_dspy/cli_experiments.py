@@ -1,4 +1,4 @@
-"""The commands ``fst compare``, ``fst ablate`` and ``fst experiments show``."""
+"""The commands ``fst compare``, ``fst ablate`` and ``fst experiments show``; shared options."""
 
 from __future__ import annotations
 
@@ -78,12 +78,12 @@ def compare(
     results: Results = None,
 ) -> None:
     """Compare FST with RL alone, GEPA alone and others: same model, data, seeds and rollouts."""
-    with _errors_told():
+    with errors_told():
         with console.status("loading"):
             from fst_dspy.cli_tune import trial_line
             from fst_dspy.experiments import ARMS, ExperimentStore
             from fst_dspy.experiments import compare as run_comparison
-        plan = _plan(
+        plan = make_plan(
             program,
             model,
             quick,
@@ -95,7 +95,7 @@ def compare(
             forget_on=tuple(forget_on) if forget_on else None,
             reflection_lm=reflection_lm,
         )
-        folder = out or default_folder("compare", program, quick)
+        folder = out or default_folder("compare", (program,), quick)
         failed = run_comparison(
             ExperimentStore(folder),
             plan,
@@ -106,7 +106,7 @@ def compare(
             console=console,
             on_trial=lambda _study, trial: console.print(f"tuning rl_only: {trial_line(trial)}"),
         )
-        _finish(folder, results, failed)
+        finish(folder, results, failed)
 
 
 def ablate(
@@ -131,11 +131,11 @@ def ablate(
     results: Results = None,
 ) -> None:
     """Change one setting of FST at a time, to see what it is worth."""
-    with _errors_told():
+    with errors_told():
         with console.status("loading"):
             from fst_dspy.experiments import AXES, ExperimentStore
             from fst_dspy.experiments import ablate as run_ablation
-        plan = _plan(
+        plan = make_plan(
             program,
             model,
             quick,
@@ -147,21 +147,21 @@ def ablate(
             forget_on=tuple(forget_on) if forget_on else None,
             reflection_lm=reflection_lm,
         )
-        folder = out or default_folder("ablate", program, quick)
+        folder = out or default_folder("ablate", (program,), quick)
         chosen = axes.split(",") if axes else tuple(AXES)
         failed = run_ablation(
             ExperimentStore(folder), plan, chosen, workers=workers, console=console
         )
-        _finish(folder, results, failed)
+        finish(folder, results, failed)
 
 
 @experiments.command()
 def show(
-    store: Annotated[Path, typer.Argument(help="The --out of fst compare or fst ablate.")],
+    store: Annotated[Path, typer.Argument(help="The --out of an experiment.")],
     out: Annotated[Path | None, typer.Option(help=RESULTS)] = None,
 ) -> None:
     """Write the tables and figures of a store, whatever has ended so far, and print them."""
-    with _errors_told():
+    with errors_told():
         _show(store, out)
 
 
@@ -170,16 +170,18 @@ def main() -> None:
     """Keeps ``show`` a subcommand."""
 
 
-def default_folder(protocol: str, program: str, quick: bool) -> Path:
+def default_folder(protocol: str, programs: Sequence[str], quick: bool) -> Path:
     """Where a protocol's store goes if nothing is said: ``runs/compare-triage``."""
     from fst_dspy.tasks import find_program, split_arguments
 
-    name, arguments = split_arguments(program)
-    parts = [protocol, find_program(name).stem, *(f"{k}={v}" for k, v in arguments.items())]
+    parts = [protocol]
+    for program in programs:
+        name, arguments = split_arguments(program)
+        parts += [find_program(name).stem, *(f"{k}={v}" for k, v in arguments.items())]
     return Path("runs") / "-".join([*parts, *(["quick"] if quick else [])]).replace("/", "_")
 
 
-def _plan(
+def make_plan(
     program: str, model: str, quick: bool, settings: Sequence[str] | None, **given: Any
 ) -> Plan:
     """The plan of the options; what was not given is the plan's default, or the quick one's."""
@@ -197,7 +199,8 @@ def _plan(
     )
 
 
-def _finish(folder: Path, results: Path | None, failed: Sequence[str]) -> None:
+def finish(folder: Path, results: Path | None, failed: Sequence[str]) -> None:
+    """Write and print what a store has found; fail where jobs did."""
     _show(folder, results)
     if failed:
         console.print(f"[red]failed: {', '.join(failed)}[/]; start it again to try them once more")
@@ -215,7 +218,7 @@ def _show(folder: Path, out: Path | None) -> None:
 
 
 @contextmanager
-def _errors_told() -> Iterator[None]:
+def errors_told() -> Iterator[None]:
     """Turn what is wrong, and Ctrl-C, into a message and an exit code."""
     try:
         yield

@@ -163,10 +163,12 @@ class SlowConfig:
         micro_batch_size: Rows in one forward and backward pass.
         resample_constant: How often a step all of whose groups are constant (no gradient) draws
             other problems, at the cost of their rollouts, before it is skipped.
-        damp_constant: Shorten an optimizer step in proportion to the rows that have no advantage,
-            being of constant groups. AdamW makes every step about as long as the next, so that a
-            policy that has learned its task would be moved as far by one group in eight as by all.
-            Without effect under a KL penalty or entropy bonus, which all rows have.
+        damp_constant: Multiply the learning rate of a step by the square root of the share of its
+            rows that have an advantage, as for a smaller batch (Malladi et al. 2022, "On the SDEs
+            and Scaling Rules for Adaptive Gradient Algorithms"): rows of constant groups say
+            nothing, and AdamW would move a policy that has learned its task as far by the noise of
+            one group as by eight. Without effect under a KL penalty or entropy bonus, which all
+            rows have.
         max_bad_steps: Steps in a row with a loss or gradient that is not finite, after which the
             run stops; each of them is dropped.
         lora: Adapter settings, or ``None`` for full fine-tuning.

@@ -67,7 +67,7 @@ def draw_comparison(runs: Mapping[str, Sequence[CycleRecord]], title: str) -> Fi
             axes.plot(curve.x, curve.y, ".-", color=colour, label=label, alpha=0.7, markersize=4)
     left.set(xlabel="rollouts, all channels", ylabel="validation score", ylim=(-0.02, 1.02))
     right.set(xlabel="KL to the base model, nats a token")
-    right.set_xscale("symlog", linthresh=0.01)
+    right.set_xscale("symlog", linthresh=0.001)
     left.legend(frameon=False, fontsize=8)
     for axes in (left, right):
         axes.grid(alpha=0.25)

@@ -277,7 +277,7 @@ class SlowTrainer:
         """What a step is shortened to, in (0, 1]."""
         if self._all_count or not self.slow.damp_constant:
             return 1.0
-        return sum(row.advantage != 0 for row in rows) / len(rows)
+        return math.sqrt(sum(row.advantage != 0 for row in rows) / len(rows))
 
     @contextmanager
     def _rates_times(self, factor: float) -> Iterator[None]:

@@ -14,10 +14,11 @@ from fst_dspy.experiments.ablate import REFERENCE, variants_of
 from fst_dspy.experiments.contrasts import ablations, against_rl
 from fst_dspy.experiments.jobs import Outcome, read_outcome, read_records, write_job, write_outcome
 from fst_dspy.experiments.runs import Run, load_runs, shared_budget
-from fst_dspy.experiments.show import make_tables
+from fst_dspy.experiments.show import Found, make_tables
+from fst_dspy.experiments.stages import Within
 from fst_dspy.experiments.tables import summary
 from fst_dspy.experiments.tuned_rl import rl_space
-from fst_dspy.experiments.worker import Within, run_job
+from fst_dspy.experiments.worker import run_job
 from fst_dspy.progress import StopRun
 from fst_dspy.store import read_json
 from fst_dspy.types import CycleRecord, RolloutCounts
@@ -380,7 +381,7 @@ def test_results_are_written_from_whatever_has_ended(tmp_path):
     assert rows[0]["curve"][1]["rollouts"] == 30
     runs = load_runs(store)
     assert runs == two_arms()
-    assert len(make_tables(store, runs)) == len(tables)
+    assert len(make_tables(Found(store, tuple(runs), ()))) == len(tables)
 
 
 TUNED = {

@@ -39,7 +39,7 @@ LAYERS = [
     {"tasks", "study", "measures", "distill", "distill_trainer"}
     | {"continual", "continual_bundle", "continual_scores", "continual_search", "continual_state"},
     {"experiments"},
-    {"cli", "cli_tune", "cli_experiments", "report", "__main__"},
+    {"cli", "cli_tune", "cli_experiments", "cli_protocols", "report", "__main__"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 

@@ -4,10 +4,11 @@ An arm is one compile or several in a row, each going on from the program and th
 one before it found best. A stage may be any DSPy optimizer that takes the arguments of ``FST`` and
 leaves an ``FSTResult`` on the program as ``detailed_results``; adding an arm is adding to ``ARMS``.
 
-Sequential tuning is two compiles in a row, ``gepa_only`` and then ``rl_only`` from the evolved
-prompts, and not ``dspy.BetterTogether`` over ``dspy.GEPA`` and ``dspy.GRPO``: there the rollouts of
-its own evaluations are not counted, sampling seeds and checkpoints are missing, and answers are
-rendered again from parsed fields, which would make the arm weaker for reasons of its own.
+The sequential arms run through ``dspy.BetterTogether`` (``stages.py``), over ``gepa_only`` and
+``rl_only`` of ``FST`` in place of ``dspy.GEPA`` and ``dspy.GRPO``: so both of its steps draw from
+the budget that the other arms have, every rollout is counted, sampling has its seed, and a step
+that was killed goes on. ``dspy.GRPO`` has none of that, and renders answers again from their parsed
+fields, which would make the arm weaker for reasons of its own.
 """
 
 from __future__ import annotations

@@ -46,7 +46,10 @@ class Job:
         forget_on: Programs that are tested under their ideal prompts before and after.
         reflection_lm: As for ``dspy.LM``; ``None`` for the proposer that needs no model.
         start: Run folder of a finished compile of the same model, whose best weights are started
-            from. Its prompts are not taken; KL is still to the model as it came.
+            from; a relative path is seen from the job's own folder. Its prompts are not taken; KL
+            is still to the model as it came.
+        instructions: What every predictor is instructed with at first; ``None`` for its own words.
+        then: Programs that are learned after it, in one stream; see ``streams.py``.
         module: What is run, as ``python -m module folder``; it writes ``outcome.json``.
 
     Raises:
@@ -65,6 +68,8 @@ class Job:
     forget_on: tuple[str, ...] = ()
     reflection_lm: str | None = None
     start: str | None = None
+    instructions: str | None = None
+    then: tuple[str, ...] = ()
     module: str = "fst_dspy.experiments.worker"
 
     def __post_init__(self) -> None:
@@ -124,22 +129,22 @@ def write_job(folder: Path, job: Job) -> None:
     Raises:
         StoreError: It holds another job.
     """
-    wanted = json.loads(json.dumps(asdict(job)))
     path = folder / JOB
     if not path.exists():
-        write_json(path, wanted)
+        write_json(path, asdict(job))
         return
-    found = read_json(path)
-    changed = [key for key in wanted if wanted[key] != found.get(key)]
+    wanted, found = (json.loads(json.dumps(asdict(one))) for one in (job, read_job(folder)))
+    changed = [key for key in wanted if wanted[key] != found[key]]
     if changed:
-        was = ", ".join(f"{key} {found.get(key)!r}, not {wanted[key]!r}" for key in changed)
+        was = ", ".join(f"{key} {found[key]!r}, not {wanted[key]!r}" for key in changed)
         raise StoreError(f"{folder} holds another job: {was}; choose another --out, or delete it")
 
 
 def read_job(folder: Path) -> Job:
     """The job of a folder."""
     plain = read_json(folder / JOB)
-    return Job(**{**plain, "forget_on": tuple(plain["forget_on"])})
+    lists = {name: tuple(plain.get(name, ())) for name in ("forget_on", "then")}
+    return Job(**{**plain, **lists})
 
 
 def write_outcome(folder: Path, outcome: Outcome) -> None:

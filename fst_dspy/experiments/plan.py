@@ -17,7 +17,8 @@ class Plan:
     """The common footing.
 
     Attributes:
-        program, model, rollouts, samples, test_size, forget_on, reflection_lm: As for ``Job``.
+        program, model, rollouts, samples, test_size, forget_on, reflection_lm, instructions: As
+            for ``Job``.
         seeds: Seeds 0, 1, ... of every arm.
         settings: FST's settings, flat, for every arm.
     """
@@ -31,6 +32,7 @@ class Plan:
     test_size: int | None = None
     forget_on: tuple[str, ...] = ()
     reflection_lm: str | None = None
+    instructions: str | None = None
 
     def check(self) -> None:
         """Load every task once, so that what cannot work is found before the first process starts.
@@ -73,6 +75,7 @@ class Plan:
                 test_size=self.test_size,
                 forget_on=self.forget_on,
                 reflection_lm=self.reflection_lm,
+                instructions=self.instructions,
             )
             for seed in range(self.seeds)
         ]

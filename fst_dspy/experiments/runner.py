@@ -230,7 +230,7 @@ def run_jobs(
 def rollouts_so_far(folder: Path) -> int:
     """Rollouts that a job has run by its last cycle, over all stages."""
     total = 0
-    for path in folder.glob("*/cycles.jsonl"):
+    for path in (*folder.glob("*/cycles.jsonl"), *folder.glob("stages/*/cycles.jsonl")):
         rows = list(read_jsonl(path))
         counts = rows[-1]["total_rollouts"] if rows else {}
         total += sum(counts.get(channel, 0) for channel in ("fast", "slow", "eval"))

@@ -58,13 +58,13 @@ class Run:
 
 
 def load_runs(store: ExperimentStore) -> list[Run]:
-    """The runs of a store that have ended, in the order of their jobs."""
+    """The runs of a store that have ended, in the order of their jobs; streams are not of them."""
     runs = []
     for name in store.status:
-        if store.is_done(name):
+        if store.is_done(name) and not (job := store.job(name)).then:
             outcome = read_outcome(store.folder / name)
             records = tuple(read_records(store.folder / name, outcome.stages))
-            runs.append(Run(name, store.job(name), outcome, records))
+            runs.append(Run(name, job, outcome, records))
     return runs
 
 
