@@ -211,6 +211,28 @@ def test_behind_the_median_in_every_objective_is_pruned_and_in_one_is_not():
     assert budget_step(399, 1000) == 35 and budget_step(4000, 1000) == 100
 
 
+@pytest.mark.parametrize("pruner", ["median", "asha", "hyperband", "none"])
+def test_pruners_stop_what_is_behind_and_keep_the_best(pruner):
+    study = optuna.create_study(
+        direction="maximize",
+        pruner=Objective(pruner=pruner).make_pruner(),
+        sampler=optuna.samplers.RandomSampler(seed=0),
+        study_name="a name, which decides hyperband's brackets",
+    )
+    for number in range(24):
+        trial = study.ask()
+        for step in range(0, 101, 5):
+            trial.report((24 - number) * (1 + step), step)
+            if trial.should_prune():
+                assert step >= 20
+                study.tell(trial, state=TrialState.PRUNED)
+                break
+        else:
+            study.tell(trial, (24 - number) * 101)
+    assert study.best_trial.number == 0
+    assert (TrialState.PRUNED in states(study)) == (pruner != "none")
+
+
 def test_hypervolume_of_two_objectives():
     both = ("maximize", "minimize")
     assert hypervolume([(0.5, 0.5)], both, (0.0, 1.0)) == pytest.approx(0.25)
@@ -278,6 +300,27 @@ def test_a_pruned_trial_stops_and_its_run_can_go_on(tiny_qwen3, tmp_path, monkey
     records = result.detailed_results.records
     assert len(records) > 2 and records[-1].total_rollouts.total >= 100
     assert len(list(read_jsonl(folder / "cycles.jsonl"))) == len(records)
+
+
+def test_adapters_clip_and_demos_can_be_tuned(tiny_qwen3, tmp_path):
+    space = Space(
+        (
+            Categorical("lora_rank", (2, 4)),
+            Categorical("demo_tokens", (0, 64)),
+            Float("epsilon_high", 1.0, 8.0, log=True),
+            Float("temperature", 0.7, 1.2),
+        )
+    )
+    small = {**FIXED, "population_size": 2, "group_size": 4}
+    study = tune_tiny(tiny_qwen3, tmp_path, trials=2, space=space, fixed=small)
+    assert states(study) == [TrialState.COMPLETE] * 2
+    for trial in study.trials:
+        config = json.loads((Path(trial.user_attrs["folder"]) / "config.json").read_text())
+        used = config["settings"]
+        assert used["slow"]["lora"]["rank"] == trial.params["lora_rank"]
+        assert used["fast"]["demo_tokens"] == trial.params["demo_tokens"]
+        assert used["slow"]["epsilon_high"] == trial.params["epsilon_high"]
+        assert used["sampling"]["temperature"] == trial.params["temperature"]
 
 
 @pytest.mark.parametrize("pruner", ["median", "asha", "hyperband", "none"])
@@ -357,6 +400,7 @@ def test_a_crashed_trial_is_failed_with_its_error_and_folder_kept(tiny_qwen3, tm
     assert states(study) == [TrialState.FAIL] * 2
     for trial in study.trials:
         assert "no_such_loss" in trial.user_attrs["error"]
+        assert (Path(trial.user_attrs["folder"]) / "config.json").is_file()
     with pytest.raises(ConfigError, match="has completed"):
         best_settings(study)
 
