@@ -182,6 +182,9 @@ def tune(
     at_most: Annotated[
         list[str] | None, typer.Option(help="Upper limit, such as kl_to_base=0.1; repeat for more.")
     ] = None,
+    at_least: Annotated[
+        list[str] | None, typer.Option(help="Lower limit, such as score=0.5; repeat for more.")
+    ] = None,
     pruner: Annotated[str, typer.Option(help="median, asha, hyperband or none.")] = "median",
     space: Annotated[Path | None, typer.Option(help="YAML file of the search space.")] = None,
     storage: Annotated[
@@ -204,8 +207,11 @@ def tune(
             from fst_dspy.cli_tune import tune_and_report
             from fst_dspy.study import Objective, load_space
 
-        limits = {name: float(value) for name, value in parse_settings(at_most).items()}
-        goal = Objective(tuple(objective.split(",")), rollouts, limits, pruner)
+        upper, lower = (
+            {name: float(value) for name, value in parse_settings(limits).items()}
+            for limits in (at_most, at_least)
+        )
+        goal = Objective(tuple(objective.split(",")), rollouts, upper, pruner, lower)
         tune_and_report(
             console,
             program,

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fst_dspy import distributed
 from fst_dspy.candidate import content_hash, example_id
 from fst_dspy.config import SamplingConfig
+from fst_dspy.display import notebook_html, score_text
 from fst_dspy.errors import DataError
 from fst_dspy.evaluate import evaluate
 from fst_dspy.local_lm import LocalLM
@@ -19,6 +21,8 @@ from fst_dspy.types import Candidate, Task
 
 if TYPE_CHECKING:
     import pandas as pd
+    from matplotlib.figure import Figure
+    from rich.console import RenderableType
 
 
 @dataclass(frozen=True)
@@ -42,8 +46,40 @@ class StreamScores:
         """A row a stage, a column a task."""
         import pandas as pd
 
-        labels = [f"{number} {stage}" for number, stage in enumerate(self.stages)]
-        return pd.DataFrame(self.score_S_N, index=labels, columns=list(self.tasks), dtype=float)
+        return pd.DataFrame(
+            self.score_S_N, index=self.labels, columns=list(self.tasks), dtype=float
+        )
+
+    @property
+    def labels(self) -> list[str]:
+        """The stages with their numbers: ``0 base`` and so on."""
+        return [f"{number} {stage}" for number, stage in enumerate(self.stages)]
+
+    def plot_scores(self) -> Figure:
+        """The scores as shaded cells, a row a stage, a column a task."""
+        from fst_dspy.plots import draw_stream
+
+        return draw_stream(self.labels, self.tasks, self.score_S_N)
+
+    def _repr_html_(self) -> str:
+        head = "".join(f"<th>{escape(name)}</th>" for name in ("after", *self.tasks))
+        body = "".join(
+            f"<tr><th>{escape(label)}</th>"
+            + "".join(f"<td class=n>{score_text(score)}</td>" for score in score_N)
+            + "</tr>"
+            for label, score_N in zip(self.labels, self.score_S_N, strict=True)
+        )
+        return notebook_html(f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>")
+
+    def __rich__(self) -> RenderableType:
+        from rich.table import Table
+
+        table = Table("after", title="Mean test scores")
+        for name in self.tasks:
+            table.add_column(name, justify="right")
+        for label, score_N in zip(self.labels, self.score_S_N, strict=True):
+            table.add_row(label, *map(score_text, score_N))
+        return table
 
 
 class ScoreCache:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Protocol
 from fst_dspy.types import Candidate, CycleRecord
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 
@@ -83,8 +85,8 @@ class LineageNode:
         id: The candidate's id.
         parent_ids: Those of its parents that are in the figure too.
         cycle: Cycle in which it was proposed.
-        score: Its last mean validation score; ``None`` where it has none.
-        best: Whether it has the best score of its last validation.
+        score: Its last mean score, as in ``CycleRecord.val_scores``; ``None`` where it has none.
+        best: Whether it is the best of the last cycle.
     """
 
     id: str
@@ -139,7 +141,7 @@ def draw_lineage(nodes: Sequence[LineageNode], title: str = "") -> Figure:
                 axes.plot((px, x), (py, y), color="C7", alpha=0.6, zorder=1)
         axes.plot(x, y, "*" if node.best else "o", color="C3" if node.best else "C0")
         axes.annotate(node.id[:6], (x, y), textcoords="offset points", xytext=(5, 4), fontsize=7)
-    axes.set(xlabel="cycle in which it was proposed", ylabel="last validation score", title=title)
+    axes.set(xlabel="cycle in which it was proposed", ylabel="last mean score", title=title)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.25)
     return figure
@@ -228,15 +230,41 @@ def draw_quadrants(scores: FourScores) -> Figure:
         (scores.base_original, scores.base_evolved),
         (scores.trained_original, scores.trained_evolved),
     )
-    top = max(1.0, *rows[0], *rows[1])
     figure = NotebookFigure(figsize=(4.2, 3.2), layout="constrained")
     axes = figure.subplots()
-    axes.imshow(rows, cmap="Blues", vmin=0, vmax=top)
-    for y, row in enumerate(rows):
-        for x, score in enumerate(row):
-            colour = "white" if score > 0.6 * top else "black"
-            axes.text(x, y, f"{score:.2f}", ha="center", va="center", color=colour, fontsize=14)
+    _shade(axes, rows)
     axes.set_xticks((0, 1), ("original context", "evolved context"))
     axes.set_yticks((0, 1), ("base\nweights", "trained\nweights"))
     axes.set_title(f"mean score on {scores.examples:,} examples", fontsize=10)
     return figure
+
+
+def draw_stream(
+    stages: Sequence[str], tasks: Sequence[str], score_S_N: Sequence[Sequence[float | None]]
+) -> Figure:
+    """Mean scores of a stream of tasks: a row for each of S stages, a column for each of N tasks.
+
+    A score that is ``None`` leaves its cell empty.
+    """
+    from fst_dspy.notebook_figure import NotebookFigure
+
+    size = (1.4 + 1.1 * len(tasks), 0.9 + 0.6 * len(stages))
+    figure = NotebookFigure(figsize=size, layout="constrained")
+    axes = figure.subplots()
+    _shade(axes, score_S_N)
+    axes.set_xticks(range(len(tasks)), tasks)
+    axes.set_yticks(range(len(stages)), stages)
+    axes.set(xlabel="tested on", ylabel="after")
+    return figure
+
+
+def _shade(axes: Axes, rows: Sequence[Sequence[float | None]]) -> None:
+    """Cells shaded by their scores, with the scores in them."""
+    cells = [[math.nan if score is None else score for score in row] for row in rows]
+    top = max(1.0, *(score for row in rows for score in row if score is not None))
+    axes.imshow(cells, cmap="Blues", vmin=0, vmax=top, aspect="auto")
+    for y, row in enumerate(rows):
+        for x, score in enumerate(row):
+            if score is not None:
+                colour = "white" if score > 0.6 * top else "black"
+                axes.text(x, y, f"{score:.2f}", ha="center", va="center", color=colour, fontsize=14)

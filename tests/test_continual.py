@@ -1,17 +1,20 @@
 """A stream of tasks on shared weights, on tiny random models and the embedded one."""
 
 import dataclasses
+import io
 import sys
 
 import dspy
 import pytest
 from helpers import Echo, RawAdapter, Twice, questions, vowels
+from rich.console import Console
 from training_helpers import late_letters
 
 import fst_dspy
 from fst_dspy import ContinualFST, LocalLM, Task
 from fst_dspy.candidate import make_candidate
 from fst_dspy.config import LoraConfig
+from fst_dspy.continual_scores import StreamScores
 from fst_dspy.continual_search import SEARCH_EXAMPLES, alike, clearly_better, nearest
 from fst_dspy.errors import ConfigError, DataError, ModelError, ProgramError, StoreError
 from fst_dspy.optimizer import begin_lora
@@ -55,6 +58,19 @@ def stream(folder, *tasks, lm=None, **options):
         for task in tasks:
             learner.learn(task)
     return learner
+
+
+def test_the_scores_of_a_stream_show_themselves():
+    scores = StreamScores(("<a>", "b"), ("base", "<a>"), ((0.25, None), (0.75, 0.5)))
+    assert scores.to_pandas().loc["1 <a>", "b"] == 0.5
+    html = scores._repr_html_()
+    assert "&lt;a&gt;" in html and "<a>" not in html and "0.750" in html and "—" in html
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(scores)
+    assert "0 base" in (text := console.export_text()) and "0.750" in text
+    (axes,) = scores.plot_scores().axes
+    assert sorted(t.get_text() for t in axes.texts) == ["0.25", "0.50", "0.75"]
+    assert [t.get_text() for t in axes.get_yticklabels()] == ["0 base", "1 <a>"]
 
 
 def versions(learner):

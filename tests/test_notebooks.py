@@ -38,6 +38,12 @@ HOLDS = {
         "max(t.value for t in study.trials) > min(t.value for t in study.trials)",
         "compiled.detailed_results.best.score > compiled.detailed_results.records[0].val_score",
     ],
+    "04_continual": [
+        "[stage.task for stage in stream.stages] == ['triage', 'triage-1', 'triage-2']",
+        "scores.score_S_N[3][2] > scores.score_S_N[0][2] + 0.3",
+        "scores.score_S_N[3][0] > scores.score_S_N[0][0] + 0.3",
+        "stream.rollouts.total > 400",
+    ],
     "05_real_models": [
         "rehearsed.detailed_results.best.score >= rehearsed.detailed_results.records[0].val_score",
         "lm is None or compiled.detailed_results.rollouts.total > 0",

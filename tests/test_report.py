@@ -255,6 +255,21 @@ def test_pareto_table_is_the_newest_population(run_folder):
     assert found.front <= set(ids) and found.candidate_ids[0] in found.front
 
 
+def test_scores_on_training_problems_are_not_called_validation(run_folder):
+    run = data.read_run(run_folder)
+    assert data.pareto(run).validated and data.best_scores(run)
+    train = run.config["train_ids"][: len(run.populations[-1]["val_ids"])]
+    reused = [{**row, "val_ids": train} for row in run.populations]
+    run = dataclasses.replace(run, populations=reused)
+    assert not data.pareto(run).validated and data.best_scores(run) == ()
+    shown = render([run], [read_rollouts(run_folder)])
+    assert "on 24 recent training problems" in shown and "±" not in shown
+    assert "differ from the validation scores" in shown
+    assert "differ from the validation scores" not in render(
+        [data.read_run(run_folder)], [read_rollouts(run_folder)]
+    )
+
+
 def test_runs_are_laid_over_one_another(run_folder, tmp_path):
     write_run(tmp_path / "two", seed=7, arm="rl_only")
     write_report([run_folder, tmp_path / "two"], tmp_path / "page.html")
@@ -389,6 +404,13 @@ def test_ticks_span_the_values_and_are_few(low, width):
     slack = 1e-6 * max(1.0, abs(low), width)
     assert found[0] <= low + slack and found[-1] >= low + width - slack
     assert 2 <= len(found) <= 8
+
+
+def test_cycles_are_marked_with_whole_numbers():
+    lines = [Series("a", ((1, 0.5), (2, 0.5), (3, 0.5)))]
+    assert ">1.5</text>" in line_chart("y", "x", lines)
+    whole = line_chart("y", "x", lines, whole=True)
+    assert ">1.5</text>" not in whole and ">1</text>" in whole and ">3</text>" in whole
 
 
 def test_a_chart_leaves_out_what_is_not_finite():

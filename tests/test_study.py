@@ -39,7 +39,7 @@ from fst_dspy.study import (
     runner,
     tune,
 )
-from fst_dspy.study.objective import behind_median, budget_step, measure
+from fst_dspy.study.objective import Measured, behind_median, budget_step, measure
 from fst_dspy.study.outcome import draw_front, draw_importances
 from fst_dspy.study.runner import StudyPlan, count_trials
 from fst_dspy.study.storage import open_storage, retried_numbers, worker_alive
@@ -181,6 +181,7 @@ def test_yaml_that_is_no_space_is_refused(tmp_path, text, message):
     [
         ({"measures": ("sore",)}, "unknown measure"),
         ({"at_most": {"kl": 1.0}}, "unknown measure"),
+        ({"at_least": {"kl": 1.0}}, "unknown measure"),
         ({"measures": ("score", "score")}, "once"),
         ({"rollouts": 0}, "at least 1"),
         ({"pruner": "best"}, "pruner must be"),
@@ -193,8 +194,8 @@ def test_an_objective_that_cannot_work_is_refused(given, message):
 
 
 def test_behind_the_median_in_every_objective_is_pruned_and_in_one_is_not():
-    def reports(*values, step=40):
-        return [{"step": step, "values": list(values)}]
+    def reports(*values, step=40, short=False):
+        return [{"step": step, "values": list(values), "short": short}]
 
     others = [reports(score, kl) for score, kl in ((0.2, 0.1), (0.4, 0.2), (0.6, 0.3), (0.8, 0.4))]
     both = ("maximize", "minimize")
@@ -203,7 +204,33 @@ def test_behind_the_median_in_every_objective_is_pruned_and_in_one_is_not():
     assert not behind_median(reports(0.6, 0.4), others, both)
     assert not behind_median(reports(0.1, 0.9), others[:3], both)
     assert not behind_median(reports(0.1, 0.9, step=10), others, both)
+    # Below a lower limit, leading in KL does not help; where most are below it, all may go on.
+    assert behind_median(reports(0.1, 0.0, short=True), others, both)
+    low = [reports(0.1, 0.0, short=True)] * 4
+    assert not behind_median(reports(0.0, 0.0, short=True), low, both)
     assert budget_step(399, 1000) == 35 and budget_step(4000, 1000) == 100
+
+
+@pytest.mark.parametrize("pruner", ["median", "asha", "hyperband", "none"])
+def test_pruners_stop_what_is_behind_and_keep_the_best(pruner):
+    study = optuna.create_study(
+        direction="maximize",
+        pruner=Objective(pruner=pruner).make_pruner(),
+        sampler=optuna.samplers.RandomSampler(seed=0),
+        study_name="a name, which decides hyperband's brackets",
+    )
+    for number in range(24):
+        trial = study.ask()
+        for step in range(0, 101, 5):
+            trial.report((24 - number) * (1 + step), step)
+            if trial.should_prune():
+                assert step >= 20
+                study.tell(trial, state=TrialState.PRUNED)
+                break
+        else:
+            study.tell(trial, (24 - number) * 101)
+    assert study.best_trial.number == 0
+    assert (TrialState.PRUNED in states(study)) == (pruner != "none")
 
 
 def test_hypervolume_of_two_objectives():
@@ -275,6 +302,27 @@ def test_a_pruned_trial_stops_and_its_run_can_go_on(tiny_qwen3, tmp_path, monkey
     assert len(list(read_jsonl(folder / "cycles.jsonl"))) == len(records)
 
 
+def test_adapters_clip_and_demos_can_be_tuned(tiny_qwen3, tmp_path):
+    space = Space(
+        (
+            Categorical("lora_rank", (2, 4)),
+            Categorical("demo_tokens", (0, 64)),
+            Float("epsilon_high", 1.0, 8.0, log=True),
+            Float("temperature", 0.7, 1.2),
+        )
+    )
+    small = {**FIXED, "population_size": 2, "group_size": 4}
+    study = tune_tiny(tiny_qwen3, tmp_path, trials=2, space=space, fixed=small)
+    assert states(study) == [TrialState.COMPLETE] * 2
+    for trial in study.trials:
+        config = json.loads((Path(trial.user_attrs["folder"]) / "config.json").read_text())
+        used = config["settings"]
+        assert used["slow"]["lora"]["rank"] == trial.params["lora_rank"]
+        assert used["fast"]["demo_tokens"] == trial.params["demo_tokens"]
+        assert used["slow"]["epsilon_high"] == trial.params["epsilon_high"]
+        assert used["sampling"]["temperature"] == trial.params["temperature"]
+
+
 @pytest.mark.parametrize("pruner", ["median", "asha", "hyperband", "none"])
 def test_every_pruner_hears_of_the_cycles(pruner, tiny_qwen3, tmp_path):
     study = tune_tiny(
@@ -297,7 +345,7 @@ def test_several_objectives_with_a_limit_and_a_warm_start(tiny_qwen3, tmp_path):
     assert "fst, trial" in study.trials[1].user_attrs["source"]
     for trial in study.trials:
         kl = trial.user_attrs["measured"]["kl_to_base"]
-        assert trial.constraints == {"kl_to_base": kl - 0.5} and trial.values[1] == kl
+        assert trial.constraints == {"kl_to_base <= 0.5": kl - 0.5} and trial.values[1] == kl
     best = front(study)
     assert best and all(trial.values[1] <= 0.5 for trial in best)
     assert best_settings(study) == best[0].user_attrs["settings"]
@@ -330,8 +378,17 @@ def test_importances_ask_what_makes_a_maximised_score_high():
     assert sum(shares.values()) == pytest.approx(1)
 
 
-def test_no_trial_within_the_limit_is_a_clear_error(tiny_qwen3, tmp_path):
-    objective = Objective(rollouts=BUDGET, at_most={"rollouts": 0})
+def test_limits_are_broken_above_and_below():
+    objective = Objective(at_most={"kl_to_base": 0.5}, at_least={"score": 0.25})
+    broken = objective.excesses(Measured(score=0.125, kl_to_base=0.75, rollouts=9))
+    assert broken == {"kl_to_base <= 0.5": 0.25, "score >= 0.25": 0.125}
+    kept = objective.excesses(Measured(score=0.5, kl_to_base=0.25, rollouts=9))
+    assert all(excess < 0 for excess in kept.values())
+
+
+@pytest.mark.parametrize("limits", [{"at_most": {"rollouts": 0}}, {"at_least": {"score": 2.0}}])
+def test_no_trial_within_the_limit_is_a_clear_error(limits, tiny_qwen3, tmp_path):
+    objective = Objective(rollouts=BUDGET, **limits)
     study = tune_tiny(tiny_qwen3, tmp_path, trials=1, objective=objective)
     with pytest.raises(ConfigError, match="within the limits"):
         best_settings(study)
@@ -343,6 +400,7 @@ def test_a_crashed_trial_is_failed_with_its_error_and_folder_kept(tiny_qwen3, tm
     assert states(study) == [TrialState.FAIL] * 2
     for trial in study.trials:
         assert "no_such_loss" in trial.user_attrs["error"]
+        assert (Path(trial.user_attrs["folder"]) / "config.json").is_file()
     with pytest.raises(ConfigError, match="has completed"):
         best_settings(study)
 
@@ -556,6 +614,7 @@ def test_the_command_runs_a_study_and_writes_its_best_settings(tiny_qwen3, tmp_p
     command = ["tune", PROGRAM, "--model", str(tiny_qwen3), "--out", str(tmp_path / "study")]
     command += ["--trials", "1", "--rollouts", str(BUDGET), "--space", str(path)]
     command += ["--objective", "score,kl_to_base", "--at-most", "kl_to_base=9"]
+    command += ["--at-least", "score=0"]
     command += [part for name, value in settings.items() for part in ("--set", f"{name}={value}")]
     shown = CliRunner().invoke(app, command)
     assert shown.exit_code == 0, shown.output

@@ -118,14 +118,25 @@ def half_width(scores: Sequence[float]) -> float | None:
 
 
 def best_scores(run: Run) -> Sequence[float]:
-    """The per-example scores behind the best validation score; empty where they are not kept."""
+    """The per-example scores behind the best validation score; empty where they are not kept.
+
+    Where the population was scored on training problems, they are not.
+    """
     best = best_cycle(run)
     for row in run.populations:
-        if best is not None and row["cycle"] == best["cycle"]:
+        if best is not None and row["cycle"] == best["cycle"] and is_validated(run, row):
             ids = [candidate["id"] for candidate in row["candidates"]]
             if best["best_candidate_id"] in ids and row["score_K_V"]:
                 return row["score_K_V"][ids.index(best["best_candidate_id"])]
     return ()
+
+
+def is_validated(run: Run, row: Mapping[str, Any]) -> bool:
+    """Whether a row of ``population.jsonl`` has scores on validation examples.
+
+    Where slow rollouts are reused, they are on recent training problems instead.
+    """
+    return set(row["val_ids"]) <= set(run.config["val_ids"])
 
 
 def spent(run: Run) -> dict[str, float]:
@@ -164,7 +175,8 @@ class Node:
     Attributes:
         candidate: Its texts and origin.
         parent: The first parent that is known, or ``None``.
-        scores: ``(cycle, mean validation score)`` for each cycle it lived through.
+        scores: ``(cycle, mean score)`` for each cycle it lived through, on what the population
+            was scored on at its end.
         alive: Whether it is in the newest population.
         best: Whether it has the newest population's best mean.
         children: Its children, in the order in which they were proposed.
@@ -229,6 +241,7 @@ class Pareto:
 
     Attributes:
         cycle: The cycle at whose end they were measured.
+        validated: Whether the examples are validation examples; else they are training problems.
         candidate_ids: Length K, best mean first.
         val_ids: Length V, hardest example first.
         score_K_V: The scores, in these orders.
@@ -238,6 +251,7 @@ class Pareto:
     """
 
     cycle: int
+    validated: bool
     candidate_ids: tuple[str, ...]
     val_ids: tuple[str, ...]
     score_K_V: tuple[tuple[float, ...], ...]
@@ -263,6 +277,7 @@ def pareto(run: Run) -> Pareto | None:
     ]
     return Pareto(
         cycle=row["cycle"],
+        validated=is_validated(run, row),
         candidate_ids=tuple(ids[k] for k in order_K),
         val_ids=tuple(row["val_ids"][v] for v in order_V),
         score_K_V=tuple(tuple(score_K_V[k][v] for v in order_V) for k in order_K),

@@ -79,14 +79,15 @@ def headline_facts(run: Run) -> list[tuple[str, str, str]]:
         return [("validation score", "—", "no validation yet")]
     first, last = run.cycles[0], run.cycles[-1]
     width = data.half_width(data.best_scores(run))
-    spread = f" ± {width:.3f} (95 %, {len(data.best_scores(run))} examples)" if width else ""
+    examples = f"{len(run.config['val_ids'])} examples"
+    spread = f"± {width:.3f} (95 %, {examples})" if width else f"on {examples}"
     counts = last["total_rollouts"]
     facts = [
         (
             "best validation score",
             f"{best['val_score']:.3f}",
-            f"cycle {best['cycle']} of {last['cycle']};{spread or ' spread unknown'}; chosen as "
-            "the best, so a little too high",
+            f"cycle {best['cycle']} of {last['cycle']}; "
+            f"{spread}; chosen as the best, so a little too high",
         ),
         ("before learning", f"{first['val_score']:.3f}", "validation score of the student"),
         ("KL to the base model", f"{best['kl_to_base']:.4f}", "nats a token, at the best"),
@@ -150,13 +151,18 @@ def curves(runs: Sequence[Run]) -> str:
         line_chart("KL to the base model", ROLLOUTS_AXIS, by_cycle("kl_to_base", rollouts), low=0),
         line_chart("Entropy", ROLLOUTS_AXIS, by_cycle("entropy", rollouts), low=0),
         line_chart(
-            "Train reward", "optimizer step", by_step(lambda s: s["reward"]), caption="by step"
+            "Train reward",
+            "optimizer step",
+            by_step(lambda s: s["reward"]),
+            whole=True,
+            caption="by step",
         ),
         line_chart(
             "Entropy",
             "optimizer step",
             by_step(lambda s: s["stats"]["entropy"]),
             low=0,
+            whole=True,
             caption="by step, nats a token",
         ),
         line_chart(
@@ -164,6 +170,7 @@ def curves(runs: Sequence[Run]) -> str:
             "optimizer step",
             by_step(lambda s: s["stats"]["grad_norm"]),
             low=0,
+            whole=True,
             caption="before clipping",
         ),
     ]
@@ -226,16 +233,25 @@ def lineage(run: Run) -> str:
     for root in roots:
         walk(root, None)
     chart = line_chart(
-        "Last validation score",
+        "Last mean score",
         "cycle in which it was proposed",
         edges + dots,
+        whole=True,
         caption="of each candidate, joined to its parent; the best in orange",
     )
     items = "".join(map(_tree_item, roots))
+    fresh = all(data.is_validated(run, row) for row in run.populations)
+    reused = "" if fresh else f" {_REUSED}"
     return (
         f"<div class=charts>{chart}</div><p>A candidate that did not outlive the cycle it was "
-        f"proposed in is not kept in the run folder.</p><ul class=tree>{items}</ul>"
+        f"proposed in is not kept in the run folder.{reused}</p><ul class=tree>{items}</ul>"
     )
+
+
+_REUSED = (
+    "After a slow phase the scores are those of its own rollouts, on recent training problems, so "
+    "they differ from the validation scores above."
+)
 
 
 def _tree_item(node: data.Node) -> str:
@@ -276,7 +292,7 @@ def _texts(node: data.Node) -> str:
 
 
 def pareto(run: Run) -> str:
-    """Scores of the newest population on each validation example."""
+    """Scores of the newest population on each example that it was scored on."""
     found = data.pareto(run)
     if found is None:
         return "<p class=none>No population is scored yet.</p>"
@@ -301,9 +317,10 @@ def pareto(run: Run) -> str:
             f"<td><b>{found.mean_K[k]:.3f}</b></td><td>{found.wins_K[k]}</td>{cells}</tr>"
         )
     shared = sum(len(set(column)) == 1 for column in columns)
+    kind = "validation examples" if found.validated else "recent training problems"
     return (
         f"<p>After cycle {found.cycle}: {len(found.candidate_ids)} candidates (★ on the Pareto "
-        f"front) on {len(found.val_ids)} examples, hardest first. On {shared} of them all score "
+        f"front) on {len(found.val_ids)} {kind}, hardest first. On {shared} of them all score "
         "the same. Outlined elsewhere: none is better there.</p>"
         '<div class=scroll tabindex=0 role=region aria-label="Scores by example"><table '
         f'class=pareto><thead><tr><th scope="col">candidate</th><th scope="col">mean</th>'
@@ -416,6 +433,7 @@ def faults(run: Run, found: Faults, outcomes: Sequence[Outcome], failure_score: 
         series,
         low=0,
         high=1,
+        whole=True,
         caption="of the rollouts; of the most frequent answer, of the parsed",
     )
     return (

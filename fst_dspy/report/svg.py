@@ -40,6 +40,7 @@ def line_chart(
     *,
     low: float | None = None,
     high: float | None = None,
+    whole: bool = False,
     caption: str = "",
 ) -> str:
     """A figure with a caption; a sentence in its place where there is nothing to draw.
@@ -49,6 +50,7 @@ def line_chart(
         xlabel: What the x axis shows, with its unit.
         series: Any number of lines; points that are not finite are left out.
         low, high: Values that the y axis must include.
+        whole: Whether only whole numbers are marked on the x axis, as for cycles.
         caption: More words under the title.
     """
     head = (
@@ -60,7 +62,9 @@ def line_chart(
     if not xs:
         return f"<figure>{head}<p class=none>Nothing measured yet.</p></figure>"
     x_low, x_high = _span(min(xs), max(xs))
-    x_ticks = [x for x in ticks(x_low, x_high) if x_low <= x <= x_high]
+    x_ticks = [
+        x for x in ticks(x_low, x_high) if x_low <= x <= x_high and not (whole and x != round(x))
+    ]
     y_ticks = ticks(
         min([*ys, *([low] if low is not None else [])]),
         max([*ys, *([high] if high is not None else [])]),

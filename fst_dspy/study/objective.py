@@ -9,7 +9,9 @@ Pruning. After each cycle the best score so far is reported, with the share of t
 the step (in percent, by fives), so that trials with large and small cycles are compared at equal
 rollouts. Optuna has no pruning for several objectives. There a trial is pruned by our own rule,
 after ``MedianPruner``: when it is behind the median of the completed trials at the same step *in
-every objective*, so that one that leads in any of them is kept.
+every objective*, so that one that leads in any of them is kept. What it leads in does not help a
+trial below a lower limit (a run that has not learned anything yet has a KL of 0): it is pruned
+where most of the others had come above it.
 """
 
 from __future__ import annotations
@@ -54,6 +56,8 @@ class Objective:
         rollouts: The budget of one trial, over all channels.
         at_most: Upper limits on measures, such as ``{"kl_to_base": 0.1}``. A trial above one is
             infeasible: never the best, and steered away from.
+        at_least: Lower limits, such as ``{"score": 0.5}``. With several measures the student as it
+            came, which costs no KL and next to no rollouts, is otherwise always on the front.
         pruner: ``"median"``, ``"asha"`` (successive halving), ``"hyperband"`` or ``"none"``.
 
     Raises:
@@ -64,9 +68,10 @@ class Objective:
     rollouts: int = 3000
     at_most: Mapping[str, float] | None = None
     pruner: str = "median"
+    at_least: Mapping[str, float] | None = None
 
     def __post_init__(self) -> None:
-        for name in (*self.measures, *(self.at_most or {})):
+        for name in (*self.measures, *(self.at_most or {}), *(self.at_least or {})):
             if name not in DIRECTIONS:
                 raise ConfigError(f"unknown measure {name!r}; known: {', '.join(DIRECTIONS)}")
         if not self.measures or len(set(self.measures)) < len(self.measures):
@@ -85,6 +90,22 @@ class Objective:
     def directions(self) -> list[Direction]:
         """Optuna's direction of each measure."""
         return [DIRECTIONS[name] for name in self.measures]
+
+    def excesses(self, measured: Measured) -> dict[str, float]:
+        """By how much each limit is broken, as Optuna's constraints: above 0 is infeasible."""
+        above = {
+            f"{name} <= {limit}": getattr(measured, name) - limit
+            for name, limit in (self.at_most or {}).items()
+        }
+        below = {
+            f"{name} >= {limit}": limit - getattr(measured, name)
+            for name, limit in (self.at_least or {}).items()
+        }
+        return {**above, **below}
+
+    def is_short(self, measured: Measured) -> bool:
+        """Whether a measure is below its lower limit."""
+        return any(getattr(measured, n) < limit for n, limit in (self.at_least or {}).items())
 
     def make_pruner(self) -> optuna.pruners.BasePruner:
         """Optuna's pruner, in steps of percent of the budget."""
@@ -188,10 +209,10 @@ class TrialListener(SilentProgress):
 
     def _report_up_to(self, step: int, measured: Measured) -> None:
         """Report at every step that has not been reported yet, up to this one."""
-        values = measured.values(self.objective.measures)
+        values, short = measured.values(self.objective.measures), self.objective.is_short(measured)
         first = self.reports[-1]["step"] + STEP_PERCENT if self.reports else 0
         for at in range(first, step + 1, STEP_PERCENT):
-            self.reports.append({"step": at, "values": values})
+            self.reports.append({"step": at, "values": values, "short": short})
             if len(values) == 1:
                 self.trial.report(values[0], at)
         self.trial.set_user_attr("reports", self.reports)
@@ -219,16 +240,20 @@ def behind_median(
     """Whether a trial is behind the median of others, at its last step, in every objective.
 
     Args:
-        reports: The trial's reports, ``{"step": percent, "values": one an objective}``.
+        reports: The trial's reports, ``{"step": percent, "values": one an objective, "short":
+            whether it is below a lower limit}``; one that is, is behind where most are not.
         others: The reports of completed trials. Never true with fewer than four of them at that
             step, nor in the first fifth of the budget.
         directions: ``"maximize"`` or ``"minimize"``, one an objective.
     """
     step, own = reports[-1]["step"], reports[-1]["values"]
-    rivals = [row["values"] for rows in others for row in rows if row["step"] == step]
+    rivals = [row for rows in others for row in rows if row["step"] == step]
     if step < WARMUP_PERCENT or len(rivals) < STARTUP_TRIALS:
         return False
-    medians = [statistics.median(column) for column in zip(*rivals, strict=True)]
+    if reports[-1]["short"]:
+        return sum(row["short"] for row in rivals) < len(rivals) / 2
+    columns = zip(*(row["values"] for row in rivals), strict=True)
+    medians = [statistics.median(column) for column in columns]
     return all(
         value < median if direction == "maximize" else value > median
         for value, median, direction in zip(own, medians, directions, strict=True)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 def front(study: optuna.Study) -> list[FrozenTrial]:
     """The best trial, or with several objectives the Pareto front, best in the first one first.
 
-    Trials above a limit (``Objective.at_most``) are left out; the list may be empty.
+    Trials beyond a limit (``Objective.at_most``, ``at_least``) are left out; the list may be empty.
     """
     if len(study.directions) > 1:
         sign = -1 if study.directions[0] == StudyDirection.MAXIMIZE else 1

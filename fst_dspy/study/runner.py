@@ -311,11 +311,11 @@ def run_trial(trial: optuna.Trial, plan: StudyPlan, task: Task, worker: str) -> 
 
 
 def _keep_measures(trial: optuna.Trial, plan: StudyPlan, listener: TrialListener) -> None:
-    measured = asdict(listener.measured())
-    trial.set_user_attr("measured", measured)
+    measured = listener.measured()
+    trial.set_user_attr("measured", asdict(measured))
     trial.set_user_attr("spent", listener.spent)
-    for name, limit in (plan.objective.at_most or {}).items():
-        trial.set_constraint(name, measured[name] - limit)
+    for limit, excess in plan.objective.excesses(measured).items():
+        trial.set_constraint(limit, excess)
 
 
 def _enqueue_first(
