@@ -228,22 +228,19 @@ class SlowTrainer:
         self, rows: Sequence[TrainingRow], on_policy: bool
     ) -> list[dict[str, Tensor]]:
         size = self.micro_batch_size
-        if len(rows) > size or len(rows) * max(map(_tokens, rows), default=0) > self._most_tokens:
+        if len(rows) > size or _padded_tokens(rows) > self._most_tokens:
             # Rows of like length together need the least padding; one batch keeps its order.
             prompts = [row.prompt_ids_T for row in rows]
             shared = self._trl.continues and worthwhile_prefixes(prompts) is not None
             rows = sorted(rows, key=_alike if shared else _tokens)
         pad_id, device = self.policy.tokenizer.pad_token_id, self.policy.device
-        parts: list[list[TrainingRow]] = []
-        longest = 0
+        parts: list[list[TrainingRow]] = [[]]
         for row in rows:
-            longest = max(longest, _tokens(row))
-            room = parts and (len(parts[-1]) + 1) * longest <= self._most_tokens
-            if not room or len(parts[-1]) == size:
+            part = parts[-1]
+            if part and (len(part) == size or _padded_tokens([*part, row]) > self._most_tokens):
                 parts.append([])
-                longest = _tokens(row)
             parts[-1].append(row)
-        return [collate(part, pad_id, device, on_policy=on_policy) for part in parts]
+        return [collate(part, pad_id, device, on_policy=on_policy) for part in parts if part]
 
     def _add_reference(self, batches: Sequence[dict[str, Tensor]]) -> None:
         with self.policy.at(self.policy.base_version):
@@ -343,6 +340,13 @@ def _tokens(row: TrainingRow) -> int:
 def _alike(row: TrainingRow) -> tuple[int, tuple[int, ...]]:
     """Sorts by prompt within completions of up to 2, 4, 8, ... tokens."""
     return (len(row.completion_ids_T) - 1).bit_length(), row.prompt_ids_T
+
+
+def _padded_tokens(rows: Sequence[TrainingRow]) -> int:
+    """Of a micro-batch, whose prompts and completions are padded each to the longest."""
+    prompt = max((len(row.prompt_ids_T) for row in rows), default=0)
+    completion = max((len(row.completion_ids_T) for row in rows), default=0)
+    return len(rows) * (prompt + completion)
 
 
 def _sampled_entropy(rows: Sequence[TrainingRow]) -> float:

@@ -34,16 +34,9 @@ from trl import GRPOConfig, GRPOTrainer
 
 from fst_dspy import distributed
 from fst_dspy.config import SamplingConfig, SlowConfig
+from fst_dspy.fused_prefixes import fused_from_prefixes
 from fst_dspy.master_weights import MasterWeights
-from fst_dspy.prefixes import (
-    Prefixes,
-    can_continue,
-    is_checkpointing,
-    positions,
-    read_prefixes,
-    right_padded,
-    worthwhile_prefixes,
-)
+from fst_dspy.prefixes import can_continue, is_checkpointing, worthwhile_prefixes
 from fst_dspy.types import TrainingRow
 
 TRL_MAX_COMPLETION = 512
@@ -175,7 +168,12 @@ class SteppedGRPOTrainer(GRPOTrainer):
             ]
             prefixes = worthwhile_prefixes([prompt for prompt, _ in rows])
             if prefixes is not None:
-                return self._from_prefixes(model, prefixes, rows, label_BT[:, 1:])
+                with self.accelerator.autocast():
+                    output = fused_from_prefixes(
+                        model, backbone, prefixes, rows, label_BT[:, 1:], self.pad_id
+                    )
+                self._seen_logprobs = output.log_probs.detach()
+                return output.log_probs, output.entropy, None
         handle = backbone.register_forward_hook(last_positions)
         try:
             with self.accelerator.autocast():
@@ -187,56 +185,6 @@ class SteppedGRPOTrainer(GRPOTrainer):
                 )
         finally:
             handle.remove()
-        self._seen_logprobs = output.log_probs.detach()
-        return output.log_probs, output.entropy, None
-
-    def _from_prefixes(
-        self,
-        model: Any,
-        prefixes: Prefixes,
-        rows: Sequence[tuple[list[int], list[int]]],
-        label_BT: Tensor,
-    ) -> tuple[Tensor, Tensor | None, None]:
-        """The same, with what the prompts have in common run once, forward and backward.
-
-        Args:
-            rows: Prompt and completion of each row, without padding.
-            label_BT: The completions, padded with -100.
-        """
-        device, pad_id = label_BT.device, self.pad_id
-        backbone = self._forwards[-1][0].base_model
-        rest_B = [prefixes.rest(row, prompt) for row, (prompt, _) in enumerate(rows)]
-        own_ids, own_mask = right_padded(
-            [(*rest, *completion) for rest, (_, completion) in zip(rest_B, rows, strict=True)],
-            pad_id,
-            device,
-        )
-        # The logits of a token are those of the position before it.
-        first_B1 = torch.tensor([[len(rest) - 1] for rest in rest_B], device=device)
-        at_BT = first_B1 + torch.arange(label_BT.shape[1], device=device)[None]
-        at_BT1 = at_BT.clamp(max=own_ids.shape[1] - 1)[..., None]
-
-        def completion_positions(_module: Any, _inputs: Any, output: Any) -> Any:
-            hidden_BTD = output.last_hidden_state
-            at_BTD = at_BT1.expand(-1, -1, hidden_BTD.shape[-1])
-            output.last_hidden_state = hidden_BTD.gather(1, at_BTD)
-            return output
-
-        with self.accelerator.autocast():
-            cache, mask_BT = read_prefixes(backbone, prefixes, pad_id, device)
-            mask_BT = torch.cat([mask_BT, own_mask], dim=1)
-            handle = backbone.register_forward_hook(completion_positions)
-            try:
-                output = model(
-                    input_ids=own_ids,
-                    attention_mask=mask_BT,
-                    position_ids=positions(mask_BT)[:, -own_ids.shape[1] :],
-                    past_key_values=cache,
-                    shift_labels=label_BT,
-                    fused_lm_head=True,
-                )
-            finally:
-                handle.remove()
         self._seen_logprobs = output.log_probs.detach()
         return output.log_probs, output.entropy, None
 

@@ -25,6 +25,7 @@ LAYERS = [
         "selectors",
         "slow",
         "trl_stepper",
+        "fused_prefixes",
         "master_weights",
         "evaluate",
         "drift",

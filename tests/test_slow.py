@@ -338,7 +338,9 @@ def test_checkpointing_is_the_last_resort_when_memory_runs_out(
     monkeypatch.setattr(trainer._trl, "accumulate", short)
     found, _ = gradients_after(policy, trainer, rows_for(0))
     assert "going on with activation checkpointing" in caplog.text
-    assert_close(found, expected)
+    differences = torch.cat([(found[name] - expected[name]).flatten() for name in expected])
+    whole = torch.cat([gradient.flatten() for gradient in expected.values()])
+    assert found.keys() == expected.keys() and differences.norm() < 1e-5 * whole.norm()
     monkeypatch.setattr(trainer._trl, "accumulate", lambda *_: (_ for _ in ()).throw(MemoryError()))
     with pytest.raises(TrainingError, match="single row"):
         trainer.advance(rows_for(1))
