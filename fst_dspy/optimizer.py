@@ -415,6 +415,7 @@ class _Run:
         kl = state.records[-1].kl_to_base if state.records else 0.0
         first, reuses = not state.records, self.fast.reuses
         val_score = None
+        score_V = population.score_K_V[populations.best(population)] if not first else ()
         if first or reuses or population.policy_version != self.policy.step:
             candidates = population.candidates
             if reuses and not first:
@@ -432,6 +433,7 @@ class _Run:
                 )
             best_k = 0 if reuses and not first else populations.best(population)
             best_rollouts, val_score = scored.rollouts_K[best_k], scored.mean_K[best_k]
+            score_V = scored.score_K_V[best_k]
             if first:
                 check_first_rollouts(best_rollouts)
             if self.policy.step > 0 or self.trained_before:
@@ -440,7 +442,7 @@ class _Run:
         record = self._record(state, cycle, population, val_score, kl, seconds)
         facts = (record.weights_version, record.val_scores, record.candidate_ids)
         distributed.check_same("weights and population", facts)
-        best = self._best(state.best, record, population)
+        best = self._best(state, record, population, score_V)
         if self.folder is not None:
             self.folder.record_cycle(record, population)
         return replace(
@@ -451,6 +453,7 @@ class _Run:
             records=(*state.records, record),
             steps=(),
             best=best,
+            peak_V=max(score_V, state.peak_V, key=mean),
             counts=self.runner.counts,
             seconds=seconds,
         )
@@ -490,9 +493,20 @@ class _Run:
             proposals=self.fast.report(),
         )
 
-    def _best(self, best: Best | None, record: CycleRecord, population: Population) -> Best:
-        """The best (weights, candidate) so far; of equals the later, which has learned more."""
-        if best is not None and record.val_score < best.score:
+    def _best(
+        self,
+        state: LoopState,
+        record: CycleRecord,
+        population: Population,
+        score_V: Sequence[float],
+    ) -> Best:
+        """The latest (weights, candidate) that is not clearly worse than the highest score.
+
+        The highest of many noisy scores is luck as often as skill, and the later pair has learned
+        more.
+        """
+        best = state.best
+        if best is not None and populations.clearly_worse(score_V, state.peak_V):
             return best
         candidate = population.candidates[populations.best(population)]
         version = self.policy.keep()

@@ -26,6 +26,9 @@ SCHEMA_VERSION = 1
 class Best:
     """The best (weights, candidate) pair on the validation examples.
 
+    That is the latest whose scores are not clearly worse (``population.clearly_worse``) than those
+    of the highest mean.
+
     Attributes:
         version: Version id of the weights.
         candidate: The fast weights that go with them.

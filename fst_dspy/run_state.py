@@ -50,6 +50,7 @@ class LoopState:
         records: One record a completed cycle, the student's own first.
         steps: Records of the optimizer steps of the cycle under way.
         best: The best pair so far; ``None`` before the first validation.
+        peak_V: Scores of the highest mean so far, on the V validation examples.
         counts: Rollouts so far.
         tokens: Prompt and completion tokens so far.
         seconds: Wall time so far, by channel.
@@ -63,6 +64,7 @@ class LoopState:
     records: tuple[CycleRecord, ...] = ()
     steps: tuple[StepRecord, ...] = ()
     best: Best | None = None
+    peak_V: tuple[float, ...] = ()
     counts: RolloutCounts = field(default_factory=RolloutCounts)
     tokens: Mapping[str, int] = field(default_factory=dict)
     seconds: Mapping[str, float] = field(default_factory=dict)
@@ -209,6 +211,7 @@ def state_from_json(plain: Mapping[str, Any]) -> LoopState:
         best=None
         if best is None
         else Best(**{**best, "candidate": candidate_from_json(best["candidate"])}),
+        peak_V=tuple(plain["peak_V"]),
         counts=RolloutCounts(**plain["counts"]),
         tokens=plain["tokens"],
         seconds=plain["seconds"],

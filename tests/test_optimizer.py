@@ -1,9 +1,12 @@
 """The joint loop on tiny random models: real rollouts, real optimizer steps, real GEPA."""
 
+from dataclasses import replace
+
 import dspy
 import pytest
 from helpers import Echo, RawAdapter, Twice, questions, vowels
 
+import fst_dspy.optimizer as optimizer_module
 from fst_dspy import FST, LocalLM
 from fst_dspy.errors import (
     ConfigError,
@@ -15,6 +18,7 @@ from fst_dspy.errors import (
     StoreError,
     TrainingError,
 )
+from fst_dspy.evaluate import evaluate
 from fst_dspy.optimizer import pick_problems
 
 pytestmark = pytest.mark.slow
@@ -61,8 +65,7 @@ def test_both_channels_change_and_the_best_pair_is_bound(kind, lora, request):
     assert last.kl_to_base > 0
     assert last.total_rollouts.slow == 4 * 2 * 4
     assert last.total_rollouts.fast > 0
-    best = max(record.val_score for record in result.records)
-    assert result.best.score == best
+    assert result.best.score == result.records[result.best.cycle].val_score
     assert compiled._compiled and compiled.say.lm.model == result.best.version
     instructions = result.best.candidate.components["say.instructions"]
     assert compiled.say.signature.instructions == instructions
@@ -306,7 +309,7 @@ def test_reused_rollouts_leave_the_fast_channel_its_first_phase_alone(tiny_qwen3
         assert record.rollouts.reused == record.rollouts.slow == 2 * 2 * 4
     assert separate.records[-1].rollouts.fast > 0 and separate.rollouts.eval == 0
     assert reused.records[-1].proposals["iterations"] > later[0].proposals["iterations"] - 1
-    assert reused.records[-1].val_score <= reused.best.score
+    assert reused.best.score == reused.records[reused.best.cycle].val_score
 
 
 def test_demos_of_a_real_program_are_learned_and_bound(tiny_qwen3):
@@ -315,3 +318,25 @@ def test_demos_of_a_real_program_are_learned_and_bound(tiny_qwen3):
     tried = result.records[-1].proposals
     assert tried["iterations"] > 0 and seen <= {"seed", "instructions", "demos", "merge"}
     assert compiled(question="number 3").answer is not None
+
+
+def best_cycle_of(folder, scores, monkeypatch):
+    """The cycle that is taken for best when the validation scores of each cycle are these."""
+    rows = iter(scores)
+
+    def scored(runner, candidates, valset, **_):
+        row = tuple(next(rows))
+        found = evaluate(runner, candidates[:1], valset, channel="eval")
+        return replace(found, score_K_V=(row,))
+
+    monkeypatch.setattr(optimizer_module, "evaluate", scored)
+    return compile_tiny(folder, max_cycles=len(scores) - 1, steps_per_cycle=1)[2].best.cycle
+
+
+def test_best_is_the_latest_that_is_not_clearly_worse(tiny_qwen3, monkeypatch):
+    lucky, good, bad = [1.0] * 8, [1.0] * 6 + [0.0] * 2, [1.0] * 2 + [0.0] * 6
+    assert best_cycle_of(tiny_qwen3, [bad, lucky, good], monkeypatch) == 2
+    assert best_cycle_of(tiny_qwen3, [bad, lucky, good, bad], monkeypatch) == 2
+    middling = [1.0] * 4 + [0.0] * 4  # not clearly worse than the one before, but than the first
+    assert best_cycle_of(tiny_qwen3, [lucky, good, middling[::-1], bad], monkeypatch) == 2
+    assert best_cycle_of(tiny_qwen3, [lucky, good, [1.0] * 3 + [0.0] * 5], monkeypatch) == 1
