@@ -5,6 +5,10 @@ candidate its instructions. ``find_prefixes`` cuts prompts into such beginnings 
 a model reads the beginnings, and goes on from their caches with the rest. Generation and optimizer
 step do so where ``can_continue`` says that the model's caches allow it. The outcome is that of
 reading every prompt whole, but for rounding.
+
+It leans on how transformers' caches hold what was read: ``DynamicLayer`` concatenates, so gradients
+pass; ``LinearAttentionLayer`` keeps a convolution's last inputs in ``conv_states``, and all of them
+after ``activate_past_recording``. Where that is missing, prompts are read whole.
 """
 
 from __future__ import annotations

@@ -2,8 +2,9 @@
 
 A step takes the rows of one batch of rollouts, sampled from the weights as they are, so it is on
 policy: the importance ratio is 1 and the step is that of TRL's stock ``GRPOTrainer``. The output
-layer is run at the completions only, so that large batches sum its gradient in another order: then
-gradients differ by float rounding (1e-7 of their norm), and on small ones not at all.
+layer is run at the completions only, and what prompts have in common is run once, so that large
+batches sum their gradient in another order: then gradients differ by float rounding (1e-7 of their
+norm), and on small ones not at all.
 Optimizer, schedule and random numbers go on from step to step whatever runs between.
 """
 

@@ -6,7 +6,8 @@ to rounding on large ones. They are:
 
 - ``GRPOTrainer._compute_loss(model, inputs)`` and the keys of ``inputs`` it reads;
 - ``GRPOTrainer._get_per_token_logps_and_entropies``, overridden, and the ``fused_lm_head`` forward
-  that it calls, which runs ``model.base_model`` and reads its ``last_hidden_state``;
+  that it calls, which runs ``model.base_model`` and reads its ``last_hidden_state``, takes
+  ``shift_labels`` and hands ``past_key_values`` on;
 - ``GRPOTrainer._metrics["train"]`` with ``entropy``, ``clip_ratio/region_mean`` and
   ``cispo_clip_ratio``; ``GRPOTrainer.beta``;
 - ``Trainer._prepare_for_training``, which makes optimizer and scheduler,
