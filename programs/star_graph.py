@@ -3,11 +3,13 @@
 Eight arms leave the start and one of them ends at the goal. A model that walks forward has to
 guess the arm, so the bare prompt earns next to nothing; walking back from the goal there is
 nothing to guess. That strategy is what feedback teaches and an instruction holds. A model that
-walks back now and then can also learn it by reinforcement alone.
+walks back now and then can also learn it by reinforcement alone. With ``tell=false`` the feedback
+shows the right path and leaves the strategy to be seen in it, as examples may show it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from random import Random
 from typing import Any
 
@@ -40,26 +42,33 @@ def make_example(rng: Random, star: Star) -> dspy.Example:
     ).with_inputs("graph", "start", "goal")
 
 
-def metric(
-    gold: dspy.Example,
-    pred: dspy.Prediction,
-    trace: Any = None,
-    pred_name: str | None = None,
-    pred_trace: Any = None,
-) -> dspy.Prediction:
-    """In GEPA's form: 1 for the whole path, node for node, and how to get there."""
-    nodes = str(getattr(pred, "path", "")).split()
-    right = nodes == gold.path.split()
-    found = "Right." if right else f"Wrong: {' '.join(nodes)} does not end at {gold.goal}."
-    if not right and nodes[-1:] == [gold.goal]:
-        found = f"Wrong: {' '.join(nodes)} has edges that the graph does not have."
-    return dspy.Prediction(
-        score=float(right), feedback=f"{found} The path is {gold.path}.\nLesson: {STRATEGY}"
-    )
+def make_metric(tell: bool = True) -> Callable[..., dspy.Prediction]:
+    """The metric, in GEPA's form: 1 for the whole path, node for node, and how to get there."""
+
+    def metric(
+        gold: dspy.Example,
+        pred: dspy.Prediction,
+        trace: Any = None,
+        pred_name: str | None = None,
+        pred_trace: Any = None,
+    ) -> dspy.Prediction:
+        nodes = str(getattr(pred, "path", "")).split()
+        right = nodes == gold.path.split()
+        found = "Right." if right else f"Wrong: {' '.join(nodes)} does not end at {gold.goal}."
+        if not right and nodes[-1:] == [gold.goal]:
+            found = f"Wrong: {' '.join(nodes)} has edges that the graph does not have."
+        lesson = f"\nLesson: {STRATEGY}" if tell else ""
+        return dspy.Prediction(
+            score=float(right), feedback=f"{found} The path is {gold.path}.{lesson}"
+        )
+
+    return metric
 
 
-def load(seed: int = 0, train: int = 200, val: int = 64, test: int = 200) -> Task:
-    """The task: ``seed`` draws the graphs. No graph is in two splits."""
+def load(
+    seed: int = 0, train: int = 200, val: int = 64, test: int = 200, tell: bool = True
+) -> Task:
+    """The task: ``seed`` draws the graphs; no graph is in two splits. ``tell`` the strategy."""
     rng = Random(f"star_graph {seed}")
     examples = [
         make_example(rng, draw_star(rng, ARMS, LENGTH, ENGLISH)) for _ in range(train + val + test)
@@ -67,7 +76,7 @@ def load(seed: int = 0, train: int = 200, val: int = 64, test: int = 200) -> Tas
     return Task(
         name="star_graph",
         program=dspy.ChainOfThought(FindPath),
-        metric=metric,
+        metric=make_metric(tell),
         trainset=examples[:train],
         valset=examples[train : train + val],
         testset=examples[train + val :],

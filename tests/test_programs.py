@@ -126,3 +126,13 @@ def test_multihop_runs_both_predictors_in_turn() -> None:
     with dspy.context(lm=dspy.utils.DummyLM(answers)):
         pred = task.program(claim=example.claim)
     assert task.metric(example, pred).score == 1.0
+
+
+def test_star_graph_can_leave_the_strategy_to_be_seen_in_examples() -> None:
+    told, shown = load_task("star_graph", 3), load_task("star_graph:tell=false", 3)
+    assert [e.toDict() for e in shown.trainset] == [e.toDict() for e in told.trainset]
+    gold = shown.trainset[0]
+    for pred in (oracle(gold), spoilt(gold)[0]):
+        assert marked_lessons(told.metric(gold, pred).feedback)
+        assert not marked_lessons(shown.metric(gold, pred).feedback)
+        assert gold.path in shown.metric(gold, pred).feedback
