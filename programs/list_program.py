@@ -3,7 +3,8 @@
 A program is two words, such as ``falcon then comet``. What each of the eight words does is a
 convention drawn from the seed: no model can know it, feedback says it one word at a time, and
 eight lines of instruction hold it. A guess is right one time in eight, so that reinforcement alone
-has something to begin with.
+has something to begin with. With ``tell=false`` the feedback gives the right list and leaves the
+words to be understood from examples.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ def draw_meanings(seed: int) -> dict[str, str]:
     return dict(zip(WORDS, names, strict=True))
 
 
-def make_metric(meanings: Mapping[str, str]) -> Callable[..., dspy.Prediction]:
+def make_metric(meanings: Mapping[str, str], tell: bool = True) -> Callable[..., dspy.Prediction]:
     """The metric, in GEPA's form: 1 for the right list, and what the program's words mean."""
 
     def metric(
@@ -50,7 +51,9 @@ def make_metric(meanings: Mapping[str, str]) -> Callable[..., dspy.Prediction]:
         right = output == gold.output
         verdict = "Right" if right else f"Wrong: the program gives {gold.output}"
         lessons = [
-            f"Lesson: {word} means {meanings[word]}." for word in gold.program.split(" then ")
+            f"Lesson: {word} means {meanings[word]}."
+            for word in gold.program.split(" then ")
+            if tell
         ]
         return dspy.Prediction(
             score=float(right),
@@ -60,8 +63,10 @@ def make_metric(meanings: Mapping[str, str]) -> Callable[..., dspy.Prediction]:
     return metric
 
 
-def load(seed: int = 0, train: int = 200, val: int = 64, test: int = 200) -> Task:
-    """The task: ``seed`` draws the convention, the programs and the lists."""
+def load(
+    seed: int = 0, train: int = 200, val: int = 64, test: int = 200, tell: bool = True
+) -> Task:
+    """The task: ``seed`` draws the convention, the programs and the lists. ``tell`` the meanings."""
     meanings = draw_meanings(seed)
     rng = Random(f"list_program data {seed}")
     items_of = [word for word in ENGLISH if word not in WORDS]
@@ -77,7 +82,7 @@ def load(seed: int = 0, train: int = 200, val: int = 64, test: int = 200) -> Tas
     return Task(
         name="list_program",
         program=dspy.ChainOfThought(RunProgram),
-        metric=make_metric(meanings),
+        metric=make_metric(meanings, tell),
         trainset=examples[:train],
         valset=examples[train : train + val],
         testset=examples[train + val :],

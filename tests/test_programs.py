@@ -128,11 +128,12 @@ def test_multihop_runs_both_predictors_in_turn() -> None:
     assert task.metric(example, pred).score == 1.0
 
 
-def test_star_graph_can_leave_the_strategy_to_be_seen_in_examples() -> None:
-    told, shown = load_task("star_graph", 3), load_task("star_graph:tell=false", 3)
+@pytest.mark.parametrize(("name", "label"), [("star_graph", "path"), ("list_program", "output")])
+def test_feedback_can_leave_the_lesson_to_be_seen_in_examples(name: str, label: str) -> None:
+    told, shown = load_task(name, 3), load_task(f"{name}:tell=false", 3)
     assert [e.toDict() for e in shown.trainset] == [e.toDict() for e in told.trainset]
     gold = shown.trainset[0]
     for pred in (oracle(gold), spoilt(gold)[0]):
         assert marked_lessons(told.metric(gold, pred).feedback)
         assert not marked_lessons(shown.metric(gold, pred).feedback)
-        assert gold.path in shown.metric(gold, pred).feedback
+    assert gold[label] in shown.metric(gold, spoilt(gold)[0]).feedback
