@@ -66,7 +66,7 @@ def make_metric(meanings: Mapping[str, str], tell: bool = True) -> Callable[...,
 def load(
     seed: int = 0, train: int = 200, val: int = 64, test: int = 200, tell: bool = True
 ) -> Task:
-    """The task: ``seed`` draws the convention, the programs and the lists. ``tell`` the meanings."""
+    """The task: ``seed`` draws the convention, programs and lists; ``tell`` the words' meanings."""
     meanings = draw_meanings(seed)
     rng = Random(f"list_program data {seed}")
     items_of = [word for word in ENGLISH if word not in WORDS]
