@@ -319,8 +319,9 @@ def test_a_wandb_run_of_the_user_is_left_alone(tiny_qwen3, tmp_path):
     assert "cycle/val_score" in figures("wandb", tmp_path / "run")
 
 
-def test_an_mlflow_run_of_the_user_becomes_the_parent(tiny_qwen3, tmp_path):
+def test_an_mlflow_run_of_the_user_becomes_the_parent(tiny_qwen3, tmp_path, monkeypatch):
     mlflow = pytest.importorskip("mlflow", reason="mlflow is not installed")
+    monkeypatch.chdir(tmp_path)  # where MLflow puts the artifacts of such a run
     mlflow.set_tracking_uri(f"sqlite:///{tmp_path}/mine.db")
     try:
         with mlflow.start_run() as own:
