@@ -13,6 +13,8 @@ after ``activate_past_recording``. Where that is missing, prompts are read whole
 
 from __future__ import annotations
 
+import logging
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -22,6 +24,8 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, LinearAttentionLayer
+
+logger = logging.getLogger(__name__)
 
 WINDOW = 256
 """Prompts among which beginnings are looked for at once: the work grows with its square."""
@@ -118,11 +122,26 @@ def can_continue(model: Any) -> bool:
     """Whether a model goes on from a cache, several tokens at a time, padding masked out.
 
     Plain attention does, and so do short convolutions without bias. Sliding windows and recurrent
-    layers are not relied upon: their prompts are read whole.
+    layers are not relied upon: their prompts are read whole, of which a warning tells once a model.
     """
     if is_checkpointing(model):  # it has no use for caches
         return False
-    config = backbone_of(model).config.get_text_config()
+    backbone = backbone_of(model)
+    continues = _layers_continue(backbone.config.get_text_config())
+    if not continues and backbone not in _told:
+        _told.add(backbone)
+        logger.warning(
+            "%s: its prompts are read whole, for only plain attention and short convolutions "
+            "without bias go on from what prompts have in common; slower, and else the same",
+            type(backbone).__name__,
+        )
+    return continues
+
+
+_told: weakref.WeakSet[Any] = weakref.WeakSet()
+
+
+def _layers_continue(config: Any) -> bool:
     if not pads_safely(config):
         return False
     layers = DynamicCache(config=config).layers

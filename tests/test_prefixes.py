@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from conftest import SHAPE, make_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import (
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen3_5ForCausalLM,
+    Qwen3_5TextConfig,
+)
 
 import fst_dspy.generate as generate_module
 import fst_dspy.prefixes as prefixes_module
@@ -158,3 +166,53 @@ def test_dropout_and_checkpointing_read_prompts_whole(tiny_llama: Path) -> None:
     assert not SlowTrainer(policy, SlowConfig(), SamplingConfig(), 10, 0)._trl.continues
     policy.model.gradient_checkpointing_enable()
     assert not can_continue(policy.model)
+
+
+def sliding(tokenizer: Any) -> torch.nn.Module:
+    shape = {**SHAPE, "vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id}
+    return MistralForCausalLM(MistralConfig(**shape, num_hidden_layers=2, sliding_window=8))
+
+
+def recurrent(tokenizer: Any) -> torch.nn.Module:
+    """Gated delta rule and attention in turn, as in Qwen3.5."""
+    shape = {**SHAPE, "vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id}
+    linear = dict.fromkeys(("linear_num_value_heads", "linear_num_key_heads"), 2)
+    linear |= dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim", "head_dim"), 8)
+    config = Qwen3_5TextConfig(
+        **shape,
+        **linear,
+        num_hidden_layers=2,
+        layer_types=["linear_attention", "full_attention"],
+    )
+    return Qwen3_5ForCausalLM(config)
+
+
+@pytest.mark.parametrize("make", [sliding, recurrent])
+def test_other_models_read_prompts_whole_and_say_so_once(
+    make: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    tokenizer = make_tokenizer()
+    torch.manual_seed(0)
+    make(tokenizer).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    policy = Policy.load(tmp_path)
+    prompts = prompts_of(policy)
+    monkeypatch.setattr(prefixes_module, "SAVED_TOKENS", 1)
+    for _ in range(2):
+        results = generate(policy, [GenerationRequest(prompt, 8, 0.0) for prompt in prompts])
+    for prompt, result in zip(prompts, results, strict=True):
+        ids = torch.tensor([prompt + result.completion_ids_T])
+        with torch.no_grad():
+            logprobs_TV = policy.model(ids).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+        assert logprobs_TV.argmax(-1).tolist() == list(result.completion_ids_T)
+        assert result.logprobs_T == pytest.approx(logprobs_TV.amax(-1).tolist(), abs=1e-4)
+    stats = SlowTrainer(policy, SlowConfig(), SamplingConfig(), 10, 0).advance(rows_of(policy))
+    assert stats.grad_norm > 0 and stats.skipped is None
+    kl_to_base(policy, [Call("p", prompts[0], (20, 21), (0.0, 0.0), "", "stop", 1.0)] * 2)
+    told = [record for record in caplog.records if "read whole" in record.message]
+    assert len(told) == 1 and type(policy.model.base_model).__name__ in told[0].message
+
+
+def test_models_that_share_say_nothing(tiny_model: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert can_continue(Policy.load(tiny_model).model)
+    assert not caplog.records
