@@ -1,0 +1,94 @@
+"""The arms on all four program families: ``fst compare`` with its options set, and one figure.
+
+    python benchmarks/families.py --workers 2
+    python benchmarks/families.py --draw-only
+
+The stores are ``runs/families/compare-FAMILY``; started again, what has run is not run again. The
+tables go to ``benchmarks/results/families/FAMILY``, the figure beside them. List programs get the
+larger budget: they are learned last.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fst_dspy.cli_experiments import compare
+from fst_dspy.experiments import Run, load_runs, write_results
+from fst_dspy.experiments.figures import band
+from fst_dspy.experiments.runs import by_label
+from fst_dspy.experiments.show import open_store
+from fst_dspy.notebook_figure import NotebookFigure
+from fst_dspy.plots import Curve, drift_curves
+
+STORES = Path("runs/families")
+RESULTS = Path(__file__).parent / "results" / "families"
+BUDGETS = {"triage": 2400, "star_graph": 2400, "multihop": 2400, "list_program": 5000}
+SETTINGS = ["max_tokens=64"]
+COLOURS = {"fst": "C0", "gepa_only": "C1", "rl_only": "C3"}
+
+
+def main(
+    families: Annotated[str, typer.Option(help="Comma-separated.")] = ",".join(BUDGETS),
+    arms: Annotated[str, typer.Option(help="Comma-separated.")] = "fst,gepa_only,rl_only",
+    seeds: int = 3,
+    workers: int = 2,
+    tune_rl: Annotated[int, typer.Option(help="Trials that rl_only is tuned by.")] = 8,
+    draw_only: bool = False,
+) -> None:
+    """Run what has not run yet, then write the tables and the figure."""
+    found: dict[str, list[Run]] = {}
+    for family in families.split(","):
+        out, results = STORES / f"compare-{family}", RESULTS / family
+        if not draw_only:
+            compare(
+                family,
+                arms,
+                out=out,
+                seeds=seeds,
+                rollouts=BUDGETS[family],
+                workers=workers,
+                settings=SETTINGS,
+                tune_rl=tune_rl if "rl_only" in arms.split(",") else 0,
+                samples=4,
+                test_size=100,
+                forget_on=[other for other in BUDGETS if other != family],
+                results=results,
+            )
+        results.mkdir(parents=True, exist_ok=True)
+        write_results(out, results)
+        found[family] = load_runs(open_store(out))
+    draw(found).savefig(RESULTS / "families.png", dpi=130)
+
+
+def draw(found: dict[str, list[Run]]) -> NotebookFigure:
+    """Validation score against rollouts above, against KL below; a column a family."""
+    figure = NotebookFigure(figsize=(3.1 * len(found), 5.6), layout="constrained")
+    panels = figure.subplots(2, len(found), sharey=True, squeeze=False)
+    for column, (family, runs) in enumerate(found.items()):
+        above, below = panels[0][column], panels[1][column]
+        for label, group in by_label(runs).items():
+            colour = COLOURS.get(label.split("-")[0], "C7")
+            curves = [Curve(label, *run.curve) for run in group]
+            mean = band(label, curves).mean
+            for curve in curves:
+                above.plot(curve.x, curve.y, color=colour, alpha=0.3, linewidth=0.8)
+            above.plot(mean.x, mean.y, color=colour, label=label)
+            drift = drift_curves({f"{label}, {run.job.seed}": run.records for run in group})
+            for curve in drift if group[0].job.arm != "gepa_only" else ():
+                below.plot(curve.x, curve.y, ".-", color=colour, alpha=0.6, markersize=4)
+        above.set(title=family, xlabel="rollouts, all channels", ylim=(-0.02, 1.02))
+        below.set(xlabel="KL to the base, nats a token")
+        below.set_xscale("symlog", linthresh=0.001)
+        for axes in (above, below):
+            axes.grid(alpha=0.25)
+    for row in panels:
+        row[0].set(ylabel="validation score")
+    panels[0][0].legend(frameon=False, fontsize=8, loc="lower right")
+    return figure
+
+
+if __name__ == "__main__":
+    typer.run(main)
