@@ -148,7 +148,7 @@ class SlowTrainer:
                         "log-probabilities of the same weights; the step is not quite on policy",
                         gradients.drift,
                     )
-                return self._update(rows, gradients)
+                return self._update(rows, gradients, self._live_share(rows))
             finally:
                 self._trl.model.zero_grad()
                 self._trl.model.eval()
@@ -258,14 +258,16 @@ class SlowTrainer:
         loss, *sums, all_tokens = figures_5.tolist()
         return Gradients(loss, *(total / all_tokens for total in sums))
 
-    def _update(self, rows: Sequence[TrainingRow], gradients: Gradients) -> StepStats:
+    def _update(
+        self, rows: Sequence[TrainingRow], gradients: Gradients, shorten: float = 1.0
+    ) -> StepStats:
         trl = self._trl
         limit = self.slow.max_grad_norm or math.inf
         norm = torch.nn.utils.clip_grad_norm_(trl.parameters, limit).item()
         if not (math.isfinite(gradients.loss) and math.isfinite(norm)):
             return self._stats(rows, gradients, norm, "non_finite")
         stats = self._stats(rows, gradients, norm, None)
-        with self._rates_times(self._live_share(rows)):
+        with self._rates_times(shorten):
             trl.optimizer.step()
         trl.lr_scheduler.step()
         self.policy.step += 1
