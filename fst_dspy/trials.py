@@ -68,6 +68,7 @@ class TrialPhase(FastPhase):
     Args:
         config, proposer, seed: As for :class:`~fst_dspy.fast.FastPhase`.
         steps_per_cycle: T, optimizer steps a cycle.
+        lag: Optimizer steps between the sampling of rollouts and the one that they are used in.
         **options: As for :class:`~fst_dspy.fast.FastPhase`.
     """
 
@@ -80,11 +81,12 @@ class TrialPhase(FastPhase):
         seed: int,
         *,
         steps_per_cycle: int,
+        lag: int = 0,
         **options: Any,
     ) -> None:
         super().__init__(config, proposer, seed, **options)
         self.trial_steps = max(1, steps_per_cycle // max(1, config.cycle_iterations))
-        self.window = max(self.trial_steps, config.reuse_window or steps_per_cycle)
+        self.window = lag + max(self.trial_steps, config.reuse_window or steps_per_cycle)
         self.pool = RolloutPool()
         self.trial: Trial | None = None
         self._trials = 0
@@ -142,7 +144,8 @@ class TrialPhase(FastPhase):
         self.observe(list(population.candidates[0].components), trainset, rollouts)
         self.pool = self.pool.since(policy_version - self.window).latest(POOL_SIZE)
         members = list(population.candidates)
-        if self.trial is not None:
+        # Rollouts that were sampled before the trial began are without its candidate.
+        if self.trial is not None and any(r.candidate_id == self.trial.child.id for r in rollouts):
             self.trial = dataclasses.replace(self.trial, steps_left=self.trial.steps_left - 1)
             if self.trial.steps_left == 0:
                 members += [self.trial.child] if self._passed(self.trial) else []
