@@ -170,9 +170,9 @@ class SlowConfig:
             one group as by eight. Without effect under a KL penalty or entropy bonus, which all
             rows have.
         off_policy_steps: 0, or 1 to sample the rollouts of a cycle's next step while this one
-            trains, from the weights before its update: quicker where there are cores or a GPU for
-            both, at the price of a second copy of the trained weights. The first step of a cycle is
-            on policy all the same.
+            trains, from the weights before its update, so that the two can overlap where there are
+            cores for both; at the price of a second copy of the trained weights. The first step of
+            a cycle is on policy all the same.
         max_bad_steps: Steps in a row with a loss or gradient that is not finite, after which the
             run stops; each of them is dropped.
         lora: Adapter settings, or ``None`` for full fine-tuning.
