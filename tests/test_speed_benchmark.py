@@ -46,7 +46,7 @@ def test_prompt_tokens_are_counted_once_a_round_or_once_in_all():
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)  # each is a minute of work, which a busy machine stretches
+@pytest.mark.timeout(1800)  # other work on the machine stretches it
 @pytest.mark.parametrize("part", sorted(PARTS))
 def test_every_part_runs(part, tmp_path):
     out = tmp_path / "speed.json"
