@@ -169,6 +169,10 @@ class SlowConfig:
             nothing, and AdamW would move a policy that has learned its task as far by the noise of
             one group as by eight. Without effect under a KL penalty or entropy bonus, which all
             rows have.
+        off_policy_steps: 0, or 1 to sample the rollouts of a cycle's next step while this one
+            trains, from the weights before its update, so that the two can overlap where there are
+            cores for both; at the price of a second copy of the trained weights. The first step of
+            a cycle is on policy all the same.
         max_bad_steps: Steps in a row with a loss or gradient that is not finite, after which the
             run stops; each of them is dropped.
         lora: Adapter settings, or ``None`` for full fine-tuning.
@@ -192,6 +196,7 @@ class SlowConfig:
     micro_batch_size: int = 16
     resample_constant: int = 0
     damp_constant: bool = True
+    off_policy_steps: int = 0
     max_bad_steps: int = 5
     lora: LoraConfig | None = None
 
@@ -218,6 +223,10 @@ class SlowConfig:
         ):
             value = getattr(self, name)
             _require(value >= 0, f"{name} must not be negative, got {value}")
+        _require(
+            self.off_policy_steps in (0, 1),
+            f"off_policy_steps must be 0 or 1, got {self.off_policy_steps}",
+        )
         _require(self.epsilon_high > 0, f"epsilon_high must be positive, got {self.epsilon_high}")
         _require(
             self.scale_rewards in ("group", "batch", "none"),

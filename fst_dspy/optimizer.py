@@ -10,6 +10,7 @@ Departures from the paper (Tiwari et al., 2026), section 3:
   channel (``fst_dspy.trials``). With ``reuse=False`` it runs its own, as in the paper; then the
   whole population is scored on the validation examples at the end of every cycle, under the
   weights of that moment, and the scores serve as validation and as the next Pareto front.
+* With ``off_policy_steps=1`` the groups of a cycle's next step are sampled while this one trains.
 * Rollouts of both channels are counted, scoring included.
 * The arms ``rl_only`` and ``gepa_only`` are this loop with one channel off.
 
@@ -40,6 +41,7 @@ from dspy.teleprompt import Teleprompter
 from fst_dspy import distributed
 from fst_dspy import population as populations
 from fst_dspy.advantage import by_candidate, constant_group_share, group_rows
+from fst_dspy.ahead import Ahead, Attempts
 from fst_dspy.bundle import make_savable
 from fst_dspy.candidate import bind, example_id, seed_candidate
 from fst_dspy.checks import CheckedInput, check_first_rollouts, check_input
@@ -258,6 +260,9 @@ class _Run:
             predictor_feedback=self.fast_on,
         )
         self.fast = self._make_fast(fst)
+        self.ahead: Ahead | None = None
+        if self.slow_on and self.config.slow.off_policy_steps:
+            self.ahead = Ahead(self.policy)
         self.trainer = self._make_trainer() if self.slow_on else None
 
     def loop(self) -> LoopState:
@@ -324,17 +329,14 @@ class _Run:
         slow = self.config.slow
         done = step - 1 - self._steps_before(state)
         self._tell(cycle, f"step {done + 1}/{slow.steps_per_cycle}")
-        seen: list[Rollout] = []
-        for attempt in range(slow.resample_constant + 1):
-            problems_P = pick_problems(
-                self.trainset, step, slow.problems_per_step, f"{self.seed}/{attempt}"
-            )
-            groups_P = self._rollout_groups(problems_P, state.population, step, attempt)
-            rollouts = [rollout for group in groups_P for rollout in group.rollouts_G]
-            seen += rollouts
-            if constant_group_share(groups_P) < 1:
-                break
+        attempts = state.ahead or self._sample_step(state.population, step)
+        groups_P, rollouts = attempts[-1], rollouts_of(attempts[-1])
+        last = done + 1 == slow.steps_per_cycle
+        upcoming = None
+        if self.ahead is not None and not last:
+            upcoming = self.ahead.begin(partial(self._sample_step, state.population, step + 1))
         stats = self._advance(groups_P)
+        ahead = upcoming.result() if upcoming is not None else ()
         record = StepRecord(
             cycle=cycle,
             step=step,
@@ -348,17 +350,35 @@ class _Run:
             self.folder.record_step(record, groups_P, slow.scale_rewards)
         seconds = add_seconds(state.seconds, "slow", started)
         started = time.monotonic()
+        seen = [rollout for groups in attempts for rollout in rollouts_of(groups)]
         population = self._learn_from(state.population, seen, cycle)
         return replace(
             state,
             population=population,
             step=step,
             steps=(*state.steps, record),
-            phase="validate" if done + 1 == slow.steps_per_cycle else "slow",
+            phase="validate" if last else "slow",
+            ahead=ahead,
             fast_state=self.fast.state(),
             counts=self.runner.counts,
             seconds=add_seconds(seconds, "fast", started),
         )
+
+    def _sample_step(
+        self, population: Population, step: int, policy: Policy | None = None
+    ) -> Attempts:
+        """The groups of an optimizer step; others in their place while all of them are constant."""
+        slow = self.config.slow
+        attempts: Attempts = ()
+        for attempt in range(slow.resample_constant + 1):
+            problems_P = pick_problems(
+                self.trainset, step, slow.problems_per_step, f"{self.seed}/{attempt}"
+            )
+            groups_P = self._rollout_groups(problems_P, population, step, attempt, policy)
+            attempts = (*attempts, tuple(groups_P))
+            if constant_group_share(groups_P) < 1:
+                break
+        return attempts
 
     def _rollout_groups(
         self,
@@ -366,6 +386,7 @@ class _Run:
         population: Population,
         step: int,
         attempt: int,
+        policy: Policy | None,
     ) -> list[Group]:
         """G rollouts a problem, spread over the candidates: one batch, one barrier.
 
@@ -378,7 +399,7 @@ class _Run:
             for example in problems_P
             for index, candidate in enumerate(candidates_G, start=attempt * slow.group_size)
         ]
-        rollouts = self.runner.run(jobs, channel="slow", salt=step)
+        rollouts = self.runner.run(jobs, channel="slow", salt=step, policy=policy)
         size = slow.group_size
         groups_P = [
             Group(example_id(example), tuple(rollouts[p * size : (p + 1) * size]))
@@ -389,7 +410,9 @@ class _Run:
     def _advance(self, groups_P: Sequence[Group]) -> StepStats:
         """Exactly one optimizer step on the groups."""
         assert self.trainer is not None
-        return self.trainer.advance(group_rows(groups_P, self.config.slow.scale_rewards))
+        rows = group_rows(groups_P, self.config.slow.scale_rewards)
+        sampled_at = {rollout.policy_version for rollout in rollouts_of(groups_P)}
+        return self.trainer.advance(rows, on_policy=sampled_at <= {self.policy.step})
 
     def _learn_from(
         self, population: Population, rollouts: Sequence[Rollout], cycle: int
@@ -574,7 +597,10 @@ class _Run:
         demos = DemoProposer(fast.demo_tokens, self._count_tokens) if fast.demo_tokens else None
         if fast.reuse and self.fast_on and self.slow_on:
             steps = self.config.slow.steps_per_cycle
-            return TrialPhase(fast, proposer, self.seed, demos=demos, steps_per_cycle=steps)
+            lag = self.config.slow.off_policy_steps
+            return TrialPhase(
+                fast, proposer, self.seed, demos=demos, steps_per_cycle=steps, lag=lag
+            )
         return FastPhase(fast, proposer, self.seed, demos=demos)
 
     def _make_proposer(self, fst: FST) -> Proposer:
@@ -635,6 +661,8 @@ class _Run:
             self.folder.begin(self._identity(checked))
 
     def close(self) -> None:
+        if self.ahead is not None:
+            self.ahead.close()
         if self.folder is not None:
             self.folder.close()
 
@@ -703,6 +731,11 @@ def sample(examples: Sequence[dspy.Example], size: int, seed: int) -> list[dspy.
         return list(examples)
     chosen = random.Random(seed).sample(range(len(examples)), size)
     return [examples[index] for index in sorted(chosen)]
+
+
+def rollouts_of(groups_P: Sequence[Group]) -> list[Rollout]:
+    """All rollouts of some groups, in order."""
+    return [rollout for group in groups_P for rollout in group.rollouts_G]
 
 
 def mean(values: Sequence[float]) -> float:

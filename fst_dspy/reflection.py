@@ -77,6 +77,9 @@ class ReflectionLMProposer:
         pause: Seconds before the first retry; doubled each time. A longer ``Retry-After`` holds.
     """
 
+    waits = True
+    """Most of its time it waits for the LM: it can be asked while the policy generates."""
+
     def __init__(
         self,
         lm: dspy.LM,

@@ -17,7 +17,7 @@ from typing import Any
 
 from fst_dspy.candidate import canonical_json
 from fst_dspy.demos import shown_examples
-from fst_dspy.types import Candidate, Failure, PredictorTrace, Rollout
+from fst_dspy.types import Call, Candidate, Failure, PredictorTrace, Rollout
 
 SWEEPS = 50
 """Alternations of the two-way fit; a chain of candidates compared pairwise needs a few dozen."""
@@ -49,31 +49,37 @@ class RolloutPool:
 
     def to_json(self) -> list[dict[str, Any]]:
         """Plain values, for JSON."""
-        # Not ``asdict``, which copies all texts: this is done at every optimizer step.
-        return [
-            vars(rollout)
-            | {
-                "traces": [vars(trace) for trace in rollout.traces],
-                "failure": vars(rollout.failure) if rollout.failure else None,
-            }
-            for rollout in self.rollouts
-        ]
+        return [rollout_to_json(rollout) for rollout in self.rollouts]
 
 
 def pool_from_json(rows: Sequence[Mapping[str, Any]]) -> RolloutPool:
     """The inverse of ``RolloutPool.to_json``."""
-    return RolloutPool(
-        tuple(
-            Rollout(
-                **{
-                    **row,
-                    "calls": (),
-                    "traces": tuple(PredictorTrace(**trace) for trace in row["traces"]),
-                    "failure": Failure(**row["failure"]) if row["failure"] else None,
-                }
-            )
-            for row in rows
-        )
+    return RolloutPool(tuple(map(rollout_from_json, rows)))
+
+
+def rollout_to_json(rollout: Rollout) -> dict[str, Any]:
+    """A rollout as plain values, but for what is in the fields of its traces."""
+    # Not ``asdict``, which copies all texts: this is done at every optimizer step.
+    return vars(rollout) | {
+        "calls": [vars(call) for call in rollout.calls],
+        "traces": [vars(trace) for trace in rollout.traces],
+        "failure": vars(rollout.failure) if rollout.failure else None,
+    }
+
+
+def rollout_from_json(row: Mapping[str, Any]) -> Rollout:
+    """The inverse of :func:`rollout_to_json`."""
+    sequences = ("prompt_ids_T", "completion_ids_T", "logprobs_T")
+    calls = [
+        Call(**call | {name: tuple(call[name]) for name in sequences}) for call in row["calls"]
+    ]
+    return Rollout(
+        **{
+            **row,
+            "calls": tuple(calls),
+            "traces": tuple(PredictorTrace(**trace) for trace in row["traces"]),
+            "failure": Failure(**row["failure"]) if row["failure"] else None,
+        }
     )
 
 

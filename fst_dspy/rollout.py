@@ -34,6 +34,7 @@ from fst_dspy.config import SamplingConfig
 from fst_dspy.errors import MetricError
 from fst_dspy.local_lm import LocalLM
 from fst_dspy.metric import Score, call_metric, gives_predictor_feedback, read_score
+from fst_dspy.policy import Policy
 from fst_dspy.types import Call, Candidate, Failure, PredictorTrace, Rollout, RolloutCounts
 
 logger = logging.getLogger(__name__)
@@ -124,6 +125,7 @@ class RolloutRunner:
         channel: Channel,
         salt: int,
         version: str | None = None,
+        policy: Policy | None = None,
     ) -> list[Rollout]:
         """Run the jobs and return their rollouts in the same order.
 
@@ -133,13 +135,15 @@ class RolloutRunner:
             channel: Where the rollouts are counted.
             salt: Tells apart repeated runs of the same job, such as the optimizer step.
             version: The weights to sample from; ``None`` means the live ones.
+            policy: A copy of the LM's policy, to sample from in its place.
         """
 
         def run_own(own: list[RolloutJob]) -> list[Rollout]:
             size = self.sampling.num_threads
             rollouts: list[Rollout] = []
             for start in range(0, len(own), size):
-                rollouts += self._run_batch(own[start : start + size], channel, salt, version)
+                batch = own[start : start + size]
+                rollouts += self._run_batch(batch, channel, salt, version, policy or self.policy)
             return rollouts
 
         rollouts = distributed.spread(run_own, jobs)
@@ -151,13 +155,18 @@ class RolloutRunner:
         return rollouts
 
     def _run_batch(
-        self, jobs: Sequence[RolloutJob], channel: Channel, salt: int, version: str | None
+        self,
+        jobs: Sequence[RolloutJob],
+        channel: Channel,
+        salt: int,
+        version: str | None,
+        policy: Policy,
     ) -> list[Rollout]:
         slots = [
             Slot(key=(number,), seed=self._slot_seed(job, channel, salt))
             for number, job in enumerate(jobs)
         ]
-        batcher = BarrierBatcher(self.policy, slots)
+        batcher = BarrierBatcher(policy, slots)
         runs = [
             _Run(self, job, slot, batcher, version, channel != "eval")
             for job, slot in zip(jobs, slots, strict=True)
@@ -206,7 +215,7 @@ class _Run:
         self.predictors: dict[str, dspy.Predict] = {}
         self.runner, self.job, self.slot, self.batcher = runner, job, slot, batcher
         self.version = version
-        self.policy_version = runner.policy.step
+        self.policy_version = batcher.policy.step
         self.recorder = _TraceRecorder(slot)
         self.done = threading.Event()
         self.clock = _Clock()

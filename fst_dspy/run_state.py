@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save
 
 from fst_dspy import distributed
 from fst_dspy.advantage import Scale, step_advantages
+from fst_dspy.ahead import Attempts, attempts_from_json, attempts_to_json
 from fst_dspy.candidate import (
     candidate_from_json,
     candidate_to_json,
@@ -55,6 +56,7 @@ class LoopState:
         tokens: Prompt and completion tokens so far.
         seconds: Wall time so far, by channel.
         fast_state: What the fast phase remembers, as plain values.
+        ahead: The groups of the next optimizer step, where they were sampled before the last one.
     """
 
     population: Population
@@ -69,6 +71,7 @@ class LoopState:
     tokens: Mapping[str, int] = field(default_factory=dict)
     seconds: Mapping[str, float] = field(default_factory=dict)
     fast_state: Mapping[str, Any] = field(default_factory=dict)
+    ahead: Attempts = ()
 
 
 @dataclass(frozen=True)
@@ -187,7 +190,8 @@ def state_to_json(state: LoopState) -> dict[str, Any]:
     best = state.best
     return {
         # Its fast state is plain already, and the most there is to copy.
-        **asdict(replace(state, population=None, best=None, fast_state={})),  # type: ignore[arg-type]
+        **asdict(replace(state, population=None, best=None, fast_state={}, ahead=())),  # type: ignore[arg-type]
+        "ahead": attempts_to_json(state.ahead),
         "fast_state": state.fast_state,
         "population": population_to_json(state.population),
         "best": None
@@ -216,6 +220,7 @@ def state_from_json(plain: Mapping[str, Any]) -> LoopState:
         tokens=plain["tokens"],
         seconds=plain["seconds"],
         fast_state=plain["fast_state"],
+        ahead=attempts_from_json(plain["ahead"]),
     )
 
 

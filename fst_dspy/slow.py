@@ -1,6 +1,6 @@
 """The slow channel: GRPO on the local model, one optimizer step at a time (paper, section 3).
 
-A step takes the rows of one batch of rollouts, sampled from the weights as they are, so it is on
+A step takes the rows of one batch of rollouts. Sampled from the weights as they are, it is on
 policy: the importance ratio is 1 and the step is that of TRL's stock ``GRPOTrainer``. The output
 layer is run at the completions only, and what prompts have in common is run once, so that large
 batches sum their gradient in another order: then gradients differ by float rounding (1e-7 of their

@@ -13,20 +13,28 @@ A trial follows a trial, so a cycle has ``cycle_iterations`` of them, each on mo
 minibatch of GEPA's. The weakest candidate, which gives way, leaves when nothing recent is known of
 it. Only the first fast phase has rollouts of its own, since there are no others yet; children are
 scored on their minibatches there, not on the validation examples. These are left for validation.
+
+A proposer that waits for others, such as a reflection LM, is asked for the next candidate while the
+last step of a trial runs, from what is known before that step. So the model does not wait for it,
+and it is taken up after that step however long it took.
 """
 
 from __future__ import annotations
 
+import contextvars
 import dataclasses
 import random
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import dspy
 from gepa.core.adapter import EvaluationBatch
 from gepa.strategies.candidate_selector import ParetoCandidateSelector
 
+from fst_dspy import distributed
 from fst_dspy import population as populations
 from fst_dspy.acceptance import ProposalStats, proposal_of
 from fst_dspy.candidate import candidate_from_json, candidate_to_json, example_id
@@ -62,12 +70,17 @@ class Trial:
     steps_left: int
 
 
+Made = tuple[Candidate | None, Reflector]
+"""A new candidate, if there is one to be had, and the account of how it was made."""
+
+
 class TrialPhase(FastPhase):
     """A fast channel that uses the slow phase's rollouts.
 
     Args:
         config, proposer, seed: As for :class:`~fst_dspy.fast.FastPhase`.
         steps_per_cycle: T, optimizer steps a cycle.
+        lag: Optimizer steps between the sampling of rollouts and the one that they are used in.
         **options: As for :class:`~fst_dspy.fast.FastPhase`.
     """
 
@@ -80,15 +93,20 @@ class TrialPhase(FastPhase):
         seed: int,
         *,
         steps_per_cycle: int,
+        lag: int = 0,
         **options: Any,
     ) -> None:
         super().__init__(config, proposer, seed, **options)
         self.trial_steps = max(1, steps_per_cycle // max(1, config.cycle_iterations))
-        self.window = max(self.trial_steps, config.reuse_window or steps_per_cycle)
+        self.lag = lag
+        self.window = lag + max(self.trial_steps, config.reuse_window or steps_per_cycle)
         self.pool = RolloutPool()
         self.trial: Trial | None = None
         self._trials = 0
         self._tried: list[str] = []
+        self._due: tuple[int, int] | None = None  # cycle and version to make a candidate from
+        self._asked: Future[Made] | None = None
+        self._trainset: Sequence[dspy.Example] = ()
 
     def run(
         self,
@@ -108,6 +126,7 @@ class TrialPhase(FastPhase):
         """
         if iterations < 1:
             return population
+        self._trainset = trainset
         members = list(population.candidates)
         if not self.pool.rollouts:
             check_instructions(population, trainset)
@@ -118,10 +137,22 @@ class TrialPhase(FastPhase):
         population = self._choose(members, population, policy_version)
         if self.trial is None:
             self._begin_trial(population, trainset, cycle, policy_version)
+            self._ask_ahead(cycle, policy_version, runs_next=self.lag == 0)
         return population
 
     def lineup(self, population: Population, group_size: int) -> tuple[Candidate, ...]:
-        """The candidate of each of a group's G rollouts: the one on trial takes the weakest's."""
+        """The candidate of each of a group's G rollouts: the one on trial takes the weakest's.
+
+        These rollouts are about to run, so it is now that a proposer that waits is asked.
+        """
+        # After a resume it is asked when it is needed, and so it is with several processes, which
+        # share the answer and must not talk to each other from two threads.
+        can_ask = self._trainset and distributed.processes() == 1
+        if self._due is not None and self._asked is None and can_ask:
+            make = partial(self._make_child, population, self._trainset, *self._due)
+            thread = ThreadPoolExecutor(1, "proposal")
+            self._asked = thread.submit(contextvars.copy_context().run, make)
+            thread.shutdown(wait=False)
         if self.trial is None:
             return super().lineup(population, group_size)
         return lineup(population, self.trial, group_size, self.config.population_size)
@@ -139,17 +170,25 @@ class TrialPhase(FastPhase):
 
         Arguments are those of ``FastPhase.after_step``.
         """
+        self._trainset = trainset
+        made = self._take_up(population)  # it knows nothing of what is observed now
         self.observe(list(population.candidates[0].components), trainset, rollouts)
         self.pool = self.pool.since(policy_version - self.window).latest(POOL_SIZE)
         members = list(population.candidates)
-        if self.trial is not None:
+        # Rollouts that were sampled before the trial began are without its candidate.
+        ran = {rollout.candidate_id for rollout in rollouts}
+        if self.trial is not None and self.trial.child.id in ran:
             self.trial = dataclasses.replace(self.trial, steps_left=self.trial.steps_left - 1)
             if self.trial.steps_left == 0:
                 members += [self.trial.child] if self._passed(self.trial) else []
                 self.trial = None
         population = self._choose(members, population, policy_version)
+        runs_next = self.lag == 0
         if self.trial is None:
-            self._begin_trial(population, trainset, cycle, policy_version)
+            self._begin_trial(population, trainset, cycle, policy_version, made)
+        else:
+            runs_next = runs_next or self.trial.child.id in ran
+        self._ask_ahead(cycle, policy_version, runs_next=runs_next)
         return population
 
     def state(self) -> dict[str, Any]:
@@ -160,6 +199,7 @@ class TrialPhase(FastPhase):
             "pool": self.pool.to_json(),
             "trials": self._trials,
             "tried": list(self._tried),
+            "due": self._due,
             "trial": None
             if trial is None
             else {
@@ -176,6 +216,7 @@ class TrialPhase(FastPhase):
         self.pool = pool_from_json(state["pool"])
         self._trials = state["trials"]
         self._tried = list(state["tried"])
+        self._due = tuple(state["due"]) if state["due"] else None
         row = state["trial"]
         self.trial = row and Trial(
             child=candidate_from_json(row["child"]),
@@ -214,10 +255,46 @@ class TrialPhase(FastPhase):
         trainset: Sequence[dspy.Example],
         cycle: int,
         policy_version: int,
+        made: Made | None = None,
     ) -> None:
-        """Put a new candidate on trial, if there is one to be had."""
+        """Put a new candidate on trial, one made before or now, if there is one to be had."""
         if self.config.cycle_iterations < 1 or not self.pool.rollouts:
             return
+        members = {candidate.id: candidate for candidate in population.candidates}
+        child, reflector = made or self._make_child(population, trainset, cycle, policy_version)
+        self.stats = self.stats.plus(ProposalStats(iterations=1))
+        self._count_reflection(reflector)
+        if child is not None and made is not None and not members.keys() >= set(child.parent_ids):
+            # A parent has left since, and there would be nothing to compare it with.
+            child, reflector = self._make_child(population, trainset, cycle, policy_version)
+            self._count_reflection(reflector)
+        if child is not None:
+            self._trials += 1
+            self._tried = [*self._tried, child.id][-TRIED:]
+            parents = tuple(members[parent] for parent in members if parent in child.parent_ids)
+            self.trial = Trial(child, parents, policy_version, self.trial_steps)
+
+    def _ask_ahead(self, cycle: int, policy_version: int, *, runs_next: bool) -> None:
+        """Have the next candidate made during the next step, where that is the trial's last."""
+        waits = getattr(self.proposer, "waits", False)
+        if waits and runs_next and self.trial is not None and self.trial.steps_left == 1:
+            self._due = (cycle, policy_version)
+
+    def _take_up(self, population: Population) -> Made | None:
+        """The candidate that was due, if one was: made in the meantime, or now."""
+        due, asked = self._due, self._asked
+        self._due = self._asked = None
+        if due is None:
+            return None
+        return asked.result() if asked else self._make_child(population, self._trainset, *due)
+
+    def _make_child(
+        self,
+        population: Population,
+        trainset: Sequence[dspy.Example],
+        cycle: int,
+        policy_version: int,
+    ) -> Made:
         rng = random.Random(f"{self.seed}|{cycle}|{policy_version}|trial")
         self._remember(population.candidates)
         known = {c.id for c in population.candidates} | set(self._tried)
@@ -229,13 +306,7 @@ class TrialPhase(FastPhase):
             child = merge(population.candidates, means, self._ancestors, known, cycle, rng)
         if child is None:
             child = self._reflect(reflector, population, trainset, cycle, rng)
-        self.stats = self.stats.plus(ProposalStats(iterations=1))
-        self._count_reflection(reflector)
-        if child is not None:
-            self._trials += 1
-            self._tried = [*self._tried, child.id][-TRIED:]
-            parents = tuple(c for c in population.candidates if c.id in child.parent_ids)
-            self.trial = Trial(child, parents, policy_version, self.trial_steps)
+        return child, reflector
 
     def _reflect(
         self,

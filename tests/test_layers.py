@@ -19,6 +19,7 @@ LAYERS = [
         "lessons",
         "demos",
         "reuse",
+        "ahead",
         "merge",
         "reflection",
         "trials",

@@ -340,3 +340,97 @@ def test_best_is_the_latest_that_is_not_clearly_worse(tiny_qwen3, monkeypatch):
     middling = [1.0] * 4 + [0.0] * 4  # not clearly worse than the one before, but than the first
     assert best_cycle_of(tiny_qwen3, [lucky, good, middling[::-1], bad], monkeypatch) == 2
     assert best_cycle_of(tiny_qwen3, [lucky, good, [1.0] * 3 + [0.0] * 5], monkeypatch) == 1
+
+
+OFF_POLICY = {"off_policy_steps": 1, "steps_per_cycle": 3, "max_cycles": 2}
+
+
+def test_one_step_off_policy_trains_on_rollouts_of_the_weights_before(tiny_qwen3, monkeypatch):
+    from fst_dspy.slow import SlowTrainer
+
+    real, seen = SlowTrainer.advance, []
+
+    def watched(self, rows, *, on_policy=True):
+        before = self.policy.version()
+        stats = real(self, rows, on_policy=on_policy)
+        seen.append((on_policy, stats.drift, before != self.policy.version()))
+        return stats
+
+    monkeypatch.setattr(SlowTrainer, "advance", watched)
+    ahead = compile_tiny(tiny_qwen3, **OFF_POLICY)[2]
+    # The first step of a cycle is on policy, and so is one after a step that was skipped.
+    moved = [moved for *_, moved in seen]
+    expected = [n % 3 == 0 or not moved[n - 1] for n in range(6)]
+    assert [on_policy for on_policy, *_ in seen] == expected and moved[:3] == [True] * 3
+    assert all(drift < 1e-4 for on_policy, drift, _ in seen if on_policy)
+    assert all(drift > 1e-3 for on_policy, drift, m in seen if m and not on_policy)
+    assert ahead.records[-1].total_rollouts.slow == 6 * 2 * 4
+    assert ahead.weights_version == compile_tiny(tiny_qwen3, **OFF_POLICY)[2].weights_version
+    on = compile_tiny(tiny_qwen3, **{**OFF_POLICY, "off_policy_steps": 0})[2]
+    assert ahead.weights_version != on.weights_version
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+def test_a_killed_run_one_step_off_policy_goes_on_to_the_same_end(
+    tiny_qwen3, tmp_path, lora, monkeypatch
+):
+    from fst_dspy import run_state
+
+    settings = {**OFF_POLICY, "lora": lora, "resample_constant": 1}
+    whole = compile_tiny(tiny_qwen3, log_dir=tmp_path / "whole", **settings)[2]
+    monkeypatch.setattr(run_state, "CHECKPOINT_SECONDS", 0.0)
+    steps = []
+    real = optimizer_module._Run._advance
+
+    def dying(self, groups):
+        steps.append(self.policy.step)
+        if len(steps) in (2, 4, 6):  # while the next step's rollouts are sampled
+            raise RuntimeError("killed")
+        return real(self, groups)
+
+    monkeypatch.setattr(optimizer_module._Run, "_advance", dying)
+    for _ in range(3):
+        with pytest.raises(RuntimeError, match="killed"):
+            compile_tiny(tiny_qwen3, log_dir=tmp_path / "cut", **settings)
+    resumed = compile_tiny(tiny_qwen3, log_dir=tmp_path / "cut", **settings)[2]
+    assert steps == [0, 1, 1, 2, 2, 3, 3, 4, 5]
+    assert resumed.weights_version == whole.weights_version
+    assert resumed.best == whole.best and resumed.population == whole.population
+    assert resumed.rollouts == whole.rollouts
+    logs = [(tmp_path / run / "rollouts.jsonl").read_text() for run in ("whole", "cut")]
+    assert logs[0] == logs[1]
+
+
+def test_a_slow_update_or_slow_sampling_change_nothing_off_policy(tiny_qwen3, monkeypatch):
+    import time
+
+    from fst_dspy.ahead import Ahead
+
+    plain = compile_tiny(tiny_qwen3, **OFF_POLICY)[2]
+    real_begin, real_advance = Ahead.begin, optimizer_module._Run._advance
+
+    def late_sampling(self, sample):
+        return real_begin(self, lambda policy: time.sleep(0.3) or sample(policy))
+
+    def late_update(self, groups):
+        time.sleep(0.3)
+        return real_advance(self, groups)
+
+    for target, name, late in (
+        (Ahead, "begin", late_sampling),
+        (optimizer_module._Run, "_advance", late_update),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(target, name, late)
+            result = compile_tiny(tiny_qwen3, **OFF_POLICY)[2]
+        assert result.weights_version == plain.weights_version
+        assert result.population == plain.population
+
+
+def test_off_policy_steps_are_none_or_one_and_with_the_built_in_engine(tiny_qwen3):
+    with pytest.raises(ConfigError, match="0 or 1"):
+        FST(vowels, off_policy_steps=2)
+    lm = LocalLM(str(tiny_qwen3))
+    lm.policy.generator = lambda policy, requests: []
+    with dspy.context(lm=lm), pytest.raises(ConfigError, match="built-in engine"):
+        FST(vowels, **{**SETTINGS, **OFF_POLICY}).compile(Echo(), trainset=questions(4))

@@ -163,6 +163,25 @@ def test_a_program_or_metric_that_hangs_is_given_up_and_the_others_go_on(lm):
     assert all(r.failure is None or r.failure.kind != "timeout" for r in rollouts[4:])
 
 
+def test_metrics_run_while_the_other_rollouts_generate(lm):
+    generated, waited = threading.Event(), []
+
+    class Uneven(Echo):
+        def forward(self, question):
+            answer = super().forward(question)
+            return answer if question.endswith("0") else super().forward(question)
+
+    def metric(gold, pred, trace=None):
+        if gold.question.endswith("0"):  # one call, and a metric that outlasts the others' second
+            waited.append(generated.wait(20))
+        else:
+            generated.set()
+        return 1.0
+
+    make_runner(lm, Uneven(), metric).run(jobs_for(Uneven()), channel="slow", salt=0)
+    assert waited and all(waited)
+
+
 def test_async_programs_run(lm):
     class Async(dspy.Module):
         def __init__(self):

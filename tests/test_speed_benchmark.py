@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.call_history import read_at_least, read_now
 from benchmarks.speed.__main__ import BEGIN, END, PARTS, renew, table
 from benchmarks.speed.measure import alternate, ratios, row_of
 
@@ -38,7 +39,14 @@ def test_the_table_goes_between_its_marks_and_nowhere_else(tmp_path):
     assert "| a | rollouts | 2 x (1 to 3) | 3 | ≥ 1.3 | yes | 64 rollouts |" in text
 
 
+def test_prompt_tokens_are_counted_once_a_round_or_once_in_all():
+    rounds = [[(1, 2, 3, 4), (1, 2, 3, 5)], [(1, 2, 3, 4, 6), (1, 2, 3, 5, 7)]]
+    assert (read_now(rounds), read_at_least(rounds)) == (5 + 7, 7)
+    assert read_now([rounds[0] * 2]) == read_now(rounds[:1]) == read_at_least(rounds[:1]) == 5
+
+
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # other work on the machine stretches it
 @pytest.mark.parametrize("part", sorted(PARTS))
 def test_every_part_runs(part, tmp_path):
     out = tmp_path / "speed.json"

@@ -1,6 +1,8 @@
 """Candidates tried in the slow phase's groups: slots, verdicts, resume, and what it saves."""
 
 import json
+import threading
+import time
 from collections import Counter
 from statistics import mean
 
@@ -204,3 +206,69 @@ def test_demos_come_from_slow_rollouts():
     assert demos.ready("solve.demos")
     assert phase.trial is not None and phase.trial.child.source == "demos"
     assert population.candidates
+
+
+class Waiting(Clumsy):
+    """Takes its time, like a language model far away."""
+
+    waits, seconds = True, 0.0
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.threads, self.asked = [], threading.Event()
+
+    def propose(self, components, records, names):
+        self.asked.set()
+        self.threads.append(threading.current_thread())
+        time.sleep(self.seconds)
+        return super().propose(components, records, names)
+
+
+class Late(Waiting):
+    seconds = 0.02
+
+
+def test_a_proposer_that_waits_brings_as_much():
+    loop, phase = loop_with(True, Waiting)
+    assert any(thread is not threading.main_thread() for thread in phase.proposer.threads)
+    assert phase.stats.proposals >= 0.8 * loop_with(True)[1].stats.proposals
+    assert mean(chance(e, loop.best, 36) for e in VAL) > 0.75
+
+
+def test_the_last_step_of_a_trial_does_not_wait_for_the_proposal():
+    phase = make_phase(True, Waiting(256, words), 0)
+    runner, population = ScriptedRunner(reward, 0), choose([SEED], [[0.0]], ["x"], 4, 0)
+    population = step_through(phase, population, runner, 3)
+    assert phase.trial.steps_left == 1 and len(phase.proposer.threads) == 1
+    phase.proposer.asked.clear()
+    real = runner.run
+
+    def run(jobs, **settings):
+        assert phase.proposer.asked.wait(10), "not asked before the rollouts"
+        return real(jobs, **settings)
+
+    runner.run = run
+    before = phase.trial.child.id
+    step_through(phase, population, runner, 1)
+    assert phase.trial.child.id != before and phase.trial.steps_left == 3
+
+
+def test_a_proposals_latency_and_a_resume_change_nothing():
+    def resumed(phase):
+        other = TrialPhase(phase.config, Waiting(256, words), 0, steps_per_cycle=6)
+        other.proposer.calls = phase.proposer.calls
+        other.load_state(json.loads(json.dumps(phase.state())))
+        return other
+
+    whole = loop_with(True, Waiting, cycles=3)[0]
+    assert whole == loop_with(True, Late, cycles=3)[0]
+    assert whole == loop_with(True, Waiting, cycles=3, after=resumed)[0]
+
+
+def test_rollouts_from_before_a_trial_do_not_shorten_it():
+    phase, runner, population = started(WHOLE.components[NAME])
+    before = runner.run([RolloutJob(e, SEED) for e in TRAIN[:8]], channel="slow", salt=9)
+    population = phase.after_step(population, TRAIN, before, cycle=1, policy_version=2)
+    assert phase.trial.child.id == WHOLE.id and phase.trial.steps_left == 3
+    population = step_through(phase, population, runner, 3)
+    assert WHOLE.id in [c.id for c in population.candidates]
