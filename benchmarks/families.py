@@ -27,7 +27,7 @@ STORES = Path("runs/families")
 RESULTS = Path(__file__).parent / "results" / "families"
 BUDGETS = {"triage": 2400, "star_graph": 2400, "multihop": 2400, "list_program": 5000}
 SETTINGS = ["max_tokens=64"]
-COLOURS = {"fst": "C0", "gepa_only": "C1", "rl_only": "C3"}
+COLOURS = {"fst": "C0", "gepa_only": "C1", "rl_only": "C3", "reuse=off": "C1", "demos=on": "C2"}
 
 
 def main(
@@ -70,7 +70,7 @@ def draw(found: dict[str, list[Run]]) -> NotebookFigure:
     for column, (family, runs) in enumerate(found.items()):
         above, below = panels[0][column], panels[1][column]
         for label, group in by_label(runs).items():
-            colour = COLOURS.get(label.split("-")[0], "C7")
+            colour = COLOURS.get(label, "C7")
             curves = [Curve(label, *run.curve) for run in group]
             mean = band(label, curves).mean
             for curve in curves:
@@ -86,7 +86,8 @@ def draw(found: dict[str, list[Run]]) -> NotebookFigure:
             axes.grid(alpha=0.25)
     for row in panels:
         row[0].set(ylabel="validation score")
-    panels[0][0].legend(frameon=False, fontsize=8, loc="lower right")
+    for axes in panels[0]:
+        axes.legend(frameon=False, fontsize=8, loc="center right")
     return figure
 
 

@@ -1,0 +1,53 @@
+"""What reusing rollouts and showing demos are worth: ``fst ablate`` twice, and one figure.
+
+    python benchmarks/fast_channel.py --workers 2
+    python benchmarks/fast_channel.py --draw-only
+
+Reuse is taken off on triage; demos are put on for list programs whose feedback shows only the right
+lists. The stores are ``runs/fast_channel/AXIS``; tables and figure go to
+``benchmarks/results/fast_channel``.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import typer
+from families import SETTINGS, draw
+
+from fst_dspy.cli_experiments import ablate
+from fst_dspy.experiments import Run, load_runs, write_results
+from fst_dspy.experiments.show import open_store
+
+STORES = Path("runs/fast_channel")
+RESULTS = Path(__file__).parent / "results" / "fast_channel"
+PROGRAMS = {"reuse": ("triage", 5), "demos": ("list_program:tell=false", 3)}
+"""By axis: the program, and how many seeds."""
+
+
+def main(workers: int = 2, draw_only: bool = False) -> None:
+    """Run what has not run yet, then write the tables and the figure."""
+    found: dict[str, list[Run]] = {}
+    for axis, (program, seeds) in PROGRAMS.items():
+        out, results = STORES / axis, RESULTS / axis
+        if not draw_only:
+            ablate(
+                program,
+                axis,
+                out=out,
+                seeds=seeds,
+                rollouts=1600,
+                workers=workers,
+                settings=SETTINGS,
+                samples=4,
+                test_size=100,
+                results=results,
+            )
+        results.mkdir(parents=True, exist_ok=True)
+        write_results(out, results)
+        found[f"{axis}: {program}"] = load_runs(open_store(out))
+    draw(found).savefig(RESULTS / "fast_channel.png", dpi=130)
+
+
+if __name__ == "__main__":
+    typer.run(main)
