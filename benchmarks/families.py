@@ -17,11 +17,10 @@ import typer
 
 from fst_dspy.cli_experiments import compare
 from fst_dspy.experiments import Run, load_runs, write_results
-from fst_dspy.experiments.figures import band
 from fst_dspy.experiments.runs import by_label
 from fst_dspy.experiments.show import open_store
 from fst_dspy.notebook_figure import NotebookFigure
-from fst_dspy.plots import Curve, drift_curves
+from fst_dspy.plots import drift_curves, score_curves
 
 STORES = Path("runs/families")
 RESULTS = Path(__file__).parent / "results" / "families"
@@ -71,17 +70,17 @@ def draw(found: dict[str, list[Run]]) -> NotebookFigure:
         above, below = panels[0][column], panels[1][column]
         for label, group in by_label(runs).items():
             colour = COLOURS.get(label, "C7")
-            curves = [Curve(label, *run.curve) for run in group]
-            mean = band(label, curves).mean
-            for curve in curves:
-                above.plot(curve.x, curve.y, color=colour, alpha=0.3, linewidth=0.8)
-            above.plot(mean.x, mean.y, color=colour, label=label)
-            drift = drift_curves({f"{label}, {run.job.seed}": run.records for run in group})
-            for curve in drift if group[0].job.arm != "gepa_only" else ():
-                below.plot(curve.x, curve.y, ".-", color=colour, alpha=0.6, markersize=4)
+            records = {f"{label}, {run.job.seed}": run.records for run in group}
+            for axes, curves in ((above, score_curves(records)), (below, drift_curves(records))):
+                for number, curve in enumerate(curves):
+                    name = label if number == 0 else None
+                    axes.plot(
+                        curve.x, curve.y, ".-", color=colour, label=name, alpha=0.6, markersize=4
+                    )
         above.set(title=family, xlabel="rollouts, all channels", ylim=(-0.02, 1.02))
         below.set(xlabel="KL to the base, nats a token")
         below.set_xscale("symlog", linthresh=0.001)
+        below.set_xlim(left=-1e-4)
         for axes in (above, below):
             axes.grid(alpha=0.25)
     for row in panels:
