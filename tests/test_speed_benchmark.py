@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.call_history import read_at_least, read_now
-from benchmarks.speed.__main__ import BEGIN, END, PARTS, renew, table
+from benchmarks.speed.__main__ import BEGIN, END, renew, table
 from benchmarks.speed.measure import alternate, ratios, row_of
 
 ROOT = Path(__file__).parent.parent
@@ -46,9 +46,8 @@ def test_prompt_tokens_are_counted_once_a_round_or_once_in_all():
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)  # other work on the machine stretches it
-@pytest.mark.parametrize("part", sorted(PARTS))
-def test_every_part_runs(part, tmp_path):
+@pytest.mark.parametrize("part", ["c", "e"])  # the others take minutes even with --quick
+def test_a_part_runs(part, tmp_path):
     out = tmp_path / "speed.json"
     out.write_text('{"schema_version": 1, "parts": {"z": {}}}')
     command = ["-m", "benchmarks.speed", "--quick", "--parts", part, "--out", str(out)]
