@@ -22,7 +22,7 @@ SETTINGS = {
     "minibatch_size": 3,
     "max_tokens": 8,
     "val_size": 4,
-    "learning_rate": 2e-3,
+    "learning_rate": 5e-4,
 }
 
 

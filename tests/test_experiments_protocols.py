@@ -287,7 +287,8 @@ def test_a_stream_is_learned_in_one_run_and_tested_at_every_stage(arm, tiny_qwen
     assert starts[0]["model"] == outcome.base_version
     assert starts[1]["model"] == outcome.stages[0].version
     assert starts[1]["student"]["say.instructions"] == SEED_PROMPT
-    assert len(read_json(folder / "scores.json")) == 8
+    # Fewer than 4 x 2 where a stage ends with the weights that it began with.
+    assert 2 < len(read_json(folder / "scores.json")) <= 8
     assert all(cell["rollouts"] == 3 * 2 for cell in read_json(folder / "scores.json").values())
     (folder / "outcome.json").unlink()
     again = run_stream(folder)

@@ -91,4 +91,4 @@ def test_embedded_model_leaves_room_to_learn(scores: dict[bool, Score]) -> None:
 
 
 def test_embedded_model_keeps_to_the_format(scores: dict[bool, Score]) -> None:
-    assert scores[True].parsed >= 0.95 and scores[False].parsed >= 0.75
+    assert scores[True].parsed >= 0.9 and scores[False].parsed >= 0.75
