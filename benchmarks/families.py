@@ -50,7 +50,10 @@ def main(
         found[family] = []
         for budget, arms in PLANS[family].items():
             out, results = STORES / f"{family}-{budget}", RESULTS / f"{family}-{budget}"
-            if not draw_only:
+            results.mkdir(parents=True, exist_ok=True)
+            if draw_only:
+                write_results(out, results)
+            else:  # which writes them itself
                 compare(
                     family,
                     arms,
@@ -65,8 +68,6 @@ def main(
                     forget_on=[other for other in PLANS if other != family],
                     results=results,
                 )
-            results.mkdir(parents=True, exist_ok=True)
-            write_results(out, results)
             found[family] += load_runs(open_store(out))
     draw(found).savefig(RESULTS / "families.png", dpi=130)
 

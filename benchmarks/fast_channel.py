@@ -30,7 +30,10 @@ def main(workers: int = 2, draw_only: bool = False) -> None:
     found: dict[str, list[Run]] = {}
     for axis, (program, seeds) in PROGRAMS.items():
         out, results = STORES / axis, RESULTS / axis
-        if not draw_only:
+        results.mkdir(parents=True, exist_ok=True)
+        if draw_only:
+            write_results(out, results)
+        else:  # which writes them itself
             ablate(
                 program,
                 axis,
@@ -43,8 +46,6 @@ def main(workers: int = 2, draw_only: bool = False) -> None:
                 test_size=100,
                 results=results,
             )
-        results.mkdir(parents=True, exist_ok=True)
-        write_results(out, results)
         found[f"{axis}: {program}"] = load_runs(open_store(out))
     draw(found).savefig(RESULTS / "fast_channel.png", dpi=130)
 
