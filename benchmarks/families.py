@@ -3,10 +3,11 @@
     python benchmarks/families.py --workers 2
     python benchmarks/families.py --draw-only
 
-The stores are ``runs/families/FAMILY-BUDGET``; started again, what has run is not run again. The
-tables go to ``benchmarks/results/families``, in folders of the same names, and the figure beside
-them. List programs are learned last and get the larger budget, but for ``gepa_only``, which stops
-rising within 600 rollouts.
+A family has two stores below ``runs/families``: ``FAMILY-rl`` for ``fst`` and tuned ``rl_only``,
+which is also run on five times the budget, with what they forget; and ``FAMILY-others`` for the
+other arms. Started again, what has run is not run again. The tables go to
+``benchmarks/results/families``, in folders of the same names, and the figure beside them. List
+programs are learned last and get the larger budget.
 """
 
 from __future__ import annotations
@@ -25,21 +26,27 @@ from fst_dspy.plots import drift_curves, score_curves
 
 STORES = Path("runs/families")
 RESULTS = Path(__file__).parent / "results" / "families"
-ALL = "fst,gepa_only,rl_only"
-PLANS = {
-    "triage": {2400: ALL},
-    "star_graph": {2400: ALL},
-    "multihop": {2400: ALL},
-    "list_program": {5000: "fst", 2400: "gepa_only,rl_only"},
-}
-"""By family: the arms of each budget."""
+BUDGETS = {"triage": 2400, "star_graph": 2400, "multihop": 2400, "list_program": 8000}
+RL = "rl"
+STORES_OF = {RL: "fst,rl_only", "others": "gepa_only,sequential,fst_distill"}
+"""The arms of each store of a family."""
 SETTINGS = ["max_tokens=64"]
-COLOURS = {"fst": "C0", "gepa_only": "C1", "rl_only": "C3", "reuse=off": "C1", "demos=on": "C2"}
+COLOURS = {
+    "fst": "C0",
+    "gepa_only": "C1",
+    "rl_only": "C3",
+    "rl_only-5x": "C6",
+    "sequential": "C4",
+    "fst_distill": "C5",
+    "reuse=off": "C1",
+    "demos=on": "C2",
+}
 
 
 def main(
-    families: Annotated[str, typer.Option(help="Comma-separated.")] = ",".join(PLANS),
-    seeds: int = 3,
+    families: Annotated[str, typer.Option(help="Comma-separated.")] = ",".join(BUDGETS),
+    stores: Annotated[str, typer.Option(help="Comma-separated.")] = ",".join(STORES_OF),
+    seeds: int = 5,
     workers: int = 2,
     tune_rl: Annotated[int, typer.Option(help="Trials that rl_only is tuned by.")] = 8,
     draw_only: bool = False,
@@ -48,28 +55,32 @@ def main(
     found: dict[str, list[Run]] = {}
     for family in families.split(","):
         found[family] = []
-        for budget, arms in PLANS[family].items():
-            out, results = STORES / f"{family}-{budget}", RESULTS / f"{family}-{budget}"
+        for kind in stores.split(","):
+            out, results = STORES / f"{family}-{kind}", RESULTS / f"{family}-{kind}"
+            if draw_only and not out.exists():
+                continue
             results.mkdir(parents=True, exist_ok=True)
             if draw_only:
                 write_results(out, results)
             else:  # which writes them itself
                 compare(
                     family,
-                    arms,
+                    STORES_OF[kind],
                     out=out,
                     seeds=seeds,
-                    rollouts=budget,
+                    rollouts=BUDGETS[family],
                     workers=workers,
                     settings=SETTINGS,
-                    tune_rl=tune_rl if "rl_only" in arms else 0,
+                    tune_rl=tune_rl if kind == RL else 0,
+                    rl_budget_factor=5 if kind == RL else 1,
                     samples=4,
                     test_size=100,
-                    forget_on=[other for other in PLANS if other != family],
+                    forget_on=[o for o in BUDGETS if o != family] if kind == RL else None,
                     results=results,
                 )
             found[family] += load_runs(open_store(out))
-    draw(found).savefig(RESULTS / "families.png", dpi=130)
+    if families == ",".join(BUDGETS):
+        draw(found).savefig(RESULTS / "families.png", dpi=130)
 
 
 def draw(found: dict[str, list[Run]]) -> NotebookFigure:

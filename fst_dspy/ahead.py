@@ -21,6 +21,7 @@ from fst_dspy import distributed
 from fst_dspy.candidate import canonical_json
 from fst_dspy.errors import ConfigError
 from fst_dspy.policy import Policy
+from fst_dspy.problems import ProblemStream
 from fst_dspy.reuse import rollout_from_json, rollout_to_json
 from fst_dspy.types import Group
 
@@ -49,19 +50,22 @@ class Ahead:
         self._copy = Policy(model, policy.tokenizer, policy.name, policy.source)
         self._thread = ThreadPoolExecutor(1, "rollouts ahead")
 
-    def begin(self, sample: Callable[[Policy], Attempts]) -> Future[Attempts]:
+    def begin(
+        self, sample: Callable[[Policy], tuple[Attempts, ProblemStream]]
+    ) -> Future[tuple[Attempts, ProblemStream]]:
         """Start sampling from the weights as they are now; afterwards they may be trained.
 
         Args:
             sample: Called in the thread with the copy.
 
         Returns:
-            The groups, as a resumed run would read them from a checkpoint.
+            The groups, as a resumed run would read them from a checkpoint, and the problems behind
+            them.
         """
         self._follow()
         if distributed.processes() > 1:
             # Both would talk to the other processes at once, in an order of chance.
-            done: Future[Attempts] = Future()
+            done: Future[tuple[Attempts, ProblemStream]] = Future()
             done.set_result(_plain(sample(self._copy)))
             return done
         context = contextvars.copy_context()  # dspy.context's settings, which threads lack
@@ -106,5 +110,6 @@ def attempts_from_json(plain: Sequence[Sequence[Mapping[str, Any]]]) -> Attempts
     )
 
 
-def _plain(attempts: Attempts) -> Attempts:
-    return attempts_from_json(json.loads(canonical_json(attempts_to_json(attempts))))
+def _plain(sampled: tuple[Attempts, ProblemStream]) -> tuple[Attempts, ProblemStream]:
+    attempts, stream = sampled
+    return attempts_from_json(json.loads(canonical_json(attempts_to_json(attempts)))), stream

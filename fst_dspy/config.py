@@ -163,6 +163,9 @@ class SlowConfig:
         micro_batch_size: Rows in one forward and backward pass.
         resample_constant: How often a step all of whose groups are constant (no gradient) draws
             other problems, at the cost of their rollouts, before it is skipped.
+        revisit_constant: Probability, in (0, 1], that a problem's turn is taken after its latest
+            group had a constant reward (no gradient); to the power of such groups in a row, but at
+            least 1/16. 1 takes every turn. See ``fst_dspy.problems``.
         damp_constant: Multiply the learning rate of a step by the square root of the share of its
             rows that have an advantage, as for a smaller batch (Malladi et al. 2022, "On the SDEs
             and Scaling Rules for Adaptive Gradient Algorithms"): rows of constant groups say
@@ -195,6 +198,7 @@ class SlowConfig:
     entropy_coef: float = 0.0
     micro_batch_size: int = 16
     resample_constant: int = 0
+    revisit_constant: float = 0.5
     damp_constant: bool = True
     off_policy_steps: int = 0
     max_bad_steps: int = 5
@@ -223,6 +227,10 @@ class SlowConfig:
         ):
             value = getattr(self, name)
             _require(value >= 0, f"{name} must not be negative, got {value}")
+        _require(
+            0 < self.revisit_constant <= 1,
+            f"revisit_constant must be above 0 and at most 1, got {self.revisit_constant}",
+        )
         _require(
             self.off_policy_steps in (0, 1),
             f"off_policy_steps must be 0 or 1, got {self.off_policy_steps}",

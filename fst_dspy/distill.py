@@ -80,7 +80,8 @@ class FSTDistill(FST):
         super().__init__(metric, arm="rl_only", **options)
         self.arm = "fst_distill"
         # Groups of equal rewards have a gradient here, so there is no need to draw others.
-        self.config = replace(self.config, slow=replace(self.config.slow, resample_constant=0))
+        slow = replace(self.config.slow, resample_constant=0, revisit_constant=1.0)
+        self.config = replace(self.config, slow=slow)
         self._search = FST(metric, arm="gepa_only", **self._search_options(options, search_share))
 
     def _search_options(self, options: Mapping[str, Any], share: float) -> dict[str, Any]:

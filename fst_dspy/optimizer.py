@@ -55,6 +55,7 @@ from fst_dspy.interrupt import Interrupt
 from fst_dspy.lessons import LessonProposer
 from fst_dspy.local_lm import LocalLM
 from fst_dspy.policy import Policy
+from fst_dspy.problems import ProblemStream
 from fst_dspy.progress import ProgressListener, SilentProgress, StopRun, default_progress
 from fst_dspy.proposers import Proposer
 from fst_dspy.reflection import ReflectionLMProposer
@@ -329,14 +330,18 @@ class _Run:
         slow = self.config.slow
         done = step - 1 - self._steps_before(state)
         self._tell(cycle, f"step {done + 1}/{slow.steps_per_cycle}")
-        attempts = state.ahead or self._sample_step(state.population, step)
+        attempts, stream = state.ahead, state.stream
+        if not attempts:
+            attempts, stream = self._sample_step(state.population, step, stream)
         groups_P, rollouts = attempts[-1], rollouts_of(attempts[-1])
         last = done + 1 == slow.steps_per_cycle
         upcoming = None
         if self.ahead is not None and not last:
-            upcoming = self.ahead.begin(partial(self._sample_step, state.population, step + 1))
+            upcoming = self.ahead.begin(
+                partial(self._sample_step, state.population, step + 1, stream)
+            )
         stats = self._advance(groups_P)
-        ahead = upcoming.result() if upcoming is not None else ()
+        ahead, stream = upcoming.result() if upcoming is not None else ((), stream)
         record = StepRecord(
             cycle=cycle,
             step=step,
@@ -350,7 +355,8 @@ class _Run:
             self.folder.record_step(record, groups_P, slow.scale_rewards)
         seconds = add_seconds(state.seconds, "slow", started)
         started = time.monotonic()
-        seen = [rollout for groups in attempts for rollout in rollouts_of(groups)]
+        all_groups = [group for groups in attempts for group in groups]
+        seen = rollouts_of(all_groups)
         population = self._learn_from(state.population, seen, cycle)
         return replace(
             state,
@@ -359,26 +365,31 @@ class _Run:
             steps=(*state.steps, record),
             phase="validate" if last else "slow",
             ahead=ahead,
+            stream=stream.after(all_groups),
             fast_state=self.fast.state(),
             counts=self.runner.counts,
             seconds=add_seconds(seconds, "fast", started),
         )
 
     def _sample_step(
-        self, population: Population, step: int, policy: Policy | None = None
-    ) -> Attempts:
+        self,
+        population: Population,
+        step: int,
+        stream: ProblemStream,
+        policy: Policy | None = None,
+    ) -> tuple[Attempts, ProblemStream]:
         """The groups of an optimizer step; others in their place while all of them are constant."""
         slow = self.config.slow
         attempts: Attempts = ()
         for attempt in range(slow.resample_constant + 1):
-            problems_P = pick_problems(
-                self.trainset, step, slow.problems_per_step, f"{self.seed}/{attempt}"
+            problems_P, stream = stream.pick(
+                self.trainset, slow.problems_per_step, self.seed, slow.revisit_constant
             )
             groups_P = self._rollout_groups(problems_P, population, step, attempt, policy)
             attempts = (*attempts, tuple(groups_P))
             if constant_group_share(groups_P) < 1:
                 break
-        return attempts
+        return attempts, stream
 
     def _rollout_groups(
         self,
@@ -707,22 +718,6 @@ def bound_to(student: dspy.Module, candidate: Candidate, lm: LocalLM) -> dspy.Mo
             predictor.lm = lm
     compiled._compiled = True
     return compiled
-
-
-def pick_problems(
-    trainset: Sequence[dspy.Example], step: int, count: int, seed: int | str
-) -> list[dspy.Example]:
-    """The problems of an optimizer step (counted from 1): shuffled epochs, one after another.
-
-    A function of the step alone, so that a resumed run sees the same problems.
-    """
-    picked = []
-    for position in range((step - 1) * count, step * count):
-        epoch, offset = divmod(position, len(trainset))
-        order = list(range(len(trainset)))
-        random.Random(f"{seed}/{epoch}").shuffle(order)
-        picked.append(trainset[order[offset]])
-    return picked
 
 
 def sample(examples: Sequence[dspy.Example], size: int, seed: int) -> list[dspy.Example]:

@@ -284,7 +284,13 @@ def encode_group(policy: Policy, group: GroupData) -> Group:
 
 
 OWN_KWARGS = ("num_generations", "max_steps", "seed", "temperature")
-LOOP_FIELDS = ("steps_per_cycle", "group_size", "problems_per_step", "resample_constant")
+LOOP_FIELDS = (
+    "steps_per_cycle",
+    "group_size",
+    "problems_per_step",
+    "resample_constant",
+    "revisit_constant",
+)
 """Fields of ``SlowConfig`` that ``dspy.GRPO`` decides."""
 
 

@@ -23,6 +23,7 @@ from fst_dspy.candidate import (
 )
 from fst_dspy.errors import StoreError
 from fst_dspy.policy import Policy
+from fst_dspy.problems import ProblemStream
 from fst_dspy.result import Best, FSTResult
 from fst_dspy.slow import SlowTrainer
 from fst_dspy.store import RunStore, read_json, write_atomically
@@ -56,6 +57,7 @@ class LoopState:
         tokens: Prompt and completion tokens so far.
         seconds: Wall time so far, by channel.
         fast_state: What the fast phase remembers, as plain values.
+        stream: The problems that come next.
         ahead: The groups of the next optimizer step, where they were sampled before the last one.
     """
 
@@ -71,6 +73,7 @@ class LoopState:
     tokens: Mapping[str, int] = field(default_factory=dict)
     seconds: Mapping[str, float] = field(default_factory=dict)
     fast_state: Mapping[str, Any] = field(default_factory=dict)
+    stream: ProblemStream = field(default_factory=ProblemStream)
     ahead: Attempts = ()
 
 
@@ -220,6 +223,7 @@ def state_from_json(plain: Mapping[str, Any]) -> LoopState:
         tokens=plain["tokens"],
         seconds=plain["seconds"],
         fast_state=plain["fast_state"],
+        stream=ProblemStream(**plain["stream"]),
         ahead=attempts_from_json(plain["ahead"]),
     )
 

@@ -17,7 +17,7 @@ from fst_dspy import population as populations
 from fst_dspy.candidate import example_id
 from fst_dspy.evaluate import evaluate
 from fst_dspy.fast import FastPhase
-from fst_dspy.optimizer import pick_problems
+from fst_dspy.problems import ProblemStream
 from fst_dspy.rollout import RolloutJob
 from fst_dspy.types import Candidate, Population, PredictorTrace, Rollout, RolloutCounts
 
@@ -77,7 +77,7 @@ def simulate(
     channel: Any = "eval" if phase.reuses else "fast"
     scored = evaluate(runner, population.candidates, valset, channel=channel, salt=-1)
     population = replace(population, score_K_V=scored.score_K_V)
-    first = RolloutCounts()
+    first, stream = RolloutCounts(), ProblemStream()
     best: tuple[float, Candidate] = (-1.0, seed_candidate)
     for cycle in range(1, cycles + 1):
         fast = phase.config
@@ -92,9 +92,10 @@ def simulate(
         )
         for _ in range(steps):
             lineup = phase.lineup(population, group_size)
+            picked, stream = stream.pick(trainset, problems, runner.seed, 1.0)
             jobs = [
                 RolloutJob(example, candidate, index)
-                for example in pick_problems(trainset, runner.step + 1, problems, runner.seed)
+                for example in picked
                 for index, candidate in enumerate(lineup)
             ]
             rollouts = runner.run(jobs, channel="slow", salt=runner.step)

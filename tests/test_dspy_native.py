@@ -320,8 +320,16 @@ def test_better_together_goes_back_to_the_base_when_training_did_harm(lm):
         assert answers(compiled) == before
 
 
+class BootstrapParsed(BootstrapFinetune):
+    """DSPy gives a failed parse the score -1, keeps it for being true, and fails on its fields."""
+
+    def _prepare_finetune_data(self, trace_data, lm, pred_ind=None):
+        parsed = [one for one in trace_data if one["score"] > 0]
+        return super()._prepare_finetune_data(parsed, lm, pred_ind)
+
+
 def test_better_together_with_fine_tuning_and_reinforcement(lm):
-    finetune = BootstrapFinetune(
+    finetune = BootstrapParsed(
         metric=lambda gold, pred, trace=None: vowels(gold, pred).score > 0,
         adapter=SampledAdapter(),
         num_threads=4,

@@ -20,6 +20,7 @@ LAYERS = [
         "demos",
         "reuse",
         "ahead",
+        "problems",
         "merge",
         "reflection",
         "trials",

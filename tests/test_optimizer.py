@@ -19,7 +19,6 @@ from fst_dspy.errors import (
     TrainingError,
 )
 from fst_dspy.evaluate import evaluate
-from fst_dspy.optimizer import pick_problems
 
 pytestmark = pytest.mark.slow
 
@@ -161,13 +160,6 @@ def test_a_run_folder_of_other_settings_is_refused(tiny_qwen3, tmp_path):
     compile_tiny(tiny_qwen3, log_dir=tmp_path)
     with pytest.raises(StoreError, match="seed differs"):
         compile_tiny(tiny_qwen3, log_dir=tmp_path, seed=1)
-
-
-def test_problems_come_in_whole_shuffled_epochs():
-    train = questions(5)
-    seen = [q.question for step in (1, 2, 3, 4, 5) for q in pick_problems(train, step, 2, 0)]
-    assert sorted(seen[:5]) == sorted(seen[5:]) == sorted(q.question for q in train)
-    assert seen[:5] != seen[5:]
 
 
 def three(gold, pred, trace=None):

@@ -21,7 +21,8 @@ SEED = 0
 def rl_space() -> Space:
     """What a reinforcement learner is tuned in; FST's defaults are in it and are tried first.
 
-    Learning rate, clip, batch (problems times group), temperature, KL penalty, entropy bonus.
+    Learning rate, clip, batch (problems times group), temperature, KL penalty, entropy bonus, and
+    how often settled problems come back.
     """
     return Space(
         (
@@ -32,6 +33,7 @@ def rl_space() -> Space:
             Float("temperature", 0.7, 1.3),
             Categorical("beta", (0.0, 1e-3, 1e-2, 1e-1)),
             Categorical("entropy_coef", (0.0, 1e-3, 1e-2)),
+            Categorical("revisit_constant", (1.0, 0.5)),
         )
     )
 
