@@ -12,6 +12,7 @@ import logging
 import multiprocessing
 import random
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -19,6 +20,7 @@ from typing import Any
 
 import dspy
 import optuna
+from optuna.exceptions import ExperimentalWarning
 from optuna.trial import FrozenTrial, TrialState
 
 from fst_dspy.errors import (
@@ -227,6 +229,9 @@ def open_study(plan: StudyPlan, task: Task, worker: int = 0) -> optuna.Study:
                 f"the study {plan.study_name!r} has another {name}: {found[name]}, not {value}; "
                 "choose another study name, or warm-start from it"
             )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ExperimentalWarning)
+        study.set_metric_names(list(plan.objective.measures))  # axes of plots and dashboards
     return study
 
 

@@ -197,8 +197,8 @@ class Space:
 def default_space() -> Space:
     """What is worth tuning on a new task, with ranges around the defaults.
 
-    The learning rate is that of full fine-tuning on a small model; adapters and large models want
-    ranges of their own.
+    The learning rate is that of small models, adapters (``lora_rank`` above 0) included; large ones
+    want a range of their own.
     """
     return Space(
         (
@@ -211,6 +211,8 @@ def default_space() -> Space:
             Int("first_cycle_iterations", 2, 14, step=2),
             Int("cycle_iterations", 0, 4),
             Int("minibatch_size", 4, 20, step=4),
+            Categorical("demo_tokens", (0, 128, 256)),
+            Categorical("lora_rank", (0, 4, 16)),
         )
     )
 
