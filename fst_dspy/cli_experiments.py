@@ -92,7 +92,7 @@ def compare(
             rollouts=rollouts,
             samples=samples,
             test_size=test_size,
-            forget_on=tuple(forget_on) if forget_on else None,
+            forget_on=forget_on,
             reflection_lm=reflection_lm,
         )
         folder = out or default_folder("compare", (program,), quick)
@@ -144,7 +144,7 @@ def ablate(
             rollouts=rollouts,
             samples=samples,
             test_size=test_size,
-            forget_on=tuple(forget_on) if forget_on else None,
+            forget_on=forget_on,
             reflection_lm=reflection_lm,
         )
         folder = out or default_folder("ablate", (program,), quick)
@@ -190,6 +190,7 @@ def make_plan(
     from fst_dspy.experiments.plan import QUICK, QUICK_SETTINGS
 
     fields = {name: value for name, value in given.items() if value is not None}
+    fields["forget_on"] = tuple(fields.get("forget_on", ()))
     own = parse_settings(list(settings or []))
     return Plan(
         program,

@@ -77,7 +77,7 @@ def plasticity(
             rollouts=rollouts,
             samples=samples,
             test_size=test_size,
-            forget_on=tuple(forget_on) if forget_on else None,
+            forget_on=forget_on,
             reflection_lm=reflection_lm,
         )
         folder = out or default_folder("plasticity", (first, second), quick)
