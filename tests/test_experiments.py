@@ -261,7 +261,7 @@ def test_the_baseline_is_tuned_in_all_that_it_should_be():
     space = rl_space()
     assert {p.name for p in space.parameters} == {
         "learning_rate", "epsilon_high", "problems_per_step", "group_size", "temperature", "beta",
-        "entropy_coef",
+        "entropy_coef", "revisit_constant",
     }  # fmt: skip
     assert FSTConfig.make(**space.defaults()) == FSTConfig.make()
 
@@ -363,7 +363,7 @@ def test_results_are_written_from_whatever_has_ended(tmp_path):
             (folder / "0-fst" / "cycles.jsonl").write_text("".join(lines))
         store.add(replace(two_arms()[0].job, seed=7))
         store.update("fst-7", state="failed", error="killed by signal 9")
-        store.about["tuned_rl"] = TUNED
+        store.about["tuned_rl"] = {"rl_only": TUNED}
         store.save()
     tables, files = write_results(store.folder, tmp_path / "out")
     text = (tmp_path / "out" / "results.md").read_text()

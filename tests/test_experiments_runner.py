@@ -100,16 +100,16 @@ def test_the_baseline_runs_with_the_settings_it_was_tuned_to(tiny_qwen3, tmp_pat
     monkeypatch.setattr(protocol, "run_jobs", collect)  # real ones are run elsewhere
     options = {"rl_trials": 2, "rl_budget_factor": 5}
     compare(store, plan, ["fst", "rl_only"], on_trial=lambda *t: heard.append(t), **options)
-    tuned = ExperimentStore(store.folder).about["tuned_rl"]
-    assert len(heard) == 2
-    assert [trial["state"] for trial in tuned["trials"]] == ["complete", "complete"]
-    best = max(tuned["trials"], key=lambda trial: trial["score"])
-    assert best["settings"].items() <= tuned["settings"].items()
-    assert {"learning_rate", "beta", "entropy_coef", "temperature"} <= best["settings"].keys()
-    assert jobs.keys() == {"fst-0", "rl_only-0", "rl_only-5x-0"}
-    short, long = jobs["rl_only-0"], jobs["rl_only-5x-0"]
-    assert short.settings == long.settings == {**settings, **tuned["settings"]}
-    assert (short.rollouts, long.rollouts) == (30, 150)
+    assert len(heard) == 4 and jobs.keys() == {"fst-0", "rl_only-0", "rl_only-5x-0"}
+    for label, budget in (("rl_only", 30), ("rl_only-5x", 150)):
+        tuned = ExperimentStore(store.folder).about["tuned_rl"][label]
+        assert [trial["state"] for trial in tuned["trials"]] == ["complete", "complete"]
+        best = max(tuned["trials"], key=lambda trial: trial["score"])
+        assert best["settings"].items() <= tuned["settings"].items()
+        assert {"learning_rate", "beta", "entropy_coef", "temperature"} <= best["settings"].keys()
+        job = jobs[f"{label}-0"]
+        assert job.settings == {**settings, **tuned["settings"]}
+        assert job.rollouts == tuned["rollouts"] == budget
     assert jobs["fst-0"].settings == settings
 
 

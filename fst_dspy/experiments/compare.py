@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from rich.console import Console
 
@@ -34,8 +35,8 @@ def compare(
         plan: The common footing.
         arms: Names in ``ARMS``.
         workers: Processes at once.
-        rl_trials: Trials of a study that tunes ``rl_only`` first (``tuned_rl.tune_rl``); 0 leaves
-            it with the plan's settings. The other arms keep those.
+        rl_trials: Trials of a study that tunes ``rl_only`` first (``tuned_rl.tune_rl``), at each of
+            its budgets; 0 leaves it with the plan's settings. The other arms keep those.
         rl_budget_factor: Above 1, ``rl_only`` also runs with so many times the budget, as an entry
             of its own, so that its ceiling is seen.
         console: Where to tell of it.
@@ -59,15 +60,13 @@ def compare(
     plain = [job for arm in arms for job in plan.jobs(arm, arm)]  # what cannot work fails here
     with store.locked():
         store.begin("compare")
-        tuned = {}
-        if rl_trials:
-            tuned = tune_rl(store, plan, rl_trials, workers=workers, on_trial=on_trial)
         jobs = [job for job in plain if job.arm != RL]
-        if RL in arms:
-            jobs += plan.jobs(RL, RL, tuned)
-        if rl_budget_factor > 1:
-            rollouts = rl_budget_factor * plan.rollouts
-            jobs += plan.jobs(f"{RL}-{rl_budget_factor}x", RL, tuned, rollouts=rollouts)
+        for factor in sorted({1, rl_budget_factor}) if RL in arms else ():
+            label = RL if factor == 1 else f"{RL}-{factor}x"
+            own, tuned = replace(plan, rollouts=factor * plan.rollouts), {}
+            if rl_trials:
+                tuned = tune_rl(store, own, rl_trials, label, workers=workers, on_trial=on_trial)
+            jobs += own.jobs(label, RL, tuned)
         # Seed by seed, the longest first: a store that is looked at early compares whole seeds.
         jobs.sort(key=lambda job: (job.seed, -job.rollouts))
         return run_jobs(store, jobs, workers=workers, console=console)

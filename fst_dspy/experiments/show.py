@@ -89,7 +89,7 @@ def make_tables(found: Found) -> list[Table]:
         own = []
     if runs:
         own += [tables.quadrant_table(runs), tables.forgetting_table(runs)]
-    own += [tables.tuning(about), tables.every_seed(runs), missing(found.store)]
+    own += [*tables.tuning(about), tables.every_seed(runs), missing(found.store)]
     return [table for table in own if table is not None and table.rows]
 
 

@@ -140,11 +140,12 @@ def forgetting_table(runs: Sequence[Run]) -> Table | None:
     )
 
 
-def tuning(about: Mapping[str, Any]) -> Table | None:
-    """The trials that ``rl_only`` was tuned by; ``None`` where it was not."""
-    found = about.get("tuned_rl")
-    if found is None:
-        return None
+def tuning(about: Mapping[str, Any]) -> list[Table]:
+    """The trials that ``rl_only`` was tuned by, a table a budget; none where it was not."""
+    return [_tuning(label, found) for label, found in about.get("tuned_rl", {}).items()]
+
+
+def _tuning(label: str, found: Mapping[str, Any]) -> Table:
     rows = [
         (
             str(trial["number"]),
@@ -157,7 +158,7 @@ def tuning(about: Mapping[str, Any]) -> Table | None:
     ]
     chosen = ", ".join(f"{name}={_short(value)}" for name, value in found["settings"].items())
     return Table(
-        "How rl_only was tuned",
+        f"How {label} was tuned",
         ("trial", "state", "validation", "rollouts", "settings"),
         tuple(rows),
         f"On seed {found['seed']}, {found['rollouts']} rollouts a trial. Chosen: {chosen}.",

@@ -14,7 +14,6 @@ from fst_dspy.experiments.runner import ExperimentStore, threads_each
 from fst_dspy.study import Categorical, Float, Int, Objective, Space, best_settings, tune
 from fst_dspy.study.runner import OnTrial
 
-FOLDER = "tune-rl"
 SEED = 0
 
 
@@ -42,6 +41,7 @@ def tune_rl(
     store: ExperimentStore,
     plan: Plan,
     trials: int,
+    label: str,
     *,
     workers: int = 1,
     on_trial: OnTrial | None = None,
@@ -52,9 +52,10 @@ def tune_rl(
     the plan's settings fix is not tuned. The outcome of every trial is noted down in the store.
 
     Args:
-        store: Gets the study's folder, and ``about["tuned_rl"]``.
+        store: Gets the study's folder, and ``about["tuned_rl"][label]``.
         plan: The common footing.
         trials: Trials in all; the first has FST's defaults.
+        label: What the runs with the settings are called in the store.
         workers: Processes at once.
         on_trial: As for ``study.tune``.
 
@@ -76,14 +77,14 @@ def tune_rl(
             fixed=plan.settings,
             trials=trials,
             workers=workers,
-            folder=store.folder / FOLDER,
+            folder=store.folder / f"tune-{label}",
             seed=SEED,
             arm="rl_only",
             on_trial=on_trial,
         )
     best = best_settings(study)
     del best["max_rollouts"]
-    store.about["tuned_rl"] = {
+    store.about.setdefault("tuned_rl", {})[label] = {
         "seed": SEED,
         "rollouts": plan.rollouts,
         "settings": best,
