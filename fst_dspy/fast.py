@@ -108,6 +108,7 @@ class FastPhase:
         self.stats = ProposalStats()
         self._turn = 0  # components updated so far, over all phases
         self._ancestors: dict[str, Candidate] = {}
+        self._indexed: tuple[Sequence[dspy.Example], dict[str, dspy.Example]] = ((), {})
 
     def run(
         self,
@@ -191,10 +192,16 @@ class FastPhase:
             trainset: The training examples that the rollouts were run on, and maybe others.
             rollouts: Such as those of the slow phase.
         """
-        examples = {example_id(example): example for example in trainset}
+        examples = self.by_id(trainset)
         pairs = [Trajectory(examples[rollout.example_id], rollout) for rollout in rollouts]
         Reflector(self.proposer, set()).learn(components, pairs)
         self._keep(rollouts)
+
+    def by_id(self, trainset: Sequence[dspy.Example]) -> dict[str, dspy.Example]:
+        """The examples by their ids, which are hashes of what is in them, and not taken twice."""
+        if self._indexed[0] is not trainset:
+            self._indexed = (trainset, {example_id(example): example for example in trainset})
+        return self._indexed[1]
 
     def report(self) -> dict[str, Any]:
         """What became of the proposals, and what the reflection LM cost, for JSON."""

@@ -37,7 +37,7 @@ from gepa.strategies.candidate_selector import ParetoCandidateSelector
 from fst_dspy import distributed
 from fst_dspy import population as populations
 from fst_dspy.acceptance import ProposalStats, proposal_of
-from fst_dspy.candidate import candidate_from_json, candidate_to_json, example_id
+from fst_dspy.candidate import candidate_from_json, candidate_to_json
 from fst_dspy.config import FastConfig
 from fst_dspy.fast import FastPhase, check_instructions
 from fst_dspy.gepa_adapter import Reflector, Trajectory, candidate_of, make_records
@@ -320,7 +320,7 @@ class TrialPhase(FastPhase):
         state = self._gepa_state(population.candidates, population.score_K_V)
         k = ParetoCandidateSelector(rng).select_candidate_idx(state)
         parent = population.candidates[k]
-        examples = {example_id(example): example for example in trainset}
+        examples = self.by_id(trainset)
         rollouts = minibatch(self.pool.of(parent.id), self.config.minibatch_size, rng)
         trajectories = [Trajectory(examples[r.example_id], r) for r in rollouts]
         batch = EvaluationBatch(rollouts, [r.reward for r in rollouts], trajectories)

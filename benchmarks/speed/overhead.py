@@ -1,8 +1,8 @@
 """(c) What a compile takes beyond its two channels: rollouts, optimizer steps and proposals.
 
-Counted as the channels' own: ``RolloutRunner.run``, ``SlowTrainer.advance``, the proposer and the
-measurement of the KL. All else is bookkeeping: choosing candidates, records, checkpoints, logs, and
-setting up.
+Counted as the channels' own: ``RolloutRunner.run``, ``SlowTrainer.advance``, the proposer, which
+reads rollouts and writes prompts, and the measurement of the KL. All else is bookkeeping: choosing
+candidates, records, checkpoints, logs, and setting up.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ CHANNELS = (
     (RolloutRunner, "run"),
     (SlowTrainer, "advance"),
     (LessonProposer, "propose"),
+    (LessonProposer, "observe"),
     (optimizer, "kl_to_base"),
 )
 
