@@ -13,10 +13,10 @@ matrix product, both in the model's dtype.
   completions only. Attention scores are left out.
 - A decode step reads every weight once, and the keys and values of every row.
 
-Decoding is also measured both ways, from a cache of fixed size whose step is replayed as a CUDA
-graph, and from one that grows (``fst_dspy/static_decode.py``).
-
 So the floors know nothing of kernel launches, sampling, DSPy and Python: these are what is between.
+
+Decoding is measured both ways: from a cache of fixed size, whose step is replayed as a CUDA graph,
+and from one that grows (``fst_dspy/static_decode.py``).
 """
 
 from __future__ import annotations

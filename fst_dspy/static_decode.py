@@ -169,7 +169,7 @@ def begin(
     rooms.reserve(layers, rows * columns)
     try:
         return StaticDecode(policy, rooms, layers, owner_B, mask_UT)
-    except RuntimeError as error:
+    except Exception as error:  # whatever it is, growing caches do without recordings
         if is_out_of_memory(error):
             raise
         _refused.add(model)

@@ -17,9 +17,10 @@ from torch.utils._pytree import tree_leaves
 
 import fst_dspy.prefixes as prefixes_module
 import fst_dspy.static_decode as static
-from fst_dspy.config import LoraConfig
+from fst_dspy.config import LoraConfig, SamplingConfig, SlowConfig
 from fst_dspy.generate import GenerationRequest, GenerationResult, generate
 from fst_dspy.policy import Policy
+from fst_dspy.slow import SlowTrainer
 from fst_dspy.static_step import Step
 
 
@@ -148,7 +149,11 @@ def test_a_window_that_holds_the_batch_is_no_obstacle_and_a_failed_recording_is_
     def fail(step: Step, pool: Any) -> None:
         raise RuntimeError("operation not permitted when stream is capturing")
 
-    static.release(policy)
+    # Training that runs out of memory takes what decoding has kept before it takes smaller steps.
+    trainer = SlowTrainer(policy, SlowConfig(micro_batch_size=4), SamplingConfig(), 10, 0)
+    for left in (4, 2):
+        trainer._halve_micro_batch(MemoryError())
+        assert policy not in static._rooms and trainer.micro_batch_size == left
     monkeypatch.setattr(Step, "record", fail)
     assert generate(policy, requests) == growing == generate(policy, requests)
     assert policy not in static._rooms
