@@ -14,6 +14,9 @@ matrix product, both in the model's dtype.
 - A decode step reads every weight once, and the keys and values of every row.
 
 So the floors know nothing of kernel launches, sampling, DSPy and Python: these are what is between.
+
+Decoding is measured both ways: from a cache of fixed size, whose step is replayed as a CUDA graph,
+and from one that grows (``fst_dspy/static_decode.py``).
 """
 
 from __future__ import annotations
@@ -47,9 +50,9 @@ from benchmarks.gpu_work import (
 )
 from benchmarks.speed.measure import commit, machine
 from benchmarks.speed.models import WholeAnswer, early_letters, program, questions
-from fst_dspy import FST
+from fst_dspy import FST, static_decode
 from fst_dspy.config import SamplingConfig, SlowConfig
-from fst_dspy.generate import GenerationRequest, generate
+from fst_dspy.generate import GenerationRequest, GenerationResult, generate
 from fst_dspy.policy import Policy
 from fst_dspy.slow import SlowTrainer
 
@@ -57,13 +60,18 @@ RESULTS = Path(__file__).parent / "results"
 console = Console()
 
 
-def measure_generation(policy: Policy, load: Load, limit: Ceilings) -> dict[str, Any]:
-    """All rollouts of a step in one batch, sampled at temperature 1."""
-    requests = [
+def rollouts(policy: Policy, load: Load) -> list[GenerationRequest]:
+    """All rollouts of a step, to be sampled at temperature 1."""
+    return [
         GenerationRequest(prompt, load.completion, seed=number * load.group + n)
         for number, prompt in enumerate(prompts(load, policy.model.config.vocab_size))
         for n in range(load.group)
     ]
+
+
+def measure_generation(policy: Policy, load: Load, limit: Ceilings) -> dict[str, Any]:
+    """The rollouts of a step in one batch."""
+    requests = rollouts(policy, load)
     work, rows = Work.of(policy), len(requests)
     seconds = median_seconds(lambda: generate(policy, requests), policy.device, load.repeats)
     read = work.flop(2, load.problems * load.prompt, load.problems)
@@ -80,6 +88,44 @@ def measure_generation(policy: Policy, load: Load, limit: Ceilings) -> dict[str,
         floor_tokens_per_second=tokens / floor,
         milliseconds_per_token=1000 * seconds / load.completion,
     )
+
+
+def measure_decoding(policy: Policy, load: Load) -> dict[str, Any]:
+    """The same batch from a cache of fixed size and from one that grows.
+
+    Of each row the tokens are compared up to the first that the two do not agree on: in bfloat16
+    a rounding may tip a draw. ``first_seconds`` is with the recording.
+    """
+    requests, device, before = rollouts(policy, load), policy.device, static_decode.DEVICES
+    seconds: dict[str, float] = {}
+    sampled: list[list[GenerationResult]] = []
+    static_decode.release(policy)
+    try:
+        for name, devices in (("static", (device.type,)), ("growing", ())):
+            static_decode.DEVICES = devices
+            started = time.perf_counter()
+            sampled.append(generate(policy, requests))
+            seconds.setdefault("first_seconds", time.perf_counter() - started)
+            seconds[f"{name}_seconds"] = median_seconds(
+                lambda: generate(policy, requests), device, load.repeats
+            )
+    finally:
+        static_decode.DEVICES = before
+    agreed, difference = 0, 0.0
+    for one, other in zip(*sampled, strict=True):
+        for a, b, logprob_a, logprob_b in zip(
+            one.completion_ids_T, other.completion_ids_T, one.logprobs_T, other.logprobs_T,
+            strict=True,
+        ):  # fmt: skip
+            if a != b:
+                break
+            agreed, difference = agreed + 1, max(difference, abs(logprob_a - logprob_b))
+    return {
+        **seconds,
+        "against_growing": seconds["static_seconds"] / seconds["growing_seconds"],
+        "agreeing_tokens": agreed / (len(requests) * load.completion),
+        "logprob_difference": difference,
+    }
 
 
 def measure_step(folder: Path, device: torch.device, load: Load, limit: Ceilings) -> dict[str, Any]:
@@ -182,7 +228,14 @@ def show(report: dict[str, Any]) -> None:
                     weights, name, f"{row['seconds']:.3g}", f"{row['floor_seconds']:.3g}",
                     f"{row['floor_share']:.1%}", f"{row[f'{unit}_per_second']:,.0f} {unit}/s",
                 )  # fmt: skip
-        console.print(f"{weights} M: step {size['step']['against_plain']:.2f}x the plain loop")
+        decoding = size["decoding"]
+        console.print(
+            f"{weights} M: step {size['step']['against_plain']:.2f}x the plain loop; generation "
+            f"{decoding['static_seconds']:.3g} s from a fixed cache, "
+            f"{decoding['growing_seconds']:.3g} s from a growing one, tokens alike "
+            f"{decoding['agreeing_tokens']:.1%}, logprobs to {decoding['logprob_difference']:.2g}",
+            soft_wrap=True,
+        )
     console.print(table)
 
 
@@ -216,6 +269,7 @@ def main(
                 "parameters": Work.of(lm.policy).weights,
                 "dtype": str(lm.policy.model.dtype).removeprefix("torch."),
                 "generation": measure_generation(lm.policy, load, limit),
+                "decoding": measure_decoding(lm.policy, load),
             }
             status.update(f"{label}step")
             size["step"] = measure_step(folder, where, load, limit)

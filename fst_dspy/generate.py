@@ -8,7 +8,6 @@ noise); and the log-probability of each token is kept as it was sampled.
 
 from __future__ import annotations
 
-import inspect
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,8 +16,8 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
+from fst_dspy.decode import GrowingDecode, forward
 from fst_dspy.errors import PromptTooLongError
 from fst_dspy.memory import is_out_of_memory
 from fst_dspy.policy import Policy
@@ -31,14 +30,8 @@ from fst_dspy.prefixes import (
     read_rest,
     worthwhile_prefixes,
 )
-from fst_dspy.prompt_cache import (
-    CannotShare,
-    can_share,
-    keep_rows,
-    make_room,
-    share,
-    shared_attention,
-)
+from fst_dspy.prompt_cache import CannotShare, can_share, make_room, share
+from fst_dspy.static_decode import StaticDecode, begin, release
 
 logger = logging.getLogger(__name__)
 
@@ -131,6 +124,7 @@ def _run_chunk(policy: Policy, requests: Sequence[GenerationRequest]) -> list[Ge
             raise
     half = len(requests) // 2
     logger.warning("memory ran out on %d rows; generating %d at a time", len(requests), half)
+    release(policy)
     if policy.device.type == "cuda":
         torch.cuda.empty_cache()
     return _run_chunk(policy, requests[:half]) + _run_chunk(policy, requests[half:])
@@ -175,8 +169,6 @@ class _Batch:
     def __init__(self, policy: Policy, requests: Sequence[GenerationRequest]) -> None:
         self.policy, self.requests = policy, requests
         self.model, self.tokenizer = policy.model, policy.tokenizer
-        self.last_only = _last_only(self.model)
-        self.shares = False
         device = policy.device
         limits = [room_for(policy, request) for request in requests]
         total, self.steps = len(requests), max(limits)
@@ -199,7 +191,7 @@ class _Batch:
     def run(self) -> list[GenerationResult]:
         rows = torch.arange(len(self.requests), device=self.policy.device)
         done = torch.zeros(len(rows), dtype=torch.bool, device=rows.device)
-        logits_BV, cache, mask_BT, position_B = self._prefill()
+        logits_BV, decode, position_B = self._prefill()
         for step in range(self.steps):
             next_B, logprob_B = self._sample(logits_BV, rows, step)
             self.ids[rows, step], self.logprobs[rows, step] = next_B, logprob_B
@@ -207,16 +199,16 @@ class _Batch:
             finished = int(done.sum())
             if finished == len(rows):
                 break
-            if finished >= LEAVE_SHARE * len(rows) and hasattr(cache, "reorder_cache"):
+            if finished >= LEAVE_SHARE * len(rows) and decode.drops_rows:
                 keep = (~done).nonzero().squeeze(1)
-                keep_rows(cache, keep)
+                decode.keep(keep)
                 rows, next_B, done = rows[keep], next_B[keep], done[keep]
-                mask_BT, position_B = mask_BT[keep], position_B[keep]
-            logits_BV, cache, mask_BT = self._decode(next_B, mask_BT, position_B, cache)
+                position_B = position_B[keep]
+            logits_BV = decode.step(next_B, position_B)
             position_B = position_B + 1
         return self._results()
 
-    def _prefill(self) -> tuple[Tensor, Any, Tensor, Tensor]:
+    def _prefill(self) -> tuple[Tensor, GrowingDecode | StaticDecode, Tensor]:
         """Read each distinct prompt once, then give every row its copy of the cache."""
         distinct: dict[tuple[int, ...], int] = {}
         owner = [distinct.setdefault(r.prompt_ids_T, len(distinct)) for r in self.requests]
@@ -229,23 +221,33 @@ class _Batch:
             cache, mask_UT = begun
         else:
             ids_UT, mask_UT = self._padded(list(distinct))
-            logits_UV, cache = self._forward(ids_UT, mask_UT, positions(mask_UT), None)
-        if len(owner) * mask_UT.shape[1] >= SHARE_TOKENS and can_share(self.model):
-            self.shares = share(cache, owner_B, mask_UT, self.steps + 1)
-        mask_BT = mask_UT[owner_B]
-        if not self.shares:
-            if not hasattr(cache, "reorder_cache") and len(distinct) < len(owner):
-                logger.warning("equal prompts are read again: %s has no copies", type(cache))
-                ids_BT = ids_UT[owner_B]
-                logits_BV, cache = self._forward(ids_BT, mask_BT, positions(mask_BT), None)
-                return logits_BV, cache, mask_BT, length_B
-            if len(distinct) < len(owner):
-                cache.reorder_cache(owner_B)
-            make_room(cache, self.steps + 1)
+            logits_UV, cache = forward(self.model, ids_UT, mask_UT, positions(mask_UT), None)
+        if not hasattr(cache, "reorder_cache") and len(distinct) < len(owner):
+            logger.warning("equal prompts are read again: %s has no copies", type(cache))
+            ids_BT, mask_BT = ids_UT[owner_B], mask_UT[owner_B]
+            logits_BV, cache = forward(self.model, ids_BT, mask_BT, positions(mask_BT), None)
+            return logits_BV.float(), GrowingDecode(self.model, cache, mask_BT, False), length_B
+        decode = self._copied_out(cache, owner_B, mask_UT)
         if logits_UV is not None:
-            return logits_UV[owner_B], cache, mask_BT, length_B
+            return logits_UV[owner_B].float(), decode, length_B
         last_B = torch.tensor([r.prompt_ids_T[-1] for r in self.requests], device=device)
-        return *self._decode(last_B, mask_BT, length_B - 1, cache), length_B
+        return decode.step(last_B, length_B - 1), decode, length_B
+
+    def _copied_out(
+        self, cache: Any, owner_B: Tensor, mask_UT: Tensor
+    ) -> GrowingDecode | StaticDecode:
+        """Decoding of the rows from a cache of their prompts."""
+        steps = self.steps + 1
+        static = begin(self.policy, cache, owner_B, mask_UT, steps)
+        if static is not None:
+            return static
+        many = len(owner_B) * mask_UT.shape[1] >= SHARE_TOKENS
+        shares = many and can_share(self.model) and share(cache, owner_B, mask_UT, steps)
+        if not shares:
+            if len(mask_UT) < len(owner_B):
+                cache.reorder_cache(owner_B)
+            make_room(cache, steps)
+        return GrowingDecode(self.model, cache, mask_UT[owner_B], shares)
 
     def _read_by_prefixes(self, prompts_U: list[tuple[int, ...]]) -> tuple[Any, Tensor] | None:
         """The cache of all prompts but for their last tokens, where common beginnings are worth it.
@@ -269,31 +271,6 @@ class _Batch:
         lengths_U = torch.tensor([len(p) for p in prompts_U])
         mask_UT = (torch.arange(longest)[None] >= longest - lengths_U[:, None]).long()
         return ids_UT.to(self.policy.device), mask_UT.to(self.policy.device)
-
-    def _decode(
-        self, next_B: Tensor, mask_BT: Tensor, position_B: Tensor, cache: Any
-    ) -> tuple[Tensor, Any, Tensor]:
-        """One more token a row."""
-        if self.shares:
-            with shared_attention(self.model, cache):
-                logits_BV, cache = self._forward(next_B[:, None], None, position_B[:, None], cache)
-        else:
-            mask_BT = pad(mask_BT, (0, 1), value=1)
-            logits_BV, cache = self._forward(next_B[:, None], mask_BT, position_B[:, None], cache)
-        return logits_BV, cache, mask_BT
-
-    def _forward(
-        self, ids: Tensor, mask: Tensor | None, position: Tensor, cache: Any
-    ) -> tuple[Tensor, Any]:
-        output = self.model(
-            input_ids=ids,
-            attention_mask=mask,
-            position_ids=position,
-            past_key_values=cache,
-            use_cache=True,
-            **self.last_only,
-        )
-        return output.logits[:, -1].float(), output.past_key_values
 
     def _sample(self, logits_BV: Tensor, rows: Tensor, step: int) -> tuple[Tensor, Tensor]:
         if self.any_scaled:
@@ -393,10 +370,3 @@ def _mix(bits: np.ndarray) -> np.ndarray:
 
 def _cut(text: str, stop: tuple[str, ...]) -> str:
     return text[: min((text.find(s) for s in stop if s in text), default=len(text))]
-
-
-def _last_only(model: Any) -> dict[str, int]:
-    """Ask for the last position's logits only, of models that can be asked."""
-    model = model.get_base_model() if hasattr(model, "get_base_model") else model
-    takes = inspect.signature(model.forward).parameters
-    return {"logits_to_keep": 1} if "logits_to_keep" in takes else {}

@@ -29,6 +29,7 @@ from fst_dspy.master_weights import PREFIX as MASTERS
 from fst_dspy.memory import is_out_of_memory
 from fst_dspy.policy import Policy
 from fst_dspy.prefixes import worthwhile_prefixes
+from fst_dspy.static_decode import release
 from fst_dspy.trl_stepper import Gradients, SteppedGRPOTrainer, collate
 from fst_dspy.types import StepStats, TrainingRow
 
@@ -211,6 +212,9 @@ class SlowTrainer:
 
     def _halve_micro_batch(self, error: BaseException) -> None:
         """After memory ran out: weights and optimizer are as before the step."""
+        if release(self.policy):
+            logger.warning("memory ran out; going on without what decoding had kept")
+            return
         if self.micro_batch_size == 1 and self._trl.save_memory():
             logger.warning("memory ran out on a single row; going on with activation checkpointing")
             return

@@ -30,6 +30,9 @@ def test_the_quick_run_on_the_cpu_writes_every_figure_beside_its_floor(tmp_path)
     # 8 rows of 6 tokens that no end token cut short; 8 rows of 120 + 6.
     assert generation["tokens_per_second"] == pytest.approx(48 / generation["seconds"])
     assert step["tokens"] == 8 * 126
+    decoding = size["decoding"]
+    assert decoding["static_seconds"] > 0 < decoding["growing_seconds"]
+    assert decoding["agreeing_tokens"] == 1 and decoding["logprob_difference"] < 1e-4
     # Both loops take the same step, or else their times could not be compared.
     assert step["loss"] == pytest.approx(step["plain_loss"], rel=1e-4)
     assert compile_["steps"] == 2 and compile_["kl_to_base"] > 0

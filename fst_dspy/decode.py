@@ -1,0 +1,84 @@
+"""One token more for every row of a batch: the model's forward, and the cache that grows with it.
+
+``fst_dspy.static_decode`` does the same from a cache of fixed size.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from typing import Any
+
+from torch import Tensor
+from torch.nn.functional import pad
+
+from fst_dspy.prompt_cache import keep_rows, shared_attention
+
+
+def forward(
+    model: Any, ids_BT: Tensor, mask: Tensor | None, position_BT: Tensor, cache: Any
+) -> tuple[Tensor, Any]:
+    """Read tokens.
+
+    Args:
+        model: A causal language model, with its adapters if it has any.
+        mask: As the model takes it: (B, columns of the cache), or (B, 1, T, columns).
+        cache: Of what was read before; ``None`` to begin.
+
+    Returns:
+        The logits at the last position, (B, V) in the model's dtype, and the cache.
+    """
+    kind: Any = type(base_of(model))
+    output = model(
+        input_ids=ids_BT,
+        attention_mask=mask,
+        position_ids=position_BT,
+        past_key_values=cache,
+        use_cache=True,
+        **_last_only(kind),
+    )
+    return output.logits[:, -1], output.past_key_values
+
+
+def base_of(model: Any) -> Any:
+    """The model itself, without what peft has put around it."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+@functools.cache
+def _last_only(kind: type) -> dict[str, int]:
+    """Ask for the last position's logits only, of models that can be asked."""
+    takes = inspect.signature(kind.forward).parameters  # type: ignore[attr-defined]
+    return {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
+
+
+class GrowingDecode:
+    """Decoding from a cache that grows by a token a row with every step. Tensors: B live rows.
+
+    Args:
+        cache: What was read of every row.
+        mask_BT: 1 for the tokens in the cache, 0 for padding.
+        shares: Whether rows share their prompts in the cache (``fst_dspy.prompt_cache``).
+    """
+
+    def __init__(self, model: Any, cache: Any, mask_BT: Tensor, shares: bool) -> None:
+        self.model, self.cache, self.mask_BT, self.shares = model, cache, mask_BT, shares
+        self.drops_rows = hasattr(cache, "reorder_cache")
+
+    def step(self, next_B: Tensor, position_B: Tensor) -> Tensor:
+        """Read the rows' next tokens; the logits after them, (B, V)."""
+        ids_B1, position_B1 = next_B[:, None], position_B[:, None]
+        if self.shares:
+            with shared_attention(self.model, self.cache):
+                logits_BV, self.cache = forward(self.model, ids_B1, None, position_B1, self.cache)
+        else:
+            self.mask_BT = pad(self.mask_BT, (0, 1), value=1)
+            logits_BV, self.cache = forward(
+                self.model, ids_B1, self.mask_BT, position_B1, self.cache
+            )
+        return logits_BV.float()
+
+    def keep(self, keep_B: Tensor) -> None:
+        """Drop all rows but these."""
+        keep_rows(self.cache, keep_B)
+        self.mask_BT = self.mask_BT[keep_B]
