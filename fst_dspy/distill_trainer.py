@@ -143,6 +143,9 @@ class DistillTrainer(SlowTrainer):
     Args:
         policy, slow, sampling, total_steps, seed: As for :class:`~fst_dspy.slow.SlowTrainer`.
         teacher_version: The teacher's weights, at hand in the policy.
+
+    Raises:
+        ConfigError: accelerate is set up for FSDP.
     """
 
     def __init__(
@@ -154,6 +157,7 @@ class DistillTrainer(SlowTrainer):
         seed: int,
         teacher_version: str,
     ) -> None:
+        distributed.refuse_fsdp("distillation")
         super().__init__(policy, slow, sampling, total_steps, seed)
         self.teacher_version = teacher_version
         self.temperature = sampling.temperature

@@ -7,8 +7,11 @@ Ctrl-C) is settled by process 0, which alone writes the run folder and shows pro
 communication is accelerate's and torch's: gloo between CPUs, NCCL between GPUs. In a single process
 nothing here does anything.
 
-Every process needs the whole model to generate with, so it must fit on one GPU; FSDP and DeepSpeed,
-which cut it up, are refused. All processes must see the run folder.
+Every process generates with the whole model, whose weights must fit on one GPU. What training adds
+to them (gradients, float32 copies, the optimizer's state) is several times as large. Where
+accelerate is set up for FSDP2, each process holds its part of it only; of the weights, its part
+while it trains, and beside that the whole while it samples and for a moment at the start. DeepSpeed
+is refused. All processes must see the run folder.
 """
 
 from __future__ import annotations
@@ -55,17 +58,50 @@ def join(device_type: str) -> None:
         device_type: ``"cuda"`` or ``"cpu"``, where this process's model goes.
 
     Raises:
-        ConfigError: accelerate was set up to cut models up.
+        ConfigError: accelerate was set up to cut models up in a way that is not supported.
     """
-    for name in ("FSDP", "DEEPSPEED"):
-        if os.environ.get(f"ACCELERATE_USE_{name}", "").lower() == "true":
-            raise ConfigError(
-                f"accelerate is set up for {name}, but generation needs the whole model in every "
-                "process: use torchrun or a plain multi-GPU setup, with lora=True or a smaller "
-                "model where memory is short"
-            )
+    if _is_set("ACCELERATE_USE_DEEPSPEED"):
+        raise ConfigError(
+            "accelerate is set up for DeepSpeed, but generation needs the whole model in every "
+            "process: use FSDP with fsdp_version: 2, or torchrun alone"
+        )
+    if uses_fsdp() and os.environ.get("FSDP_VERSION") != "2":
+        raise ConfigError("of FSDP only the second is supported: set fsdp_version: 2")
+    if uses_fsdp() and _is_set("FSDP_CPU_RAM_EFFICIENT_LOADING"):
+        raise ConfigError(
+            "every process samples with the whole model, so every process reads it: set "
+            "fsdp_cpu_ram_efficient_loading: false"
+        )
     if processes() > 1:
         _state(cpu=device_type != "cuda")
+
+
+def uses_fsdp() -> bool:
+    """Whether accelerate is set up for FSDP, by its configuration file or the environment."""
+    return _is_set("ACCELERATE_USE_FSDP")
+
+
+def refuse_fsdp(what: str) -> None:
+    """Raise ``ConfigError`` where accelerate is set up for FSDP, for what trains whole models."""
+    if uses_fsdp():
+        raise ConfigError(f"{what} does not work with FSDP: start the processes without it")
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor of which every process holds a part, put together in each; others as they are."""
+    from torch.distributed.tensor import DTensor
+
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach()
+
+
+def part_like(tensor: Tensor, other: Tensor) -> Tensor:
+    """This process's part of a whole tensor, cut as another is; the tensor where that is whole."""
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    if not isinstance(other, DTensor):
+        return tensor
+    # All processes hold the same, so none has to tell the others.
+    return distribute_tensor(tensor, other.device_mesh, other.placements, src_data_rank=None)
 
 
 def spread(work: Callable[[list[Item]], list[Outcome]], items: Iterable[Item]) -> list[Outcome]:
@@ -114,6 +150,11 @@ def from_main(make: Callable[[], Outcome]) -> Outcome:
     if told[1] is not None:
         raise FSTError(f"process 0 stopped with {told[1]}")
     return told[0]
+
+
+def most(number: int) -> int:
+    """The largest of the processes' numbers."""
+    return number if processes() == 1 else max(_gathered(number))
 
 
 def any_process(flag: bool) -> bool:
@@ -170,6 +211,10 @@ def keep_to_itself(accelerator: Any) -> None:
 
     accelerator.prepare_model = partial(accelerator.prepare_model, evaluation_mode=True)
     accelerator.gather = accelerator.gather_for_metrics = accelerator.reduce = own
+
+
+def _is_set(name: str) -> bool:
+    return os.environ.get(name, "").lower() == "true"
 
 
 def _gathered(value: Any) -> list[Any]:

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fst_dspy import distributed
+
 PREFIX = "master"
 
 
@@ -47,7 +49,7 @@ class MasterWeights:
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Take up what ``state`` gave; other tensors are passed over."""
         for n, (_, master) in enumerate(self._pairs):
-            master.copy_(tensors[f"{PREFIX}.{n}"])
+            master.copy_(distributed.part_like(tensors[f"{PREFIX}.{n}"], master))
 
     @torch.no_grad()
     def _begin(self, *_: Any) -> None:

@@ -596,9 +596,14 @@ class _Run:
 
     def _checkpoint(self, state: LoopState, *, now: bool = True) -> None:
         """Save everything the loop needs to go on; steps that take no time do so at intervals."""
-        if self.folder is not None:
+        due = distributed.from_main(
+            lambda: self.folder is not None and (now or self.folder.is_old())
+        )
+        if due and self.folder is not None:
             state = replace(state, tokens=dict(self.runner.tokens))
-            self.folder.checkpoint(state, self.trainer, now=now)
+            self.folder.checkpoint(state, self.trainer)
+        elif due and self.trainer is not None:
+            self.trainer.save(None)
 
     def _steps_before(self, state: LoopState) -> int:
         return state.records[-1].step

@@ -162,10 +162,12 @@ class RunFolder:
             data = save({k: v.contiguous() for k, v in policy.trainable_state().items()})
             write_atomically(path, lambda file: file.write(data))
 
-    def checkpoint(self, state: LoopState, trainer: SlowTrainer | None, *, now: bool) -> None:
-        """Write a checkpoint, at once or when the last one is old enough."""
-        if not now and time.monotonic() - self._saved_at < CHECKPOINT_SECONDS:
-            return
+    def is_old(self) -> bool:
+        """Whether the last checkpoint is old enough for another one."""
+        return time.monotonic() - self._saved_at >= CHECKPOINT_SECONDS
+
+    def checkpoint(self, state: LoopState, trainer: SlowTrainer | None) -> None:
+        """Write a checkpoint."""
         self.store.checkpoint(
             state_to_json(state), trainer.save if trainer is not None else lambda folder: None
         )

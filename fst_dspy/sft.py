@@ -23,6 +23,7 @@ from rich.progress import Progress
 from transformers import PrinterCallback, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
+from fst_dspy import distributed
 from fst_dspy.config import LoraConfig
 from fst_dspy.errors import ConfigError, DataError, TrainingError
 from fst_dspy.policy import Policy
@@ -124,10 +125,12 @@ def fine_tune(
         Mean training loss, nats a token.
 
     Raises:
+        ConfigError: accelerate is set up for FSDP.
         DataError: Every prompt is too long.
         TrainingError: Loss or weights became non-finite, or ``stop`` said so. The live weights are
             then of no use: the caller puts others back.
     """
+    distributed.refuse_fsdp("supervised fine-tuning")
     turns = _encode(policy, conversations, config.max_length)
     listener = _Listener(stop)
     cuda = policy.device.type == "cuda"

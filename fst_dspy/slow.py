@@ -114,7 +114,7 @@ class SlowTrainer:
         """
         if not all(row.completion_ids_T for row in rows):
             raise TrainingError("a training row has no completion; leave such rows out")
-        if self._trl.model is not self.policy.model:
+        if self._trl.whole is not self.policy.model:
             raise TrainingError("the policy's adapters were changed; make a new SlowTrainer")
         sampled = [(row.completion_ids_T, row.advantage) for row in rows]
         distributed.check_same("training rows", sampled)
@@ -135,42 +135,62 @@ class SlowTrainer:
         with self.policy.lock, self._trl.fused(), self._own_rng():
             own_rows = distributed.own_share(live_rows, _tokens)
             batches = self._micro_batches(own_rows, on_policy)
+            idle = self._idle(live_rows, len(batches), on_policy)
             if self.slow.beta:
-                self._add_reference(batches)
-            self._trl.model.train()
-            try:
-                tokens = sum(len(row.completion_ids_T) for row in rows)
-                gradients = self._trl.accumulate(batches, len(rows), tokens)
-                if distributed.processes() > 1:
-                    gradients = self._over_processes(gradients, own_rows)
-                if on_policy and gradients.drift > DRIFT_LIMIT:
-                    logger.warning(
-                        "sampling and training disagree by %.3f nats a token on the "
-                        "log-probabilities of the same weights; the step is not quite on policy",
-                        gradients.drift,
-                    )
-                return self._update(rows, gradients, self._live_share(rows))
-            finally:
-                self._trl.model.zero_grad()
-                self._trl.model.eval()
+                self._add_reference([*batches, *idle])
+            with self._trl.cut_up():
+                return self._train(rows, own_rows, batches, idle, on_policy)
 
-    def save(self, folder: Path) -> None:
+    def _train(
+        self,
+        rows: Sequence[TrainingRow],
+        own_rows: Sequence[TrainingRow],
+        batches: Sequence[dict[str, Tensor]],
+        idle: Sequence[dict[str, Tensor]],
+        on_policy: bool,
+    ) -> StepStats:
+        self._trl.model.train()
+        try:
+            tokens = sum(len(row.completion_ids_T) for row in rows)
+            gradients = self._trl.accumulate(batches, len(rows), tokens, idle)
+            if distributed.processes() > 1:
+                gradients = self._over_processes(gradients, own_rows)
+            if on_policy and gradients.drift > DRIFT_LIMIT:
+                logger.warning(
+                    "sampling and training disagree by %.3f nats a token on the "
+                    "log-probabilities of the same weights; the step is not quite on policy",
+                    gradients.drift,
+                )
+            return self._update(rows, gradients, self._live_share(rows))
+        finally:
+            self._trl.model.zero_grad()
+            self._trl.model.eval()
+
+    def save(self, folder: Path | None) -> None:
         """Write trained weights, optimizer, schedule and random state; no pickle.
 
         The files are not written atomically: the caller makes the folder appear at once.
 
         Args:
-            folder: An existing folder.
+            folder: An existing folder; ``None`` in processes that write nothing. Under FSDP they
+                take part, as each has its part of the optimizer's state.
         """
         with self.policy.lock:
-            _write(folder / WEIGHTS, self.policy.trainable_state())
             optimizer = self._trl.optimizer.state_dict()
             moments = {
                 f"{index}.{key}": tensor
                 for index, state in optimizer["state"].items()
                 for key, tensor in state.items()
             }
-            _write(folder / OPTIMIZER, moments | self._trl.masters.state())
+            kept = {}
+            for name, tensor in (moments | self._trl.masters.state()).items():
+                put_together = distributed.whole(tensor)
+                if folder is not None:
+                    kept[name] = put_together.cpu()
+            if folder is None:
+                return
+            _write(folder / WEIGHTS, self.policy.trainable_state())
+            _write(folder / OPTIMIZER, kept)
             _write(folder / RNG, self._rng)
             scalars = {
                 "schema_version": SCHEMA_VERSION,
@@ -212,6 +232,11 @@ class SlowTrainer:
 
     def _halve_micro_batch(self, error: BaseException) -> None:
         """After memory ran out: weights and optimizer are as before the step."""
+        if self._trl.is_fsdp_enabled:
+            raise TrainingError(
+                "memory ran out in the middle of a step that FSDP shares out; go on from the last "
+                "checkpoint with a smaller micro_batch_size or more processes"
+            ) from error
         if release(self.policy):
             logger.warning("memory ran out; going on without what decoding had kept")
             return
@@ -247,6 +272,14 @@ class SlowTrainer:
             parts[-1].append(row)
         return [collate(part, pad_id, device, on_policy=on_policy) for part in parts if part]
 
+    def _idle(
+        self, rows: Sequence[TrainingRow], own: int, on_policy: bool
+    ) -> list[dict[str, Tensor]]:
+        """Under FSDP, what a process runs while others still have micro-batches of their own."""
+        if not self._trl.is_fsdp_enabled:
+            return []
+        return self._micro_batches(rows[:1], on_policy) * (distributed.most(own) - own)
+
     def _add_reference(self, batches: Sequence[dict[str, Tensor]]) -> None:
         with self.policy.at(self.policy.base_version):
             for batch in batches:
@@ -258,7 +291,8 @@ class SlowTrainer:
         means = [own.entropy, own.clip_share, own.drift, 1.0]
         figures = [own.loss, *(mean * tokens for mean in means)]
         figures_5 = torch.tensor(figures, dtype=torch.float64, device=self.policy.device)
-        figures_5 = distributed.sum_gradients(self._trl.parameters, figures_5)
+        weights = [] if self._trl.is_fsdp_enabled else self._trl.parameters  # FSDP has added up
+        figures_5 = distributed.sum_gradients(weights, figures_5)
         loss, *sums, all_tokens = figures_5.tolist()
         return Gradients(loss, *(total / all_tokens for total in sums))
 
@@ -267,7 +301,7 @@ class SlowTrainer:
     ) -> StepStats:
         trl = self._trl
         limit = self.slow.max_grad_norm or math.inf
-        norm = torch.nn.utils.clip_grad_norm_(trl.parameters, limit).item()
+        norm = distributed.whole(torch.nn.utils.clip_grad_norm_(trl.parameters, limit)).item()
         if not (math.isfinite(gradients.loss) and math.isfinite(norm)):
             return self._stats(rows, gradients, norm, "non_finite")
         stats = self._stats(rows, gradients, norm, None)
@@ -310,9 +344,13 @@ class SlowTrainer:
 
     def _load_optimizer(self, tensors: dict[str, Tensor], learning_rates: list[float]) -> None:
         state: dict[int, dict[str, Tensor]] = {}
+        weights = [w for group in self._trl.optimizer.param_groups for w in group["params"]]
         for name, tensor in tensors.items():
             index, key = name.split(".", 1)
             if index != MASTERS:
+                weight = weights[int(index)]
+                if tensor.shape == weight.shape:  # the count of steps is a single number
+                    tensor = distributed.part_like(tensor, weight)
                 state.setdefault(int(index), {})[key] = tensor
         groups = self._trl.optimizer.state_dict()["param_groups"]
         for group, learning_rate in zip(groups, learning_rates, strict=True):

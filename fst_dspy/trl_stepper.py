@@ -12,13 +12,18 @@ to rounding on large ones. They are:
   ``cispo_clip_ratio``; ``GRPOTrainer.beta``;
 - ``Trainer._prepare_for_training``, which makes optimizer and scheduler,
   ``Trainer.compute_loss_context_manager`` and ``Trainer.current_gradient_accumulation_steps``;
-- that TRL and accelerate put a ``forward`` of their own on the model's instance.
+- that TRL and accelerate put a ``forward`` of their own on the model's instance;
+- ``Trainer.model_wrapped``, which ``_prepare_for_training`` gives to accelerate.
+
+Where accelerate is set up for FSDP2, it is a copy of the model that is cut up and trained. The
+model itself is left as it is, so that everything between the steps finds it whole.
 
 The stock loop, its callbacks, its data loader and its generation are never entered.
 """
 
 from __future__ import annotations
 
+import copy
 import random
 import tempfile
 import warnings
@@ -31,10 +36,12 @@ import numpy as np
 import torch
 from datasets import Dataset
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from trl import GRPOConfig, GRPOTrainer
 
 from fst_dspy import distributed
 from fst_dspy.config import SamplingConfig, SlowConfig
+from fst_dspy.errors import ConfigError
 from fst_dspy.fused_prefixes import fused_from_prefixes
 from fst_dspy.master_weights import MasterWeights
 from fst_dspy.prefixes import can_continue, is_checkpointing, worthwhile_prefixes
@@ -69,6 +76,13 @@ class SteppedGRPOTrainer(GRPOTrainer):
 
     The model's ``forward`` is TRL's own only inside ``fused``: generation and everything else
     between the steps sees the model as it was.
+
+    Attributes:
+        whole: The model as it was given.
+        model: What is trained: the same, or under FSDP a copy that is cut up.
+
+    Raises:
+        ConfigError: FSDP is asked for where accelerate does not cut models up.
     """
 
     model: Any
@@ -86,7 +100,7 @@ class SteppedGRPOTrainer(GRPOTrainer):
         seed: int,
     ) -> None:
         device = next(model.parameters()).device
-        places = [model, model.get_base_model()] if hasattr(model, "peft_config") else [model]
+        places = [model] if _unwrapped(model) is model else [model, _unwrapped(model)]
         before = [(place, place.__dict__.get("forward")) for place in places]
         with (
             tempfile.TemporaryDirectory() as folder,
@@ -104,7 +118,20 @@ class SteppedGRPOTrainer(GRPOTrainer):
                 processing_class=tokenizer,
             )
             distributed.keep_to_itself(self.accelerator)
+            self.whole = model
+            if self.is_fsdp_enabled:
+                self.model = self.model_wrapped = copy.deepcopy(model)
+            elif distributed.uses_fsdp():
+                raise ConfigError(
+                    "accelerate cuts models up between several processes with a GPU each; start "
+                    "them so, or leave FSDP out of its configuration"
+                )
             self._prepare_for_training(total_steps, None, None)
+            for part in self.model.modules():
+                if isinstance(part, FSDPModule):
+                    # The loss is divided by what all processes have, so that gradients add up.
+                    part.set_gradient_divide_factor(1.0)
+                    part.set_force_sum_reduction_for_comms(True)
             self.masters = MasterWeights(self.optimizer.optimizer)
         # With beta set from the start TRL would load a reference model, or add an adapter.
         self.beta = slow.beta
@@ -115,7 +142,10 @@ class SteppedGRPOTrainer(GRPOTrainer):
         # Where there is dropout, each row draws its own.
         self.pad_id: int = tokenizer.pad_token_id
         self._seen_logprobs: Tensor | None = None  # of the micro-batch run last
-        self.continues = can_continue(model) and not _has_dropout(model)
+        # FSDP needs the same passes in every process, and beginnings are as the rows are.
+        self.continues = (
+            can_continue(model) and not _has_dropout(model) and not self.is_fsdp_enabled
+        )
 
     @property
     def parameters(self) -> list[torch.nn.Parameter]:
@@ -123,8 +153,28 @@ class SteppedGRPOTrainer(GRPOTrainer):
         return [p for p in self.model.parameters() if p.requires_grad]
 
     @contextmanager
+    def cut_up(self) -> Iterator[None]:
+        """Inside the block, under FSDP, each process holds its part of the weights only.
+
+        At its end ``whole`` has what became of them. After an error it has no weights: the other
+        processes may be elsewhere, and can only be ended.
+        """
+        if not self.is_fsdp_enabled:
+            yield
+            return
+        pairs = list(zip(self.whole.parameters(), self.model.parameters(), strict=True))
+        with torch.no_grad():
+            for own, part in pairs:
+                if own.requires_grad:  # others may have been put in since the last step
+                    part.copy_(distributed.part_like(own.detach(), part))
+                own.data = own.new_empty(0)
+        yield
+        for own, part in pairs:
+            own.data = distributed.whole(part).to(own.device).contiguous()
+
+    @contextmanager
     def fused(self) -> Iterator[None]:
-        """Inside the block, the model has TRL's forward."""
+        """Inside the block, ``whole`` has TRL's forward, which a copy of it has for good."""
         self._show(original=False)
         try:
             yield
@@ -155,7 +205,7 @@ class SteppedGRPOTrainer(GRPOTrainer):
             output.last_hidden_state = output.last_hidden_state[:, -logits_to_keep - 1 :]
             return output
 
-        backbone = self._forwards[-1][0].base_model
+        backbone = _unwrapped(model).base_model
         if self.continues:
             rows = [
                 (prompt[seen.bool()].tolist(), completion[kept.bool()].tolist())
@@ -195,10 +245,14 @@ class SteppedGRPOTrainer(GRPOTrainer):
         ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
         mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
         keep = batch["completion_ids"].size(1)
-        return self._get_per_token_logps_and_entropies(self.model, ids, mask, keep)[0]
+        return self._get_per_token_logps_and_entropies(self.whole, ids, mask, keep)[0]
 
     def accumulate(
-        self, batches: Sequence[Mapping[str, Tensor]], rows: int, tokens: int
+        self,
+        batches: Sequence[Mapping[str, Tensor]],
+        rows: int,
+        tokens: int,
+        idle: Sequence[Mapping[str, Tensor]] = (),
     ) -> Gradients:
         """Forward and backward over the micro-batches of one optimizer step.
 
@@ -206,20 +260,14 @@ class SteppedGRPOTrainer(GRPOTrainer):
             batches: The micro-batches, as ``collate`` makes them; of any number and size.
             rows, tokens: Rows and completion tokens of the whole step, those left out of
                 ``batches`` for an advantage of 0 included: the loss is divided by them.
+            idle: Run as well, to no effect: under FSDP every process has to take part in every
+                forward and backward pass.
         """
         loss, measured = 0.0, {"entropy": 0.0, "clip": 0.0, "drift": 0.0}
         seen = sum(int(batch["completion_mask"].sum()) for batch in batches)
         for batch in batches:
             own_rows, own_tokens = len(batch["advantages"]), int(batch["completion_mask"].sum())
-            self.current_gradient_accumulation_steps = self._parts(
-                rows / own_rows, tokens / own_tokens
-            )
-            # TRL divides the tokens by the processes, to make up for DDP's mean over them.
-            all_tokens = own_tokens * self.accelerator.num_processes
-            part = torch.tensor(all_tokens, device=self.args.device)
-            self._metrics["train"].clear()
-            with self.compute_loss_context_manager():
-                value = self._compute_loss(self.model, {**batch, "num_items_in_batch": part})
+            value = self._loss(batch, self._parts(rows / own_rows, tokens / own_tokens))
             self.accelerator.backward(value)
             loss += value.item()
             metrics = self._metrics["train"]
@@ -227,6 +275,8 @@ class SteppedGRPOTrainer(GRPOTrainer):
             clips = [metrics[name][-1] for name in CLIP_METRICS if name in metrics]
             measured["clip"] += sum(clips) * own_tokens / seen
             measured["drift"] += self._drift(batch) / seen
+        for batch in idle:
+            self.accelerator.backward(0 * self._loss(batch, 1))
         self._metrics["train"].clear()
         return Gradients(loss, measured["entropy"], measured["clip"], measured["drift"])
 
@@ -241,6 +291,16 @@ class SteppedGRPOTrainer(GRPOTrainer):
         self.model.gradient_checkpointing_enable({"use_reentrant": False})
         self.continues = can_continue(self.model)
         return True
+
+    def _loss(self, batch: Mapping[str, Tensor], parts: float) -> Tensor:
+        """TRL's loss of a micro-batch, of which there are so many in the step."""
+        self.current_gradient_accumulation_steps = parts
+        # TRL divides the tokens by the processes, to make up for DDP's mean over them.
+        all_tokens = int(batch["completion_mask"].sum()) * self.accelerator.num_processes
+        part = torch.tensor(all_tokens, device=self.args.device)
+        self._metrics["train"].clear()
+        with self.compute_loss_context_manager():
+            return self._compute_loss(self.model, {**batch, "num_items_in_batch": part})
 
     def _drift(self, batch: Mapping[str, Tensor]) -> float:
         """Sum over the tokens of a micro-batch that was just run; 0 where none were kept."""
@@ -305,7 +365,7 @@ def _trl_config(
     folder: str,
 ) -> GRPOConfig:
     cuda = device.type == "cuda"
-    return GRPOConfig(
+    args = GRPOConfig(
         output_dir=folder,
         max_steps=total_steps,
         learning_rate=slow.learning_rate,
@@ -332,6 +392,14 @@ def _trl_config(
         disable_tqdm=True,
         seed=seed,
     )
+    if distributed.uses_fsdp():
+        # Or accelerate would turn the weights that it cuts up into float32: MasterWeights has such.
+        args.mixed_precision = "no"
+    return args
+
+
+def _unwrapped(model: Any) -> Any:
+    return model.get_base_model() if hasattr(model, "peft_config") else model
 
 
 def _has_dropout(model: Any) -> bool:

@@ -34,6 +34,11 @@ SETTINGS = {
     "val_size": 3,  # an odd number for two processes
     "learning_rate": 1e-2,
 }
+STEPS = (
+    {"loss_type": "cispo"},
+    {"loss_type": "grpo", "beta": 0.1},
+    {"loss_type": "dr_grpo", "lora": LoraConfig(rank=2), "micro_batch_size": 2},
+)
 KILLED_BEFORE = 3  # optimizer steps; the one before was saved
 
 
@@ -75,15 +80,11 @@ def training_rows(live):
     ]
 
 
-def steps(model):
+def steps(model, settings=STEPS, dtype=None):
     """Steps in several settings: their figures, and the weights' version after each."""
     found = []
-    for slow in (
-        {"loss_type": "cispo"},
-        {"loss_type": "grpo", "beta": 0.1},
-        {"loss_type": "dr_grpo", "lora": LoraConfig(rank=2), "micro_batch_size": 2},
-    ):
-        policy, config = Policy.load(model), SlowConfig(learning_rate=1e-2, **slow)
+    for slow in settings:
+        policy, config = Policy.load(model, dtype=dtype), SlowConfig(learning_rate=1e-2, **slow)
         if config.lora is not None:
             policy.add_lora(config.lora, seed=0)
         trainer = SlowTrainer(policy, config, SamplingConfig(), total_steps=9, seed=0)
@@ -126,6 +127,7 @@ def main(model, folder):
     ranked = Ranked()
     found = {
         "steps": steps(model),
+        "bfloat16": steps(model, STEPS[:1], "bfloat16"),
         "unlike": error_of(lambda: unlike_rows(model)),
         "refused": error_of(lambda: distributed.from_main(lambda: optimizer.FST(None, arm="no"))),
         "shares": distributed.spread(lambda own: [[distributed.rank(), n] for n in own], range(3)),

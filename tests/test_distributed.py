@@ -1,4 +1,7 @@
-"""Two real processes over gloo: they agree with one another and with one process."""
+"""Two real processes over gloo: they agree with one another and with one process.
+
+Under FSDP, which accelerate has to be talked into on CPUs, they agree with two processes without.
+"""
 
 import json
 import os
@@ -8,11 +11,18 @@ from pathlib import Path
 
 import pytest
 from distributed_worker import PROGRAM, SETTINGS, compile_letters, cycles_of, steps
+from safetensors.torch import load_file
 
 from fst_dspy import LocalLM, distributed
+from fst_dspy.config import SamplingConfig, SlowConfig
+from fst_dspy.distill_trainer import DistillTrainer
 from fst_dspy.errors import ConfigError, StoreError
+from fst_dspy.policy import Policy
+from fst_dspy.sft import FinetuneConfig, fine_tune
+from fst_dspy.slow import SlowTrainer
 
 WORKER = Path(__file__).parent / "distributed_worker.py"
+FSDP_WORKER = WORKER.with_name("fsdp_worker.py")
 
 
 def torchrun(*arguments, processes=2):
@@ -22,7 +32,8 @@ def torchrun(*arguments, processes=2):
     environment = os.environ | {
         "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1",
-        "PYTHONPATH": str(WORKER.parent),
+        # This checkout, also where the package is installed from another one.
+        "PYTHONPATH": os.pathsep.join(map(str, WORKER.parents[:2])),
     }
     return subprocess.run(command, capture_output=True, text=True, timeout=280, env=environment)
 
@@ -36,6 +47,14 @@ def run(tiny_qwen3, tmp_path_factory):
     assert all(path.exists() for path in ranks), done.stderr
     assert done.returncode != 0 and "SIGKILL" in done.stderr
     return [json.loads(path.read_text()) for path in ranks], folder, tiny_qwen3
+
+
+@pytest.fixture
+def fsdp_configured(monkeypatch):
+    """The environment as accelerate leaves it, in a single process."""
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "false")
 
 
 def texts_of(folder):
@@ -119,11 +138,90 @@ def test_another_number_of_processes_is_refused(run):
         compile_letters(str(model), folder / "whole")
 
 
-@pytest.mark.parametrize("kind", ["FSDP", "DEEPSPEED"])
-def test_models_cut_up_by_accelerate_are_refused(kind, tiny_qwen3, monkeypatch):
-    monkeypatch.setenv(f"ACCELERATE_USE_{kind}", "true")
-    with pytest.raises(ConfigError, match="whole model in every process"):
+@pytest.fixture(scope="module")
+def fsdp_run(tiny_qwen3, tmp_path_factory):
+    """What two processes found under FSDP before one was killed, and the folder of their runs."""
+    folder = tmp_path_factory.mktemp("fsdp")
+    done = torchrun(FSDP_WORKER, tiny_qwen3, folder)
+    ranks = [folder / f"rank-{n}.json" for n in range(2)]
+    assert all(path.exists() for path in ranks), done.stderr
+    assert done.returncode != 0 and "SIGKILL" in done.stderr
+    return [json.loads(path.read_text()) for path in ranks], folder
+
+
+def best_weights(folder):
+    (path,) = (folder / "versions").glob("*.safetensors")
+    return load_file(path)
+
+
+@pytest.mark.slow
+def test_a_step_under_fsdp_is_the_step_of_two_whole_models(run, fsdp_run):
+    (whole, _), _, _ = run
+    (first, second), _ = fsdp_run
+    assert first == second
+    for name, tolerance in (("steps", 1e-5), ("bfloat16", 1e-2)):
+        for cut_up, step in zip(first[name], whole[name], strict=True):
+            assert cut_up["figures"] == pytest.approx(step["figures"], rel=tolerance, abs=1e-8)
+
+
+@pytest.mark.slow
+def test_under_fsdp_a_process_holds_its_part_while_it_trains(fsdp_run):
+    for found in fsdp_run[0]:
+        half = pytest.approx(0.5, abs=0.01)
+        assert found["held"] == {"whole": 0, "weights": half, "gradients": half, "moments": half}
+
+
+@pytest.mark.slow
+def test_cycles_under_fsdp_end_in_the_weights_of_two_whole_models(run, fsdp_run):
+    (whole, _), whole_folder, model = run
+    (found, _), folder = fsdp_run
+    assert [cycle[1:] for cycle in found["cycles"]] == [cycle[1:] for cycle in whole["cycles"]]
+    assert texts_of(folder / "whole") == texts_of(whole_folder / "whole")
+    cut_up, weights = best_weights(folder / "whole"), best_weights(whole_folder / "whole")
+    assert cut_up.keys() == weights.keys()
+    assert max((cut_up[name] - weights[name]).abs().max() for name in weights) < 1e-5
+    policy = Policy.load(model)  # what was written is whole
+    policy.load_trainable_state(cut_up)
+    assert policy.version() == found["cycles"][-1][0]
+
+
+@pytest.mark.slow
+def test_a_killed_run_under_fsdp_goes_on_to_the_same_end(run, fsdp_run):
+    (found, _), folder = fsdp_run
+    assert not (folder / "cut" / "result.json").exists()
+    done = torchrun(FSDP_WORKER, run[2], folder)
+    assert done.returncode == 0, done.stderr
+    for rank in range(2):
+        assert json.loads((folder / f"again-{rank}.json").read_text()) == found["cycles"]
+    assert texts_of(folder / "cut") == texts_of(folder / "whole")
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "whole model in every process"),
+        ({"FSDP_VERSION": "1"}, "fsdp_version: 2"),
+        ({"FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}, "fsdp_cpu_ram_efficient_loading: false"),
+    ],
+)
+def test_ways_to_cut_models_up_that_leave_none_to_sample_with_are_refused(
+    changed, message, tiny_qwen3, fsdp_configured, monkeypatch
+):
+    for name, value in changed.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=message):
         LocalLM(str(tiny_qwen3))
+
+
+def test_fsdp_is_refused_where_nothing_is_cut_up(tiny_qwen3, fsdp_configured):
+    policy = Policy.load(tiny_qwen3)
+    settings = (policy, SlowConfig(), SamplingConfig(), 9, 0)
+    with pytest.raises(ConfigError, match="several processes with a GPU each"):
+        SlowTrainer(*settings)
+    with pytest.raises(ConfigError, match="distillation does not work with FSDP"):
+        DistillTrainer(*settings, policy.base_version)
+    with pytest.raises(ConfigError, match="fine-tuning does not work with FSDP"):
+        fine_tune(policy, [], FinetuneConfig(), lambda: False)
 
 
 def test_without_torchrun_there_is_one_process(monkeypatch):
