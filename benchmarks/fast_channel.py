@@ -21,14 +21,14 @@ from fst_dspy.experiments.show import open_store
 
 STORES = Path("runs/fast_channel")
 RESULTS = Path(__file__).parent / "results" / "fast_channel"
-PROGRAMS = {"reuse": ("triage", 5), "demos": ("list_program:tell=false", 3)}
-"""By axis: the program, and how many seeds."""
+PROGRAMS = {"reuse": ("triage", 5, 2400), "demos": ("list_program:tell=false", 3, 1600)}
+"""By axis: the program, how many seeds, and the budget."""
 
 
 def main(workers: int = 2, draw_only: bool = False) -> None:
     """Run what has not run yet, then write the tables and the figure."""
     found: dict[str, list[Run]] = {}
-    for axis, (program, seeds) in PROGRAMS.items():
+    for axis, (program, seeds, rollouts) in PROGRAMS.items():
         out, results = STORES / axis, RESULTS / axis
         results.mkdir(parents=True, exist_ok=True)
         if draw_only:
@@ -39,7 +39,7 @@ def main(workers: int = 2, draw_only: bool = False) -> None:
                 axis,
                 out=out,
                 seeds=seeds,
-                rollouts=1600,
+                rollouts=rollouts,
                 workers=workers,
                 settings=SETTINGS,
                 samples=4,
