@@ -13,6 +13,7 @@ from fst_dspy.ahead import Ahead, attempts_from_json, attempts_to_json
 from fst_dspy.candidate import seed_candidate
 from fst_dspy.config import LoraConfig, SamplingConfig
 from fst_dspy.local_lm import LocalLM
+from fst_dspy.problems import ProblemStream
 from fst_dspy.rollout import RolloutJob, RolloutRunner
 from fst_dspy.types import Group
 
@@ -33,7 +34,7 @@ def test_rollouts_ahead_are_those_of_the_weights_before_the_update(tiny_qwen3, l
     def sample(copy):
         assert started.wait(20)
         rollouts = runner.run(jobs, channel="slow", salt=1, policy=copy)
-        return ((Group("x", tuple(rollouts)),),)
+        return ((Group("x", tuple(rollouts)),),), ProblemStream(position=4)
 
     on_policy = runner.run(jobs, channel="slow", salt=1)
     future = ahead.begin(sample)
@@ -41,7 +42,8 @@ def test_rollouts_ahead_are_those_of_the_weights_before_the_update(tiny_qwen3, l
     policy.load_trainable_state({k: v + torch.randn_like(v) for k, v in state.items()})
     policy.step += 1
     started.set()
-    found = future.result()
+    found, stream = future.result()
+    assert stream == ProblemStream(position=4)
     assert policy.version() != before
     assert found[0][0].rollouts_G == tuple(on_policy)
     assert attempts_from_json(json.loads(json.dumps(attempts_to_json(found)))) == found
@@ -63,6 +65,6 @@ def test_several_processes_sample_where_they_talk_to_each_other(tiny_qwen3, monk
 
     def sample(copy):
         threads.append(threading.current_thread())
-        return ()
+        return (), ProblemStream()
 
     assert ahead.begin(sample).done() and threads == [threading.current_thread()]
