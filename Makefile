@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: install demo test test-fast lint bench wheel clean
+.PHONY: install demo test pytest test-fast lint bench wheel clean
 
 install: $(VENV)/.installed
 
@@ -17,7 +17,10 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 demo: install
 	$(BIN)/fst demo
 
-test: lint
+test: install
+	$(MAKE) --jobs=2 lint pytest
+
+pytest: install
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 test-fast: install
