@@ -12,6 +12,8 @@ programs are learned last and get the larger budget.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -59,28 +61,30 @@ def main(
             out, results = STORES / f"{family}-{kind}", RESULTS / f"{family}-{kind}"
             if draw_only and not out.exists():
                 continue
-            results.mkdir(parents=True, exist_ok=True)
-            if draw_only:
-                write_results(out, results)
-            else:  # which writes them itself
-                compare(
-                    family,
-                    STORES_OF[kind],
-                    out=out,
-                    seeds=seeds,
-                    rollouts=BUDGETS[family],
-                    workers=workers,
-                    settings=SETTINGS,
-                    tune_rl=tune_rl if kind == RL else 0,
-                    rl_budget_factor=5 if kind == RL else 1,
-                    samples=4,
-                    test_size=100,
-                    forget_on=[o for o in BUDGETS if o != family] if kind == RL else None,
-                    results=results,
-                )
-            found[family] += load_runs(open_store(out))
+            run = partial(
+                compare,
+                family,
+                STORES_OF[kind],
+                seeds=seeds,
+                rollouts=BUDGETS[family],
+                workers=workers,
+                tune_rl=tune_rl if kind == RL else 0,
+                rl_budget_factor=5 if kind == RL else 1,
+                forget_on=[o for o in BUDGETS if o != family] if kind == RL else None,
+            )
+            found[family] += runs_of(run, out, results, draw_only)
     if families == ",".join(BUDGETS):
         draw(found).savefig(RESULTS / "families.png", dpi=130)
+
+
+def runs_of(run: Callable[..., None], out: Path, results: Path, draw_only: bool) -> list[Run]:
+    """Run a command of ``fst`` on a store, or only write its tables; the runs that are in it."""
+    results.mkdir(parents=True, exist_ok=True)
+    if draw_only:
+        write_results(out, results)
+    else:  # which writes them itself
+        run(out=out, results=results, settings=SETTINGS, samples=4, test_size=100)
+    return load_runs(open_store(out))
 
 
 def draw(found: dict[str, list[Run]]) -> NotebookFigure:

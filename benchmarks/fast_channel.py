@@ -10,14 +10,14 @@ lists. The stores are ``runs/fast_channel/AXIS``; tables and figure go to
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import typer
-from families import SETTINGS, draw
+from families import draw, runs_of
 
 from fst_dspy.cli_experiments import ablate
-from fst_dspy.experiments import Run, load_runs, write_results
-from fst_dspy.experiments.show import open_store
+from fst_dspy.experiments import Run
 
 STORES = Path("runs/fast_channel")
 RESULTS = Path(__file__).parent / "results" / "fast_channel"
@@ -29,24 +29,9 @@ def main(workers: int = 2, draw_only: bool = False) -> None:
     """Run what has not run yet, then write the tables and the figure."""
     found: dict[str, list[Run]] = {}
     for axis, (program, seeds, rollouts) in PROGRAMS.items():
-        out, results = STORES / axis, RESULTS / axis
-        results.mkdir(parents=True, exist_ok=True)
-        if draw_only:
-            write_results(out, results)
-        else:  # which writes them itself
-            ablate(
-                program,
-                axis,
-                out=out,
-                seeds=seeds,
-                rollouts=rollouts,
-                workers=workers,
-                settings=SETTINGS,
-                samples=4,
-                test_size=100,
-                results=results,
-            )
-        found[f"{axis}: {program}"] = load_runs(open_store(out))
+        run = partial(ablate, program, axis, seeds=seeds, rollouts=rollouts, workers=workers)
+        runs = runs_of(run, STORES / axis, RESULTS / axis, draw_only)
+        found[f"{axis}: {program}"] = runs
     draw(found).savefig(RESULTS / "fast_channel.png", dpi=130)
 
 

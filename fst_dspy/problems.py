@@ -9,8 +9,9 @@ two probabilities, for easy and for hard problems, to a target share.
 
 from __future__ import annotations
 
+import itertools
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import dspy
@@ -51,21 +52,15 @@ class ProblemStream:
         """
         picked: list[dspy.Example] = []
         position, taken = self.position, set[int]()
-        while len(picked) < count:
-            epoch, offset = divmod(position, len(trainset))
-            rng = random.Random(f"{seed}/{epoch}")
-            order = list(range(len(trainset)))
-            rng.shuffle(order)
-            chances = [rng.random() for _ in order]
-            for index, chance in list(zip(order, chances, strict=True))[offset:]:
-                if len(picked) == count:
-                    break
-                position += 1
-                keep = revisit ** self.constant.get(example_id(trainset[index]), 0)
-                again = index in taken and len(taken) < len(trainset)
-                if not again and chance < max(keep, LEAST):
-                    taken.add(index)
-                    picked.append(trainset[index])
+        for index, chance in _turns(len(trainset), seed, self.position):
+            if len(picked) == count:
+                break
+            position += 1
+            keep = revisit ** self.constant.get(example_id(trainset[index]), 0)
+            again = index in taken and len(taken) < len(trainset)
+            if not again and chance < max(keep, LEAST):
+                taken.add(index)
+                picked.append(trainset[index])
         return picked, replace(self, position=position)
 
     def after(self, groups_P: Sequence[Group]) -> ProblemStream:
@@ -81,3 +76,14 @@ class ProblemStream:
             else:
                 constant[name] = constant.get(name, 0) + 1
         return replace(self, constant=constant)
+
+
+def _turns(size: int, seed: int, position: int) -> Iterator[tuple[int, float]]:
+    """The problems by number, epoch after epoch, and a chance in [0, 1) with each turn."""
+    first, offset = divmod(position, size)
+    for epoch in itertools.count(first):
+        rng = random.Random(f"{seed}/{epoch}")
+        order = list(range(size))
+        rng.shuffle(order)
+        turns = [(index, rng.random()) for index in order]
+        yield from turns[offset if epoch == first else 0 :]

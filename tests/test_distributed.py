@@ -38,15 +38,20 @@ def torchrun(*arguments, processes=2):
     return subprocess.run(command, capture_output=True, text=True, timeout=280, env=environment)
 
 
+def found_by_ranks(worker, model, folder):
+    """What each of two processes found before one was killed."""
+    done = torchrun(worker, model, folder)
+    ranks = [folder / f"rank-{n}.json" for n in range(2)]
+    assert all(path.exists() for path in ranks), done.stderr
+    assert done.returncode != 0 and "SIGKILL" in done.stderr
+    return [json.loads(path.read_text()) for path in ranks]
+
+
 @pytest.fixture(scope="module")
 def run(tiny_qwen3, tmp_path_factory):
     """What two processes found, the folder of their runs, and the folder of the model."""
     folder = tmp_path_factory.mktemp("two")
-    done = torchrun(WORKER, tiny_qwen3, folder)
-    ranks = [folder / f"rank-{n}.json" for n in range(2)]
-    assert all(path.exists() for path in ranks), done.stderr
-    assert done.returncode != 0 and "SIGKILL" in done.stderr
-    return [json.loads(path.read_text()) for path in ranks], folder, tiny_qwen3
+    return found_by_ranks(WORKER, tiny_qwen3, folder), folder, tiny_qwen3
 
 
 @pytest.fixture
@@ -142,11 +147,7 @@ def test_another_number_of_processes_is_refused(run):
 def fsdp_run(tiny_qwen3, tmp_path_factory):
     """What two processes found under FSDP before one was killed, and the folder of their runs."""
     folder = tmp_path_factory.mktemp("fsdp")
-    done = torchrun(FSDP_WORKER, tiny_qwen3, folder)
-    ranks = [folder / f"rank-{n}.json" for n in range(2)]
-    assert all(path.exists() for path in ranks), done.stderr
-    assert done.returncode != 0 and "SIGKILL" in done.stderr
-    return [json.loads(path.read_text()) for path in ranks], folder
+    return found_by_ranks(FSDP_WORKER, tiny_qwen3, folder), folder
 
 
 def best_weights(folder):
