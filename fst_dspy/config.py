@@ -27,7 +27,8 @@ class BudgetConfig:
     """When the joint loop stops: at whichever limit is reached first.
 
     Attributes:
-        max_cycles: Cycles to run, at least 1, or ``None``.
+        max_cycles: Cycles to run, at least 1, or ``None``; the opening one, which has no optimizer
+            steps (``fst_dspy.optimizer``), does not count.
         max_rollouts: Rollouts to run over all channels (fast, slow and eval), or ``None``. The
             cycle under way when it is reached is finished.
         max_seconds: Wall time of the compile, or ``None``. Likewise.

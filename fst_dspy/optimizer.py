@@ -7,7 +7,9 @@ The fast phase comes first, because RL under a prompt that gives no reward damag
 Departures from the paper (Tiwari et al., 2026), section 3:
 
 * Rollouts are used twice: those of the slow phase score, feed and try the candidates of the fast
-  channel (``fst_dspy.trials``). With ``reuse=False`` it runs its own, as in the paper; then the
+  channel (``fst_dspy.trials``). Its one fast phase with rollouts of its own is cycle 1, an opening
+  that is validated before the weights move: what prompts alone reach is known, and kept should
+  training harm it. With ``reuse=False`` it runs its own in every cycle, as in the paper; then the
   whole population is scored on the validation examples at the end of every cycle, under the
   weights of that moment, and the scores serve as validation and as the next Pareto front.
 * With ``off_policy_steps=1`` the groups of a cycle's next step are sampled while this one trains.
@@ -261,6 +263,9 @@ class _Run:
             predictor_feedback=self.fast_on,
         )
         self.fast = self._make_fast(fst)
+        self.has_opening = self.fast.reuses and not self.slow_opens
+        cycles = self.config.budget.max_cycles
+        self.max_cycles = cycles and cycles + int(self.has_opening)
         self.ahead: Ahead | None = None
         if self.slow_on and self.config.slow.off_policy_steps:
             self.ahead = Ahead(self.policy)
@@ -269,7 +274,7 @@ class _Run:
     def loop(self) -> LoopState:
         """Cycles until the budget is spent, from the start or from the last checkpoint."""
         state = self._resume() or self._start()
-        self.progress.begin(self.config.budget)
+        self.progress.begin(replace(self.config.budget, max_cycles=self.max_cycles))
         try:
             folder = self.folder.path if self.folder else None
             with self.trackers, Interrupt(folder) as interrupt:
@@ -303,9 +308,9 @@ class _Run:
     def _fast_phase(self, state: LoopState) -> LoopState:
         started, cycle = time.monotonic(), state.cycle + 1
         population = state.population
+        first = state.cycle == int(self.slow_opens)
         if self.fast_on:
             self._tell(cycle, "fast phase")
-            first = state.cycle == int(self.slow_opens)
             fast = self.config.fast
             population = self.fast.run(
                 self.runner,
@@ -319,7 +324,7 @@ class _Run:
         return replace(
             state,
             population=population,
-            phase="slow" if self.slow_on else "validate",
+            phase="slow" if self.slow_on and not (first and self.has_opening) else "validate",
             fast_state=self.fast.state(),
             counts=self.runner.counts,
             seconds=add_seconds(state.seconds, "fast", started),
@@ -573,7 +578,7 @@ class _Run:
         budget = self.config.budget
         if state.phase != "fast":
             return False
-        if budget.max_cycles is not None and state.cycle >= budget.max_cycles:
+        if self.max_cycles is not None and state.cycle >= self.max_cycles:
             return True
         if budget.max_rollouts is not None and state.counts.total >= budget.max_rollouts:
             return True

@@ -304,6 +304,20 @@ def test_reused_rollouts_leave_the_fast_channel_its_first_phase_alone(tiny_qwen3
     assert reused.best.score == reused.records[reused.best.cycle].val_score
 
 
+@pytest.mark.parametrize(
+    ("setting", "opens"), [({}, True), ({"reuse": False}, False), ({"first_phase": "slow"}, False)]
+)
+def test_what_prompts_alone_reach_is_validated_before_the_weights_move(tiny_qwen3, setting, opens):
+    result = compile_tiny(tiny_qwen3, max_cycles=1, **setting)[2]
+    assert len(result.records) == 2 + opens, "max_cycles does not count the opening"
+    first = result.records[1]
+    assert (first.step == 0) == opens == (first.train_reward is None)
+    assert (first.weights_version == result.base_version) == opens
+    if opens:
+        assert first.rollouts.fast > 0 and first.rollouts.slow == 0 and first.rollouts.eval == 4
+        assert first.kl_to_base == 0 and result.records[2].rollouts.fast == 0
+
+
 def test_demos_of_a_real_program_are_learned_and_bound(tiny_qwen3):
     compiled, _, result = compile_tiny(tiny_qwen3, max_cycles=3, demo_tokens=200)
     seen = {c.source for c in result.population.candidates}
@@ -322,7 +336,8 @@ def best_cycle_of(folder, scores, monkeypatch):
         return replace(found, score_K_V=(row,))
 
     monkeypatch.setattr(optimizer_module, "evaluate", scored)
-    return compile_tiny(folder, max_cycles=len(scores) - 1, steps_per_cycle=1)[2].best.cycle
+    # Two of them are not of cycles with steps: the student's own and the opening's.
+    return compile_tiny(folder, max_cycles=len(scores) - 2, steps_per_cycle=1)[2].best.cycle
 
 
 def test_best_is_the_latest_that_is_not_clearly_worse(tiny_qwen3, monkeypatch):
