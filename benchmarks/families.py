@@ -3,9 +3,9 @@
     python benchmarks/families.py --workers 2
     python benchmarks/families.py --draw-only
 
-A family has two stores below ``runs/families``: ``FAMILY-rl`` for ``fst`` and tuned ``rl_only``,
-which is also run on five times the budget, with what they forget; and ``FAMILY-others`` for the
-other arms. Started again, what has run is not run again. The tables go to
+A family has three stores below ``runs/families``: ``FAMILY-rl`` for ``fst`` and tuned ``rl_only``,
+with what they forget; ``FAMILY-others`` for the other arms; and ``FAMILY-long`` for ``rl_only`` on
+five times the budget, tuned at that. Started again, what has run is not run again. The tables go to
 ``benchmarks/results/families``, in folders of the same names, and the figure beside them. List
 programs are learned last and get the larger budget.
 """
@@ -13,6 +13,7 @@ programs are learned last and get the larger budget.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -29,8 +30,12 @@ from fst_dspy.plots import drift_curves, score_curves
 STORES = Path("runs/families")
 RESULTS = Path(__file__).parent / "results" / "families"
 BUDGETS = {"triage": 2400, "star_graph": 2400, "multihop": 2400, "list_program": 8000}
-RL = "rl"
-STORES_OF = {RL: "fst,rl_only", "others": "gepa_only,sequential,fst_distill"}
+RL, LONG, LONGER = "rl", "long", 5
+STORES_OF = {
+    RL: "fst,rl_only",
+    "others": "gepa_only,sequential,sequential_reverse,fst_distill",
+    LONG: "rl_only",
+}
 """The arms of each store of a family."""
 SETTINGS = ["max_tokens=64"]
 COLOURS = {
@@ -39,6 +44,7 @@ COLOURS = {
     "rl_only": "C3",
     "rl_only-5x": "C6",
     "sequential": "C4",
+    "sequential_reverse": "C8",
     "fst_distill": "C5",
     "reuse=off": "C1",
     "demos=on": "C2",
@@ -66,13 +72,16 @@ def main(
                 family,
                 STORES_OF[kind],
                 seeds=seeds,
-                rollouts=BUDGETS[family],
+                rollouts=BUDGETS[family] * (LONGER if kind == LONG else 1),
                 workers=workers,
-                tune_rl=tune_rl if kind == RL else 0,
-                rl_budget_factor=5 if kind == RL else 1,
+                tune_rl=tune_rl if kind in (RL, LONG) else 0,
                 forget_on=[o for o in BUDGETS if o != family] if kind == RL else None,
             )
-            found[family] += runs_of(run, out, results, draw_only)
+            runs = runs_of(run, out, results, draw_only)
+            if kind == LONG:
+                named = f"rl_only-{LONGER}x"
+                runs = [replace(one, job=replace(one.job, label=named)) for one in runs]
+            found[family] += runs
     if families == ",".join(BUDGETS):
         draw(found).savefig(RESULTS / "families.png", dpi=130)
 

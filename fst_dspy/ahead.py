@@ -66,10 +66,10 @@ class Ahead:
         if distributed.processes() > 1:
             # Both would talk to the other processes at once, in an order of chance.
             done: Future[tuple[Attempts, ProblemStream]] = Future()
-            done.set_result(_plain(sample(self._copy)))
+            done.set_result(_as_saved(sample(self._copy)))
             return done
         context = contextvars.copy_context()  # dspy.context's settings, which threads lack
-        return self._thread.submit(context.run, lambda: _plain(sample(self._copy)))
+        return self._thread.submit(context.run, lambda: _as_saved(sample(self._copy)))
 
     def close(self) -> None:
         """Wait for what is being sampled, if anything is."""
@@ -110,6 +110,11 @@ def attempts_from_json(plain: Sequence[Sequence[Mapping[str, Any]]]) -> Attempts
     )
 
 
-def _plain(sampled: tuple[Attempts, ProblemStream]) -> tuple[Attempts, ProblemStream]:
+def as_saved(attempts: Attempts) -> Attempts:
+    """The groups as a resumed run would read them from a checkpoint."""
+    return attempts_from_json(json.loads(canonical_json(attempts_to_json(attempts))))
+
+
+def _as_saved(sampled: tuple[Attempts, ProblemStream]) -> tuple[Attempts, ProblemStream]:
     attempts, stream = sampled
-    return attempts_from_json(json.loads(canonical_json(attempts_to_json(attempts)))), stream
+    return as_saved(attempts), stream

@@ -66,20 +66,32 @@ def evaluate(
         samples: Rollouts an example; the score is their mean.
         version: The weights to evaluate; ``None`` means the live ones.
     """
-    jobs = [
+    jobs = evaluation_jobs(candidates, examples, samples)
+    rollouts = runner.run(jobs, channel=channel, salt=salt, version=version)
+    return evaluation_of(rollouts, len(candidates), samples)
+
+
+def evaluation_jobs(
+    candidates: Sequence[Candidate], examples: Sequence[dspy.Example], samples: int = 1
+) -> list[RolloutJob]:
+    """What is to be run to score candidates: K x V x samples rollouts."""
+    return [
         RolloutJob(example, candidate, index)
         for candidate in candidates
         for example in examples
         for index in range(samples)
     ]
-    rollouts = runner.run(jobs, channel=channel, salt=salt, version=version)
-    width = len(examples) * samples
-    rows = [tuple(rollouts[k * width : (k + 1) * width]) for k in range(len(candidates))]
+
+
+def evaluation_of(rollouts: Sequence[Rollout], num_candidates: int, samples: int = 1) -> Evaluation:
+    """The scores in the rollouts of ``evaluation_jobs``."""
+    width = len(rollouts) // num_candidates
+    rows = [tuple(rollouts[k * width : (k + 1) * width]) for k in range(num_candidates)]
     return Evaluation(
         score_K_V=tuple(
             tuple(
-                sum(r.reward for r in row[v * samples : (v + 1) * samples]) / samples
-                for v in range(len(examples))
+                sum(rollout.reward for rollout in row[start : start + samples]) / samples
+                for start in range(0, width, samples)
             )
             for row in rows
         ),

@@ -12,6 +12,8 @@ Departures from the paper (Tiwari et al., 2026), section 3:
   training harm it. With ``reuse=False`` it runs its own in every cycle, as in the paper; then the
   whole population is scored on the validation examples at the end of every cycle, under the
   weights of that moment, and the scores serve as validation and as the next Pareto front.
+* Validation shares its batches with the sampling of the next cycle's first step, which is of the
+  same weights.
 * With ``off_policy_steps=1`` the groups of a cycle's next step are sampled while this one trains.
 * Rollouts of both channels are counted, scoring included.
 * The arms ``rl_only`` and ``gepa_only`` are this loop with one channel off.
@@ -43,7 +45,7 @@ from dspy.teleprompt import Teleprompter
 from fst_dspy import distributed
 from fst_dspy import population as populations
 from fst_dspy.advantage import by_candidate, constant_group_share, group_rows
-from fst_dspy.ahead import Ahead, Attempts
+from fst_dspy.ahead import Ahead, Attempts, as_saved
 from fst_dspy.bundle import make_savable
 from fst_dspy.candidate import bind, example_id, seed_candidate
 from fst_dspy.checks import CheckedInput, check_first_rollouts, check_input
@@ -51,18 +53,31 @@ from fst_dspy.config import Auto, FSTConfig, LoraConfig
 from fst_dspy.demos import DemoProposer
 from fst_dspy.drift import kl_to_base
 from fst_dspy.errors import ConfigError, TrainingError
-from fst_dspy.evaluate import evaluate
+from fst_dspy.evaluate import Evaluation, evaluate, evaluation_jobs, evaluation_of
 from fst_dspy.fast import FastPhase
 from fst_dspy.interrupt import Interrupt
 from fst_dspy.lessons import LessonProposer
 from fst_dspy.local_lm import LocalLM
 from fst_dspy.policy import Policy
 from fst_dspy.problems import ProblemStream
-from fst_dspy.progress import ProgressListener, SilentProgress, StopRun, default_progress
+from fst_dspy.progress import (
+    ProgressListener,
+    SilentProgress,
+    StopRun,
+    default_progress,
+    only_listens,
+)
 from fst_dspy.proposers import Proposer
 from fst_dspy.reflection import ReflectionLMProposer
 from fst_dspy.result import Best, FSTResult
-from fst_dspy.rollout import RolloutJob, RolloutRunner, calls_of, trained_predictors
+from fst_dspy.rollout import (
+    Channel,
+    RolloutBatch,
+    RolloutJob,
+    RolloutRunner,
+    calls_of,
+    trained_predictors,
+)
 from fst_dspy.run_state import LoopState, RunFolder
 from fst_dspy.slow import SlowTrainer
 from fst_dspy.trackers import Trackers, tracker_names
@@ -327,7 +342,7 @@ class _Run:
             phase="slow" if self.slow_on and not (first and self.has_opening) else "validate",
             fast_state=self.fast.state(),
             counts=self.runner.counts,
-            seconds=add_seconds(state.seconds, "fast", started),
+            seconds=add_seconds(state.seconds, {"fast": 1}, started),
         )
 
     def _slow_step(self, state: LoopState) -> LoopState:
@@ -358,7 +373,7 @@ class _Run:
         )
         if self.folder is not None:
             self.folder.record_step(record, groups_P, slow.scale_rewards)
-        seconds = add_seconds(state.seconds, "slow", started)
+        seconds = add_seconds(state.seconds, {"slow": 1}, started)
         started = time.monotonic()
         all_groups = [group for groups in attempts for group in groups]
         seen = rollouts_of(all_groups)
@@ -373,7 +388,7 @@ class _Run:
             stream=stream.after(all_groups),
             fast_state=self.fast.state(),
             counts=self.runner.counts,
-            seconds=add_seconds(seconds, "fast", started),
+            seconds=add_seconds(seconds, {"fast": 1}, started),
         )
 
     def _sample_step(
@@ -408,20 +423,31 @@ class _Run:
 
         A group shares one advantage: the whole of it, or a candidate's part of it.
         """
-        slow = self.config.slow
-        candidates_G = self.fast.lineup(population, slow.group_size)
-        jobs = [
+        jobs = self._group_jobs(problems_P, population, attempt)
+        rollouts = self.runner.run(jobs, channel="slow", salt=step, policy=policy)
+        return self._groups_of(problems_P, rollouts)
+
+    def _group_jobs(
+        self, problems_P: Sequence[dspy.Example], population: Population, attempt: int = 0
+    ) -> list[RolloutJob]:
+        size = self.config.slow.group_size
+        candidates_G = self.fast.lineup(population, size)
+        return [
             RolloutJob(example, candidate, index)
             for example in problems_P
-            for index, candidate in enumerate(candidates_G, start=attempt * slow.group_size)
+            for index, candidate in enumerate(candidates_G, start=attempt * size)
         ]
-        rollouts = self.runner.run(jobs, channel="slow", salt=step, policy=policy)
-        size = slow.group_size
+
+    def _groups_of(
+        self, problems_P: Sequence[dspy.Example], rollouts: Sequence[Rollout]
+    ) -> list[Group]:
+        size = self.config.slow.group_size
         groups_P = [
             Group(example_id(example), tuple(rollouts[p * size : (p + 1) * size]))
             for p, example in enumerate(problems_P)
         ]
-        return by_candidate(groups_P) if slow.advantage == "candidate" else groups_P
+        by_problem = self.config.slow.advantage == "problem"
+        return groups_P if by_problem else by_candidate(groups_P)
 
     def _advance(self, groups_P: Sequence[Group]) -> StepStats:
         """Exactly one optimizer step on the groups."""
@@ -453,19 +479,19 @@ class _Run:
         self._tell(cycle, "validation")
         kl = state.records[-1].kl_to_base if state.records else 0.0
         first, reuses = not state.records, self.fast.reuses
-        val_score = None
+        val_score, ahead, stream = None, state.ahead, state.stream
         score_V = population.score_K_V[populations.best(population)] if not first else ()
         if first or reuses or population.policy_version != self.policy.step:
             candidates = population.candidates
             if reuses and not first:
                 candidates = (candidates[populations.best(population)],)
-            scored = evaluate(
-                self.runner,
-                candidates,
-                self.valset,
-                channel="fast" if self.fast_on and not reuses else "eval",
-                salt=self.policy.step,
-            )
+            channel: Channel = "fast" if self.fast_on and not reuses else "eval"
+            if self._knows_next_step(state, len(candidates) * len(self.valset)):
+                scored, ahead, stream = self._score_and_sample(state, candidates, channel)
+            else:
+                scored = evaluate(
+                    self.runner, candidates, self.valset, channel=channel, salt=self.policy.step
+                )
             if first or not reuses:
                 population = replace(
                     population, score_K_V=scored.score_K_V, policy_version=self.policy.step
@@ -477,8 +503,13 @@ class _Run:
                 check_first_rollouts(best_rollouts)
             if self.policy.step > 0 or self.trained_before:
                 kl = kl_to_base(self.policy, calls_of(best_rollouts)[:KL_CALLS])
-        seconds = add_seconds(state.seconds, "eval", started)
-        record = self._record(state, cycle, population, val_score, kl, seconds)
+        # What was sampled for the next step belongs to the cycle that uses it.
+        sampled = RolloutCounts(slow=sum(len(rollouts_of(groups)) for groups in ahead))
+        counts = self.runner.counts.minus(sampled)
+        scoring = counts.total - state.counts.total
+        part = sampled.slow / max(1, sampled.slow + scoring)
+        seconds = add_seconds(state.seconds, {"eval": 1 - part, "slow": part}, started)
+        record = self._record(state, cycle, population, val_score, kl, counts, seconds)
         facts = (record.weights_version, record.val_scores, record.candidate_ids)
         distributed.check_same("weights and population", facts)
         best = self._best(state, record, population, score_V)
@@ -493,9 +524,53 @@ class _Run:
             steps=(),
             best=best,
             peak_V=max(score_V, state.peak_V, key=mean),
+            ahead=ahead,
+            stream=stream,
             counts=self.runner.counts,
             seconds=seconds,
         )
+
+    def _knows_next_step(self, state: LoopState, scoring: int) -> bool:
+        """Whether it is certain that another step follows validation, and with which candidates.
+
+        It is not where the candidates depend on the scores, or a listener or the clock may end the
+        run.
+        """
+        budget, total = self.config.budget, self.runner.counts.total + scoring
+        return (
+            bool(state.records)
+            and self.slow_on
+            and (self.fast.reuses or not self.fast_on)
+            and not self.config.slow.resample_constant
+            and only_listens(self.progress)
+            and budget.max_seconds is None
+            and (self.max_cycles is None or state.cycle + 1 < self.max_cycles)
+            and (budget.max_rollouts is None or total < budget.max_rollouts)
+        )
+
+    def _score_and_sample(
+        self, state: LoopState, candidates: Sequence[Candidate], channel: Channel
+    ) -> tuple[Evaluation, Attempts, ProblemStream]:
+        """Validation, and in the batch that it would leave half empty the next step's groups.
+
+        Both are of the weights as they are now.
+        """
+        slow = self.config.slow
+        problems_P, stream = state.stream.pick(
+            self.trainset, slow.problems_per_step, self.seed, slow.revisit_constant
+        )
+        scoring, sampling = self.runner.run_together(
+            [
+                RolloutBatch(
+                    evaluation_jobs(candidates, self.valset), channel, salt=self.policy.step
+                ),
+                RolloutBatch(
+                    self._group_jobs(problems_P, state.population), "slow", salt=state.step + 1
+                ),
+            ]
+        )
+        groups_P = self._groups_of(problems_P, sampling)
+        return evaluation_of(scoring, len(candidates)), as_saved((tuple(groups_P),)), stream
 
     def _record(
         self,
@@ -504,6 +579,7 @@ class _Run:
         population: Population,
         val_score: float | None,
         kl: float,
+        counts: RolloutCounts,
         seconds: Mapping[str, float],
     ) -> CycleRecord:
         steps = state.steps
@@ -524,8 +600,8 @@ class _Run:
             entropy=mean([step.stats.entropy for step in steps]) if steps else None,
             constant_group_share=mean([step.constant_group_share for step in steps]),
             failure_shares={kind: count / rollouts for kind, count in sorted(failures.items())},
-            rollouts=self.runner.counts.minus(last.total_rollouts) if last else self.runner.counts,
-            total_rollouts=self.runner.counts,
+            rollouts=counts.minus(last.total_rollouts) if last else counts,
+            total_rollouts=counts,
             tokens=dict(self.runner.tokens),
             seconds=dict(seconds),
             weights_version=self.policy.version(),
@@ -580,7 +656,8 @@ class _Run:
             return False
         if self.max_cycles is not None and state.cycle >= self.max_cycles:
             return True
-        if budget.max_rollouts is not None and state.counts.total >= budget.max_rollouts:
+        rollouts = state.records[-1].total_rollouts.total
+        if budget.max_rollouts is not None and rollouts >= budget.max_rollouts:
             return True
         late = budget.max_seconds is not None and sum(state.seconds.values()) >= budget.max_seconds
         return distributed.any_process(late)  # their clocks differ
@@ -748,6 +825,10 @@ def mean(values: Sequence[float]) -> float:
     return sum(values) / len(values) if values else 0.0
 
 
-def add_seconds(seconds: Mapping[str, float], channel: str, started: float) -> dict[str, float]:
-    """The seconds by channel, with the time since ``started`` added to one."""
-    return {**seconds, channel: seconds.get(channel, 0.0) + time.monotonic() - started}
+def add_seconds(
+    seconds: Mapping[str, float], share_of: Mapping[str, float], started: float
+) -> dict[str, float]:
+    """The seconds by channel, with a share of the time since ``started`` added to some of them."""
+    spent = time.monotonic() - started
+    added = {name: seconds.get(name, 0.0) + share * spent for name, share in share_of.items()}
+    return {**seconds, **added}

@@ -19,6 +19,7 @@ from fst_dspy.errors import (
     TrainingError,
 )
 from fst_dspy.evaluate import evaluate
+from fst_dspy.progress import SilentProgress, StopRun
 
 pytestmark = pytest.mark.slow
 
@@ -316,6 +317,84 @@ def test_what_prompts_alone_reach_is_validated_before_the_weights_move(tiny_qwen
     if opens:
         assert first.rollouts.fast > 0 and first.rollouts.slow == 0 and first.rollouts.eval == 4
         assert first.kl_to_base == 0 and result.records[2].rollouts.fast == 0
+
+
+def batches_of(policy_folder, monkeypatch, **settings):
+    """A compile's result, and the rows of each batch it generated."""
+    from fst_dspy import barrier
+
+    real, rows = barrier.run_batch, []
+
+    def counted(policy, batch):
+        rows.append(len(batch))
+        return real(policy, batch)
+
+    monkeypatch.setattr(barrier, "run_batch", counted)
+    result = compile_tiny(policy_folder, **settings)[2]
+    monkeypatch.setattr(barrier, "run_batch", real)
+    return result, rows
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"max_cycles": 2},
+        {"max_cycles": 2, "arm": "rl_only"},
+        {"max_cycles": None, "max_rollouts": 70},
+        {"max_cycles": 2, "advantage": "candidate", "off_policy_steps": 1},
+    ],
+)
+def test_validation_shares_its_batch_with_the_next_step(tiny_qwen3, monkeypatch, setting):
+    together, rows = batches_of(tiny_qwen3, monkeypatch, **setting)
+    monkeypatch.setattr(optimizer_module, "only_listens", lambda listener: False)
+    apart, more = batches_of(tiny_qwen3, monkeypatch, **setting)
+    assert together.weights_version == apart.weights_version != together.base_version
+    assert together.rollouts == apart.rollouts and sum(rows) == sum(more)
+    for one, other in zip(together.records, apart.records, strict=True):
+        assert (one.total_rollouts, one.val_score) == (other.total_rollouts, other.val_score)
+        assert one.candidate_ids == other.candidate_ids
+    followed = len(together.records) - 2  # validations but for the first and the last
+    assert len(more) - len(rows) == followed > 0
+
+
+def test_nothing_is_sampled_before_a_listener_that_may_end_the_run_has_decided(tiny_qwen3):
+    class Decides(SilentProgress):
+        def cycle_done(self, record):
+            if record.cycle == 2:
+                raise StopRun
+
+    counted = []
+    real = optimizer_module._Run._score_and_sample
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            optimizer_module._Run,
+            "_score_and_sample",
+            lambda *a: counted.append(1) or real(*a),
+        )
+        compile_tiny(tiny_qwen3, max_cycles=5, progress=Decides())
+        assert not counted
+        compile_tiny(tiny_qwen3, max_cycles=2)
+        assert counted
+
+
+def test_a_run_killed_after_a_shared_batch_goes_on_to_the_same_end(
+    tiny_qwen3, tmp_path, monkeypatch
+):
+    whole = compile_tiny(tiny_qwen3, max_cycles=3)[2]
+    real = optimizer_module._Run._slow_step
+
+    def dies(self, state):
+        if state.cycle == 2 and state.ahead:
+            raise RuntimeError("killed")
+        return real(self, state)
+
+    monkeypatch.setattr(optimizer_module._Run, "_slow_step", dies)
+    with pytest.raises(RuntimeError, match="killed"):
+        compile_tiny(tiny_qwen3, log_dir=tmp_path, max_cycles=3)
+    monkeypatch.setattr(optimizer_module._Run, "_slow_step", real)
+    resumed = compile_tiny(tiny_qwen3, log_dir=tmp_path, max_cycles=3)[2]
+    assert resumed.weights_version == whole.weights_version
+    assert resumed.rollouts == whole.rollouts
 
 
 def test_demos_of_a_real_program_are_learned_and_bound(tiny_qwen3):
