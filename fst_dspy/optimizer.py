@@ -254,6 +254,7 @@ class _Run:
         self.seed_candidate = seed_candidate(student)
         main = distributed.is_main()
         self.progress = (fst.progress or default_progress()) if main else SilentProgress()
+        self.only_heard = not distributed.any_process(not only_listens(self.progress))
         self.fast_on, self.slow_on = self.arm in ("fst", "gepa_only"), self.arm != "gepa_only"
         self.slow_opens = self.slow_on and self.config.fast.first_phase == "slow"
         self.trained_before = checked.lm.version != self.policy.base_version
@@ -542,7 +543,7 @@ class _Run:
             and self.slow_on
             and (self.fast.reuses or not self.fast_on)
             and not self.config.slow.resample_constant
-            and only_listens(self.progress)
+            and self.only_heard
             and budget.max_seconds is None
             and (self.max_cycles is None or state.cycle + 1 < self.max_cycles)
             and (budget.max_rollouts is None or total < budget.max_rollouts)

@@ -16,6 +16,7 @@ from fst_dspy import FST, LocalLM, distributed, optimizer, run_state
 from fst_dspy.config import LoraConfig, SamplingConfig, SlowConfig
 from fst_dspy.errors import FSTError
 from fst_dspy.policy import Policy
+from fst_dspy.progress import SilentProgress
 from fst_dspy.slow import SlowTrainer
 from fst_dspy.tasks import load_task
 from fst_dspy.types import TrainingRow
@@ -42,6 +43,10 @@ STEPS = (
 KILLED_BEFORE = 3  # optimizer steps; the one before was saved
 
 
+class Counts(SilentProgress):
+    """A listener that the loop knows nothing of; process 0 alone has it."""
+
+
 class Ranked:
     """Proposes another text in every process, as a language model would."""
 
@@ -56,7 +61,8 @@ class Ranked:
 def compile_letters(model, folder=None, **settings):
     """Compile on a freshly loaded model: its results."""
     task = load_task(str(PROGRAM), 0)
-    fst = FST(task.metric, track_stats=True, log_dir=folder, **{**SETTINGS, **settings})
+    options = {"track_stats": True, "log_dir": folder, "progress": Counts()}
+    fst = FST(task.metric, **options, **{**SETTINGS, **settings})
     with dspy.context(lm=LocalLM(model)):
         compiled = fst.compile(task.program, trainset=task.trainset, valset=task.valset)
     return compiled.detailed_results
