@@ -32,7 +32,7 @@ from fst_dspy.progress import SilentProgress
 from fst_dspy.types import CycleRecord
 
 RESULT = Path(__file__).parent / "results" / "processes.json"
-SIZES = {"1 M": (128, 6), "14 M": (384, 8)}  # hidden, layers
+SIZES = {"1 M": (128, 6), "5 M": (256, 6)}  # hidden, layers
 SETTINGS: dict[str, Any] = {
     "max_cycles": 2,
     "steps_per_cycle": 3,
