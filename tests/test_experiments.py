@@ -11,7 +11,7 @@ from fst_dspy.config import FSTConfig
 from fst_dspy.errors import ConfigError, DataError, StoreError
 from fst_dspy.experiments import ARMS, AXES, ExperimentStore, Job, Plan, compare, write_results
 from fst_dspy.experiments.ablate import REFERENCE, variants_of
-from fst_dspy.experiments.contrasts import ablations, against_rl
+from fst_dspy.experiments.contrasts import ablations, against_rl, mean_curves
 from fst_dspy.experiments.jobs import Outcome, read_outcome, read_records, write_job, write_outcome
 from fst_dspy.experiments.runs import Run, load_runs, shared_budget
 from fst_dspy.experiments.show import Found, make_tables
@@ -330,6 +330,28 @@ def test_the_longest_runs_of_rl_are_what_others_are_set_against():
     assert column(against, "reached") == {"fst": "0 of 2", "rl_only": "0 of 2"}
     assert column(against, "rollouts")["fst"] == "—"
     assert against_rl([run for run in runs if run.job.arm == "fst"]) is None
+
+
+def test_mean_curves_are_set_against_the_mean_curve_of_rl():
+    def runs_of(label, *curves):
+        return [
+            made_run(label, label, seed, [record(*point) for point in points], [0.5])
+            for seed, points in enumerate(curves)
+        ]
+
+    # One lucky score each: the mean is 0.1, 0.45, 0.45; of fst 0.1, then 0.5 once both have risen.
+    rl = runs_of(
+        "rl_only",
+        [(0, 10, 0.1), (1, 100, 0.6), (2, 200, 0.3)],
+        [(0, 10, 0.1), (1, 100, 0.3), (2, 200, 0.6)],
+    )
+    fst = runs_of("fst", [(0, 10, 0.1), (1, 40, 0.5)], [(0, 10, 0.1), (1, 50, 0.5)])
+    (row,) = mean_curves([*rl, *fst]).rows
+    assert row == ("fst", "2", "0.450", "—", "100", "—", "0.300"), "the first run ends at 40"
+    fst = runs_of("fst", [(0, 10, 0.1), (1, 40, 0.5), (2, 90, 0.5)], [(0, 10, 0.1), (1, 50, 0.5)])
+    (row,) = mean_curves([*rl, *fst]).rows
+    assert row == ("fst", "2", "0.450", "50", "100", "2.0", "0.500")
+    assert mean_curves([*rl[:1], *fst]) is None and mean_curves(fst) is None
 
 
 def test_a_baseline_that_never_rose_is_reached_by_nobody():

@@ -17,6 +17,7 @@ from fst_dspy.measures import (
     kl_at_matched_score,
     kl_at_score,
     mean_at_k,
+    mean_curve,
     mean_interval,
     paired_difference,
     rollouts_to_score,
@@ -25,6 +26,7 @@ from fst_dspy.measures import (
     steps_to_score,
     x_to_score,
 )
+from fst_dspy.plots import Curve
 from fst_dspy.types import CycleRecord, RolloutCounts
 
 X, Y = (48.0, 200.0, 400.0, 600.0), (0.1, 0.5, 0.4, 0.8)
@@ -115,6 +117,20 @@ def test_rollouts_of_all_channels_and_steps_to_a_score():
 )
 def test_area_under_curve(budget, options, expected):
     assert area_under_curve(X, Y, budget, **options) == pytest.approx(expected)
+
+
+def test_the_mean_curve_holds_each_score_until_the_next_one():
+    one, two = Curve("a", (0, 10, 20, 40), (0.0, 0.4, 0.2, 0.8)), Curve("b", (5, 20, 30), (0, 1, 0))
+    mean = mean_curve([one, two], "both")
+    assert (mean.label, mean.x) == ("both", (5, 10, 20, 30)), (
+        "from where both are to where one ends"
+    )
+    assert mean.y == pytest.approx((0.0, 0.2, 0.6, 0.1))
+    assert mean_curve([one]).y == pytest.approx(one.y)
+    with pytest.raises(DataError, match="begins at 50"):
+        mean_curve([one, Curve("late", (50, 60), (1, 1))])
+    with pytest.raises(DataError, match="at least one"):
+        mean_curve([])
 
 
 @untimed

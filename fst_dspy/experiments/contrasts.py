@@ -22,8 +22,11 @@ from fst_dspy.measures import (
     area_under_curve,
     asymptote,
     kl_at_matched_score,
+    mean_curve,
     mean_interval,
     paired_difference,
+    score_curve,
+    x_to_score,
 )
 
 RL = "rl_only"
@@ -32,10 +35,9 @@ RL = "rl_only"
 def against_rl(runs: Sequence[Run]) -> Table | None:
     """Every entry against ``rl_only``, its longest runs, seed by seed; ``None`` without them."""
     groups = by_label(runs)
-    candidates = [label for label, group in groups.items() if group[0].job.arm == RL]
-    if not candidates:
+    label = _longest_rl(groups)
+    if label is None:
         return None
-    label = max(candidates, key=lambda name: groups[name][0].job.rollouts)
     reference = {run.job.seed: run for run in groups[label]}
     rows = []
     for name, group in groups.items():
@@ -82,6 +84,45 @@ def against_rl(runs: Sequence[Run]) -> Table | None:
     )
 
 
+def mean_curves(runs: Sequence[Run]) -> Table | None:
+    """Every entry's mean curve against that of ``rl_only``; ``None`` without two seeds of it."""
+    groups = by_label(runs)
+    label = _longest_rl(groups)
+    if label is None or len(groups[label]) < 2:
+        return None
+    rows = []
+    for name, group in groups.items():
+        seeds = {run.job.seed for run in group} & {run.job.seed for run in groups[label]}
+        if name == label or len(seeds) < 2:
+            continue
+        own, rls = (
+            mean_curve([score_curve(run.records) for run in runs if run.job.seed in seeds])
+            for runs in (group, groups[label])
+        )
+        best = max(rls.y)
+        x, rl_x = (x_to_score(curve.x, curve.y, best) for curve in (own, rls))
+        assert rl_x is not None
+        rows.append(
+            (
+                name,
+                str(len(seeds)),
+                f"{best:.3f}",
+                NONE if x is None else f"{x:.0f}",
+                f"{rl_x:.0f}",
+                NONE if x is None else f"{rl_x / x:.1f}",
+                f"{max(own.y):.3f}",
+            )
+        )
+    return Table(
+        f"Mean curves against that of {label}",
+        ("arm", "seeds", "its best", "rollouts", "its own", "times", "best"),
+        tuple(rows),
+        f"Validation scores averaged over the seeds that both have. Its best: the highest of "
+        f"{label}'s mean curve; then the rollouts of all channels until each mean curve is there, "
+        "how many times fewer, and the highest of the arm's own.",
+    )
+
+
 def asymptotes(runs: Sequence[Run]) -> Table:
     """The sigmoid's asymptote over all seeds of each entry."""
     rows = []
@@ -107,6 +148,11 @@ def asymptotes(runs: Sequence[Run]) -> Table:
         "Four-parameter sigmoid through the points of all seeds, 95 % bootstrap interval over "
         "seeds; where little of the rise has been seen, it is an extrapolation.",
     )
+
+
+def _longest_rl(groups: Mapping[str, Sequence[Run]]) -> str | None:
+    labels = [label for label, group in groups.items() if group[0].job.arm == RL]
+    return max(labels, key=lambda name: groups[name][0].job.rollouts, default=None)
 
 
 def ablations(runs: Sequence[Run], axes: Mapping[str, Mapping[str, Any]]) -> Table:

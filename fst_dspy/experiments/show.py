@@ -84,7 +84,12 @@ def make_tables(found: Found) -> list[Table]:
     elif "axes" in about:
         own = [contrasts.ablations(runs, about["axes"])]
     elif runs:
-        own = [tables.summary(runs), contrasts.against_rl(runs), contrasts.asymptotes(runs)]
+        own = [
+            tables.summary(runs),
+            contrasts.against_rl(runs),
+            contrasts.mean_curves(runs),
+            contrasts.asymptotes(runs),
+        ]
     else:
         own = []
     if runs:

@@ -1,7 +1,7 @@
 """Measures of runs and of the models they trained, each a function.
 
 On records or plain curves: ``rollouts_to_score``, ``steps_to_score``, ``area_under_curve``,
-``kl_at_score``, ``kl_at_matched_score``, ``asymptote``. On scores: ``mean_at_k``,
+``mean_curve``, ``kl_at_score``, ``kl_at_matched_score``, ``asymptote``. On scores: ``mean_at_k``,
 ``mean_interval``, ``paired_difference``. On a model: ``held_out_drift``, ``forgetting``,
 ``quadrants``.
 """
@@ -13,6 +13,7 @@ from fst_dspy.measures.curves import (
     area_under_curve,
     kl_at_matched_score,
     kl_at_score,
+    mean_curve,
     rollouts_to_score,
     score_curve,
     steps_to_score,
@@ -56,6 +57,7 @@ __all__ = [
     "kl_at_score",
     "kl_to_base",
     "mean_at_k",
+    "mean_curve",
     "mean_interval",
     "paired_difference",
     "quadrants",

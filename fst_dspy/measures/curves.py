@@ -165,6 +165,34 @@ def area_under_curve(
     return float(np.trapezoid(np.append(score, last), edges) / budget)
 
 
+def mean_curve(curves: Sequence[Curve], label: str = "mean") -> Curve:
+    """The mean of several runs' curves, as figures with an average over seeds have it.
+
+    The best of many noisy scores of one run is luck as often as skill; of the mean curve it is so
+    by the root of the number of runs less.
+
+    Args:
+        curves: One a run. A score counts from where it was measured until the run's next one.
+        label: The result's.
+
+    Returns:
+        A point wherever any run was measured, from where all have begun to where the first ends.
+
+    Raises:
+        DataError: There are no curves, one is none, or they have no part in common.
+    """
+    if not curves:
+        raise DataError("a mean needs at least one curve")
+    checked = [checked_curve(curve.x, curve.y) for curve in curves]
+    begin, end = max(x_N[0] for x_N, _ in checked), min(x_N[-1] for x_N, _ in checked)
+    x_N = np.unique(np.concatenate([x_N for x_N, _ in checked]))
+    x_N = x_N[(begin <= x_N) & (x_N <= end)]
+    if not len(x_N):
+        raise DataError(f"one curve begins at {begin:g}, where another has ended, at {end:g}")
+    y_N = np.mean([y[np.searchsorted(x, x_N, side="right") - 1] for x, y in checked], axis=0)
+    return Curve(label, tuple(x_N.tolist()), tuple(y_N.tolist()))
+
+
 def kl_at_score(records: Sequence[CycleRecord], score: float) -> float | None:
     """The smallest KL to the base at which a run has measured a validation score or a better one.
 
