@@ -44,8 +44,8 @@ from dspy.teleprompt import Teleprompter
 
 from fst_dspy import distributed
 from fst_dspy import population as populations
-from fst_dspy.advantage import by_candidate, constant_group_share, group_rows
-from fst_dspy.ahead import Ahead, Attempts, as_saved
+from fst_dspy.advantage import constant_group_share, group_rows
+from fst_dspy.ahead import Ahead
 from fst_dspy.bundle import make_savable
 from fst_dspy.candidate import bind, example_id, seed_candidate
 from fst_dspy.checks import CheckedInput, check_first_rollouts, check_input
@@ -53,13 +53,12 @@ from fst_dspy.config import Auto, FSTConfig, LoraConfig
 from fst_dspy.demos import DemoProposer
 from fst_dspy.drift import kl_to_base
 from fst_dspy.errors import ConfigError, TrainingError
-from fst_dspy.evaluate import Evaluation, evaluate, evaluation_jobs, evaluation_of
+from fst_dspy.evaluate import evaluate
 from fst_dspy.fast import FastPhase
 from fst_dspy.interrupt import Interrupt
 from fst_dspy.lessons import LessonProposer
 from fst_dspy.local_lm import LocalLM
 from fst_dspy.policy import Policy
-from fst_dspy.problems import ProblemStream
 from fst_dspy.progress import (
     ProgressListener,
     SilentProgress,
@@ -72,14 +71,13 @@ from fst_dspy.reflection import ReflectionLMProposer
 from fst_dspy.result import Best, FSTResult
 from fst_dspy.rollout import (
     Channel,
-    RolloutBatch,
-    RolloutJob,
     RolloutRunner,
     calls_of,
     trained_predictors,
 )
 from fst_dspy.run_state import LoopState, RunFolder
 from fst_dspy.slow import SlowTrainer
+from fst_dspy.step_sampler import StepSampler
 from fst_dspy.trackers import Trackers, tracker_names
 from fst_dspy.trials import TrialPhase
 from fst_dspy.types import (
@@ -279,6 +277,9 @@ class _Run:
             predictor_feedback=self.fast_on,
         )
         self.fast = self._make_fast(fst)
+        self.sampler = StepSampler(
+            self.runner, self.fast, self.config.slow, self.trainset, self.seed
+        )
         self.has_opening = self.fast.reuses and not self.slow_opens
         cycles = self.config.budget.max_cycles
         self.max_cycles = cycles and cycles + int(self.has_opening)
@@ -353,13 +354,13 @@ class _Run:
         self._tell(cycle, f"step {done + 1}/{slow.steps_per_cycle}")
         attempts, stream = state.ahead, state.stream
         if not attempts:
-            attempts, stream = self._sample_step(state.population, step, stream)
+            attempts, stream = self.sampler.sample(state.population, step, stream)
         groups_P, rollouts = attempts[-1], rollouts_of(attempts[-1])
         last = done + 1 == slow.steps_per_cycle
         upcoming = None
         if self.ahead is not None and not last:
             upcoming = self.ahead.begin(
-                partial(self._sample_step, state.population, step + 1, stream)
+                partial(self.sampler.sample, state.population, step + 1, stream)
             )
         stats = self._advance(groups_P)
         ahead, stream = upcoming.result() if upcoming is not None else ((), stream)
@@ -391,64 +392,6 @@ class _Run:
             counts=self.runner.counts,
             seconds=add_seconds(seconds, {"fast": 1}, started),
         )
-
-    def _sample_step(
-        self,
-        population: Population,
-        step: int,
-        stream: ProblemStream,
-        policy: Policy | None = None,
-    ) -> tuple[Attempts, ProblemStream]:
-        """The groups of an optimizer step; others in their place while all of them are constant."""
-        slow = self.config.slow
-        attempts: Attempts = ()
-        for attempt in range(slow.resample_constant + 1):
-            problems_P, stream = stream.pick(
-                self.trainset, slow.problems_per_step, self.seed, slow.revisit_constant
-            )
-            groups_P = self._rollout_groups(problems_P, population, step, attempt, policy)
-            attempts = (*attempts, tuple(groups_P))
-            if constant_group_share(groups_P) < 1:
-                break
-        return attempts, stream
-
-    def _rollout_groups(
-        self,
-        problems_P: Sequence[dspy.Example],
-        population: Population,
-        step: int,
-        attempt: int,
-        policy: Policy | None,
-    ) -> list[Group]:
-        """G rollouts a problem, spread over the candidates: one batch, one barrier.
-
-        A group shares one advantage: the whole of it, or a candidate's part of it.
-        """
-        jobs = self._group_jobs(problems_P, population, attempt)
-        rollouts = self.runner.run(jobs, channel="slow", salt=step, policy=policy)
-        return self._groups_of(problems_P, rollouts)
-
-    def _group_jobs(
-        self, problems_P: Sequence[dspy.Example], population: Population, attempt: int = 0
-    ) -> list[RolloutJob]:
-        size = self.config.slow.group_size
-        candidates_G = self.fast.lineup(population, size)
-        return [
-            RolloutJob(example, candidate, index)
-            for example in problems_P
-            for index, candidate in enumerate(candidates_G, start=attempt * size)
-        ]
-
-    def _groups_of(
-        self, problems_P: Sequence[dspy.Example], rollouts: Sequence[Rollout]
-    ) -> list[Group]:
-        size = self.config.slow.group_size
-        groups_P = [
-            Group(example_id(example), tuple(rollouts[p * size : (p + 1) * size]))
-            for p, example in enumerate(problems_P)
-        ]
-        by_problem = self.config.slow.advantage == "problem"
-        return groups_P if by_problem else by_candidate(groups_P)
 
     def _advance(self, groups_P: Sequence[Group]) -> StepStats:
         """Exactly one optimizer step on the groups."""
@@ -488,7 +431,9 @@ class _Run:
                 candidates = (candidates[populations.best(population)],)
             channel: Channel = "fast" if self.fast_on and not reuses else "eval"
             if self._knows_next_step(state, len(candidates) * len(self.valset)):
-                scored, ahead, stream = self._score_and_sample(state, candidates, channel)
+                ahead, stream, scored = self.sampler.sample_and_score(
+                    population, state.step + 1, stream, candidates, self.valset, channel
+                )
             else:
                 scored = evaluate(
                     self.runner, candidates, self.valset, channel=channel, salt=self.policy.step
@@ -548,30 +493,6 @@ class _Run:
             and (self.max_cycles is None or state.cycle + 1 < self.max_cycles)
             and (budget.max_rollouts is None or total < budget.max_rollouts)
         )
-
-    def _score_and_sample(
-        self, state: LoopState, candidates: Sequence[Candidate], channel: Channel
-    ) -> tuple[Evaluation, Attempts, ProblemStream]:
-        """Validation, and in the batch that it would leave half empty the next step's groups.
-
-        Both are of the weights as they are now.
-        """
-        slow = self.config.slow
-        problems_P, stream = state.stream.pick(
-            self.trainset, slow.problems_per_step, self.seed, slow.revisit_constant
-        )
-        scoring, sampling = self.runner.run_together(
-            [
-                RolloutBatch(
-                    evaluation_jobs(candidates, self.valset), channel, salt=self.policy.step
-                ),
-                RolloutBatch(
-                    self._group_jobs(problems_P, state.population), "slow", salt=state.step + 1
-                ),
-            ]
-        )
-        groups_P = self._groups_of(problems_P, sampling)
-        return evaluation_of(scoring, len(candidates)), as_saved((tuple(groups_P),)), stream
 
     def _record(
         self,

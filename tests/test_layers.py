@@ -27,6 +27,7 @@ LAYERS = [
         "trials",
         "selectors",
         "slow",
+        "step_sampler",
         "trl_stepper",
         "fused_prefixes",
         "master_weights",

@@ -20,6 +20,7 @@ from fst_dspy.errors import (
 )
 from fst_dspy.evaluate import evaluate
 from fst_dspy.progress import SilentProgress, StopRun
+from fst_dspy.step_sampler import StepSampler
 
 pytestmark = pytest.mark.slow
 
@@ -364,13 +365,9 @@ def test_nothing_is_sampled_before_a_listener_that_may_end_the_run_has_decided(t
                 raise StopRun
 
     counted = []
-    real = optimizer_module._Run._score_and_sample
+    real = StepSampler.sample_and_score
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            optimizer_module._Run,
-            "_score_and_sample",
-            lambda *a: counted.append(1) or real(*a),
-        )
+        patch.setattr(StepSampler, "sample_and_score", lambda *a: counted.append(1) or real(*a))
         compile_tiny(tiny_qwen3, max_cycles=5, progress=Decides())
         assert not counted
         compile_tiny(tiny_qwen3, max_cycles=2)
