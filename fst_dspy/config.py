@@ -64,7 +64,8 @@ class FastConfig:
         demo_tokens: Most tokens that a predictor's learned demos may take in its prompt; 0 leaves
             demos alone.
         component_selector: Which component the next proposal rewrites: ``"round_robin"`` or
-            ``"worst_first"``, the predictor that fares worst on the minibatch.
+            ``"worst_first"``, the predictor that fares worst on the minibatch. All instructions at
+            once while the minibatch scores alike, which does not tell who is at fault.
         merge_iterations: Merges of complementary candidates tried after the iterations of a fast
             phase (or, with ``reuse``, after as many trials); 0 switches them off.
         reuse: Score, reflect on and try candidates within the slow phase's own rollouts, from the

@@ -9,7 +9,7 @@ from gepa.core.state import GEPAState
 from gepa.proposer.reflective_mutation.base import ReflectionComponentSelector
 from gepa.strategies.component_selector import RoundRobinReflectionComponentSelector
 
-from fst_dspy.candidate import split_component
+from fst_dspy.candidate import INSTRUCTIONS, split_component
 from fst_dspy.gepa_adapter import Trajectory
 
 
@@ -47,10 +47,39 @@ def _health(predictor: str, trajectories: Sequence[Trajectory]) -> tuple[float, 
     return (sum(reads) / len(reads), sum(rewards) / len(rewards))
 
 
+class TogetherWhileAlike:
+    """Picks all predictors' instructions while the whole minibatch scores alike.
+
+    Such scores do not tell who is at fault. And where several predictors are, as at a reward of 0
+    they may all be, a better text for one of them changes nothing: one at a time, no proposal would
+    ever be accepted.
+
+    Args:
+        otherwise: Picks a component where scores differ.
+    """
+
+    def __init__(self, otherwise: ReflectionComponentSelector) -> None:
+        self.otherwise = otherwise
+
+    def __call__(
+        self,
+        state: GEPAState,
+        trajectories: list[Any],
+        subsample_scores: list[float],
+        candidate_idx: int,
+        candidate: dict[str, str],
+    ) -> list[str]:
+        """The components to update."""
+        if len(set(subsample_scores)) == 1:
+            names = state.list_of_named_predictors
+            return [name for name in names if split_component(name)[1] == INSTRUCTIONS]
+        return self.otherwise(state, trajectories, subsample_scores, candidate_idx, candidate)
+
+
 SELECTORS: dict[
     Literal["round_robin", "worst_first"], Callable[[], ReflectionComponentSelector]
 ] = {
-    "round_robin": RoundRobinReflectionComponentSelector,
-    "worst_first": WorstFirstComponentSelector,
+    "round_robin": lambda: TogetherWhileAlike(RoundRobinReflectionComponentSelector()),
+    "worst_first": lambda: TogetherWhileAlike(WorstFirstComponentSelector()),
 }
 """``FastConfig.component_selector`` by name."""

@@ -356,19 +356,38 @@ def rollout_of(*traces: PredictorTrace, failure: Failure | None = None, **more: 
 
 
 def test_round_robin_reaches_every_predictor_and_no_demos() -> None:
-    class Flat(RuleRunner):
+    class Uneven(RuleRunner):
         def rollout(self, job: RolloutJob, salt: int) -> Rollout:
-            return rollout_of()
+            return rollout_of(reward=float(TOPICS.index(job.example.topic) % 2))
 
     start = choose([PAIR], [[0.0] * len(VAL)], [example_id(e) for e in VAL], 4, 0)
     proposer = Scripted(lambda *_: {})
-    run(FastPhase(FastConfig(), proposer, 0), Flat(), start, iterations=4)
+    run(FastPhase(FastConfig(), proposer, 0), Uneven(), start, iterations=4)
     assert proposer.names == ["a.instructions", "b.instructions"] * 2
     # Short phases get round too.
     phase = FastPhase(FastConfig(), proposer, 0)
     for cycle in (1, 2, 3):
-        run(phase, Flat(), start, iterations=1, cycle=cycle)
+        run(phase, Uneven(), start, iterations=1, cycle=cycle)
     assert proposer.names[-3:] == ["a.instructions", "b.instructions", "a.instructions"]
+
+
+@pytest.mark.parametrize("selector", ["round_robin", "worst_first"])
+def test_predictors_that_are_all_at_fault_are_rewritten_together(selector: Any) -> None:
+    """Nothing is right before both texts are: of one at a time, none would be accepted."""
+
+    class Both(RuleRunner):
+        def rollout(self, job: RolloutJob, salt: int) -> Rollout:
+            texts = job.candidate.components
+            good = all("good" in texts[f"{name}.instructions"] for name in "ab")
+            return rollout_of(reward=float(good and TOPICS.index(job.example.topic) % 4 > 0))
+
+    start = choose([PAIR], [[0.0] * len(VAL)], [example_id(e) for e in VAL], 4, 0)
+    proposer = Scripted(lambda n, texts, names: {name: f"{texts[name]} good" for name in names})
+    config = FastConfig(component_selector=selector)
+    found = run(FastPhase(config, proposer, 0), Both(), start, iterations=2)
+    assert max(sum(row) / len(row) for row in found.score_K_V) > 0.5
+    assert proposer.names[:2] == ["a.instructions", "b.instructions"], "at once, and no demos"
+    assert len(proposer.names) == 3, "then one by one"
 
 
 @pytest.mark.parametrize(
