@@ -34,7 +34,7 @@ from fst_dspy.types import CycleRecord
 RESULT = Path(__file__).parent / "results" / "processes.json"
 SIZES = {"1 M": (128, 6), "5 M": (256, 6)}  # hidden, layers
 SETTINGS: dict[str, Any] = {
-    "max_cycles": 2,
+    "max_cycles": 1,
     "steps_per_cycle": 3,
     "val_size": 16,
     "max_tokens": 32,
