@@ -119,8 +119,15 @@ def draw(found: dict[str, list[Run]]) -> NotebookFigure:
             axes.grid(alpha=0.25)
     for row in panels:
         row[0].set(ylabel="validation score")
-    for axes in panels[0]:
-        axes.legend(frameon=False, fontsize=8, loc="center right")
+    lines = [line for axes in panels[0] for line in axes.get_lines()]
+    named = {line.get_label(): line for line in lines if not line.get_label().startswith("_")}
+    figure.legend(
+        handles=list(named.values()),
+        loc="outside lower center",
+        ncols=len(named),
+        frameon=False,
+        fontsize=9,
+    )
     return figure
 
 

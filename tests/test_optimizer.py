@@ -412,6 +412,7 @@ def best_cycle_of(folder, scores, monkeypatch):
         return replace(found, score_K_V=(row,))
 
     monkeypatch.setattr(optimizer_module, "evaluate", scored)
+    monkeypatch.setattr(optimizer_module, "only_listens", lambda listener: False)
     # Two of them are not of cycles with steps: the student's own and the opening's.
     return compile_tiny(folder, max_cycles=len(scores) - 2, steps_per_cycle=1)[2].best.cycle
 
