@@ -454,7 +454,8 @@ class _Run:
         counts = self.runner.counts.minus(sampled)
         scoring = counts.total - state.counts.total
         part = sampled.slow / max(1, sampled.slow + scoring)
-        seconds = add_seconds(state.seconds, {"eval": 1 - part, "slow": part}, started)
+        shares = {"eval": 1 - part, "slow": part} if part else {"eval": 1.0}
+        seconds = add_seconds(state.seconds, shares, started)
         record = self._record(state, cycle, population, val_score, kl, counts, seconds)
         facts = (record.weights_version, record.val_scores, record.candidate_ids)
         distributed.check_same("weights and population", facts)
