@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import dspy
+import torch
 import typer
 from rich.console import Console
 from rich.table import Table
@@ -59,8 +60,6 @@ class Stopwatch(SilentProgress):
 
 def compile_once(folder: Path, out: Path) -> None:
     """What every process does; the first one writes what came of it."""
-    import torch
-
     lm = endless(folder, torch.device("cpu"))
     examples, watch = questions(lm, 64, PROMPT_TOKENS), Stopwatch()
     fst = FST(early_letters, track_stats=True, progress=watch, **SETTINGS)
@@ -80,13 +79,15 @@ def compile_once(folder: Path, out: Path) -> None:
 
 def run(processes: int, folder: Path, out: Path) -> dict[str, Any]:
     """A compile by so many processes: what it found."""
-    command = [sys.executable, "-m", "benchmarks.processes"]
+    launch: list[str] = []
     if processes > 1:
         launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-        command = [sys.executable, *launch, "-m", "benchmarks.processes"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     done = subprocess.run(
-        [*command, "--work", str(folder), "--out", str(out)],
+        [
+            *(sys.executable, *launch, "-m", "benchmarks.processes"),
+            *("--work", str(folder), "--out", str(out)),
+        ],
         env=environment,
         capture_output=True,
         text=True,
