@@ -48,7 +48,7 @@ def _health(predictor: str, trajectories: Sequence[Trajectory]) -> tuple[float, 
 
 
 class TogetherWhileAlike:
-    """Picks all predictors' instructions while the whole minibatch scores alike.
+    """Picks the instructions of several predictors at once while a minibatch scores alike.
 
     Such scores do not tell who is at fault. And where several predictors are, as at a reward of 0
     they may all be, a better text for one of them changes nothing: one at a time, no proposal would
@@ -70,9 +70,10 @@ class TogetherWhileAlike:
         candidate: dict[str, str],
     ) -> list[str]:
         """The components to update."""
-        if len(set(subsample_scores)) == 1:
-            names = state.list_of_named_predictors
-            return [name for name in names if split_component(name)[1] == INSTRUCTIONS]
+        names = state.list_of_named_predictors
+        texts = [name for name in names if split_component(name)[1] == INSTRUCTIONS]
+        if len(texts) > 1 and len(set(subsample_scores)) == 1:
+            return texts
         return self.otherwise(state, trajectories, subsample_scores, candidate_idx, candidate)
 
 

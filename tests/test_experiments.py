@@ -395,8 +395,9 @@ def test_results_are_written_from_whatever_has_ended(tmp_path):
     assert "| fst-7 | failed | killed by signal 9 |" in text
     assert "beta=0.01" in text and "Chosen: learning_rate=0.0003" in text
     assert [table.title for table in tables] == [
-        "Means over seeds", "Against rl_only", "Asymptote of the validation score",
-        "Quadrants of the test score", "How rl_only was tuned", "Every run", "Not in these tables",
+        "Means over seeds", "Against rl_only", "Mean curves against that of rl_only",
+        "Asymptote of the validation score", "Quadrants of the test score", "How rl_only was tuned",
+        "Every run", "Not in these tables",
     ]  # fmt: skip
     rows = json.loads((tmp_path / "out" / "results.json").read_text())["runs"]
     assert [row["outcome"]["test"]["trained_evolved"] for row in rows] == [0.9, 0.4, 0.8, 0.4]

@@ -2,6 +2,7 @@ import json
 import random
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from fst_dspy.candidate import example_id, make_candidate, seed_candidate
 from fst_dspy.config import FastConfig, SamplingConfig
+from fst_dspy.demos import DemoProposer
 from fst_dspy.errors import ConfigError, DataError
 from fst_dspy.fast import FastPhase, ProposalStats, score
 from fst_dspy.gepa_adapter import GepaAdapter, Reflector, Trajectory, make_records
@@ -388,6 +390,21 @@ def test_predictors_that_are_all_at_fault_are_rewritten_together(selector: Any) 
     assert max(sum(row) / len(row) for row in found.score_K_V) > 0.5
     assert proposer.names[:2] == ["a.instructions", "b.instructions"], "at once, and no demos"
     assert len(proposer.names) == 3, "then one by one"
+
+
+def test_demos_of_an_only_predictor_take_their_turn_where_a_minibatch_scores_alike() -> None:
+    class Wrong(RuleRunner):
+        def rollout(self, job: RolloutJob, salt: int) -> Rollout:
+            return rollout_of(PredictorTrace("solve", {"ticket": "t"}, {"queue": "?"}, "?"))
+
+    demos = DemoProposer(100, words)
+    right = PredictorTrace("solve", {"ticket": "t"}, {"queue": "jade"}, "jade")
+    demos.bank([rollout_of(right, reward=1.0), replace(rollout_of(reward=0.0), example_id="-")])
+    assert demos.ready("solve.demos")
+    start = choose([SEED], [[0.0] * len(VAL)], [example_id(e) for e in VAL], 4, 0)
+    proposer = Scripted(lambda *_: {})
+    run(FastPhase(FastConfig(), proposer, 0, demos=demos), Wrong(), start, iterations=4)
+    assert proposer.names == [NAME] * 2, "every other turn is the demos'"
 
 
 @pytest.mark.parametrize(
