@@ -200,8 +200,8 @@ from pathlib import Path
 from fst_dspy.embedded.pretrain import pretrain
 from fst_dspy.embedded.training import Recipe
 torch.set_num_threads(1)
-recipe = Recipe(hidden=16, mlp=16, pieces=300, tokenizer_chats=20, batch=4, joint_steps=20,
-                polish_steps=10, calibrate_steps=10, warmup_limit=1)
+recipe = Recipe(hidden=16, mlp=16, pieces=300, tokenizer_chats=20, batch=4, joint_steps=8,
+                polish_steps=4, calibrate_steps=4, warmup_limit=1)
 pretrain(Path(sys.argv[1]), Path(sys.argv[2]), recipe, questions=2, save_every=2)
 """
 

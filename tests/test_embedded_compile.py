@@ -18,7 +18,7 @@ pytestmark = pytest.mark.slow
 
 def test_triage_improves_by_both_channels_at_low_drift():
     task, lm = load_task("triage", seed=3), LocalLM("embedded")
-    fst = FST(task.metric, seed=3, max_cycles=3, max_tokens=48, track_stats=True)
+    fst = FST(task.metric, seed=3, max_cycles=2, max_tokens=48, track_stats=True)
     with dspy.context(lm=lm):
         compiled = fst.compile(task.program, trainset=task.trainset, valset=task.valset)
     result = compiled.detailed_results
@@ -67,7 +67,7 @@ def test_a_program_whose_signature_and_words_the_model_never_saw_improves():
     examples = unseen_task()
     train, val, test = examples[:40], examples[40:56], examples[56:]
     program, lm = dspy.ChainOfThought(ShelveFinding), LocalLM("embedded")
-    settings = {"max_cycles": 5, "learning_rate": 3e-4, "max_tokens": 48}
+    settings = {"max_cycles": 4, "learning_rate": 3e-4, "max_tokens": 48}
     fst = FST(shelf_metric, seed=0, track_stats=True, **settings)
     with dspy.context(lm=lm):
         result = fst.compile(program, trainset=train, valset=val).detailed_results
