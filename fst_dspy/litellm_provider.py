@@ -89,7 +89,7 @@ class FSTProvider(litellm.CustomLLM):
         """The whole answer as one chunk."""
         yield _chunk(self.completion(model, messages, *args, **kwargs))
 
-    async def astreaming(  # type: ignore[override]
+    async def astreaming(
         self, model: str, messages: list, *args: Any, **kwargs: Any
     ) -> AsyncIterator[GenericStreamingChunk]:
         """The whole answer as one chunk."""
@@ -177,12 +177,12 @@ def _fill(response: ModelResponse, model: str, answers: Sequence[lm15.Response])
     usage = Usage(
         prompt_tokens=prompt, completion_tokens=completion, total_tokens=prompt + completion
     )
-    response.usage = usage  # type: ignore[attr-defined]
+    response.usage = usage
     return response
 
 
 def _chunk(response: ModelResponse) -> GenericStreamingChunk:
-    choice, usage = response.choices[0], response.usage  # type: ignore[attr-defined]
+    choice, usage = response.choices[0], response.usage
     return GenericStreamingChunk(
         text=choice.message.content or "",
         is_finished=True,

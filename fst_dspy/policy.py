@@ -401,7 +401,7 @@ def _context_length(config: Any, tokenizer: Any) -> int:
 def _peft_config(cfg: LoraConfig) -> peft.LoraConfig:
     return peft.LoraConfig(
         r=cfg.rank,
-        lora_alpha=cfg.alpha,  # type: ignore[arg-type]
+        lora_alpha=cfg.alpha,
         lora_dropout=cfg.dropout,
         target_modules="all-linear",
         task_type="CAUSAL_LM",

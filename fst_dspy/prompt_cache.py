@@ -123,7 +123,7 @@ class SharedLayer(DynamicLayer):
         for room, new in zip(self._rooms, (key_states, value_states), strict=True):
             room[:, :, start : self._length] = new
         keys, values = (room[:, :, : self._length] for room in self._rooms)
-        keys.shared_layer = self  # type: ignore[attr-defined]  # how ``attend`` finds the prompts
+        keys.shared_layer = self  # how ``attend`` finds the prompts
         self.keys, self.values, self.read = keys, values, False
         return keys, values
 

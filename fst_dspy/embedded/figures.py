@@ -46,7 +46,7 @@ def sample(
                 return_tensors="pt",
                 return_dict=True,
             )
-            ids_BT = model.generate(  # type: ignore[operator]
+            ids_BT = model.generate(
                 input_ids=encoded["input_ids"],
                 attention_mask=encoded["attention_mask"],
                 max_new_tokens=MAX_NEW_TOKENS,
