@@ -37,19 +37,20 @@ import json, sys
 import fst_dspy
 from bundles import answers
 from helpers import Echo
-folder, base = sys.argv[1:]
-program = fst_dspy.load(folder, Echo(), base=base or None)
-print(json.dumps([program.say.lm.model, answers(program)]))
+for folder, base in zip(sys.argv[1::2], sys.argv[2::2]):
+    program = fst_dspy.load(folder, Echo(), base=base or None)
+    print(json.dumps([program.say.lm.model, answers(program)]))
 """
 
 
-LOAD_STATE = """
+LOAD_STATES = """
 import json, sys
 from bundles import answers
 from helpers import Echo
-program = Echo()
-program.load(sys.argv[1], allow_unsafe_lm_state=True)
-print(json.dumps(answers(program, 5)))
+for path in sys.argv[1:]:
+    program = Echo()
+    program.load(path, allow_unsafe_lm_state=True)
+    print(json.dumps(answers(program, 5)))
 """
 
 
@@ -87,36 +88,44 @@ def in_a_fresh_process(script, *arguments, cwd):
 # --- save, load -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("model", "lora"),
-    [
-        ("tiny_qwen3", {"rank": 4}),
-        ("tiny_llama", False),
-        pytest.param("embedded", False, marks=pytest.mark.slow),
-        pytest.param("embedded", {"rank": 4}, marks=pytest.mark.slow),
-    ],
-    ids=["qwen3-lora", "llama-full", "embedded-full", "embedded-lora"],
-)
-def test_a_fresh_process_elsewhere_gives_the_same_answers(model, lora, request, tmp_path):
-    if model != "embedded":  # a copy, so that it can be taken away
-        model = shutil.copytree(request.getfixturevalue(model), tmp_path / model)
-    compiled = compile_greedy(str(model), lora)
-    expected = answers(compiled)
-    # What the packaged model makes of these questions is its own affair.
-    assert len(set(expected)) > 5 or model == "embedded"
-    compiled.save(tmp_path / "here" / "bundle")
-    (tmp_path / "there").mkdir()
-    there = shutil.move(tmp_path / "here" / "bundle", tmp_path / "there" / "renamed")
-    assert str(tmp_path) not in "".join(p.read_text() for p in there.rglob("*.json"))
-    base = ""
+def bundled_elsewhere(model, lora, here, there):
+    """A bundle that was moved, the base it needs, and the version and answers to expect.
+
+    Nothing is left of the model where it was.
+    """
     if model != "embedded":
-        base = shutil.move(model, tmp_path / "there" / "base") if lora else ""
-        shutil.rmtree(model, ignore_errors=True)
-    done = in_a_fresh_process(FRESH, there, base, cwd=tmp_path / "there")
+        model = shutil.copytree(model, here / "model")
+    compiled = compile_greedy(str(model), lora)
+    expected = [compiled.say.lm.model, answers(compiled)]
+    # What the packaged model makes of these questions is its own affair.
+    assert len(set(expected[1])) > 5 or model == "embedded"
+    compiled.save(here / "bundle")
+    there.mkdir()
+    bundle = shutil.move(here / "bundle", there / "renamed")
+    assert str(here) not in "".join(path.read_text() for path in bundle.rglob("*.json"))
+    base = shutil.move(model, there / "base") if model != "embedded" and lora else ""
+    shutil.rmtree(here)
+    return (bundle, base), expected
+
+
+def test_a_fresh_process_elsewhere_gives_the_same_answers(tiny_qwen3, tiny_llama, tmp_path):
+    cases = [
+        bundled_elsewhere(model, lora, tmp_path / f"here-{n}", tmp_path / f"there-{n}")
+        for n, (model, lora) in enumerate(
+            [
+                (tiny_qwen3, {"rank": 4}),
+                (tiny_llama, False),
+                ("embedded", False),
+                ("embedded", {"rank": 4}),
+            ]
+        )
+    ]
+    arguments = [argument for bundle_and_base, _ in cases for argument in bundle_and_base]
+    done = in_a_fresh_process(FRESH, *arguments, cwd=tmp_path / "there-0")
     assert done.returncode == 0, done.stderr
-    version, found = json.loads(done.stdout.splitlines()[-1])
-    assert version == compiled.say.lm.model
-    assert len(found) == 50 and found == expected
+    found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[")]
+    assert found == [expected for _, expected in cases]
+    assert all(len(texts) == 50 for _, texts in found)
 
 
 def test_a_lora_bundle_holds_the_adapter_alone_and_the_outcome(tiny_qwen3, tmp_path):
@@ -200,17 +209,19 @@ def test_dspys_own_save_and_load_work(compiled_full, tmp_path):
     here.load(path, allow_unsafe_lm_state=True)
     assert here.say.lm.policy is compiled_full.say.lm.policy
     assert answers(here, 5) == answers(compiled_full, 5)
-    done = in_a_fresh_process(LOAD_STATE, path, cwd=tmp_path)
+
+
+def test_dspys_own_load_elsewhere_finds_the_weights_of_a_bundle_alone(
+    compiled_full, full_bundle, tmp_path
+):
+    loaded = fst_dspy.load(full_bundle)
+    loaded.save(tmp_path / "loaded.json")
+    compiled_full.save(tmp_path / "compiled.json")
+    paths = (tmp_path / "loaded.json", tmp_path / "compiled.json")
+    done = in_a_fresh_process(LOAD_STATES, *paths, cwd=tmp_path)
+    assert json.loads(done.stdout.splitlines()[-1]) == answers(loaded, 5)
     assert done.returncode != 0
     assert "ModelError" in done.stderr and "fst_dspy.load" in done.stderr
-
-
-def test_dspys_own_load_of_a_loaded_bundle_finds_the_weights(full_bundle, tmp_path):
-    loaded = fst_dspy.load(full_bundle)
-    loaded.save(tmp_path / "program.json")
-    done = in_a_fresh_process(LOAD_STATE, tmp_path / "program.json", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout.splitlines()[-1]) == answers(loaded, 5)
 
 
 def test_copies_of_a_compiled_program_save_themselves(compiled_full, tmp_path):

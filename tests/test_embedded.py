@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from random import Random
 
@@ -195,32 +195,37 @@ def test_a_resumed_run_gives_the_same_weights(tmp_path: Path, tokenizer) -> None
 
 
 PRETRAIN = """
-import sys, torch
 from pathlib import Path
+import torch
 from fst_dspy.embedded.pretrain import pretrain
 from fst_dspy.embedded.training import Recipe
 torch.set_num_threads(1)
 recipe = Recipe(hidden=16, mlp=16, pieces=300, tokenizer_chats=20, batch=4, joint_steps=8,
                 polish_steps=4, calibrate_steps=4, warmup_limit=1)
-pretrain(Path(sys.argv[1]), Path(sys.argv[2]), recipe, questions=2, save_every=2)
+pretrain(Path(folder), Path(folder + "-work"), recipe, questions=2, save_every=2)
 """
 
 
-def test_pretraining_survives_kill_9(tmp_path: Path) -> None:
-    def start(name: str) -> subprocess.Popen[bytes]:
-        folders = [str(tmp_path / name), str(tmp_path / f"{name}-work")]
-        return subprocess.Popen(
-            [sys.executable, "-c", PRETRAIN, *folders], stdout=subprocess.DEVNULL
-        )
+@pytest.fixture
+def threads_as_before() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
 
-    assert start("whole").wait() == 0
-    killed = start("killed")
+
+def test_pretraining_survives_kill_9(tmp_path: Path, threads_as_before: None) -> None:
+    def pretrain_here(name: str) -> None:
+        exec(PRETRAIN, {"folder": str(tmp_path / name)})
+
+    pretrain_here("whole")
+    code = f"folder = {str(tmp_path / 'killed')!r}\n{PRETRAIN}"
+    killed = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL)
     checkpoint = tmp_path / "killed-work" / "checkpoint.pt"
     while not checkpoint.exists() and killed.poll() is None:
         time.sleep(0.01)
     os.kill(killed.pid, signal.SIGKILL)
     assert killed.wait() == -signal.SIGKILL, "it ended before it could be killed"
-    assert start("killed").wait() == 0
+    pretrain_here("killed")
     first = load_file(tmp_path / "whole" / "model.safetensors")
     second = load_file(tmp_path / "killed" / "model.safetensors")
     assert all(torch.equal(first[name], second[name]) for name in first)

@@ -33,8 +33,8 @@ HOLDS = {
         "Path('report.html').stat().st_size > 10_000",
     ],
     "03_study": [
-        "len(study.trials) == 5 and {t.state.name for t in study.trials} <= {'COMPLETE', 'PRUNED'}",
-        "len(pareto.trials) == 3 and front(pareto)",
+        "len(study.trials) == 4 and {t.state.name for t in study.trials} <= {'COMPLETE', 'PRUNED'}",
+        "len(pareto.trials) == 2 and front(pareto)",
         "max(t.value for t in study.trials) > min(t.value for t in study.trials)",
         "compiled.detailed_results.best.score > compiled.detailed_results.records[0].val_score",
     ],

@@ -323,14 +323,14 @@ def test_adapters_clip_and_demos_can_be_tuned(tiny_qwen3, tmp_path):
         assert used["sampling"]["temperature"] == trial.params["temperature"]
 
 
-@pytest.mark.parametrize("pruner", ["median", "asha", "hyperband", "none"])
+@pytest.mark.parametrize("pruner", ["median", "hyperband"])
 def test_every_pruner_hears_of_the_cycles(pruner, tiny_qwen3, tmp_path):
     study = tune_tiny(
         tiny_qwen3, tmp_path, trials=2, objective=Objective(rollouts=BUDGET, pruner=pruner)
     )
     assert study.trials[0].state is TrialState.COMPLETE
     rungs = [name for name in study.trials[0].system_attrs if name.startswith("completed_rung")]
-    assert bool(rungs) == (pruner in ("asha", "hyperband"))
+    assert bool(rungs) == (pruner == "hyperband")
 
 
 def test_several_objectives_with_a_limit_and_a_warm_start(tiny_qwen3, tmp_path):
@@ -483,11 +483,8 @@ def start_worker(plan, index=0):
     return process
 
 
-@pytest.mark.parametrize("kind", ["sqlite", "journal"])
-def test_the_trial_of_a_killed_worker_goes_on_in_its_folder(
-    kind, tiny_qwen3, tmp_path, monkeypatch
-):
-    storage = f"{kind}:///{tmp_path}/study.{kind}"
+def test_the_trial_of_a_killed_worker_goes_on_in_its_folder(tiny_qwen3, tmp_path, monkeypatch):
+    storage = f"journal:///{tmp_path}/study.journal"
     objective = Objective(rollouts=400, pruner="none")
     plan = plan_tiny(tiny_qwen3, tmp_path, storage, objective=objective, trials=1)
     worker = start_worker(plan)
