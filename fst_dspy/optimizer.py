@@ -45,7 +45,7 @@ from dspy.teleprompt import Teleprompter
 from fst_dspy import distributed
 from fst_dspy import population as populations
 from fst_dspy.advantage import constant_group_share, group_rows
-from fst_dspy.ahead import Ahead
+from fst_dspy.ahead import Ahead, Attempts
 from fst_dspy.bundle import make_savable
 from fst_dspy.candidate import bind, example_id, seed_candidate
 from fst_dspy.checks import CheckedInput, check_first_rollouts, check_input
@@ -59,6 +59,7 @@ from fst_dspy.interrupt import Interrupt
 from fst_dspy.lessons import LessonProposer
 from fst_dspy.local_lm import LocalLM
 from fst_dspy.policy import Policy
+from fst_dspy.problems import ProblemStream
 from fst_dspy.progress import (
     ProgressListener,
     SilentProgress,
@@ -240,6 +241,24 @@ class FST(Teleprompter):
         return compiled
 
 
+@dataclass(frozen=True)
+class _Scored:
+    """The population with its scores of now, and those of its best candidate.
+
+    Attributes:
+        score_V, val_score: Of the best candidate, by example and their mean.
+        kl_to_base: Of the weights, on the best candidate's calls.
+        ahead, stream: What was sampled for the next step along with it, and the problems behind.
+    """
+
+    population: Population
+    score_V: tuple[float, ...]
+    val_score: float
+    kl_to_base: float
+    ahead: Attempts
+    stream: ProblemStream
+
+
 class _Run:
     """The parts of one compile, and the loop over them."""
 
@@ -412,70 +431,73 @@ class _Run:
         )
 
     def _validate(self, state: LoopState) -> LoopState:
-        """Score the fast weights under the slow ones as they are, and close the cycle's record.
-
-        Where slow rollouts are reused, they have scored the population; what is left to validate is
-        its best candidate. Else all are scored, and the next front is made of it.
-        """
+        """Score the fast weights under the slow ones as they are, and close the cycle's record."""
         started = time.monotonic()
-        cycle = state.cycle + 1 if state.records else 0
-        population = state.population
+        first = not state.records
+        cycle = 0 if first else state.cycle + 1
         self._tell(cycle, "validation")
-        kl = state.records[-1].kl_to_base if state.records else 0.0
-        first, reuses = not state.records, self.fast.reuses
-        val_score, ahead, stream = None, state.ahead, state.stream
-        score_V = population.score_K_V[populations.best(population)] if not first else ()
-        if first or reuses or population.policy_version != self.policy.step:
-            candidates = population.candidates
-            if reuses and not first:
-                candidates = (candidates[populations.best(population)],)
-            channel: Channel = "fast" if self.fast_on and not reuses else "eval"
-            if self._knows_next_step(state, len(candidates) * len(self.valset)):
-                ahead, stream, scored = self.sampler.sample_and_score(
-                    population, state.step + 1, stream, candidates, self.valset, channel
-                )
-            else:
-                scored = evaluate(
-                    self.runner, candidates, self.valset, channel=channel, salt=self.policy.step
-                )
-            if first or not reuses:
-                population = replace(
-                    population, score_K_V=scored.score_K_V, policy_version=self.policy.step
-                )
-            best_k = 0 if reuses and not first else populations.best(population)
-            best_rollouts, val_score = scored.rollouts_K[best_k], scored.mean_K[best_k]
-            score_V = scored.score_K_V[best_k]
-            if first:
-                check_first_rollouts(best_rollouts)
-            if self.policy.step > 0 or self.trained_before:
-                kl = kl_to_base(self.policy, calls_of(best_rollouts)[:KL_CALLS])
+        found = self._score(state)
         # What was sampled for the next step belongs to the cycle that uses it.
-        sampled = RolloutCounts(slow=sum(len(rollouts_of(groups)) for groups in ahead))
+        sampled = RolloutCounts(slow=sum(len(rollouts_of(groups)) for groups in found.ahead))
         counts = self.runner.counts.minus(sampled)
         scoring = counts.total - state.counts.total
         part = sampled.slow / max(1, sampled.slow + scoring)
         shares = {"eval": 1 - part, "slow": part} if part else {"eval": 1.0}
         seconds = add_seconds(state.seconds, shares, started)
-        record = self._record(state, cycle, population, val_score, kl, counts, seconds)
+        record = self._record(state, cycle, found, counts, seconds)
         facts = (record.weights_version, record.val_scores, record.candidate_ids)
         distributed.check_same("weights and population", facts)
-        best = self._best(state, record, population, score_V)
+        best = self._best(state, record, found)
         if self.folder is not None:
-            self.folder.record_cycle(record, population)
+            self.folder.record_cycle(record, found.population)
         return replace(
             state,
             cycle=cycle,
             phase="slow" if first and self.slow_opens else "fast",
-            population=population,
+            population=found.population,
             records=(*state.records, record),
             steps=(),
             best=best,
-            peak_V=max(score_V, state.peak_V, key=mean),
-            ahead=ahead,
-            stream=stream,
+            peak_V=max(found.score_V, state.peak_V, key=mean),
+            ahead=found.ahead,
+            stream=found.stream,
             counts=self.runner.counts,
             seconds=seconds,
         )
+
+    def _score(self, state: LoopState) -> _Scored:
+        """Score the population on the validation examples, where its scores are not of now.
+
+        Where slow rollouts are reused, they have scored the population; what is left to validate is
+        its best candidate. Else all are scored, and the next front is made of it.
+        """
+        population, ahead, stream = state.population, state.ahead, state.stream
+        kl = state.records[-1].kl_to_base if state.records else 0.0
+        first, best_only = not state.records, bool(state.records) and self.fast.reuses
+        best_k = 0 if first else populations.best(population)
+        if not (first or best_only or population.policy_version != self.policy.step):
+            score_V = population.score_K_V[best_k]
+            return _Scored(population, score_V, mean(score_V), kl, ahead, stream)
+        candidates = (population.candidates[best_k],) if best_only else population.candidates
+        channel: Channel = "fast" if self.fast_on and not self.fast.reuses else "eval"
+        if self._knows_next_step(state, len(candidates) * len(self.valset)):
+            ahead, stream, scored = self.sampler.sample_and_score(
+                population, state.step + 1, stream, candidates, self.valset, channel
+            )
+        else:
+            scored = evaluate(
+                self.runner, candidates, self.valset, channel=channel, salt=self.policy.step
+            )
+        if not best_only:
+            population = replace(
+                population, score_K_V=scored.score_K_V, policy_version=self.policy.step
+            )
+        k = 0 if best_only else populations.best(population)
+        if first:
+            check_first_rollouts(scored.rollouts_K[k])
+        if self.policy.step > 0 or self.trained_before:
+            kl = kl_to_base(self.policy, calls_of(scored.rollouts_K[k])[:KL_CALLS])
+        return _Scored(population, scored.score_K_V[k], scored.mean_K[k], kl, ahead, stream)
 
     def _knows_next_step(self, state: LoopState, scoring: int) -> bool:
         """Whether it is certain that another step follows validation, and with which candidates.
@@ -499,13 +521,11 @@ class _Run:
         self,
         state: LoopState,
         cycle: int,
-        population: Population,
-        val_score: float | None,
-        kl: float,
+        found: _Scored,
         counts: RolloutCounts,
         seconds: Mapping[str, float],
     ) -> CycleRecord:
-        steps = state.steps
+        steps, population = state.steps, found.population
         last = state.records[-1] if state.records else None
         rollouts = max(1, sum(step.rollouts for step in steps))
         failures = sum((Counter(step.failures) for step in steps), Counter[str]())
@@ -515,11 +535,9 @@ class _Run:
             candidate_ids=tuple(c.id for c in population.candidates),
             best_candidate_id=population.candidates[populations.best(population)].id,
             train_reward=mean([step.reward for step in steps]) if steps else None,
-            val_score=mean(population.score_K_V[populations.best(population)])
-            if val_score is None
-            else val_score,
+            val_score=found.val_score,
             val_scores=tuple(mean(score_V) for score_V in population.score_K_V),
-            kl_to_base=kl,
+            kl_to_base=found.kl_to_base,
             entropy=mean([step.stats.entropy for step in steps]) if steps else None,
             constant_group_share=mean([step.constant_group_share for step in steps]),
             failure_shares={kind: count / rollouts for kind, count in sorted(failures.items())},
@@ -531,20 +549,14 @@ class _Run:
             proposals=self.fast.report(),
         )
 
-    def _best(
-        self,
-        state: LoopState,
-        record: CycleRecord,
-        population: Population,
-        score_V: Sequence[float],
-    ) -> Best:
+    def _best(self, state: LoopState, record: CycleRecord, found: _Scored) -> Best:
         """The latest (weights, candidate) that is not clearly worse than the highest score.
 
         The highest of many noisy scores is luck as often as skill, and the later pair has learned
         more.
         """
-        best = state.best
-        if best is not None and populations.clearly_worse(score_V, state.peak_V):
+        best, population = state.best, found.population
+        if best is not None and populations.clearly_worse(found.score_V, state.peak_V):
             return best
         candidate = population.candidates[populations.best(population)]
         version = self.policy.keep()
