@@ -5,9 +5,10 @@
 
 A family has three stores below ``runs/families``: ``FAMILY-rl`` for ``fst`` and tuned ``rl_only``,
 with what they forget; ``FAMILY-others`` for the other arms; and ``FAMILY-long`` for ``rl_only`` on
-five times the budget, tuned at that, on the first three of its seeds. Started again, what has run
-is not run again. The tables go to ``benchmarks/results/families``, in folders of the same names,
-and the figure beside them. List programs are learned last and get the larger budget.
+five times the budget, at the settings that the first store's study found, on three of the seeds.
+Started again, what has run is not run again. The tables go to ``benchmarks/results/families``, in
+folders of the same names, and the figure beside them. List programs are learned last and get the
+larger budget.
 """
 
 from __future__ import annotations
@@ -75,7 +76,8 @@ def main(
                 seeds=min(seeds, LONG_SEEDS) if kind == LONG else seeds,
                 rollouts=BUDGETS[family] * (LONGER if kind == LONG else 1),
                 workers=workers,
-                tune_rl=tune_rl if kind in (RL, LONG) else 0,
+                tune_rl=tune_rl if kind == RL else 0,
+                settings=SETTINGS + (tuned(family) if kind == LONG else []),
                 forget_on=[o for o in BUDGETS if o != family] if kind == RL else None,
             )
             runs = runs_of(run, out, results, draw_only)
@@ -87,13 +89,19 @@ def main(
         draw(found).savefig(RESULTS / "families.png", dpi=130)
 
 
+def tuned(family: str) -> list[str]:
+    """The settings that ``rl_only`` was tuned to on a family, as options."""
+    settings = open_store(STORES / f"{family}-{RL}").about["tuned_rl"]["rl_only"]["settings"]
+    return [f"{name}={value}" for name, value in settings.items() if name != "max_tokens"]
+
+
 def runs_of(run: Callable[..., None], out: Path, results: Path, draw_only: bool) -> list[Run]:
     """Run a command of ``fst`` on a store, or only write its tables; the runs that are in it."""
     results.mkdir(parents=True, exist_ok=True)
     if draw_only:
         write_results(out, results)
     else:  # which writes them itself
-        run(out=out, results=results, settings=SETTINGS, samples=4, test_size=100)
+        run(out=out, results=results, samples=4, test_size=100)
     return load_runs(open_store(out))
 
 
