@@ -7,8 +7,8 @@ A family has three stores below ``runs/families``: ``FAMILY-rl`` for ``fst`` and
 with what they forget; ``FAMILY-others`` for the other arms; and ``FAMILY-long`` for ``rl_only`` on
 five times the budget, at the settings that the first store's study found, on three of the seeds.
 Started again, what has run is not run again. The tables go to ``benchmarks/results/families``, in
-folders of the same names, and the figure beside them. List programs are learned last and get the
-larger budget.
+folders of the same names; beside them the figure, and ``against.md``, which sets ``fst`` against
+every other arm. List programs are learned last and get the larger budget.
 """
 
 from __future__ import annotations
@@ -17,14 +17,17 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 from typing import Annotated
 
 import typer
 
 from fst_dspy.cli_experiments import compare
 from fst_dspy.experiments import Run, load_runs, write_results
-from fst_dspy.experiments.runs import by_label
+from fst_dspy.experiments.runs import by_label, scores_by_seed
 from fst_dspy.experiments.show import open_store
+from fst_dspy.experiments.tables import Table, interval_text
+from fst_dspy.measures import mean_curve, paired_difference, score_curve, x_to_score
 from fst_dspy.notebook_figure import NotebookFigure
 from fst_dspy.plots import drift_curves, score_curves
 
@@ -87,6 +90,7 @@ def main(
             found[family] += runs
     if families == ",".join(BUDGETS):
         draw(found).savefig(RESULTS / "families.png", dpi=130)
+        (RESULTS / "against.md").write_text(against(found).markdown())
 
 
 def tuned(family: str) -> list[str]:
@@ -103,6 +107,47 @@ def runs_of(run: Callable[..., None], out: Path, results: Path, draw_only: bool)
     else:  # which writes them itself
         run(out=out, results=results, samples=4, test_size=100)
     return load_runs(open_store(out))
+
+
+def against(found: dict[str, list[Run]]) -> Table:
+    """``fst`` against every other arm, on the seeds that both have."""
+    rows = []
+    for family, runs in found.items():
+        groups = by_label(runs)
+        ours = groups.pop("fst")
+        for label, group in groups.items():
+            tests = paired_difference(scores_by_seed(ours), scores_by_seed(group))
+            shared = scores_by_seed(ours).keys() & scores_by_seed(group).keys()
+            mine, theirs = (
+                mean_curve([score_curve(run.records) for run in some if run.job.seed in shared])
+                for some in (ours, group)
+            )
+            best = max(theirs.y)
+            x, their_x = (x_to_score(curve.x, curve.y, best) for curve in (mine, theirs))
+            reached = ("—", "—") if x is None else (f"{x:.0f}", f"{their_x / x:.1f}")
+            test = fmean(run.test for run in group if run.job.seed in shared)
+            difference = interval_text(tests.difference)
+            seeds = str(len(shared))
+            rows.append(
+                (family, label, seeds, f"{test:.3f}", difference, f"{their_x:.0f}", *reached)
+            )
+    return Table(
+        "fst against every other arm",
+        (
+            "family",
+            "arm",
+            "seeds",
+            "test",
+            "fst minus it",
+            "rollouts to its best",
+            "fst's",
+            "times",
+        ),
+        tuple(rows),
+        "Test: of the arm. fst minus it: paired by seed, 95 % interval. Then the rollouts of all "
+        "channels until the mean curve of the validation score is at the best that the arm's comes "
+        "to, and those until fst's is there.",
+    )
 
 
 def draw(found: dict[str, list[Run]]) -> NotebookFigure:
