@@ -36,6 +36,9 @@ RESULTS = Path(__file__).parent / "results" / "families"
 BUDGETS = {"triage": 2400, "star_graph": 2400, "multihop": 2400, "list_program": 8000}
 RL, LONG = "rl", "long"
 LONGER, LONG_SEEDS = 5, 3
+LONG_LABEL = f"rl_only-{LONGER}x"
+MARKED = 40
+"""Most points of a curve that are marked one by one."""
 STORES_OF = {
     RL: "fst,rl_only",
     "others": "gepa_only,sequential,sequential_reverse,fst_distill",
@@ -47,7 +50,6 @@ COLOURS = {
     "fst": "C0",
     "gepa_only": "C1",
     "rl_only": "C3",
-    "rl_only-5x": "C6",
     "sequential": "C4",
     "sequential_reverse": "C8",
     "fst_distill": "C5",
@@ -85,8 +87,7 @@ def main(
             )
             runs = runs_of(run, out, results, draw_only)
             if kind == LONG:
-                named = f"rl_only-{LONGER}x"
-                runs = [replace(one, job=replace(one.job, label=named)) for one in runs]
+                runs = [replace(one, job=replace(one.job, label=LONG_LABEL)) for one in runs]
             found[family] += runs
     if families == ",".join(BUDGETS):
         draw(found).savefig(RESULTS / "families.png", dpi=130)
@@ -150,20 +151,29 @@ def against(found: dict[str, list[Run]]) -> Table:
     )
 
 
+def is_long(run: Run) -> bool:
+    """Whether a run had several times the budget of the others."""
+    return run.job.label == LONG_LABEL
+
+
 def draw(found: dict[str, list[Run]]) -> NotebookFigure:
-    """Validation score against rollouts above, against KL below; a column a family."""
+    """Validation score against rollouts above, against KL below; a column a family.
+
+    Long runs, which would squeeze the others, are left out.
+    """
     figure = NotebookFigure(figsize=(3.1 * len(found), 5.6), layout="constrained")
     panels = figure.subplots(2, len(found), sharey=True, squeeze=False)
     for column, (family, runs) in enumerate(found.items()):
         above, below = panels[0][column], panels[1][column]
-        for label, group in by_label(runs).items():
+        for label, group in by_label([run for run in runs if not is_long(run)]).items():
             colour = COLOURS.get(label, "C7")
             records = {f"{label}, {run.job.seed}": run.records for run in group}
             for axes, curves in ((above, score_curves(records)), (below, drift_curves(records))):
                 for number, curve in enumerate(curves):
                     name = label if number == 0 else None
+                    line = ".-" if len(curve.x) <= MARKED else "-"
                     axes.plot(
-                        curve.x, curve.y, ".-", color=colour, label=name, alpha=0.6, markersize=4
+                        curve.x, curve.y, line, color=colour, label=name, alpha=0.6, markersize=4
                     )
         above.set(title=family, xlabel="rollouts, all channels", ylim=(-0.02, 1.02))
         below.set(xlabel="KL to the base, nats a token")
