@@ -24,10 +24,11 @@ import typer
 
 from fst_dspy.cli_experiments import compare
 from fst_dspy.experiments import Run, load_runs, write_results
+from fst_dspy.experiments.contrasts import mean_curve_on, to_best_cells
 from fst_dspy.experiments.runs import by_label, scores_by_seed
 from fst_dspy.experiments.show import open_store
 from fst_dspy.experiments.tables import Table, interval_text
-from fst_dspy.measures import mean_curve, paired_difference, score_curve, x_to_score
+from fst_dspy.measures import paired_difference
 from fst_dspy.notebook_figure import NotebookFigure
 from fst_dspy.plots import drift_curves, score_curves
 
@@ -118,20 +119,11 @@ def against(found: dict[str, list[Run]]) -> Table:
         ours = groups.pop("fst")
         for label, group in groups.items():
             tests = paired_difference(scores_by_seed(ours), scores_by_seed(group))
-            shared = scores_by_seed(ours).keys() & scores_by_seed(group).keys()
-            mine, theirs = (
-                mean_curve([score_curve(run.records) for run in some if run.job.seed in shared])
-                for some in (ours, group)
-            )
-            best = max(theirs.y)
-            x, their_x = (x_to_score(curve.x, curve.y, best) for curve in (mine, theirs))
-            reached = ("—", "—") if x is None else (f"{x:.0f}", f"{their_x / x:.1f}")
-            test = fmean(run.test for run in group if run.job.seed in shared)
-            difference = interval_text(tests.difference)
-            seeds = str(len(shared))
-            rows.append(
-                (family, label, seeds, f"{test:.3f}", difference, f"{their_x:.0f}", *reached)
-            )
+            mine, theirs = (mean_curve_on(runs, tests.seeds) for runs in (ours, group))
+            x, their_x, times = to_best_cells(mine, theirs)
+            test = fmean(scores_by_seed(group)[seed] for seed in tests.seeds)
+            cells = (f"{test:.3f}", interval_text(tests.difference), their_x, x, times)
+            rows.append((family, label, str(len(tests.seeds)), *cells))
     return Table(
         "fst against every other arm",
         (

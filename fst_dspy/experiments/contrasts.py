@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
@@ -28,6 +28,7 @@ from fst_dspy.measures import (
     score_curve,
     x_to_score,
 )
+from fst_dspy.plots import Curve
 
 RL = "rl_only"
 
@@ -92,27 +93,12 @@ def mean_curves(runs: Sequence[Run]) -> Table | None:
         return None
     rows = []
     for name, group in groups.items():
-        seeds = {run.job.seed for run in group} & {run.job.seed for run in groups[label]}
+        seeds = scores_by_seed(group).keys() & scores_by_seed(groups[label]).keys()
         if name == label or len(seeds) < 2:
             continue
-        own, rls = (
-            mean_curve([score_curve(run.records) for run in runs if run.job.seed in seeds])
-            for runs in (group, groups[label])
-        )
-        best = max(rls.y)
-        x, rl_x = (x_to_score(curve.x, curve.y, best) for curve in (own, rls))
-        assert rl_x is not None
-        rows.append(
-            (
-                name,
-                str(len(seeds)),
-                f"{best:.3f}",
-                NONE if x is None else f"{x:.0f}",
-                f"{rl_x:.0f}",
-                NONE if x is None else f"{rl_x / x:.1f}",
-                f"{max(own.y):.3f}",
-            )
-        )
+        own, rls = (mean_curve_on(runs, seeds) for runs in (group, groups[label]))
+        cells = to_best_cells(own, rls)
+        rows.append((name, str(len(seeds)), f"{max(rls.y):.3f}", *cells, f"{max(own.y):.3f}"))
     return Table(
         f"Mean curves against that of {label}",
         ("arm", "seeds", "its best", "rollouts", "its own", "times", "best"),
@@ -121,6 +107,20 @@ def mean_curves(runs: Sequence[Run]) -> Table | None:
         f"{label}'s mean curve; then the rollouts of all channels until each mean curve is there, "
         "how many times fewer, and the highest of the arm's own.",
     )
+
+
+def mean_curve_on(runs: Sequence[Run], seeds: Collection[int]) -> Curve:
+    """The mean curve of the validation scores of the runs of some seeds."""
+    return mean_curve([score_curve(run.records) for run in runs if run.job.seed in seeds])
+
+
+def to_best_cells(own: Curve, other: Curve) -> tuple[str, str, str]:
+    """The rollouts until each curve is at the other's best, and how many times fewer, as text."""
+    x, other_x = (x_to_score(curve.x, curve.y, max(other.y)) for curve in (own, other))
+    assert other_x is not None
+    if x is None:
+        return NONE, f"{other_x:.0f}", NONE
+    return f"{x:.0f}", f"{other_x:.0f}", f"{other_x / x:.1f}"
 
 
 def asymptotes(runs: Sequence[Run]) -> Table:
