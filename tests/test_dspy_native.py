@@ -59,7 +59,9 @@ def student(lm, program=None):
     return program
 
 
-def grpo(metric=vowels, steps=3, learning_rate=1e-2, num_steps_for_val=100, **settings):
+def grpo(
+    metric=vowels, steps=3, rollouts=4, learning_rate=1e-2, num_steps_for_val=100, **settings
+):
     train_kwargs = {"learning_rate": learning_rate, **settings.pop("train_kwargs", {})}
     return GRPO(
         metric=metric,
@@ -67,7 +69,7 @@ def grpo(metric=vowels, steps=3, learning_rate=1e-2, num_steps_for_val=100, **se
         adapter=SampledAdapter(),
         num_train_steps=steps,
         num_dspy_examples_per_grpo_step=3,
-        num_rollouts_per_grpo_step=4,
+        num_rollouts_per_grpo_step=rollouts,
         num_steps_for_val=num_steps_for_val,
         num_threads=12,
         train_kwargs=train_kwargs,
@@ -268,11 +270,14 @@ def test_better_together_runs_prompts_weights_prompts(lm, events):
 
 
 def test_better_together_returns_the_best_weights_not_the_latest(lm):
-    """The first GRPO learns the metric, the second one its opposite."""
+    """The first GRPO learns the metric, the second one its opposite.
+
+    Local engines sample afresh each time, so the groups are large enough to learn in any run.
+    """
     optimizer = better_together(
         p=gepa(),
-        w=grpo(steps=8),
-        bad=grpo(late_letters, steps=16),
+        w=grpo(steps=10, rollouts=8),
+        bad=grpo(late_letters, steps=16, rollouts=8),
     )
     compiled = optimizer.compile(
         student(lm),
@@ -305,7 +310,7 @@ def mean_vowels(texts):
 def test_better_together_goes_back_to_the_base_when_training_did_harm(lm):
     base = lm.model
     before = answers(student(lm))
-    compiled = better_together(p=gepa(), w=grpo(late_letters, steps=10)).compile(
+    compiled = better_together(p=gepa(), w=grpo(late_letters, steps=10, rollouts=8)).compile(
         student(lm),
         trainset=questions(6),
         valset=questions(24, 6),
