@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 from pathlib import Path
 
@@ -21,6 +22,8 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
 )
+
+from fst_dspy.experiments.process import work
 
 torch.set_num_threads(1)
 
@@ -133,3 +136,21 @@ def tiny_lfm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_model(request: pytest.FixtureRequest) -> Path:
     """Folder of each tiny model in turn."""
     return request.getfixturevalue(f"tiny_{request.param}")
+
+
+class _Ended:
+    """A job that was run in this process, as the runner sees one that has ended."""
+
+    def __init__(self, folder: Path, job: object, workers: int) -> None:
+        module = importlib.import_module(job.module)
+        run = getattr(module, "run_job", None) or module.run_stream
+        self.returncode = work(run, str(folder))
+
+    def poll(self) -> int:
+        return self.returncode
+
+
+@pytest.fixture
+def jobs_run_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Jobs of experiments without a process each, which spends its time on importing."""
+    monkeypatch.setattr("fst_dspy.experiments.runner._start", _Ended)

@@ -59,9 +59,7 @@ def student(lm, program=None):
     return program
 
 
-def grpo(
-    metric=vowels, steps=3, rollouts=4, learning_rate=1e-2, num_steps_for_val=100, **settings
-):
+def grpo(metric=vowels, steps=3, rollouts=4, learning_rate=1e-2, num_steps_for_val=100, **settings):
     train_kwargs = {"learning_rate": learning_rate, **settings.pop("train_kwargs", {})}
     return GRPO(
         metric=metric,
@@ -115,7 +113,7 @@ def test_grpo_trains_the_local_model(tiny_model, lora, events):
 
     [job] = lm.provider.jobs
     assert [record.step for record in job.records] == [1, 2, 3]
-    assert all(0 < record.reward < 1 and record.rollouts == 12 for record in job.records)
+    assert all(0 <= record.reward <= 1 and record.rollouts == 12 for record in job.records)
     assert job.status() == "succeeded"
     fulfilled = optimizer.fulfilled_batch_ids
     assert len(set(fulfilled)) == len(fulfilled) > 0

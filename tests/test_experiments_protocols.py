@@ -45,11 +45,6 @@ from fst_dspy.types import RolloutCounts
 OTHER = str(Path(__file__).parent / "study_program_late.py")
 
 
-@pytest.fixture
-def workers_find_the_programs(monkeypatch):
-    monkeypatch.setenv("PYTHONPATH", f"{Path(__file__).parent.parent}:{Path(__file__).parent}")
-
-
 def collected(monkeypatch, name):
     """The jobs that a protocol would run."""
     jobs = []
@@ -330,7 +325,7 @@ def command(name, *others):
 
 @pytest.mark.slow
 def test_fst_plasticity_goes_on_from_the_weights_of_the_first_task(
-    tiny_qwen3, tmp_path, workers_find_the_programs
+    tiny_qwen3, tmp_path, jobs_run_here
 ):
     options, store = ["--model", str(tiny_qwen3), "--out"], tmp_path / "store"
     assert "The second task" in command("plasticity", *options, str(store))
@@ -346,9 +341,7 @@ def test_fst_plasticity_goes_on_from_the_weights_of_the_first_task(
 
 
 @pytest.mark.slow
-def test_fst_continual_is_shown_beside_the_single_compiles(
-    tiny_qwen3, tmp_path, workers_find_the_programs
-):
+def test_fst_continual_is_shown_beside_the_single_compiles(tiny_qwen3, tmp_path, jobs_run_here):
     output = command("continual", "--model", str(tiny_qwen3), "--out", str(tmp_path))
     assert "Every task at every stage" in output and (tmp_path / "stages.png").exists()
     store = ExperimentStore(tmp_path)

@@ -124,7 +124,7 @@ def test_the_baseline_runs_with_the_settings_it_was_tuned_to(tiny_qwen3, tmp_pat
     assert jobs["fst-0"].settings == settings
 
 
-def test_the_command_compares_two_arms_on_the_embedded_model(tmp_path):
+def test_the_command_compares_two_arms_on_the_embedded_model(tmp_path, jobs_run_here):
     options = "--quick --arms fst,gepa_only --seeds 1 --rollouts 150 --test-size 12 --samples 1"
     options += " --set val_size=12 --set first_cycle_iterations=3 --set steps_per_cycle=1"
     done = CliRunner().invoke(
