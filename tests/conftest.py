@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -22,8 +22,6 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
 )
-
-from fst_dspy.experiments.process import work
 
 torch.set_num_threads(1)
 
@@ -138,19 +136,15 @@ def tiny_model(request: pytest.FixtureRequest) -> Path:
     return request.getfixturevalue(f"tiny_{request.param}")
 
 
-class _Ended:
-    """A job that was run in this process, as the runner sees one that has ended."""
-
-    def __init__(self, folder: Path, job: object, workers: int) -> None:
-        module = importlib.import_module(job.module)
-        run = getattr(module, "run_job", None) or module.run_stream
-        self.returncode = work(run, str(folder))
-
-    def poll(self) -> int:
-        return self.returncode
-
-
 @pytest.fixture
 def jobs_run_here(monkeypatch: pytest.MonkeyPatch) -> None:
     """Jobs of experiments without a process each, which spends its time on importing."""
-    monkeypatch.setattr("fst_dspy.experiments.runner._start", _Ended)
+    from fst_dspy.experiments import Job, process, runner, stream_worker, streams, worker
+
+    runs = {Job.module: worker.run_job, streams.MODULE: stream_worker.run_stream}
+
+    def start(folder: Path, job: Job, workers: int) -> SimpleNamespace:
+        code = process.work(runs[job.module], str(folder))
+        return SimpleNamespace(returncode=code, poll=lambda: code)
+
+    monkeypatch.setattr(runner, "_start", start)

@@ -115,6 +115,7 @@ def test_a_fresh_process_elsewhere_gives_the_same_answers(tiny_qwen3, tiny_llama
             [
                 (tiny_qwen3, {"rank": 4}),
                 (tiny_llama, False),
+                ("embedded", False),
                 ("embedded", {"rank": 4}),
             ]
         )

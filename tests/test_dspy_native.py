@@ -105,7 +105,9 @@ def test_grpo_trains_the_local_model(tiny_model, lora, events):
     lm = LocalLM(str(tiny_model), max_tokens=8)
     program, base = student(lm), lm.model
     before = answers(program)
-    optimizer = grpo(num_steps_for_val=1, train_kwargs={"lora": lora})
+    # At 1e-2 a run may collapse within three steps, to empty answers or a reward of 0 or 1.
+    rate = 5e-3 if lora else 1e-3
+    optimizer = grpo(num_steps_for_val=1, learning_rate=rate, train_kwargs={"lora": lora})
     compiled = optimizer.compile(program, trainset=questions(6), valset=questions(4, 6))
     assert compiled._compiled and compiled.say.lm is lm and lm.cache
     assert lm.model == lm.policy.version() != base
@@ -113,7 +115,7 @@ def test_grpo_trains_the_local_model(tiny_model, lora, events):
 
     [job] = lm.provider.jobs
     assert [record.step for record in job.records] == [1, 2, 3]
-    assert all(0 <= record.reward <= 1 and record.rollouts == 12 for record in job.records)
+    assert all(0 < record.reward < 1 and record.rollouts == 12 for record in job.records)
     assert job.status() == "succeeded"
     fulfilled = optimizer.fulfilled_batch_ids
     assert len(set(fulfilled)) == len(fulfilled) > 0
