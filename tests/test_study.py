@@ -8,7 +8,9 @@ import signal
 import socket
 import subprocess
 import tempfile
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import dspy
@@ -446,6 +448,24 @@ def test_a_journal_file_keeps_a_study(tiny_qwen3, tmp_path):
     study = tune_tiny(tiny_qwen3, tmp_path, trials=2, storage=storage)
     assert states(study) == [TrialState.COMPLETE] * 2
     assert (tmp_path / "journal.log").stat().st_size > 0
+
+
+@pytest.mark.parametrize("kind", ["sqlite", "journal"])
+def test_workers_that_start_together_never_take_the_same_queued_trial(kind, tmp_path):
+    url, workers, each = f"{kind}:///{tmp_path}/study", 4, 8
+    study = optuna.create_study(storage=open_storage(url), study_name="queue")
+    for number in range(workers * each):
+        study.enqueue_trial({"x": number})
+    together = threading.Barrier(workers)
+
+    def take(_):
+        own = optuna.load_study(study_name="queue", storage=open_storage(url))
+        together.wait()
+        return [own.ask().number for _ in range(each)]
+
+    with ThreadPoolExecutor(workers) as pool:
+        taken = [number for numbers in pool.map(take, range(workers)) for number in numbers]
+    assert sorted(taken) == list(range(workers * each))
 
 
 def test_a_storage_that_cannot_be_opened_is_a_clear_error():

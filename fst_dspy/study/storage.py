@@ -18,6 +18,7 @@ from optuna.exceptions import ExperimentalWarning
 from optuna.storages import JournalStorage, RDBStorage, RetryHeartbeatStaleTrialCallback
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
+from sqlalchemy import Connection, event
 
 from fst_dspy.errors import ConfigError
 
@@ -56,7 +57,7 @@ def open_storage(url: str) -> optuna.storages.BaseStorage:
     patience = {"connect_args": {"timeout": SQLITE_WAIT_SECONDS}} if kind == "sqlite" else {}
     try:
         with _no_experimental_warning():
-            return RDBStorage(
+            storage = RDBStorage(
                 url,
                 engine_kwargs=patience,
                 heartbeat_interval=HEARTBEAT_SECONDS,
@@ -70,6 +71,9 @@ def open_storage(url: str) -> optuna.storages.BaseStorage:
         ) from error
     except Exception as error:
         raise ConfigError(f"cannot open the storage {url}: {error}") from error
+    if kind == "sqlite":
+        event.listen(storage.engine, "begin", _begin_writing)
+    return storage
 
 
 @contextmanager
@@ -145,6 +149,11 @@ def _fail(study: optuna.Study, number: int) -> bool:
     except (ValueError, optuna.exceptions.UpdateFinishedTrialError):
         return False
     return True
+
+
+def _begin_writing(connection: Connection) -> None:
+    # SQLite ignores Optuna's SELECT ... FOR UPDATE: two workers would take the same queued trial.
+    connection.exec_driver_sql("BEGIN IMMEDIATE")
 
 
 def _lock_path(folder: Path, worker: str) -> Path:
