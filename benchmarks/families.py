@@ -3,9 +3,10 @@
     python benchmarks/families.py --workers 2
     python benchmarks/families.py --draw-only
 
-A family has three stores below ``runs/families``: ``FAMILY-rl`` for ``fst`` and tuned ``rl_only``,
-with what they forget; ``FAMILY-others`` for the other arms; and ``FAMILY-long`` for ``rl_only`` on
-five times the budget, at the settings that the first store's study found, on three of the seeds.
+A family has four stores below ``runs/families``: ``FAMILY-rl`` for ``fst`` and tuned ``rl_only``,
+with what they forget; ``FAMILY-untuned`` for ``rl_only`` at the defaults, where tuning chose other
+settings; ``FAMILY-others`` for the other arms; and ``FAMILY-long`` for ``rl_only`` on five times
+the budget, at the settings that the first store's study found, on three of the seeds.
 Started again, what has run is not run again. The tables go to ``benchmarks/results/families``, in
 folders of the same names; beside them the figure, and ``against.md``, which sets ``fst`` against
 every other arm. List programs are learned last and get the larger budget.
@@ -35,13 +36,15 @@ from fst_dspy.plots import drift_curves, score_curves
 STORES = Path("runs/families")
 RESULTS = Path(__file__).parent / "results" / "families"
 BUDGETS = {"triage": 2400, "star_graph": 2400, "multihop": 2400, "list_program": 8000}
-RL, LONG = "rl", "long"
+RL, UNTUNED, LONG = "rl", "untuned", "long"
 LONGER, LONG_SEEDS = 5, 3
-LONG_LABEL = f"rl_only-{LONGER}x"
+LABELS = {UNTUNED: "rl_only-untuned", LONG: f"rl_only-{LONGER}x"}
+"""What the runs of a store are shown as, where its arms have the names of another store's."""
 MARKED = 40
 """Most points of a curve that are marked one by one."""
 STORES_OF = {
     RL: "fst,rl_only",
+    UNTUNED: "rl_only",
     "others": "gepa_only,sequential,sequential_reverse,fst_distill",
     LONG: "rl_only",
 }
@@ -64,7 +67,7 @@ def main(
     stores: Annotated[str, typer.Option(help="Comma-separated.")] = ",".join(STORES_OF),
     seeds: int = 5,
     workers: int = 2,
-    tune_rl: Annotated[int, typer.Option(help="Trials that rl_only is tuned by.")] = 8,
+    tune_rl: Annotated[int, typer.Option(help="Trials that rl_only is tuned by.")] = 20,
     draw_only: bool = False,
 ) -> None:
     """Run what has not run yet, then write the tables and the figure."""
@@ -75,6 +78,8 @@ def main(
             out, results = STORES / f"{family}-{kind}", RESULTS / f"{family}-{kind}"
             if draw_only and not out.exists():
                 continue
+            if kind == UNTUNED and not tuned(family):
+                continue
             run = partial(
                 compare,
                 family,
@@ -84,11 +89,11 @@ def main(
                 workers=workers,
                 tune_rl=tune_rl if kind == RL else 0,
                 settings=SETTINGS + (tuned(family) if kind == LONG else []),
-                forget_on=[o for o in BUDGETS if o != family] if kind == RL else None,
+                forget_on=[o for o in BUDGETS if o != family] if kind in (RL, UNTUNED) else None,
             )
             runs = runs_of(run, out, results, draw_only)
-            if kind == LONG:
-                runs = [replace(one, job=replace(one.job, label=LONG_LABEL)) for one in runs]
+            if kind in LABELS:
+                runs = [replace(one, job=replace(one.job, label=LABELS[kind])) for one in runs]
             found[family] += runs
     if families == ",".join(BUDGETS):
         draw(found).savefig(RESULTS / "families.png", dpi=130)
@@ -96,9 +101,12 @@ def main(
 
 
 def tuned(family: str) -> list[str]:
-    """The settings that ``rl_only`` was tuned to on a family, as options."""
-    settings = open_store(STORES / f"{family}-{RL}").about["tuned_rl"]["rl_only"]["settings"]
-    return [f"{name}={value}" for name, value in settings.items() if name != "max_tokens"]
+    """The settings that ``rl_only`` was tuned to on a family, as options; none for the defaults."""
+    study = open_store(STORES / f"{family}-{RL}").about["tuned_rl"]["rl_only"]
+    chosen = {name: value for name, value in study["settings"].items() if name != "max_tokens"}
+    if chosen == study["trials"][0]["settings"]:  # the first trial has the defaults
+        return []
+    return [f"{name}={value}" for name, value in chosen.items()]
 
 
 def runs_of(run: Callable[..., None], out: Path, results: Path, draw_only: bool) -> list[Run]:
@@ -145,7 +153,7 @@ def against(found: dict[str, list[Run]]) -> Table:
 
 def is_long(run: Run) -> bool:
     """Whether a run had several times the budget of the others."""
-    return run.job.label == LONG_LABEL
+    return run.job.label == LABELS[LONG]
 
 
 def draw(found: dict[str, list[Run]]) -> NotebookFigure:

@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 
 import typer
-from families import draw, runs_of
+from families import SETTINGS, draw, runs_of
 
 from fst_dspy.cli_experiments import ablate
 from fst_dspy.experiments import Run
@@ -29,7 +29,15 @@ def main(workers: int = 2, draw_only: bool = False) -> None:
     """Run what has not run yet, then write the tables and the figure."""
     found: dict[str, list[Run]] = {}
     for axis, (program, seeds, rollouts) in PROGRAMS.items():
-        run = partial(ablate, program, axis, seeds=seeds, rollouts=rollouts, workers=workers)
+        run = partial(
+            ablate,
+            program,
+            axis,
+            seeds=seeds,
+            rollouts=rollouts,
+            workers=workers,
+            settings=SETTINGS,
+        )
         runs = runs_of(run, STORES / axis, RESULTS / axis, draw_only)
         found[f"{axis}: {program}"] = runs
     draw(found).savefig(RESULTS / "fast_channel.png", dpi=130)

@@ -43,6 +43,8 @@ class Job:
         settings: FST's settings, flat, for every stage.
         samples: Rollouts a test example of the best pair: mean@k.
         test_size: Test examples; ``None`` takes them all.
+        test_temperature: Of everything that is measured once the arm has ended: arms that sample
+            at temperatures of their own are compared at one.
         forget_on: Programs that are tested under their ideal prompts before and after.
         reflection_lm: As for ``dspy.LM``; ``None`` for the proposer that needs no model.
         start: Run folder of a finished compile of the same model, whose best weights are started
@@ -65,6 +67,7 @@ class Job:
     settings: Mapping[str, Any] = field(default_factory=dict)
     samples: int = 4
     test_size: int | None = None
+    test_temperature: float = 1.0
     forget_on: tuple[str, ...] = ()
     reflection_lm: str | None = None
     start: str | None = None
@@ -108,6 +111,7 @@ class Outcome:
         seconds: Wall time by channel; ``"test"`` is that of the tests.
         stages: Run folders within the job's.
         base_version, trained_version: Version ids of the weights.
+        revision: Of the package that tested it; empty in outcomes older than this field.
     """
 
     test: Mapping[str, Mapping[str, tuple[float, ...]]]
@@ -121,6 +125,7 @@ class Outcome:
     stages: tuple[str, ...]
     base_version: str
     trained_version: str
+    revision: str = ""
 
 
 def write_job(folder: Path, job: Job) -> None:

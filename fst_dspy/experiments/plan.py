@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from fst_dspy.config import SamplingConfig
 from fst_dspy.errors import ConfigError, DataError
 from fst_dspy.experiments.jobs import Job
 from fst_dspy.measures import ideal_candidate
@@ -59,7 +60,8 @@ class Plan:
 
         Args:
             label, arm: As for ``Job``.
-            settings: Beside the plan's own, which they win over.
+            settings: Beside the plan's own, which they win over; but tests are at the plan's
+                temperature.
             rollouts: Another budget than the plan's.
         """
         return [
@@ -73,6 +75,7 @@ class Plan:
                 settings={**self.settings, **(settings or {})},
                 samples=self.samples,
                 test_size=self.test_size,
+                test_temperature=self.settings.get("temperature", SamplingConfig().temperature),
                 forget_on=self.forget_on,
                 reflection_lm=self.reflection_lm,
                 instructions=self.instructions,

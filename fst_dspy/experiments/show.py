@@ -170,7 +170,7 @@ def heading(found: Found) -> list[str]:
     else:
         lines.append(
             f"- {len(found.runs)} runs; test: {len(found.runs[0].outcome.test[PAIR])} examples at "
-            "the sampling temperature"
+            f"temperature {found.job.test_temperature:g}"
         )
     if found.job.instructions is not None:
         lines.append(f"- every task begins with the instruction: {found.job.instructions!r}")

@@ -1,8 +1,8 @@
 """The tables of a store that stand for themselves: means, quadrants, forgetting, every run.
 
 Every figure is one of ``fst_dspy.measures``. Curves are validation scores against all rollouts,
-validation included; test scores are mean@k at the sampling temperature. Intervals are Student's,
-at 95 %, over seeds.
+validation included; test scores are mean@k at one temperature for all arms. Intervals are
+Student's, at 95 %, over seeds.
 """
 
 from __future__ import annotations
@@ -181,6 +181,7 @@ def every_seed(runs: Sequence[Run]) -> Table:
             *counts_text([run]),
             str(run.outcome.steps),
             f"{run.train_seconds:.0f}",
+            run.outcome.revision or NONE,
         )
         for run in runs
     ]
@@ -199,9 +200,11 @@ def every_seed(runs: Sequence[Run]) -> Table:
             *CHANNELS,
             "steps",
             "s",
+            "revision",
         ),
         tuple(rows),
-        f"Before: base weights under the student's own prompt, on test examples. {COUNTED}",
+        "Before: base weights under the student's own prompt, on test examples. Revision: of the "
+        f"package that tested it. {COUNTED}",
     )
 
 

@@ -21,6 +21,7 @@ from fst_dspy.drift import kl_to_base, token_entropy
 from fst_dspy.evaluate import evaluate
 from fst_dspy.experiments.jobs import Job, Outcome, read_job, write_outcome
 from fst_dspy.experiments.process import locked, work
+from fst_dspy.experiments.runner import revision
 from fst_dspy.experiments.stages import compile_stages, load_job_task
 from fst_dspy.local_lm import LocalLM
 from fst_dspy.measures import forgetting, ideal_candidate, scores_by_example
@@ -74,7 +75,8 @@ def measure(job: Job, task: Task, others: Sequence[Task], results: Sequence[FSTR
     """
     started = time.monotonic()
     lm, best, base = dspy.settings.lm, results[-1].best, results[0].base_version
-    runner = RolloutRunner(task.program, task.metric, lm, results[-1].config.sampling, job.seed)
+    sampling = replace(results[-1].config.sampling, temperature=job.test_temperature)
+    runner = RolloutRunner(task.program, task.metric, lm, sampling, job.seed)
     original = seed_candidate(task.program)
 
     def test(candidate: Candidate, version: str, samples: int = 1) -> tuple[Rollout, ...]:
@@ -95,14 +97,12 @@ def measure(job: Job, task: Task, others: Sequence[Task], results: Sequence[FSTR
         scores[quadrant] = known[pair]
     calls = calls_of(rollouts)[:MEASURED_CALLS]
     kl, entropy = kl_to_base(lm.policy, calls), token_entropy(lm.policy, calls)
-    if best.version == base:  # weights that were not changed have forgotten nothing
-        others = []
     lost = forgetting(
         [replace(other, testset=other.testset[: job.test_size]) for other in others],
         before=lm.at(base),
         after=lm.at(best.version),
         samples=job.samples,
-        sampling=results[-1].config.sampling,
+        sampling=sampling,
         seed=job.seed,
     )
     seconds = _added([result.records[-1].seconds for result in results])
@@ -118,6 +118,7 @@ def measure(job: Job, task: Task, others: Sequence[Task], results: Sequence[FSTR
         stages=tuple(Path(str(result.log_dir)).name for result in results),
         base_version=base,
         trained_version=best.version,
+        revision=revision(),
     )
 
 
