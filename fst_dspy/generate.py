@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fst_dspy.decode import GrowingDecode, forward
-from fst_dspy.errors import PromptTooLongError
+from fst_dspy.errors import ModelError, PromptTooLongError
 from fst_dspy.memory import is_out_of_memory
 from fst_dspy.policy import Policy
 from fst_dspy.prefixes import (
@@ -307,6 +307,11 @@ class _Batch:
         return torch.tensor(hit, device=done.device)
 
     def _results(self) -> list[GenerationResult]:
+        if not torch.isfinite(self.logprobs).all():
+            raise ModelError(
+                f"weights {self.policy.version()} give probabilities that are not finite in "
+                f"{self.policy.model.dtype}: load them in another dtype, or go back to a checkpoint"
+            )
         lengths, stopped = self.lengths.tolist(), self.stopped.tolist()
         ids = [row[:n] for row, n in zip(self.ids.tolist(), lengths, strict=True)]
         logprobs = [row[:n] for row, n in zip(self.logprobs.tolist(), lengths, strict=True)]
@@ -347,9 +352,10 @@ def _draw(prob_BV: Tensor, uniform_B: Tensor, top_p_B: Tensor | None) -> Tensor:
     cumulative_BV = prob_BV.cumsum(-1)
     target_B1 = (uniform_B * cumulative_BV[:, -1])[:, None]
     token_B = torch.searchsorted(cumulative_BV, target_B1, right=True).squeeze(1)
-    # Rounding may put the target at the very end: stay on the last token that can be drawn.
+    # Rounding may put the target at the very end: stay on the last token that can be drawn. Among
+    # numbers that are none, whose batch is refused in the end, it would be no token at all.
     last_B = torch.searchsorted(cumulative_BV, cumulative_BV[:, -1:].contiguous()).squeeze(1)
-    return torch.minimum(token_B, last_B)
+    return torch.minimum(token_B, last_B.clamp(max=prob_BV.shape[1] - 1))
 
 
 def _uniforms(seeds: Sequence[int], steps: int) -> np.ndarray:

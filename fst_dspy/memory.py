@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-_SIGNS = ("out of memory", "can't allocate memory", "not enough memory")
+_SIGNS = (
+    "out of memory",
+    "can't allocate memory",
+    "not enough memory",
+    "cublas_status_alloc_failed",  # a full GPU at its first matrix product
+)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from fst_dspy.distributed import refuse_fsdp
 from fst_dspy.errors import ConfigError
 from fst_dspy.generate import (
     GenerationRequest,
@@ -34,8 +35,9 @@ def use_vllm(policy: Policy, *, gpu_memory_utilization: float = 0.3) -> None:
         gpu_memory_utilization: Share of the GPU's memory that vLLM may take, weights and caches.
 
     Raises:
-        ConfigError: vLLM is not installed, or there is no GPU.
+        ConfigError: vLLM is not installed, there is no GPU, or accelerate is set up for FSDP.
     """
+    refuse_fsdp("the vLLM engine")
     if policy.device.type != "cuda":
         raise ConfigError("vLLM runs on a GPU; the built-in engine runs anywhere")
     try:
@@ -51,6 +53,7 @@ def use_vllm(policy: Policy, *, gpu_memory_utilization: float = 0.3) -> None:
         processing_class=policy.tokenizer,
         gpu_memory_utilization=gpu_memory_utilization,
         max_model_length=policy.context_length,
+        trust_remote_code=policy.source["trust_remote_code"],
     )
     policy.generator = VllmGenerator(vllm, SamplingParams)
 

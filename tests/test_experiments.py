@@ -11,14 +11,15 @@ from fst_dspy.config import FSTConfig
 from fst_dspy.errors import ConfigError, DataError, StoreError
 from fst_dspy.experiments import ARMS, AXES, ExperimentStore, Job, Plan, compare, write_results
 from fst_dspy.experiments.ablate import REFERENCE, variants_of
-from fst_dspy.experiments.contrasts import ablations, against_rl, mean_curves
+from fst_dspy.experiments.contrasts import ablations, against_rl, asymptotes, mean_curves
 from fst_dspy.experiments.jobs import Outcome, read_outcome, read_records, write_job, write_outcome
 from fst_dspy.experiments.runs import Run, load_runs, shared_budget
 from fst_dspy.experiments.show import Found, make_tables
 from fst_dspy.experiments.stages import Within
-from fst_dspy.experiments.tables import summary
+from fst_dspy.experiments.tables import forgetting_table, summary
 from fst_dspy.experiments.tuned_rl import rl_space
 from fst_dspy.experiments.worker import run_job
+from fst_dspy.measures import Forgetting, Interval, mean_at_k
 from fst_dspy.progress import StopRun
 from fst_dspy.store import read_json
 from fst_dspy.types import CycleRecord, RolloutCounts
@@ -315,10 +316,50 @@ def test_the_tables_give_what_can_be_worked_out_by_hand():
     assert column(means, "s")["fst"] == "5"
     against = against_rl(runs)
     (row,) = against.rows
-    assert row[:6] == ("fst", "2 of 2", "30", "90", "3.0", "3")
+    assert row[:7] == ("fst", "2 of 2", "30", "90", "3.0", "3.0 to 3.0", "3")
     assert column(against, "matched")["fst"] == "0.600"
     assert column(against, "KL less")["fst"] == f"{100 * (1 - 0.1 / 0.5):.0f}"
     assert column(against, "test")["fst"].startswith("0.450 ±")
+
+
+def test_times_by_seed_are_averaged_as_ratios_are():
+    def run_of(label, seed, *points):
+        curve = [record(0, 10, 0.1), *(record(n, x, y) for n, (x, y) in enumerate(points, 1))]
+        return made_run(label, label, seed, curve, [0.5])
+
+    runs = [run_of("rl_only", seed, (120, 0.5)) for seed in (0, 1, 2)]
+    # Four times fewer, four times more, and never: those that get there come out even.
+    runs += [run_of("fst", 0, (30, 0.5)), run_of("fst", 1, (480, 0.5)), run_of("fst", 2, (99, 0.4))]
+    (row,) = against_rl(runs).rows
+    assert row[:6] == ("fst", "2 of 3", "255", "120", "1.0", "0.2 to 4.0")
+
+
+def test_forgetting_is_averaged_over_seeds():
+    runs = [
+        replace(run, outcome=replace(run.outcome, forgetting=(lost,)))
+        for run, lost in zip(
+            [run for run in two_arms() if run.job.arm == "fst"],
+            [lost_between(0.9, 0.8), lost_between(0.7, 0.7)],
+            strict=True,
+        )
+    ]
+    (row,) = forgetting_table(runs).rows
+    # Changes of -0.1 and 0: standard error 0.05, Student's factor 12.706 at one degree.
+    assert row == ("fst", "other", "2", "0.800", "0.750", "-0.050 ± 0.635")
+
+
+def lost_between(before, after):
+    scores = [mean_at_k([{"a": (score,), "b": (score,)}]) for score in (before, after)]
+    return Forgetting("other", *scores, Interval(after - before, None, None, 1, 0.95))
+
+
+def test_runs_of_several_stages_get_no_asymptote_and_ablations_hold_the_last_score():
+    runs = two_arms()
+    staged = replace(runs[0], outcome=replace(runs[0].outcome, stages=("0-a", "1-b")))
+    assert [row[0] for row in asymptotes([staged, runs[1]]).rows] == ["rl_only"]
+    short = made_run("K=1", "fst", 0, [record(0, 10, 0.2), record(1, 50, 0.6)], [0.5])
+    table = ablations([short, runs[0]], {"K": {"K=1": {"population_size": 1}}})
+    assert column(table, "area") == {"K": "0.400"}  # 0.2 to 50, then 0.6 to the budget of 100
 
 
 def test_the_longest_runs_of_rl_are_what_others_are_set_against():

@@ -12,7 +12,7 @@ import torch
 
 import fst_dspy.generate as generate_module
 from fst_dspy.config import LoraConfig
-from fst_dspy.errors import PromptTooLongError
+from fst_dspy.errors import ModelError, PromptTooLongError
 from fst_dspy.generate import GenerationRequest, GenerationResult, generate
 from fst_dspy.policy import Policy
 from fst_dspy.prefixes import pads_safely
@@ -229,6 +229,17 @@ def test_top_p_draws_from_the_nucleus_alone(tiny_model: Path) -> None:
     tiny = generate(policy, [replace(r, top_p=1e-6) for r in requests[:2]])
     greedy = generate(policy, [replace(r, temperature=0.0, top_p=1.0) for r in requests[:2]])
     assert [r.completion_ids_T for r in tiny] == [r.completion_ids_T for r in greedy]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_weights_that_are_not_numbers_are_a_clear_error(
+    tiny_model: Path, temperature: float
+) -> None:
+    policy = Policy.load(tiny_model)
+    policy.model.get_input_embeddings().weight.data.fill_(float("nan"))
+    request = GenerationRequest(encode(policy, WORDS[0]), 4, temperature, seed=1)
+    with pytest.raises(ModelError, match="not finite"):
+        generate(policy, [request])
 
 
 def test_the_train_flag_is_put_back(tiny_qwen3: Path) -> None:

@@ -33,7 +33,8 @@ class Recording(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         # Either waits for the GPU, and the second copies from memory that is not pinned.
-        assert func not in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.lift_fresh)
+        waits = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.lift_fresh.default)
+        assert func not in waits
         out = func(*args, **(kwargs or {}))
         self.done.append((func, args, kwargs or {}, out))
         return out

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from fst_dspy import distributed
 from fst_dspy.config import LoraConfig
 from fst_dspy.errors import ConfigError, PromptTooLongError
 from fst_dspy.generate import GenerationRequest, generate
@@ -141,6 +142,12 @@ def test_a_language_model_answers_through_it(engine):
     lm = LocalLM(policy, cache=False)
     answer = lm("hello", max_tokens=5, temperature=0.0)
     assert len(answer) == 1
+
+
+def test_vllm_is_refused_beside_fsdp(tiny_qwen3, monkeypatch):
+    monkeypatch.setattr(distributed, "uses_fsdp", lambda: True)
+    with pytest.raises(ConfigError, match="FSDP"):
+        use_vllm(Policy.load(tiny_qwen3))
 
 
 def test_what_vllm_cannot_do_is_refused(tiny_qwen3):

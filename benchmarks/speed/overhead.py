@@ -1,8 +1,8 @@
 """(c) What a compile takes beyond its two channels: rollouts, optimizer steps and proposals.
 
-Counted as the channels' own: ``RolloutRunner.run``, ``SlowTrainer.advance``, the proposer, which
-reads rollouts and writes prompts, and the measurement of the KL. All else is bookkeeping: choosing
-candidates, records, checkpoints, logs, and setting up.
+Counted as the channels' own: ``RolloutRunner.run_together``, ``SlowTrainer.advance``, the proposer,
+which reads rollouts and writes prompts, and the measurement of the KL. All else is bookkeeping:
+choosing candidates, records, checkpoints, logs, and setting up.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from fst_dspy.slow import SlowTrainer
 from fst_dspy.tasks import load_task
 
 CHANNELS = (
-    (RolloutRunner, "run"),
+    (RolloutRunner, "run_together"),  # which ``run`` calls
     (SlowTrainer, "advance"),
     (LessonProposer, "propose"),
     (LessonProposer, "observe"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -14,6 +13,7 @@ from fst_dspy.experiments.plasticity_tables import ENOUGH, Probe
 from fst_dspy.experiments.runs import Run
 from fst_dspy.experiments.stream_tables import by_arm, stage_label
 from fst_dspy.experiments.streams import Stream
+from fst_dspy.measures import mean_curve
 from fst_dspy.plots import Curve
 
 if TYPE_CHECKING:
@@ -43,10 +43,7 @@ def band(label: str, curves: Sequence[Curve]) -> Band:
     """
     if not curves:
         raise DataError(f"there is no curve of {label}")
-    first, last = max(curve.x[0] for curve in curves), min(curve.x[-1] for curve in curves)
-    x = sorted({x for curve in curves for x in curve.x if first <= x <= last} or {first})
-    y = [fmean(_last_by(curve, point) for curve in curves) for point in x]
-    return Band(label, tuple(curves), Curve(label, tuple(x), tuple(y)))
+    return Band(label, tuple(curves), mean_curve(curves, label))
 
 
 def probe_bands(found: Mapping[str, Sequence[Probe]]) -> list[Band]:
@@ -155,10 +152,6 @@ def draw_stages(streams: Sequence[Stream], runs: Sequence[Run], title: str) -> F
     )  # fmt: skip
     figure.suptitle(title)
     return figure
-
-
-def _last_by(curve: Curve, x: float) -> float:
-    return curve.y[bisect_right(curve.x, x) - 1]
 
 
 def _draw_band(axes: Any, one: Band, colour: str) -> None:

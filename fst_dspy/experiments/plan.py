@@ -70,7 +70,7 @@ class Plan:
                 arm=arm,
                 seed=seed,
                 program=self.program,
-                rollouts=rollouts or self.rollouts,
+                rollouts=self.rollouts if rollouts is None else rollouts,
                 model=self.model,
                 settings={**self.settings, **(settings or {})},
                 samples=self.samples,

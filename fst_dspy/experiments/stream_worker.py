@@ -15,6 +15,7 @@ import dspy
 
 from fst_dspy.continual import ContinualFST
 from fst_dspy.continual_state import TaskStage
+from fst_dspy.errors import StoreError
 from fst_dspy.experiments.jobs import Job, read_job
 from fst_dspy.experiments.process import locked, work
 from fst_dspy.experiments.stages import Within, load_job_task
@@ -58,11 +59,16 @@ def _tested(folder: Path, learner: ContinualFST, samples: int) -> StreamOutcome:
     return StreamOutcome(
         tasks=scores.tasks,
         stages=tuple(_plain(folder, stage) for stage in learner.stages),
-        # The weights of every stage are in its folder, so no score is missing.
-        score_S_N=tuple(tuple(float(s or 0.0) for s in row) for row in scores.score_S_N),
+        score_S_N=tuple(tuple(_known(score) for score in row) for row in scores.score_S_N),
         base_version=learner.stages[0].result.base_version,
         test_seconds=time.monotonic() - started,
     )
+
+
+def _known(score: float | None) -> float:
+    if score is None:
+        raise StoreError("a stage's weights are missing from its run folder, so it is not tested")
+    return float(score)
 
 
 def _plain(folder: Path, stage: TaskStage) -> StreamStage:

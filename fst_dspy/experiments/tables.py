@@ -129,12 +129,13 @@ def forgetting_table(runs: Sequence[Run]) -> Table | None:
             found = [f for run in group for f in run.outcome.forgetting if f.task == task]
             change = mean_interval(lost.change.mean for lost in found)
             before, after = (fmean(getattr(f, w).mean for f in found) for w in ("before", "after"))
-            rows.append((label, task, f"{before:.3f}", f"{after:.3f}", interval_text(change)))
+            cells = (str(len(found)), f"{before:.3f}", f"{after:.3f}", interval_text(change))
+            rows.append((label, task, *cells))
     if not rows:
         return None
     return Table(
         "Forgetting",
-        ("arm", "program", "before", "after", "change"),
+        ("arm", "program", "seeds", "before", "after", "change"),
         tuple(rows),
         "Other programs under their ideal prompts, with the base weights and the best ones.",
     )
