@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import os
+import threading
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
+from random import Random
 from types import SimpleNamespace
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -12,6 +16,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import dspy
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     Lfm2Config,
@@ -23,7 +28,17 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+import fst_dspy.engine as engine_module
+from fst_dspy.calls import Pending
+from fst_dspy.policy import Policy
+
 torch.set_num_threads(1)
+
+# How long an example takes says something about the machine only, and a failure must come back.
+settings.register_profile(
+    "repeatable", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("repeatable")
 
 TEXTS = [
     "You answer questions about tickets. Send the ticket to the right queue.",
@@ -134,6 +149,27 @@ def tiny_lfm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_model(request: pytest.FixtureRequest) -> Path:
     """Folder of each tiny model in turn."""
     return request.getfixturevalue(f"tiny_{request.param}")
+
+
+@pytest.fixture
+def repeatable_sampling(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A seed for every call without one, the same however threads run and in every run of the test.
+
+    Calls are told apart as rollouts are: by their prompt and how often it was asked before.
+    """
+    real, asked, guard = engine_module.prepare, Counter[tuple[int, ...]](), threading.Lock()
+
+    def prepare(policy: Policy, request: dspy.lm15.Request, seed: int) -> Pending:
+        pending = real(policy, request, seed)
+        if request.config.seed is None:
+            prompt = pending.generation.prompt_ids_T
+            with guard:
+                asked[prompt] += 1
+                own = Random(repr((prompt, asked[prompt]))).getrandbits(63)
+            pending.generation = replace(pending.generation, seed=own)
+        return pending
+
+    monkeypatch.setattr(engine_module, "prepare", prepare)
 
 
 @pytest.fixture

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import dspy
 
 
@@ -60,3 +62,11 @@ def questions(count, start=0):
         dspy.Example(question=f"number {start + n}", answer="").with_inputs("question")
         for n in range(count)
     ]
+
+
+def wait_for(condition, seconds=240):
+    """Wait for what other threads or processes do."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.02)

@@ -32,7 +32,7 @@ def test_rollouts_ahead_are_those_of_the_weights_before_the_update(tiny_qwen3, l
     started = threading.Event()
 
     def sample(copy):
-        assert started.wait(20)
+        assert started.wait(60)
         rollouts = runner.run(jobs, channel="slow", salt=1, policy=copy)
         return ((Group("x", tuple(rollouts)),),), ProblemStream(position=4)
 

@@ -572,7 +572,6 @@ JSON = st.recursive(
 )
 VALUES = NUMBERS | WORDS | JSON
 FUZZ = settings(
-    deadline=None,
     max_examples=150,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )

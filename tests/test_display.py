@@ -42,7 +42,7 @@ words = st.lists(st.sampled_from(["a", "visa", " ", "  ", "\n", "go", ".", "é",
 
 
 @given(words, words)
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_a_word_diff_holds_both_texts(before, after):
     pieces = word_diff(before, after)
     assert "".join(t for kind, t in pieces if kind != "added") == before

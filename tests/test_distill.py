@@ -179,6 +179,7 @@ def distill(folder, *, student=None, teacher="Write early letters.", lm=None, **
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("repeatable_sampling")
 @pytest.mark.parametrize("lora", [False, {"rank": 4}], ids=["full", "lora"])
 def test_the_bare_prompt_is_kept_and_the_weights_learn(tiny_qwen3, lora):
     compiled, _, result = distill(tiny_qwen3, student=Twice(), lora=lora)
@@ -238,6 +239,7 @@ def test_without_a_teacher_one_is_searched_for_within_the_budget(tiny_qwen3, tmp
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("repeatable_sampling")
 def test_a_compiled_teacher_lends_its_weights(tiny_qwen3):
     lm = LocalLM(str(tiny_qwen3))
     with dspy.context(lm=lm):

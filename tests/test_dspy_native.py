@@ -7,6 +7,7 @@ import dspy
 import pytest
 from dspy.teleprompt import GEPA, BetterTogether, BootstrapFinetune
 from dspy.teleprompt.grpo import GRPO
+from dspy.utils.exceptions import AdapterParseError
 from helpers import Echo, Twice, questions, vowels
 from training_helpers import Events, SampledAdapter, late_letters, scripted_proposer
 
@@ -19,6 +20,8 @@ pytestmark = [
     pytest.mark.filterwarnings("error::DeprecationWarning"),
     pytest.mark.filterwarnings("error::PendingDeprecationWarning"),
     pytest.mark.filterwarnings("error::FutureWarning"),
+    # Calls without a seed sample afresh, and no bound on what is learned holds in every such run.
+    pytest.mark.usefixtures("repeatable_sampling"),
 ]
 
 FST_SETTINGS = {
@@ -94,7 +97,14 @@ def answers(program, lm=None, count=8):
     program = program.deepcopy()
     for predictor in program.predictors():
         predictor.lm = (lm or predictor.lm).copy(temperature=0.0, max_tokens=8, cache=False)
-    return [program(question=q.question).answer for q in questions(count)]
+    return [answer_of(program, q.question) for q in questions(count)]
+
+
+def answer_of(program, question):
+    try:
+        return program(question=question).answer
+    except AdapterParseError:  # an empty completion, which trained weights may come to
+        return ""
 
 
 # --- dspy.GRPO -----------------------------------------------------------------------------------
@@ -105,8 +115,9 @@ def test_grpo_trains_the_local_model(tiny_model, lora, events):
     lm = LocalLM(str(tiny_model), max_tokens=8)
     program, base = student(lm), lm.model
     before = answers(program)
-    # At 1e-2 a run may collapse within three steps, to empty answers or a reward of 0 or 1.
-    rate = 5e-3 if lora else 1e-3
+    # A slower step may leave every greedy answer; a faster one breaks so many that, at -1 each, the
+    # mean reward is below 0. With these, runs on 8 other sets of seeds did neither.
+    rate = 3e-3 if lora else 1.5e-3
     optimizer = grpo(num_steps_for_val=1, learning_rate=rate, train_kwargs={"lora": lora})
     compiled = optimizer.compile(program, trainset=questions(6), valset=questions(4, 6))
     assert compiled._compiled and compiled.say.lm is lm and lm.cache

@@ -36,7 +36,7 @@ def alive(folder):
     return found.stdout.split()
 
 
-def wait_until(condition, seconds=60.0):
+def wait_until(condition, seconds=240.0):
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "it never came to that"

@@ -15,6 +15,7 @@ from dspy import lm15
 from dspy.utils.exceptions import ContextWindowExceededError
 
 import fst_dspy.calls as calls_module
+import fst_dspy.engine as engine_module
 from fst_dspy.config import LoraConfig
 from fst_dspy.errors import ModelError
 from fst_dspy.local_lm import LocalLM
@@ -168,7 +169,9 @@ def test_adapters_work_on_the_answer(
     assert len(prompts) == 1 and "visa?" in prompts[0] and "<|im_start|>system" in prompts[0]
 
 
-def test_concurrent_programs_are_batched(lm: LocalLM) -> None:
+def test_concurrent_programs_are_batched(lm: LocalLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Long enough for all threads to get their turn on a busy machine.
+    monkeypatch.setattr(engine_module, "GATHER_SECONDS", 0.3)
     with ThreadPoolExecutor(12) as pool:
         list(pool.map(lambda i: lm(f"question {i}", cache=False), range(12)))
     assert 1 <= lm.engine.batches < 6

@@ -31,8 +31,7 @@ from fst_dspy.types import CycleRecord, RolloutCounts
 
 X, Y = (48.0, 200.0, 400.0, 600.0), (0.1, 0.5, 0.4, 0.8)
 
-# How long an example takes says something about the machine only.
-untimed = settings(max_examples=60, deadline=None)
+fewer = settings(max_examples=60)
 
 scores = st.integers(0, 64).map(lambda n: n / 64)
 points = st.lists(st.tuples(st.integers(0, 1000), scores), min_size=1, max_size=12)
@@ -133,7 +132,7 @@ def test_the_mean_curve_holds_each_score_until_the_next_one():
         mean_curve([])
 
 
-@untimed
+@fewer
 @given(curves, scores)
 def test_reaching_depends_on_the_order_of_scores_alone(curve, score):
     x, y = curve
@@ -145,7 +144,7 @@ def test_reaching_depends_on_the_order_of_scores_alone(curve, score):
     assert linear is None if found is None else x[0] <= linear <= found
 
 
-@untimed
+@fewer
 @given(curves, scores, scores)
 def test_a_better_score_is_not_reached_earlier(curve, low, high):
     assume(low <= high)
@@ -154,7 +153,7 @@ def test_a_better_score_is_not_reached_earlier(curve, low, high):
         assert then is None or first <= then
 
 
-@untimed
+@fewer
 @given(curves, st.integers(1, 1500), st.booleans(), st.sampled_from(["step", "linear"]))
 def test_area_is_a_mean_of_scores_in_any_unit(curve, budget, running_best, interpolation):
     x, y = curve
@@ -166,7 +165,7 @@ def test_area_is_a_mean_of_scores_in_any_unit(curve, budget, running_best, inter
     assert area_under_curve(x, better, budget, **options) >= area - 1e-12
 
 
-@untimed
+@fewer
 @given(curves, st.integers(1, 1500))
 def test_area_is_the_budget_left_once_a_score_is_reached(curve, budget):
     x, y = (0, *curve[0]), (0.0, *curve[1])
@@ -234,7 +233,7 @@ def noisy(seed, end=0.8, noise=0.03):
     return ROLLOUTS, np.clip(risen(ROLLOUTS, end) + rng.normal(0, noise, 16), 0, 1)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     st.floats(0.3, 1), st.floats(0, 0.2), st.floats(300, 1500), st.floats(1, 6), st.floats(0.1, 50)
 )
@@ -356,7 +355,7 @@ def test_paired_difference_leaves_out_what_the_seeds_share():
         paired_difference({0: 1.0}, {1: 1.0})
 
 
-@untimed
+@fewer
 @given(st.lists(st.tuples(scores, scores), min_size=2, max_size=8))
 def test_paired_difference_has_the_interval_of_the_paired_t_test(pairs):
     first, second = zip(*pairs, strict=True)
@@ -389,7 +388,7 @@ def test_an_example_that_is_there_twice_counts_twice():
     assert (found.mean, found.k) == (pytest.approx(2 / 3), 4)
 
 
-@untimed
+@fewer
 @given(st.lists(st.lists(scores, min_size=3, max_size=3), min_size=2, max_size=10))
 def test_error_over_examples_is_that_of_the_examples_means(samples):
     found = mean_at_k([{str(n): row for n, row in enumerate(samples)}])

@@ -56,6 +56,7 @@ def compile_tiny(folder, program=None, *, seed=0, log_dir=None, arm="fst", **set
     return compiled, lm, compiled.detailed_results
 
 
+@pytest.mark.usefixtures("repeatable_sampling")
 @pytest.mark.parametrize("lora", [False, {"rank": 4}], ids=["full", "lora"])
 @pytest.mark.parametrize("kind", ["tiny_qwen3", "tiny_llama"])
 def test_both_channels_change_and_the_best_pair_is_bound(kind, lora, request):
@@ -150,6 +151,7 @@ def test_a_killed_run_goes_on_to_the_same_end(tiny_qwen3, tmp_path, lora, monkey
         assert lines[0] == lines[1]
 
 
+@pytest.mark.usefixtures("repeatable_sampling")
 def test_a_finished_run_is_returned_without_running_again(tiny_qwen3, tmp_path):
     first = compile_tiny(tiny_qwen3, log_dir=tmp_path)[2]
     compiled, _, again = compile_tiny(tiny_qwen3, log_dir=tmp_path)
@@ -394,6 +396,7 @@ def test_a_run_killed_after_a_shared_batch_goes_on_to_the_same_end(
     assert resumed.rollouts == whole.rollouts
 
 
+@pytest.mark.usefixtures("repeatable_sampling")
 def test_demos_of_a_real_program_are_learned_and_bound(tiny_qwen3):
     compiled, _, result = compile_tiny(tiny_qwen3, max_cycles=3, demo_tokens=200)
     seen = {c.source for c in result.population.candidates}

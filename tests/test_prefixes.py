@@ -38,8 +38,7 @@ def test_every_prompt_goes_on_from_its_beginning(prompts: list[list[int]]) -> No
         prefix = prefixes.prefix_ids_P[prefixes.owner_N[number]]
         rest = prefixes.rest(number, prompt)
         assert [*prefix, *rest] == prompt
-        assert len(prefix) > 0 or len(prompts) == 1 or rest
-        assert rest
+        assert len(prefix) > 0 and len(rest) > 0
         used += len(rest)
     read = used + sum(map(len, prefixes.prefix_ids_P))
     assert prefixes.saved == sum(map(len, prompts)) - read >= 0

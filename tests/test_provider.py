@@ -54,7 +54,8 @@ def conversation(text="silver queue", question="where does a visa ticket go?"):
 
 def finetuned(lm, data, **kwargs):
     job = lm.finetune(data, CHAT, {"learning_rate": 1e-2, "num_train_epochs": 30, **kwargs})
-    result = job.result(timeout=120)
+    result = job.result(timeout=240)
+    job.thread.join()  # it has the result before it ends
     if isinstance(result, Exception):
         raise result
     return result
@@ -462,7 +463,7 @@ def test_jobs_at_the_same_time_each_start_from_the_weights_they_name(lm):
     jobs = [
         lm.finetune([conversation(text)], CHAT, kwargs) for text in ("silver queue", "amber queue")
     ]
-    tuned = [job.result(timeout=120) for job in jobs]
+    tuned = [job.result(timeout=240) for job in jobs]
     assert [job.status() for job in jobs] == [TrainingStatus.succeeded] * 2
     assert [greedy(one) for one in tuned] == ["silver queue", "amber queue"]
 
@@ -473,7 +474,7 @@ def test_a_job_can_be_cancelled(lm):
     assert job.status() in (TrainingStatus.pending, TrainingStatus.running)
     assert job.cancel()
     lm.policy.lock.release()
-    assert isinstance(job.result(timeout=60), TrainingError)
+    assert isinstance(job.result(timeout=240), TrainingError)
     assert job.status() == TrainingStatus.cancelled and not job.cancel()
     assert lm.policy.version() == lm.model
 
@@ -526,7 +527,7 @@ def test_bad_conversations_are_clear_errors(lm, data, message):
     with pytest.raises(DataError, match=message):
         finetuned(lm, data)
     job = lm.finetune([conversation()], TrainDataFormat.COMPLETION, {})
-    result = job.result(timeout=60)
+    result = job.result(timeout=240)
     assert isinstance(result, DataError) and "give 'chat'" in str(result)
     assert job.status() == TrainingStatus.failed
 

@@ -5,8 +5,7 @@ import json
 import logging
 import os
 import threading
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -41,12 +40,17 @@ def words(text: str) -> int:
 
 
 class Script:
-    """Answers requests in turn; the last answer is repeated. An int is an HTTP status."""
+    """Answers requests in turn; the last answer is repeated. An int is an HTTP status.
+
+    ``asked`` holds what to do when a request comes, by its number.
+    """
 
     def __init__(self) -> None:
         self.answers: list[int | str | bytes] = [GOOD]
         self.prompts: list[str] = []
         self.barrier: threading.Barrier | None = None
+        self.asked: dict[int, Callable[[], None]] = {}
+        self.over = threading.Event()
 
     def next(self) -> int | str | bytes:
         return self.answers[min(len(self.prompts), len(self.answers)) - 1]
@@ -60,11 +64,12 @@ def server() -> Iterator[tuple[Script, str]]:
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             script.prompts.append(json.dumps(body.get("messages", body.get("input"))))
+            script.asked.get(len(script.prompts), lambda: None)()
             if script.barrier is not None:
                 script.barrier.wait()
             answer = script.next()
             if answer == SLOW:
-                time.sleep(1.0)
+                script.over.wait(60)
             if isinstance(answer, int):
                 return self.reply(answer, json.dumps({"error": {"message": "scripted"}}).encode())
             if isinstance(answer, bytes):
@@ -92,10 +97,14 @@ def server() -> Iterator[tuple[Script, str]]:
         def log_message(self, format: str, *args: Any) -> None:
             pass
 
-    httpd = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    class Server(ThreadingHTTPServer):
+        daemon_threads = False  # those are not waited for when it closes
+
+    httpd = Server(("127.0.0.1", 0), Handler)
     thread = threading.Thread(target=httpd.serve_forever, args=(0.01,), daemon=True)
     thread.start()
     yield script, f"http://127.0.0.1:{httpd.server_port}/v1"
+    script.over.set()
     httpd.shutdown()
     httpd.server_close()
     thread.join()
@@ -106,8 +115,10 @@ def reflection_lm(url: str, **settings: Any) -> dspy.LM:
     return dspy.LM("openai/scripted", api_base=url, api_key="x", **values)
 
 
-def proposer_of(url: str, num_retries: int = 0, **settings: Any) -> ReflectionLMProposer:
-    lm = reflection_lm(url, num_retries=num_retries, timeout=0.5)
+def proposer_of(
+    url: str, num_retries: int = 0, timeout: float = 30, **settings: Any
+) -> ReflectionLMProposer:
+    lm = reflection_lm(url, num_retries=num_retries, timeout=timeout)
     return ReflectionLMProposer(lm, 50, words, **{"pause": 0.01, **settings})
 
 
@@ -227,6 +238,11 @@ FAULTS = {
 }
 
 
+def limit_of(kind: str) -> float:
+    """Seconds a call may take: few where it is to take too long, and else plenty."""
+    return 1 if kind == "timeout" else 30
+
+
 def lessons() -> LessonProposer:
     return LessonProposer(50, words)
 
@@ -241,7 +257,7 @@ def test_every_fault_is_counted_and_the_fallback_stands_in(
     runner = BlueRunner()
     rows = score(runner, [asks_q], VAL, channel="fast", salt=0)
     start = choose([asks_q], rows, [example_id(e) for e in VAL], 4, 0)
-    proposer = proposer_of(url, fallback=lessons())
+    proposer = proposer_of(url, timeout=limit_of(kind), fallback=lessons())
     phase = FastPhase(FastConfig(minibatch_size=4), proposer, 0)
     end = phase.run(runner, start, TRAIN, VAL, cycle=1, iterations=1, policy_version=0)
     assert phase.stats.errors == {kind: 1}
@@ -254,7 +270,10 @@ def test_every_fault_is_counted_and_the_fallback_stands_in(
 def test_what_passes_is_retried_and_counted(server: tuple[Script, str], kind: str) -> None:
     script, url = server
     script.answers = [FAULTS[kind], FAULTS[kind], GOOD]
-    text, phase = run_phase(proposer_of(url, num_retries=3), 1)
+    proposer = proposer_of(url, num_retries=3, timeout=limit_of(kind))
+    # The good answer has all the time it needs: the limit is read anew for every attempt.
+    script.asked[2] = lambda: proposer.lm.kwargs.update(timeout=30)
+    text, phase = run_phase(proposer, 1)
     assert text == "Always answer blue."
     assert phase.stats.errors == {kind: 2} and len(script.prompts) == 3
 
@@ -338,7 +357,7 @@ def test_the_token_budget_holds_where_no_price_is_known(
 
 def test_several_components_are_reflected_at_the_same_time(server: tuple[Script, str]) -> None:
     script, url = server
-    script.barrier = threading.Barrier(2, timeout=10)  # each call waits for the other
+    script.barrier = threading.Barrier(2, timeout=60)  # each call waits for the other
     names = ["a.instructions", "b.instructions"]
     texts = proposer_of(url, num_retries=0).propose(
         dict.fromkeys(names, "Answer."), {name: [] for name in names}, names

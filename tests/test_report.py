@@ -380,7 +380,7 @@ def test_what_is_not_a_run_folder_is_refused(tmp_path):
 
 
 @given(st.text(), st.text())
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_json_in_a_script_comes_back_and_ends_no_element(key, text):
     written = page.script_json({key: [text, "</script><!--"]})
     assert not set("<>&\u2028\u2029") & set(written)
@@ -398,7 +398,7 @@ def test_a_lone_surrogate_does_not_stop_the_report(tmp_path):
 
 
 @given(st.floats(-1e9, 1e9, allow_subnormal=False), st.floats(0, 1e9, allow_subnormal=False))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_ticks_span_the_values_and_are_few(low, width):
     found = ticks(low, low + width)
     slack = 1e-6 * max(1.0, abs(low), width)

@@ -1,5 +1,4 @@
 import threading
-import time
 
 import dspy
 import pytest
@@ -137,27 +136,28 @@ def test_a_program_that_loops_is_stopped_at_max_calls(lm):
     assert all(len(r.calls) == 3 for r in stopped)
 
 
+@pytest.mark.slow
 def test_a_program_or_metric_that_hangs_is_given_up_and_the_others_go_on(lm):
-    release = threading.Event()
+    release, waited = threading.Event(), []
 
     class Hang(Echo):
         def forward(self, question):
             if question.endswith("0"):
-                release.wait(20)
+                waited.append(release.wait(60))
             return super().forward(question)
 
     def metric(gold, pred, trace=None):
         if gold.question.endswith("1"):
-            release.wait(20)
+            waited.append(release.wait(60))
         return 1.0
 
-    sampling = SamplingConfig(max_tokens=4, rollout_timeout=1.0)
-    started = time.monotonic()
+    # Time enough for the others, whatever else the machine does.
+    sampling = SamplingConfig(max_tokens=4, rollout_timeout=5.0)
     rollouts = make_runner(lm, Hang(), metric, sampling).run(
         jobs_for(Hang(), 3, 2), channel="slow", salt=0
     )
+    assert not waited, "the rollouts that hang were waited for"
     release.set()
-    assert time.monotonic() - started < 15
     assert [r.failure.kind for r in rollouts[:2]] == ["timeout"] * 2
     assert "timeout" in [r.failure.kind for r in rollouts[2:4] if r.failure]
     assert all(r.failure is None or r.failure.kind != "timeout" for r in rollouts[4:])
@@ -173,7 +173,7 @@ def test_metrics_run_while_the_other_rollouts_generate(lm):
 
     def metric(gold, pred, trace=None):
         if gold.question.endswith("0"):  # one call, and a metric that outlasts the others' second
-            waited.append(generated.wait(20))
+            waited.append(generated.wait(60))
         else:
             generated.set()
         return 1.0

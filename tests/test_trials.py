@@ -244,7 +244,7 @@ def test_the_last_step_of_a_trial_does_not_wait_for_the_proposal():
     real = runner.run
 
     def run(jobs, **settings):
-        assert phase.proposer.asked.wait(10), "not asked before the rollouts"
+        assert phase.proposer.asked.wait(60), "not asked before the rollouts"
         return real(jobs, **settings)
 
     runner.run = run
