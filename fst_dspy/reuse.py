@@ -47,19 +47,15 @@ class RolloutPool:
         """Those under one candidate."""
         return tuple(r for r in self.rollouts if r.candidate_id == candidate_id)
 
-    def to_json(self) -> list[dict[str, Any]]:
-        """Plain values, for JSON."""
-        return [rollout_to_json(rollout) for rollout in self.rollouts]
-
 
 def pool_from_json(rows: Sequence[Mapping[str, Any]]) -> RolloutPool:
-    """The inverse of ``RolloutPool.to_json``."""
+    """A pool from its rollouts as JSON objects, of which each has the fields of a dataclass."""
     return RolloutPool(tuple(map(rollout_from_json, rows)))
 
 
 def rollout_to_json(rollout: Rollout) -> dict[str, Any]:
     """A rollout as plain values, but for what is in the fields of its traces."""
-    # Not ``asdict``, which copies all texts: this is done at every optimizer step.
+    # Not ``asdict``, which copies all texts.
     return vars(rollout) | {
         "calls": [vars(call) for call in rollout.calls],
         "traces": [vars(trace) for trace in rollout.traces],

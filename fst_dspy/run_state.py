@@ -56,7 +56,7 @@ class LoopState:
         counts: Rollouts so far.
         tokens: Prompt and completion tokens so far.
         seconds: Wall time so far, by channel.
-        fast_state: What the fast phase remembers, as plain values.
+        fast_state: What the fast phase remembers: plain values, and rollouts.
         stream: The problems that come next.
         ahead: The groups of the next optimizer step, where they were sampled before the last one.
     """
@@ -191,10 +191,10 @@ class RunFolder:
 
 
 def state_to_json(state: LoopState) -> dict[str, Any]:
-    """The state as plain values."""
+    """The state as plain values, but for the rollouts that the fast phase remembers."""
     best = state.best
     return {
-        # Its fast state is plain already, and the most there is to copy.
+        # Its fast state is ready to be written, and the most there is to copy.
         **asdict(replace(state, population=None, best=None, fast_state={}, ahead=())),  # type: ignore[arg-type]
         "ahead": attempts_to_json(state.ahead),
         "fast_state": state.fast_state,

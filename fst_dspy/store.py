@@ -104,7 +104,7 @@ class RunStore:
         """Write the next checkpoint whole, then prune the oldest.
 
         Args:
-            state: Plain values; kept in ``state.json``.
+            state: Plain values and dataclasses of such; kept in ``state.json``.
             write_weights: Called with an empty folder that becomes part of the checkpoint.
         """
         number = max(self._checkpoints(), default=-1) + 1
@@ -114,7 +114,7 @@ class RunStore:
             shutil.rmtree(temporary, ignore_errors=True)
             (temporary / "weights").mkdir(parents=True)
             write_weights(temporary / "weights")
-            text = json.dumps({**state, "lengths": self._lengths()})
+            text = json.dumps({**state, "lengths": self._lengths()}, default=_fields)
             (temporary / "state.json").write_text(text)
             for path in sorted(temporary.rglob("*")):
                 flush(path)

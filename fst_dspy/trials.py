@@ -192,11 +192,14 @@ class TrialPhase(FastPhase):
         return population
 
     def state(self) -> dict[str, Any]:
-        """All there is to resume from, for JSON."""
+        """All there is to resume from, for JSON; the pool's rollouts are left as they are.
+
+        They are many, and most states are never written.
+        """
         trial = self.trial
         return {
             **super().state(),
-            "pool": self.pool.to_json(),
+            "pool": self.pool.rollouts,
             "trials": self._trials,
             "tried": list(self._tried),
             "due": self._due,

@@ -82,7 +82,7 @@ def test_the_same_seed_gives_the_same_run_and_a_resume_changes_nothing():
     def resumed(phase):
         other = TrialPhase(phase.config, Clumsy(256, words), 0, steps_per_cycle=6)
         other.proposer.calls = phase.proposer.calls
-        other.load_state(json.loads(json.dumps(phase.state())))
+        other.load_state(json.loads(json.dumps(phase.state(), default=vars)))
         return other
 
     whole, again = loop_with(True, cycles=3)[0], loop_with(True, cycles=3)[0]
@@ -257,7 +257,7 @@ def test_a_proposals_latency_and_a_resume_change_nothing():
     def resumed(phase):
         other = TrialPhase(phase.config, Waiting(256, words), 0, steps_per_cycle=6)
         other.proposer.calls = phase.proposer.calls
-        other.load_state(json.loads(json.dumps(phase.state())))
+        other.load_state(json.loads(json.dumps(phase.state(), default=vars)))
         return other
 
     whole = loop_with(True, Waiting, cycles=3)[0]
