@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: install demo test pytest test-fast lint bench wheel clean
+.PHONY: install demo test pytest test-fast test-gpu lint bench wheel clean
 
 install: $(VENV)/.installed
 
@@ -27,6 +27,9 @@ pytest: install
 
 test-fast: install
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
+
+test-gpu: install
+	$(BIN)/python -m pytest -m gpu tests/test_gpu.py
 
 lint: install
 	$(BIN)/ruff check .

@@ -34,6 +34,13 @@ from fst_dspy.policy import Policy
 
 torch.set_num_threads(1)
 
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Only the tests of the GPU use one, in this process or another: others compare to rounding."""
+    if config.getoption("markexpr") != "gpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 # How long an example takes says something about the machine only, and a failure must come back.
 settings.register_profile(
     "repeatable", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]

@@ -35,7 +35,7 @@ class SpyTrainer(GRPOTrainer):
         return super()._compute_loss(model, inputs)
 
 
-def run_stock(policy, slow, micro_batches=1, equal_lengths=False):
+def run_stock(policy, slow, micro_batches=1, equal_lengths=False, cuda=False):
     """Four steps of the stock trainer on random rows and rewards; the spy, and the step norms."""
     rng = torch.Generator().manual_seed(7)
 
@@ -74,8 +74,8 @@ def run_stock(policy, slow, micro_batches=1, equal_lengths=False):
         epsilon_high=slow.epsilon_high,
         scale_rewards=slow.scale_rewards,
         temperature=1.0,
-        use_cpu=True,
-        bf16=False,
+        use_cpu=not cuda,
+        bf16=cuda,
         gradient_checkpointing=False,
         report_to="none",
         save_strategy="no",

@@ -8,6 +8,7 @@ import os
 import platform
 import resource
 import statistics
+import shutil
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -148,8 +149,10 @@ def machine() -> dict[str, Any]:
 
 
 def commit() -> str:
-    """The commit of this checkout, with ``+`` where it has changes."""
+    """The commit of this checkout, with ``+`` where it has changes; empty for a mere copy."""
     folder = Path(__file__).parent
+    if shutil.which("git") is None:
+        return ""
 
     def git(*command: str) -> str:
         done = subprocess.run(["git", *command], cwd=folder, capture_output=True, text=True)

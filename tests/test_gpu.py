@@ -1,0 +1,246 @@
+"""What only a GPU can show: recorded steps, memory that runs out, training as the stock trainer's.
+
+The other tests leave a GPU alone, for they compare to rounding; these run by ``make test-gpu``.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import dspy
+import pytest
+import torch
+from helpers import RawAdapter
+from test_optimizer import compile_tiny
+from test_prefixes import prompts_of
+from test_slow import rows_for
+from test_trl_contract import STEPS, rows_of, run_stock, trainer_for
+
+import fst_dspy.static_decode as static
+from fst_dspy import run_state
+from fst_dspy.config import LoraConfig, SamplingConfig, SlowConfig
+from fst_dspy.generate import GenerationRequest, GenerationResult, generate
+from fst_dspy.policy import Policy
+from fst_dspy.slow import SlowTrainer
+from fst_dspy.types import TrainingRow
+
+GPU = "cuda"
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: make test-gpu"),
+]
+
+
+@pytest.fixture(autouse=True)
+def exact(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """float32 as it is; cuDNN would round the convolutions' inputs to 10 bits."""
+    with torch.backends.cudnn.flags(allow_tf32=False):
+        yield
+
+
+def mixed_requests(policy: Policy) -> list[GenerationRequest]:
+    """36 rows of unlike lengths, each prompt asked for thrice, greedy and sampled."""
+    return [
+        GenerationRequest(prompt, 5 + 7 * (number % 6), temperature, seed=number)
+        for number, prompt in enumerate(prompts_of(policy)[:6] * 3)
+        for temperature in (0.0, 1.0)
+    ]
+
+
+def growing(policy: Policy, requests: list[GenerationRequest]) -> list[GenerationResult]:
+    """Without recordings."""
+    devices, static.DEVICES = static.DEVICES, ()
+    try:
+        return generate(policy, requests)
+    finally:
+        static.DEVICES = devices
+
+
+def assert_alike(one: list[GenerationResult], other: list[GenerationResult]) -> None:
+    assert [r.completion_ids_T for r in one] == [r.completion_ids_T for r in other]
+    for a, b in zip(one, other, strict=True):
+        assert a.logprobs_T == pytest.approx(b.logprobs_T, abs=1e-4)
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_a_recorded_step_gives_what_a_growing_cache_gives(tiny_model: Path, lora: bool) -> None:
+    policy = Policy.load(tiny_model, device=GPU, dtype="float32")
+    if lora:
+        policy.add_lora(LoraConfig(rank=4), seed=0)
+    requests = mixed_requests(policy)
+    results = generate(policy, requests)
+    steps = static._rooms[policy].steps
+    assert steps and all(step._graph is not None for step in steps.values())
+    assert_alike(results, growing(policy, requests))
+    assert_alike(results, generate(Policy.load(tiny_model, device="cpu"), requests))
+
+    # The weights move in place: the recordings follow them, and none is made anew.
+    places = {key[2:] for key in steps}
+    trainer = SlowTrainer(policy, SlowConfig(learning_rate=1e-2), SamplingConfig(), 10, 0)
+    for step in range(2):
+        trainer.advance(rows_for(step))
+    moved = generate(policy, requests)
+    assert_alike(moved, growing(policy, requests))
+    assert [r.logprobs_T for r in moved] != [r.logprobs_T for r in results]
+    assert {key[2:] for key in steps} == places and len(places) == 1
+    with policy.at(policy.base_version):
+        assert_alike(generate(policy, requests), results)
+
+
+def test_logprobs_are_those_of_a_full_forward_pass(tiny_model: Path) -> None:
+    policy = Policy.load(tiny_model, device=GPU, dtype="float32")
+    for request in mixed_requests(policy)[1::2]:
+        (result,) = generate(policy, [request])
+        ids = torch.tensor([[*request.prompt_ids_T, *result.completion_ids_T]], device=GPU)
+        with torch.no_grad():
+            logits_TV = policy.model(ids).logits[0, len(request.prompt_ids_T) - 1 : -1]
+        logprob_T = logits_TV.log_softmax(-1).gather(1, ids[0, -len(logits_TV) :, None])[:, 0]
+        assert result.logprobs_T == pytest.approx(logprob_T.tolist(), abs=1e-4)
+
+
+def test_threads_share_recordings_while_others_use_the_gpu(tiny_lfm2: Path) -> None:
+    policy = Policy.load(tiny_lfm2, device=GPU, dtype="float32")
+    requests, over = mixed_requests(policy), threading.Event()
+    expected = growing(policy, requests)
+    results: list[list[GenerationResult]] = []
+
+    def disturb() -> None:
+        while not over.is_set():
+            torch.ones(64, 64, device=GPU).matmul(torch.ones(64, 64, device=GPU)).sum().item()
+
+    other = threading.Thread(target=disturb)
+    other.start()
+    try:
+        workers = [
+            threading.Thread(target=lambda: results.append(generate(policy, requests)))
+            for _ in range(4)
+        ]
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
+    finally:
+        over.set()
+        other.join()
+    assert len(results) == 4
+    for result in results:
+        assert_alike(result, expected)
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "lfm2"])
+def test_steps_equal_the_stock_trainer(
+    kind: str, request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = request.getfixturevalue(f"tiny_{kind}")
+    stock, ours = (Policy.load(folder, device=GPU, dtype="float32") for _ in range(2))
+    slow = SlowConfig(learning_rate=1e-2, lr_scheduler_type="linear", weight_decay=0.1)
+    before, spy, trainer = ours.trainable_state(), run_stock(stock, slow, cuda=True), None
+    trainer = trainer_for(ours, slow)
+    norms = [log["grad_norm"] for log in spy.state.log_history if "grad_norm" in log]
+    assert len(norms) == STEPS
+    for batch, norm in zip(spy.trained, norms, strict=True):
+        assert trainer.advance(rows_of(batch)).grad_norm == pytest.approx(norm, rel=1e-3)
+    after = stock.trainable_state()
+    for name, weight in ours.trainable_state().items():
+        torch.testing.assert_close(weight, after[name], rtol=1e-3, atol=1e-4)
+    assert any(not torch.equal(weight, after[name]) for name, weight in before.items())
+
+
+def test_training_as_it_is_by_default_goes_on_after_an_interruption(
+    tiny_lfm2: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    slow = SlowConfig(learning_rate=1e-3, lora=LoraConfig(rank=4, dropout=0.3))
+
+    def make() -> tuple[Policy, SlowTrainer]:
+        policy = Policy.load(tiny_lfm2)
+        assert policy.device.type == GPU and policy.model.dtype == torch.bfloat16
+        policy.add_lora(slow.lora, seed=1)
+        return policy, SlowTrainer(policy, slow, SamplingConfig(), 20, 0)
+
+    whole, trainer = make()
+    for step in range(4):
+        if step == 2:
+            trainer.save(tmp_path)
+        trainer.advance(rows_for(step))
+    resumed, other = make()
+    other.load(tmp_path)
+    for step in range(2, 4):
+        other.advance(rows_for(step))
+    state = resumed.trainable_state()
+    for name, weight in whole.trainable_state().items():
+        torch.testing.assert_close(weight, state[name], rtol=1e-2, atol=1e-4)
+    # What was sampled on this device is what training finds, to bfloat16.
+    requests = mixed_requests(whole)[1::2]
+    results = generate(whole, requests)
+    caplog.clear()
+    trainer.advance(
+        [
+            TrainingRow(r.prompt_ids_T, one.completion_ids_T, one.logprobs_T, (-1.0) ** n)
+            for n, (r, one) in enumerate(zip(requests, results, strict=True))
+        ]
+    )
+    assert "disagree" not in caplog.text
+
+
+@pytest.fixture
+def little_memory() -> Iterator[int]:
+    """400 MiB of the GPU, for this process."""
+    torch.cuda.empty_cache()
+    total = torch.cuda.get_device_properties(0).total_memory
+    left = 400 * 2**20
+    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + left) / total)
+    yield left
+    torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+def test_memory_that_runs_out_halves_the_work(
+    tiny_qwen3: Path, little_memory: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.WARNING)
+    policy = Policy.load(tiny_qwen3, device=GPU, dtype="float32")
+    few = [GenerationRequest((5 + n % 200,) * 480, 3, seed=n) for n in range(4)]
+    expected = generate(policy, few)
+    many = [GenerationRequest((5 + n % 200,) * 480, 3, seed=n) for n in range(136)]
+    # 60 MiB hold the prompts of few rows, not of all at once.
+    held = torch.empty(little_memory - 60 * 2**20, dtype=torch.uint8, device=GPU)
+    results = generate(policy, many)
+    assert len(results) == 136
+    assert [r.completion_ids_T for r in results[:4]] == [r.completion_ids_T for r in expected]
+    assert "memory ran out" in caplog.text
+    caplog.clear()
+    trainer = SlowTrainer(policy, SlowConfig(micro_batch_size=64), SamplingConfig(), 10, 0)
+    rows = [TrainingRow((5 + n,) * 200, (7,) * 200, (-1.0,) * 200, (-1.0) ** n) for n in range(64)]
+    before = policy.version()
+    assert trainer.advance(rows).skipped is None
+    assert policy.version() != before and trainer.micro_batch_size < 64
+    assert "memory ran out" in caplog.text
+    del held
+
+
+@pytest.mark.parametrize("lora", [False, {"rank": 4}], ids=["full", "lora"])
+def test_a_killed_compile_goes_on(
+    lora: Any, tiny_qwen3: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run_state, "CHECKPOINT_SECONDS", 0.0)
+    real, steps = SlowTrainer.advance, []
+
+    def advance(self: SlowTrainer, *args: Any, **kwargs: Any) -> Any:
+        assert self.policy.device.type == GPU
+        steps.append(self.policy.step)
+        if len(steps) == 3:
+            raise RuntimeError("killed")
+        return real(self, *args, **kwargs)
+
+    monkeypatch.setattr(SlowTrainer, "advance", advance)
+    with dspy.context(adapter=RawAdapter()):
+        with pytest.raises(RuntimeError, match="killed"):
+            compile_tiny(tiny_qwen3, log_dir=tmp_path / "run", lora=lora)
+        _, lm, result = compile_tiny(tiny_qwen3, log_dir=tmp_path / "run", lora=lora)
+    assert steps == [0, 1, 2, 2, 3]
+    assert result.records[-1].step == 4 and result.records[-1].kl_to_base > 0
+    assert result.best.version and lm.policy.model.dtype == torch.bfloat16
