@@ -25,6 +25,7 @@ import json
 import re
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -35,6 +36,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.gpu_work import (
+    PLAIN_ROWS,
     QUICK,
     Ceilings,
     Load,
@@ -134,14 +136,18 @@ def measure_step(folder: Path, device: torch.device, load: Load, limit: Ceilings
     policy, plain = endless(folder, device).policy, endless(folder, device, "float32").policy
     rows = training_rows(load, policy.model.config.vocab_size)
     trainer, loop = SlowTrainer(policy, slow, SamplingConfig(), 100, 0), PlainLoop(plain, slow)
-    losses = {"loss": trainer.advance(rows).loss, "plain_loss": loop.step(rows)}
+    losses = {"loss": trainer.advance(rows).loss, "plain_loss": loop.step(rows, PLAIN_ROWS[0])}
     seconds = median_seconds(lambda: trainer.advance(rows), device, load.repeats)
-    plain_seconds = median_seconds(lambda: loop.step(rows), device, load.repeats)
+    plain_seconds, plain_rows = min(
+        (median_seconds(partial(loop.step, rows, size), device, load.repeats), size)
+        for size in PLAIN_ROWS
+    )
     positions, outputs = len(rows) * (load.prompt + load.completion), len(rows) * load.completion
     return beside(
         seconds,
         Work.of(policy).flop(6, positions, outputs) / limit.flops,
         plain_seconds=plain_seconds,
+        plain_rows=plain_rows,
         against_plain=seconds / plain_seconds,
         rows=len(rows),
         tokens=positions,

@@ -162,7 +162,8 @@ class SlowConfig:
             problem, as in the paper, or ``"candidate"``, those under the same candidate alone.
         beta: Weight of TRL's KL penalty to the base model; 0 switches it off.
         entropy_coef: Weight of TRL's entropy bonus, the mean entropy a token; 0 switches it off.
-        micro_batch_size: Rows in one forward and backward pass.
+        micro_batch_size: Most rows in one forward and backward pass; by default 16 on a CPU, and on
+            a GPU as many as memory seems to hold.
         resample_constant: How often a step all of whose groups are constant (no gradient) draws
             other problems, at the cost of their rollouts, before it is skipped.
         revisit_constant: Probability, in (0, 1], that a problem's turn is taken after its latest
@@ -198,7 +199,7 @@ class SlowConfig:
     advantage: Literal["problem", "candidate"] = "problem"
     beta: float = 0.0
     entropy_coef: float = 0.0
-    micro_batch_size: int = 16
+    micro_batch_size: int | None = None
     resample_constant: int = 0
     revisit_constant: float = 0.5
     damp_constant: bool = True
@@ -209,7 +210,7 @@ class SlowConfig:
     def __post_init__(self) -> None:
         for name in ("steps_per_cycle", "problems_per_step", "micro_batch_size", "max_bad_steps"):
             value = getattr(self, name)
-            _require(value >= 1, f"{name} must be at least 1, got {value}")
+            _require(value is None or value >= 1, f"{name} must be at least 1, got {value}")
         _require(
             self.group_size >= 2,
             f"group_size must be at least 2 (one alone has no advantage), got {self.group_size}",

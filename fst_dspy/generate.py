@@ -19,6 +19,7 @@ from torch import Tensor
 
 from fst_dspy.decode import GrowingDecode, forward
 from fst_dspy.errors import ModelError, PromptTooLongError
+from fst_dspy.gpu import shapes_vary
 from fst_dspy.memory import is_out_of_memory
 from fst_dspy.policy import Policy
 from fst_dspy.prefixes import (
@@ -98,7 +99,7 @@ def generate(policy: Policy, requests: Sequence[GenerationRequest]) -> list[Gene
     for request in requests:
         check_prompt(policy, request.prompt_ids_T)
     results: list[GenerationResult | None] = [None] * len(requests)
-    with policy.lock, torch.no_grad():
+    with policy.lock, torch.no_grad(), shapes_vary(policy.device):
         model = policy.model
         was_training = model.training
         model.eval()

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from fst_dspy import distributed
 
@@ -53,13 +54,22 @@ class MasterWeights:
 
     @torch.no_grad()
     def _begin(self, *_: Any) -> None:
-        for weight, master in self._pairs:
-            if not torch.equal(weight, master.to(weight.dtype)):
+        for (weight, master), same in zip(self._pairs, self._unchanged(), strict=True):
+            if not same:
                 master.copy_(weight)  # other weights were put in the model since the last step
             master.grad = None if weight.grad is None else weight.grad.float()
 
     @torch.no_grad()
     def _end(self, *_: Any) -> None:
-        for weight, master in self._pairs:
-            weight.copy_(master)
+        weights, masters = zip(*self._pairs, strict=True)
+        torch._foreach_copy_(weights, masters)
+        for master in masters:
             master.grad = None
+
+    def _unchanged(self) -> list[bool]:
+        """Whether each weight is its copy, rounded."""
+        pairs = [(weight, master.to(weight.dtype)) for weight, master in self._pairs]
+        if any(isinstance(weight, DTensor) for weight, _ in pairs):
+            return [torch.equal(weight, rounded) for weight, rounded in pairs]
+        same = torch.stack([(weight == rounded).all() for weight, rounded in pairs])
+        return same.tolist()  # all at once, for a GPU is waited for

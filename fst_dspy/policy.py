@@ -32,6 +32,7 @@ from fst_dspy import distributed
 from fst_dspy.config import LoraConfig
 from fst_dspy.embedded import path as embedded_path
 from fst_dspy.errors import ModelError
+from fst_dspy.gpu import fuse_norms
 
 DEFAULT_CHAT_TEMPLATE = (
     "{% for message in messages %}{{ message['role'] + ': ' + message['content'] + '\n\n' }}"
@@ -136,6 +137,8 @@ class Policy:
         try:
             tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=trust_remote_code)
             model = _read_model(where, dtype, trust_remote_code).to(device)
+            if device.type == "cuda":
+                fuse_norms(model)
         except Exception as error:
             raise ModelError(
                 f"cannot load the model {str(name_or_path)!r} ({type(error).__name__}: {error}); "

@@ -25,6 +25,7 @@ from torch import Tensor
 from fst_dspy import distributed
 from fst_dspy.config import SamplingConfig, SlowConfig
 from fst_dspy.errors import ModelError, StoreError, TrainingError
+from fst_dspy.gpu import shapes_vary, tokens_that_fit
 from fst_dspy.master_weights import PREFIX as MASTERS
 from fst_dspy.memory import is_out_of_memory
 from fst_dspy.policy import Policy
@@ -42,9 +43,11 @@ WEIGHTS, OPTIMIZER, RNG, SCALARS = (
     "trainer.json",
 )
 SCHEMA_VERSION = 1
-MICRO_BATCH_TOKENS = 16_384
-"""Tokens of a micro-batch, padding included; fewer rows than ``micro_batch_size`` where they are
-long."""
+MICRO_BATCH_TOKENS = {"cpu": 16_384, "cuda": 65_536}
+"""Most tokens of a micro-batch, padding included; fewer rows than ``micro_batch_size`` where they
+are long."""
+CPU_ROWS = 16
+"""Rows of a micro-batch on a CPU, unless ``micro_batch_size`` says otherwise."""
 DRIFT_LIMIT = 0.1
 """Nats a token between sampling and training, above which there is a warning; bfloat16 is below."""
 
@@ -74,8 +77,13 @@ class SlowTrainer:
             seed: Seed of dropout.
         """
         self.policy, self.slow, self.seed = policy, slow, seed
-        self.micro_batch_size = slow.micro_batch_size
-        self._most_tokens = MICRO_BATCH_TOKENS
+        self._most_tokens = MICRO_BATCH_TOKENS[policy.device.type]
+        rows = CPU_ROWS
+        if policy.device.type == "cuda":
+            self._most_tokens = min(self._most_tokens, tokens_that_fit(policy.model, policy.device))
+            rows = self._most_tokens
+        self.micro_batch_size = slow.micro_batch_size or rows
+        self._most_rows = self.micro_batch_size  # of the micro-batches that were made last
         self._all_count = bool(slow.beta or slow.entropy_coef)
         with policy.lock:
             self._trl = SteppedGRPOTrainer(
@@ -132,7 +140,8 @@ class SlowTrainer:
     def _step(
         self, rows: Sequence[TrainingRow], live_rows: Sequence[TrainingRow], on_policy: bool
     ) -> StepStats:
-        with self.policy.lock, self._trl.fused(), self._own_rng():
+        device = self.policy.device
+        with self.policy.lock, self._trl.fused(), self._own_rng(), shapes_vary(device):
             own_rows = distributed.own_share(live_rows, _tokens)
             batches = self._micro_batches(own_rows, on_policy)
             idle = self._idle(live_rows, len(batches), on_policy)
@@ -248,7 +257,7 @@ class SlowTrainer:
                 "memory ran out on a single row; shorten prompts or max_tokens, use lora=True, or "
                 "a smaller model"
             ) from error
-        self.micro_batch_size //= 2
+        self.micro_batch_size = max(1, min(self.micro_batch_size, self._most_rows) // 2)
         self._most_tokens //= 2
         logger.warning("memory ran out; going on with micro_batch_size=%d", self.micro_batch_size)
         if self.policy.device.type == "cuda":
@@ -270,6 +279,7 @@ class SlowTrainer:
             if part and (len(part) == size or _padded_tokens([*part, row]) > self._most_tokens):
                 parts.append([])
             parts[-1].append(row)
+        self._most_rows = max(map(len, parts))
         return [collate(part, pad_id, device, on_policy=on_policy) for part in parts if part]
 
     def _idle(

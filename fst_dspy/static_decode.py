@@ -171,7 +171,10 @@ def begin(
         return StaticDecode(policy, rooms, layers, owner_B, mask_UT)
     except Exception as error:  # whatever it is, growing caches do without recordings
         if is_out_of_memory(error):
-            raise
+            if len(owner_B) > 1:  # fewer rows may fit
+                raise
+            release(policy)
+            return None
         _refused.add(model)
         release(policy)
         name = type(model).__name__

@@ -11,6 +11,8 @@ from transformers.cache_utils import Cache, LinearAttentionLayer, StaticLayer
 
 from fst_dspy.decode import base_of, forward
 
+_streams: dict[torch.device, Any] = {}  # that steps are recorded in
+
 WARM_UPS = 2  # what libraries set up at first use must not be recorded
 
 
@@ -95,7 +97,9 @@ class Step:
         device = self.ids_N1.device
         if device.type != "cuda":
             return None
-        current, side = torch.cuda.current_stream(device), torch.cuda.Stream(device)
+        current = torch.cuda.current_stream(device)
+        # Always the same: cuBLAS keeps tens of megabytes for every stream that it has seen.
+        side = _streams.setdefault(device, torch.cuda.Stream(device))
         graph = torch.cuda.CUDAGraph()
         try:
             with torch.cuda.device(device):
@@ -105,7 +109,9 @@ class Step:
                         self._forward()
                 current.wait_stream(side)
                 # Other threads may use the GPU meanwhile, a reflection model's for one.
-                with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+                with torch.cuda.graph(
+                    graph, pool=pool, stream=side, capture_error_mode="thread_local"
+                ):
                     self._logits_NV = self._forward()
         finally:
             torch.cuda.set_stream(current)  # a recording that fails leaves its own stream behind

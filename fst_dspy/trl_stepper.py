@@ -207,13 +207,14 @@ class SteppedGRPOTrainer(GRPOTrainer):
 
         backbone = _unwrapped(model).base_model
         if self.continues:
+            ids_BT, seen_BT = input_ids.cpu(), attention_mask.bool().cpu()  # to wait but once
             rows = [
-                (prompt[seen.bool()].tolist(), completion[kept.bool()].tolist())
+                (prompt[seen].tolist(), completion[kept].tolist())
                 for prompt, seen, completion, kept in zip(
-                    input_ids[:, :-logits_to_keep],
-                    attention_mask[:, :-logits_to_keep],
-                    input_ids[:, -logits_to_keep:],
-                    attention_mask[:, -logits_to_keep:],
+                    ids_BT[:, :-logits_to_keep],
+                    seen_BT[:, :-logits_to_keep],
+                    ids_BT[:, -logits_to_keep:],
+                    seen_BT[:, -logits_to_keep:],
                     strict=True,
                 )
             ]

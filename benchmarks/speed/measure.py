@@ -7,8 +7,8 @@ import gc
 import os
 import platform
 import resource
-import statistics
 import shutil
+import statistics
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
