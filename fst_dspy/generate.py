@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fst_dspy.decode import GrowingDecode, forward
 from fst_dspy.errors import ModelError, PromptTooLongError
-from fst_dspy.gpu import shapes_vary
+from fst_dspy.gpu import cudnn_attention
 from fst_dspy.memory import is_out_of_memory
 from fst_dspy.policy import Policy
 from fst_dspy.prefixes import (
@@ -99,7 +99,7 @@ def generate(policy: Policy, requests: Sequence[GenerationRequest]) -> list[Gene
     for request in requests:
         check_prompt(policy, request.prompt_ids_T)
     results: list[GenerationResult | None] = [None] * len(requests)
-    with policy.lock, torch.no_grad(), shapes_vary(policy.device):
+    with policy.lock, torch.no_grad(), cudnn_attention(policy.device, False):
         model = policy.model
         was_training = model.training
         model.eval()
@@ -193,18 +193,22 @@ class _Batch:
         rows = torch.arange(len(self.requests), device=self.policy.device)
         done = torch.zeros(len(rows), dtype=torch.bool, device=rows.device)
         logits_BV, decode, position_B = self._prefill()
+        count = _Count(rows.device)
         for step in range(self.steps):
             next_B, logprob_B = self._sample(logits_BV, rows, step)
             self.ids[rows, step], self.logprobs[rows, step] = next_B, logprob_B
             done = self._update_done(done, rows, next_B, step)
-            finished = int(done.sum())
+            finished = count(done)
             if finished == len(rows):
                 break
             if finished >= LEAVE_SHARE * len(rows) and decode.drops_rows:
                 keep = (~done).nonzero().squeeze(1)
+                if len(keep) == 0:
+                    break
                 decode.keep(keep)
                 rows, next_B, done = rows[keep], next_B[keep], done[keep]
                 position_B = position_B[keep]
+                count = _Count(rows.device)
             logits_BV = decode.step(next_B, position_B)
             position_B = position_B + 1
         return self._results()
@@ -326,6 +330,28 @@ class _Batch:
             )
             for ids_T, logprobs_T, text, ended in zip(ids, logprobs, texts, stopped, strict=True)
         ]
+
+
+class _Count:
+    """How many rows are done: on a GPU a step ago, for to wait for its latest leaves it idle."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+        self._asked: tuple[Tensor, Any] | None = None
+
+    def __call__(self, done: Tensor) -> int:
+        if not self._cuda:
+            return int(done.sum())
+        before = self._asked
+        number = torch.empty((), dtype=torch.long, pin_memory=True)
+        number.copy_(done.sum(), non_blocking=True)
+        ready = torch.cuda.Event()
+        ready.record()
+        self._asked = number, ready
+        if before is None:
+            return 0
+        before[1].synchronize()
+        return int(before[0])
 
 
 def eos_ids(policy: Policy) -> set[int]:

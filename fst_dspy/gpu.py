@@ -31,6 +31,8 @@ def fuse_norms(model: Any) -> int:
 
 
 def _forward(norm: Any, hidden_states: Tensor) -> Tensor:
+    if hidden_states.dtype != norm.weight.dtype:  # for which there is no such kernel
+        return type(norm).forward(norm, hidden_states)
     return rms_norm(hidden_states, norm.weight.shape, norm.weight, norm.variance_epsilon)
 
 
@@ -48,17 +50,17 @@ def _is_torchs(norm: Any) -> bool:
 
 
 @contextmanager
-def shapes_vary(device: torch.device) -> Iterator[None]:
-    """Inside the block, attention on a GPU does without cuDNN.
+def cudnn_attention(device: torch.device, use: bool) -> Iterator[None]:
+    """Whether attention on a GPU may be cuDNN's inside the block.
 
-    cuDNN makes a plan for every new shape, which takes longer than the attention of many batches,
-    and the shapes of prompts are new in every batch.
+    It is fast, but makes a plan for every new shape first: good for a step that is recorded, and
+    bad for prompts, whose shape is another one in every batch.
     """
     if device.type != "cuda":
         yield
         return
     enabled = torch.backends.cuda.cudnn_sdp_enabled()
-    torch.backends.cuda.enable_cudnn_sdp(False)
+    torch.backends.cuda.enable_cudnn_sdp(use)
     try:
         yield
     finally:

@@ -54,22 +54,30 @@ class MasterWeights:
 
     @torch.no_grad()
     def _begin(self, *_: Any) -> None:
-        for (weight, master), same in zip(self._pairs, self._unchanged(), strict=True):
-            if not same:
+        for (weight, master), off in zip(self._pairs, self._differences(), strict=True):
+            if off != 0:
                 master.copy_(weight)  # other weights were put in the model since the last step
             master.grad = None if weight.grad is None else weight.grad.float()
 
     @torch.no_grad()
     def _end(self, *_: Any) -> None:
-        weights, masters = zip(*self._pairs, strict=True)
-        torch._foreach_copy_(weights, masters)
-        for master in masters:
-            master.grad = None
+        torch._foreach_copy_(*self._local())
+        for pair in self._pairs:
+            pair[1].grad = None
 
-    def _unchanged(self) -> list[bool]:
-        """Whether each weight is its copy, rounded."""
-        pairs = [(weight, master.to(weight.dtype)) for weight, master in self._pairs]
-        if any(isinstance(weight, DTensor) for weight, _ in pairs):
-            return [torch.equal(weight, rounded) for weight, rounded in pairs]
-        same = torch.stack([(weight == rounded).all() for weight, rounded in pairs])
-        return same.tolist()  # all at once, for a GPU is waited for
+    def _differences(self) -> list[float]:
+        """How far each weight is from its copy, rounded; all at once, for a GPU is waited for."""
+        weights, masters = self._local()
+        rounded = [torch.empty_like(weight) for weight in weights]
+        torch._foreach_copy_(rounded, masters)
+        torch._foreach_sub_(rounded, weights)
+        return torch.stack(torch._foreach_norm(rounded, 1)).tolist()
+
+    def _local(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Weights and copies; under FSDP this process's part of them."""
+        weights, masters = zip(*self._pairs, strict=True)
+        return [_part(weight) for weight in weights], [_part(master) for master in masters]
+
+
+def _part(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor.detach()

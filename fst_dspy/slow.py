@@ -25,7 +25,7 @@ from torch import Tensor
 from fst_dspy import distributed
 from fst_dspy.config import SamplingConfig, SlowConfig
 from fst_dspy.errors import ModelError, StoreError, TrainingError
-from fst_dspy.gpu import shapes_vary, tokens_that_fit
+from fst_dspy.gpu import cudnn_attention, tokens_that_fit
 from fst_dspy.master_weights import PREFIX as MASTERS
 from fst_dspy.memory import is_out_of_memory
 from fst_dspy.policy import Policy
@@ -140,8 +140,8 @@ class SlowTrainer:
     def _step(
         self, rows: Sequence[TrainingRow], live_rows: Sequence[TrainingRow], on_policy: bool
     ) -> StepStats:
-        device = self.policy.device
-        with self.policy.lock, self._trl.fused(), self._own_rng(), shapes_vary(device):
+        attention = cudnn_attention(self.policy.device, False)
+        with self.policy.lock, self._trl.fused(), self._own_rng(), attention:
             own_rows = distributed.own_share(live_rows, _tokens)
             batches = self._micro_batches(own_rows, on_policy)
             idle = self._idle(live_rows, len(batches), on_policy)

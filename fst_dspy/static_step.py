@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, LinearAttentionLayer, StaticLayer
 
 from fst_dspy.decode import base_of, forward
+from fst_dspy.gpu import cudnn_attention
 
 _streams: dict[torch.device, Any] = {}  # that steps are recorded in
 
@@ -102,7 +103,7 @@ class Step:
         side = _streams.setdefault(device, torch.cuda.Stream(device))
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.device(device):
+            with torch.cuda.device(device), cudnn_attention(device, True):
                 side.wait_stream(current)
                 with torch.cuda.stream(side):
                     for _ in range(WARM_UPS):

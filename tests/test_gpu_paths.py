@@ -1,0 +1,48 @@
+"""What is done differently on a GPU, as far as a CPU can show it."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from fst_dspy.gpu import fuse_norms
+from fst_dspy.policy import Policy
+
+
+def logits_of(model: torch.nn.Module, dtype: torch.dtype) -> torch.Tensor:
+    with torch.no_grad():
+        return model.to(dtype)(torch.arange(3, 40)[None]).logits.float()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_fused_norms_give_what_transformers_gives(tiny_model: Path, dtype: torch.dtype) -> None:
+    model = Policy.load(tiny_model, device="cpu", dtype=dtype).model
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "norm" in name:
+                weight.uniform_(0.5, 2.0)
+    before = logits_of(model, dtype)
+    norms = [m for m in model.modules() if type(m).__name__.endswith("RMSNorm")]
+    assert fuse_norms(model) == len(norms) > 4
+    after = logits_of(model, dtype)
+    rounding = 1e-4 if dtype == torch.float32 else 0.1
+    assert (after - before).norm() < rounding * before.norm()
+    assert all("forward" in m.__dict__ for m in norms)
+    # Inputs of another type than the weights', as under autocast, go the usual way.
+    mixed = torch.ones(2, len(norms[0].weight), dtype=torch.float64)
+    assert torch.equal(norms[0](mixed), type(norms[0]).forward(norms[0], mixed))
+
+
+class OffsetRMSNorm(torch.nn.Module):
+    """As Gemma's, which multiplies by one more than its weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.variance_epsilon = torch.nn.Parameter(torch.zeros(8)), 1e-6
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.rms_norm(hidden, (8,)) * (1 + self.weight)
+
+
+def test_norms_of_another_kind_are_left_alone() -> None:
+    assert fuse_norms(torch.nn.Sequential(OffsetRMSNorm())) == 0
