@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextvars
 import copy
-import json
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -18,11 +17,10 @@ from typing import Any
 import torch
 
 from fst_dspy import distributed
-from fst_dspy.candidate import canonical_json
 from fst_dspy.errors import ConfigError
 from fst_dspy.policy import Policy
 from fst_dspy.problems import ProblemStream
-from fst_dspy.reuse import rollout_from_json, rollout_to_json
+from fst_dspy.reuse import as_read_back, rollout_from_json
 from fst_dspy.types import Group
 
 Attempts = tuple[tuple[Group, ...], ...]
@@ -85,22 +83,8 @@ class Ahead:
             self._copy.step = self._live.step
 
 
-def attempts_to_json(attempts: Attempts) -> list[list[dict[str, Any]]]:
-    """The groups as plain values, but for what programs put into their fields."""
-    return [
-        [
-            {
-                "example_id": group.example_id,
-                "rollouts_G": [rollout_to_json(rollout) for rollout in group.rollouts_G],
-            }
-            for group in groups
-        ]
-        for groups in attempts
-    ]
-
-
 def attempts_from_json(plain: Sequence[Sequence[Mapping[str, Any]]]) -> Attempts:
-    """The inverse of ``attempts_to_json``."""
+    """The groups from JSON lists of objects, of which each has the fields of a dataclass."""
     return tuple(
         tuple(
             Group(group["example_id"], tuple(map(rollout_from_json, group["rollouts_G"])))
@@ -112,7 +96,12 @@ def attempts_from_json(plain: Sequence[Sequence[Mapping[str, Any]]]) -> Attempts
 
 def as_saved(attempts: Attempts) -> Attempts:
     """The groups as a resumed run would read them from a checkpoint."""
-    return attempts_from_json(json.loads(canonical_json(attempts_to_json(attempts))))
+    return tuple(
+        tuple(
+            Group(group.example_id, tuple(map(as_read_back, group.rollouts_G))) for group in groups
+        )
+        for groups in attempts
+    )
 
 
 def _as_saved(sampled: tuple[Attempts, ProblemStream]) -> tuple[Attempts, ProblemStream]:

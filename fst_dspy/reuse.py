@@ -53,18 +53,8 @@ def pool_from_json(rows: Sequence[Mapping[str, Any]]) -> RolloutPool:
     return RolloutPool(tuple(map(rollout_from_json, rows)))
 
 
-def rollout_to_json(rollout: Rollout) -> dict[str, Any]:
-    """A rollout as plain values, but for what is in the fields of its traces."""
-    # Not ``asdict``, which copies all texts.
-    return vars(rollout) | {
-        "calls": [vars(call) for call in rollout.calls],
-        "traces": [vars(trace) for trace in rollout.traces],
-        "failure": vars(rollout.failure) if rollout.failure else None,
-    }
-
-
 def rollout_from_json(row: Mapping[str, Any]) -> Rollout:
-    """The inverse of :func:`rollout_to_json`."""
+    """A rollout from a JSON object with the fields of the dataclass."""
     sequences = ("prompt_ids_T", "completion_ids_T", "logprobs_T")
     calls = [
         Call(**call | {name: tuple(call[name]) for name in sequences}) for call in row["calls"]
@@ -183,8 +173,23 @@ def minibatch(rollouts: Sequence[Rollout], size: int, rng: random.Random) -> lis
     return [*bad, *rest[: size - len(bad)]]
 
 
+def as_read_back(rollout: Rollout) -> Rollout:
+    """The rollout as a resumed run would read it from a checkpoint."""
+    traces = tuple(
+        dataclasses.replace(
+            trace,
+            inputs=_plain(trace.inputs),
+            outputs=None if trace.outputs is None else _plain(trace.outputs),
+        )
+        for trace in rollout.traces
+    )
+    feedback = dict(rollout.feedback_by_predictor)
+    return dataclasses.replace(rollout, traces=traces, feedback_by_predictor=feedback)
+
+
 def _without_tokens(rollout: Rollout) -> Rollout:
     """What a checkpoint can hold of a rollout, so that a resumed run sees the same."""
+    rollout = as_read_back(rollout)
     traces = tuple(
         PredictorTrace(
             predictor=trace.predictor,
@@ -194,13 +199,17 @@ def _without_tokens(rollout: Rollout) -> Rollout:
         )
         for trace in rollout.traces
     )
-    feedback = dict(rollout.feedback_by_predictor)
-    return dataclasses.replace(rollout, calls=(), traces=traces, feedback_by_predictor=feedback)
+    return dataclasses.replace(rollout, calls=(), traces=traces)
+
+
+def _plain(fields: Mapping[str, Any]) -> dict[str, Any]:
+    if all(type(value) is str for value in fields.values()):  # as most are
+        return dict(sorted(fields.items()))
+    return json.loads(canonical_json(dict(fields)))
 
 
 def _short(fields: Mapping[str, Any]) -> dict[str, Any]:
-    plain = json.loads(canonical_json(dict(fields)))
     return {
         name: value if len(text := str(value)) <= MAX_CHARACTERS else text[:MAX_CHARACTERS]
-        for name, value in plain.items()
+        for name, value in fields.items()
     }

@@ -6,7 +6,7 @@ import importlib.metadata
 import platform
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save
 
 from fst_dspy import distributed
 from fst_dspy.advantage import Scale, step_advantages
-from fst_dspy.ahead import Attempts, attempts_from_json, attempts_to_json
+from fst_dspy.ahead import Attempts, attempts_from_json
 from fst_dspy.candidate import (
     candidate_from_json,
     candidate_to_json,
@@ -191,13 +191,10 @@ class RunFolder:
 
 
 def state_to_json(state: LoopState) -> dict[str, Any]:
-    """The state as plain values, but for the rollouts that the fast phase remembers."""
+    """The state for ``RunStore.checkpoint``: plain values, and dataclasses of such."""
     best = state.best
     return {
-        # Its fast state is ready to be written, and the most there is to copy.
-        **asdict(replace(state, population=None, best=None, fast_state={}, ahead=())),  # type: ignore[arg-type]
-        "ahead": attempts_to_json(state.ahead),
-        "fast_state": state.fast_state,
+        **vars(state),
         "population": population_to_json(state.population),
         "best": None
         if best is None

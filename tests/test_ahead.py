@@ -9,7 +9,7 @@ import torch
 from helpers import Echo, RawAdapter, questions, vowels
 
 from fst_dspy import distributed
-from fst_dspy.ahead import Ahead, attempts_from_json, attempts_to_json
+from fst_dspy.ahead import Ahead, attempts_from_json
 from fst_dspy.candidate import seed_candidate
 from fst_dspy.config import LoraConfig, SamplingConfig
 from fst_dspy.local_lm import LocalLM
@@ -46,7 +46,7 @@ def test_rollouts_ahead_are_those_of_the_weights_before_the_update(tiny_qwen3, l
     assert stream == ProblemStream(position=4)
     assert policy.version() != before
     assert found[0][0].rollouts_G == tuple(on_policy)
-    assert attempts_from_json(json.loads(json.dumps(attempts_to_json(found)))) == found
+    assert attempts_from_json(json.loads(json.dumps(found, default=vars))) == found
     ahead.close()
 
 
