@@ -27,8 +27,8 @@ from fst_dspy import distributed
 from fst_dspy.config import LoraConfig
 from fst_dspy.errors import ConfigError, DataError, TrainingError
 from fst_dspy.policy import Policy
+from fst_dspy.rng import global_rng_kept
 from fst_dspy.train_input import Turn, check_format, check_messages, encode_turn
-from fst_dspy.trl_stepper import global_rng_kept
 
 logger = logging.getLogger(__name__)
 

@@ -24,7 +24,6 @@ The stock loop, its callbacks, its data loader and its generation are never ente
 from __future__ import annotations
 
 import copy
-import random
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -32,7 +31,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from datasets import Dataset
 from torch import Tensor
@@ -45,6 +43,7 @@ from fst_dspy.errors import ConfigError
 from fst_dspy.fused_prefixes import fused_from_prefixes
 from fst_dspy.master_weights import MasterWeights
 from fst_dspy.prefixes import can_continue, is_checkpointing, worthwhile_prefixes
+from fst_dspy.rng import global_rng_kept
 from fst_dspy.types import TrainingRow
 
 TRL_MAX_COMPLETION = 512
@@ -413,15 +412,3 @@ def _has_dropout(model: Any) -> bool:
 def _no_reward(completions: Sequence[Any], **_: Any) -> list[float | None]:
     """TRL asks for a reward function; the rows come with their advantages."""
     return [0.0] * len(completions)
-
-
-@contextmanager
-def global_rng_kept(device: torch.device) -> Iterator[None]:
-    """TRL seeds every global generator when it is made; the randomness of others is kept."""
-    python, numpy = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            np.random.set_state(numpy)

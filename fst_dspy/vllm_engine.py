@@ -12,6 +12,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
+
 from fst_dspy.distributed import refuse_fsdp
 from fst_dspy.errors import ConfigError
 from fst_dspy.generate import (
@@ -23,23 +25,38 @@ from fst_dspy.generate import (
     texts_of,
 )
 from fst_dspy.policy import Policy
+from fst_dspy.rng import global_rng_kept
 
 MAX_SEED = 2**63 - 1
+LOWEST_TEMPERATURE = 0.01
+"""vLLM takes a lower one, but 0, for this."""
+LONGEST_CONVOLUTION = 4
+"""Tokens that vLLM's kernel for short convolutions reads at most; of more, it would ignore some."""
 
 
 def use_vllm(policy: Policy, *, gpu_memory_utilization: float = 0.3) -> None:
     """Generate with vLLM from here on; training stays where it is.
 
     Args:
-        policy: On a GPU, without adapters; vLLM must know its architecture.
+        policy: On a GPU, in bfloat16 or float16, without adapters; vLLM must know its architecture.
         gpu_memory_utilization: Share of the GPU's memory that vLLM may take, weights and caches.
 
     Raises:
-        ConfigError: vLLM is not installed, there is no GPU, or accelerate is set up for FSDP.
+        ConfigError: vLLM is not installed or cannot run the model, there is no GPU, or accelerate
+            is set up for FSDP.
     """
     refuse_fsdp("the vLLM engine")
     if policy.device.type != "cuda":
         raise ConfigError("vLLM runs on a GPU; the built-in engine runs anywhere")
+    if policy.model.dtype == torch.float32:
+        raise ConfigError(
+            "vLLM would sample in bfloat16 from a policy in float32; load it with dtype='bfloat16'"
+        )
+    if getattr(policy.model.config, "conv_L_cache", 0) > LONGEST_CONVOLUTION:
+        raise ConfigError(
+            f"vLLM's convolutions read {LONGEST_CONVOLUTION} tokens, those of {policy.name} "
+            f"{policy.model.config.conv_L_cache}; the built-in engine runs it"
+        )
     try:
         from vllm import SamplingParams
     except ImportError as error:
@@ -47,14 +64,21 @@ def use_vllm(policy: Policy, *, gpu_memory_utilization: float = 0.3) -> None:
     from accelerate import Accelerator
     from trl.generation.vllm_generation import VLLMGeneration
 
-    vllm = VLLMGeneration(
-        model=policy.model,
-        accelerator=Accelerator(),
-        processing_class=policy.tokenizer,
-        gpu_memory_utilization=gpu_memory_utilization,
-        max_model_length=policy.context_length,
-        trust_remote_code=policy.source["trust_remote_code"],
-    )
+    try:
+        with global_rng_kept(policy.device):
+            vllm = VLLMGeneration(
+                model=policy.model,
+                accelerator=Accelerator(),
+                processing_class=policy.tokenizer,
+                gpu_memory_utilization=gpu_memory_utilization,
+                max_model_length=policy.context_length,
+                trust_remote_code=policy.source["trust_remote_code"],
+            )
+    except Exception as error:
+        raise ConfigError(
+            f"vLLM cannot run {policy.name} ({type(error).__name__}: {error}); the built-in engine "
+            "does without it"
+        ) from error
     policy.generator = VllmGenerator(vllm, SamplingParams)
 
 
@@ -78,12 +102,18 @@ class VllmGenerator:
         Raises:
             PromptTooLongError: A prompt leaves no room for a completion; nothing is generated.
             ConfigError: Adapters, which TRL would merge into the base and take out again, rounding
-                it each time; or ``top_p``, which vLLM's log-probabilities would take in.
+                it each time; ``top_p``, which vLLM's log-probabilities would take in; or a
+                temperature so low that vLLM takes another one.
         """
         for request in requests:
             check_prompt(policy, request.prompt_ids_T)
             if request.top_p < 1:
                 raise ConfigError("vLLM gives log-probabilities after top_p; leave it at 1")
+            if 0 < request.temperature < LOWEST_TEMPERATURE:
+                raise ConfigError(
+                    f"vLLM samples at {LOWEST_TEMPERATURE} or above, not at {request.temperature}; "
+                    "0 takes the likeliest token"
+                )
         if policy.lora is not None:
             raise ConfigError("the vLLM engine has no adapters: use lora=False or no vLLM")
         with policy.lock:
@@ -120,4 +150,5 @@ class VllmGenerator:
             stop=list(request.stop),
             stop_token_ids=sorted(eos_ids(policy)),
             logprobs=0,  # of the sampled token alone
+            detokenize=bool(request.stop),  # the text is made by ``texts_of``
         )

@@ -8,25 +8,31 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import dspy
 import pytest
 import torch
-from helpers import RawAdapter
-from test_optimizer import compile_tiny
+from conftest import make_tokenizer
+from helpers import Echo, RawAdapter, questions, vowels
+from test_optimizer import SETTINGS, compile_tiny
 from test_prefixes import prompts_of
 from test_slow import rows_for
 from test_trl_contract import STEPS, rows_of, run_stock, trainer_for
+from transformers import Qwen3Config, Qwen3ForCausalLM
 
 import fst_dspy.static_decode as static
-from fst_dspy import run_state
+from fst_dspy import FST, LocalLM, run_state
 from fst_dspy.config import LoraConfig, SamplingConfig, SlowConfig
+from fst_dspy.errors import ConfigError
 from fst_dspy.generate import GenerationRequest, GenerationResult, generate
 from fst_dspy.policy import Policy
 from fst_dspy.slow import SlowTrainer
 from fst_dspy.types import TrainingRow
+from fst_dspy.vllm_engine import use_vllm
 
 GPU = "cuda"
 pytestmark = [
@@ -244,3 +250,71 @@ def test_a_killed_compile_goes_on(
     assert steps == [0, 1, 2, 2, 3]
     assert result.records[-1].step == 4 and result.records[-1].kl_to_base > 0
     assert result.best.version and lm.policy.model.dtype == torch.bfloat16
+
+
+def save_for_vllm(folder: Path) -> Path:
+    """A random Qwen3 with heads of a size that vLLM has attention for."""
+    tokenizer = make_tokenizer()
+    config = Qwen3Config(
+        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=256, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=1, head_dim=64, max_position_embeddings=512,
+        tie_word_embeddings=True, initializer_range=0.1, bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    Qwen3ForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def logprobs_apart(
+    policy: Policy, requests: list[GenerationRequest], results: list[GenerationResult]
+) -> float:
+    """Mean absolute difference from a full forward pass, nats a token."""
+    apart = []
+    for request, result in zip(requests, results, strict=True):
+        ids = torch.tensor([[*request.prompt_ids_T, *result.completion_ids_T]], device=GPU)
+        with torch.no_grad():
+            logits_TV = policy.model(ids).logits[0, len(request.prompt_ids_T) - 1 : -1].float()
+        scaled_TV = (logits_TV / (request.temperature or 1.0)).log_softmax(-1)
+        logprob_T = scaled_TV.gather(1, ids[0, -len(logits_TV) :, None])[:, 0]
+        apart += (logprob_T - torch.tensor(result.logprobs_T, device=GPU)).abs().tolist()
+    return sum(apart) / len(apart)
+
+
+def test_vllm_samples_from_the_weights_as_they_are_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("vllm", reason="needs fst-dspy[vllm]")
+    from trl.generation import vllm_generation
+
+    # Compiling takes a minute, and is vLLM's affair.
+    monkeypatch.setattr(vllm_generation, "LLM", partial(vllm_generation.LLM, enforce_eager=True))
+    policy = Policy.load(save_for_vllm(tmp_path / "model"))
+    before = torch.get_rng_state()
+    use_vllm(policy, gpu_memory_utilization=0.1)
+    assert torch.equal(torch.get_rng_state(), before)
+    requests = mixed_requests(policy)
+    results = policy.generator(policy, requests)
+    assert logprobs_apart(policy, requests, results) < 0.05
+    assert all(r.text == policy.tokenizer.decode(r.completion_ids_T, skip_special_tokens=True)
+               for r in results)  # fmt: skip
+    longest = max(range(len(results)), key=lambda n: len(results[n].text))
+    stop = results[longest].text[1:3]
+    (cut,) = policy.generator(policy, [replace(requests[longest], stop=(stop,))])
+    assert stop and stop not in cut.text and len(cut.text) < len(results[longest].text)
+    version = policy.version()
+    policy.load_trainable_state({k: v * 1.5 for k, v in policy.trainable_state().items()})
+    assert policy.version() != version
+    assert logprobs_apart(policy, requests, results) > 0.2
+    assert logprobs_apart(policy, requests, policy.generator(policy, requests)) < 0.05
+
+    lm = LocalLM(policy)
+    fst = FST(vowels, seed=0, track_stats=True, **SETTINGS)
+    with dspy.context(lm=lm, adapter=RawAdapter()):
+        result = fst.compile(Echo(), trainset=questions(6), valset=questions(4, 6))
+    assert result.detailed_results.records[-1].step == 4
+    with pytest.raises(ConfigError, match="float32"):
+        use_vllm(Policy.load(tmp_path / "model", dtype="float32"))
+    with pytest.raises(ConfigError, match="convolutions"):
+        use_vllm(Policy.load("embedded"))

@@ -155,6 +155,8 @@ def test_what_vllm_cannot_do_is_refused(tiny_qwen3):
     run = VllmGenerator(StandIn(tiny_qwen3, policy), SimpleNamespace)
     with pytest.raises(ConfigError, match="top_p"):
         run(policy, requests_for(policy, 1, top_p=0.5))
+    with pytest.raises(ConfigError, match="likeliest"):
+        run(policy, requests_for(policy, 1, temperature=0.001))
     with pytest.raises(ConfigError, match="GPU"):
         use_vllm(policy)
     policy.add_lora(LoraConfig(rank=2), seed=0)
