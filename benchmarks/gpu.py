@@ -177,6 +177,7 @@ def measure_compile(
         "max_tokens": load.completion,
         "first_cycle_iterations": 2,
         "minibatch_size": load.problems,
+        "learning_rate": 1e-5,  # at the default, random weights answer alike after a step
     }
     examples = questions(lm, 5 * load.problems, load.prompt)
     train, val = examples[: 3 * load.problems], examples[3 * load.problems :]
