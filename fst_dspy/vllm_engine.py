@@ -4,7 +4,8 @@ Building vLLM's engine and bringing it the trained weights is TRL's (``VLLMGener
 only the requests, each with its own seed, temperature and stop strings, and what comes back. The
 weights are brought over when the policy's version has changed since the last call.
 
-Not run by us on a GPU: the tests hold it to what is asked of any engine with a stand-in for vLLM.
+The tests hold it to what is asked of any engine with a stand-in for vLLM, and where there is a GPU
+with vLLM itself (``make test-gpu``).
 """
 
 from __future__ import annotations
