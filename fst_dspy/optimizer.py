@@ -320,7 +320,7 @@ class _Run:
                 while not (stopped or self._finished(state)):
                     if state.phase == "fast":
                         state = self._fast_phase(state)
-                        self._checkpoint(state)
+                        self._checkpoint(state, now=False)
                     while state.phase == "slow":
                         state = self._slow_step(state)
                         self.trackers.step(state.steps[-1], state.counts.total)
@@ -612,7 +612,7 @@ class _Run:
         )
 
     def _checkpoint(self, state: LoopState, *, now: bool = True) -> None:
-        """Save everything the loop needs to go on; steps that take no time do so at intervals."""
+        """Save everything the loop needs to go on; what takes no time does so at intervals."""
         due = distributed.from_main(
             lambda: self.folder is not None and (now or self.folder.is_old())
         )

@@ -26,6 +26,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+import orjson
+
 from fst_dspy.errors import StoreError
 
 SCHEMA_VERSION = 1
@@ -91,10 +93,14 @@ class RunStore:
             )
 
     def append(self, name: str, rows: Sequence[Any]) -> None:
-        """Append rows, dataclasses or dicts that may hold some, to ``<name>.jsonl``."""
-        text = "".join(json.dumps(row, default=_fields) + "\n" for row in rows)
-        with _clear_errors(self.folder), open(self.folder / f"{name}.jsonl", "a") as file:
-            file.write(text)
+        """Append rows, dataclasses or dicts that may hold some, to ``<name>.jsonl``.
+
+        What a program puts into its fields may be anything; what JSON cannot hold is written as its
+        ``repr``.
+        """
+        lines = b"".join(map(_line, rows))
+        with _clear_errors(self.folder), open(self.folder / f"{name}.jsonl", "ab") as file:
+            file.write(lines)
 
     def read(self, name: str) -> list[dict[str, Any]]:
         """All rows of ``<name>.jsonl``, oldest first; none when there is no such file."""
@@ -114,11 +120,11 @@ class RunStore:
             shutil.rmtree(temporary, ignore_errors=True)
             (temporary / "weights").mkdir(parents=True)
             write_weights(temporary / "weights")
-            text = json.dumps({**state, "lengths": self._lengths()}, default=_fields)
+            whole = {**state, "lengths": self._lengths()}
+            text = json.dumps(whole, default=_fields, check_circular=False)
             (temporary / "state.json").write_text(text)
-            for path in sorted(temporary.rglob("*")):
+            for path in (*sorted(temporary.rglob("*")), temporary):
                 flush(path)
-            flush(temporary)
             os.replace(temporary, root / str(number))
             flush(root)
             for old in self._checkpoints()[:-KEPT_CHECKPOINTS]:
@@ -167,6 +173,30 @@ def as_plain(row: Any) -> Any:
     return dataclasses.asdict(row) if dataclasses.is_dataclass(row) else row  # type: ignore[arg-type]
 
 
+_OPTIONS = orjson.OPT_NON_STR_KEYS | orjson.OPT_PASSTHROUGH_DATETIME | orjson.OPT_APPEND_NEWLINE
+
+
+def _line(row: Any) -> bytes:
+    try:
+        return orjson.dumps(row, default=_fields_or_repr, option=_OPTIONS)
+    except TypeError:  # halves of surrogate pairs, whole numbers of over 64 bits, odd keys
+        return json.dumps(_without_classes(row), default=repr).encode() + b"\n"
+
+
+def _fields_or_repr(value: Any) -> Any:
+    return vars(value) if dataclasses.is_dataclass(value) else repr(value)
+
+
+def _without_classes(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        value = vars(value)
+    if isinstance(value, Mapping):
+        return {str(key): _without_classes(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_classes(item) for item in value]
+    return value
+
+
 def _fields(value: Any) -> dict[str, Any]:
     """A dataclass's fields for ``json``, which goes on to what is in them; nothing is copied."""
     if not dataclasses.is_dataclass(value):
@@ -190,7 +220,7 @@ def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
     """Read a JSON-lines file; a last line that was cut off by a crash is left out."""
     if not path.exists():
         return
-    with open(path) as file:
+    with open(path, encoding="utf-8") as file:
         for line in file:
             if line.endswith("\n"):
                 yield json.loads(line)

@@ -1,5 +1,6 @@
 """The joint loop on tiny random models: real rollouts, real optimizer steps, real GEPA."""
 
+import datetime
 from dataclasses import replace
 
 import dspy
@@ -7,7 +8,7 @@ import pytest
 from helpers import Echo, RawAdapter, Twice, questions, vowels
 
 import fst_dspy.optimizer as optimizer_module
-from fst_dspy import FST, LocalLM
+from fst_dspy import FST, LocalLM, run_state
 from fst_dspy.errors import (
     ConfigError,
     DataError,
@@ -21,6 +22,7 @@ from fst_dspy.errors import (
 from fst_dspy.evaluate import evaluate
 from fst_dspy.progress import SilentProgress, StopRun
 from fst_dspy.step_sampler import StepSampler
+from fst_dspy.store import read_jsonl
 
 pytestmark = pytest.mark.slow
 
@@ -96,6 +98,38 @@ def test_a_program_of_several_predictors_compiles(tiny_qwen3):
     compiled, _, result = compile_tiny(tiny_qwen3, Twice())
     assert {name.split(".")[0] for name in result.best.candidate.components} == {"first", "second"}
     assert compiled.first.lm.model == compiled.second.lm.model == result.best.version
+
+
+class Dated(dspy.Module):
+    """Hands its predictor what JSON has no word for."""
+
+    def __init__(self):
+        super().__init__()
+        self.say = dspy.Predict("question, day: datetime.date, queue -> answer")
+
+    def forward(self, question):
+        return self.say(question=question, day=datetime.date(2020, 1, 2), queue=Echo)
+
+
+def test_a_program_whose_fields_are_not_json_goes_on_after_a_kill(
+    tiny_qwen3, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(run_state, "CHECKPOINT_SECONDS", 0.0)
+    real, steps = optimizer_module._Run._slow_step, []
+
+    def dying(self, state):
+        steps.append(state.step)
+        if len(steps) == 3:
+            raise RuntimeError("killed")
+        return real(self, state)
+
+    monkeypatch.setattr(optimizer_module._Run, "_slow_step", dying)
+    with pytest.raises(RuntimeError, match="killed"):
+        compile_tiny(tiny_qwen3, Dated(), log_dir=tmp_path)
+    result = compile_tiny(tiny_qwen3, Dated(), log_dir=tmp_path)[2]
+    assert steps == [0, 1, 2, 2, 3] and result.records[-1].step == 4
+    rows = read_jsonl(tmp_path / "rollouts.jsonl")
+    assert {row["traces"][0]["inputs"]["day"] for row in rows} == {repr(datetime.date(2020, 1, 2))}
 
 
 def test_the_student_is_left_as_it_was(tiny_qwen3):

@@ -1,5 +1,9 @@
+import datetime
 import json
+from collections.abc import Mapping
+from dataclasses import dataclass
 
+import pydantic
 import pytest
 
 from fst_dspy.errors import StoreError
@@ -45,6 +49,33 @@ def test_resuming_cuts_the_logs_back(tmp_path):
     store.latest()
     assert store.read("cycles") == [{"cycle": 0}]
     assert store.read("steps") == []
+
+
+@dataclass(frozen=True)
+class Row:
+    fields: Mapping[str, object]
+
+
+class Ticket(pydantic.BaseModel):
+    queue: str
+
+
+@pytest.mark.parametrize(
+    ("value", "read"),
+    [
+        ("ä\u2028\ud83d", "ä\u2028\ud83d"),  # half of a pair, as some data sets have
+        (2**70, 2**70),
+        ({1: ("a", 0.1)}, {"1": ["a", 0.1]}),
+        ({(1, 2): Row({"x": {3}})}, {"(1, 2)": {"fields": {"x": "{3}"}}}),
+        (datetime.date(2020, 1, 2), "datetime.date(2020, 1, 2)"),
+        (Ticket(queue="a"), "Ticket(queue='a')"),
+        (float("inf"), None),
+    ],
+)
+def test_rows_may_hold_anything(tmp_path, value, read):
+    store = RunStore(tmp_path)
+    store.append("rollouts", [Row({"a": value}), {"b": 1}])
+    assert store.read("rollouts") == [{"fields": {"a": read}}, {"b": 1}]
 
 
 def test_a_cut_off_last_line_is_left_out(tmp_path):
