@@ -124,8 +124,6 @@ def can_continue(model: Any) -> bool:
     Plain attention does, and so do short convolutions without bias. Sliding windows and recurrent
     layers are not relied upon: their prompts are read whole, of which a warning tells once a model.
     """
-    if is_checkpointing(model):  # it has no use for caches
-        return False
     backbone = backbone_of(model)
     continues = _layers_continue(backbone.config.get_text_config())
     if not continues and backbone not in _told:

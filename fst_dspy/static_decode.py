@@ -163,7 +163,7 @@ def begin(
     if obstacle is not None:
         if model not in _told:
             _told.add(model)
-            logger.info("%s: caches grow while decoding: %s", type(model).__name__, obstacle)
+            logger.warning("%s: caches grow while decoding: %s", type(model).__name__, obstacle)
         return None
     rooms = _rooms.setdefault(policy, _Rooms())
     rooms.reserve(layers, rows * columns)

@@ -143,7 +143,10 @@ class SteppedGRPOTrainer(GRPOTrainer):
         self._seen_logprobs: Tensor | None = None  # of the micro-batch run last
         # FSDP needs the same passes in every process, and beginnings are as the rows are.
         self.continues = (
-            can_continue(model) and not _has_dropout(model) and not self.is_fsdp_enabled
+            can_continue(model)
+            and not is_checkpointing(model)  # a training model then has no use for caches
+            and not _has_dropout(model)
+            and not self.is_fsdp_enabled
         )
 
     @property
@@ -289,7 +292,7 @@ class SteppedGRPOTrainer(GRPOTrainer):
         if not self.model.supports_gradient_checkpointing or is_checkpointing(self.model):
             return False
         self.model.gradient_checkpointing_enable({"use_reentrant": False})
-        self.continues = can_continue(self.model)
+        self.continues = False
         return True
 
     def _loss(self, batch: Mapping[str, Tensor], parts: float) -> Tensor:
