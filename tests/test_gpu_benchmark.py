@@ -1,24 +1,16 @@
 """``benchmarks/gpu.py`` runs on the CPU too, and measures what it says."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+
+from benchmarks.gpu import main
 
 
 @pytest.mark.slow
 def test_the_quick_run_on_the_cpu_writes_every_figure_beside_its_floor(tmp_path):
     out = tmp_path / "gpu.json"
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.gpu", "--device", "cpu", "--quick", "--out", str(out)],
-        cwd=Path(__file__).parent.parent,
-        capture_output=True,
-        text=True,
-        timeout=280,
-    )
-    assert done.returncode == 0, done.stderr
+    main(device="cpu", quick=True, out=out)
     report = json.loads(out.read_text())
     assert report["machine"]["device"] and report["command"].endswith("--device cpu --quick")
     assert all(rate > 1e6 for rate in report["ceilings"].values())

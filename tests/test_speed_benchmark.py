@@ -1,17 +1,12 @@
 """``python -m benchmarks.speed``: its figures, its files, and one part for real."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
 from benchmarks.call_history import read_at_least, read_now
-from benchmarks.speed.__main__ import BEGIN, END, renew, table
+from benchmarks.speed.__main__ import BEGIN, END, main, renew, table
 from benchmarks.speed.measure import alternate, ratios, row_of
-
-ROOT = Path(__file__).parent.parent
 
 
 def test_a_ratio_is_taken_round_by_round_and_judged_by_its_median():
@@ -49,9 +44,7 @@ def test_prompt_tokens_are_counted_once_a_round_or_once_in_all():
 def test_a_part_runs(tmp_path, part="e"):  # the others take longer, even with --quick
     out = tmp_path / "speed.json"
     out.write_text('{"schema_version": 1, "parts": {"z": {}}}')
-    command = ["-m", "benchmarks.speed", "--quick", "--parts", part, "--out", str(out)]
-    done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    main(parts=part, quick=True, out=out, cpu=False, report=None)
     parts = json.loads(out.read_text())["parts"]
     assert set(parts) == {"z", part} and parts[part]["quick"]
     for row in parts[part]["rows"]:
