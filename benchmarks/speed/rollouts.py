@@ -45,8 +45,8 @@ class Workload:
 WORKLOADS = (
     Workload("embedded", "prompt 4 x completion", 8, 192, 48, ">= 1.3"),
     Workload("embedded", "equal lengths", 8, 128, 128, ">= 0.95"),
-    Workload("middle", "prompt 4 x completion", 4, 128, 32, ">= 1.3"),
-    Workload("middle", "equal lengths", 4, 96, 96, ">= 0.95"),
+    Workload("middle", "prompt 4 x completion", 8, 128, 32, ">= 1.3"),
+    Workload("middle", "equal lengths", 8, 96, 96, ">= 0.95"),
 )
 
 
