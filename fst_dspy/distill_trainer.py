@@ -31,7 +31,7 @@ from fst_dspy.local_lm import LocalLM
 from fst_dspy.memory import is_out_of_memory
 from fst_dspy.policy import Policy
 from fst_dspy.rollout import strict_adapter
-from fst_dspy.slow import CPU_ROWS, SlowTrainer
+from fst_dspy.slow import MICRO_BATCH_ROWS, SlowTrainer
 from fst_dspy.trl_stepper import Gradients, collate
 from fst_dspy.types import Call, Candidate, Rollout, StepStats, TrainingRow
 
@@ -220,7 +220,8 @@ class DistillTrainer(SlowTrainer):
     def _chunks(self, readings: Sequence[Reading]) -> Iterator[list[Sequence[Reading]]]:
         """Micro-batches by length, in chunks whose log-probabilities fit in ``CHUNK_BYTES``."""
         ordered = sorted(readings, key=_tokens)
-        size = min(self.micro_batch_size, CPU_ROWS)
+        # Logits over the whole vocabulary are held of all of them, on a GPU as well.
+        size = min(self.micro_batch_size, self.slow.micro_batch_size or MICRO_BATCH_ROWS)
         batches = [ordered[start : start + size] for start in range(0, len(ordered), size)]
         token_bytes = 4 * self.policy.model.config.get_text_config().vocab_size
         chunk: list[Sequence[Reading]] = []

@@ -46,8 +46,8 @@ SCHEMA_VERSION = 1
 MICRO_BATCH_TOKENS = {"cpu": 16_384, "cuda": 65_536}
 """Most tokens of a micro-batch, padding included; fewer rows than ``micro_batch_size`` where they
 are long."""
-CPU_ROWS = 16
-"""Rows of a micro-batch on a CPU, unless ``micro_batch_size`` says otherwise."""
+MICRO_BATCH_ROWS = 16
+"""Rows of a micro-batch, unless ``micro_batch_size`` says otherwise or a GPU holds more."""
 DRIFT_LIMIT = 0.1
 """Nats a token between sampling and training, above which there is a warning; bfloat16 is below."""
 
@@ -78,7 +78,7 @@ class SlowTrainer:
         """
         self.policy, self.slow, self.seed = policy, slow, seed
         self._most_tokens = MICRO_BATCH_TOKENS[policy.device.type]
-        rows = CPU_ROWS
+        rows = MICRO_BATCH_ROWS
         if policy.device.type == "cuda":
             self._most_tokens = min(self._most_tokens, tokens_that_fit(policy.model, policy.device))
             rows = self._most_tokens
