@@ -17,6 +17,7 @@ import re
 import threading
 import warnings
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +40,9 @@ DEFAULT_CHAT_TEMPLATE = (
     "{% endfor %}{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
 )
 LIVE = "live"
+HASHED_TOGETHER = 2**21
+"""Bytes of a weight that are hashed in one go; of larger ones, such parts side by side: hashing a
+model of a GPU's size on one core would take as long as an optimizer step."""
 _OWN, _VISITING = "default", "visiting"  # names of the live adapter and of one swapped in
 
 
@@ -444,8 +448,16 @@ def _swapped(weights: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> Iter
 
 def _hash(weights: Mapping[str, Tensor], salt: str = "") -> str:
     digest = hashlib.sha256(salt.encode())
-    for name in sorted(weights):
-        weight = weights[name].detach().cpu().contiguous()
-        digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
-        digest.update(weight.reshape(-1).view(torch.uint8).numpy().data)
+    with ThreadPoolExecutor() as threads:
+        for name in sorted(weights):
+            weight = weights[name].detach().cpu().contiguous()
+            digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
+            data = weight.reshape(-1).view(torch.uint8).numpy().data
+            if len(data) <= HASHED_TOGETHER:
+                digest.update(data)
+                continue
+            starts = range(0, len(data), HASHED_TOGETHER)
+            parts = [data[start : start + HASHED_TOGETHER] for start in starts]
+            for part in threads.map(hashlib.sha256, parts):
+                digest.update(part.digest())
     return digest.hexdigest()

@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import make_model, make_tokenizer, save_model
 
+import fst_dspy.policy as policy_module
 from fst_dspy.config import LoraConfig
 from fst_dspy.errors import ModelError
 from fst_dspy.policy import Policy
@@ -45,6 +46,25 @@ def test_the_same_files_have_the_same_version_and_others_another(
     assert Policy.load(other).base_version != first.base_version
     half = Policy.load(tiny_model, dtype="bfloat16")
     assert half.model.dtype == torch.bfloat16 and half.base_version != first.base_version
+
+
+def test_large_weights_are_hashed_in_parts_to_the_last_byte(
+    tiny_qwen3: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = Policy.load(tiny_qwen3)
+    largest = max(p.numel() for p in whole.model.parameters())
+    monkeypatch.setattr(policy_module, "HASHED_TOGETHER", 4 * largest)
+    assert Policy.load(tiny_qwen3).base_version == whole.base_version
+    monkeypatch.setattr(policy_module, "HASHED_TOGETHER", 1000)
+    policy = Policy.load(tiny_qwen3)
+    assert policy.base_version == Policy.load(tiny_qwen3).base_version
+    seen = {policy.version()}
+    weight = max(policy.model.parameters(), key=torch.numel).detach().view(-1)
+    places = (0, 249, 250, largest // 2, largest - 1)
+    for place in places:
+        weight[place] += 1
+        seen.add(policy.version())
+    assert len(seen) == 1 + len(places)
 
 
 @pytest.mark.parametrize("lora", [False, True])
