@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,8 +12,6 @@ from transformers.cache_utils import Cache, LinearAttentionLayer, StaticLayer
 
 from fst_dspy.decode import base_of, forward
 from fst_dspy.gpu import cudnn_attention
-
-_streams: dict[torch.device, Any] = {}  # that steps are recorded in
 
 WARM_UPS = 2  # what libraries set up at first use must not be recorded
 
@@ -98,9 +97,7 @@ class Step:
         device = self.ids_N1.device
         if device.type != "cuda":
             return None
-        current = torch.cuda.current_stream(device)
-        # Always the same: cuBLAS keeps tens of megabytes for every stream that it has seen.
-        side = _streams.setdefault(device, torch.cuda.Stream(device))
+        current, side = torch.cuda.current_stream(device), _stream(device)
         graph = torch.cuda.CUDAGraph()
         try:
             with torch.cuda.device(device), cudnn_attention(device, True):
@@ -156,6 +153,12 @@ def copied(layer: Any, index_N: Tensor, columns: int) -> list[Tensor]:
             if state is not None
         ]
     return [t[:, :, :columns].index_select(0, index_N) for t in (layer.keys, layer.values)]
+
+
+@functools.cache
+def _stream(device: torch.device) -> Any:
+    """The one that steps are recorded in: cuBLAS keeps tens of megabytes for each it has seen."""
+    return torch.cuda.Stream(device)
 
 
 def _view(flat: Tensor, *shape: int) -> Tensor:
