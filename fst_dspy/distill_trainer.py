@@ -159,6 +159,8 @@ class DistillTrainer(SlowTrainer):
     ) -> None:
         distributed.refuse_fsdp("distillation")
         super().__init__(policy, slow, sampling, total_steps, seed)
+        # Logits over the whole vocabulary are held of all rows, on a GPU as well.
+        self.micro_batch_size = slow.micro_batch_size or MICRO_BATCH_ROWS
         self.teacher_version = teacher_version
         self.temperature = sampling.temperature
 
@@ -220,8 +222,7 @@ class DistillTrainer(SlowTrainer):
     def _chunks(self, readings: Sequence[Reading]) -> Iterator[list[Sequence[Reading]]]:
         """Micro-batches by length, in chunks whose log-probabilities fit in ``CHUNK_BYTES``."""
         ordered = sorted(readings, key=_tokens)
-        # Logits over the whole vocabulary are held of all of them, on a GPU as well.
-        size = min(self.micro_batch_size, self.slow.micro_batch_size or MICRO_BATCH_ROWS)
+        size = self.micro_batch_size
         batches = [ordered[start : start + size] for start in range(0, len(ordered), size)]
         token_bytes = 4 * self.policy.model.config.get_text_config().vocab_size
         chunk: list[Sequence[Reading]] = []

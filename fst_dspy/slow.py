@@ -43,7 +43,7 @@ WEIGHTS, OPTIMIZER, RNG, SCALARS = (
     "trainer.json",
 )
 SCHEMA_VERSION = 1
-MICRO_BATCH_TOKENS = {"cpu": 16_384, "cuda": 65_536}
+MICRO_BATCH_TOKENS, CUDA_MICRO_BATCH_TOKENS = 16_384, 65_536
 """Most tokens of a micro-batch, padding included; fewer rows than ``micro_batch_size`` where they
 are long."""
 MICRO_BATCH_ROWS = 16
@@ -77,11 +77,10 @@ class SlowTrainer:
             seed: Seed of dropout.
         """
         self.policy, self.slow, self.seed = policy, slow, seed
-        self._most_tokens = MICRO_BATCH_TOKENS[policy.device.type]
-        rows = MICRO_BATCH_ROWS
+        self._most_tokens, rows = MICRO_BATCH_TOKENS, MICRO_BATCH_ROWS
         if policy.device.type == "cuda":
-            self._most_tokens = min(self._most_tokens, tokens_that_fit(policy.model, policy.device))
-            rows = self._most_tokens
+            fit = tokens_that_fit(policy.model, policy.device)
+            self._most_tokens = rows = min(CUDA_MICRO_BATCH_TOKENS, fit)
         self.micro_batch_size = slow.micro_batch_size or rows
         self._most_rows = self.micro_batch_size  # of the micro-batches that were made last
         self._all_count = bool(slow.beta or slow.entropy_coef)

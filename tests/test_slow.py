@@ -350,7 +350,7 @@ def test_checkpointing_is_the_last_resort_when_memory_runs_out(
 def test_micro_batches_keep_to_a_number_of_tokens(most, tiny_lfm2, monkeypatch):
     slow = replace(SLOW, max_grad_norm=0)
     expected, _ = gradients_after(*make(tiny_lfm2, slow), rows_for(0, 11))
-    monkeypatch.setitem(slow_module.MICRO_BATCH_TOKENS, "cpu", most)
+    monkeypatch.setattr(slow_module, "MICRO_BATCH_TOKENS", most)
     policy, trainer = make(tiny_lfm2, slow)
     sizes = []
     policy.model.get_input_embeddings().register_forward_pre_hook(
