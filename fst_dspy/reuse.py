@@ -11,7 +11,7 @@ import dataclasses
 import json
 import random
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -175,14 +175,7 @@ def minibatch(rollouts: Sequence[Rollout], size: int, rng: random.Random) -> lis
 
 def as_read_back(rollout: Rollout) -> Rollout:
     """The rollout as a resumed run would read it from a checkpoint."""
-    traces = tuple(
-        dataclasses.replace(
-            trace,
-            inputs=_plain(trace.inputs),
-            outputs=None if trace.outputs is None else _plain(trace.outputs),
-        )
-        for trace in rollout.traces
-    )
+    traces = tuple(_with_fields(trace, _plain) for trace in rollout.traces)
     feedback = dict(rollout.feedback_by_predictor)
     return dataclasses.replace(rollout, traces=traces, feedback_by_predictor=feedback)
 
@@ -191,15 +184,17 @@ def _without_tokens(rollout: Rollout) -> Rollout:
     """What a checkpoint can hold of a rollout, so that a resumed run sees the same."""
     rollout = as_read_back(rollout)
     traces = tuple(
-        PredictorTrace(
-            predictor=trace.predictor,
-            inputs=_short(trace.inputs),
-            outputs=None if trace.outputs is None else _short(trace.outputs),
-            text=trace.text[:MAX_CHARACTERS],
-        )
+        dataclasses.replace(_with_fields(trace, _short), text=trace.text[:MAX_CHARACTERS])
         for trace in rollout.traces
     )
     return dataclasses.replace(rollout, calls=(), traces=traces)
+
+
+def _with_fields(
+    trace: PredictorTrace, change: Callable[[Mapping[str, Any]], dict[str, Any]]
+) -> PredictorTrace:
+    outputs = None if trace.outputs is None else change(trace.outputs)
+    return dataclasses.replace(trace, inputs=change(trace.inputs), outputs=outputs)
 
 
 def _plain(fields: Mapping[str, Any]) -> dict[str, Any]:

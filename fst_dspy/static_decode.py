@@ -170,15 +170,16 @@ def begin(
     try:
         return StaticDecode(policy, rooms, layers, owner_B, mask_UT)
     except Exception as error:  # whatever it is, growing caches do without recordings
-        if is_out_of_memory(error):
-            if len(owner_B) > 1:  # fewer rows may fit
-                raise
-            release(policy)
-            return None
-        _refused.add(model)
+        if is_out_of_memory(error) and len(owner_B) > 1:  # fewer rows may fit
+            raise
         release(policy)
-        name = type(model).__name__
-        logger.warning("%s: caches grow while decoding, a step cannot be recorded: %s", name, error)
+        if not is_out_of_memory(error):
+            _refused.add(model)
+            logger.warning(
+                "%s: caches grow while decoding, a step cannot be recorded: %s",
+                type(model).__name__,
+                error,
+            )
         return None
 
 
