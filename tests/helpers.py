@@ -5,6 +5,9 @@ from __future__ import annotations
 import time
 
 import dspy
+import torch
+
+from fst_dspy import optimizer, run_state
 
 
 class RawAdapter(dspy.ChatAdapter):
@@ -70,3 +73,33 @@ def wait_for(condition, seconds=240):
     while not condition():
         assert time.monotonic() < deadline, "it did not happen in time"
         time.sleep(0.02)
+
+
+def full_logprobs(policy, request, result):
+    """Log-softmax over the vocabulary at every completion position, by one forward pass."""
+    ids = torch.tensor([request.prompt_ids_T + result.completion_ids_T], device=policy.device)
+    with torch.no_grad():
+        logits_TV = policy.model(input_ids=ids).logits[0].float().cpu()
+    logits_TV = logits_TV[len(request.prompt_ids_T) - 1 : -1]
+    return (logits_TV / (request.temperature or 1.0)).log_softmax(-1)
+
+
+def sampled_logprobs(policy, request, result):
+    """The same, of the tokens that were sampled."""
+    ids_T1 = torch.tensor(result.completion_ids_T)[:, None]
+    return full_logprobs(policy, request, result).gather(1, ids_T1)[:, 0]
+
+
+def kill_before_steps(monkeypatch, *calls):
+    """Let the loop die before these of its optimizer steps, counted from 1; all that begin."""
+    monkeypatch.setattr(run_state, "CHECKPOINT_SECONDS", 0.0)
+    real, steps = optimizer._Run._slow_step, []
+
+    def dying(self, state):
+        steps.append(state.step)
+        if len(steps) in calls:
+            raise RuntimeError("killed")
+        return real(self, state)
+
+    monkeypatch.setattr(optimizer._Run, "_slow_step", dying)
+    return steps

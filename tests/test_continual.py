@@ -6,7 +6,7 @@ import sys
 
 import dspy
 import pytest
-from helpers import Echo, RawAdapter, Twice, questions, vowels
+from helpers import Echo, RawAdapter, Twice, kill_before_steps, questions, vowels
 from rich.console import Console
 from training_helpers import late_letters
 
@@ -223,19 +223,8 @@ def test_every_task_is_scored_at_every_stage_once(tiny_qwen3, tmp_path):
 
 @pytest.mark.slow
 def test_a_stream_killed_in_its_second_stage_goes_on_there(tiny_qwen3, tmp_path, monkeypatch):
-    from fst_dspy import optimizer, run_state
-
     whole = stream(tiny_qwen3, A, B, lora=True)
-    monkeypatch.setattr(run_state, "CHECKPOINT_SECONDS", 0.0)
-    real, steps = optimizer._Run._slow_step, []
-
-    def dying(self, state):
-        steps.append(state.step)
-        if len(steps) == 4:
-            raise RuntimeError("killed")
-        return real(self, state)
-
-    monkeypatch.setattr(optimizer._Run, "_slow_step", dying)
+    steps = kill_before_steps(monkeypatch, 4)
     with pytest.raises(RuntimeError, match="killed"):
         stream(tiny_qwen3, A, B, lora=True, log_dir=tmp_path)
     resumed = stream(tiny_qwen3, A, B, lora=True, log_dir=tmp_path)

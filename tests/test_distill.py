@@ -3,7 +3,7 @@
 import dspy
 import pytest
 import torch
-from helpers import Echo, RawAdapter, Twice, questions, vowels
+from helpers import Echo, RawAdapter, Twice, kill_before_steps, questions, vowels
 
 from fst_dspy import FST, FSTDistill, LocalLM
 from fst_dspy.candidate import make_candidate, seed_candidate
@@ -200,19 +200,8 @@ def test_the_bare_prompt_is_kept_and_the_weights_learn(tiny_qwen3, lora):
 @pytest.mark.slow
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
 def test_a_killed_distillation_goes_on_to_the_same_end(tiny_qwen3, tmp_path, lora, monkeypatch):
-    from fst_dspy import optimizer, run_state
-
     whole = distill(tiny_qwen3, lora=lora)[2]
-    monkeypatch.setattr(run_state, "CHECKPOINT_SECONDS", 0.0)
-    real, steps = optimizer._Run._slow_step, []
-
-    def dying(self, state):
-        steps.append(state.step)
-        if len(steps) == 4:
-            raise RuntimeError("killed")
-        return real(self, state)
-
-    monkeypatch.setattr(optimizer._Run, "_slow_step", dying)
+    steps = kill_before_steps(monkeypatch, 4)
     with pytest.raises(RuntimeError, match="killed"):
         distill(tiny_qwen3, log_dir=tmp_path, lora=lora)
     resumed = distill(tiny_qwen3, log_dir=tmp_path, lora=lora)[2]

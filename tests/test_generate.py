@@ -9,11 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers import full_logprobs, sampled_logprobs
 
 import fst_dspy.generate as generate_module
 from fst_dspy.config import LoraConfig
 from fst_dspy.errors import ModelError, PromptTooLongError
-from fst_dspy.generate import GenerationRequest, GenerationResult, generate
+from fst_dspy.generate import GenerationRequest, generate
 from fst_dspy.policy import Policy
 from fst_dspy.prefixes import pads_safely
 
@@ -22,15 +23,6 @@ WORDS = ["where does a visa ticket go?", "abc", "The rule says", "You answer que
 
 def encode(policy: Policy, text: str) -> tuple[int, ...]:
     return tuple(policy.tokenizer.encode(text, add_special_tokens=False))
-
-
-def full_logprobs(policy: Policy, request: GenerationRequest, result: GenerationResult):
-    """Log-softmax over the vocabulary at every completion position, by one forward pass."""
-    ids = torch.tensor([request.prompt_ids_T + result.completion_ids_T])
-    with torch.no_grad():
-        logits_TV = policy.model(input_ids=ids).logits[0].float()
-    logits_TV = logits_TV[len(request.prompt_ids_T) - 1 : -1]
-    return (logits_TV / (request.temperature or 1.0)).log_softmax(-1)
 
 
 def without_end(policy: Policy) -> None:
@@ -60,9 +52,7 @@ def test_logprobs_equal_a_full_forward_pass(tiny_model: Path, temperature: float
         for p in (1.0, 0.8)
     ]
     for request, result in zip(requests, generate(policy, requests), strict=True):
-        expected_TV = full_logprobs(policy, request, result)
-        ids = torch.tensor(result.completion_ids_T)[:, None]
-        expected = expected_TV.gather(1, ids)[:, 0]
+        expected = sampled_logprobs(policy, request, result)
         assert len(result.logprobs_T) == len(result.completion_ids_T) > 0
         assert np.allclose(result.logprobs_T, expected, atol=1e-4)
 
@@ -76,8 +66,7 @@ def test_adapters_are_sampled_from(tiny_model: Path) -> None:
     tuned = generate(policy, requests)
     assert tuned != base
     for request, result in zip(requests, tuned, strict=True):
-        ids = torch.tensor(result.completion_ids_T)[:, None]
-        expected = full_logprobs(policy, request, result).gather(1, ids)[:, 0]
+        expected = sampled_logprobs(policy, request, result)
         assert np.allclose(result.logprobs_T, expected, atol=1e-4)
     with policy.at(policy.base_version):
         untuned = generate(policy, requests)

@@ -17,10 +17,11 @@ import dspy
 import pytest
 import torch
 from conftest import make_tokenizer
-from helpers import Echo, RawAdapter, questions, vowels
+from helpers import Echo, RawAdapter, questions, sampled_logprobs, vowels
 from test_optimizer import SETTINGS, compile_tiny
 from test_prefixes import prompts_of
 from test_slow import rows_for
+from test_static_decode import assert_alike as assert_alike_within
 from test_trl_contract import STEPS, rows_of, run_stock, trainer_for
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
@@ -42,7 +43,7 @@ pytestmark = [
 
 
 @pytest.fixture(autouse=True)
-def exact(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def exact() -> Iterator[None]:
     """float32 as it is; cuDNN would round the convolutions' inputs to 10 bits."""
     with torch.backends.cudnn.flags(allow_tf32=False):
         yield
@@ -66,10 +67,7 @@ def growing(policy: Policy, requests: list[GenerationRequest]) -> list[Generatio
         static.DEVICES = devices
 
 
-def assert_alike(one: list[GenerationResult], other: list[GenerationResult]) -> None:
-    assert [r.completion_ids_T for r in one] == [r.completion_ids_T for r in other]
-    for a, b in zip(one, other, strict=True):
-        assert a.logprobs_T == pytest.approx(b.logprobs_T, abs=1e-4)
+assert_alike = partial(assert_alike_within, nats=1e-4)
 
 
 @pytest.mark.parametrize("lora", [False, True])
@@ -101,11 +99,8 @@ def test_logprobs_are_those_of_a_full_forward_pass(tiny_model: Path) -> None:
     policy = Policy.load(tiny_model, device=GPU, dtype="float32")
     for request in mixed_requests(policy)[1::2]:
         (result,) = generate(policy, [request])
-        ids = torch.tensor([[*request.prompt_ids_T, *result.completion_ids_T]], device=GPU)
-        with torch.no_grad():
-            logits_TV = policy.model(ids).logits[0, len(request.prompt_ids_T) - 1 : -1]
-        logprob_T = logits_TV.log_softmax(-1).gather(1, ids[0, -len(logits_TV) :, None])[:, 0]
-        assert result.logprobs_T == pytest.approx(logprob_T.tolist(), abs=1e-4)
+        expected = sampled_logprobs(policy, request, result).tolist()
+        assert result.logprobs_T == pytest.approx(expected, abs=1e-4)
 
 
 def test_threads_share_recordings_while_others_use_the_gpu(tiny_lfm2: Path) -> None:
@@ -145,7 +140,7 @@ def test_steps_equal_the_stock_trainer(
     folder = request.getfixturevalue(f"tiny_{kind}")
     stock, ours = (Policy.load(folder, device=GPU, dtype="float32") for _ in range(2))
     slow = SlowConfig(learning_rate=1e-2, lr_scheduler_type="linear", weight_decay=0.1)
-    before, spy, trainer = ours.trainable_state(), run_stock(stock, slow, cuda=True), None
+    before, spy = ours.trainable_state(), run_stock(stock, slow, cuda=True)
     trainer = trainer_for(ours, slow)
     norms = [log["grad_norm"] for log in spy.state.log_history if "grad_norm" in log]
     assert len(norms) == STEPS
@@ -273,12 +268,8 @@ def logprobs_apart(
     """Mean absolute difference from a full forward pass, nats a token."""
     apart = []
     for request, result in zip(requests, results, strict=True):
-        ids = torch.tensor([[*request.prompt_ids_T, *result.completion_ids_T]], device=GPU)
-        with torch.no_grad():
-            logits_TV = policy.model(ids).logits[0, len(request.prompt_ids_T) - 1 : -1].float()
-        scaled_TV = (logits_TV / (request.temperature or 1.0)).log_softmax(-1)
-        logprob_T = scaled_TV.gather(1, ids[0, -len(logits_TV) :, None])[:, 0]
-        apart += (logprob_T - torch.tensor(result.logprobs_T, device=GPU)).abs().tolist()
+        expected_T = sampled_logprobs(policy, request, result)
+        apart += (expected_T - torch.tensor(result.logprobs_T)).abs().tolist()
     return sum(apart) / len(apart)
 
 

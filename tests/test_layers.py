@@ -8,18 +8,8 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "fst_dspy"
 
 LAYERS = [
-    {
-        "memory",
-        "gpu",
-        "rng",
-        "distributed",
-        "types",
-        "errors",
-        "config",
-        "metric",
-        "display",
-        "word_diff",
-    },
+    {"memory", "gpu", "rng", "distributed", "types", "errors", "config"}
+    | {"metric", "display", "word_diff"},
     {"population", "candidate", "store", "policy", "generate", "engine", "local_lm", "embedded"}
     | {"calls", "barrier", "prompt_cache", "prefixes", "vllm_engine"}
     | {"decode", "static_decode", "static_step"},

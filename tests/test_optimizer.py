@@ -5,10 +5,10 @@ from dataclasses import replace
 
 import dspy
 import pytest
-from helpers import Echo, RawAdapter, Twice, questions, vowels
+from helpers import Echo, RawAdapter, Twice, kill_before_steps, questions, vowels
 
 import fst_dspy.optimizer as optimizer_module
-from fst_dspy import FST, LocalLM, run_state
+from fst_dspy import FST, LocalLM
 from fst_dspy.errors import (
     ConfigError,
     DataError,
@@ -114,16 +114,7 @@ class Dated(dspy.Module):
 def test_a_program_whose_fields_are_not_json_goes_on_after_a_kill(
     tiny_qwen3, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(run_state, "CHECKPOINT_SECONDS", 0.0)
-    real, steps = optimizer_module._Run._slow_step, []
-
-    def dying(self, state):
-        steps.append(state.step)
-        if len(steps) == 3:
-            raise RuntimeError("killed")
-        return real(self, state)
-
-    monkeypatch.setattr(optimizer_module._Run, "_slow_step", dying)
+    steps = kill_before_steps(monkeypatch, 3)
     with pytest.raises(RuntimeError, match="killed"):
         compile_tiny(tiny_qwen3, Dated(), log_dir=tmp_path)
     result = compile_tiny(tiny_qwen3, Dated(), log_dir=tmp_path)[2]
@@ -156,20 +147,7 @@ def test_budgets_in_rollouts_and_seconds_end_the_loop(tiny_qwen3):
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
 def test_a_killed_run_goes_on_to_the_same_end(tiny_qwen3, tmp_path, lora, monkeypatch):
     whole = compile_tiny(tiny_qwen3, log_dir=tmp_path / "whole", lora=lora)[2]
-
-    from fst_dspy import optimizer, run_state
-
-    monkeypatch.setattr(run_state, "CHECKPOINT_SECONDS", 0.0)
-    steps = []
-    real = optimizer._Run._slow_step
-
-    def dying(self, state):
-        steps.append(state.step)
-        if len(steps) in (2, 4):
-            raise RuntimeError("killed")
-        return real(self, state)
-
-    monkeypatch.setattr(optimizer._Run, "_slow_step", dying)
+    steps = kill_before_steps(monkeypatch, 2, 4)
     for _ in range(2):
         with pytest.raises(RuntimeError, match="killed"):
             compile_tiny(tiny_qwen3, log_dir=tmp_path / "cut", lora=lora)

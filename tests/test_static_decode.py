@@ -60,11 +60,13 @@ def record(step: Step, pool: Any) -> None:
         step._logits_NV = step._forward()
 
 
-def assert_alike(one: list[GenerationResult], other: list[GenerationResult]) -> None:
+def assert_alike(
+    one: list[GenerationResult], other: list[GenerationResult], nats: float = 1e-5
+) -> None:
     assert [r.completion_ids_T for r in one] == [r.completion_ids_T for r in other]
     assert [r.finish_reason for r in one] == [r.finish_reason for r in other]
     for a, b in zip(one, other, strict=True):
-        assert a.logprobs_T == pytest.approx(b.logprobs_T, abs=1e-5)
+        assert a.logprobs_T == pytest.approx(b.logprobs_T, abs=nats)
 
 
 @pytest.mark.parametrize(("kind", "lora"), [("qwen3", False), ("lfm2", True)])

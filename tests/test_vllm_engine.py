@@ -10,7 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import torch
+from helpers import sampled_logprobs
 
 from fst_dspy import distributed
 from fst_dspy.config import LoraConfig
@@ -79,11 +79,7 @@ def requests_for(policy, count=6, **settings):
 
 def check_logprobs(policy, requests, results):
     for request, result in zip(requests, results, strict=True):
-        ids = torch.tensor([request.prompt_ids_T + result.completion_ids_T])
-        with torch.no_grad():
-            logits = policy.model(ids).logits[0, len(request.prompt_ids_T) - 1 : -1]
-        scaled = (logits / (request.temperature or 1.0)).log_softmax(-1)
-        expected = scaled.gather(1, torch.tensor(result.completion_ids_T)[:, None])[:, 0]
+        expected = sampled_logprobs(policy, request, result)
         assert result.logprobs_T == pytest.approx(expected.tolist(), abs=1e-4)
 
 
