@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor
 from torch.nn.functional import pad
 
+from fst_dspy.cache_layers import cache_name
 from fst_dspy.prompt_cache import keep_rows, shared_attention
 
 
@@ -29,15 +30,16 @@ def forward(
         The logits at the last position, (B, V) in the model's dtype, and the cache.
     """
     kind: Any = type(base_of(model))
+    name = cache_name(model)
     output = model(
         input_ids=ids_BT,
         attention_mask=mask,
         position_ids=position_BT,
-        past_key_values=cache,
         use_cache=True,
+        **{name: cache},
         **_last_only(kind),
     )
-    return output.logits[:, -1], output.past_key_values
+    return output.logits[:, -1], getattr(output, name)
 
 
 def base_of(model: Any) -> Any:

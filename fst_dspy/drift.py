@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from fst_dspy.cache_layers import cache_name
 from fst_dspy.errors import DataError
 from fst_dspy.policy import Policy
 from fst_dspy.prefixes import (
@@ -134,7 +135,7 @@ def _from_prefixes(policy: Policy, calls: Sequence[Call], prefixes: Prefixes) ->
         input_ids=own_ids,
         attention_mask=mask_BT,
         position_ids=positions(mask_BT)[:, -own_ids.shape[1] :],
-        past_key_values=cache,
+        **{cache_name(policy.model): cache},
         use_cache=True,
         logits_to_keep=torch.arange(first, own_ids.shape[1] - 1, device=device),
     )

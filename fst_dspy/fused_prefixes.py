@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fst_dspy.cache_layers import cache_name
 from fst_dspy.prefixes import Prefixes, positions, read_prefixes, right_padded
 
 
@@ -57,7 +58,7 @@ def fused_from_prefixes(
             input_ids=own_ids,
             attention_mask=mask_BT,
             position_ids=positions(mask_BT)[:, -own_ids.shape[1] :],
-            past_key_values=cache,
+            **{cache_name(model): cache},
             shift_labels=label_BT,
             fused_lm_head=True,
         )

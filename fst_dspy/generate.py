@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fst_dspy.cache_layers import CHANGED, left_out, obstacle, refuse
 from fst_dspy.decode import GrowingDecode, forward
 from fst_dspy.errors import ModelError, PromptTooLongError
 from fst_dspy.gpu import cudnn_attention
@@ -120,6 +121,14 @@ def _run_chunk(policy: Policy, requests: Sequence[GenerationRequest]) -> list[Ge
             return _Batch(policy, requests).run()
         except CannotShare:  # found out at the first new token; the second time it is known
             return _Batch(policy, requests).run()
+        except CHANGED as error:  # in the middle of a call, past what ``obstacle`` tries
+            if obstacle() is not None:
+                raise
+            release(policy)
+            with left_out():
+                results = _Batch(policy, requests).run()  # fails again where it is not the caches
+            refuse(f"{type(error).__name__}: {error}")
+            return results
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error) or len(requests) == 1:
             raise

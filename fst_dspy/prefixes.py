@@ -6,9 +6,8 @@ a model reads the beginnings, and goes on from their caches with the rest. Gener
 step do so where ``can_continue`` says that the model's caches allow it. The outcome is that of
 reading every prompt whole, but for rounding.
 
-It leans on how transformers' caches hold what was read: ``DynamicLayer`` concatenates, so gradients
-pass; ``LinearAttentionLayer`` keeps a convolution's last inputs in ``conv_states``, and all of them
-after ``activate_past_recording``. Where that is missing, prompts are read whole.
+It leans on how transformers' caches hold what was read (``fst_dspy.cache_layers``). Where they do
+so in another way, prompts are read whole.
 """
 
 from __future__ import annotations
@@ -22,8 +21,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer, LinearAttentionLayer
+
+from fst_dspy.cache_layers import (
+    DynamicCache,
+    DynamicLayer,
+    LinearAttentionLayer,
+    cache_name,
+    obstacle,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -124,6 +129,8 @@ def can_continue(model: Any) -> bool:
     Plain attention does, and so do short convolutions without bias. Sliding windows and recurrent
     layers are not relied upon: their prompts are read whole, of which a warning tells once a model.
     """
+    if obstacle() is not None:
+        return False
     backbone = backbone_of(model)
     continues = _layers_continue(backbone.config.get_text_config())
     if not continues and backbone not in _told:
@@ -199,7 +206,7 @@ def read_prefixes(
         input_ids=ids_PT,
         attention_mask=mask_PT,
         position_ids=positions(mask_PT),
-        past_key_values=cache,
+        **{cache_name(backbone): cache},
         use_cache=True,
     )
     owner_N = torch.tensor(prefixes.owner_N, device=device)
@@ -239,7 +246,7 @@ def read_rest(
         input_ids=ids_NR,
         attention_mask=mask_NT,
         position_ids=positions(mask_NT)[:, -ids_NR.shape[1] :],
-        past_key_values=cache,
+        **{cache_name(backbone): cache},
         use_cache=True,
     )
     for layer in cache.layers:

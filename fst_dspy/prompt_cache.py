@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import AttentionInterface
-from transformers.cache_utils import DynamicLayer
+
+from fst_dspy.cache_layers import DynamicLayer, begin_at, obstacle
 
 logger = logging.getLogger(__name__)
 
@@ -104,7 +105,7 @@ class SharedLayer(DynamicLayer):
     def __init__(self, layer: DynamicLayer, sharing: Sharing, steps: int) -> None:
         super().__init__()
         assert layer.keys is not None and layer.values is not None
-        self.dtype, self.device, self.is_initialized = layer.dtype, layer.device, True
+        begin_at(self, layer.keys)
         self.sharing, self.read = sharing, True
         self.prompt_keys, self.prompt_values = layer.keys, layer.values
         self._rooms = [
@@ -188,7 +189,8 @@ def can_share(model: Any) -> bool:
     """
     model = _base(model)
     return (
-        type(model) not in _refused
+        obstacle() is None
+        and type(model) not in _refused
         and model.device.type == "cpu"
         and getattr(model, "_supports_attention_backend", False)
         and model.config.get_text_config()._attn_implementation == "sdpa"
@@ -267,8 +269,8 @@ class RoomyLayer(DynamicLayer):
 
     def __init__(self, layer: DynamicLayer, steps: int) -> None:
         super().__init__()
-        self.dtype, self.device, self.is_initialized = layer.dtype, layer.device, True
         assert layer.keys is not None and layer.values is not None
+        begin_at(self, layer.keys)
         self._length = layer.keys.shape[-2]
         self._rooms = [_with_room(held, steps) for held in (layer.keys, layer.values)]
         self._show()
@@ -293,7 +295,7 @@ class RoomyLayer(DynamicLayer):
 
 def make_room(cache: Any, steps: int) -> None:
     """Give every layer that holds keys and values room for the tokens to come."""
-    layers = getattr(cache, "layers", [])
+    layers = getattr(cache, "layers", []) if obstacle() is None else []
     for place, layer in enumerate(layers):
         if type(layer) is DynamicLayer and layer.is_initialized:
             layers[place] = RoomyLayer(layer, steps)

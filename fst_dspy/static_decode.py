@@ -26,8 +26,13 @@ from typing import Any
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer
 
+from fst_dspy.cache_layers import (
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionLayer,
+    obstacle,
+)
 from fst_dspy.decode import base_of
 from fst_dspy.memory import is_out_of_memory
 from fst_dspy.policy import Policy
@@ -154,16 +159,16 @@ def begin(
         ``None`` where the device, the model or the size is not one for it.
     """
     model = base_of(policy.model)
-    if policy.device.type not in DEVICES or model in _refused:
+    if policy.device.type not in DEVICES or model in _refused or obstacle() is not None:
         return None
     rows = bucket(len(owner_B), FEWEST_ROWS)
     columns = bucket(mask_UT.shape[1] + steps, FEWEST_COLUMNS)
     layers = getattr(cache, "layers", [])
-    obstacle = _obstacle(model, layers, rows, columns)
-    if obstacle is not None:
+    hindrance = _hindrance(model, layers, rows, columns)
+    if hindrance is not None:
         if model not in _told:
             _told.add(model)
-            logger.warning("%s: caches grow while decoding: %s", type(model).__name__, obstacle)
+            logger.warning("%s: caches grow while decoding: %s", type(model).__name__, hindrance)
         return None
     rooms = _rooms.setdefault(policy, _Rooms())
     rooms.reserve(layers, rows * columns)
@@ -188,7 +193,7 @@ def release(policy: Policy) -> bool:
     return _rooms.pop(policy, None) is not None
 
 
-def _obstacle(model: Any, layers: Sequence[Any], rows: int, columns: int) -> str | None:
+def _hindrance(model: Any, layers: Sequence[Any], rows: int, columns: int) -> str | None:
     fixed, plain = "_can_compile_fullgraph", "_supports_attention_backend"
     if not getattr(model, fixed, False) or not getattr(model, plain, False):
         return "transformers does not say that its step has a fixed shape"

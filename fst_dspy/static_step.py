@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, LinearAttentionLayer, StaticLayer
 
+from fst_dspy.cache_layers import Cache, LinearAttentionLayer, StaticLayer, begin_at
 from fst_dspy.decode import base_of, forward
 from fst_dspy.gpu import cudnn_attention
 
@@ -26,7 +26,7 @@ class FixedLayer(StaticLayer):
     def __init__(self, keys: Tensor, values: Tensor, column_1: Tensor) -> None:
         super().__init__(max_cache_len=keys.shape[2])
         self.keys, self.values, self.column_1 = keys, values, column_1
-        self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
+        begin_at(self, keys)
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any

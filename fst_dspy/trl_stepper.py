@@ -1,13 +1,13 @@
 """TRL's GRPOTrainer, advanced one optimizer step at a time on rows that are given to it.
 
-This is the one file that leans on private parts of TRL 1.16 and transformers 5.17 to 5.23; the
-test ``tests/test_trl_contract.py`` holds it to the stock trainer, bit for bit on small batches and
-to rounding on large ones. They are:
+This is the one file that leans on private parts of TRL 1.16 and transformers 5.17 to 5.24, but for
+their caches (``fst_dspy.cache_layers``). The test ``tests/test_trl_contract.py`` holds it to the
+stock trainer, bit for bit on small batches and to rounding on large ones. They are:
 
 - ``GRPOTrainer._compute_loss(model, inputs)`` and the keys of ``inputs`` it reads;
 - ``GRPOTrainer._get_per_token_logps_and_entropies``, overridden, and the ``fused_lm_head`` forward
   that it calls, which runs ``model.base_model`` and reads its ``last_hidden_state``, takes
-  ``shift_labels`` and hands ``past_key_values`` on;
+  ``shift_labels`` and hands the cache on;
 - ``GRPOTrainer._metrics["train"]`` with ``entropy``, ``clip_ratio/region_mean`` and
   ``cispo_clip_ratio``; ``GRPOTrainer.beta``;
 - ``Trainer._prepare_for_training``, which makes optimizer and scheduler,

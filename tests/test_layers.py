@@ -11,7 +11,7 @@ LAYERS = [
     {"memory", "gpu", "rng", "distributed", "types", "errors", "config"}
     | {"metric", "display", "word_diff"},
     {"population", "candidate", "store", "policy", "generate", "engine", "local_lm", "embedded"}
-    | {"calls", "barrier", "prompt_cache", "prefixes", "vllm_engine"}
+    | {"calls", "barrier", "cache_layers", "prompt_cache", "prefixes", "vllm_engine"}
     | {"decode", "static_decode", "static_step"},
     {"rollout", "advantage", "result", "result_display", "plots", "notebook_figure"},
     {
