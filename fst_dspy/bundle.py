@@ -44,7 +44,7 @@ from fst_dspy.candidate import (
     population_from_json,
     population_to_json,
 )
-from fst_dspy.config import FSTConfig
+from fst_dspy.config import FSTConfig, without_removed
 from fst_dspy.errors import ProgramError, StoreError
 from fst_dspy.local_lm import LocalLM
 from fst_dspy.policy import Policy
@@ -382,7 +382,8 @@ def _read_result(path: Path, manifest: Manifest) -> FSTResult | None:
     if run is None:
         return None
     fast = read_plain_json(path / "population.json")
-    settings = {name: value for part in run["config"].values() for name, value in part.items()}
+    config = without_removed(run["config"])
+    settings = {name: value for part in config.values() for name, value in part.items()}
     best: Mapping[str, Any] = fast["best"]
     return FSTResult(
         arm=run["arm"],

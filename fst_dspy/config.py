@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -164,8 +165,6 @@ class SlowConfig:
         entropy_coef: Weight of TRL's entropy bonus, the mean entropy a token; 0 switches it off.
         micro_batch_size: Most rows in one forward and backward pass; by default 16 on a CPU, and on
             a GPU as many as memory seems to hold.
-        resample_constant: How often a step all of whose groups are constant (no gradient) draws
-            other problems, at the cost of their rollouts, before it is skipped.
         revisit_constant: Probability, in (0, 1], that a problem's turn is taken after its latest
             group had a constant reward (no gradient); to the power of such groups in a row, but at
             least 1/16. 1 takes every turn. See ``fst_dspy.problems``.
@@ -175,10 +174,6 @@ class SlowConfig:
             nothing, and AdamW would move a policy that has learned its task as far by the noise of
             one group as by eight. Without effect under a KL penalty or entropy bonus, which all
             rows have.
-        off_policy_steps: 0, or 1 to sample the rollouts of a cycle's next step while this one
-            trains, from the weights before its update, so that the two can overlap where there are
-            cores for both; at the price of a second copy of the trained weights. The first step of
-            a cycle is on policy all the same.
         max_bad_steps: Steps in a row with a loss or gradient that is not finite, after which the
             run stops; each of them is dropped.
         lora: Adapter settings, or ``None`` for full fine-tuning.
@@ -200,10 +195,8 @@ class SlowConfig:
     beta: float = 0.0
     entropy_coef: float = 0.0
     micro_batch_size: int | None = None
-    resample_constant: int = 0
     revisit_constant: float = 0.5
     damp_constant: bool = True
-    off_policy_steps: int = 0
     max_bad_steps: int = 5
     lora: LoraConfig | None = None
 
@@ -226,17 +219,12 @@ class SlowConfig:
             "entropy_coef",
             "warmup_steps",
             "epsilon",
-            "resample_constant",
         ):
             value = getattr(self, name)
             _require(value >= 0, f"{name} must not be negative, got {value}")
         _require(
             0 < self.revisit_constant <= 1,
             f"revisit_constant must be above 0 and at most 1, got {self.revisit_constant}",
-        )
-        _require(
-            self.off_policy_steps in (0, 1),
-            f"off_policy_steps must be 0 or 1, got {self.off_policy_steps}",
         )
         _require(self.epsilon_high > 0, f"epsilon_high must be positive, got {self.epsilon_high}")
         _require(
@@ -439,6 +427,18 @@ PARTS: dict[str, Any] = {
     "sampling": SamplingConfig,
     "budget": BudgetConfig,
 }
+
+REMOVED: dict[str, Any] = {"off_policy_steps": 0, "resample_constant": 0}
+"""Settings of earlier versions, with the values at which they changed nothing."""
+
+
+def without_removed(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A saved ``FSTConfig.to_dict``, without settings that are gone and were switched off."""
+    return {
+        part: {k: v for k, v in values.items() if k not in REMOVED or v != REMOVED[k]}
+        for part, values in config.items()
+    }
+
 
 AUTO: dict[str, dict[str, int]] = {
     "light": {"max_cycles": 6},

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from fst_dspy.candidate import candidate_from_json, make_candidate, population_from_json
-from fst_dspy.config import FSTConfig, LoraConfig, as_lora
+from fst_dspy.config import FSTConfig, LoraConfig, as_lora, without_removed
 from fst_dspy.errors import StoreError
 from fst_dspy.policy import Policy
 from fst_dspy.result import Best, FSTResult
@@ -118,7 +118,9 @@ def stage_from_json(plain: Mapping[str, Any]) -> TaskStage:
 
 def flat_settings(config: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """The settings of ``FSTConfig.to_dict`` as ``FST`` takes them."""
-    return {name: value for part in config.values() for name, value in part.items()}
+    return {
+        name: value for part in without_removed(config).values() for name, value in part.items()
+    }
 
 
 def _result_from_json(plain: Mapping[str, Any]) -> FSTResult:

@@ -80,7 +80,7 @@ class FSTDistill(FST):
         super().__init__(metric, arm="rl_only", **options)
         self.arm = "fst_distill"
         # Groups of equal rewards have a gradient here, so there is no need to draw others.
-        slow = replace(self.config.slow, resample_constant=0, revisit_constant=1.0)
+        slow = replace(self.config.slow, revisit_constant=1.0)
         self.config = replace(self.config, slow=slow)
         self._search = FST(metric, arm="gepa_only", **self._search_options(options, search_share))
 

@@ -244,7 +244,7 @@ class DistillTrainer(SlowTrainer):
         At the sampling temperature, in float32; of shape B x T x V and B x T.
         """
         pad_id, device = self.policy.tokenizer.pad_token_id, self.policy.device
-        batch = collate(rows, pad_id, device, on_policy=True)
+        batch = collate(rows, pad_id, device)
         with self._trl.compute_loss_context_manager():
             output = self.policy.model(
                 input_ids=torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1),

@@ -43,13 +43,12 @@ from fst_dspy.candidate import (
 from fst_dspy.config import FastConfig
 from fst_dspy.demos import DemoProposer
 from fst_dspy.errors import ConfigError, DataError
-from fst_dspy.evaluate import evaluate
 from fst_dspy.gepa_adapter import GepaAdapter, Reflector, Trajectory, candidate_of
 from fst_dspy.merge import merge
 from fst_dspy.population import choose
 from fst_dspy.proposers import HasState, Proposer
 from fst_dspy.reflection import ReflectionUsage
-from fst_dspy.rollout import Channel, Runner
+from fst_dspy.rollout import Runner
 from fst_dspy.selectors import SELECTORS
 from fst_dspy.types import Candidate, Population, Rollout
 
@@ -394,26 +393,6 @@ class _ValidationScores:
 
     def add(self, child: Candidate) -> None:
         self.by_id[child.id] = self.adapter.evaluate(self.valset, child.components).scores
-
-
-def score(
-    runner: Runner,
-    candidates: Sequence[Candidate],
-    valset: Sequence[dspy.Example],
-    *,
-    channel: Channel,
-    salt: int,
-) -> tuple[tuple[float, ...], ...]:
-    """score_K_V: each candidate once on each validation example, under the current weights.
-
-    Args:
-        runner: Runs the K x V rollouts.
-        candidates: Length K.
-        valset: Length V.
-        channel: Where the rollouts are counted.
-        salt: Tells apart repeated scorings.
-    """
-    return evaluate(runner, candidates, valset, channel=channel, salt=salt).score_K_V
 
 
 class _QuietLogger:

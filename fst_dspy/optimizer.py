@@ -12,9 +12,6 @@ Departures from the paper (Tiwari et al., 2026), section 3:
   training harm it. With ``reuse=False`` it runs its own in every cycle, as in the paper; then the
   whole population is scored on the validation examples at the end of every cycle, under the
   weights of that moment, and the scores serve as validation and as the next Pareto front.
-* Validation shares its batches with the sampling of the next cycle's first step, which is of the
-  same weights.
-* With ``off_policy_steps=1`` the groups of a cycle's next step are sampled while this one trains.
 * Rollouts of both channels are counted, scoring included.
 * The arms ``rl_only`` and ``gepa_only`` are this loop with one channel off.
 
@@ -45,7 +42,6 @@ from dspy.teleprompt import Teleprompter
 from fst_dspy import distributed
 from fst_dspy import population as populations
 from fst_dspy.advantage import constant_group_share, group_rows
-from fst_dspy.ahead import Ahead, Attempts
 from fst_dspy.bundle import make_savable
 from fst_dspy.candidate import bind, example_id, seed_candidate
 from fst_dspy.checks import CheckedInput, check_first_rollouts, check_input
@@ -59,13 +55,11 @@ from fst_dspy.interrupt import Interrupt
 from fst_dspy.lessons import LessonProposer
 from fst_dspy.local_lm import LocalLM
 from fst_dspy.policy import Policy
-from fst_dspy.problems import ProblemStream
 from fst_dspy.progress import (
     ProgressListener,
     SilentProgress,
     StopRun,
     default_progress,
-    only_listens,
 )
 from fst_dspy.proposers import Proposer
 from fst_dspy.reflection import ReflectionLMProposer
@@ -248,15 +242,12 @@ class _Scored:
     Attributes:
         score_V, val_score: Of the best candidate, by example and their mean.
         kl_to_base: Of the weights, on the best candidate's calls.
-        ahead, stream: What was sampled for the next step along with it, and the problems behind.
     """
 
     population: Population
     score_V: tuple[float, ...]
     val_score: float
     kl_to_base: float
-    ahead: Attempts
-    stream: ProblemStream
 
 
 class _Run:
@@ -271,7 +262,6 @@ class _Run:
         self.seed_candidate = seed_candidate(student)
         main = distributed.is_main()
         self.progress = (fst.progress or default_progress()) if main else SilentProgress()
-        self.only_heard = not distributed.any_process(not only_listens(self.progress))
         self.fast_on, self.slow_on = self.arm in ("fst", "gepa_only"), self.arm != "gepa_only"
         self.slow_opens = self.slow_on and self.config.fast.first_phase == "slow"
         self.trained_before = checked.lm.version != self.policy.base_version
@@ -302,9 +292,6 @@ class _Run:
         self.has_opening = self.fast.reuses and not self.slow_opens
         cycles = self.config.budget.max_cycles
         self.max_cycles = cycles and cycles + int(self.has_opening)
-        self.ahead: Ahead | None = None
-        if self.slow_on and self.config.slow.off_policy_steps:
-            self.ahead = Ahead(self.policy)
         self.trainer = self._make_trainer() if self.slow_on else None
 
     def loop(self) -> LoopState:
@@ -363,7 +350,7 @@ class _Run:
             phase="slow" if self.slow_on and not (first and self.has_opening) else "validate",
             fast_state=self.fast.state(),
             counts=self.runner.counts,
-            seconds=add_seconds(state.seconds, {"fast": 1}, started),
+            seconds=add_seconds(state.seconds, "fast", started),
         )
 
     def _slow_step(self, state: LoopState) -> LoopState:
@@ -371,18 +358,10 @@ class _Run:
         slow = self.config.slow
         done = step - 1 - self._steps_before(state)
         self._tell(cycle, f"step {done + 1}/{slow.steps_per_cycle}")
-        attempts, stream = state.ahead, state.stream
-        if not attempts:
-            attempts, stream = self.sampler.sample(state.population, step, stream)
-        groups_P, rollouts = attempts[-1], rollouts_of(attempts[-1])
+        groups_P, stream = self.sampler.sample(state.population, step, state.stream)
+        rollouts = rollouts_of(groups_P)
         last = done + 1 == slow.steps_per_cycle
-        upcoming = None
-        if self.ahead is not None and not last:
-            upcoming = self.ahead.begin(
-                partial(self.sampler.sample, state.population, step + 1, stream)
-            )
         stats = self._advance(groups_P)
-        ahead, stream = upcoming.result() if upcoming is not None else ((), stream)
         record = StepRecord(
             cycle=cycle,
             step=step,
@@ -394,30 +373,26 @@ class _Run:
         )
         if self.folder is not None:
             self.folder.record_step(record, groups_P, slow.scale_rewards)
-        seconds = add_seconds(state.seconds, {"slow": 1}, started)
+        seconds = add_seconds(state.seconds, "slow", started)
         started = time.monotonic()
-        all_groups = [group for groups in attempts for group in groups]
-        seen = rollouts_of(all_groups)
-        population = self._learn_from(state.population, seen, cycle)
+        population = self._learn_from(state.population, rollouts, cycle)
         return replace(
             state,
             population=population,
             step=step,
             steps=(*state.steps, record),
             phase="validate" if last else "slow",
-            ahead=ahead,
-            stream=stream.after(all_groups),
+            stream=stream.after(groups_P),
             fast_state=self.fast.state(),
             counts=self.runner.counts,
-            seconds=add_seconds(seconds, {"fast": 1}, started),
+            seconds=add_seconds(seconds, "fast", started),
         )
 
     def _advance(self, groups_P: Sequence[Group]) -> StepStats:
         """Exactly one optimizer step on the groups."""
         assert self.trainer is not None
         rows = group_rows(groups_P, self.config.slow.scale_rewards)
-        sampled_at = {rollout.policy_version for rollout in rollouts_of(groups_P)}
-        return self.trainer.advance(rows, on_policy=sampled_at <= {self.policy.step})
+        return self.trainer.advance(rows)
 
     def _learn_from(
         self, population: Population, rollouts: Sequence[Rollout], cycle: int
@@ -437,14 +412,8 @@ class _Run:
         cycle = 0 if first else state.cycle + 1
         self._tell(cycle, "validation")
         found = self._score(state)
-        # What was sampled for the next step belongs to the cycle that uses it.
-        sampled = RolloutCounts(slow=sum(len(rollouts_of(groups)) for groups in found.ahead))
-        counts = self.runner.counts.minus(sampled)
-        scoring = counts.total - state.counts.total
-        part = sampled.slow / max(1, sampled.slow + scoring)
-        shares = {"eval": 1 - part, "slow": part} if part else {"eval": 1.0}
-        seconds = add_seconds(state.seconds, shares, started)
-        record = self._record(state, cycle, found, counts, seconds)
+        seconds = add_seconds(state.seconds, "eval", started)
+        record = self._record(state, cycle, found, self.runner.counts, seconds)
         facts = (record.weights_version, record.val_scores, record.candidate_ids)
         distributed.check_same("weights and population", facts)
         best = self._best(state, record, found)
@@ -459,8 +428,6 @@ class _Run:
             steps=(),
             best=best,
             peak_V=max(found.score_V, state.peak_V, key=mean),
-            ahead=found.ahead,
-            stream=found.stream,
             counts=self.runner.counts,
             seconds=seconds,
         )
@@ -471,23 +438,18 @@ class _Run:
         Where slow rollouts are reused, they have scored the population; what is left to validate is
         its best candidate. Else all are scored, and the next front is made of it.
         """
-        population, ahead, stream = state.population, state.ahead, state.stream
+        population = state.population
         kl = state.records[-1].kl_to_base if state.records else 0.0
         first, best_only = not state.records, bool(state.records) and self.fast.reuses
         best_k = 0 if first else populations.best(population)
         if not (first or best_only or population.policy_version != self.policy.step):
             score_V = population.score_K_V[best_k]
-            return _Scored(population, score_V, mean(score_V), kl, ahead, stream)
+            return _Scored(population, score_V, mean(score_V), kl)
         candidates = (population.candidates[best_k],) if best_only else population.candidates
         channel: Channel = "fast" if self.fast_on and not self.fast.reuses else "eval"
-        if self._knows_next_step(state, len(candidates) * len(self.valset)):
-            ahead, stream, scored = self.sampler.sample_and_score(
-                population, state.step + 1, stream, candidates, self.valset, channel
-            )
-        else:
-            scored = evaluate(
-                self.runner, candidates, self.valset, channel=channel, salt=self.policy.step
-            )
+        scored = evaluate(
+            self.runner, candidates, self.valset, channel=channel, salt=self.policy.step
+        )
         if not best_only:
             population = replace(
                 population, score_K_V=scored.score_K_V, policy_version=self.policy.step
@@ -497,25 +459,7 @@ class _Run:
             check_first_rollouts(scored.rollouts_K[k])
         if self.policy.step > 0 or self.trained_before:
             kl = kl_to_base(self.policy, calls_of(scored.rollouts_K[k])[:KL_CALLS])
-        return _Scored(population, scored.score_K_V[k], scored.mean_K[k], kl, ahead, stream)
-
-    def _knows_next_step(self, state: LoopState, scoring: int) -> bool:
-        """Whether it is certain that another step follows validation, and with which candidates.
-
-        It is not where the candidates depend on the scores, or a listener or the clock may end the
-        run.
-        """
-        budget, total = self.config.budget, self.runner.counts.total + scoring
-        return (
-            bool(state.records)
-            and self.slow_on
-            and (self.fast.reuses or not self.fast_on)
-            and not self.config.slow.resample_constant
-            and self.only_heard
-            and budget.max_seconds is None
-            and (self.max_cycles is None or state.cycle + 1 < self.max_cycles)
-            and (budget.max_rollouts is None or total < budget.max_rollouts)
-        )
+        return _Scored(population, scored.score_K_V[k], scored.mean_K[k], kl)
 
     def _record(
         self,
@@ -630,10 +574,7 @@ class _Run:
         demos = DemoProposer(fast.demo_tokens, self._count_tokens) if fast.demo_tokens else None
         if fast.reuse and self.fast_on and self.slow_on:
             steps = self.config.slow.steps_per_cycle
-            lag = self.config.slow.off_policy_steps
-            return TrialPhase(
-                fast, proposer, self.seed, demos=demos, steps_per_cycle=steps, lag=lag
-            )
+            return TrialPhase(fast, proposer, self.seed, demos=demos, steps_per_cycle=steps)
         return FastPhase(fast, proposer, self.seed, demos=demos)
 
     def _make_proposer(self, fst: FST) -> Proposer:
@@ -694,8 +635,6 @@ class _Run:
             self.folder.begin(self._identity(checked))
 
     def close(self) -> None:
-        if self.ahead is not None:
-            self.ahead.close()
         if self.folder is not None:
             self.folder.close()
 
@@ -760,10 +699,6 @@ def mean(values: Sequence[float]) -> float:
     return sum(values) / len(values) if values else 0.0
 
 
-def add_seconds(
-    seconds: Mapping[str, float], share_of: Mapping[str, float], started: float
-) -> dict[str, float]:
-    """The seconds by channel, with a share of the time since ``started`` added to some of them."""
-    spent = time.monotonic() - started
-    added = {name: seconds.get(name, 0.0) + share * spent for name, share in share_of.items()}
-    return {**seconds, **added}
+def add_seconds(seconds: Mapping[str, float], channel: Channel, started: float) -> dict[str, float]:
+    """The seconds by channel, with the time since ``started`` added to one of them."""
+    return {**seconds, channel: seconds.get(channel, 0.0) + time.monotonic() - started}

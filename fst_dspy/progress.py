@@ -131,11 +131,6 @@ def default_progress() -> ProgressListener:
     return RichProgress(console) if console.is_terminal else SilentProgress()
 
 
-def only_listens(listener: ProgressListener) -> bool:
-    """Whether a listener is one of those here, which never end a run."""
-    return type(listener) in (SilentProgress, RichProgress, NotebookProgress)
-
-
 @dataclass(frozen=True)
 class _Now:
     """How far a run is: the share of its budget, 0 to 1, and what people read."""

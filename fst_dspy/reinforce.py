@@ -127,7 +127,7 @@ class LocalReinforceJob(ReinforceJob):
                     f"no prompt leaves room for an answer in {self._policy.context_length} tokens"
                 )
             self._provider.keep_if_named(besides=self.lm)
-            stats = self._trainer.advance(rows, on_policy=True)
+            stats = self._trainer.advance(rows)
             self._version = self.lm.model = self._policy.version()
         rewards = [rollout.reward for group in groups_P for rollout in group.rollouts_G]
         record = StepRecord(
@@ -288,7 +288,6 @@ LOOP_FIELDS = (
     "steps_per_cycle",
     "group_size",
     "problems_per_step",
-    "resample_constant",
     "revisit_constant",
 )
 """Fields of ``SlowConfig`` that ``dspy.GRPO`` decides."""

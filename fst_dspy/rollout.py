@@ -34,7 +34,6 @@ from fst_dspy.config import SamplingConfig
 from fst_dspy.errors import MetricError
 from fst_dspy.local_lm import LocalLM
 from fst_dspy.metric import Score, call_metric, gives_predictor_feedback, read_score
-from fst_dspy.policy import Policy
 from fst_dspy.types import Call, Candidate, Failure, PredictorTrace, Rollout, RolloutCounts
 
 logger = logging.getLogger(__name__)
@@ -65,21 +64,6 @@ class RolloutJob:
     index: int = 0
 
 
-@dataclass(frozen=True)
-class RolloutBatch:
-    """Jobs of one purpose.
-
-    Attributes:
-        jobs: What to run.
-        channel: Where the rollouts are counted.
-        salt: Tells apart repeated runs of the same job, such as the optimizer step.
-    """
-
-    jobs: Sequence[RolloutJob]
-    channel: Channel
-    salt: int
-
-
 class Runner(Protocol):
     """What the fast phase and evaluation need: jobs in, rollouts out, in the same order."""
 
@@ -91,10 +75,6 @@ class Runner(Protocol):
         salt: int,
         version: str | None = None,
     ) -> list[Rollout]: ...
-
-
-_Item = tuple[RolloutJob, Channel, int]
-"""A job with the channel and the salt of its batch."""
 
 
 class RolloutRunner:
@@ -144,68 +124,43 @@ class RolloutRunner:
         channel: Channel,
         salt: int,
         version: str | None = None,
-        policy: Policy | None = None,
     ) -> list[Rollout]:
         """Run the jobs and return their rollouts in the same order.
 
         Args:
-            jobs, channel, salt: As for ``RolloutBatch``.
+            jobs: ``sampling.num_threads`` of them are alive at once. Several processes are given
+                the same ones and share them out.
+            channel: Where the rollouts are counted.
+            salt: Tells apart repeated runs of the same job, such as the optimizer step.
             version: The weights to sample from; ``None`` means the live ones.
-            policy: A copy of the LM's policy, to sample from in its place.
-        """
-        batch = RolloutBatch(jobs, channel, salt)
-        return self.run_together([batch], version=version, policy=policy)[0]
-
-    def run_together(
-        self,
-        batches: Sequence[RolloutBatch],
-        *,
-        version: str | None = None,
-        policy: Policy | None = None,
-    ) -> list[list[Rollout]]:
-        """Run several batches as one: what each leaves idle in generation, the others fill.
-
-        Args:
-            batches: ``sampling.num_threads`` of their jobs are alive at once. Several processes are
-                given the same ones and share them out.
-            version, policy: As for ``run``.
-
-        Returns:
-            For each batch its rollouts, in the order of its jobs.
         """
 
-        def run_own(own: list[_Item]) -> list[Rollout]:
+        def run_own(own: list[RolloutJob]) -> list[Rollout]:
             size = self.sampling.num_threads
             rollouts: list[Rollout] = []
             for start in range(0, len(own), size):
-                part = own[start : start + size]
-                rollouts += self._run_part(part, version, policy or self.policy)
+                rollouts += self._run_part(own[start : start + size], channel, salt, version)
             return rollouts
 
-        items = [(job, one.channel, one.salt) for one in batches for job in one.jobs]
-        rollouts = distributed.spread(run_own, items)
+        rollouts = distributed.spread(run_own, list(jobs))
         for rollout in rollouts:
             for call in rollout.calls:
                 self.tokens["prompt"] += len(call.prompt_ids_T)
                 self.tokens["completion"] += len(call.completion_ids_T)
-        found = []
-        for batch in batches:
-            size = len(batch.jobs)
-            self.counts = self.counts.plus(RolloutCounts(**{batch.channel: size}))
-            found.append(rollouts[:size])
-            rollouts = rollouts[size:]
-        return found
+        self.counts = self.counts.plus(RolloutCounts(**{channel: len(rollouts)}))
+        return rollouts
 
     def _run_part(
-        self, items: Sequence[_Item], version: str | None, policy: Policy
+        self, jobs: Sequence[RolloutJob], channel: Channel, salt: int, version: str | None
     ) -> list[Rollout]:
         slots = [
-            Slot(key=(number,), seed=self._slot_seed(*item)) for number, item in enumerate(items)
+            Slot(key=(number,), seed=self._slot_seed(job, channel, salt))
+            for number, job in enumerate(jobs)
         ]
-        batcher = BarrierBatcher(policy, slots)
+        batcher = BarrierBatcher(self.policy, slots)
         runs = [
             _Run(self, job, slot, batcher, version, channel != "eval")
-            for (job, channel, _), slot in zip(items, slots, strict=True)
+            for job, slot in zip(jobs, slots, strict=True)
         ]
         try:
             for run in runs:

@@ -14,7 +14,6 @@ from safetensors.torch import load_file, save
 
 from fst_dspy import distributed
 from fst_dspy.advantage import Scale, step_advantages
-from fst_dspy.ahead import Attempts, attempts_from_json
 from fst_dspy.candidate import (
     candidate_from_json,
     candidate_to_json,
@@ -58,7 +57,6 @@ class LoopState:
         seconds: Wall time so far, by channel.
         fast_state: What the fast phase remembers: plain values, and rollouts.
         stream: The problems that come next.
-        ahead: The groups of the next optimizer step, where they were sampled before the last one.
     """
 
     population: Population
@@ -74,7 +72,6 @@ class LoopState:
     seconds: Mapping[str, float] = field(default_factory=dict)
     fast_state: Mapping[str, Any] = field(default_factory=dict)
     stream: ProblemStream = field(default_factory=ProblemStream)
-    ahead: Attempts = ()
 
 
 @dataclass(frozen=True)
@@ -223,7 +220,6 @@ def state_from_json(plain: Mapping[str, Any]) -> LoopState:
         seconds=plain["seconds"],
         fast_state=plain["fast_state"],
         stream=ProblemStream(**plain["stream"]),
-        ahead=attempts_from_json(plain["ahead"]),
     )
 
 

@@ -96,7 +96,7 @@ class SlowTrainer:
             cuda = torch.Generator(policy.device).manual_seed(seed)
             self._rng["cuda"] = cuda.get_state()
 
-    def advance(self, rows: Sequence[TrainingRow], *, on_policy: bool = True) -> StepStats:
+    def advance(self, rows: Sequence[TrainingRow]) -> StepStats:
         """Take exactly one optimizer step on the rows.
 
         No step is taken, weights, optimizer and schedule stay untouched, and ``skipped`` says why
@@ -109,10 +109,9 @@ class SlowTrainer:
         normaliser, but are not run, and the entropy is that of the others.
 
         Args:
-            rows: Any number, each with a completion, sampled at the configured temperature.
+            rows: Any number, each with a completion, sampled from the weights as they are at the
+                configured temperature.
                 Several processes are given the same rows and share them out.
-            on_policy: Whether the rows were sampled from the weights as they are. If not, their
-                sampling log-probabilities give the importance ratio.
 
         Raises:
             TrainingError: A row without completion tokens, the adapters were changed, or memory
@@ -130,24 +129,22 @@ class SlowTrainer:
             return self._stats(rows, Gradients(0.0, _sampled_entropy(rows), 0.0), 0.0, "constant")
         while True:
             try:
-                return self._step(rows, live_rows, on_policy)
+                return self._step(rows, live_rows)
             except (MemoryError, RuntimeError) as error:
                 if not is_out_of_memory(error):
                     raise
                 self._halve_micro_batch(error)
 
-    def _step(
-        self, rows: Sequence[TrainingRow], live_rows: Sequence[TrainingRow], on_policy: bool
-    ) -> StepStats:
+    def _step(self, rows: Sequence[TrainingRow], live_rows: Sequence[TrainingRow]) -> StepStats:
         attention = cudnn_attention(self.policy.device, False)
         with self.policy.lock, self._trl.fused(), self._own_rng(), attention:
             own_rows = distributed.own_share(live_rows, _tokens)
-            batches = self._micro_batches(own_rows, on_policy)
-            idle = self._idle(live_rows, len(batches), on_policy)
+            batches = self._micro_batches(own_rows)
+            idle = self._idle(live_rows, len(batches))
             if self.slow.beta:
                 self._add_reference([*batches, *idle])
             with self._trl.cut_up():
-                return self._train(rows, own_rows, batches, idle, on_policy)
+                return self._train(rows, own_rows, batches, idle)
 
     def _train(
         self,
@@ -155,7 +152,6 @@ class SlowTrainer:
         own_rows: Sequence[TrainingRow],
         batches: Sequence[dict[str, Tensor]],
         idle: Sequence[dict[str, Tensor]],
-        on_policy: bool,
     ) -> StepStats:
         self._trl.model.train()
         try:
@@ -163,7 +159,7 @@ class SlowTrainer:
             gradients = self._trl.accumulate(batches, len(rows), tokens, idle)
             if distributed.processes() > 1:
                 gradients = self._over_processes(gradients, own_rows)
-            if on_policy and gradients.drift > DRIFT_LIMIT:
+            if gradients.drift > DRIFT_LIMIT:
                 logger.warning(
                     "sampling and training disagree by %.3f nats a token on the "
                     "log-probabilities of the same weights; the step is not quite on policy",
@@ -262,9 +258,7 @@ class SlowTrainer:
         if self.policy.device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def _micro_batches(
-        self, rows: Sequence[TrainingRow], on_policy: bool
-    ) -> list[dict[str, Tensor]]:
+    def _micro_batches(self, rows: Sequence[TrainingRow]) -> list[dict[str, Tensor]]:
         size = self.micro_batch_size
         if len(rows) > size or _padded_tokens(rows) > self._most_tokens:
             # Rows of like length together need the least padding; one batch keeps its order.
@@ -279,15 +273,13 @@ class SlowTrainer:
                 parts.append([])
             parts[-1].append(row)
         self._most_rows = max(map(len, parts))
-        return [collate(part, pad_id, device, on_policy=on_policy) for part in parts if part]
+        return [collate(part, pad_id, device) for part in parts if part]
 
-    def _idle(
-        self, rows: Sequence[TrainingRow], own: int, on_policy: bool
-    ) -> list[dict[str, Tensor]]:
+    def _idle(self, rows: Sequence[TrainingRow], own: int) -> list[dict[str, Tensor]]:
         """Under FSDP, what a process runs while others still have micro-batches of their own."""
         if not self._trl.is_fsdp_enabled:
             return []
-        return self._micro_batches(rows[:1], on_policy) * (distributed.most(own) - own)
+        return self._micro_batches(rows[:1]) * (distributed.most(own) - own)
 
     def _add_reference(self, batches: Sequence[dict[str, Tensor]]) -> None:
         with self.policy.at(self.policy.base_version):

@@ -28,6 +28,7 @@ from typing import IO, Any
 
 import orjson
 
+from fst_dspy.config import without_removed
 from fst_dspy.errors import StoreError
 
 SCHEMA_VERSION = 1
@@ -73,6 +74,8 @@ class RunStore:
             self.write_json("config.json", wanted)
             return
         found = read_json(path)
+        if "settings" in found:
+            found["settings"] = without_removed(found["settings"])
         changed = [
             key
             for key in sorted({*wanted, *found})

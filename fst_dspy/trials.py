@@ -80,7 +80,6 @@ class TrialPhase(FastPhase):
     Args:
         config, proposer, seed: As for :class:`~fst_dspy.fast.FastPhase`.
         steps_per_cycle: T, optimizer steps a cycle.
-        lag: Optimizer steps between the sampling of rollouts and the one that they are used in.
         **options: As for :class:`~fst_dspy.fast.FastPhase`.
     """
 
@@ -93,13 +92,11 @@ class TrialPhase(FastPhase):
         seed: int,
         *,
         steps_per_cycle: int,
-        lag: int = 0,
         **options: Any,
     ) -> None:
         super().__init__(config, proposer, seed, **options)
         self.trial_steps = max(1, steps_per_cycle // max(1, config.cycle_iterations))
-        self.lag = lag
-        self.window = lag + max(self.trial_steps, config.reuse_window or steps_per_cycle)
+        self.window = max(self.trial_steps, config.reuse_window or steps_per_cycle)
         self.pool = RolloutPool()
         self.trial: Trial | None = None
         self._trials = 0
@@ -137,7 +134,7 @@ class TrialPhase(FastPhase):
         population = self._choose(members, population, policy_version)
         if self.trial is None:
             self._begin_trial(population, trainset, cycle, policy_version)
-            self._ask_ahead(cycle, policy_version, runs_next=self.lag == 0)
+            self._ask_ahead(cycle, policy_version)
         return population
 
     def lineup(self, population: Population, group_size: int) -> tuple[Candidate, ...]:
@@ -175,20 +172,15 @@ class TrialPhase(FastPhase):
         self.observe(list(population.candidates[0].components), trainset, rollouts)
         self.pool = self.pool.since(policy_version - self.window).latest(POOL_SIZE)
         members = list(population.candidates)
-        # Rollouts that were sampled before the trial began are without its candidate.
-        ran = {rollout.candidate_id for rollout in rollouts}
-        if self.trial is not None and self.trial.child.id in ran:
+        if self.trial is not None:
             self.trial = dataclasses.replace(self.trial, steps_left=self.trial.steps_left - 1)
             if self.trial.steps_left == 0:
                 members += [self.trial.child] if self._passed(self.trial) else []
                 self.trial = None
         population = self._choose(members, population, policy_version)
-        runs_next = self.lag == 0
         if self.trial is None:
             self._begin_trial(population, trainset, cycle, policy_version, made)
-        else:
-            runs_next = runs_next or self.trial.child.id in ran
-        self._ask_ahead(cycle, policy_version, runs_next=runs_next)
+        self._ask_ahead(cycle, policy_version)
         return population
 
     def state(self) -> dict[str, Any]:
@@ -277,10 +269,10 @@ class TrialPhase(FastPhase):
             parents = tuple(members[parent] for parent in members if parent in child.parent_ids)
             self.trial = Trial(child, parents, policy_version, self.trial_steps)
 
-    def _ask_ahead(self, cycle: int, policy_version: int, *, runs_next: bool) -> None:
+    def _ask_ahead(self, cycle: int, policy_version: int) -> None:
         """Have the next candidate made during the next step, where that is the trial's last."""
         waits = getattr(self.proposer, "waits", False)
-        if waits and runs_next and self.trial is not None and self.trial.steps_left == 1:
+        if waits and self.trial is not None and self.trial.steps_left == 1:
             self._due = (cycle, policy_version)
 
     def _take_up(self, population: Population) -> Made | None:

@@ -329,13 +329,11 @@ class SteppedGRPOTrainer(GRPOTrainer):
                 place.forward = forward
 
 
-def collate(
-    rows: Sequence[TrainingRow], pad_id: int, device: torch.device, *, on_policy: bool
-) -> dict[str, Tensor]:
+def collate(rows: Sequence[TrainingRow], pad_id: int, device: torch.device) -> dict[str, Tensor]:
     """Rows as the tensors TRL's loss reads: prompts padded on the left, completions on the right.
 
-    With ``on_policy`` the importance ratio is 1 by construction and no old log-probabilities are
-    given, as in the stock trainer; without it, those of sampling are.
+    The rows are on policy: the importance ratio is 1 by construction and no old log-probabilities
+    are given, as in the stock trainer.
     """
     prompt_BT = [list(row.prompt_ids_T) for row in rows]
     completion_BT = [list(row.completion_ids_T) for row in rows]
@@ -347,8 +345,6 @@ def collate(
         "advantages": torch.tensor([row.advantage for row in rows], dtype=torch.float32),
         "sampled_logprobs": _padded([list(row.logprobs_T) for row in rows], 0.0),
     }
-    if not on_policy:
-        batch["old_per_token_logps"] = batch["sampled_logprobs"]
     return {name: tensor.to(device) for name, tensor in batch.items()}
 
 

@@ -95,7 +95,7 @@ def steps(model, settings=STEPS, dtype=None):
             policy.add_lora(config.lora, seed=0)
         trainer = SlowTrainer(policy, config, SamplingConfig(), total_steps=9, seed=0)
         for live in (5, 1):  # of one, a second process gets none
-            stats = trainer.advance(training_rows(live), on_policy=False)
+            stats = trainer.advance(training_rows(live))
             figures = [stats.loss, stats.grad_norm, stats.entropy, stats.clip_share]
             found.append({"figures": figures, "version": policy.version()})
     return found

@@ -47,7 +47,7 @@ def held(model):
     """Shares of weights, gradients and moments that this process has within a step."""
     policy = Policy.load(model)
     trainer = SlowTrainer(policy, SlowConfig(), SamplingConfig(), total_steps=9, seed=0)
-    trainer.advance(training_rows(5), on_policy=False)
+    trainer.advance(training_rows(5))
     numbers = sum(weight.numel() for weight in policy.model.parameters())
 
     def look():
@@ -62,7 +62,7 @@ def held(model):
 
     seen = []
     trainer._trl.optimizer.optimizer.register_step_pre_hook(lambda *_: seen.append(look()))
-    trainer.advance(training_rows(5), on_policy=False)
+    trainer.advance(training_rows(5))
     return seen[0]
 
 

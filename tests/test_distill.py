@@ -267,7 +267,7 @@ def test_bad_input_is_refused_before_any_work(tiny_qwen3, tiny_llama, monkeypatc
 
 
 def test_the_settings_of_groups_are_the_students_own():
-    optimizer = FSTDistill(vowels, group_size=6, population_size=4, resample_constant=2)
+    optimizer = FSTDistill(vowels, group_size=6, population_size=4)
     every_turn = FSTConfig.make(group_size=6, population_size=1, revisit_constant=1.0)
     assert optimizer.config == every_turn
 

@@ -17,7 +17,8 @@ from fst_dspy.candidate import example_id, make_candidate, seed_candidate
 from fst_dspy.config import FastConfig, SamplingConfig
 from fst_dspy.demos import DemoProposer
 from fst_dspy.errors import ConfigError, DataError
-from fst_dspy.fast import FastPhase, ProposalStats, score
+from fst_dspy.evaluate import evaluate
+from fst_dspy.fast import FastPhase, ProposalStats
 from fst_dspy.gepa_adapter import GepaAdapter, Reflector, Trajectory, make_records
 from fst_dspy.lessons import LessonProposer
 from fst_dspy.local_lm import LocalLM
@@ -120,7 +121,7 @@ TRAIN, VAL = tickets(60, 1), tickets(24, 2)
 
 
 def scored(runner: Any, *candidates: Candidate) -> Population:
-    rows = score(runner, candidates, VAL, channel="fast", salt=0)
+    rows = evaluate(runner, candidates, VAL, channel="fast").score_K_V
     return choose(candidates, rows, [example_id(e) for e in VAL], 4, 0)
 
 
@@ -529,7 +530,7 @@ def test_a_phase_on_the_real_runner(tmp_path: Path) -> None:
     seed = seed_candidate(Route())
     start = choose(
         [seed],
-        score(runner, [seed], VAL[:4], channel="fast", salt=0),
+        evaluate(runner, [seed], VAL[:4], channel="fast").score_K_V,
         [example_id(e) for e in VAL[:4]],
         4,
         0,

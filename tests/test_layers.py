@@ -21,7 +21,6 @@ LAYERS = [
         "lessons",
         "demos",
         "reuse",
-        "ahead",
         "problems",
         "merge",
         "reflection",

@@ -9,6 +9,7 @@ from helpers import Echo, RawAdapter, Twice, kill_before_steps, questions, vowel
 
 import fst_dspy.optimizer as optimizer_module
 from fst_dspy import FST, LocalLM
+from fst_dspy.config import FSTConfig, without_removed
 from fst_dspy.errors import (
     ConfigError,
     DataError,
@@ -20,8 +21,6 @@ from fst_dspy.errors import (
     TrainingError,
 )
 from fst_dspy.evaluate import evaluate
-from fst_dspy.progress import SilentProgress, StopRun
-from fst_dspy.step_sampler import StepSampler
 from fst_dspy.store import read_jsonl
 
 pytestmark = pytest.mark.slow
@@ -246,20 +245,25 @@ def test_a_metric_that_fails_on_every_rollout_ends_the_compile(tiny_qwen3):
         FST(broken, **SETTINGS).compile(Echo(), trainset=questions(4), valset=questions(2, 4))
 
 
-def test_steps_whose_groups_are_all_constant_are_skipped_or_resampled(tiny_qwen3):
+def test_steps_whose_groups_are_all_constant_are_skipped(tiny_qwen3):
     def flat(gold, pred, trace=None):
         return 0.5
 
-    runs = {}
-    for times in (0, 2):
-        fst = FST(flat, track_stats=True, **{**SETTINGS, "resample_constant": times})
-        lm = LocalLM(str(tiny_qwen3))
-        with dspy.context(lm=lm):
-            runs[times] = fst.compile(Echo(), trainset=questions(6)).detailed_results
-    assert runs[0].weights_version == runs[0].base_version
-    assert runs[0].records[-1].constant_group_share == 1
-    assert runs[0].rollouts.slow == 4 * 2 * 4
-    assert runs[2].rollouts.slow == 3 * runs[0].rollouts.slow
+    fst = FST(flat, track_stats=True, **SETTINGS)
+    with dspy.context(lm=LocalLM(str(tiny_qwen3))):
+        result = fst.compile(Echo(), trainset=questions(6)).detailed_results
+    assert result.weights_version == result.base_version
+    assert result.records[-1].constant_group_share == 1
+    assert result.rollouts.slow == 4 * 2 * 4
+
+
+def test_settings_that_are_gone_are_read_where_they_were_off() -> None:
+    saved = FSTConfig.make(lora=True).to_dict()
+    now = without_removed(saved)
+    saved["slow"] |= {"off_policy_steps": 0, "resample_constant": 0}
+    assert without_removed(saved) == now
+    saved["slow"]["off_policy_steps"] = 1
+    assert without_removed(saved) != now
 
 
 def test_a_loss_that_stays_non_finite_ends_the_run_at_the_best_weights(tiny_qwen3, monkeypatch):
@@ -334,80 +338,6 @@ def test_what_prompts_alone_reach_is_validated_before_the_weights_move(tiny_qwen
         assert first.kl_to_base == 0 and result.records[2].rollouts.fast == 0
 
 
-def batches_of(policy_folder, monkeypatch, **settings):
-    """A compile's result, and the rows of each batch it generated."""
-    from fst_dspy import barrier
-
-    real, rows = barrier.run_batch, []
-
-    def counted(policy, batch):
-        rows.append(len(batch))
-        return real(policy, batch)
-
-    monkeypatch.setattr(barrier, "run_batch", counted)
-    result = compile_tiny(policy_folder, **settings)[2]
-    monkeypatch.setattr(barrier, "run_batch", real)
-    return result, rows
-
-
-@pytest.mark.parametrize(
-    "setting",
-    [
-        {"max_cycles": 2},
-        {"max_cycles": 2, "arm": "rl_only"},
-        {"max_cycles": None, "max_rollouts": 70},
-        {"max_cycles": 2, "advantage": "candidate", "off_policy_steps": 1},
-    ],
-)
-def test_validation_shares_its_batch_with_the_next_step(tiny_qwen3, monkeypatch, setting):
-    together, rows = batches_of(tiny_qwen3, monkeypatch, **setting)
-    monkeypatch.setattr(optimizer_module, "only_listens", lambda listener: False)
-    apart, more = batches_of(tiny_qwen3, monkeypatch, **setting)
-    assert together.weights_version == apart.weights_version != together.base_version
-    assert together.rollouts == apart.rollouts and sum(rows) == sum(more)
-    for one, other in zip(together.records, apart.records, strict=True):
-        assert (one.total_rollouts, one.val_score) == (other.total_rollouts, other.val_score)
-        assert one.candidate_ids == other.candidate_ids
-    followed = len(together.records) - 2  # validations but for the first and the last
-    assert len(more) - len(rows) == followed > 0
-
-
-def test_nothing_is_sampled_before_a_listener_that_may_end_the_run_has_decided(tiny_qwen3):
-    class Decides(SilentProgress):
-        def cycle_done(self, record):
-            if record.cycle == 2:
-                raise StopRun
-
-    counted = []
-    real = StepSampler.sample_and_score
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(StepSampler, "sample_and_score", lambda *a: counted.append(1) or real(*a))
-        compile_tiny(tiny_qwen3, max_cycles=5, progress=Decides())
-        assert not counted
-        compile_tiny(tiny_qwen3, max_cycles=2)
-        assert counted
-
-
-def test_a_run_killed_after_a_shared_batch_goes_on_to_the_same_end(
-    tiny_qwen3, tmp_path, monkeypatch
-):
-    whole = compile_tiny(tiny_qwen3, max_cycles=3)[2]
-    real = optimizer_module._Run._slow_step
-
-    def dies(self, state):
-        if state.cycle == 2 and state.ahead:
-            raise RuntimeError("killed")
-        return real(self, state)
-
-    monkeypatch.setattr(optimizer_module._Run, "_slow_step", dies)
-    with pytest.raises(RuntimeError, match="killed"):
-        compile_tiny(tiny_qwen3, log_dir=tmp_path, max_cycles=3)
-    monkeypatch.setattr(optimizer_module._Run, "_slow_step", real)
-    resumed = compile_tiny(tiny_qwen3, log_dir=tmp_path, max_cycles=3)[2]
-    assert resumed.weights_version == whole.weights_version
-    assert resumed.rollouts == whole.rollouts
-
-
 @pytest.mark.usefixtures("repeatable_sampling")
 def test_demos_of_a_real_program_are_learned_and_bound(tiny_qwen3):
     compiled, _, result = compile_tiny(tiny_qwen3, max_cycles=3, demo_tokens=200)
@@ -427,7 +357,6 @@ def best_cycle_of(folder, scores, monkeypatch):
         return replace(found, score_K_V=(row,))
 
     monkeypatch.setattr(optimizer_module, "evaluate", scored)
-    monkeypatch.setattr(optimizer_module, "only_listens", lambda listener: False)
     # Two of them are not of cycles with steps: the student's own and the opening's.
     return compile_tiny(folder, max_cycles=len(scores) - 2, steps_per_cycle=1)[2].best.cycle
 
@@ -439,96 +368,3 @@ def test_best_is_the_latest_that_is_not_clearly_worse(tiny_qwen3, monkeypatch):
     middling = [1.0] * 4 + [0.0] * 4  # not clearly worse than the one before, but than the first
     assert best_cycle_of(tiny_qwen3, [lucky, good, middling[::-1], bad], monkeypatch) == 2
     assert best_cycle_of(tiny_qwen3, [lucky, good, [1.0] * 3 + [0.0] * 5], monkeypatch) == 1
-
-
-OFF_POLICY = {"off_policy_steps": 1, "steps_per_cycle": 3, "max_cycles": 2}
-
-
-def test_one_step_off_policy_trains_on_rollouts_of_the_weights_before(tiny_qwen3, monkeypatch):
-    from fst_dspy.slow import SlowTrainer
-
-    real, seen = SlowTrainer.advance, []
-
-    def watched(self, rows, *, on_policy=True):
-        before = self.policy.version()
-        stats = real(self, rows, on_policy=on_policy)
-        seen.append((on_policy, stats.drift, before != self.policy.version()))
-        return stats
-
-    monkeypatch.setattr(SlowTrainer, "advance", watched)
-    ahead = compile_tiny(tiny_qwen3, **OFF_POLICY)[2]
-    # The first step of a cycle is on policy, and so is one after a step that was skipped.
-    moved = [moved for *_, moved in seen]
-    expected = [n % 3 == 0 or not moved[n - 1] for n in range(6)]
-    assert [on_policy for on_policy, *_ in seen] == expected and moved[:3] == [True] * 3
-    assert all(drift < 1e-4 for on_policy, drift, _ in seen if on_policy)
-    assert all(drift > 1e-3 for on_policy, drift, m in seen if m and not on_policy)
-    assert ahead.records[-1].total_rollouts.slow == 6 * 2 * 4
-    assert ahead.weights_version == compile_tiny(tiny_qwen3, **OFF_POLICY)[2].weights_version
-    on = compile_tiny(tiny_qwen3, **{**OFF_POLICY, "off_policy_steps": 0})[2]
-    assert ahead.weights_version != on.weights_version
-
-
-def test_a_killed_run_one_step_off_policy_goes_on_to_the_same_end(
-    tiny_qwen3, tmp_path, monkeypatch
-):
-    from fst_dspy import run_state
-
-    settings = {**OFF_POLICY, "lora": True, "resample_constant": 1}
-    whole = compile_tiny(tiny_qwen3, log_dir=tmp_path / "whole", **settings)[2]
-    monkeypatch.setattr(run_state, "CHECKPOINT_SECONDS", 0.0)
-    steps = []
-    real = optimizer_module._Run._advance
-
-    def dying(self, groups):
-        steps.append(self.policy.step)
-        if len(steps) in (2, 4, 6):  # while the next step's rollouts are sampled
-            raise RuntimeError("killed")
-        return real(self, groups)
-
-    monkeypatch.setattr(optimizer_module._Run, "_advance", dying)
-    for _ in range(3):
-        with pytest.raises(RuntimeError, match="killed"):
-            compile_tiny(tiny_qwen3, log_dir=tmp_path / "cut", **settings)
-    resumed = compile_tiny(tiny_qwen3, log_dir=tmp_path / "cut", **settings)[2]
-    assert steps == [0, 1, 1, 2, 2, 3, 3, 4, 5]
-    assert resumed.weights_version == whole.weights_version
-    assert resumed.best == whole.best and resumed.population == whole.population
-    assert resumed.rollouts == whole.rollouts
-    logs = [(tmp_path / run / "rollouts.jsonl").read_text() for run in ("whole", "cut")]
-    assert logs[0] == logs[1]
-
-
-def test_a_slow_update_or_slow_sampling_change_nothing_off_policy(tiny_qwen3, monkeypatch):
-    import time
-
-    from fst_dspy.ahead import Ahead
-
-    plain = compile_tiny(tiny_qwen3, **OFF_POLICY)[2]
-    real_begin, real_advance = Ahead.begin, optimizer_module._Run._advance
-
-    def late_sampling(self, sample):
-        return real_begin(self, lambda policy: time.sleep(0.3) or sample(policy))
-
-    def late_update(self, groups):
-        time.sleep(0.3)
-        return real_advance(self, groups)
-
-    for target, name, late in (
-        (Ahead, "begin", late_sampling),
-        (optimizer_module._Run, "_advance", late_update),
-    ):
-        with monkeypatch.context() as patch:
-            patch.setattr(target, name, late)
-            result = compile_tiny(tiny_qwen3, **OFF_POLICY)[2]
-        assert result.weights_version == plain.weights_version
-        assert result.population == plain.population
-
-
-def test_off_policy_steps_are_none_or_one_and_with_the_built_in_engine(tiny_qwen3):
-    with pytest.raises(ConfigError, match="0 or 1"):
-        FST(vowels, off_policy_steps=2)
-    lm = LocalLM(str(tiny_qwen3))
-    lm.policy.generator = lambda policy, requests: []
-    with dspy.context(lm=lm), pytest.raises(ConfigError, match="built-in engine"):
-        FST(vowels, **{**SETTINGS, **OFF_POLICY}).compile(Echo(), trainset=questions(4))

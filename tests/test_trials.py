@@ -263,12 +263,3 @@ def test_a_proposals_latency_and_a_resume_change_nothing():
     whole = loop_with(True, Waiting, cycles=3)[0]
     assert whole == loop_with(True, Late, cycles=3)[0]
     assert whole == loop_with(True, Waiting, cycles=3, after=resumed)[0]
-
-
-def test_rollouts_from_before_a_trial_do_not_shorten_it():
-    phase, runner, population = started(WHOLE.components[NAME])
-    before = runner.run([RolloutJob(e, SEED) for e in TRAIN[:8]], channel="slow", salt=9)
-    population = phase.after_step(population, TRAIN, before, cycle=1, policy_version=2)
-    assert phase.trial.child.id == WHOLE.id and phase.trial.steps_left == 3
-    population = step_through(phase, population, runner, 3)
-    assert WHOLE.id in [c.id for c in population.candidates]

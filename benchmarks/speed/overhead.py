@@ -1,6 +1,6 @@
 """(c) What a compile takes beyond its two channels: rollouts, optimizer steps and proposals.
 
-Counted as the channels' own: ``RolloutRunner.run_together``, ``SlowTrainer.advance``, the proposer,
+Counted as the channels' own: ``RolloutRunner.run``, ``SlowTrainer.advance``, the proposer,
 which reads rollouts and writes prompts, and the measurement of the KL. All else is bookkeeping:
 choosing candidates, records, checkpoints, logs, and setting up.
 """
@@ -24,7 +24,7 @@ from fst_dspy.slow import SlowTrainer
 from fst_dspy.tasks import load_task
 
 CHANNELS = (
-    (RolloutRunner, "run_together"),  # which ``run`` calls
+    (RolloutRunner, "run"),
     (SlowTrainer, "advance"),
     (LessonProposer, "propose"),
     (LessonProposer, "observe"),
