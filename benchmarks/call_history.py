@@ -21,10 +21,10 @@ import torch
 from rich.console import Console
 
 from fst_dspy.config import SamplingConfig, SlowConfig
-from fst_dspy.generate import GenerationRequest, generate
-from fst_dspy.policy import Policy
-from fst_dspy.prefixes import find_prefixes
-from fst_dspy.slow import SlowTrainer
+from fst_dspy.model.generate import GenerationRequest, generate
+from fst_dspy.model.policy import Policy
+from fst_dspy.model.prefixes import find_prefixes
+from fst_dspy.slow.trainer import SlowTrainer
 from fst_dspy.tasks import load_task
 from fst_dspy.types import TrainingRow
 

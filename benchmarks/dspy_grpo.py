@@ -26,8 +26,8 @@ from dspy.utils.callback import BaseCallback
 from rich.console import Console
 
 from fst_dspy import LocalLM
-from fst_dspy.candidate import content_hash
 from fst_dspy.lessons import LessonProposer
+from fst_dspy.student.candidate import content_hash
 from fst_dspy.tasks import load_task
 from fst_dspy.types import Task
 

@@ -16,7 +16,7 @@ matrix product, both in the model's dtype.
 So the floors know nothing of kernel launches, sampling, DSPy and Python: these are what is between.
 
 Decoding is measured both ways: from a cache of fixed size, whose step is replayed as a CUDA graph,
-and from one that grows (``fst_dspy/static_decode.py``).
+and from one that grows (``fst_dspy/model/graph_decode.py``).
 """
 
 from __future__ import annotations
@@ -52,11 +52,12 @@ from benchmarks.gpu_work import (
 )
 from benchmarks.speed.measure import commit, machine
 from benchmarks.speed.models import WholeAnswer, early_letters, program, questions
-from fst_dspy import FST, static_decode
+from fst_dspy import FST
 from fst_dspy.config import SamplingConfig, SlowConfig
-from fst_dspy.generate import GenerationRequest, GenerationResult, generate
-from fst_dspy.policy import Policy
-from fst_dspy.slow import SlowTrainer
+from fst_dspy.model import graph_decode as static_decode
+from fst_dspy.model.generate import GenerationRequest, GenerationResult, generate
+from fst_dspy.model.policy import Policy
+from fst_dspy.slow.trainer import SlowTrainer
 
 RESULTS = Path(__file__).parent / "results"
 console = Console()

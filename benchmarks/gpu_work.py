@@ -17,7 +17,7 @@ from fst_dspy import LocalLM, embedded
 from fst_dspy.config import SlowConfig
 from fst_dspy.embedded import tokenizer as tokenizer_lib
 from fst_dspy.embedded.training import Recipe, make_model
-from fst_dspy.policy import Policy
+from fst_dspy.model.policy import Policy
 from fst_dspy.types import TrainingRow
 
 PLAIN_ROWS = (32, 128)  # rows of one pass of the plain loop; the faster counts

@@ -17,7 +17,7 @@ from dspy import lm15
 
 from fst_dspy.calls import Pending, encode, no_streaming, prepare, run_batch
 from fst_dspy.engine import AsyncLocalEngine
-from fst_dspy.policy import Policy
+from fst_dspy.model.policy import Policy
 from fst_dspy.types import Call
 
 

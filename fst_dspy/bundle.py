@@ -38,18 +38,18 @@ from fst_dspy.bundle_manifest import (
     read_manifest,
 )
 from fst_dspy.bundle_weights import plain_folder, read_run, read_weights, write_weights
-from fst_dspy.candidate import (
+from fst_dspy.config import FSTConfig, without_removed
+from fst_dspy.errors import ProgramError, StoreError
+from fst_dspy.local_lm import LocalLM
+from fst_dspy.model.policy import Policy
+from fst_dspy.result import Best, FSTResult
+from fst_dspy.run_state import cycle_record, environment
+from fst_dspy.student.candidate import (
     candidate_from_json,
     candidate_to_json,
     population_from_json,
     population_to_json,
 )
-from fst_dspy.config import FSTConfig, without_removed
-from fst_dspy.errors import ProgramError, StoreError
-from fst_dspy.local_lm import LocalLM
-from fst_dspy.policy import Policy
-from fst_dspy.result import Best, FSTResult
-from fst_dspy.run_state import cycle_record, environment
 
 _PREDICT_STATE = {"traces", "train", "demos", "signature", "lm", "fields"}
 

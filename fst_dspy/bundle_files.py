@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from fst_dspy.errors import StoreError
-from fst_dspy.store import flush
+from fst_dspy.files import flush
 
 MANIFEST = "manifest.json"
 MAX_JSON_BYTES = 256 * 2**20

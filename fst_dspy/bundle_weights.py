@@ -17,8 +17,8 @@ from transformers.utils import logging as hf_logging
 from fst_dspy.bundle_manifest import BaseRecord, Manifest, WeightsRecord, damaged
 from fst_dspy.config import LoraConfig
 from fst_dspy.errors import ModelError, StoreError
-from fst_dspy.policy import Policy
-from fst_dspy.store import read_json
+from fst_dspy.files import read_json
+from fst_dspy.model.policy import Policy
 
 ONE_FILE = "100TB"  # no shards: their index would name files, and one more thing to check
 

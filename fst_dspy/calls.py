@@ -12,8 +12,8 @@ from typing import Any
 from dspy import lm15
 
 from fst_dspy.errors import PromptTooLongError
-from fst_dspy.generate import GenerationRequest, GenerationResult, check_prompt, generate
-from fst_dspy.policy import Policy
+from fst_dspy.model.generate import GenerationRequest, GenerationResult, check_prompt, generate
+from fst_dspy.model.policy import Policy
 
 DEFAULT_MAX_TOKENS = 512
 

@@ -9,11 +9,11 @@ from typing import Any
 
 import dspy
 
-from fst_dspy.candidate import bind, example_id, predictor_names, seed_candidate
 from fst_dspy.errors import DataError, MetricError, ProgramError
 from fst_dspy.local_lm import LocalLM
-from fst_dspy.metric import call_metric, check_metric
 from fst_dspy.rollout import trained_predictors
+from fst_dspy.student.candidate import bind, example_id, predictor_names, seed_candidate
+from fst_dspy.student.metric import call_metric, check_metric
 from fst_dspy.types import Rollout
 
 logger = logging.getLogger(__name__)

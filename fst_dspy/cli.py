@@ -306,7 +306,7 @@ def _compile(
 
 
 def _write_quadrants(out: Path, tested: Quadrants) -> None:
-    from fst_dspy.store import as_plain, write_atomically
+    from fst_dspy.files import as_plain, write_atomically
 
     text = json.dumps(as_plain(tested), indent=1).encode()
     write_atomically(out / "quadrants.json", lambda file: file.write(text))

@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from fst_dspy.errors import ConfigError
-from fst_dspy.store import write_atomically
+from fst_dspy.files import write_atomically
 from fst_dspy.study import best_settings, front, importances
 from fst_dspy.study.outcome import draw_front, draw_importances
 from fst_dspy.study.runner import count_trials, tune

@@ -33,7 +33,6 @@ import dspy
 
 from fst_dspy import continual_bundle
 from fst_dspy.bundle import make_savable
-from fst_dspy.candidate import seed_candidate
 from fst_dspy.checks import check_input, find_local_lm
 from fst_dspy.config import BudgetConfig
 from fst_dspy.continual_scores import ScoreCache, StreamScores, test_examples
@@ -43,6 +42,7 @@ from fst_dspy.errors import ConfigError, ProgramError
 from fst_dspy.local_lm import LocalLM, versions_in_use
 from fst_dspy.optimizer import FST, Start, bound_to, default_progress
 from fst_dspy.progress import ProgressListener
+from fst_dspy.student.candidate import seed_candidate
 from fst_dspy.types import Arm, RolloutCounts, Task
 
 STAGE_SEEDS = 1_000_003

@@ -22,17 +22,17 @@ from torch.nn.functional import kl_div
 
 from fst_dspy import distributed
 from fst_dspy.calls import no_streaming, prompt_ids
-from fst_dspy.candidate import bind
 from fst_dspy.config import SamplingConfig, SlowConfig
-from fst_dspy.drift import CHUNK_BYTES
 from fst_dspy.engine import AsyncLocalEngine
 from fst_dspy.errors import TrainingError
 from fst_dspy.local_lm import LocalLM
-from fst_dspy.memory import is_out_of_memory
-from fst_dspy.policy import Policy
-from fst_dspy.rollout import strict_adapter
-from fst_dspy.slow import MICRO_BATCH_ROWS, SlowTrainer
-from fst_dspy.trl_stepper import Gradients, collate
+from fst_dspy.model.divergence import CHUNK_BYTES
+from fst_dspy.model.hardware import is_out_of_memory
+from fst_dspy.model.policy import Policy
+from fst_dspy.slow.trainer import MICRO_BATCH_ROWS, SlowTrainer
+from fst_dspy.slow.trl_stepper import Gradients, collate
+from fst_dspy.student.adapter import strict_adapter
+from fst_dspy.student.candidate import bind
 from fst_dspy.types import Call, Candidate, Rollout, StepStats, TrainingRow
 
 logger = logging.getLogger(__name__)
@@ -141,7 +141,8 @@ class DistillTrainer(SlowTrainer):
     Dropout is off, as in TRL's distillation trainers.
 
     Args:
-        policy, slow, sampling, total_steps, seed: As for :class:`~fst_dspy.slow.SlowTrainer`.
+        policy, slow, sampling, total_steps, seed: As for
+            :class:`~fst_dspy.slow.trainer.SlowTrainer`.
         teacher_version: The teacher's weights, at hand in the policy.
 
     Raises:

@@ -32,14 +32,6 @@ from gepa.strategies.candidate_selector import ParetoCandidateSelector
 
 from fst_dspy import population as populations
 from fst_dspy.acceptance import ProposalStats, criterion_for, proposal_of
-from fst_dspy.candidate import (
-    DEMOS,
-    INSTRUCTIONS,
-    candidate_from_json,
-    candidate_to_json,
-    example_id,
-    split_component,
-)
 from fst_dspy.config import FastConfig
 from fst_dspy.demos import DemoProposer
 from fst_dspy.errors import ConfigError, DataError
@@ -50,6 +42,14 @@ from fst_dspy.proposers import HasState, Proposer
 from fst_dspy.reflection import ReflectionUsage
 from fst_dspy.rollout import Runner
 from fst_dspy.selectors import SELECTORS
+from fst_dspy.student.candidate import (
+    DEMOS,
+    INSTRUCTIONS,
+    candidate_from_json,
+    candidate_to_json,
+    example_id,
+    split_component,
+)
 from fst_dspy.types import Candidate, Population, Rollout
 
 logger = logging.getLogger(__name__)

@@ -14,10 +14,10 @@ import dspy
 from gepa.core.adapter import EvaluationBatch
 
 from fst_dspy import distributed
-from fst_dspy.candidate import DEMOS, INSTRUCTIONS, make_candidate, split_component
 from fst_dspy.demos import DemoProposer
 from fst_dspy.proposers import CountsFaults, LearnsFromRecords, ProposalError, Proposer, Record
 from fst_dspy.rollout import RolloutJob, Runner
+from fst_dspy.student.candidate import DEMOS, INSTRUCTIONS, make_candidate, split_component
 from fst_dspy.types import Candidate, PredictorTrace, Rollout
 
 logger = logging.getLogger(__name__)

@@ -14,7 +14,7 @@ from dspy.clients.provider import Provider
 from fst_dspy.calls import DEFAULT_MAX_TOKENS
 from fst_dspy.engine import AsyncLocalEngine, LocalEngine
 from fst_dspy.errors import ModelError
-from fst_dspy.policy import Policy
+from fst_dspy.model.policy import Policy
 
 
 class LocalLM(dspy.LM):

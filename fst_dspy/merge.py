@@ -13,7 +13,7 @@ from collections.abc import Collection, Mapping, Sequence
 
 from gepa.proposer.merge import sample_and_attempt_merge_programs_by_common_predictors
 
-from fst_dspy.candidate import make_candidate
+from fst_dspy.student.candidate import make_candidate
 from fst_dspy.types import Candidate
 
 

@@ -41,20 +41,18 @@ from dspy.teleprompt import Teleprompter
 
 from fst_dspy import distributed
 from fst_dspy import population as populations
-from fst_dspy.advantage import constant_group_share, group_rows
 from fst_dspy.bundle import make_savable
-from fst_dspy.candidate import bind, example_id, seed_candidate
 from fst_dspy.checks import CheckedInput, check_first_rollouts, check_input
 from fst_dspy.config import Auto, FSTConfig, LoraConfig
 from fst_dspy.demos import DemoProposer
-from fst_dspy.drift import kl_to_base
 from fst_dspy.errors import ConfigError, TrainingError
 from fst_dspy.evaluate import evaluate
 from fst_dspy.fast import FastPhase
 from fst_dspy.interrupt import Interrupt
 from fst_dspy.lessons import LessonProposer
 from fst_dspy.local_lm import LocalLM
-from fst_dspy.policy import Policy
+from fst_dspy.model.divergence import kl_to_base
+from fst_dspy.model.policy import Policy
 from fst_dspy.progress import (
     ProgressListener,
     SilentProgress,
@@ -71,8 +69,10 @@ from fst_dspy.rollout import (
     trained_predictors,
 )
 from fst_dspy.run_state import LoopState, RunFolder
-from fst_dspy.slow import SlowTrainer
+from fst_dspy.slow.advantage import constant_group_share, group_rows
+from fst_dspy.slow.trainer import SlowTrainer
 from fst_dspy.step_sampler import StepSampler
+from fst_dspy.student.candidate import bind, example_id, seed_candidate
 from fst_dspy.trackers import Trackers, tracker_names
 from fst_dspy.trials import TrialPhase
 from fst_dspy.types import (

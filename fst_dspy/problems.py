@@ -16,8 +16,8 @@ from dataclasses import dataclass, field, replace
 
 import dspy
 
-from fst_dspy.advantage import is_constant
-from fst_dspy.candidate import example_id
+from fst_dspy.slow.advantage import is_constant
+from fst_dspy.student.candidate import example_id
 from fst_dspy.types import Group
 
 LEAST = 1 / 16

@@ -22,7 +22,7 @@ from dspy.clients.utils_finetune import TrainDataFormat, TrainingStatus
 from fst_dspy.config import LoraConfig
 from fst_dspy.errors import ConfigError
 from fst_dspy.local_lm import LocalLM, versions_in_use
-from fst_dspy.policy import Policy
+from fst_dspy.model.policy import Policy
 from fst_dspy.reinforce import LocalReinforceJob
 from fst_dspy.train_input import field_names, known_settings
 

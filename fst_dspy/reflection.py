@@ -23,8 +23,8 @@ import dspy
 from dspy.utils.exceptions import LMError
 from gepa.strategies.instruction_proposal import InstructionProposalSignature
 
-from fst_dspy.candidate import INSTRUCTIONS, split_component
 from fst_dspy.proposers import HasState, LearnsFromRecords, ProposalError, Proposer, Record
+from fst_dspy.student.candidate import INSTRUCTIONS, split_component
 
 logger = logging.getLogger(__name__)
 

@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any
 from dspy.clients.provider import ReinforceJob
 from dspy.clients.utils_finetune import GRPOStatus, TrainDataFormat, TrainingStatus
 
-from fst_dspy.advantage import constant_group_share, group_rows
 from fst_dspy.config import SamplingConfig, SlowConfig
 from fst_dspy.errors import ConfigError, DataError, TrainingError
 from fst_dspy.local_lm import LocalLM
-from fst_dspy.policy import Policy
+from fst_dspy.model.policy import Policy
+from fst_dspy.slow.advantage import constant_group_share, group_rows
 from fst_dspy.train_input import (
     check_format,
     check_message,
@@ -78,7 +78,7 @@ class LocalReinforceJob(ReinforceJob):
             ConfigError: An unknown or bad setting in ``train_kwargs``; see ``reinforce_settings``.
             ModelError: As ``LocalProvider.start``.
         """
-        from fst_dspy.slow import SlowTrainer
+        from fst_dspy.slow.trainer import SlowTrainer
 
         slow, sampling, total_steps, seed = reinforce_settings(self.lm, self.train_kwargs)
         with self._policy.lock:

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fst_dspy.candidate import candidate_from_json
 from fst_dspy.config import FSTConfig
-from fst_dspy.store import read_jsonl
+from fst_dspy.files import read_jsonl
+from fst_dspy.student.candidate import candidate_from_json
 from fst_dspy.types import Arm, Candidate, CycleRecord, Population, RolloutCounts
 
 if TYPE_CHECKING:

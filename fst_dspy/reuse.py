@@ -15,8 +15,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fst_dspy.candidate import canonical_json
 from fst_dspy.demos import shown_examples
+from fst_dspy.student.candidate import canonical_json
 from fst_dspy.types import Call, Candidate, Failure, PredictorTrace, Rollout
 
 SWEEPS = 50

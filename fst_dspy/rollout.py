@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
-import copy
-import functools
 import hashlib
 import logging
 import threading
@@ -23,25 +21,22 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
 import dspy
-from dspy.adapters.chat_adapter import ChatAdapter
 from dspy.utils.callback import BaseCallback
 from dspy.utils.exceptions import AdapterParseError
 
 from fst_dspy import distributed
 from fst_dspy.barrier import BarrierBatcher, Slot
-from fst_dspy.candidate import bind, example_id, predictor_names
 from fst_dspy.config import SamplingConfig
 from fst_dspy.errors import MetricError
 from fst_dspy.local_lm import LocalLM
-from fst_dspy.metric import Score, call_metric, gives_predictor_feedback, read_score
+from fst_dspy.student.adapter import BOUND_PROGRAMS, strict_adapter
+from fst_dspy.student.candidate import bind, example_id, predictor_names
+from fst_dspy.student.metric import Score, call_metric, gives_predictor_feedback, read_score
 from fst_dspy.types import Call, Candidate, Failure, PredictorTrace, Rollout, RolloutCounts
 
 logger = logging.getLogger(__name__)
 
 Channel = Literal["fast", "slow", "eval"]
-
-BOUND_PROGRAMS = 64
-"""Programs with a candidate's texts in them that are kept to be copied."""
 
 WATCH_SECONDS = 0.25
 """How often rollouts that are not done are looked at, for one that is stuck."""
@@ -83,7 +78,7 @@ class RolloutRunner:
     Args:
         program: The student. Each predictor that has no LM of its own, or a ``LocalLM`` over the
             same policy, is sampled from the live weights; another LM is left as it is.
-        metric: See ``fst_dspy.metric``.
+        metric: See ``fst_dspy.student.metric``.
         lm: The local model; its ``max_tokens`` holds where ``sampling.max_tokens`` is ``None``.
         sampling: Temperature, limits and the failure score.
         seed: Seed of every rollout, together with its job, channel and salt.
@@ -442,24 +437,6 @@ def _outside_rollouts(record: logging.LogRecord) -> bool:
 
 
 logging.getLogger("dspy.clients.lm").addFilter(_outside_rollouts)
-
-
-def strict_adapter(adapter: dspy.Adapter | None) -> dspy.Adapter:
-    """The adapter rollouts run with: the user's, without ChatAdapter's second try through JSON.
-
-    The second try hides format failures from the reward and adds a call nobody asked for.
-    """
-    if adapter is None:
-        adapter = ChatAdapter()
-    if isinstance(adapter, ChatAdapter):
-        adapter = copy.copy(adapter)
-        adapter.use_json_adapter_fallback = False
-    if type(adapter) is ChatAdapter:
-        # It writes a signature out, which is the same for all rollouts of a candidate; that is a
-        # third of DSPy's own time for a call.
-        written = functools.lru_cache(BOUND_PROGRAMS)(adapter.format_system_message)
-        adapter.format_system_message = written
-    return adapter
 
 
 def calls_of(rollouts: Sequence[Rollout]) -> list[Call]:

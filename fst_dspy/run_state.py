@@ -13,19 +13,20 @@ from typing import Any, Literal
 from safetensors.torch import load_file, save
 
 from fst_dspy import distributed
-from fst_dspy.advantage import Scale, step_advantages
-from fst_dspy.candidate import (
+from fst_dspy.errors import StoreError
+from fst_dspy.files import read_json, write_atomically
+from fst_dspy.model.policy import Policy
+from fst_dspy.problems import ProblemStream
+from fst_dspy.result import Best, FSTResult
+from fst_dspy.slow.advantage import Scale, step_advantages
+from fst_dspy.slow.trainer import SlowTrainer
+from fst_dspy.store import RunStore
+from fst_dspy.student.candidate import (
     candidate_from_json,
     candidate_to_json,
     population_from_json,
     population_to_json,
 )
-from fst_dspy.errors import StoreError
-from fst_dspy.policy import Policy
-from fst_dspy.problems import ProblemStream
-from fst_dspy.result import Best, FSTResult
-from fst_dspy.slow import SlowTrainer
-from fst_dspy.store import RunStore, read_json, write_atomically
 from fst_dspy.types import (
     CycleRecord,
     Group,

@@ -30,6 +30,7 @@ import orjson
 
 from fst_dspy.config import without_removed
 from fst_dspy.errors import StoreError
+from fst_dspy.files import flush, read_json, read_jsonl, write_atomically
 
 SCHEMA_VERSION = 1
 KEPT_CHECKPOINTS = 2
@@ -171,11 +172,6 @@ class RunStore:
         return {path.name: flush(path) for path in sorted(self.folder.glob("*.jsonl"))}
 
 
-def as_plain(row: Any) -> Any:
-    """A dataclass (or a dict) as plain values ready for JSON."""
-    return dataclasses.asdict(row) if dataclasses.is_dataclass(row) else row  # type: ignore[arg-type]
-
-
 _OPTIONS = orjson.OPT_NON_STR_KEYS | orjson.OPT_PASSTHROUGH_DATETIME | orjson.OPT_APPEND_NEWLINE
 
 
@@ -205,50 +201,6 @@ def _fields(value: Any) -> dict[str, Any]:
     if not dataclasses.is_dataclass(value):
         raise TypeError(f"{type(value).__name__} is not JSON")
     return vars(value)
-
-
-def read_json(path: Path) -> Any:
-    """Read a JSON file.
-
-    Raises:
-        StoreError: It is missing or broken.
-    """
-    try:
-        return json.loads(path.read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        raise StoreError(f"cannot read {path}: {error}") from error
-
-
-def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
-    """Read a JSON-lines file; a last line that was cut off by a crash is left out."""
-    if not path.exists():
-        return
-    with open(path, encoding="utf-8") as file:
-        for line in file:
-            if line.endswith("\n"):
-                yield json.loads(line)
-
-
-def write_atomically(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
-    """Write a file under a temporary name, flush it to disk and rename it into place."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    flush(path.parent)
-
-
-def flush(path: Path) -> int:
-    """Flush a file or folder to disk, and return its length in bytes."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-        return os.fstat(descriptor).st_size
-    finally:
-        os.close(descriptor)
 
 
 @contextmanager

@@ -29,7 +29,8 @@ from typing import Any, Literal
 from accelerate import PartialState
 
 from fst_dspy.errors import ConfigError, FSTError, StoreError
-from fst_dspy.store import RunStore, read_json
+from fst_dspy.files import read_json
+from fst_dspy.store import RunStore
 from fst_dspy.tracker_kinds import INSTALLED, KINDS, Logged, Tracker
 from fst_dspy.types import CycleRecord, Population, StepRecord
 

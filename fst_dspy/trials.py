@@ -37,7 +37,6 @@ from gepa.strategies.candidate_selector import ParetoCandidateSelector
 from fst_dspy import distributed
 from fst_dspy import population as populations
 from fst_dspy.acceptance import ProposalStats, proposal_of
-from fst_dspy.candidate import candidate_from_json, candidate_to_json
 from fst_dspy.config import FastConfig
 from fst_dspy.fast import FastPhase, check_instructions
 from fst_dspy.gepa_adapter import Reflector, Trajectory, candidate_of, make_records
@@ -45,6 +44,7 @@ from fst_dspy.merge import merge
 from fst_dspy.proposers import Proposer
 from fst_dspy.reuse import RolloutPool, minibatch, paired, pool_from_json, score_table
 from fst_dspy.rollout import Runner
+from fst_dspy.student.candidate import candidate_from_json, candidate_to_json
 from fst_dspy.types import Candidate, Population, Rollout
 
 POOL_SIZE = 4096

@@ -30,7 +30,7 @@ from transformers import (
 
 import fst_dspy.engine as engine_module
 from fst_dspy.calls import Pending
-from fst_dspy.policy import Policy
+from fst_dspy.model.policy import Policy
 
 torch.set_num_threads(1)
 

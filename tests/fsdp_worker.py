@@ -24,8 +24,8 @@ from distributed_worker import (
 
 from fst_dspy import distributed
 from fst_dspy.config import SamplingConfig, SlowConfig
-from fst_dspy.policy import Policy
-from fst_dspy.slow import SlowTrainer
+from fst_dspy.model.policy import Policy
+from fst_dspy.slow.trainer import SlowTrainer
 
 CONFIGURED = {
     "ACCELERATE_USE_FSDP": "true",

@@ -14,11 +14,11 @@ from typing import Any
 import dspy
 
 from fst_dspy import population as populations
-from fst_dspy.candidate import example_id
 from fst_dspy.evaluate import evaluate
 from fst_dspy.fast import FastPhase
 from fst_dspy.problems import ProblemStream
 from fst_dspy.rollout import RolloutJob
+from fst_dspy.student.candidate import example_id
 from fst_dspy.types import Candidate, Population, PredictorTrace, Rollout, RolloutCounts
 
 Reward = Callable[[dspy.Example, Candidate, int, random.Random], tuple[float, str]]

@@ -9,12 +9,12 @@ import pytest
 import torch
 from transformers.cache_utils import DynamicLayer
 
-import fst_dspy.cache_layers as layers_module
-from fst_dspy.cache_layers import obstacle
-from fst_dspy.generate import GenerationRequest, generate
-from fst_dspy.policy import Policy
-from fst_dspy.prefixes import can_continue
-from fst_dspy.prompt_cache import RoomyLayer, can_share
+import fst_dspy.model.cache_layers as layers_module
+from fst_dspy.model.cache_layers import obstacle
+from fst_dspy.model.generate import GenerationRequest, generate
+from fst_dspy.model.policy import Policy
+from fst_dspy.model.prefixes import can_continue
+from fst_dspy.model.prompt_cache import RoomyLayer, can_share
 
 PROMPTS = [(7,) * 400 + (n, 8) for n in (1, 2, 3)]
 """Alike for long enough that beginnings are worth it, and rows share their prompts."""

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fst_dspy.candidate import (
+from fst_dspy.errors import ConfigError
+from fst_dspy.student.candidate import (
     bind,
     candidate_from_json,
     candidate_to_json,
@@ -21,7 +22,6 @@ from fst_dspy.candidate import (
     seed_candidate,
     split_component,
 )
-from fst_dspy.errors import ConfigError
 from fst_dspy.types import Population
 
 
@@ -157,7 +157,7 @@ def test_example_id_takes_values_json_cannot_hold(value: object) -> None:
 
 def test_example_id_is_the_same_in_another_process() -> None:
     code = (
-        "import dspy; from fst_dspy.candidate import example_id; "
+        "import dspy; from fst_dspy.student.candidate import example_id; "
         "print(example_id(dspy.Example(q={'b', 'a', 'c'}, n=1).with_inputs('q')))"
     )
     printed = {

@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from fst_dspy import drift
 from fst_dspy.config import LoraConfig
-from fst_dspy.drift import kl_to_base, token_entropy
 from fst_dspy.errors import DataError
-from fst_dspy.policy import Policy
+from fst_dspy.model import divergence as drift
+from fst_dspy.model.divergence import kl_to_base, token_entropy
+from fst_dspy.model.policy import Policy
 from fst_dspy.types import Call
 
 

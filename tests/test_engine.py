@@ -22,7 +22,7 @@ from fst_dspy.barrier import BarrierBatcher, Slot
 from fst_dspy.calls import prompt_ids
 from fst_dspy.engine import AsyncLocalEngine, LocalEngine
 from fst_dspy.errors import ModelError
-from fst_dspy.policy import Policy
+from fst_dspy.model.policy import Policy
 
 
 @pytest.fixture

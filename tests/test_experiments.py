@@ -19,9 +19,9 @@ from fst_dspy.experiments.stages import Within
 from fst_dspy.experiments.tables import forgetting_table, summary
 from fst_dspy.experiments.tuned_rl import rl_space
 from fst_dspy.experiments.worker import run_job
+from fst_dspy.files import read_json
 from fst_dspy.measures import Forgetting, Interval, mean_at_k
 from fst_dspy.progress import StopRun
-from fst_dspy.store import read_json
 from fst_dspy.types import CycleRecord, RolloutCounts
 
 PROGRAM = str(Path(__file__).parent / "study_program.py")

@@ -38,8 +38,8 @@ from fst_dspy.experiments.streams import (
     read_stream,
     write_stream,
 )
+from fst_dspy.files import read_json
 from fst_dspy.plots import Curve
-from fst_dspy.store import read_json
 from fst_dspy.types import RolloutCounts
 
 OTHER = str(Path(__file__).parent / "study_program_late.py")

@@ -19,7 +19,7 @@ from fst_dspy.experiments import ExperimentStore, Plan, compare, load_runs, run_
 from fst_dspy.experiments.jobs import read_job, read_outcome, write_job
 from fst_dspy.experiments.runner import threads_each
 from fst_dspy.experiments.worker import run_job
-from fst_dspy.store import read_jsonl
+from fst_dspy.files import read_jsonl
 
 pytestmark = pytest.mark.slow
 TESTS = Path(__file__).parent

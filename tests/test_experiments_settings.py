@@ -8,12 +8,12 @@ import torch
 from helpers import Echo, RawAdapter, questions, vowels
 
 from fst_dspy import FST, LocalLM
-from fst_dspy.advantage import by_candidate, constant_group_share, group_rows
 from fst_dspy.config import FSTConfig, SamplingConfig, SlowConfig
 from fst_dspy.errors import ConfigError
-from fst_dspy.policy import Policy
-from fst_dspy.slow import SlowTrainer
-from fst_dspy.store import read_jsonl
+from fst_dspy.files import read_jsonl
+from fst_dspy.model.policy import Policy
+from fst_dspy.slow.advantage import by_candidate, constant_group_share, group_rows
+from fst_dspy.slow.trainer import SlowTrainer
 from fst_dspy.types import Call, Group, Rollout, TrainingRow
 
 TINY = {

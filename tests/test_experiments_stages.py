@@ -10,7 +10,7 @@ from training_helpers import Events
 from fst_dspy import FST, LocalLM
 from fst_dspy.errors import StoreError
 from fst_dspy.experiments.stages import Within
-from fst_dspy.store import read_json
+from fst_dspy.files import read_json
 from fst_dspy.tasks import load_task
 
 pytestmark = pytest.mark.slow

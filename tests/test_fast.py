@@ -13,7 +13,6 @@ from gepa.strategies.acceptance import ImprovementOrEqualAcceptance
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from fst_dspy.candidate import example_id, make_candidate, seed_candidate
 from fst_dspy.config import FastConfig, SamplingConfig
 from fst_dspy.demos import DemoProposer
 from fst_dspy.errors import ConfigError, DataError
@@ -26,6 +25,7 @@ from fst_dspy.population import best, choose
 from fst_dspy.proposers import ProposalError
 from fst_dspy.rollout import RolloutJob, RolloutRunner
 from fst_dspy.selectors import WorstFirstComponentSelector
+from fst_dspy.student.candidate import example_id, make_candidate, seed_candidate
 from fst_dspy.types import Candidate, Failure, Population, PredictorTrace, Rollout
 
 NAME = "solve.instructions"

@@ -11,12 +11,12 @@ import pytest
 import torch
 from helpers import full_logprobs, sampled_logprobs
 
-import fst_dspy.generate as generate_module
+import fst_dspy.model.generate as generate_module
 from fst_dspy.config import LoraConfig
 from fst_dspy.errors import ModelError, PromptTooLongError
-from fst_dspy.generate import GenerationRequest, generate
-from fst_dspy.policy import Policy
-from fst_dspy.prefixes import pads_safely
+from fst_dspy.model.generate import GenerationRequest, generate
+from fst_dspy.model.policy import Policy
+from fst_dspy.model.prefixes import pads_safely
 
 WORDS = ["where does a visa ticket go?", "abc", "The rule says", "You answer questions. " * 6]
 

@@ -25,15 +25,15 @@ from test_static_decode import assert_alike as assert_alike_within
 from test_trl_contract import STEPS, rows_of, run_stock, trainer_for
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-import fst_dspy.static_decode as static
+import fst_dspy.model.graph_decode as static
 from fst_dspy import FST, LocalLM, run_state
 from fst_dspy.config import LoraConfig, SamplingConfig, SlowConfig
 from fst_dspy.errors import ConfigError
-from fst_dspy.generate import GenerationRequest, GenerationResult, generate
-from fst_dspy.policy import Policy
-from fst_dspy.slow import SlowTrainer
+from fst_dspy.model.generate import GenerationRequest, GenerationResult, generate
+from fst_dspy.model.policy import Policy
+from fst_dspy.model.vllm_engine import use_vllm
+from fst_dspy.slow.trainer import SlowTrainer
 from fst_dspy.types import TrainingRow
-from fst_dspy.vllm_engine import use_vllm
 
 GPU = "cuda"
 pytestmark = [

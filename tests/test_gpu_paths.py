@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from fst_dspy.gpu import fuse_norms
-from fst_dspy.policy import Policy
+from fst_dspy.model.hardware import fuse_norms
+from fst_dspy.model.policy import Policy
 
 
 def logits_of(model: torch.nn.Module, dtype: torch.dtype) -> torch.Tensor:

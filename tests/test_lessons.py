@@ -6,7 +6,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fst_dspy.candidate import make_candidate
 from fst_dspy.lessons import (
     LessonProposer,
     contradicts,
@@ -15,6 +14,7 @@ from fst_dspy.lessons import (
     quotes_example,
     unmarked_sentences,
 )
+from fst_dspy.student.candidate import make_candidate
 
 NAME = "solve.instructions"
 SEED = make_candidate({NAME: "Answer with the queue.", "solve.demos": "[]"})

@@ -19,7 +19,7 @@ import fst_dspy.engine as engine_module
 from fst_dspy.config import LoraConfig
 from fst_dspy.errors import ModelError
 from fst_dspy.local_lm import LocalLM
-from fst_dspy.policy import Policy
+from fst_dspy.model.policy import Policy
 
 
 @pytest.fixture

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from fst_dspy.config import SamplingConfig, SlowConfig
-from fst_dspy.policy import Policy
-from fst_dspy.slow import SlowTrainer
+from fst_dspy.model.policy import Policy
+from fst_dspy.slow.trainer import SlowTrainer
 from fst_dspy.types import TrainingRow
 
 ROWS = [

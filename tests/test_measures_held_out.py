@@ -10,7 +10,6 @@ from bundles import SETTINGS
 from helpers import Echo, RawAdapter, questions, vowels
 
 import fst_dspy
-from fst_dspy.candidate import bind, make_candidate, seed_candidate
 from fst_dspy.config import SamplingConfig
 from fst_dspy.errors import ConfigError, DataError, ModelError, StoreError
 from fst_dspy.evaluate import evaluate
@@ -23,8 +22,9 @@ from fst_dspy.measures import (
     quadrants,
     scores_by_example,
 )
-from fst_dspy.policy import Policy
+from fst_dspy.model.policy import Policy
 from fst_dspy.rollout import RolloutRunner
+from fst_dspy.student.candidate import bind, make_candidate, seed_candidate
 from fst_dspy.types import Task
 
 ONE_TOKEN = SamplingConfig(max_tokens=1)

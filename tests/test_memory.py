@@ -12,9 +12,9 @@ import logging, resource, sys
 sys.path.insert(0, {tests!r})
 import torch
 from fst_dspy.config import SamplingConfig, SlowConfig
-from fst_dspy.generate import GenerationRequest, generate
-from fst_dspy.policy import Policy
-from fst_dspy.slow import SlowTrainer
+from fst_dspy.model.generate import GenerationRequest, generate
+from fst_dspy.model.policy import Policy
+from fst_dspy.slow.trainer import SlowTrainer
 from fst_dspy.types import TrainingRow
 
 logging.basicConfig(stream=sys.stdout, format="%(message)s")

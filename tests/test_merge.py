@@ -5,12 +5,12 @@ from collections.abc import Sequence
 
 from test_fast import VAL, RuleRunner, Scripted, run
 
-from fst_dspy.candidate import example_id, make_candidate
 from fst_dspy.config import FastConfig
 from fst_dspy.fast import FastPhase
 from fst_dspy.merge import merge
 from fst_dspy.population import best, choose
 from fst_dspy.rollout import RolloutJob
+from fst_dspy.student.candidate import example_id, make_candidate
 from fst_dspy.types import Candidate, PredictorTrace, Rollout
 
 SEED = make_candidate({"a.instructions": "A.", "b.instructions": "B."})

@@ -21,7 +21,7 @@ from fst_dspy.errors import (
     TrainingError,
 )
 from fst_dspy.evaluate import evaluate
-from fst_dspy.store import read_jsonl
+from fst_dspy.files import read_jsonl
 
 pytestmark = pytest.mark.slow
 

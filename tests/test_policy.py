@@ -10,10 +10,10 @@ import pytest
 import torch
 from conftest import make_model, make_tokenizer, save_model
 
-import fst_dspy.policy as policy_module
+import fst_dspy.model.policy as policy_module
 from fst_dspy.config import LoraConfig
 from fst_dspy.errors import ModelError
-from fst_dspy.policy import Policy
+from fst_dspy.model.policy import Policy
 
 
 def nudge(policy: Policy, amount: float = 0.01) -> None:

@@ -6,7 +6,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import binomtest
 
-from fst_dspy.candidate import make_candidate
 from fst_dspy.errors import ConfigError
 from fst_dspy.population import (
     NICHE,
@@ -17,6 +16,7 @@ from fst_dspy.population import (
     pareto_front,
     ranked,
 )
+from fst_dspy.student.candidate import make_candidate
 from fst_dspy.types import Candidate, Population
 
 

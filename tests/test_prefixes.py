@@ -17,14 +17,14 @@ from transformers import (
     Qwen3_5TextConfig,
 )
 
-import fst_dspy.generate as generate_module
-import fst_dspy.prefixes as prefixes_module
+import fst_dspy.model.generate as generate_module
+import fst_dspy.model.prefixes as prefixes_module
 from fst_dspy.config import LoraConfig, SamplingConfig, SlowConfig
-from fst_dspy.drift import kl_to_base, token_entropy
-from fst_dspy.generate import GenerationRequest, generate
-from fst_dspy.policy import Policy
-from fst_dspy.prefixes import can_continue, find_prefixes
-from fst_dspy.slow import SlowTrainer
+from fst_dspy.model.divergence import kl_to_base, token_entropy
+from fst_dspy.model.generate import GenerationRequest, generate
+from fst_dspy.model.policy import Policy
+from fst_dspy.model.prefixes import can_continue, find_prefixes
+from fst_dspy.slow.trainer import SlowTrainer
 from fst_dspy.types import Call, TrainingRow
 
 PROMPTS = st.lists(st.lists(st.integers(0, 2), min_size=2, max_size=12), min_size=1, max_size=12)

@@ -6,8 +6,8 @@ from helpers import questions
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fst_dspy.candidate import example_id
 from fst_dspy.problems import LEAST, ProblemStream
+from fst_dspy.student.candidate import example_id
 from fst_dspy.types import Group, Rollout
 
 

@@ -7,9 +7,9 @@ from typing import Any
 import dspy
 import pytest
 
-from fst_dspy.candidate import example_id
 from fst_dspy.embedded.corpus.list_program import OPERATIONS
 from fst_dspy.lessons import marked_lessons
+from fst_dspy.student.candidate import example_id
 from fst_dspy.tasks import load_task
 from fst_dspy.types import Task
 

@@ -12,7 +12,6 @@ from typing import Any
 import dspy
 import pytest
 
-from fst_dspy.candidate import example_id, make_candidate
 from fst_dspy.config import FastConfig
 from fst_dspy.fast import FastPhase, score
 from fst_dspy.lessons import LessonProposer
@@ -20,6 +19,7 @@ from fst_dspy.population import best, choose
 from fst_dspy.proposers import ProposalError
 from fst_dspy.reflection import ReflectionLMProposer, dropped_fields
 from fst_dspy.rollout import RolloutJob
+from fst_dspy.student.candidate import example_id, make_candidate
 from fst_dspy.types import PredictorTrace, Rollout
 
 pytestmark = pytest.mark.slow

@@ -17,12 +17,12 @@ from typer.testing import CliRunner
 from fst_dspy import FST, LocalLM
 from fst_dspy.cli import app
 from fst_dspy.errors import ModelError, StoreError
+from fst_dspy.files import read_json, read_jsonl
 from fst_dspy.report import data, follow, page, render, write_report
 from fst_dspy.report.faults import find_faults, skipped_steps
 from fst_dspy.report.rollouts import COLUMNS, Outcome, read_rollouts
 from fst_dspy.report.svg import Series, line_chart, ticks
 from fst_dspy.report.watch import run_view, watch
-from fst_dspy.store import read_json, read_jsonl
 from fst_dspy.types import Candidate
 
 pytestmark = pytest.mark.slow

@@ -4,10 +4,11 @@ import dspy
 import pytest
 from helpers import Echo, RawAdapter, Twice, questions, vowels
 
-from fst_dspy.candidate import seed_candidate
 from fst_dspy.config import SamplingConfig
 from fst_dspy.local_lm import LocalLM
-from fst_dspy.rollout import RolloutJob, RolloutRunner, strict_adapter
+from fst_dspy.rollout import RolloutJob, RolloutRunner
+from fst_dspy.student.adapter import strict_adapter
+from fst_dspy.student.candidate import seed_candidate
 
 SAMPLING = SamplingConfig(max_tokens=8, rollout_timeout=30, failure_score=-1.0)
 

@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 
-import fst_dspy.slow as slow_module
-from fst_dspy.advantage import constant_group_share, group_advantages, group_rows
+import fst_dspy.slow.trainer as slow_module
 from fst_dspy.config import LoraConfig, SamplingConfig, SlowConfig
 from fst_dspy.errors import StoreError, TrainingError
-from fst_dspy.generate import GenerationRequest, generate
-from fst_dspy.policy import Policy
-from fst_dspy.prefixes import is_checkpointing
-from fst_dspy.slow import SlowTrainer
+from fst_dspy.model.generate import GenerationRequest, generate
+from fst_dspy.model.policy import Policy
+from fst_dspy.model.prefixes import is_checkpointing
+from fst_dspy.slow.advantage import constant_group_share, group_advantages, group_rows
+from fst_dspy.slow.trainer import SlowTrainer
 from fst_dspy.types import Call, Group, Rollout, TrainingRow
 
 SLOW = SlowConfig(learning_rate=1e-2, lr_scheduler_type="linear", warmup_steps=2)
@@ -209,7 +209,7 @@ def test_dropout_draws_from_the_trainers_own_stream(tiny_qwen3):
 @pytest.mark.parametrize("lora", [None, LoraConfig(rank=4)])
 def test_beta_pulls_back_to_the_base(lora, tiny_qwen3):
     """The penalty's gradient is 0 at the base; away from it, it brings the weights back."""
-    from fst_dspy.drift import kl_to_base
+    from fst_dspy.model.divergence import kl_to_base
 
     def drift_after(beta):
         slow = SlowConfig(learning_rate=3e-3, beta=beta, lora=lora)

@@ -15,13 +15,13 @@ from test_prefixes import prompts_of, sliding
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import fst_dspy.prefixes as prefixes_module
-import fst_dspy.static_decode as static
+import fst_dspy.model.graph_decode as static
+import fst_dspy.model.prefixes as prefixes_module
 from fst_dspy.config import LoraConfig, SamplingConfig, SlowConfig
-from fst_dspy.generate import GenerationRequest, GenerationResult, generate
-from fst_dspy.policy import Policy
-from fst_dspy.slow import SlowTrainer
-from fst_dspy.static_step import Step
+from fst_dspy.model.generate import GenerationRequest, GenerationResult, generate
+from fst_dspy.model.graph_step import Step
+from fst_dspy.model.policy import Policy
+from fst_dspy.slow.trainer import SlowTrainer
 
 
 class Recording(TorchDispatchMode):

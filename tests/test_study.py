@@ -25,7 +25,7 @@ from fst_dspy import FST, LocalLM
 from fst_dspy.cli import app
 from fst_dspy.config import FSTConfig
 from fst_dspy.errors import ConfigError, FSTError, ProgramError
-from fst_dspy.store import read_jsonl
+from fst_dspy.files import read_jsonl
 from fst_dspy.study import (
     Categorical,
     Float,

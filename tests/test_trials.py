@@ -10,13 +10,13 @@ import pytest
 from simulated_loop import ScriptedRunner, simulate
 from test_fast import NAME, RULES, SEED, Scripted, tickets, words
 
-from fst_dspy.candidate import example_id, make_candidate
 from fst_dspy.config import FastConfig
 from fst_dspy.demos import DemoProposer
 from fst_dspy.fast import FastPhase
 from fst_dspy.lessons import LessonProposer
 from fst_dspy.population import choose
 from fst_dspy.rollout import RolloutJob
+from fst_dspy.student.candidate import example_id, make_candidate
 from fst_dspy.trials import Trial, TrialPhase, lineup
 
 TRAIN, VAL = tickets(200, 1), tickets(48, 2)

@@ -9,11 +9,11 @@ import torch
 from datasets import Dataset
 from trl import GRPOConfig, GRPOTrainer
 
-from fst_dspy.advantage import group_advantages, group_rows
 from fst_dspy.config import LoraConfig, SamplingConfig, SlowConfig
-from fst_dspy.policy import Policy
-from fst_dspy.slow import SlowTrainer
-from fst_dspy.trl_stepper import SteppedGRPOTrainer
+from fst_dspy.model.policy import Policy
+from fst_dspy.slow.advantage import group_advantages, group_rows
+from fst_dspy.slow.trainer import SlowTrainer
+from fst_dspy.slow.trl_stepper import SteppedGRPOTrainer
 from fst_dspy.types import Call, Group, Rollout, TrainingRow
 
 STEPS, PROBLEMS, GROUP = 4, 2, 4

@@ -35,12 +35,12 @@ from benchmarks.speed.models import (
     without_end,
 )
 from fst_dspy import FST
-from fst_dspy.advantage import group_rows
-from fst_dspy.candidate import example_id, seed_candidate
 from fst_dspy.config import SamplingConfig, SlowConfig
 from fst_dspy.progress import SilentProgress
 from fst_dspy.rollout import RolloutJob, RolloutRunner
-from fst_dspy.slow import SlowTrainer
+from fst_dspy.slow.advantage import group_rows
+from fst_dspy.slow.trainer import SlowTrainer
+from fst_dspy.student.candidate import example_id, seed_candidate
 from fst_dspy.types import Candidate, CycleRecord, Group
 
 LINEAR = "<= 2.2"  # a tenth of room for noise

@@ -10,7 +10,7 @@ import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from fst_dspy import LocalLM
-from fst_dspy.policy import Policy
+from fst_dspy.model.policy import Policy
 
 MIDDLE = {
     "hidden_size": 512,

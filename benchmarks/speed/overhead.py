@@ -20,7 +20,7 @@ from benchmarks.speed.measure import Clock, Row, row_of
 from fst_dspy import FST, LocalLM, optimizer
 from fst_dspy.lessons import LessonProposer
 from fst_dspy.rollout import RolloutRunner
-from fst_dspy.slow import SlowTrainer
+from fst_dspy.slow.trainer import SlowTrainer
 from fst_dspy.tasks import load_task
 
 CHANNELS = (

@@ -20,7 +20,7 @@ from trl import GRPOConfig, GRPOTrainer
 from benchmarks.speed.measure import Clock, Row, ratios, row_of
 from benchmarks.speed.models import MODELS
 from fst_dspy.config import SamplingConfig, SlowConfig
-from fst_dspy.slow import SlowTrainer
+from fst_dspy.slow.trainer import SlowTrainer
 from fst_dspy.types import TrainingRow
 
 GROUP = 8

@@ -20,7 +20,7 @@ from fst_dspy.experiments.runner import INDEX, ExperimentStore
 from fst_dspy.experiments.runs import PAIR, QUADRANTS, Run, load_runs
 from fst_dspy.experiments.streams import Stream, load_streams
 from fst_dspy.experiments.tables import Table
-from fst_dspy.store import write_atomically
+from fst_dspy.files import write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -10,17 +10,17 @@ from typing import Any
 import dspy
 from dspy.teleprompt import Teleprompter
 
-from fst_dspy.candidate import (
+from fst_dspy.experiments.arms import Stage, find_arm
+from fst_dspy.experiments.jobs import Job
+from fst_dspy.progress import SilentProgress, StopRun, cycle_line
+from fst_dspy.result import FSTResult
+from fst_dspy.student.candidate import (
     INSTRUCTIONS,
     bind,
     component_name,
     make_candidate,
     predictor_names,
 )
-from fst_dspy.experiments.arms import Stage, find_arm
-from fst_dspy.experiments.jobs import Job
-from fst_dspy.progress import SilentProgress, StopRun, cycle_line
-from fst_dspy.result import FSTResult
 from fst_dspy.tasks import load_task
 from fst_dspy.types import CycleRecord, Task
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from fst_dspy.experiments.jobs import OUTCOME, Job, write_json
 from fst_dspy.experiments.runner import ExperimentStore
 from fst_dspy.experiments.runs import Run
-from fst_dspy.store import read_json
+from fst_dspy.files import read_json
 from fst_dspy.types import RolloutCounts
 
 MODULE = "fst_dspy.experiments.stream_worker"

@@ -16,8 +16,6 @@ from pathlib import Path
 import dspy
 
 from fst_dspy.bundle_weights import read_run
-from fst_dspy.candidate import seed_candidate
-from fst_dspy.drift import kl_to_base, token_entropy
 from fst_dspy.evaluate import evaluate
 from fst_dspy.experiments.jobs import Job, Outcome, read_job, write_outcome
 from fst_dspy.experiments.process import locked, work
@@ -25,8 +23,10 @@ from fst_dspy.experiments.runner import revision
 from fst_dspy.experiments.stages import compile_stages, load_job_task
 from fst_dspy.local_lm import LocalLM
 from fst_dspy.measures import forgetting, ideal_candidate, scores_by_example
+from fst_dspy.model.divergence import kl_to_base, token_entropy
 from fst_dspy.result import FSTResult
 from fst_dspy.rollout import RolloutRunner, calls_of
+from fst_dspy.student.candidate import seed_candidate
 from fst_dspy.tasks import load_task
 from fst_dspy.types import Candidate, Rollout, RolloutCounts, Task
 

@@ -13,9 +13,7 @@ from rich.progress import track
 
 from fst_dspy.bundle_manifest import is_bundle, read_manifest
 from fst_dspy.bundle_weights import made_live, read_run, read_weights
-from fst_dspy.candidate import INSTRUCTIONS, component_name, make_candidate, predictor_names
 from fst_dspy.config import SamplingConfig
-from fst_dspy.drift import kl_to_base, token_entropy
 from fst_dspy.errors import ConfigError, DataError
 from fst_dspy.evaluate import evaluate
 from fst_dspy.local_lm import LocalLM
@@ -26,7 +24,9 @@ from fst_dspy.measures.statistics import (
     mean_interval,
     scores_by_example,
 )
+from fst_dspy.model.divergence import kl_to_base, token_entropy
 from fst_dspy.rollout import RolloutRunner, calls_of
+from fst_dspy.student.candidate import INSTRUCTIONS, component_name, make_candidate, predictor_names
 from fst_dspy.types import Candidate, Task
 
 Weights = LocalLM | str | os.PathLike[str]

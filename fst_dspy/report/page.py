@@ -13,12 +13,12 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from fst_dspy.files import write_atomically
 from fst_dspy.report import sections
 from fst_dspy.report.data import Run, read_runs
 from fst_dspy.report.faults import find_faults
 from fst_dspy.report.prompts import find_decoder
 from fst_dspy.report.rollouts import Rollouts, read_rollouts
-from fst_dspy.store import write_atomically
 
 FAILURE_SCORE = 0.0
 """What a failure scores where the settings do not say."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fst_dspy.store import read_jsonl
+from fst_dspy.files import read_jsonl
 
 COLUMNS = (
     "step", "cycle", "reward", "advantage", "example", "candidate", "kind", "message", "feedback",

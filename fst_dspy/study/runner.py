@@ -31,9 +31,9 @@ from fst_dspy.errors import (
     ModelError,
     ProgramError,
 )
+from fst_dspy.files import as_plain
 from fst_dspy.local_lm import LocalLM
 from fst_dspy.optimizer import FST
-from fst_dspy.store import as_plain
 from fst_dspy.study.objective import BudgetSpentError, Objective, TrialListener
 from fst_dspy.study.outcome import front
 from fst_dspy.study.space import Space, default_space

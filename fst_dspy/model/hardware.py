@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import MethodType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import rms_norm
@@ -74,3 +76,30 @@ def tokens_that_fit(model: Any, device: torch.device) -> int:
     free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     each = ACTIVATION_BYTES * config.hidden_size * config.num_hidden_layers
     return max(1024, free // 2 // each)
+
+
+_SIGNS = (
+    "out of memory",
+    "can't allocate memory",
+    "not enough memory",
+    "cublas_status_alloc_failed",  # a full GPU at its first matrix product
+)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out: Python's, torch's on the CPU, or CUDA's."""
+    if isinstance(error, MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in _SIGNS)
+
+
+@contextmanager
+def global_rng_kept(device: torch.device) -> Iterator[None]:
+    """TRL and vLLM seed every global generator when they are made; others' randomness is kept."""
+    python, numpy = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)

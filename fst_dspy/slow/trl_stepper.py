@@ -1,8 +1,8 @@
 """TRL's GRPOTrainer, advanced one optimizer step at a time on rows that are given to it.
 
 This is the one file that leans on private parts of TRL 1.16 and transformers 5.17 to 5.24, but for
-their caches (``fst_dspy.cache_layers``). The test ``tests/test_trl_contract.py`` holds it to the
-stock trainer, bit for bit on small batches and to rounding on large ones. They are:
+their caches (``fst_dspy.model.cache_layers``). The test ``tests/test_trl_contract.py`` holds it to
+the stock trainer, bit for bit on small batches and to rounding on large ones. They are:
 
 - ``GRPOTrainer._compute_loss(model, inputs)`` and the keys of ``inputs`` it reads;
 - ``GRPOTrainer._get_per_token_logps_and_entropies``, overridden, and the ``fused_lm_head`` forward
@@ -40,10 +40,10 @@ from trl import GRPOConfig, GRPOTrainer
 from fst_dspy import distributed
 from fst_dspy.config import SamplingConfig, SlowConfig
 from fst_dspy.errors import ConfigError
-from fst_dspy.fused_prefixes import fused_from_prefixes
-from fst_dspy.master_weights import MasterWeights
-from fst_dspy.prefixes import can_continue, is_checkpointing, worthwhile_prefixes
-from fst_dspy.rng import global_rng_kept
+from fst_dspy.model.hardware import global_rng_kept
+from fst_dspy.model.prefixes import can_continue, is_checkpointing, worthwhile_prefixes
+from fst_dspy.slow.master_weights import MasterWeights
+from fst_dspy.slow.prefix_logprobs import fused_from_prefixes
 from fst_dspy.types import TrainingRow
 
 TRL_MAX_COMPLETION = 512

@@ -33,7 +33,7 @@ from fst_dspy import distributed
 from fst_dspy.config import LoraConfig
 from fst_dspy.embedded import path as embedded_path
 from fst_dspy.errors import ModelError
-from fst_dspy.gpu import fuse_norms
+from fst_dspy.model.hardware import fuse_norms
 
 DEFAULT_CHAT_TEMPLATE = (
     "{% for message in messages %}{{ message['role'] + ': ' + message['content'] + '\n\n' }}"
@@ -67,7 +67,8 @@ class Policy:
         context_length: Tokens that prompt and completion may have together.
         base_version: Version id of the weights as loaded.
         device, lock: Where the weights are, and the lock that guards them.
-        generator: What generates in place of ``fst_dspy.generate.generate``, with its signature.
+        generator: What generates in place of ``fst_dspy.model.generate.generate``, with its
+            signature.
     """
 
     def __init__(

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fst_dspy.cache_layers import Cache, LinearAttentionLayer, StaticLayer, begin_at
-from fst_dspy.decode import base_of, forward
-from fst_dspy.gpu import cudnn_attention
+from fst_dspy.model.cache_layers import Cache, LinearAttentionLayer, StaticLayer, begin_at
+from fst_dspy.model.growing_decode import base_of, forward
+from fst_dspy.model.hardware import cudnn_attention
 
 WARM_UPS = 2  # what libraries set up at first use must not be recorded
 

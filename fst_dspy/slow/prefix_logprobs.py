@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fst_dspy.cache_layers import cache_name
-from fst_dspy.prefixes import Prefixes, positions, read_prefixes, right_padded
+from fst_dspy.model.cache_layers import cache_name
+from fst_dspy.model.prefixes import Prefixes, positions, read_prefixes, right_padded
 
 
 def fused_from_prefixes(

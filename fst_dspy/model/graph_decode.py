@@ -27,16 +27,16 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
-from fst_dspy.cache_layers import (
+from fst_dspy.model.cache_layers import (
     DynamicLayer,
     DynamicSlidingWindowLayer,
     LinearAttentionLayer,
     obstacle,
 )
-from fst_dspy.decode import base_of
-from fst_dspy.memory import is_out_of_memory
-from fst_dspy.policy import Policy
-from fst_dspy.static_step import Step, copied
+from fst_dspy.model.graph_step import Step, copied
+from fst_dspy.model.growing_decode import base_of
+from fst_dspy.model.hardware import is_out_of_memory
+from fst_dspy.model.policy import Policy
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +62,7 @@ def bucket(count: int, fewest: int) -> int:
 
 
 class StaticDecode:
-    """As ``fst_dspy.decode.GrowingDecode``; made by ``begin``. Tensors: B live rows."""
+    """As ``growing_decode.GrowingDecode``; made by ``begin``. Tensors: B live rows."""
 
     drops_rows = True
 

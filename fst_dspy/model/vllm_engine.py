@@ -17,7 +17,7 @@ import torch
 
 from fst_dspy.distributed import refuse_fsdp
 from fst_dspy.errors import ConfigError
-from fst_dspy.generate import (
+from fst_dspy.model.generate import (
     GenerationRequest,
     GenerationResult,
     check_prompt,
@@ -25,8 +25,8 @@ from fst_dspy.generate import (
     room_for,
     texts_of,
 )
-from fst_dspy.policy import Policy
-from fst_dspy.rng import global_rng_kept
+from fst_dspy.model.hardware import global_rng_kept
+from fst_dspy.model.policy import Policy
 
 MAX_SEED = 2**63 - 1
 LOWEST_TEMPERATURE = 0.01
@@ -84,7 +84,7 @@ def use_vllm(policy: Policy, *, gpu_memory_utilization: float = 0.3) -> None:
 
 
 class VllmGenerator:
-    """What ``fst_dspy.generate.generate`` does, done by vLLM.
+    """What ``fst_dspy.model.generate.generate`` does, done by vLLM.
 
     Args:
         vllm: TRL's ``VLLMGeneration``, or what has its ``llm`` and ``sync_weights``.

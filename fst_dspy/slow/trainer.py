@@ -25,13 +25,12 @@ from torch import Tensor
 from fst_dspy import distributed
 from fst_dspy.config import SamplingConfig, SlowConfig
 from fst_dspy.errors import ModelError, StoreError, TrainingError
-from fst_dspy.gpu import cudnn_attention, tokens_that_fit
-from fst_dspy.master_weights import PREFIX as MASTERS
-from fst_dspy.memory import is_out_of_memory
-from fst_dspy.policy import Policy
-from fst_dspy.prefixes import worthwhile_prefixes
-from fst_dspy.static_decode import release
-from fst_dspy.trl_stepper import Gradients, SteppedGRPOTrainer, collate
+from fst_dspy.model.graph_decode import release
+from fst_dspy.model.hardware import cudnn_attention, is_out_of_memory, tokens_that_fit
+from fst_dspy.model.policy import Policy
+from fst_dspy.model.prefixes import worthwhile_prefixes
+from fst_dspy.slow.master_weights import PREFIX as MASTERS
+from fst_dspy.slow.trl_stepper import Gradients, SteppedGRPOTrainer, collate
 from fst_dspy.types import StepStats, TrainingRow
 
 logger = logging.getLogger(__name__)

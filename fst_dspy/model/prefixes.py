@@ -6,8 +6,8 @@ a model reads the beginnings, and goes on from their caches with the rest. Gener
 step do so where ``can_continue`` says that the model's caches allow it. The outcome is that of
 reading every prompt whole, but for rounding.
 
-It leans on how transformers' caches hold what was read (``fst_dspy.cache_layers``). Where they do
-so in another way, prompts are read whole.
+It leans on how transformers' caches hold what was read (``fst_dspy.model.cache_layers``). Where
+they do so in another way, prompts are read whole.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fst_dspy.cache_layers import (
+from fst_dspy.model.cache_layers import (
     DynamicCache,
     DynamicLayer,
     LinearAttentionLayer,

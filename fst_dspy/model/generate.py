@@ -1,9 +1,9 @@
 """Sampling from the policy: a decode loop of our own over a transformers model.
 
 It departs from ``model.generate`` where rollouts gain by it: equal prompts are read and kept once
-(``fst_dspy.prompt_cache``); finished rows leave the batch; every row samples from a counter-based
-generator of its own seed, so its tokens do not depend on what else is in the batch (beyond float
-noise); and the log-probability of each token is kept as it was sampled.
+(``fst_dspy.model.prompt_cache``); finished rows leave the batch; every row samples from a
+counter-based generator of its own seed, so its tokens do not depend on what else is in the batch
+(beyond float noise); and the log-probability of each token is kept as it was sampled.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fst_dspy.cache_layers import CHANGED, left_out, obstacle, refuse
-from fst_dspy.decode import GrowingDecode, forward
 from fst_dspy.errors import ModelError, PromptTooLongError
-from fst_dspy.gpu import cudnn_attention
-from fst_dspy.memory import is_out_of_memory
-from fst_dspy.policy import Policy
-from fst_dspy.prefixes import (
+from fst_dspy.model.cache_layers import CHANGED, left_out, obstacle, refuse
+from fst_dspy.model.graph_decode import StaticDecode, begin, release
+from fst_dspy.model.growing_decode import GrowingDecode, forward
+from fst_dspy.model.hardware import cudnn_attention, is_out_of_memory
+from fst_dspy.model.policy import Policy
+from fst_dspy.model.prefixes import (
     backbone_of,
     can_continue,
     pads_safely,
@@ -32,8 +32,7 @@ from fst_dspy.prefixes import (
     read_rest,
     worthwhile_prefixes,
 )
-from fst_dspy.prompt_cache import CannotShare, can_share, make_room, share
-from fst_dspy.static_decode import StaticDecode, begin, release
+from fst_dspy.model.prompt_cache import CannotShare, can_share, make_room, share
 
 logger = logging.getLogger(__name__)
 

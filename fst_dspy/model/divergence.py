@@ -11,10 +11,10 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from fst_dspy.cache_layers import cache_name
 from fst_dspy.errors import DataError
-from fst_dspy.policy import Policy
-from fst_dspy.prefixes import (
+from fst_dspy.model.cache_layers import cache_name
+from fst_dspy.model.policy import Policy
+from fst_dspy.model.prefixes import (
     Prefixes,
     backbone_of,
     can_continue,

@@ -1,6 +1,6 @@
 """One token more for every row of a batch: the model's forward, and the cache that grows with it.
 
-``fst_dspy.static_decode`` does the same from a cache of fixed size.
+``fst_dspy.model.graph_decode`` does the same from a cache of fixed size.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from typing import Any
 from torch import Tensor
 from torch.nn.functional import pad
 
-from fst_dspy.cache_layers import cache_name
-from fst_dspy.prompt_cache import keep_rows, shared_attention
+from fst_dspy.model.cache_layers import cache_name
+from fst_dspy.model.prompt_cache import keep_rows, shared_attention
 
 
 def forward(
@@ -60,7 +60,7 @@ class GrowingDecode:
     Args:
         cache: What was read of every row.
         mask_BT: 1 for the tokens in the cache, 0 for padding.
-        shares: Whether rows share their prompts in the cache (``fst_dspy.prompt_cache``).
+        shares: Whether rows share their prompts in the cache (``fst_dspy.model.prompt_cache``).
     """
 
     def __init__(self, model: Any, cache: Any, mask_BT: Tensor, shares: bool) -> None:

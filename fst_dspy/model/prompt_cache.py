@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface
 
-from fst_dspy.cache_layers import DynamicLayer, begin_at, obstacle
+from fst_dspy.model.cache_layers import DynamicLayer, begin_at, obstacle
 
 logger = logging.getLogger(__name__)
 

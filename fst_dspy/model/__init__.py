@@ -1,0 +1,1 @@
+"""The local model: weights and their versions, and tokens sampled from them."""

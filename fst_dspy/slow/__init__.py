@@ -1,0 +1,1 @@
+"""The slow channel: advantages, and one GRPO step on given rows."""
