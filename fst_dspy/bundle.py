@@ -43,7 +43,8 @@ from fst_dspy.errors import ProgramError, StoreError
 from fst_dspy.local_lm import LocalLM
 from fst_dspy.model.policy import Policy
 from fst_dspy.result import Best, FSTResult
-from fst_dspy.run_state import cycle_record, environment
+from fst_dspy.run.records import cycle_record
+from fst_dspy.run.store import environment
 from fst_dspy.student.candidate import (
     candidate_from_json,
     candidate_to_json,

@@ -28,7 +28,7 @@ from fst_dspy.bundle_weights import read_weights
 from fst_dspy.continual_state import TaskStage, keep_version, stage_from_json, stage_to_json
 from fst_dspy.errors import ModelError, StoreError
 from fst_dspy.model.policy import Policy
-from fst_dspy.run_state import environment
+from fst_dspy.run.store import environment
 
 HISTORY = "continual.json"
 SCHEMA_VERSION = 1

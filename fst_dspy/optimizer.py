@@ -68,12 +68,12 @@ from fst_dspy.rollout import (
     calls_of,
     trained_predictors,
 )
+from fst_dspy.run.trackers import Trackers, tracker_names
 from fst_dspy.run_state import LoopState, RunFolder
 from fst_dspy.slow.advantage import constant_group_share, group_rows
 from fst_dspy.slow.trainer import SlowTrainer
 from fst_dspy.step_sampler import StepSampler
 from fst_dspy.student.candidate import bind, example_id, seed_candidate
-from fst_dspy.trackers import Trackers, tracker_names
 from fst_dspy.trials import TrialPhase
 from fst_dspy.types import (
     Arm,
@@ -127,7 +127,7 @@ class FST(Teleprompter):
         track_stats: Put an ``FSTResult`` on the compiled program as ``detailed_results``.
         instruction_proposer: A proposer of your own (``fst_dspy.Proposer``) in place of both.
         report_to: ``"tensorboard"``, ``"wandb"`` or ``"mlflow"``, or several; each logs to the run
-            folder, and nowhere else unless told to. See ``fst_dspy.trackers``.
+            folder, and nowhere else unless told to. See ``fst_dspy.run.trackers``.
         progress: Hears what goes on; by default a live line on the terminal, and nothing where
             there is none.
         **settings: Any setting of ``fst_dspy.config``, flat: ``learning_rate=1e-4``,

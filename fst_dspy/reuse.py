@@ -8,16 +8,15 @@ the traces and feedback to reflect on. Pure functions over frozen dataclasses.
 from __future__ import annotations
 
 import dataclasses
-import json
 import random
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from fst_dspy.demos import shown_examples
-from fst_dspy.student.candidate import canonical_json
-from fst_dspy.types import Call, Candidate, Failure, PredictorTrace, Rollout
+from fst_dspy.run.records import _with_fields, as_read_back, rollout_from_json
+from fst_dspy.types import Candidate, Rollout
 
 SWEEPS = 50
 """Alternations of the two-way fit; a chain of candidates compared pairwise needs a few dozen."""
@@ -51,22 +50,6 @@ class RolloutPool:
 def pool_from_json(rows: Sequence[Mapping[str, Any]]) -> RolloutPool:
     """A pool from its rollouts as JSON objects, of which each has the fields of a dataclass."""
     return RolloutPool(tuple(map(rollout_from_json, rows)))
-
-
-def rollout_from_json(row: Mapping[str, Any]) -> Rollout:
-    """A rollout from a JSON object with the fields of the dataclass."""
-    sequences = ("prompt_ids_T", "completion_ids_T", "logprobs_T")
-    calls = [
-        Call(**call | {name: tuple(call[name]) for name in sequences}) for call in row["calls"]
-    ]
-    return Rollout(
-        **{
-            **row,
-            "calls": tuple(calls),
-            "traces": tuple(PredictorTrace(**trace) for trace in row["traces"]),
-            "failure": Failure(**row["failure"]) if row["failure"] else None,
-        }
-    )
 
 
 @dataclass(frozen=True)
@@ -173,13 +156,6 @@ def minibatch(rollouts: Sequence[Rollout], size: int, rng: random.Random) -> lis
     return [*bad, *rest[: size - len(bad)]]
 
 
-def as_read_back(rollout: Rollout) -> Rollout:
-    """The rollout as a resumed run would read it from a checkpoint."""
-    traces = tuple(_with_fields(trace, _plain) for trace in rollout.traces)
-    feedback = dict(rollout.feedback_by_predictor)
-    return dataclasses.replace(rollout, traces=traces, feedback_by_predictor=feedback)
-
-
 def _without_tokens(rollout: Rollout) -> Rollout:
     """What a checkpoint can hold of a rollout, so that a resumed run sees the same."""
     rollout = as_read_back(rollout)
@@ -188,19 +164,6 @@ def _without_tokens(rollout: Rollout) -> Rollout:
         for trace in rollout.traces
     )
     return dataclasses.replace(rollout, calls=(), traces=traces)
-
-
-def _with_fields(
-    trace: PredictorTrace, change: Callable[[Mapping[str, Any]], dict[str, Any]]
-) -> PredictorTrace:
-    outputs = None if trace.outputs is None else change(trace.outputs)
-    return dataclasses.replace(trace, inputs=change(trace.inputs), outputs=outputs)
-
-
-def _plain(fields: Mapping[str, Any]) -> dict[str, Any]:
-    if all(type(value) is str for value in fields.values()):  # as most are
-        return dict(sorted(fields.items()))
-    return json.loads(canonical_json(dict(fields)))
 
 
 def _short(fields: Mapping[str, Any]) -> dict[str, Any]:

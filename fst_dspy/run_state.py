@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import platform
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -18,9 +16,10 @@ from fst_dspy.files import read_json, write_atomically
 from fst_dspy.model.policy import Policy
 from fst_dspy.problems import ProblemStream
 from fst_dspy.result import Best, FSTResult
+from fst_dspy.run.records import cycle_record
+from fst_dspy.run.store import RunStore, environment
 from fst_dspy.slow.advantage import Scale, step_advantages
 from fst_dspy.slow.trainer import SlowTrainer
-from fst_dspy.store import RunStore
 from fst_dspy.student.candidate import (
     candidate_from_json,
     candidate_to_json,
@@ -222,22 +221,3 @@ def state_from_json(plain: Mapping[str, Any]) -> LoopState:
         fast_state=plain["fast_state"],
         stream=ProblemStream(**plain["stream"]),
     )
-
-
-def cycle_record(row: Mapping[str, Any]) -> CycleRecord:
-    """A cycle record from a line of ``cycles.jsonl``."""
-    counts = {name: RolloutCounts(**row[name]) for name in ("rollouts", "total_rollouts")}
-    lists = {name: tuple(row[name]) for name in ("candidate_ids", "val_scores")}
-    return CycleRecord(**{**row, **counts, **lists})
-
-
-def environment() -> dict[str, str]:
-    """The versions a result depends on."""
-    names = ("fst-dspy", "dspy", "gepa", "torch", "transformers", "trl", "peft")
-    versions = {}
-    for name in names:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            versions[name] = "not installed"
-    return {"python": platform.python_version(), "machine": platform.machine(), **versions}

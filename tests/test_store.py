@@ -7,7 +7,7 @@ import pydantic
 import pytest
 
 from fst_dspy.errors import StoreError
-from fst_dspy.store import KEPT_CHECKPOINTS, RunStore
+from fst_dspy.run.store import KEPT_CHECKPOINTS, RunStore
 
 
 def write_weights(text):

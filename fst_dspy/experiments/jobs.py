@@ -22,7 +22,7 @@ from fst_dspy.errors import ConfigError, StoreError
 from fst_dspy.experiments.arms import find_arm
 from fst_dspy.files import read_json, read_jsonl, write_atomically
 from fst_dspy.measures import Forgetting, Interval, MeanAtK
-from fst_dspy.run_state import cycle_record
+from fst_dspy.run.records import cycle_record
 from fst_dspy.types import CycleRecord, RolloutCounts
 
 JOB, OUTCOME, LOG = "job.json", "outcome.json", "log.txt"

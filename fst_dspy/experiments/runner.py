@@ -27,7 +27,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from fst_dspy.errors import StoreError
 from fst_dspy.experiments.jobs import LOG, OUTCOME, Job, read_job, write_job, write_json
 from fst_dspy.files import read_json, read_jsonl
-from fst_dspy.run_state import environment
+from fst_dspy.run.store import environment
 
 INDEX = "index.json"
 SCHEMA_VERSION = 1

@@ -18,7 +18,7 @@ from fst_dspy.report import data
 from fst_dspy.report.data import Run
 from fst_dspy.report.faults import skipped_steps
 from fst_dspy.report.sections import duration, percent
-from fst_dspy.run_state import cycle_record
+from fst_dspy.run.records import cycle_record
 from fst_dspy.word_diff import changed_components
 
 BARS = "▁▂▃▄▅▆▇█"

@@ -29,7 +29,7 @@ from fst_dspy.config import BudgetConfig
 from fst_dspy.errors import ConfigError
 from fst_dspy.files import read_jsonl
 from fst_dspy.progress import SilentProgress
-from fst_dspy.run_state import cycle_record
+from fst_dspy.run.records import cycle_record
 from fst_dspy.types import CycleRecord, RolloutCounts
 
 Direction = Literal["maximize", "minimize"]

@@ -30,8 +30,8 @@ from accelerate import PartialState
 
 from fst_dspy.errors import ConfigError, FSTError, StoreError
 from fst_dspy.files import read_json
-from fst_dspy.store import RunStore
-from fst_dspy.tracker_kinds import INSTALLED, KINDS, Logged, Tracker
+from fst_dspy.run.store import RunStore
+from fst_dspy.run.tracker_kinds import INSTALLED, KINDS, Logged, Tracker
 from fst_dspy.types import CycleRecord, Population, StepRecord
 
 STATE = "trackers.json"

@@ -18,8 +18,10 @@ from __future__ import annotations
 
 import dataclasses
 import fcntl
+import importlib.metadata
 import json
 import os
+import platform
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -214,3 +216,15 @@ def _clear_errors(folder: Path) -> Iterator[None]:
             f"cannot write to the run folder {folder}: {error.strerror or error}; "
             "what was written before is intact: make room or fix the rights, then start again"
         ) from error
+
+
+def environment() -> dict[str, str]:
+    """The versions a result depends on."""
+    names = ("fst-dspy", "dspy", "gepa", "torch", "transformers", "trl", "peft")
+    versions = {}
+    for name in names:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = "not installed"
+    return {"python": platform.python_version(), "machine": platform.machine(), **versions}

@@ -1,0 +1,54 @@
+"""JSON of what a run records: cycles, rollouts, the pool."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from fst_dspy.student.candidate import canonical_json
+from fst_dspy.types import Call, CycleRecord, Failure, PredictorTrace, Rollout, RolloutCounts
+
+
+def cycle_record(row: Mapping[str, Any]) -> CycleRecord:
+    """A cycle record from a line of ``cycles.jsonl``."""
+    counts = {name: RolloutCounts(**row[name]) for name in ("rollouts", "total_rollouts")}
+    lists = {name: tuple(row[name]) for name in ("candidate_ids", "val_scores")}
+    return CycleRecord(**{**row, **counts, **lists})
+
+
+def rollout_from_json(row: Mapping[str, Any]) -> Rollout:
+    """A rollout from a JSON object with the fields of the dataclass."""
+    sequences = ("prompt_ids_T", "completion_ids_T", "logprobs_T")
+    calls = [
+        Call(**call | {name: tuple(call[name]) for name in sequences}) for call in row["calls"]
+    ]
+    return Rollout(
+        **{
+            **row,
+            "calls": tuple(calls),
+            "traces": tuple(PredictorTrace(**trace) for trace in row["traces"]),
+            "failure": Failure(**row["failure"]) if row["failure"] else None,
+        }
+    )
+
+
+def as_read_back(rollout: Rollout) -> Rollout:
+    """The rollout as a resumed run would read it from a checkpoint."""
+    traces = tuple(_with_fields(trace, _plain) for trace in rollout.traces)
+    feedback = dict(rollout.feedback_by_predictor)
+    return dataclasses.replace(rollout, traces=traces, feedback_by_predictor=feedback)
+
+
+def _with_fields(
+    trace: PredictorTrace, change: Callable[[Mapping[str, Any]], dict[str, Any]]
+) -> PredictorTrace:
+    outputs = None if trace.outputs is None else change(trace.outputs)
+    return dataclasses.replace(trace, inputs=change(trace.inputs), outputs=outputs)
+
+
+def _plain(fields: Mapping[str, Any]) -> dict[str, Any]:
+    if all(type(value) is str for value in fields.values()):  # as most are
+        return dict(sorted(fields.items()))
+    return json.loads(canonical_json(dict(fields)))
