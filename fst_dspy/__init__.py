@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from fst_dspy.config import FSTConfig, LoraConfig
     from fst_dspy.continual import ContinualFST
     from fst_dspy.distill import FSTDistill
-    from fst_dspy.local_lm import LocalLM
+    from fst_dspy.lm.local_lm import LocalLM
     from fst_dspy.optimizer import FST
     from fst_dspy.proposers import Proposer
     from fst_dspy.result import FSTResult
@@ -30,7 +30,7 @@ _HOME = {
     "FSTConfig": "fst_dspy.config",
     "FSTDistill": "fst_dspy.distill",
     "FSTResult": "fst_dspy.result",
-    "LocalLM": "fst_dspy.local_lm",
+    "LocalLM": "fst_dspy.lm.local_lm",
     "LoraConfig": "fst_dspy.config",
     "Proposer": "fst_dspy.proposers",
     "Task": "fst_dspy.types",

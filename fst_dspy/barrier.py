@@ -15,8 +15,8 @@ from typing import Any
 
 from dspy import lm15
 
-from fst_dspy.calls import Pending, encode, no_streaming, prepare, run_batch
-from fst_dspy.engine import AsyncLocalEngine
+from fst_dspy.lm.engine import AsyncLocalEngine
+from fst_dspy.lm.requests import Pending, encode, no_streaming, prepare, run_batch
 from fst_dspy.model.policy import Policy
 from fst_dspy.types import Call
 

@@ -40,7 +40,7 @@ from fst_dspy.bundle_manifest import (
 from fst_dspy.bundle_weights import plain_folder, read_run, read_weights, write_weights
 from fst_dspy.config import FSTConfig, without_removed
 from fst_dspy.errors import ProgramError, StoreError
-from fst_dspy.local_lm import LocalLM
+from fst_dspy.lm.local_lm import LocalLM
 from fst_dspy.model.policy import Policy
 from fst_dspy.result import Best, FSTResult
 from fst_dspy.run.records import cycle_record

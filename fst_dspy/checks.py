@@ -10,8 +10,8 @@ from typing import Any
 import dspy
 
 from fst_dspy.errors import DataError, MetricError, ProgramError
-from fst_dspy.local_lm import LocalLM
-from fst_dspy.rollout import trained_predictors
+from fst_dspy.lm.local_lm import LocalLM
+from fst_dspy.lm.predictors import find_local_lm
 from fst_dspy.student.candidate import bind, example_id, predictor_names, seed_candidate
 from fst_dspy.student.metric import call_metric, check_metric
 from fst_dspy.types import Rollout
@@ -69,33 +69,6 @@ def check_input(
     _check_metric_on(metric, train[0])
     bind(student, seed_candidate(student))
     return CheckedInput(lm=lm, trainset=train, valset=val)
-
-
-def find_local_lm(program: dspy.Module) -> LocalLM:
-    """The one ``LocalLM`` that the program's predictors call.
-
-    Raises:
-        ProgramError: There is none, or predictors call local models of several policies.
-    """
-    used = [
-        predictor.lm if predictor.lm is not None else dspy.settings.lm
-        for _, predictor in program.named_predictors()
-    ]
-    local = [lm for lm in used if isinstance(lm, LocalLM)]
-    if not local:
-        named = sorted({str(getattr(lm, "model", lm)) for lm in used if lm is not None})
-        found = f"only {', '.join(named)}, which cannot be trained here" if named else "none"
-        raise ProgramError(
-            f"the program needs a local model to train, found {found}; set one with "
-            'dspy.configure(lm=fst_dspy.LocalLM("embedded")) or program.set_lm(...)'
-        )
-    if any(lm.policy is not local[0].policy for lm in local):
-        raise ProgramError(
-            "the program's predictors call several local models; FST trains one: give them the "
-            "same LocalLM"
-        )
-    assert trained_predictors(program, local[0])
-    return local[0]
 
 
 def _check_examples(name: str, examples: Sequence[dspy.Example] | None) -> list[dspy.Example]:

@@ -266,7 +266,7 @@ def _compile(
         import dspy
 
         from fst_dspy.evaluate import quadrants
-        from fst_dspy.local_lm import LocalLM
+        from fst_dspy.lm.local_lm import LocalLM
         from fst_dspy.optimizer import FST
         from fst_dspy.progress import RichProgress
         from fst_dspy.rollout import RolloutRunner

@@ -25,10 +25,11 @@ from typing import Any
 
 import dspy
 
-from fst_dspy.checks import CheckedInput, check_input, find_local_lm
+from fst_dspy.checks import CheckedInput, check_input
 from fst_dspy.distill_trainer import ContextReader, DistillTrainer
 from fst_dspy.errors import ConfigError, ProgramError
-from fst_dspy.optimizer import FST, Start, _Run, bound_to
+from fst_dspy.lm.predictors import bound_to, find_local_lm
+from fst_dspy.optimizer import FST, Start, _Run
 from fst_dspy.result import FSTResult
 from fst_dspy.run_state import LoopState
 from fst_dspy.slow.trainer import SlowTrainer

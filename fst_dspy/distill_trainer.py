@@ -21,11 +21,11 @@ from torch import Tensor
 from torch.nn.functional import kl_div
 
 from fst_dspy import distributed
-from fst_dspy.calls import no_streaming, prompt_ids
 from fst_dspy.config import SamplingConfig, SlowConfig
-from fst_dspy.engine import AsyncLocalEngine
 from fst_dspy.errors import TrainingError
-from fst_dspy.local_lm import LocalLM
+from fst_dspy.lm.engine import AsyncLocalEngine
+from fst_dspy.lm.local_lm import LocalLM
+from fst_dspy.lm.requests import no_streaming, prompt_ids
 from fst_dspy.model.divergence import CHUNK_BYTES
 from fst_dspy.model.hardware import is_out_of_memory
 from fst_dspy.model.policy import Policy

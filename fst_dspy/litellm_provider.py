@@ -27,8 +27,8 @@ from litellm.types.utils import Choices, GenericStreamingChunk, Message, ModelRe
 from fst_dspy.bundle_files import MANIFEST
 from fst_dspy.bundle_manifest import read_manifest
 from fst_dspy.bundle_weights import read_weights
-from fst_dspy.engine import AsyncLocalEngine, LocalEngine
 from fst_dspy.errors import FSTError
+from fst_dspy.lm.engine import AsyncLocalEngine, LocalEngine
 
 PROVIDER = "fst"
 

@@ -50,7 +50,7 @@ from fst_dspy.evaluate import evaluate
 from fst_dspy.fast import FastPhase
 from fst_dspy.interrupt import Interrupt
 from fst_dspy.lessons import LessonProposer
-from fst_dspy.local_lm import LocalLM
+from fst_dspy.lm.predictors import bound_to
 from fst_dspy.model.divergence import kl_to_base
 from fst_dspy.model.policy import Policy
 from fst_dspy.progress import (
@@ -62,12 +62,7 @@ from fst_dspy.progress import (
 from fst_dspy.proposers import Proposer
 from fst_dspy.reflection import ReflectionLMProposer
 from fst_dspy.result import Best, FSTResult
-from fst_dspy.rollout import (
-    Channel,
-    RolloutRunner,
-    calls_of,
-    trained_predictors,
-)
+from fst_dspy.rollout import Channel, RolloutRunner, calls_of
 from fst_dspy.run.trackers import Trackers, tracker_names
 from fst_dspy.run_state import LoopState, RunFolder
 from fst_dspy.slow.advantage import constant_group_share, group_rows
@@ -668,17 +663,6 @@ def begin_lora(policy: Policy, lora: LoraConfig, seed: int) -> None:
             f"the weights {policy.version()} have adapters with {policy.lora}; train them on with "
             f"the same lora settings, or start from {policy.base_version}"
         )
-
-
-def bound_to(student: dspy.Module, candidate: Candidate, lm: LocalLM) -> dspy.Module:
-    """A compiled copy of a program: a candidate's texts in it, its trained predictors on ``lm``."""
-    compiled = bind(student, candidate)
-    names = trained_predictors(student, lm)
-    for name, predictor in compiled.named_predictors():
-        if name in names:
-            predictor.lm = lm
-    compiled._compiled = True
-    return compiled
 
 
 def sample(examples: Sequence[dspy.Example], size: int, seed: int) -> list[dspy.Example]:

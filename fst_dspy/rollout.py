@@ -28,7 +28,8 @@ from fst_dspy import distributed
 from fst_dspy.barrier import BarrierBatcher, Slot
 from fst_dspy.config import SamplingConfig
 from fst_dspy.errors import MetricError
-from fst_dspy.local_lm import LocalLM
+from fst_dspy.lm.local_lm import LocalLM
+from fst_dspy.lm.predictors import _shares_policy
 from fst_dspy.student.adapter import BOUND_PROGRAMS, strict_adapter
 from fst_dspy.student.candidate import bind, example_id, predictor_names
 from fst_dspy.student.metric import Score, call_metric, gives_predictor_feedback, read_score
@@ -442,20 +443,6 @@ logging.getLogger("dspy.clients.lm").addFilter(_outside_rollouts)
 def calls_of(rollouts: Sequence[Rollout]) -> list[Call]:
     """All calls of the local model in some rollouts, in order."""
     return [call for rollout in rollouts for call in rollout.calls]
-
-
-def trained_predictors(program: dspy.Module, lm: LocalLM) -> list[str]:
-    """Names of the predictors that call the trained policy."""
-    own = {name: predictor.lm for name, predictor in program.named_predictors()}
-    return [
-        name
-        for name in predictor_names(program)
-        if own[name] is None or _shares_policy(own[name], lm.policy)
-    ]
-
-
-def _shares_policy(lm: Any, policy: Any) -> bool:
-    return isinstance(lm, LocalLM) and lm.policy is policy
 
 
 def _sampling_kwargs(sampling: SamplingConfig) -> dict[str, Any]:

@@ -28,8 +28,8 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-import fst_dspy.engine as engine_module
-from fst_dspy.calls import Pending
+import fst_dspy.lm.engine as engine_module
+from fst_dspy.lm.requests import Pending
 from fst_dspy.model.policy import Policy
 
 torch.set_num_threads(1)

@@ -17,8 +17,8 @@ from fst_dspy import LocalLM, distributed
 from fst_dspy.config import SamplingConfig, SlowConfig
 from fst_dspy.distill_trainer import DistillTrainer
 from fst_dspy.errors import ConfigError, StoreError
+from fst_dspy.lm.sft import FinetuneConfig, fine_tune
 from fst_dspy.model.policy import Policy
-from fst_dspy.sft import FinetuneConfig, fine_tune
 from fst_dspy.slow.trainer import SlowTrainer
 
 WORKER = Path(__file__).parent / "distributed_worker.py"

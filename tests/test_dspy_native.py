@@ -13,7 +13,7 @@ from training_helpers import Events, SampledAdapter, late_letters, scripted_prop
 
 from fst_dspy import FST, LocalLM
 from fst_dspy.errors import ConfigError
-from fst_dspy.reinforce import PENDING_BATCHES, LocalReinforceJob
+from fst_dspy.lm.reinforce import PENDING_BATCHES, LocalReinforceJob
 
 pytestmark = [
     pytest.mark.slow,

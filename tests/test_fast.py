@@ -20,7 +20,7 @@ from fst_dspy.evaluate import evaluate
 from fst_dspy.fast import FastPhase, ProposalStats
 from fst_dspy.gepa_adapter import GepaAdapter, Reflector, Trajectory, make_records
 from fst_dspy.lessons import LessonProposer
-from fst_dspy.local_lm import LocalLM
+from fst_dspy.lm.local_lm import LocalLM
 from fst_dspy.population import best, choose
 from fst_dspy.proposers import ProposalError
 from fst_dspy.rollout import RolloutJob, RolloutRunner

@@ -14,11 +14,11 @@ import torch
 from dspy import lm15
 from dspy.utils.exceptions import ContextWindowExceededError
 
-import fst_dspy.calls as calls_module
-import fst_dspy.engine as engine_module
+import fst_dspy.lm.engine as engine_module
+import fst_dspy.lm.requests as calls_module
 from fst_dspy.config import LoraConfig
 from fst_dspy.errors import ModelError
-from fst_dspy.local_lm import LocalLM
+from fst_dspy.lm.local_lm import LocalLM
 from fst_dspy.model.policy import Policy
 
 

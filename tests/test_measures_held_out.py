@@ -13,7 +13,7 @@ import fst_dspy
 from fst_dspy.config import SamplingConfig
 from fst_dspy.errors import ConfigError, DataError, ModelError, StoreError
 from fst_dspy.evaluate import evaluate
-from fst_dspy.local_lm import LocalLM
+from fst_dspy.lm.local_lm import LocalLM
 from fst_dspy.measures import (
     forgetting,
     held_out_drift,

@@ -14,9 +14,9 @@ from dspy.clients.utils_finetune import TrainDataFormat, TrainingStatus
 from fst_dspy import LocalLM
 from fst_dspy.config import SamplingConfig, SlowConfig
 from fst_dspy.errors import ConfigError, DataError, FSTError, ModelError, TrainingError
+from fst_dspy.lm.train_input import encode_turn
 from fst_dspy.model.policy import DEFAULT_CHAT_TEMPLATE
 from fst_dspy.slow.trainer import SlowTrainer
-from fst_dspy.train_input import encode_turn
 from fst_dspy.types import TrainingRow
 
 pytestmark = pytest.mark.slow

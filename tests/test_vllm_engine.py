@@ -15,7 +15,7 @@ from helpers import sampled_logprobs
 from fst_dspy import distributed
 from fst_dspy.config import LoraConfig
 from fst_dspy.errors import ConfigError, PromptTooLongError
-from fst_dspy.local_lm import LocalLM
+from fst_dspy.lm.local_lm import LocalLM
 from fst_dspy.model.generate import GenerationRequest, generate
 from fst_dspy.model.policy import Policy
 from fst_dspy.model.vllm_engine import VllmGenerator, use_vllm

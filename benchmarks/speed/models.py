@@ -82,7 +82,7 @@ def program() -> dspy.Module:
 
 def questions(lm: LocalLM, count: int, prompt_tokens: int) -> list[dspy.Example]:
     """Problems whose prompts have about that many tokens, none shorter."""
-    from fst_dspy.calls import prompt_ids
+    from fst_dspy.lm.requests import prompt_ids
 
     def tokens(text: str) -> int:
         messages = WholeAnswer().format(program().signature, [], {"question": text})

@@ -20,8 +20,8 @@ from benchmarks.speed.models import (
     without_end,
 )
 from fst_dspy import LocalLM
-from fst_dspy.calls import prompt_ids
 from fst_dspy.config import SamplingConfig
+from fst_dspy.lm.requests import prompt_ids
 from fst_dspy.model.generate import GenerationRequest, generate
 from fst_dspy.rollout import RolloutJob, RolloutRunner, calls_of
 from fst_dspy.student.candidate import seed_candidate

@@ -20,7 +20,7 @@ from fst_dspy.experiments.jobs import Job, read_job
 from fst_dspy.experiments.process import locked, work
 from fst_dspy.experiments.stages import Within, load_job_task
 from fst_dspy.experiments.streams import StreamOutcome, StreamStage, write_stream
-from fst_dspy.local_lm import LocalLM
+from fst_dspy.lm.local_lm import LocalLM
 
 
 def run_stream(folder: Path) -> StreamOutcome:

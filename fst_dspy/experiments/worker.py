@@ -21,7 +21,7 @@ from fst_dspy.experiments.jobs import Job, Outcome, read_job, write_outcome
 from fst_dspy.experiments.process import locked, work
 from fst_dspy.experiments.runner import revision
 from fst_dspy.experiments.stages import compile_stages, load_job_task
-from fst_dspy.local_lm import LocalLM
+from fst_dspy.lm.local_lm import LocalLM
 from fst_dspy.measures import forgetting, ideal_candidate, scores_by_example
 from fst_dspy.model.divergence import kl_to_base, token_entropy
 from fst_dspy.result import FSTResult

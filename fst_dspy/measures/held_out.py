@@ -16,7 +16,7 @@ from fst_dspy.bundle_weights import made_live, read_run, read_weights
 from fst_dspy.config import SamplingConfig
 from fst_dspy.errors import ConfigError, DataError
 from fst_dspy.evaluate import evaluate
-from fst_dspy.local_lm import LocalLM
+from fst_dspy.lm.local_lm import LocalLM
 from fst_dspy.measures.statistics import (
     Interval,
     MeanAtK,

@@ -32,7 +32,7 @@ from fst_dspy.errors import (
     ProgramError,
 )
 from fst_dspy.files import as_plain
-from fst_dspy.local_lm import LocalLM
+from fst_dspy.lm.local_lm import LocalLM
 from fst_dspy.optimizer import FST
 from fst_dspy.study.objective import BudgetSpentError, Objective, TrialListener
 from fst_dspy.study.outcome import front

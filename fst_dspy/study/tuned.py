@@ -23,8 +23,8 @@ import dspy
 import optuna
 from dspy.teleprompt import Teleprompter
 
-from fst_dspy.checks import find_local_lm
 from fst_dspy.errors import ConfigError
+from fst_dspy.lm.predictors import find_local_lm
 from fst_dspy.optimizer import FST
 from fst_dspy.progress import ProgressListener, SilentProgress, StopRun
 from fst_dspy.result import FSTResult

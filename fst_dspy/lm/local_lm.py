@@ -11,9 +11,9 @@ import dspy
 import torch
 from dspy.clients.provider import Provider
 
-from fst_dspy.calls import DEFAULT_MAX_TOKENS
-from fst_dspy.engine import AsyncLocalEngine, LocalEngine
 from fst_dspy.errors import ModelError
+from fst_dspy.lm.engine import AsyncLocalEngine, LocalEngine
+from fst_dspy.lm.requests import DEFAULT_MAX_TOKENS
 from fst_dspy.model.policy import Policy
 
 
@@ -83,7 +83,7 @@ class LocalLM(dspy.LM):
     def infer_provider(self) -> Provider:
         """The provider that trains these weights for DSPy's weight optimizers."""
         # By name: a language model carries its trainer, which lies layers above it.
-        return importlib.import_module("fst_dspy.provider").LocalProvider(self.policy)
+        return importlib.import_module("fst_dspy.lm.provider").LocalProvider(self.policy)
 
     def __copy__(self) -> LocalLM:
         return _remember(super().__copy__())

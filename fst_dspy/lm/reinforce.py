@@ -18,10 +18,8 @@ from dspy.clients.utils_finetune import GRPOStatus, TrainDataFormat, TrainingSta
 
 from fst_dspy.config import SamplingConfig, SlowConfig
 from fst_dspy.errors import ConfigError, DataError, TrainingError
-from fst_dspy.local_lm import LocalLM
-from fst_dspy.model.policy import Policy
-from fst_dspy.slow.advantage import constant_group_share, group_rows
-from fst_dspy.train_input import (
+from fst_dspy.lm.local_lm import LocalLM
+from fst_dspy.lm.train_input import (
     check_format,
     check_message,
     check_messages,
@@ -30,10 +28,12 @@ from fst_dspy.train_input import (
     field_names,
     known_settings,
 )
+from fst_dspy.model.policy import Policy
+from fst_dspy.slow.advantage import constant_group_share, group_rows
 from fst_dspy.types import Call, Group, Rollout, StepRecord
 
 if TYPE_CHECKING:
-    from fst_dspy.provider import LocalProvider
+    from fst_dspy.lm.provider import LocalProvider
 
 logger = logging.getLogger(__name__)
 

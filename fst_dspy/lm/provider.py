@@ -21,10 +21,10 @@ from dspy.clients.utils_finetune import TrainDataFormat, TrainingStatus
 
 from fst_dspy.config import LoraConfig
 from fst_dspy.errors import ConfigError
-from fst_dspy.local_lm import LocalLM, versions_in_use
+from fst_dspy.lm.local_lm import LocalLM, versions_in_use
+from fst_dspy.lm.reinforce import LocalReinforceJob
+from fst_dspy.lm.train_input import field_names, known_settings
 from fst_dspy.model.policy import Policy
-from fst_dspy.reinforce import LocalReinforceJob
-from fst_dspy.train_input import field_names, known_settings
 
 REMEMBERED_JOBS = 8
 
@@ -67,7 +67,7 @@ class LocalProvider(Provider):
             model: Version id of the weights to start from.
             train_data: ``{"messages": [{"role", "content"}, ...]}`` each.
             train_data_format: ``TrainDataFormat.CHAT`` or ``None``.
-            train_kwargs: Fields of ``fst_dspy.sft.FinetuneConfig``; ``lora=True`` for adapters.
+            train_kwargs: Fields of ``fst_dspy.lm.sft.FinetuneConfig``; ``lora=True`` for adapters.
 
         Returns:
             Version id of the new weights, which are live and kept.
@@ -80,7 +80,7 @@ class LocalProvider(Provider):
                 live weights are then those it started from.
         """
         # Training libraries take seconds to import, which a program that only calls should not pay.
-        from fst_dspy.sft import FinetuneConfig, fine_tune, read_conversations
+        from fst_dspy.lm.sft import FinetuneConfig, fine_tune, read_conversations
 
         try:
             settings = known_settings(train_kwargs or {}, field_names(FinetuneConfig))

@@ -26,9 +26,9 @@ from trl import SFTConfig, SFTTrainer
 from fst_dspy import distributed
 from fst_dspy.config import LoraConfig
 from fst_dspy.errors import ConfigError, DataError, TrainingError
+from fst_dspy.lm.train_input import Turn, check_format, check_messages, encode_turn
 from fst_dspy.model.hardware import global_rng_kept
 from fst_dspy.model.policy import Policy
-from fst_dspy.train_input import Turn, check_format, check_messages, encode_turn
 
 logger = logging.getLogger(__name__)
 

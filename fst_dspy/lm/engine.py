@@ -17,8 +17,8 @@ from typing import Any
 
 from dspy import lm15
 
-from fst_dspy.calls import Pending, no_streaming, prepare, run_batch
 from fst_dspy.errors import ModelError
+from fst_dspy.lm.requests import Pending, no_streaming, prepare, run_batch
 from fst_dspy.model.policy import Policy
 
 GATHER_SECONDS = 0.004  # how long the first of some concurrent calls waits for the others

@@ -1,0 +1,1 @@
+"""DSPy's view of the model: requests, the engine, the LM, and the providers that train it."""
