@@ -30,8 +30,8 @@ from fst_dspy.experiments.runs import by_label, scores_by_seed
 from fst_dspy.experiments.show import open_store
 from fst_dspy.experiments.tables import Table, interval_text
 from fst_dspy.measures import paired_difference
-from fst_dspy.notebook_figure import NotebookFigure
-from fst_dspy.plots import drift_curves, score_curves
+from fst_dspy.results.notebook_figure import NotebookFigure
+from fst_dspy.results.plots import drift_curves, score_curves
 
 STORES = Path("runs/families")
 RESULTS = Path(__file__).parent / "results" / "families"

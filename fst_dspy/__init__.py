@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from fst_dspy.lm.local_lm import LocalLM
     from fst_dspy.optimizer import FST
     from fst_dspy.proposers import Proposer
-    from fst_dspy.result import FSTResult
+    from fst_dspy.results.result import FSTResult
     from fst_dspy.study import TunedFST
     from fst_dspy.types import Task
 
@@ -29,7 +29,7 @@ _HOME = {
     "FST": "fst_dspy.optimizer",
     "FSTConfig": "fst_dspy.config",
     "FSTDistill": "fst_dspy.distill",
-    "FSTResult": "fst_dspy.result",
+    "FSTResult": "fst_dspy.results.result",
     "LocalLM": "fst_dspy.lm.local_lm",
     "LoraConfig": "fst_dspy.config",
     "Proposer": "fst_dspy.proposers",

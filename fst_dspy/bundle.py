@@ -42,7 +42,7 @@ from fst_dspy.config import FSTConfig, without_removed
 from fst_dspy.errors import ProgramError, StoreError
 from fst_dspy.lm.local_lm import LocalLM
 from fst_dspy.model.policy import Policy
-from fst_dspy.result import Best, FSTResult
+from fst_dspy.results.result import Best, FSTResult
 from fst_dspy.run.records import cycle_record
 from fst_dspy.run.store import environment
 from fst_dspy.student.candidate import (

@@ -18,7 +18,7 @@ from fst_dspy.tasks import read_value
 
 if TYPE_CHECKING:
     from fst_dspy.evaluate import Quadrants
-    from fst_dspy.result import FSTResult
+    from fst_dspy.results.result import FSTResult
 
 app = typer.Typer(
     no_args_is_help=True,

@@ -57,7 +57,7 @@ class StreamScores:
 
     def plot_scores(self) -> Figure:
         """The scores as shaded cells, a row a stage, a column a task."""
-        from fst_dspy.plots import draw_stream
+        from fst_dspy.results.plots import draw_stream
 
         return draw_stream(self.labels, self.tasks, self.score_S_N)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from fst_dspy.config import FSTConfig, LoraConfig, as_lora, without_removed
 from fst_dspy.errors import StoreError
 from fst_dspy.model.policy import Policy
-from fst_dspy.result import Best, FSTResult
+from fst_dspy.results.result import Best, FSTResult
 from fst_dspy.run.records import cycle_record
 from fst_dspy.student.candidate import candidate_from_json, make_candidate, population_from_json
 from fst_dspy.types import Candidate

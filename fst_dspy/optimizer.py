@@ -61,7 +61,7 @@ from fst_dspy.progress import (
 )
 from fst_dspy.proposers import Proposer
 from fst_dspy.reflection import ReflectionLMProposer
-from fst_dspy.result import Best, FSTResult
+from fst_dspy.results.result import Best, FSTResult
 from fst_dspy.rollout import Channel, RolloutRunner, calls_of
 from fst_dspy.run.trackers import Trackers, tracker_names
 from fst_dspy.run_state import LoopState, RunFolder

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from html import escape
 from typing import TYPE_CHECKING
 
-from fst_dspy import plots
 from fst_dspy.display import (
     CYCLE_COLUMNS,
     cycle_cells,
@@ -17,13 +16,14 @@ from fst_dspy.display import (
     origin,
     score_text,
 )
+from fst_dspy.results import plots
 from fst_dspy.types import Candidate
 from fst_dspy.word_diff import changed_components, diff_html
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from fst_dspy.result import FSTResult
+    from fst_dspy.results.result import FSTResult
 
 
 def result_html(result: FSTResult) -> str:

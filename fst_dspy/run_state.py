@@ -15,7 +15,7 @@ from fst_dspy.errors import StoreError
 from fst_dspy.files import read_json, write_atomically
 from fst_dspy.model.policy import Policy
 from fst_dspy.problems import ProblemStream
-from fst_dspy.result import Best, FSTResult
+from fst_dspy.results.result import Best, FSTResult
 from fst_dspy.run.records import cycle_record
 from fst_dspy.run.store import RunStore, environment
 from fst_dspy.slow.advantage import Scale, step_advantages

@@ -39,7 +39,7 @@ from fst_dspy.experiments.streams import (
     write_stream,
 )
 from fst_dspy.files import read_json
-from fst_dspy.plots import Curve
+from fst_dspy.results.plots import Curve
 from fst_dspy.types import RolloutCounts
 
 OTHER = str(Path(__file__).parent / "study_program_late.py")

@@ -26,7 +26,7 @@ from fst_dspy.measures import (
     steps_to_score,
     x_to_score,
 )
-from fst_dspy.plots import Curve
+from fst_dspy.results.plots import Curve
 from fst_dspy.types import CycleRecord, RolloutCounts
 
 X, Y = (48.0, 200.0, 400.0, 600.0), (0.1, 0.5, 0.4, 0.8)

@@ -28,7 +28,7 @@ from fst_dspy.measures import (
     score_curve,
     x_to_score,
 )
-from fst_dspy.plots import Curve
+from fst_dspy.results.plots import Curve
 
 RL = "rl_only"
 

@@ -14,7 +14,7 @@ from fst_dspy.experiments.runs import Run
 from fst_dspy.experiments.stream_tables import by_arm, stage_label
 from fst_dspy.experiments.streams import Stream
 from fst_dspy.measures import mean_curve
-from fst_dspy.plots import Curve
+from fst_dspy.results.plots import Curve
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -71,7 +71,7 @@ def share_bands(found: Mapping[str, Sequence[Probe]]) -> list[Band]:
 
 def draw_plasticity(found: Mapping[str, Sequence[Probe]], title: str) -> Figure:
     """The second task from each starting point: scores, and shares of what the base reaches."""
-    from fst_dspy.notebook_figure import NotebookFigure
+    from fst_dspy.results.notebook_figure import NotebookFigure
 
     figure = NotebookFigure(figsize=(9, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2)
@@ -121,7 +121,7 @@ def stage_lines(streams: Sequence[Stream], runs: Sequence[Run], task: str) -> li
 
 def draw_stages(streams: Sequence[Stream], runs: Sequence[Run], title: str) -> Figure:
     """A panel a task: its test score at every stage; the stages that learn it are shaded."""
-    from fst_dspy.notebook_figure import NotebookFigure
+    from fst_dspy.results.notebook_figure import NotebookFigure
 
     tasks, stages = streams[0].outcome.tasks, streams[0].outcome.stages
     figure = NotebookFigure(figsize=(max(4.5, 3.4 * len(tasks)), 3.8), layout="constrained")

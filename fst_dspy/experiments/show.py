@@ -145,7 +145,7 @@ def write_results(folder: Path, out: Path | None = None) -> tuple[list[Table], l
 def draw(found: Found) -> tuple[str, Figure] | None:
     """The protocol's figure, with the name of its file."""
     from fst_dspy.experiments import figures
-    from fst_dspy.plots import draw_comparison
+    from fst_dspy.results.plots import draw_comparison
 
     if found.streams:
         return "stages.png", figures.draw_stages(found.streams, found.runs, found.title)

@@ -24,7 +24,7 @@ from fst_dspy.experiments.stages import compile_stages, load_job_task
 from fst_dspy.lm.local_lm import LocalLM
 from fst_dspy.measures import forgetting, ideal_candidate, scores_by_example
 from fst_dspy.model.divergence import kl_to_base, token_entropy
-from fst_dspy.result import FSTResult
+from fst_dspy.results.result import FSTResult
 from fst_dspy.rollout import RolloutRunner, calls_of
 from fst_dspy.student.candidate import seed_candidate
 from fst_dspy.tasks import load_task

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import numpy as np
 
 from fst_dspy.errors import ConfigError, DataError
-from fst_dspy.plots import Curve, score_curves
+from fst_dspy.results.plots import Curve, score_curves
 from fst_dspy.types import CycleRecord
 
 Interpolation = Literal["step", "linear"]

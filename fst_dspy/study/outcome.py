@@ -95,7 +95,7 @@ def _loss(trial: FrozenTrial, index: int, sign: float) -> float:
 
 def draw_importances(importances: Mapping[str, Mapping[str, float]]) -> Figure:
     """Bars of what ``importances`` returned, a panel an objective."""
-    from fst_dspy.notebook_figure import NotebookFigure
+    from fst_dspy.results.notebook_figure import NotebookFigure
 
     figure = NotebookFigure(figsize=(4.6 * max(1, len(importances)), 3.4), layout="constrained")
     panels = figure.subplots(1, max(1, len(importances)), squeeze=False)[0]
@@ -110,7 +110,7 @@ def draw_importances(importances: Mapping[str, Mapping[str, float]]) -> Figure:
 
 def draw_front(study: optuna.Study) -> Figure:
     """The completed trials of a study with two objectives; its front and defaults marked."""
-    from fst_dspy.notebook_figure import NotebookFigure
+    from fst_dspy.results.notebook_figure import NotebookFigure
 
     first, second = study.user_attrs["objective"]["measures"]
     complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))

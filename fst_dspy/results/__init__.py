@@ -1,0 +1,1 @@
+"""What a compile did and found, and how it is shown."""
