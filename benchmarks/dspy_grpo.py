@@ -26,7 +26,7 @@ from dspy.utils.callback import BaseCallback
 from rich.console import Console
 
 from fst_dspy import LocalLM
-from fst_dspy.lessons import LessonProposer
+from fst_dspy.fast.proposers.lessons import LessonProposer
 from fst_dspy.student.candidate import content_hash
 from fst_dspy.tasks import load_task
 from fst_dspy.types import Task

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fst_dspy import measures
-    from fst_dspy.bundle import export, load, save
+    from fst_dspy.bundle.saving import export, load, save
     from fst_dspy.config import FSTConfig, LoraConfig
     from fst_dspy.continual import ContinualFST
     from fst_dspy.distill import FSTDistill
+    from fst_dspy.fast.proposers.protocol import Proposer
     from fst_dspy.lm.local_lm import LocalLM
     from fst_dspy.optimizer import FST
-    from fst_dspy.proposers import Proposer
     from fst_dspy.results.result import FSTResult
     from fst_dspy.study import TunedFST
     from fst_dspy.types import Task
@@ -32,12 +32,12 @@ _HOME = {
     "FSTResult": "fst_dspy.results.result",
     "LocalLM": "fst_dspy.lm.local_lm",
     "LoraConfig": "fst_dspy.config",
-    "Proposer": "fst_dspy.proposers",
+    "Proposer": "fst_dspy.fast.proposers.protocol",
     "Task": "fst_dspy.types",
     "TunedFST": "fst_dspy.study",
-    "export": "fst_dspy.bundle",
-    "load": "fst_dspy.bundle",
-    "save": "fst_dspy.bundle",
+    "export": "fst_dspy.bundle.saving",
+    "load": "fst_dspy.bundle.saving",
+    "save": "fst_dspy.bundle.saving",
 }
 
 _MODULES = ("measures",)

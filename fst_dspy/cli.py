@@ -17,8 +17,8 @@ from fst_dspy.errors import FSTError
 from fst_dspy.tasks import read_value
 
 if TYPE_CHECKING:
-    from fst_dspy.evaluate import Quadrants
     from fst_dspy.results.result import FSTResult
+    from fst_dspy.rollouts.evaluate import Quadrants
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -110,7 +110,7 @@ def export(
     """Write the trained model as a plain folder that transformers and vLLM load."""
     try:
         with console.status("exporting"):
-            from fst_dspy.bundle import export as write_model_folder
+            from fst_dspy.bundle.saving import export as write_model_folder
 
             written = write_model_folder(source, folder, base=base)
     except FSTError as error:
@@ -265,11 +265,11 @@ def _compile(
     with console.status("loading"):
         import dspy
 
-        from fst_dspy.evaluate import quadrants
         from fst_dspy.lm.local_lm import LocalLM
         from fst_dspy.optimizer import FST
         from fst_dspy.progress import RichProgress
-        from fst_dspy.rollout import RolloutRunner
+        from fst_dspy.rollouts.evaluate import quadrants
+        from fst_dspy.rollouts.runner import RolloutRunner
         from fst_dspy.tasks import load_task
 
         task = load_task(program, seed)

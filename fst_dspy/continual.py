@@ -32,8 +32,7 @@ from typing import Any
 import dspy
 
 from fst_dspy import continual_bundle
-from fst_dspy.bundle import make_savable
-from fst_dspy.checks import check_input
+from fst_dspy.bundle.saving import make_savable
 from fst_dspy.config import BudgetConfig
 from fst_dspy.continual_scores import ScoreCache, StreamScores, test_examples
 from fst_dspy.continual_search import Origin, alike, find_origin, kept_origin
@@ -43,6 +42,7 @@ from fst_dspy.lm.local_lm import LocalLM, versions_in_use
 from fst_dspy.lm.predictors import bound_to, find_local_lm
 from fst_dspy.optimizer import FST, Start, default_progress
 from fst_dspy.progress import ProgressListener
+from fst_dspy.rollouts.checks import check_input
 from fst_dspy.student.candidate import seed_candidate
 from fst_dspy.types import Arm, RolloutCounts, Task
 

@@ -3,7 +3,7 @@
 Layout::
 
     continual.json     settings, stages with their results, measured scores
-    tasks/<name>/      the task's program under the shared weights (``fst_dspy.bundle``)
+    tasks/<name>/      the task's program under the shared weights (``fst_dspy.bundle.saving``)
 
 All bundles hold the same weights, so their files are hard links to one where the file system has
 them; copied elsewhere, each is whole. Nothing in the folder is run.
@@ -21,10 +21,10 @@ from typing import Any
 import dspy
 from safetensors.torch import load_file
 
-from fst_dspy import bundle
-from fst_dspy.bundle_files import read_plain_json, write_folder
-from fst_dspy.bundle_manifest import damaged, read_manifest
-from fst_dspy.bundle_weights import read_weights
+from fst_dspy.bundle.files import read_plain_json, write_folder
+from fst_dspy.bundle.manifest import damaged, read_manifest
+from fst_dspy.bundle.saving import saving as bundle
+from fst_dspy.bundle.weights import read_weights
 from fst_dspy.continual_state import TaskStage, keep_version, stage_from_json, stage_to_json
 from fst_dspy.errors import ModelError, StoreError
 from fst_dspy.model.policy import Policy

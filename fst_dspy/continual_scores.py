@@ -12,10 +12,10 @@ from fst_dspy import distributed
 from fst_dspy.config import SamplingConfig
 from fst_dspy.display import notebook_html, score_text
 from fst_dspy.errors import DataError
-from fst_dspy.evaluate import evaluate
 from fst_dspy.files import read_json, write_atomically
 from fst_dspy.lm.local_lm import LocalLM
-from fst_dspy.rollout import RolloutRunner
+from fst_dspy.rollouts.evaluate import evaluate
+from fst_dspy.rollouts.runner import RolloutRunner
 from fst_dspy.student.candidate import content_hash, example_id
 from fst_dspy.types import Candidate, Task
 

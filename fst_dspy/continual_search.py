@@ -15,10 +15,11 @@ import dspy
 from fst_dspy import distributed
 from fst_dspy.config import SamplingConfig
 from fst_dspy.errors import StoreError
-from fst_dspy.evaluate import evaluate
 from fst_dspy.files import read_json, write_atomically
 from fst_dspy.lm.predictors import find_local_lm
-from fst_dspy.rollout import RolloutRunner, Runner
+from fst_dspy.rollouts.evaluate import evaluate
+from fst_dspy.rollouts.jobs import Runner
+from fst_dspy.rollouts.runner import RolloutRunner
 from fst_dspy.student.candidate import seed_candidate
 from fst_dspy.types import Candidate, RolloutCounts, Task
 

@@ -25,12 +25,12 @@ from typing import Any
 
 import dspy
 
-from fst_dspy.checks import CheckedInput, check_input
 from fst_dspy.distill_trainer import ContextReader, DistillTrainer
 from fst_dspy.errors import ConfigError, ProgramError
 from fst_dspy.lm.predictors import bound_to, find_local_lm
 from fst_dspy.optimizer import FST, Start, _Run
 from fst_dspy.results.result import FSTResult
+from fst_dspy.rollouts.checks import CheckedInput, check_input
 from fst_dspy.run_state import LoopState
 from fst_dspy.slow.trainer import SlowTrainer
 from fst_dspy.student.candidate import bind, seed_candidate

@@ -24,9 +24,9 @@ import litellm
 from dspy import lm15
 from litellm.types.utils import Choices, GenericStreamingChunk, Message, ModelResponse, Usage
 
-from fst_dspy.bundle_files import MANIFEST
-from fst_dspy.bundle_manifest import read_manifest
-from fst_dspy.bundle_weights import read_weights
+from fst_dspy.bundle.files import MANIFEST
+from fst_dspy.bundle.manifest import read_manifest
+from fst_dspy.bundle.weights import read_weights
 from fst_dspy.errors import FSTError
 from fst_dspy.lm.engine import AsyncLocalEngine, LocalEngine
 

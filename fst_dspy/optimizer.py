@@ -7,11 +7,11 @@ The fast phase comes first, because RL under a prompt that gives no reward damag
 Departures from the paper (Tiwari et al., 2026), section 3:
 
 * Rollouts are used twice: those of the slow phase score, feed and try the candidates of the fast
-  channel (``fst_dspy.trials``). Its one fast phase with rollouts of its own is cycle 1, an opening
-  that is validated before the weights move: what prompts alone reach is known, and kept should
-  training harm it. With ``reuse=False`` it runs its own in every cycle, as in the paper; then the
-  whole population is scored on the validation examples at the end of every cycle, under the
-  weights of that moment, and the scores serve as validation and as the next Pareto front.
+  channel (``fst_dspy.fast.trials``). Its one fast phase with rollouts of its own is cycle 1, an
+  opening that is validated before the weights move: what prompts alone reach is known, and kept
+  should training harm it. With ``reuse=False`` it runs its own in every cycle, as in the paper;
+  then the whole population is scored on the validation examples at the end of every cycle, under
+  the weights of that moment, and the scores serve as validation and as the next Pareto front.
 * Rollouts of both channels are counted, scoring included.
 * The arms ``rl_only`` and ``gepa_only`` are this loop with one channel off.
 
@@ -40,16 +40,17 @@ import dspy
 from dspy.teleprompt import Teleprompter
 
 from fst_dspy import distributed
-from fst_dspy import population as populations
-from fst_dspy.bundle import make_savable
-from fst_dspy.checks import CheckedInput, check_first_rollouts, check_input
+from fst_dspy.bundle.saving import make_savable
 from fst_dspy.config import Auto, FSTConfig, LoraConfig
-from fst_dspy.demos import DemoProposer
 from fst_dspy.errors import ConfigError, TrainingError
-from fst_dspy.evaluate import evaluate
-from fst_dspy.fast import FastPhase
+from fst_dspy.fast import population as populations
+from fst_dspy.fast.phase import FastPhase
+from fst_dspy.fast.proposers.demos import DemoProposer
+from fst_dspy.fast.proposers.lessons import LessonProposer
+from fst_dspy.fast.proposers.protocol import Proposer
+from fst_dspy.fast.proposers.reflection import ReflectionLMProposer
+from fst_dspy.fast.trials import TrialPhase
 from fst_dspy.interrupt import Interrupt
-from fst_dspy.lessons import LessonProposer
 from fst_dspy.lm.predictors import bound_to
 from fst_dspy.model.divergence import kl_to_base
 from fst_dspy.model.policy import Policy
@@ -59,17 +60,17 @@ from fst_dspy.progress import (
     StopRun,
     default_progress,
 )
-from fst_dspy.proposers import Proposer
-from fst_dspy.reflection import ReflectionLMProposer
 from fst_dspy.results.result import Best, FSTResult
-from fst_dspy.rollout import Channel, RolloutRunner, calls_of
+from fst_dspy.rollouts.checks import CheckedInput, check_first_rollouts, check_input
+from fst_dspy.rollouts.evaluate import evaluate
+from fst_dspy.rollouts.jobs import Channel, calls_of
+from fst_dspy.rollouts.runner import RolloutRunner
 from fst_dspy.run.trackers import Trackers, tracker_names
 from fst_dspy.run_state import LoopState, RunFolder
 from fst_dspy.slow.advantage import constant_group_share, group_rows
 from fst_dspy.slow.trainer import SlowTrainer
 from fst_dspy.step_sampler import StepSampler
 from fst_dspy.student.candidate import bind, example_id, seed_candidate
-from fst_dspy.trials import TrialPhase
 from fst_dspy.types import (
     Arm,
     Candidate,

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 import dspy
 
 from fst_dspy.config import SlowConfig
-from fst_dspy.fast import FastPhase
+from fst_dspy.fast.phase import FastPhase
 from fst_dspy.problems import ProblemStream
-from fst_dspy.rollout import RolloutJob, RolloutRunner
+from fst_dspy.rollouts.jobs import RolloutJob
+from fst_dspy.rollouts.runner import RolloutRunner
 from fst_dspy.slow.advantage import by_candidate
 from fst_dspy.student.candidate import example_id
 from fst_dspy.types import Group, Population, Rollout

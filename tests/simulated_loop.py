@@ -13,11 +13,11 @@ from typing import Any
 
 import dspy
 
-from fst_dspy import population as populations
-from fst_dspy.evaluate import evaluate
-from fst_dspy.fast import FastPhase
+from fst_dspy.fast import population as populations
+from fst_dspy.fast.phase import FastPhase
 from fst_dspy.problems import ProblemStream
-from fst_dspy.rollout import RolloutJob
+from fst_dspy.rollouts.evaluate import evaluate
+from fst_dspy.rollouts.jobs import RolloutJob
 from fst_dspy.student.candidate import example_id
 from fst_dspy.types import Candidate, Population, PredictorTrace, Rollout, RolloutCounts
 

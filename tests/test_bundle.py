@@ -26,7 +26,7 @@ from typer.testing import CliRunner
 
 import fst_dspy
 from fst_dspy import LocalLM
-from fst_dspy.bundle import BundleSave
+from fst_dspy.bundle.saving import BundleSave
 from fst_dspy.errors import FSTError, ModelError, ProgramError, StoreError
 
 pytestmark = pytest.mark.slow

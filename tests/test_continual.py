@@ -17,7 +17,7 @@ from fst_dspy.continual_scores import StreamScores
 from fst_dspy.continual_search import SEARCH_EXAMPLES, alike, clearly_better, nearest
 from fst_dspy.errors import ConfigError, DataError, ModelError, ProgramError, StoreError
 from fst_dspy.optimizer import begin_lora
-from fst_dspy.rollout import RolloutRunner
+from fst_dspy.rollouts.runner import RolloutRunner
 from fst_dspy.student.candidate import make_candidate
 from fst_dspy.tasks import load_task
 from fst_dspy.types import Rollout

@@ -12,9 +12,15 @@ from hypothesis import strategies as st
 from test_fast import SEED, TRAIN, VAL, RuleRunner, Scripted, run, scored, words
 
 from fst_dspy.config import FastConfig
-from fst_dspy.demos import BANK_SIZE, SOURCE, DemoProposer, only_fewer, shown_examples
-from fst_dspy.fast import FastPhase
-from fst_dspy.rollout import RolloutJob
+from fst_dspy.fast.phase import FastPhase
+from fst_dspy.fast.proposers.demos import (
+    BANK_SIZE,
+    SOURCE,
+    DemoProposer,
+    only_fewer,
+    shown_examples,
+)
+from fst_dspy.rollouts.jobs import RolloutJob
 from fst_dspy.student.candidate import bind, decode_demos, encode_demos, example_id, make_candidate
 from fst_dspy.types import Failure, PredictorTrace, Rollout
 

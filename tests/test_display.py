@@ -10,8 +10,8 @@ from rich.console import Console
 from run_folders import HOSTILE, write_run
 
 from fst_dspy.display import population_rows, show
-from fst_dspy.evaluate import Quadrants
 from fst_dspy.results import plots
+from fst_dspy.rollouts.evaluate import Quadrants
 from fst_dspy.student.candidate import make_candidate
 from fst_dspy.types import Population
 from fst_dspy.word_diff import MOST_WORDS, changed_components, diff_html, word_diff

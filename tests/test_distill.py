@@ -9,7 +9,8 @@ from fst_dspy import FST, FSTDistill, LocalLM
 from fst_dspy.config import FSTConfig, LoraConfig, SamplingConfig, SlowConfig
 from fst_dspy.distill_trainer import ContextReader, DistillTrainer, reverse_kl, token_entropy
 from fst_dspy.errors import ConfigError, ProgramError, TrainingError
-from fst_dspy.rollout import RolloutJob, RolloutRunner
+from fst_dspy.rollouts.jobs import RolloutJob
+from fst_dspy.rollouts.runner import RolloutRunner
 from fst_dspy.student.candidate import make_candidate, seed_candidate
 from fst_dspy.tasks import load_task
 

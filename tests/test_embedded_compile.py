@@ -8,8 +8,8 @@ import pytest
 from fst_dspy import FST, LocalLM
 from fst_dspy.config import SamplingConfig
 from fst_dspy.embedded.corpus.words import ENGLISH, HELD_OUT
-from fst_dspy.evaluate import evaluate
-from fst_dspy.rollout import RolloutRunner
+from fst_dspy.rollouts.evaluate import evaluate
+from fst_dspy.rollouts.runner import RolloutRunner
 from fst_dspy.student.candidate import seed_candidate
 from fst_dspy.tasks import load_task
 

@@ -18,11 +18,11 @@ from helpers import wait_for
 
 import fst_dspy.lm.engine as engine_module
 import fst_dspy.lm.requests as calls_module
-from fst_dspy.barrier import BarrierBatcher, Slot
 from fst_dspy.errors import ModelError
 from fst_dspy.lm.engine import AsyncLocalEngine, LocalEngine
 from fst_dspy.lm.requests import prompt_ids
 from fst_dspy.model.policy import Policy
+from fst_dspy.rollouts.barrier import BarrierBatcher, Slot
 
 
 @pytest.fixture

@@ -14,17 +14,19 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from fst_dspy.config import FastConfig, SamplingConfig
-from fst_dspy.demos import DemoProposer
 from fst_dspy.errors import ConfigError, DataError
-from fst_dspy.evaluate import evaluate
-from fst_dspy.fast import FastPhase, ProposalStats
-from fst_dspy.gepa_adapter import GepaAdapter, Reflector, Trajectory, make_records
-from fst_dspy.lessons import LessonProposer
+from fst_dspy.fast.gepa_adapter import GepaAdapter
+from fst_dspy.fast.phase import FastPhase, ProposalStats
+from fst_dspy.fast.population import best, choose
+from fst_dspy.fast.proposers.demos import DemoProposer
+from fst_dspy.fast.proposers.lessons import LessonProposer
+from fst_dspy.fast.proposers.protocol import ProposalError
+from fst_dspy.fast.reflector import Reflector, Trajectory, make_records
+from fst_dspy.fast.selectors import WorstFirstComponentSelector
 from fst_dspy.lm.local_lm import LocalLM
-from fst_dspy.population import best, choose
-from fst_dspy.proposers import ProposalError
-from fst_dspy.rollout import RolloutJob, RolloutRunner
-from fst_dspy.selectors import WorstFirstComponentSelector
+from fst_dspy.rollouts.evaluate import evaluate
+from fst_dspy.rollouts.jobs import RolloutJob
+from fst_dspy.rollouts.runner import RolloutRunner
 from fst_dspy.student.candidate import example_id, make_candidate, seed_candidate
 from fst_dspy.types import Candidate, Failure, Population, PredictorTrace, Rollout
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fst_dspy.lessons import (
+from fst_dspy.fast.proposers.lessons import (
     LessonProposer,
     contradicts,
     key_of,

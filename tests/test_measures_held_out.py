@@ -12,7 +12,6 @@ from helpers import Echo, RawAdapter, questions, vowels
 import fst_dspy
 from fst_dspy.config import SamplingConfig
 from fst_dspy.errors import ConfigError, DataError, ModelError, StoreError
-from fst_dspy.evaluate import evaluate
 from fst_dspy.lm.local_lm import LocalLM
 from fst_dspy.measures import (
     forgetting,
@@ -23,7 +22,8 @@ from fst_dspy.measures import (
     scores_by_example,
 )
 from fst_dspy.model.policy import Policy
-from fst_dspy.rollout import RolloutRunner
+from fst_dspy.rollouts.evaluate import evaluate
+from fst_dspy.rollouts.runner import RolloutRunner
 from fst_dspy.student.candidate import bind, make_candidate, seed_candidate
 from fst_dspy.types import Task
 

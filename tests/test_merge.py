@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from test_fast import VAL, RuleRunner, Scripted, run
 
 from fst_dspy.config import FastConfig
-from fst_dspy.fast import FastPhase
-from fst_dspy.merge import merge
-from fst_dspy.population import best, choose
-from fst_dspy.rollout import RolloutJob
+from fst_dspy.fast.merge import merge
+from fst_dspy.fast.phase import FastPhase
+from fst_dspy.fast.population import best, choose
+from fst_dspy.rollouts.jobs import RolloutJob
 from fst_dspy.student.candidate import example_id, make_candidate
 from fst_dspy.types import Candidate, PredictorTrace, Rollout
 

@@ -20,8 +20,8 @@ from fst_dspy.errors import (
     StoreError,
     TrainingError,
 )
-from fst_dspy.evaluate import evaluate
 from fst_dspy.files import read_jsonl
+from fst_dspy.rollouts.evaluate import evaluate
 
 pytestmark = pytest.mark.slow
 
@@ -206,7 +206,7 @@ class Empty(dspy.Module):
     ],
 )
 def test_bad_input_is_refused_before_any_work(tiny_qwen3, change, error, message, monkeypatch):
-    from fst_dspy import rollout
+    from fst_dspy.rollouts import runner as rollout
 
     def no_work(*args, **kwargs):
         raise AssertionError("rollouts were run")

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from scipy.stats import binomtest
 
 from fst_dspy.errors import ConfigError
-from fst_dspy.population import (
+from fst_dspy.fast.population import (
     NICHE,
     assign,
     best,

@@ -8,7 +8,7 @@ import dspy
 import pytest
 
 from fst_dspy.embedded.corpus.list_program import OPERATIONS
-from fst_dspy.lessons import marked_lessons
+from fst_dspy.fast.proposers.lessons import marked_lessons
 from fst_dspy.student.candidate import example_id
 from fst_dspy.tasks import load_task
 from fst_dspy.types import Task

@@ -13,12 +13,12 @@ import dspy
 import pytest
 
 from fst_dspy.config import FastConfig
-from fst_dspy.fast import FastPhase, score
-from fst_dspy.lessons import LessonProposer
-from fst_dspy.population import best, choose
-from fst_dspy.proposers import ProposalError
-from fst_dspy.reflection import ReflectionLMProposer, dropped_fields
-from fst_dspy.rollout import RolloutJob
+from fst_dspy.fast.phase import FastPhase, score
+from fst_dspy.fast.population import best, choose
+from fst_dspy.fast.proposers.lessons import LessonProposer
+from fst_dspy.fast.proposers.protocol import ProposalError
+from fst_dspy.fast.proposers.reflection import ReflectionLMProposer, dropped_fields
+from fst_dspy.rollouts.jobs import RolloutJob
 from fst_dspy.student.candidate import example_id, make_candidate
 from fst_dspy.types import PredictorTrace, Rollout
 
@@ -291,7 +291,7 @@ def test_pauses_between_retries_grow_and_heed_the_provider(
     script, url = server
     script.answers = [429]
     pauses: list[float] = []
-    monkeypatch.setattr("fst_dspy.reflection.time.sleep", pauses.append)
+    monkeypatch.setattr("fst_dspy.fast.proposers.reflection.time.sleep", pauses.append)
     proposer = proposer_of(url, num_retries=3, pause=1.0)
     with pytest.raises(ProposalError):
         proposer.propose(SEED.components, {NAME: []}, [NAME])

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fst_dspy.demos import SOURCE
-from fst_dspy.reuse import RolloutPool, fill, minibatch, paired, pool_from_json, score_table
+from fst_dspy.fast.pool import RolloutPool, fill, minibatch, paired, pool_from_json, score_table
+from fst_dspy.fast.proposers.demos import SOURCE
 from fst_dspy.student.candidate import encode_demos, make_candidate
 from fst_dspy.types import Call, Failure, PredictorTrace, Rollout
 

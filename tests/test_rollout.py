@@ -6,7 +6,8 @@ from helpers import Echo, RawAdapter, Twice, questions, vowels
 
 from fst_dspy.config import SamplingConfig
 from fst_dspy.lm.local_lm import LocalLM
-from fst_dspy.rollout import RolloutJob, RolloutRunner
+from fst_dspy.rollouts.jobs import RolloutJob
+from fst_dspy.rollouts.runner import RolloutRunner
 from fst_dspy.student.adapter import strict_adapter
 from fst_dspy.student.candidate import seed_candidate
 

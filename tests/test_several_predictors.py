@@ -6,8 +6,9 @@ from helpers import RawAdapter, Twice, questions
 
 from fst_dspy import FST, LocalLM
 from fst_dspy.config import SamplingConfig
-from fst_dspy.gepa_adapter import Trajectory, make_records
-from fst_dspy.rollout import RolloutJob, RolloutRunner
+from fst_dspy.fast.reflector import Trajectory, make_records
+from fst_dspy.rollouts.jobs import RolloutJob
+from fst_dspy.rollouts.runner import RolloutRunner
 from fst_dspy.slow.advantage import group_advantages, group_rows
 from fst_dspy.student.candidate import example_id, seed_candidate
 from fst_dspy.types import Group

@@ -346,7 +346,7 @@ def test_mlflow_is_left_without_a_tracking_uri(whole):
 def test_trackers_that_cannot_work_are_refused_before_any_work(tiny_qwen3, tmp_path, monkeypatch):
     import importlib.util
 
-    from fst_dspy import rollout
+    from fst_dspy.rollouts import runner as rollout
 
     monkeypatch.setattr(rollout.RolloutRunner, "run", lambda *_, **__: pytest.fail("rollouts"))
     with pytest.raises(ConfigError, match="tensorboard, wandb, mlflow, not 'tensorbord'"):

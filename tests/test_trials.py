@@ -11,13 +11,13 @@ from simulated_loop import ScriptedRunner, simulate
 from test_fast import NAME, RULES, SEED, Scripted, tickets, words
 
 from fst_dspy.config import FastConfig
-from fst_dspy.demos import DemoProposer
-from fst_dspy.fast import FastPhase
-from fst_dspy.lessons import LessonProposer
-from fst_dspy.population import choose
-from fst_dspy.rollout import RolloutJob
+from fst_dspy.fast.phase import FastPhase
+from fst_dspy.fast.population import choose
+from fst_dspy.fast.proposers.demos import DemoProposer
+from fst_dspy.fast.proposers.lessons import LessonProposer
+from fst_dspy.fast.trials import Trial, TrialPhase, lineup
+from fst_dspy.rollouts.jobs import RolloutJob
 from fst_dspy.student.candidate import example_id, make_candidate
-from fst_dspy.trials import Trial, TrialPhase, lineup
 
 TRAIN, VAL = tickets(200, 1), tickets(48, 2)
 WHOLE = make_candidate({**SEED.components, NAME: "\n".join(["Answer.", *RULES.values()])})

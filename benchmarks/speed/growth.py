@@ -37,7 +37,8 @@ from benchmarks.speed.models import (
 from fst_dspy import FST
 from fst_dspy.config import SamplingConfig, SlowConfig
 from fst_dspy.progress import SilentProgress
-from fst_dspy.rollout import RolloutJob, RolloutRunner
+from fst_dspy.rollouts.jobs import RolloutJob
+from fst_dspy.rollouts.runner import RolloutRunner
 from fst_dspy.slow.advantage import group_rows
 from fst_dspy.slow.trainer import SlowTrainer
 from fst_dspy.student.candidate import example_id, seed_candidate

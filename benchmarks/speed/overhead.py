@@ -18,8 +18,8 @@ import dspy
 
 from benchmarks.speed.measure import Clock, Row, row_of
 from fst_dspy import FST, LocalLM, optimizer
-from fst_dspy.lessons import LessonProposer
-from fst_dspy.rollout import RolloutRunner
+from fst_dspy.fast.proposers.lessons import LessonProposer
+from fst_dspy.rollouts.runner import RolloutRunner
 from fst_dspy.slow.trainer import SlowTrainer
 from fst_dspy.tasks import load_task
 

@@ -23,7 +23,8 @@ from fst_dspy import LocalLM
 from fst_dspy.config import SamplingConfig
 from fst_dspy.lm.requests import prompt_ids
 from fst_dspy.model.generate import GenerationRequest, generate
-from fst_dspy.rollout import RolloutJob, RolloutRunner, calls_of
+from fst_dspy.rollouts.jobs import RolloutJob, calls_of
+from fst_dspy.rollouts.runner import RolloutRunner
 from fst_dspy.student.candidate import seed_candidate
 from fst_dspy.types import Call
 

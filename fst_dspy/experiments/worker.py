@@ -15,8 +15,7 @@ from pathlib import Path
 
 import dspy
 
-from fst_dspy.bundle_weights import read_run
-from fst_dspy.evaluate import evaluate
+from fst_dspy.bundle.weights import read_run
 from fst_dspy.experiments.jobs import Job, Outcome, read_job, write_outcome
 from fst_dspy.experiments.process import locked, work
 from fst_dspy.experiments.runner import revision
@@ -25,7 +24,9 @@ from fst_dspy.lm.local_lm import LocalLM
 from fst_dspy.measures import forgetting, ideal_candidate, scores_by_example
 from fst_dspy.model.divergence import kl_to_base, token_entropy
 from fst_dspy.results.result import FSTResult
-from fst_dspy.rollout import RolloutRunner, calls_of
+from fst_dspy.rollouts.evaluate import evaluate
+from fst_dspy.rollouts.jobs import calls_of
+from fst_dspy.rollouts.runner import RolloutRunner
 from fst_dspy.student.candidate import seed_candidate
 from fst_dspy.tasks import load_task
 from fst_dspy.types import Candidate, Rollout, RolloutCounts, Task

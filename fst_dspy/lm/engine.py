@@ -1,7 +1,8 @@
 """The DSPy engine of ``LocalLM``: whatever calls arrive together, from threads or coroutines, are
 generated together.
 
-Rollouts have an engine of their own, ``fst_dspy.barrier``, whose batches do not depend on timing.
+Rollouts have an engine of their own, ``fst_dspy.rollouts.barrier``, whose batches do not depend on
+timing.
 """
 
 from __future__ import annotations

@@ -6,7 +6,6 @@ On records or plain curves: ``rollouts_to_score``, ``steps_to_score``, ``area_un
 ``quadrants``.
 """
 
-from fst_dspy.evaluate import Quadrants, quadrants
 from fst_dspy.measures.curves import (
     MatchedKL,
     area_under_curve,
@@ -36,6 +35,7 @@ from fst_dspy.measures.statistics import (
     scores_by_example,
 )
 from fst_dspy.model.divergence import kl_to_base, token_entropy
+from fst_dspy.rollouts.evaluate import Quadrants, quadrants
 
 __all__ = [
     "Asymptote",

@@ -11,11 +11,10 @@ import dspy
 from rich.console import Console
 from rich.progress import track
 
-from fst_dspy.bundle_manifest import is_bundle, read_manifest
-from fst_dspy.bundle_weights import made_live, read_run, read_weights
+from fst_dspy.bundle.manifest import is_bundle, read_manifest
+from fst_dspy.bundle.weights import made_live, read_run, read_weights
 from fst_dspy.config import SamplingConfig
 from fst_dspy.errors import ConfigError, DataError
-from fst_dspy.evaluate import evaluate
 from fst_dspy.lm.local_lm import LocalLM
 from fst_dspy.measures.statistics import (
     Interval,
@@ -25,7 +24,9 @@ from fst_dspy.measures.statistics import (
     scores_by_example,
 )
 from fst_dspy.model.divergence import kl_to_base, token_entropy
-from fst_dspy.rollout import RolloutRunner, calls_of
+from fst_dspy.rollouts.evaluate import evaluate
+from fst_dspy.rollouts.jobs import calls_of
+from fst_dspy.rollouts.runner import RolloutRunner
 from fst_dspy.student.candidate import INSTRUCTIONS, component_name, make_candidate, predictor_names
 from fst_dspy.types import Candidate, Task
 

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from fst_dspy.errors import StoreError
+from fst_dspy.fast.population import pareto_front
 from fst_dspy.files import read_json, read_jsonl
-from fst_dspy.population import pareto_front
 from fst_dspy.student.candidate import make_candidate
 from fst_dspy.types import Candidate
 

@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from fst_dspy.bundle_files import (
+from fst_dspy.bundle.files import (
     MANIFEST,
     check_files,
     check_name,

@@ -35,15 +35,15 @@ from gepa.core.adapter import EvaluationBatch
 from gepa.strategies.candidate_selector import ParetoCandidateSelector
 
 from fst_dspy import distributed
-from fst_dspy import population as populations
-from fst_dspy.acceptance import ProposalStats, proposal_of
 from fst_dspy.config import FastConfig
-from fst_dspy.fast import FastPhase, check_instructions
-from fst_dspy.gepa_adapter import Reflector, Trajectory, candidate_of, make_records
-from fst_dspy.merge import merge
-from fst_dspy.proposers import Proposer
-from fst_dspy.reuse import RolloutPool, minibatch, paired, pool_from_json, score_table
-from fst_dspy.rollout import Runner
+from fst_dspy.fast import population as populations
+from fst_dspy.fast.acceptance import ProposalStats, proposal_of
+from fst_dspy.fast.merge import merge
+from fst_dspy.fast.phase import FastPhase, check_instructions
+from fst_dspy.fast.pool import RolloutPool, minibatch, paired, pool_from_json, score_table
+from fst_dspy.fast.proposers.protocol import Proposer
+from fst_dspy.fast.reflector import Reflector, Trajectory, candidate_of, make_records
+from fst_dspy.rollouts.jobs import Runner
 from fst_dspy.student.candidate import candidate_from_json, candidate_to_json
 from fst_dspy.types import Candidate, Population, Rollout
 
@@ -78,9 +78,9 @@ class TrialPhase(FastPhase):
     """A fast channel that uses the slow phase's rollouts.
 
     Args:
-        config, proposer, seed: As for :class:`~fst_dspy.fast.FastPhase`.
+        config, proposer, seed: As for :class:`~fst_dspy.fast.phase.FastPhase`.
         steps_per_cycle: T, optimizer steps a cycle.
-        **options: As for :class:`~fst_dspy.fast.FastPhase`.
+        **options: As for :class:`~fst_dspy.fast.phase.FastPhase`.
     """
 
     reuses = True

@@ -23,7 +23,13 @@ import dspy
 from dspy.utils.exceptions import LMError
 from gepa.strategies.instruction_proposal import InstructionProposalSignature
 
-from fst_dspy.proposers import HasState, LearnsFromRecords, ProposalError, Proposer, Record
+from fst_dspy.fast.proposers.protocol import (
+    HasState,
+    LearnsFromRecords,
+    ProposalError,
+    Proposer,
+    Record,
+)
 from fst_dspy.student.candidate import INSTRUCTIONS, split_component
 
 logger = logging.getLogger(__name__)

@@ -19,7 +19,7 @@ from typing import Any
 
 import dspy
 
-from fst_dspy.proposers import Record
+from fst_dspy.fast.proposers.protocol import Record
 from fst_dspy.student.candidate import canonical_json, decode_demos, encode_demos, split_component
 from fst_dspy.types import Candidate, PredictorTrace, Rollout
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import dspy
 
-from fst_dspy.rollout import Channel, RolloutJob, Runner
+from fst_dspy.rollouts.jobs import Channel, RolloutJob, Runner
 from fst_dspy.types import Candidate, Rollout
 
 

@@ -1,26 +1,30 @@
-"""GEPA's view of a DSPy program: texts in, scores, traces and reflective records out."""
+"""From a candidate's rollouts to new texts: what is reflected on, and by whom."""
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import dspy
-from gepa.core.adapter import EvaluationBatch
 
 from fst_dspy import distributed
-from fst_dspy.demos import DemoProposer
-from fst_dspy.proposers import CountsFaults, LearnsFromRecords, ProposalError, Proposer, Record
-from fst_dspy.rollout import RolloutJob, Runner
+from fst_dspy.fast.proposers.demos import DemoProposer
+from fst_dspy.fast.proposers.protocol import (
+    CountsFaults,
+    LearnsFromRecords,
+    ProposalError,
+    Proposer,
+    Record,
+)
 from fst_dspy.student.candidate import DEMOS, INSTRUCTIONS, make_candidate, split_component
 from fst_dspy.types import Candidate, PredictorTrace, Rollout
 
 logger = logging.getLogger(__name__)
+
 
 MAX_TEXT = 4000
 """Characters of one field that go into a record; longer texts lose their middle."""
@@ -102,77 +106,6 @@ class Reflector:
             ask = partial(self.proposer.propose, components, rows, others)
             texts |= distributed.from_main(ask)
         return texts
-
-
-@dataclass
-class GepaAdapter:
-    """Implements gepa's ``GEPAAdapter`` for one fast phase.
-
-    Attributes:
-        runner: Runs the rollouts, on channel ``fast``.
-        reflector: Proposes texts.
-        cycle: Part of every rollout's salt.
-        keep: Is given the rollouts of every training minibatch.
-    """
-
-    runner: Runner
-    reflector: Reflector
-    cycle: int
-    keep: Callable[[Sequence[Rollout]], None] = lambda rollouts: None
-    _runs: int = 0
-
-    def evaluate(
-        self,
-        batch: Sequence[dspy.Example],
-        candidate: Mapping[str, str],
-        capture_traces: bool = False,
-    ) -> EvaluationBatch[Trajectory, Rollout]:
-        """Run the candidate on the batch: one score an example, whatever failed.
-
-        Args:
-            batch: Examples.
-            candidate: Texts by component name.
-            capture_traces: Whether to keep the trajectories: training examples alone.
-        """
-        self._runs += 1
-        bound = make_candidate(candidate)
-        rollouts = self.runner.run(
-            [RolloutJob(example, bound, index) for index, example in enumerate(batch)],
-            channel="fast",
-            salt=phase_salt(self.cycle, self._runs),
-        )
-        if capture_traces:
-            self.keep(rollouts)
-        trajectories = [Trajectory(e, r) for e, r in zip(batch, rollouts, strict=True)]
-        return EvaluationBatch(
-            outputs=rollouts,
-            scores=[rollout.reward for rollout in rollouts],
-            trajectories=trajectories if capture_traces else None,
-        )
-
-    def make_reflective_dataset(
-        self,
-        candidate: Mapping[str, str],
-        eval_batch: EvaluationBatch[Trajectory, Rollout],
-        components_to_update: Sequence[str],
-    ) -> dict[str, list[Record]]:
-        """For each component, one record a rollout, failures included."""
-        trajectories = eval_batch.trajectories or []
-        return {name: make_records(name, trajectories) for name in components_to_update}
-
-    def propose_new_texts(
-        self,
-        candidate: Mapping[str, str],
-        reflective_dataset: Mapping[str, Sequence[Record]],
-        components_to_update: Sequence[str],
-    ) -> dict[str, str]:
-        """See :meth:`Reflector.propose`."""
-        return self.reflector.propose(candidate, reflective_dataset, components_to_update)
-
-
-def phase_salt(cycle: int, run: int) -> int:
-    """Salt of the ``run``-th batch of rollouts (from 1) in a cycle's fast phase."""
-    return int.from_bytes(hashlib.sha256(f"fast|{cycle}|{run}".encode()).digest()[:4], "big")
 
 
 def make_records(component: str, trajectories: Sequence[Trajectory]) -> list[Record]:

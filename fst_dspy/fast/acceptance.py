@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from gepa.proposer.base import CandidateProposal
 from gepa.strategies.acceptance import AcceptanceCriterion, ImprovementOrEqualAcceptance
 
-from fst_dspy.demos import only_fewer
+from fst_dspy.fast.proposers.demos import only_fewer
 from fst_dspy.student.candidate import DEMOS, split_component
 from fst_dspy.types import Candidate
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 from transformers.utils import logging as hf_logging
 
-from fst_dspy.bundle_manifest import BaseRecord, Manifest, WeightsRecord, damaged
+from fst_dspy.bundle.manifest import BaseRecord, Manifest, WeightsRecord, damaged
 from fst_dspy.config import LoraConfig
 from fst_dspy.errors import ModelError, StoreError
 from fst_dspy.files import read_json

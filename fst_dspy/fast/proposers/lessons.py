@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from fst_dspy.proposers import Record
+from fst_dspy.fast.proposers.protocol import Record
 from fst_dspy.student.candidate import INSTRUCTIONS, split_component
 
 MARKER = re.compile(r"\b(?:lesson|rule|hint|note|remember|tip)s?\s*:\s*", re.IGNORECASE)

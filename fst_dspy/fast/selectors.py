@@ -9,7 +9,7 @@ from gepa.core.state import GEPAState
 from gepa.proposer.reflective_mutation.base import ReflectionComponentSelector
 from gepa.strategies.component_selector import RoundRobinReflectionComponentSelector
 
-from fst_dspy.gepa_adapter import Trajectory
+from fst_dspy.fast.reflector import Trajectory
 from fst_dspy.student.candidate import INSTRUCTIONS, split_component
 
 

@@ -1,8 +1,8 @@
 """What proposes new texts for a candidate from rollouts and their feedback.
 
-A proposer has one method. ``fst_dspy.reflection.ReflectionLMProposer`` asks a language model, any
-that ``dspy.LM`` reaches; ``fst_dspy.lessons.LessonProposer`` needs none;
-``fst_dspy.demos.DemoProposer`` proposes demos.
+A proposer has one method. ``fst_dspy.fast.proposers.reflection.ReflectionLMProposer`` asks a
+language model, any that ``dspy.LM`` reaches; ``fst_dspy.fast.proposers.lessons.LessonProposer``
+needs none; ``fst_dspy.fast.proposers.demos.DemoProposer`` proposes demos.
 """
 
 from __future__ import annotations

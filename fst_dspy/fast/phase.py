@@ -8,7 +8,7 @@ validation examples. The K candidates that cover the front are the next populati
 Where this departs from ``gepa.optimize`` and ``dspy.GEPA``: they start from one candidate and
 cache scores by text. Here the state starts from the whole population, with scores measured under
 the current weights, because the weights move between the phases. Demos are components like
-instructions. ``fst_dspy.trials`` does the same without rollouts of its own.
+instructions. ``fst_dspy.fast.trials`` does the same without rollouts of its own.
 """
 
 from __future__ import annotations
@@ -30,18 +30,19 @@ from gepa.strategies.acceptance import AcceptanceCriterion, StrictImprovementAcc
 from gepa.strategies.batch_sampler import EpochShuffledBatchSampler
 from gepa.strategies.candidate_selector import ParetoCandidateSelector
 
-from fst_dspy import population as populations
-from fst_dspy.acceptance import ProposalStats, criterion_for, proposal_of
 from fst_dspy.config import FastConfig
-from fst_dspy.demos import DemoProposer
 from fst_dspy.errors import ConfigError, DataError
-from fst_dspy.gepa_adapter import GepaAdapter, Reflector, Trajectory, candidate_of
-from fst_dspy.merge import merge
-from fst_dspy.population import choose
-from fst_dspy.proposers import HasState, Proposer
-from fst_dspy.reflection import ReflectionUsage
-from fst_dspy.rollout import Runner
-from fst_dspy.selectors import SELECTORS
+from fst_dspy.fast import population as populations
+from fst_dspy.fast.acceptance import ProposalStats, criterion_for, proposal_of
+from fst_dspy.fast.gepa_adapter import GepaAdapter
+from fst_dspy.fast.merge import merge
+from fst_dspy.fast.population import choose
+from fst_dspy.fast.proposers.demos import DemoProposer
+from fst_dspy.fast.proposers.protocol import HasState, Proposer
+from fst_dspy.fast.proposers.reflection import ReflectionUsage
+from fst_dspy.fast.reflector import Reflector, Trajectory, candidate_of
+from fst_dspy.fast.selectors import SELECTORS
+from fst_dspy.rollouts.jobs import Runner
 from fst_dspy.student.candidate import (
     DEMOS,
     INSTRUCTIONS,
@@ -77,7 +78,7 @@ class FastPhase:
 
     Args:
         config: Population size, minibatch size and the like.
-        proposer: Proposes instructions; see ``fst_dspy.proposers``.
+        proposer: Proposes instructions; see ``fst_dspy.fast.proposers.protocol``.
         seed: Seed of the draws of parents and minibatches, together with the cycle.
         demos: Proposes demos; ``None`` leaves them alone.
         acceptance: gepa's criterion for a child, by its minibatch scores and its parent's.

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fst_dspy.demos import shown_examples
+from fst_dspy.fast.proposers.demos import shown_examples
 from fst_dspy.run.records import _with_fields, as_read_back, rollout_from_json
 from fst_dspy.types import Candidate, Rollout
 

@@ -1,0 +1,1 @@
+"""A trained program as a folder that can be trusted."""

@@ -1,0 +1,1 @@
+"""The fast channel: a population of candidates, proposers, GEPA's iterations, trials."""

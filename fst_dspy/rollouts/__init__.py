@@ -1,0 +1,1 @@
+"""The program run many times at once, scored."""
