@@ -21,9 +21,9 @@ from typing import Any
 import dspy
 from safetensors.torch import load_file
 
+from fst_dspy.bundle import saving as bundle
 from fst_dspy.bundle.files import read_plain_json, write_folder
 from fst_dspy.bundle.manifest import damaged, read_manifest
-from fst_dspy.bundle.saving import saving as bundle
 from fst_dspy.bundle.weights import read_weights
 from fst_dspy.continual_state import TaskStage, keep_version, stage_from_json, stage_to_json
 from fst_dspy.errors import ModelError, StoreError

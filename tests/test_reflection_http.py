@@ -13,11 +13,12 @@ import dspy
 import pytest
 
 from fst_dspy.config import FastConfig
-from fst_dspy.fast.phase import FastPhase, score
+from fst_dspy.fast.phase import FastPhase
 from fst_dspy.fast.population import best, choose
 from fst_dspy.fast.proposers.lessons import LessonProposer
 from fst_dspy.fast.proposers.protocol import ProposalError
 from fst_dspy.fast.proposers.reflection import ReflectionLMProposer, dropped_fields
+from fst_dspy.rollouts.evaluate import evaluate
 from fst_dspy.rollouts.jobs import RolloutJob
 from fst_dspy.student.candidate import example_id, make_candidate
 from fst_dspy.types import PredictorTrace, Rollout
@@ -149,7 +150,7 @@ class BlueRunner:
 
 def run_phase(proposer: ReflectionLMProposer, iterations: int) -> tuple[str, FastPhase]:
     runner = BlueRunner()
-    rows = score(runner, [SEED], VAL, channel="fast", salt=0)
+    rows = evaluate(runner, [SEED], VAL, channel="fast").score_K_V
     start = choose([SEED], rows, [example_id(e) for e in VAL], 4, 0)
     phase = FastPhase(FastConfig(minibatch_size=4), proposer, 0)
     end = phase.run(runner, start, TRAIN, VAL, cycle=1, iterations=iterations, policy_version=0)
@@ -255,7 +256,7 @@ def test_every_fault_is_counted_and_the_fallback_stands_in(
     script.answers = [FAULTS[kind]]
     asks_q = make_candidate({NAME: "Answer q.", "solve.demos": "[]"})
     runner = BlueRunner()
-    rows = score(runner, [asks_q], VAL, channel="fast", salt=0)
+    rows = evaluate(runner, [asks_q], VAL, channel="fast").score_K_V
     start = choose([asks_q], rows, [example_id(e) for e in VAL], 4, 0)
     proposer = proposer_of(url, timeout=limit_of(kind), fallback=lessons())
     phase = FastPhase(FastConfig(minibatch_size=4), proposer, 0)

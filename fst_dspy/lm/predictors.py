@@ -8,7 +8,6 @@ import dspy
 
 from fst_dspy.errors import ProgramError
 from fst_dspy.lm.local_lm import LocalLM
-from fst_dspy.lm.predictors import trained_predictors
 from fst_dspy.student.candidate import bind, predictor_names
 from fst_dspy.types import Candidate
 
@@ -19,11 +18,12 @@ def trained_predictors(program: dspy.Module, lm: LocalLM) -> list[str]:
     return [
         name
         for name in predictor_names(program)
-        if own[name] is None or _shares_policy(own[name], lm.policy)
+        if own[name] is None or shares_policy(own[name], lm.policy)
     ]
 
 
-def _shares_policy(lm: Any, policy: Any) -> bool:
+def shares_policy(lm: Any, policy: Any) -> bool:
+    """Whether a language model is a local one over this policy."""
     return isinstance(lm, LocalLM) and lm.policy is policy
 
 

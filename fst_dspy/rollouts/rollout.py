@@ -1,4 +1,4 @@
-"""One rollout in its thread."""
+"""One rollout in its thread: the program run, watched, scored, and all of it kept."""
 
 from __future__ import annotations
 
@@ -7,19 +7,20 @@ import contextvars
 import logging
 import threading
 import time
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import dspy
 from dspy.utils.callback import BaseCallback
 from dspy.utils.exceptions import AdapterParseError
 
+from fst_dspy.config import SamplingConfig
 from fst_dspy.errors import MetricError
-from fst_dspy.lm.predictors import _shares_policy
+from fst_dspy.lm.local_lm import LocalLM
+from fst_dspy.lm.predictors import shares_policy
 from fst_dspy.rollouts.barrier import BarrierBatcher, Slot
 from fst_dspy.rollouts.jobs import RolloutJob
-from fst_dspy.rollouts.runner import RolloutRunner
 from fst_dspy.student.candidate import example_id
 from fst_dspy.student.metric import Score, call_metric, read_score
 from fst_dspy.types import Failure, PredictorTrace, Rollout
@@ -30,26 +31,52 @@ logger = logging.getLogger(__name__)
 _in_rollout: contextvars.ContextVar[bool] = contextvars.ContextVar("in_rollout", default=False)
 
 
-class _Run:
-    """One rollout in its thread; everything it learns is in plain attributes."""
+@dataclass(frozen=True)
+class Setting:
+    """What the rollouts of a batch have in common.
+
+    Attributes:
+        metric: See ``fst_dspy.student.metric``.
+        sampling: Limits and the failure score.
+        lm: The language model of a rollout, but for its engine.
+        adapter: What the program runs with.
+        version: The weights to sample from; ``None`` means the live ones.
+        ask_predictors: Ask the metric about each predictor too.
+    """
+
+    metric: Callable[..., Any]
+    sampling: SamplingConfig
+    lm: LocalLM
+    adapter: dspy.Adapter
+    version: str | None
+    ask_predictors: bool
+
+
+class RolloutThread:
+    """One rollout in its thread; everything it learns is in plain attributes.
+
+    Args:
+        setting: What it has in common with others.
+        make_program: Gives the program with the candidate's texts in it, for this rollout alone.
+        job: The example and the candidate.
+        slot, batcher: Its place among those that generate together.
+    """
 
     def __init__(
         self,
-        runner: RolloutRunner,
+        setting: Setting,
+        make_program: Callable[[], dspy.Module],
         job: RolloutJob,
         slot: Slot,
         batcher: BarrierBatcher,
-        version: str | None,
-        learned_from: bool,
     ) -> None:
-        self.ask_predictors = learned_from and runner.predictor_feedback
+        self.setting, self.make_program = setting, make_program
+        self.job, self.slot, self.batcher = job, slot, batcher
         self.predictors: dict[str, dspy.Predict] = {}
-        self.runner, self.job, self.slot, self.batcher = runner, job, slot, batcher
-        self.version = version
         self.policy_version = batcher.policy.step
-        self.recorder = _TraceRecorder(slot)
+        self.recorder = TraceRecorder(slot)
         self.done = threading.Event()
-        self.clock = _Clock()
+        self.clock = Clock()
         self._lock = threading.Lock()
         self._rollout: Rollout | None = None
 
@@ -96,18 +123,18 @@ class _Run:
             self._finish(self._failed("program", f"{type(error).__name__}: {error}"))
 
     def _run_program(self) -> Any:
-        program = self.runner.bound(self.job.candidate)
+        program = self.make_program()
         self.predictors = dict(program.named_predictors())
         self.recorder.names = {id(predictor): name for name, predictor in self.predictors.items()}
         for name, predictor in self.predictors.items():
             # On the predictors, not in the settings: those would hear adapter and LM as well, at a
             # quarter of what DSPy takes for a call.
             predictor.callbacks = [*predictor.callbacks, self.recorder]
-            if predictor.lm is None or _shares_policy(predictor.lm, self.runner.policy):
+            if predictor.lm is None or shares_policy(predictor.lm, self.batcher.policy):
                 predictor.lm = self._slot_lm(name)
         with dspy.context(
             lm=self._slot_lm("unnamed"),
-            adapter=self.runner._adapter,
+            adapter=self.setting.adapter,
             trace=[],
             disable_history=True,
         ):
@@ -118,22 +145,22 @@ class _Run:
             return program(**inputs)
 
     def _slot_lm(self, predictor: str) -> dspy.LM:
-        engine = self.batcher.engine_for(self.slot, predictor, version=self.version)
-        limit = self.runner.sampling.max_calls
-        return self.runner._lm.copy(
-            engine=_WatchedEngine(engine, self.clock, self.slot, limit),
-            async_engine=_WatchedAsyncEngine(engine.async_engine, self.clock, self.slot, limit),
+        engine = self.batcher.engine_for(self.slot, predictor, version=self.setting.version)
+        limit = self.setting.sampling.max_calls
+        return self.setting.lm.copy(
+            engine=WatchedEngine(engine, self.clock, self.slot, limit),
+            async_engine=WatchedAsyncEngine(engine.async_engine, self.clock, self.slot, limit),
         )
 
     def _score(self, prediction: Any) -> Rollout:
         try:
-            score = call_metric(self.runner.metric, self.job.example, prediction)
+            score = call_metric(self.setting.metric, self.job.example, prediction)
         except MetricError:
             raise
         except Exception as error:
             raise MetricError(f"the metric raised {type(error).__name__}: {error}") from error
         rollout = self._rollout_with(score)
-        if self.ask_predictors:
+        if self.setting.ask_predictors:
             rollout = replace(rollout, feedback_by_predictor=self._ask(prediction, score))
         if not self.slot.calls:
             message = "the program never called the local model on this example"
@@ -156,7 +183,7 @@ class _Run:
             if not own:
                 continue
             try:
-                result = self.runner.metric(self.job.example, prediction, trace, name, own[-1:])
+                result = self.setting.metric(self.job.example, prediction, trace, name, own[-1:])
                 feedback = read_score(result).feedback
             except Exception as error:  # the rollout has its reward; only the hint is lost
                 logger.debug("the metric raised %s about predictor %s", error, name)
@@ -179,7 +206,7 @@ class _Run:
         return self._failed("parse", f"The answer did not state the fields {fields} as asked.")
 
     def _failed(self, kind: Any, message: str) -> Rollout:
-        score = Score(self.runner.sampling.failure_score, message)
+        score = Score(self.setting.sampling.failure_score, message)
         return replace(self._rollout_with(score), failure=Failure(kind, message))
 
     def _rollout_with(self, score: Score) -> Rollout:
@@ -195,7 +222,7 @@ class _Run:
         )
 
 
-class _Clock:
+class Clock:
     """Seconds a rollout has run outside the model: generation is not its fault."""
 
     def __init__(self) -> None:
@@ -221,13 +248,13 @@ class _Clock:
         return 0.0 if self._inside else time.monotonic() - self._since
 
 
-class _WatchedEngine:
+class WatchedEngine:
     """The slot's engine, with the clock stopped while it generates."""
 
-    def __init__(self, engine: Any, clock: _Clock, slot: Slot, max_calls: int) -> None:
+    def __init__(self, engine: Any, clock: Clock, slot: Slot, max_calls: int) -> None:
         self.engine, self.clock, self.slot, self.max_calls = engine, clock, slot, max_calls
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> _WatchedEngine:
+    def __deepcopy__(self, memo: dict[int, Any]) -> WatchedEngine:
         return self
 
     def complete(self, request: Any) -> Any:
@@ -238,7 +265,7 @@ class _WatchedEngine:
             self.clock.leave()
 
 
-class _WatchedAsyncEngine(_WatchedEngine):
+class WatchedAsyncEngine(WatchedEngine):
     async def complete(self, request: Any) -> Any:
         self.clock.enter(self.slot, self.max_calls)
         try:
@@ -247,7 +274,7 @@ class _WatchedAsyncEngine(_WatchedEngine):
             self.clock.leave()
 
 
-class _TraceRecorder(BaseCallback):
+class TraceRecorder(BaseCallback):
     """Keeps what each of the program's predictors was given and what was parsed, also in vain."""
 
     def __init__(self, slot: Slot) -> None:
@@ -256,7 +283,7 @@ class _TraceRecorder(BaseCallback):
         self.traces: list[PredictorTrace] = []
         self._open: dict[str, tuple[str, dict[str, Any], int]] = {}
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> _TraceRecorder:
+    def __deepcopy__(self, memo: dict[int, Any]) -> TraceRecorder:
         return self  # a program may copy its predictors
 
     def on_module_start(self, call_id: str, instance: Any, inputs: dict[str, Any]) -> None:
@@ -279,3 +306,6 @@ class _TraceRecorder(BaseCallback):
 def _outside_rollouts(record: logging.LogRecord) -> bool:
     """DSPy warns of every truncated answer; in a rollout that is data, and counted."""
     return not _in_rollout.get()
+
+
+logging.getLogger("dspy.clients.lm").addFilter(_outside_rollouts)

@@ -11,8 +11,8 @@ and the same one however the threads were scheduled, so the same seed gives the 
 from __future__ import annotations
 
 import hashlib
-import logging
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import dspy
@@ -22,13 +22,11 @@ from fst_dspy.config import SamplingConfig
 from fst_dspy.lm.local_lm import LocalLM
 from fst_dspy.rollouts.barrier import BarrierBatcher, Slot
 from fst_dspy.rollouts.jobs import Channel, RolloutJob
-from fst_dspy.rollouts.rollout import _outside_rollouts, _Run
+from fst_dspy.rollouts.rollout import RolloutThread, Setting
 from fst_dspy.student.adapter import BOUND_PROGRAMS, strict_adapter
 from fst_dspy.student.candidate import bind, example_id, predictor_names
 from fst_dspy.student.metric import gives_predictor_feedback
 from fst_dspy.types import Candidate, Rollout, RolloutCounts
-
-logger = logging.getLogger(__name__)
 
 WATCH_SECONDS = 0.25
 """How often rollouts that are not done are looked at, for one that is stuck."""
@@ -115,8 +113,16 @@ class RolloutRunner:
             for number, job in enumerate(jobs)
         ]
         batcher = BarrierBatcher(self.policy, slots)
+        setting = Setting(
+            self.metric,
+            self.sampling,
+            self._lm,
+            self._adapter,
+            version,
+            ask_predictors=self.predictor_feedback and channel != "eval",
+        )
         runs = [
-            _Run(self, job, slot, batcher, version, channel != "eval")
+            RolloutThread(setting, partial(self.bound, job.candidate), job, slot, batcher)
             for job, slot in zip(jobs, slots, strict=True)
         ]
         try:
@@ -145,9 +151,6 @@ class RolloutRunner:
         parts = (self.seed, channel, salt, example_id(job.example), job.candidate.id, job.index)
         digest = hashlib.sha256("|".join(map(str, parts)).encode()).digest()
         return int.from_bytes(digest[:8], "big") >> 1
-
-
-logging.getLogger("dspy.clients.lm").addFilter(_outside_rollouts)
 
 
 def _sampling_kwargs(sampling: SamplingConfig) -> dict[str, Any]:
