@@ -23,12 +23,12 @@ from typing import Annotated
 
 import typer
 
-from fst_dspy.cli_experiments import compare
+from fst_dspy.cli.experiments import compare
 from fst_dspy.experiments import Run, load_runs, write_results
-from fst_dspy.experiments.contrasts import mean_curve_on, to_best_cells
+from fst_dspy.experiments.findings.contrasts import mean_curve_on, to_best_cells
+from fst_dspy.experiments.findings.show import open_store
+from fst_dspy.experiments.findings.tables import Table, interval_text
 from fst_dspy.experiments.runs import by_label, scores_by_seed
-from fst_dspy.experiments.show import open_store
-from fst_dspy.experiments.tables import Table, interval_text
 from fst_dspy.measures import paired_difference
 from fst_dspy.results.notebook_figure import NotebookFigure
 from fst_dspy.results.plots import drift_curves, score_curves

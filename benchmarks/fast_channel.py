@@ -16,7 +16,7 @@ from pathlib import Path
 import typer
 from families import SETTINGS, draw, runs_of
 
-from fst_dspy.cli_experiments import ablate
+from fst_dspy.cli.experiments import ablate
 from fst_dspy.experiments import Run
 
 STORES = Path("runs/fast_channel")

@@ -26,7 +26,8 @@ import dspy
 import torch
 import typer
 
-from fst_dspy import FST, LocalLM, run_state
+from fst_dspy import FST, LocalLM
+from fst_dspy.loop import folder as run_state
 from fst_dspy.tasks import load_task
 
 SETTINGS = {

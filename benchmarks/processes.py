@@ -29,7 +29,7 @@ from benchmarks.gpu_work import endless, write_model
 from benchmarks.speed.measure import commit, machine
 from benchmarks.speed.models import WholeAnswer, early_letters, program, questions
 from fst_dspy import FST, distributed
-from fst_dspy.progress import SilentProgress
+from fst_dspy.loop.progress import SilentProgress
 from fst_dspy.types import CycleRecord
 
 RESULT = Path(__file__).parent / "results" / "processes.json"

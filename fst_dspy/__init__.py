@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from fst_dspy import measures
     from fst_dspy.bundle.saving import export, load, save
     from fst_dspy.config import FSTConfig, LoraConfig
-    from fst_dspy.continual import ContinualFST
-    from fst_dspy.distill import FSTDistill
+    from fst_dspy.continual.learner import ContinualFST
+    from fst_dspy.distill.optimizer import FSTDistill
     from fst_dspy.fast.proposers.protocol import Proposer
     from fst_dspy.lm.local_lm import LocalLM
     from fst_dspy.optimizer import FST
@@ -25,10 +25,10 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
-    "ContinualFST": "fst_dspy.continual",
+    "ContinualFST": "fst_dspy.continual.learner",
     "FST": "fst_dspy.optimizer",
     "FSTConfig": "fst_dspy.config",
-    "FSTDistill": "fst_dspy.distill",
+    "FSTDistill": "fst_dspy.distill.optimizer",
     "FSTResult": "fst_dspy.results.result",
     "LocalLM": "fst_dspy.lm.local_lm",
     "LoraConfig": "fst_dspy.config",

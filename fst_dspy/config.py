@@ -167,7 +167,7 @@ class SlowConfig:
             a GPU as many as memory seems to hold.
         revisit_constant: Probability, in (0, 1], that a problem's turn is taken after its latest
             group had a constant reward (no gradient); to the power of such groups in a row, but at
-            least 1/16. 1 takes every turn. See ``fst_dspy.problems``.
+            least 1/16. 1 takes every turn. See ``fst_dspy.loop.problems``.
         damp_constant: Multiply the learning rate of a step by the square root of the share of its
             rows that have an advantage, as for a smaller batch (Malladi et al. 2022, "On the SDEs
             and Scaling Rules for Adaptive Gradient Algorithms"): rows of constant groups say

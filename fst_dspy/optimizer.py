@@ -50,26 +50,27 @@ from fst_dspy.fast.proposers.lessons import LessonProposer
 from fst_dspy.fast.proposers.protocol import Proposer
 from fst_dspy.fast.proposers.reflection import ReflectionLMProposer
 from fst_dspy.fast.trials import TrialPhase
-from fst_dspy.interrupt import Interrupt
 from fst_dspy.lm.predictors import bound_to
-from fst_dspy.model.divergence import kl_to_base
-from fst_dspy.model.policy import Policy
-from fst_dspy.progress import (
+from fst_dspy.loop.folder import RunFolder
+from fst_dspy.loop.interrupt import Interrupt
+from fst_dspy.loop.progress import (
     ProgressListener,
     SilentProgress,
     StopRun,
     default_progress,
 )
+from fst_dspy.loop.sampling import StepSampler
+from fst_dspy.loop.state import LoopState
+from fst_dspy.model.divergence import kl_to_base
+from fst_dspy.model.policy import Policy
 from fst_dspy.results.result import Best, FSTResult
 from fst_dspy.rollouts.checks import CheckedInput, check_first_rollouts, check_input
 from fst_dspy.rollouts.evaluate import evaluate
 from fst_dspy.rollouts.jobs import Channel, calls_of
 from fst_dspy.rollouts.runner import RolloutRunner
 from fst_dspy.run.trackers import Trackers, tracker_names
-from fst_dspy.run_state import LoopState, RunFolder
 from fst_dspy.slow.advantage import constant_group_share, group_rows
 from fst_dspy.slow.trainer import SlowTrainer
-from fst_dspy.step_sampler import StepSampler
 from fst_dspy.student.candidate import bind, example_id, seed_candidate
 from fst_dspy.types import (
     Arm,

@@ -12,11 +12,12 @@ from pathlib import Path
 
 import dspy
 
-from fst_dspy import FST, LocalLM, distributed, optimizer, run_state
+from fst_dspy import FST, LocalLM, distributed, optimizer
 from fst_dspy.config import LoraConfig, SamplingConfig, SlowConfig
 from fst_dspy.errors import FSTError
+from fst_dspy.loop import folder as run_state
+from fst_dspy.loop.progress import SilentProgress
 from fst_dspy.model.policy import Policy
-from fst_dspy.progress import SilentProgress
 from fst_dspy.slow.trainer import SlowTrainer
 from fst_dspy.tasks import load_task
 from fst_dspy.types import TrainingRow

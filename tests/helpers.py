@@ -7,7 +7,8 @@ import time
 import dspy
 import torch
 
-from fst_dspy import optimizer, run_state
+from fst_dspy import optimizer
+from fst_dspy.loop import folder as run_state
 
 
 class RawAdapter(dspy.ChatAdapter):

@@ -7,8 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from fst_dspy.config import FSTConfig
+from fst_dspy.loop.folder import RunFolder
 from fst_dspy.results.result import Best, FSTResult
-from fst_dspy.run_state import RunFolder
 from fst_dspy.student.candidate import make_candidate
 from fst_dspy.types import (
     Call,

@@ -15,7 +15,7 @@ import dspy
 
 from fst_dspy.fast import population as populations
 from fst_dspy.fast.phase import FastPhase
-from fst_dspy.problems import ProblemStream
+from fst_dspy.loop.problems import ProblemStream
 from fst_dspy.rollouts.evaluate import evaluate
 from fst_dspy.rollouts.jobs import RolloutJob
 from fst_dspy.student.candidate import example_id

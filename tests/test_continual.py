@@ -13,8 +13,8 @@ from training_helpers import late_letters
 import fst_dspy
 from fst_dspy import ContinualFST, LocalLM, Task
 from fst_dspy.config import LoraConfig
-from fst_dspy.continual_scores import StreamScores
-from fst_dspy.continual_search import SEARCH_EXAMPLES, alike, clearly_better, nearest
+from fst_dspy.continual.origin import SEARCH_EXAMPLES, alike, clearly_better, nearest
+from fst_dspy.continual.scores import StreamScores
 from fst_dspy.errors import ConfigError, DataError, ModelError, ProgramError, StoreError
 from fst_dspy.optimizer import begin_lora
 from fst_dspy.rollouts.runner import RolloutRunner
@@ -174,7 +174,7 @@ def test_a_task_learned_again_goes_on_with_its_population(tiny_qwen3):
 
 @pytest.mark.slow
 def test_a_new_task_takes_the_nearest_population_and_counts_the_search(tiny_qwen3, monkeypatch):
-    from fst_dspy import continual_search
+    from fst_dspy.continual import origin as continual_search
 
     monkeypatch.setattr(continual_search, "clearly_better", lambda score_V, own_V: True)
     learner = stream(tiny_qwen3, A, B)

@@ -7,7 +7,8 @@ from helpers import Echo, RawAdapter, Twice, kill_before_steps, questions, vowel
 
 from fst_dspy import FST, FSTDistill, LocalLM
 from fst_dspy.config import FSTConfig, LoraConfig, SamplingConfig, SlowConfig
-from fst_dspy.distill_trainer import ContextReader, DistillTrainer, reverse_kl, token_entropy
+from fst_dspy.distill.reader import ContextReader
+from fst_dspy.distill.trainer import DistillTrainer, reverse_kl, token_entropy
 from fst_dspy.errors import ConfigError, ProgramError, TrainingError
 from fst_dspy.rollouts.jobs import RolloutJob
 from fst_dspy.rollouts.runner import RolloutRunner
@@ -148,7 +149,7 @@ def test_a_student_that_is_its_own_teacher_takes_no_step(tiny_qwen3):
 
 
 def test_the_step_does_not_depend_on_how_it_is_cut(tiny_qwen3, monkeypatch):
-    from fst_dspy import distill_trainer
+    from fst_dspy.distill import trainer as distill_trainer
 
     losses, versions = [], []
     for size, limit in ((16, 2**29), (2, 1)):

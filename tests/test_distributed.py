@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from fst_dspy import LocalLM, distributed
 from fst_dspy.config import SamplingConfig, SlowConfig
-from fst_dspy.distill_trainer import DistillTrainer
+from fst_dspy.distill.trainer import DistillTrainer
 from fst_dspy.errors import ConfigError, StoreError
 from fst_dspy.lm.sft import FinetuneConfig, fine_tune
 from fst_dspy.model.policy import Policy

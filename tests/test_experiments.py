@@ -11,17 +11,17 @@ from fst_dspy.config import FSTConfig
 from fst_dspy.errors import ConfigError, DataError, StoreError
 from fst_dspy.experiments import ARMS, AXES, ExperimentStore, Job, Plan, compare, write_results
 from fst_dspy.experiments.ablate import REFERENCE, variants_of
-from fst_dspy.experiments.contrasts import ablations, against_rl, asymptotes, mean_curves
+from fst_dspy.experiments.findings.contrasts import ablations, against_rl, asymptotes, mean_curves
+from fst_dspy.experiments.findings.show import Found, make_tables
+from fst_dspy.experiments.findings.tables import forgetting_table, summary
 from fst_dspy.experiments.jobs import Outcome, read_outcome, read_records, write_job, write_outcome
 from fst_dspy.experiments.runs import Run, load_runs, shared_budget
-from fst_dspy.experiments.show import Found, make_tables
 from fst_dspy.experiments.stages import Within
-from fst_dspy.experiments.tables import forgetting_table, summary
 from fst_dspy.experiments.tuned_rl import rl_space
 from fst_dspy.experiments.worker import run_job
 from fst_dspy.files import read_json
+from fst_dspy.loop.progress import StopRun
 from fst_dspy.measures import Forgetting, Interval, mean_at_k
-from fst_dspy.progress import StopRun
 from fst_dspy.types import CycleRecord, RolloutCounts
 
 PROGRAM = str(Path(__file__).parent / "study_program.py")

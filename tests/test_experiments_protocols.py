@@ -10,7 +10,7 @@ from test_experiments import PROGRAM, TINY, column, job_of, made_run, record
 from test_experiments import run as run_here
 from typer.testing import CliRunner
 
-from fst_dspy.cli import app
+from fst_dspy.cli.app import app
 from fst_dspy.errors import ConfigError
 from fst_dspy.experiments import (
     SEED_PROMPT,
@@ -23,12 +23,12 @@ from fst_dspy.experiments import (
     plasticity,
     write_results,
 )
-from fst_dspy.experiments.figures import band, share_bands, stage_lines
+from fst_dspy.experiments.findings.figures import band, share_bands, stage_lines
+from fst_dspy.experiments.findings.plasticity_tables import every_probe, plasticity_table, probes
+from fst_dspy.experiments.findings.stream_tables import every_stage, stage_table, task_table
 from fst_dspy.experiments.jobs import read_job, write_job
-from fst_dspy.experiments.plasticity_tables import every_probe, plasticity_table, probes
 from fst_dspy.experiments.runner import rollouts_so_far
 from fst_dspy.experiments.stages import load_job_task
-from fst_dspy.experiments.stream_tables import every_stage, stage_table, task_table
 from fst_dspy.experiments.stream_worker import run_stream
 from fst_dspy.experiments.streams import (
     MODULE,

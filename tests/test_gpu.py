@@ -26,9 +26,10 @@ from test_trl_contract import STEPS, rows_of, run_stock, trainer_for
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 import fst_dspy.model.graph_decode as static
-from fst_dspy import FST, LocalLM, run_state
+from fst_dspy import FST, LocalLM
 from fst_dspy.config import LoraConfig, SamplingConfig, SlowConfig
 from fst_dspy.errors import ConfigError
+from fst_dspy.loop import folder as run_state
 from fst_dspy.model.generate import GenerationRequest, GenerationResult, generate
 from fst_dspy.model.policy import Policy
 from fst_dspy.model.vllm_engine import use_vllm

@@ -139,7 +139,7 @@ def test_a_notebook_runs_from_a_clean_kernel(path: Path, tmp_path: Path) -> None
 
 PROGRESS = """
 from fst_dspy.config import BudgetConfig
-from fst_dspy.progress import NotebookProgress, default_progress
+from fst_dspy.loop.progress import NotebookProgress, default_progress
 from fst_dspy.types import CycleRecord, RolloutCounts
 
 def record(cycle, rollouts):

@@ -6,7 +6,7 @@ from helpers import questions
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fst_dspy.problems import LEAST, ProblemStream
+from fst_dspy.loop.problems import LEAST, ProblemStream
 from fst_dspy.student.candidate import example_id
 from fst_dspy.types import Group, Rollout
 

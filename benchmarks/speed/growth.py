@@ -36,7 +36,7 @@ from benchmarks.speed.models import (
 )
 from fst_dspy import FST
 from fst_dspy.config import SamplingConfig, SlowConfig
-from fst_dspy.progress import SilentProgress
+from fst_dspy.loop.progress import SilentProgress
 from fst_dspy.rollouts.jobs import RolloutJob
 from fst_dspy.rollouts.runner import RolloutRunner
 from fst_dspy.slow.advantage import group_rows

@@ -10,12 +10,12 @@ from fst_dspy.experiments.ablate import AXES, ablate
 from fst_dspy.experiments.arms import ARMS, Arm, Stage
 from fst_dspy.experiments.compare import compare
 from fst_dspy.experiments.continual import SEED_PROMPT, continual
+from fst_dspy.experiments.findings.show import write_results
 from fst_dspy.experiments.jobs import Job, Outcome
 from fst_dspy.experiments.plan import Plan
 from fst_dspy.experiments.plasticity import plasticity
 from fst_dspy.experiments.runner import ExperimentStore, run_jobs
 from fst_dspy.experiments.runs import Run, load_runs
-from fst_dspy.experiments.show import write_results
 from fst_dspy.experiments.streams import Stream, StreamOutcome, load_streams
 
 __all__ = [

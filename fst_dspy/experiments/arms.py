@@ -60,7 +60,7 @@ def _fst(channels: Channels, metric: Callable[..., Any], **options: Any) -> Tele
 
 
 def _distill(metric: Callable[..., Any], **options: Any) -> Teleprompter:
-    from fst_dspy.distill import FSTDistill
+    from fst_dspy.distill.optimizer import FSTDistill
 
     return FSTDistill(metric, **options)
 

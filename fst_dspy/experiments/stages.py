@@ -12,7 +12,7 @@ from dspy.teleprompt import Teleprompter
 
 from fst_dspy.experiments.arms import Stage, find_arm
 from fst_dspy.experiments.jobs import Job
-from fst_dspy.progress import SilentProgress, StopRun, cycle_line
+from fst_dspy.loop.progress import SilentProgress, StopRun, cycle_line
 from fst_dspy.results.result import FSTResult
 from fst_dspy.student.candidate import (
     INSTRUCTIONS,

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import dspy
 
-from fst_dspy.continual import ContinualFST
-from fst_dspy.continual_state import TaskStage
+from fst_dspy.continual.learner import ContinualFST
+from fst_dspy.continual.stages import TaskStage
 from fst_dspy.errors import StoreError
 from fst_dspy.experiments.jobs import Job, read_job
 from fst_dspy.experiments.process import locked, work

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fst_dspy.config import FSTConfig
+from fst_dspy.config import FSTConfig, without_removed
 from fst_dspy.files import read_jsonl
-from fst_dspy.student.candidate import candidate_from_json
+from fst_dspy.run.records import cycle_record
+from fst_dspy.student.candidate import candidate_from_json, population_from_json
 from fst_dspy.types import Arm, Candidate, CycleRecord, Population, RolloutCounts
 
 if TYPE_CHECKING:
@@ -143,3 +145,26 @@ class FSTResult:
         from fst_dspy.result_display import result_rich
 
         return result_rich(self)
+
+
+def flat_settings(config: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """The settings of ``FSTConfig.to_dict`` as ``FST`` takes them."""
+    return {
+        name: value for part in without_removed(config).values() for name, value in part.items()
+    }
+
+
+def _result_from_json(plain: Mapping[str, Any]) -> FSTResult:
+    best = plain["best"]
+    return FSTResult(
+        arm=plain["arm"],
+        seed=plain["seed"],
+        config=FSTConfig.make(**flat_settings(plain["config"])),
+        records=tuple(cycle_record(row) for row in plain["records"]),
+        population=population_from_json(plain["population"]),
+        best=Best(**{**best, "candidate": candidate_from_json(best["candidate"])}),
+        seed_candidate=candidate_from_json(plain["seed_candidate"]),
+        base_version=plain["base_version"],
+        weights_version=plain["weights_version"],
+        log_dir=plain["log_dir"],
+    )

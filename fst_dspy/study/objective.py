@@ -28,7 +28,7 @@ from optuna.trial import TrialState
 from fst_dspy.config import BudgetConfig
 from fst_dspy.errors import ConfigError
 from fst_dspy.files import read_jsonl
-from fst_dspy.progress import SilentProgress
+from fst_dspy.loop.progress import SilentProgress
 from fst_dspy.run.records import cycle_record
 from fst_dspy.types import CycleRecord, RolloutCounts
 

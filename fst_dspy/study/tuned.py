@@ -25,8 +25,8 @@ from dspy.teleprompt import Teleprompter
 
 from fst_dspy.errors import ConfigError
 from fst_dspy.lm.predictors import find_local_lm
+from fst_dspy.loop.progress import ProgressListener, SilentProgress, StopRun
 from fst_dspy.optimizer import FST
-from fst_dspy.progress import ProgressListener, SilentProgress, StopRun
 from fst_dspy.results.result import FSTResult
 from fst_dspy.study.space import Space, default_space
 from fst_dspy.types import CycleRecord, RolloutCounts

@@ -12,7 +12,9 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from fst_dspy import cli_experiments, cli_protocols, distributed
+from fst_dspy import distributed
+from fst_dspy.cli import experiments as cli_experiments
+from fst_dspy.cli import protocols as cli_protocols
 from fst_dspy.errors import FSTError
 from fst_dspy.tasks import read_value
 
@@ -204,7 +206,7 @@ def tune(
         with console.status("loading"):
             import dspy
 
-            from fst_dspy.cli_tune import tune_and_report
+            from fst_dspy.cli.tune import tune_and_report
             from fst_dspy.study import Objective, load_space
 
         upper, lower = (
@@ -266,8 +268,8 @@ def _compile(
         import dspy
 
         from fst_dspy.lm.local_lm import LocalLM
+        from fst_dspy.loop.progress import RichProgress
         from fst_dspy.optimizer import FST
-        from fst_dspy.progress import RichProgress
         from fst_dspy.rollouts.evaluate import quadrants
         from fst_dspy.rollouts.runner import RolloutRunner
         from fst_dspy.tasks import load_task

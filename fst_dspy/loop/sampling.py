@@ -8,7 +8,7 @@ import dspy
 
 from fst_dspy.config import SlowConfig
 from fst_dspy.fast.phase import FastPhase
-from fst_dspy.problems import ProblemStream
+from fst_dspy.loop.problems import ProblemStream
 from fst_dspy.rollouts.jobs import RolloutJob
 from fst_dspy.rollouts.runner import RolloutRunner
 from fst_dspy.slow.advantage import by_candidate

@@ -8,18 +8,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fst_dspy.errors import DataError, StoreError
-from fst_dspy.experiments import contrasts, stream_tables, tables
-from fst_dspy.experiments.jobs import Job, write_json
-from fst_dspy.experiments.plasticity_tables import (
+from fst_dspy.experiments.findings import contrasts, stream_tables, tables
+from fst_dspy.experiments.findings.plasticity_tables import (
     Probe,
     every_probe,
     plasticity_table,
     probes,
 )
+from fst_dspy.experiments.findings.tables import Table
+from fst_dspy.experiments.jobs import Job, write_json
 from fst_dspy.experiments.runner import INDEX, ExperimentStore
 from fst_dspy.experiments.runs import PAIR, QUADRANTS, Run, load_runs
 from fst_dspy.experiments.streams import Stream, load_streams
-from fst_dspy.experiments.tables import Table
 from fst_dspy.files import write_atomically
 
 if TYPE_CHECKING:
@@ -144,7 +144,7 @@ def write_results(folder: Path, out: Path | None = None) -> tuple[list[Table], l
 
 def draw(found: Found) -> tuple[str, Figure] | None:
     """The protocol's figure, with the name of its file."""
-    from fst_dspy.experiments import figures
+    from fst_dspy.experiments.findings import figures
     from fst_dspy.results.plots import draw_comparison
 
     if found.streams:

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from fst_dspy.cli_experiments import (
+from fst_dspy.cli.experiments import (
     ForgetOn,
     Model,
     Out,
@@ -65,7 +65,7 @@ def plasticity(
     """See how well another task is learned afterwards: fresh RL from each arm's weights."""
     with errors_told():
         with console.status("loading"):
-            from fst_dspy.cli import parse_settings
+            from fst_dspy.cli.app import parse_settings
             from fst_dspy.experiments import ExperimentStore
             from fst_dspy.experiments import plasticity as run_plasticity
         plan = make_plan(
@@ -126,7 +126,7 @@ def continual(
     """Learn tasks one after another in one run, every task tested at every stage."""
     with errors_told():
         with console.status("loading"):
-            from fst_dspy.cli import parse_settings
+            from fst_dspy.cli.app import parse_settings
             from fst_dspy.experiments import SEED_PROMPT, ExperimentStore
             from fst_dspy.experiments import continual as run_stream
         plan = make_plan(

@@ -8,8 +8,7 @@ from typing import Any
 
 from fst_dspy.errors import DataError
 from fst_dspy.experiments.ablate import REFERENCE
-from fst_dspy.experiments.runs import Run, by_label, scores_by_seed
-from fst_dspy.experiments.tables import (
+from fst_dspy.experiments.findings.tables import (
     CHANNELS,
     COUNTED,
     NONE,
@@ -18,6 +17,7 @@ from fst_dspy.experiments.tables import (
     interval_text,
     mean_text,
 )
+from fst_dspy.experiments.runs import Run, by_label, scores_by_seed
 from fst_dspy.measures import (
     area_under_curve,
     asymptote,

@@ -10,12 +10,11 @@ from typing import Any
 from safetensors.torch import load_file
 from torch import Tensor
 
-from fst_dspy.config import FSTConfig, LoraConfig, as_lora, without_removed
+from fst_dspy.config import LoraConfig, as_lora
 from fst_dspy.errors import StoreError
 from fst_dspy.model.policy import Policy
-from fst_dspy.results.result import Best, FSTResult
-from fst_dspy.run.records import cycle_record
-from fst_dspy.student.candidate import candidate_from_json, make_candidate, population_from_json
+from fst_dspy.results.result import FSTResult, _result_from_json
+from fst_dspy.student.candidate import make_candidate
 from fst_dspy.types import Candidate
 
 
@@ -113,27 +112,4 @@ def stage_from_json(plain: Mapping[str, Any]) -> TaskStage:
         started_from=plain["started_from"],
         lora=as_lora(plain["lora"]),
         result=_result_from_json(plain["result"]),
-    )
-
-
-def flat_settings(config: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """The settings of ``FSTConfig.to_dict`` as ``FST`` takes them."""
-    return {
-        name: value for part in without_removed(config).values() for name, value in part.items()
-    }
-
-
-def _result_from_json(plain: Mapping[str, Any]) -> FSTResult:
-    best = plain["best"]
-    return FSTResult(
-        arm=plain["arm"],
-        seed=plain["seed"],
-        config=FSTConfig.make(**flat_settings(plain["config"])),
-        records=tuple(cycle_record(row) for row in plain["records"]),
-        population=population_from_json(plain["population"]),
-        best=Best(**{**best, "candidate": candidate_from_json(best["candidate"])}),
-        seed_candidate=candidate_from_json(plain["seed_candidate"]),
-        base_version=plain["base_version"],
-        weights_version=plain["weights_version"],
-        log_dir=plain["log_dir"],
     )

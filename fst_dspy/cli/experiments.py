@@ -80,7 +80,7 @@ def compare(
     """Compare FST with RL alone, GEPA alone and others: same model, data, seeds and rollouts."""
     with errors_told():
         with console.status("loading"):
-            from fst_dspy.cli_tune import trial_line
+            from fst_dspy.cli.tune import trial_line
             from fst_dspy.experiments import ARMS, ExperimentStore
             from fst_dspy.experiments import compare as run_comparison
         plan = make_plan(
@@ -185,7 +185,7 @@ def make_plan(
     program: str, model: str, quick: bool, settings: Sequence[str] | None, **given: Any
 ) -> Plan:
     """The plan of the options; what was not given is the plan's default, or the quick one's."""
-    from fst_dspy.cli import parse_settings
+    from fst_dspy.cli.app import parse_settings
     from fst_dspy.experiments import Plan
     from fst_dspy.experiments.plan import QUICK, QUICK_SETTINGS
 

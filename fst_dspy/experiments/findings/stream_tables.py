@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from statistics import fmean
 
-from fst_dspy.experiments.plasticity_tables import ENOUGH, share_text
+from fst_dspy.experiments.findings.plasticity_tables import ENOUGH, share_text
+from fst_dspy.experiments.findings.tables import NONE, Table, interval_text, mean_text, number_text
 from fst_dspy.experiments.runs import Run
 from fst_dspy.experiments.streams import Stream
-from fst_dspy.experiments.tables import NONE, Table, interval_text, mean_text, number_text
 from fst_dspy.measures import mean_interval
 
 

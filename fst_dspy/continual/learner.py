@@ -31,17 +31,18 @@ from typing import Any
 
 import dspy
 
-from fst_dspy import continual_bundle
 from fst_dspy.bundle.saving import make_savable
 from fst_dspy.config import BudgetConfig
-from fst_dspy.continual_scores import ScoreCache, StreamScores, test_examples
-from fst_dspy.continual_search import Origin, alike, find_origin, kept_origin
-from fst_dspy.continual_state import TaskStage, flat_settings, read_version
+from fst_dspy.continual import folder as continual_bundle
+from fst_dspy.continual.origin import Origin, alike, find_origin, kept_origin
+from fst_dspy.continual.scores import ScoreCache, StreamScores, test_examples
+from fst_dspy.continual.stages import TaskStage, read_version
 from fst_dspy.errors import ConfigError, ProgramError
 from fst_dspy.lm.local_lm import LocalLM, versions_in_use
 from fst_dspy.lm.predictors import bound_to, find_local_lm
+from fst_dspy.loop.progress import ProgressListener
 from fst_dspy.optimizer import FST, Start, default_progress
-from fst_dspy.progress import ProgressListener
+from fst_dspy.results.result import flat_settings
 from fst_dspy.rollouts.checks import check_input
 from fst_dspy.student.candidate import seed_candidate
 from fst_dspy.types import Arm, RolloutCounts, Task

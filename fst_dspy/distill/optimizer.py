@@ -2,7 +2,7 @@
 
 The prompted policy teaches the bare one: the weights under the evolved context are held fixed, and
 the same weights under the student's own prompt are trained to answer alike, by reverse KL on what
-the bare policy samples (``fst_dspy.distill_trainer``). The outcome is the bare prompt with the
+the bare policy samples (``fst_dspy.distill.trainer``). The outcome is the bare prompt with the
 distilled weights.
 
 It is the joint loop of ``fst_dspy.optimizer`` with the fast channel off and another loss, so run
@@ -25,13 +25,14 @@ from typing import Any
 
 import dspy
 
-from fst_dspy.distill_trainer import ContextReader, DistillTrainer
+from fst_dspy.distill.reader import ContextReader
+from fst_dspy.distill.trainer import DistillTrainer
 from fst_dspy.errors import ConfigError, ProgramError
 from fst_dspy.lm.predictors import bound_to, find_local_lm
+from fst_dspy.loop.state import LoopState
 from fst_dspy.optimizer import FST, Start, _Run
 from fst_dspy.results.result import FSTResult
 from fst_dspy.rollouts.checks import CheckedInput, check_input
-from fst_dspy.run_state import LoopState
 from fst_dspy.slow.trainer import SlowTrainer
 from fst_dspy.student.candidate import bind, seed_candidate
 from fst_dspy.types import Candidate, Group, StepStats

@@ -9,9 +9,9 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from fst_dspy.errors import DataError
-from fst_dspy.experiments.plasticity_tables import ENOUGH, Probe
+from fst_dspy.experiments.findings.plasticity_tables import ENOUGH, Probe
+from fst_dspy.experiments.findings.stream_tables import by_arm, stage_label
 from fst_dspy.experiments.runs import Run
-from fst_dspy.experiments.stream_tables import by_arm, stage_label
 from fst_dspy.experiments.streams import Stream
 from fst_dspy.measures import mean_curve
 from fst_dspy.results.plots import Curve

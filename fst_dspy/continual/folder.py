@@ -25,7 +25,7 @@ from fst_dspy.bundle import saving as bundle
 from fst_dspy.bundle.files import read_plain_json, write_folder
 from fst_dspy.bundle.manifest import damaged, read_manifest
 from fst_dspy.bundle.weights import read_weights
-from fst_dspy.continual_state import TaskStage, keep_version, stage_from_json, stage_to_json
+from fst_dspy.continual.stages import TaskStage, keep_version, stage_from_json, stage_to_json
 from fst_dspy.errors import ModelError, StoreError
 from fst_dspy.model.policy import Policy
 from fst_dspy.run.store import environment

@@ -1,0 +1,1 @@
+"""The joint loop: its state, its parts, its steps, stop and resume."""

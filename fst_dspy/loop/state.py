@@ -1,0 +1,89 @@
+"""The state of the joint loop between two of its parts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from fst_dspy.loop.problems import ProblemStream
+from fst_dspy.results.result import Best
+from fst_dspy.run.records import cycle_record
+from fst_dspy.student.candidate import (
+    candidate_from_json,
+    candidate_to_json,
+    population_from_json,
+    population_to_json,
+)
+from fst_dspy.types import CycleRecord, Population, RolloutCounts, StepRecord, StepStats
+
+
+@dataclass(frozen=True)
+class LoopState:
+    """Everything the joint loop carries from one part to the next, but for the trainer's tensors.
+
+    Attributes:
+        population: The fast weights.
+        cycle: Cycles completed.
+        step: Optimizer steps taken.
+        phase: What comes next in the cycle under way.
+        records: One record a completed cycle, the student's own first.
+        steps: Records of the optimizer steps of the cycle under way.
+        best: The best pair so far; ``None`` before the first validation.
+        peak_V: Scores of the highest mean so far, on the V validation examples.
+        counts: Rollouts so far.
+        tokens: Prompt and completion tokens so far.
+        seconds: Wall time so far, by channel.
+        fast_state: What the fast phase remembers: plain values, and rollouts.
+        stream: The problems that come next.
+    """
+
+    population: Population
+    cycle: int = 0
+    step: int = 0
+    phase: Literal["fast", "slow", "validate"] = "fast"
+    records: tuple[CycleRecord, ...] = ()
+    steps: tuple[StepRecord, ...] = ()
+    best: Best | None = None
+    peak_V: tuple[float, ...] = ()
+    counts: RolloutCounts = field(default_factory=RolloutCounts)
+    tokens: Mapping[str, int] = field(default_factory=dict)
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    fast_state: Mapping[str, Any] = field(default_factory=dict)
+    stream: ProblemStream = field(default_factory=ProblemStream)
+
+
+def state_to_json(state: LoopState) -> dict[str, Any]:
+    """The state for ``RunStore.checkpoint``: plain values, and dataclasses of such."""
+    best = state.best
+    return {
+        **vars(state),
+        "population": population_to_json(state.population),
+        "best": None
+        if best is None
+        else {**asdict(best), "candidate": candidate_to_json(best.candidate)},
+    }
+
+
+def state_from_json(plain: Mapping[str, Any]) -> LoopState:
+    """The inverse of ``state_to_json``."""
+    best = plain["best"]
+    return LoopState(
+        population=population_from_json(plain["population"]),
+        cycle=plain["cycle"],
+        step=plain["step"],
+        phase=plain["phase"],
+        records=tuple(cycle_record(row) for row in plain["records"]),
+        steps=tuple(
+            StepRecord(**{**row, "stats": StepStats(**row["stats"])}) for row in plain["steps"]
+        ),
+        best=None
+        if best is None
+        else Best(**{**best, "candidate": candidate_from_json(best["candidate"])}),
+        peak_V=tuple(plain["peak_V"]),
+        counts=RolloutCounts(**plain["counts"]),
+        tokens=plain["tokens"],
+        seconds=plain["seconds"],
+        fast_state=plain["fast_state"],
+        stream=ProblemStream(**plain["stream"]),
+    )
