@@ -7,8 +7,8 @@ import time
 import dspy
 import torch
 
-from fst_dspy import optimizer
 from fst_dspy.loop import folder as run_state
+from fst_dspy.loop import joint
 
 
 class RawAdapter(dspy.ChatAdapter):
@@ -94,7 +94,7 @@ def sampled_logprobs(policy, request, result):
 def kill_before_steps(monkeypatch, *calls):
     """Let the loop die before these of its optimizer steps, counted from 1; all that begin."""
     monkeypatch.setattr(run_state, "CHECKPOINT_SECONDS", 0.0)
-    real, steps = optimizer._Run._slow_step, []
+    real, steps = joint.Run._slow_step, []
 
     def dying(self, state):
         steps.append(state.step)
@@ -102,5 +102,5 @@ def kill_before_steps(monkeypatch, *calls):
             raise RuntimeError("killed")
         return real(self, state)
 
-    monkeypatch.setattr(optimizer._Run, "_slow_step", dying)
+    monkeypatch.setattr(joint.Run, "_slow_step", dying)
     return steps

@@ -16,7 +16,7 @@ from fst_dspy.config import LoraConfig
 from fst_dspy.continual.origin import SEARCH_EXAMPLES, alike, clearly_better, nearest
 from fst_dspy.continual.scores import StreamScores
 from fst_dspy.errors import ConfigError, DataError, ModelError, ProgramError, StoreError
-from fst_dspy.optimizer import begin_lora
+from fst_dspy.loop.parts import begin_lora
 from fst_dspy.rollouts.runner import RolloutRunner
 from fst_dspy.student.candidate import make_candidate
 from fst_dspy.tasks import load_task
@@ -240,12 +240,12 @@ def test_a_stream_killed_in_its_second_stage_goes_on_there(tiny_qwen3, tmp_path,
 
 @pytest.mark.slow
 def test_ctrl_c_says_how_the_stream_goes_on(tiny_qwen3, tmp_path, monkeypatch):
-    from fst_dspy import optimizer
+    from fst_dspy.loop import joint
 
     def interrupted(self, state):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(optimizer._Run, "_slow_step", interrupted)
+    monkeypatch.setattr(joint.Run, "_slow_step", interrupted)
     with pytest.raises(KeyboardInterrupt, match=f"stage 1, a, .*{tmp_path.name}"):
         stream(tiny_qwen3, A, log_dir=tmp_path)
 

@@ -37,7 +37,7 @@ def pareto_front(score_K_V: Sequence[Sequence[float]]) -> tuple[int, ...]:
         for score_K in zip(*score_K_V, strict=True)
     ]
     front = set().union(*winners_V) if winners_V else set()
-    for k in sorted(front, key=lambda k: (_mean(score_K_V[k]), -k)):
+    for k in sorted(front, key=lambda k: (mean(score_K_V[k]), -k)):
         if all((winners & front) - {k} for winners in winners_V if k in winners):
             front.discard(k)
     return tuple(sorted(front))
@@ -76,7 +76,7 @@ def choose(
         if candidate.id not in by_id:
             by_id[candidate.id] = candidate
             scores[candidate.id] = tuple(score_V)
-    ids = sorted(by_id, key=lambda i: (-_mean(scores[i]), i))
+    ids = sorted(by_id, key=lambda i: (-mean(scores[i]), i))
     front = {ids[index] for index in pareto_front([scores[i] for i in ids])}
     chosen = [ids[0]]
     rest = ids[1:]
@@ -114,7 +114,7 @@ def ranked(population: Population) -> tuple[Candidate, ...]:
     """The candidates by mean score, best first; ties by id."""
     order = sorted(
         zip(population.candidates, population.score_K_V, strict=True),
-        key=lambda pair: (-_mean(pair[1]), pair[0].id),
+        key=lambda pair: (-mean(pair[1]), pair[0].id),
     )
     return tuple(candidate for candidate, _ in order)
 
@@ -143,5 +143,6 @@ def assign(population: Population, group_size: int, k: int) -> tuple[Candidate, 
     return tuple(order[slot % len(order)] for slot in range(group_size))
 
 
-def _mean(values: Sequence[float]) -> float:
+def mean(values: Sequence[float]) -> float:
+    """The mean, 0 for none."""
     return sum(values) / len(values) if values else 0.0

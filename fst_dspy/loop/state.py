@@ -15,7 +15,23 @@ from fst_dspy.student.candidate import (
     population_from_json,
     population_to_json,
 )
-from fst_dspy.types import CycleRecord, Population, RolloutCounts, StepRecord, StepStats
+from fst_dspy.types import Candidate, CycleRecord, Population, RolloutCounts, StepRecord, StepStats
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a run begins with; the weights are those that the student's LM names.
+
+    Attributes:
+        candidates: The first population; the student's own texts where there are none.
+        counts, tokens, seconds: What finding them has cost, as in ``CycleRecord``; the run counts
+            on from there, also towards its budget.
+    """
+
+    candidates: tuple[Candidate, ...] = ()
+    counts: RolloutCounts = field(default_factory=RolloutCounts)
+    tokens: Mapping[str, int] = field(default_factory=dict)
+    seconds: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
