@@ -5,7 +5,7 @@ the same weights under the student's own prompt are trained to answer alike, by 
 the bare policy samples (``fst_dspy.distill.trainer``). The outcome is the bare prompt with the
 distilled weights.
 
-It is the joint loop of ``fst_dspy.optimizer`` with the fast channel off and another loss, so run
+It is the joint loop, ``fst_dspy.loop.joint``, with the fast channel off and another loss, so run
 folders, resuming, budgets and records are the same. Every step runs ``problems_per_step`` times
 ``group_size`` rollouts; their rewards are recorded, and nothing is learned from them.
 

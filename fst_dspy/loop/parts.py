@@ -31,6 +31,12 @@ from fst_dspy.rollouts.checks import CheckedInput
 from fst_dspy.rollouts.runner import RolloutRunner
 from fst_dspy.run.trackers import Trackers
 from fst_dspy.student.candidate import example_id, seed_candidate
+from fst_dspy.student.identity import (
+    adapter_identity,
+    lm_identity,
+    metric_identity,
+    program_identity,
+)
 from fst_dspy.types import Arm, Candidate
 
 
@@ -146,7 +152,7 @@ def make_parts(spec: RunSpec, student: dspy.Module, checked: CheckedInput, start
     own = seed_candidate(student)
 
     # The folder first: a run that belongs to another one must not touch weights or model.
-    identity = _identity(spec, checked, own, val_ids, start)
+    identity = _identity(spec, student, checked, own, val_ids, start)
     opened: list[RunFolder] = []
     distributed.from_main(partial(_open_folder, spec.log_dir, identity, opened))
     folder = opened[0] if opened else None
@@ -260,6 +266,7 @@ def _open_folder(path: Path | None, identity: Mapping[str, Any], opened: list[Ru
 
 def _identity(
     spec: RunSpec,
+    student: dspy.Module,
     checked: CheckedInput,
     own: Candidate,
     val_ids: Sequence[str],
@@ -274,6 +281,10 @@ def _identity(
         "seed": spec.seed,
         "settings": spec.config.to_dict(),
         "model": checked.lm.version,
+        "program": program_identity(student),
+        "adapter": adapter_identity(dspy.settings.adapter),
+        "lm": lm_identity(checked.lm),
+        "metric": metric_identity(spec.metric),
         "student": dict(own.components),
         "train_ids": [example_id(example) for example in checked.trainset],
         "val_ids": list(val_ids),

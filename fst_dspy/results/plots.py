@@ -208,7 +208,7 @@ def draw_channels(cycles: Sequence[int], counts: Mapping[str, Sequence[int]]) ->
 
 
 class FourScores(Protocol):
-    """What ``fst_dspy.evaluate.quadrants`` returns."""
+    """What ``fst_dspy.rollouts.evaluate.quadrants`` returns."""
 
     @property
     def base_original(self) -> float: ...
