@@ -300,7 +300,7 @@ class CycleRecord:
         kl_to_base: KL(policy || base), nats a token, on validation prompts.
         entropy: Mean policy entropy, nats a token; ``None`` without a slow phase.
         constant_group_share: Share of groups with equal rewards (no gradient), 0 to 1.
-        failure_shares: Share of the slow rollouts by kind of failure, 0 to 1.
+        failure_shares: Share of the cycle's rollouts, of all channels, by kind of failure, 0 to 1.
         rollouts: Counts of this cycle.
         total_rollouts: Counts from the start of the run to the end of this cycle.
         tokens: Prompt and completion tokens from the start of the run.
@@ -308,6 +308,9 @@ class CycleRecord:
         weights_version: Version id of the weights at the end of the cycle.
         proposals: What became of the fast channel's proposals from the start of the run, and what
             reflection cost (``FastPhase.report``).
+        failure_messages: The first message of each kind of failure in the cycle.
+        reward_range: Lowest and highest reward of the cycle's rollouts that are learned from;
+            ``None`` where there were none.
     """
 
     cycle: int
@@ -327,3 +330,5 @@ class CycleRecord:
     seconds: Mapping[str, float]
     weights_version: str
     proposals: Mapping[str, Any] = field(default_factory=dict)
+    failure_messages: Mapping[str, str] = field(default_factory=dict)
+    reward_range: tuple[float, float] | None = None

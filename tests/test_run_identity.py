@@ -69,7 +69,7 @@ def test_what_differs_is_named(tiny_qwen3, finished, change, named):
 
 
 def test_settings_of_the_language_model_count(tiny_qwen3, finished):
-    with pytest.raises(StoreError, match="lm.settings"):
+    with pytest.raises(StoreError, match=r"lm\.settings"):
         run(tiny_qwen3, finished[0], lm=LocalLM(str(tiny_qwen3), stop=["x"]))
 
 

@@ -180,6 +180,8 @@ class DistillLearner:
         policy, config, seed: As for ``GRPOLearner``.
     """
 
+    learns_from_rewards = False
+
     def __init__(
         self,
         reader: ContextReader,

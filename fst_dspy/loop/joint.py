@@ -10,6 +10,7 @@ a clock, a signal or a listener is asked for in all.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Mapping
 from dataclasses import replace
@@ -21,10 +22,14 @@ from fst_dspy.loop.interrupt import Interrupt
 from fst_dspy.loop.parts import Parts
 from fst_dspy.loop.progress import StopRun
 from fst_dspy.loop.records import cycle_record, rollouts_of, step_record
+from fst_dspy.loop.signal import troubles, without_signal
 from fst_dspy.loop.state import LoopState
 from fst_dspy.loop.validation import better_of, score
+from fst_dspy.rollouts.health import Tally
 from fst_dspy.rollouts.jobs import Channel
 from fst_dspy.types import Group, Population, RolloutCounts
+
+logger = logging.getLogger(__name__)
 
 
 class Run:
@@ -107,6 +112,7 @@ class Run:
             phase="slow" if parts.learner is not None and not opening else "validate",
             fast_state=parts.fast.state(),
             counts=self.runner.counts,
+            tally=self.runner.tally,
             seconds=_add_seconds(state.seconds, "fast", started),
         )
 
@@ -136,6 +142,7 @@ class Run:
             stream=stream.after(groups_P),
             fast_state=parts.fast.state(),
             counts=self.runner.counts,
+            tally=self.runner.tally,
             seconds=_add_seconds(seconds, "fast", started),
         )
 
@@ -164,6 +171,7 @@ class Run:
         # Processes that no longer agree would only be noticed by their results.
         facts = (record.weights_version, record.val_scores, record.candidate_ids)
         distributed.check_same("weights and population", facts)
+        self.runner.tally = Tally()
         best = better_of(parts, state, found, cycle)
         if parts.folder is not None:
             parts.folder.record_cycle(record, found.population)
@@ -175,8 +183,9 @@ class Run:
             records=(*state.records, record),
             steps=(),
             best=best,
-            peak_V=max(found.score_V, state.peak_V, key=mean),
+            peak_V=max(filter(None, (found.score_V, state.peak_V)), key=mean),
             counts=self.runner.counts,
+            tally=self.runner.tally,
             seconds=seconds,
         )
 
@@ -196,7 +205,7 @@ class Run:
             return None
         found = checkpoint.restore(self.policy, parts.learner)
         parts.fast.load_state(found.fast_state)
-        self.runner.counts = found.counts
+        self.runner.counts, self.runner.tally = found.counts, found.tally
         self.runner.tokens = dict(found.tokens)
         return found
 
@@ -210,6 +219,12 @@ class Run:
         rollouts = state.records[-1].total_rollouts.total
         if budget.max_rollouts is not None and rollouts >= budget.max_rollouts:
             return True
+        # On a resume as well: it is a matter of the last record.
+        reason = without_signal(self.parts, state.records[-1])
+        if reason is not None:
+            logger.warning("%s", reason)
+            if budget.on_no_signal == "stop":
+                return True
         late = budget.max_seconds is not None and sum(state.seconds.values()) >= budget.max_seconds
         return distributed.any_process(late)  # their clocks differ
 
@@ -243,10 +258,12 @@ class Run:
 
     def _tell_cycle(self, state: LoopState) -> bool:
         """Tell that a cycle has ended; whether the listener wants the run to end with it."""
-        stop = False
-        self.parts.trackers.cycle(state.records[-1], state.population)
+        stop, record = False, state.records[-1]
+        for trouble in troubles(record) if distributed.is_main() else ():
+            logger.warning("cycle %d: %s", record.cycle, trouble)
+        self.parts.trackers.cycle(record, state.population)
         try:
-            self.parts.progress.cycle_done(state.records[-1])
+            self.parts.progress.cycle_done(record)
         except StopRun:
             stop = True
         return distributed.any_process(stop)

@@ -14,7 +14,13 @@ from fst_dspy.types import Group, StepStats
 
 
 class Learner(Protocol):
-    """Moves the policy's weights, and can be saved and gone on with."""
+    """Moves the policy's weights, and can be saved and gone on with.
+
+    Attributes:
+        learns_from_rewards: Whether groups of equal rewards teach it nothing.
+    """
+
+    learns_from_rewards: bool
 
     def advance(self, groups_P: Sequence[Group]) -> StepStats:
         """Exactly one optimizer step on the groups of P problems, or a word why there was none."""
@@ -31,6 +37,8 @@ class Learner(Protocol):
 
 class GRPOLearner:
     """The slow channel: advantages over each group, a row a call, one GRPO step on them."""
+
+    learns_from_rewards = True
 
     def __init__(self, policy: Policy, config: FSTConfig, seed: int) -> None:
         self._scale_rewards = config.slow.scale_rewards

@@ -41,8 +41,7 @@ def cycle_record(
     """
     steps, population, counts = state.steps, found.population, parts.runner.counts
     last = state.records[-1] if state.records else None
-    rollouts = max(1, sum(step.rollouts for step in steps))
-    failures = sum((Counter(step.failures) for step in steps), Counter[str]())
+    tally = parts.runner.tally
     return CycleRecord(
         cycle=cycle,
         step=state.step,
@@ -54,13 +53,15 @@ def cycle_record(
         kl_to_base=found.kl_to_base,
         entropy=mean([step.stats.entropy for step in steps]) if steps else None,
         constant_group_share=mean([step.constant_group_share for step in steps]),
-        failure_shares={kind: count / rollouts for kind, count in sorted(failures.items())},
+        failure_shares=tally.shares,
         rollouts=counts.minus(last.total_rollouts) if last else counts,
         total_rollouts=counts,
         tokens=dict(parts.runner.tokens),
         seconds=dict(seconds),
         weights_version=parts.policy.version(),
         proposals=parts.fast.report(),
+        failure_messages=dict(tally.messages),
+        reward_range=None if tally.low is None or tally.high is None else (tally.low, tally.high),
     )
 
 

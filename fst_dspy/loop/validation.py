@@ -10,8 +10,8 @@ from fst_dspy.loop.parts import Parts
 from fst_dspy.loop.state import LoopState
 from fst_dspy.model.divergence import kl_to_base
 from fst_dspy.results.result import Best
-from fst_dspy.rollouts.checks import check_first_rollouts
 from fst_dspy.rollouts.evaluate import evaluate
+from fst_dspy.rollouts.health import check_first_rollouts
 from fst_dspy.rollouts.jobs import Channel, calls_of
 from fst_dspy.types import Population
 
@@ -41,7 +41,7 @@ def score(parts: Parts, state: LoopState) -> Validation:
     its best candidate. Else all are scored, and the next front is made of it.
 
     Raises:
-        MetricError, ProgramError: Every one of the first rollouts fails in the same way.
+        MetricError, ProgramError: The first validation shows that nothing can be learned.
     """
     population, step = state.population, parts.policy.step
     kl = state.records[-1].kl_to_base if state.records else 0.0

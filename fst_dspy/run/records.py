@@ -15,6 +15,8 @@ def cycle_record(row: Mapping[str, Any]) -> CycleRecord:
     """A cycle record from a line of ``cycles.jsonl``."""
     counts = {name: RolloutCounts(**row[name]) for name in ("rollouts", "total_rollouts")}
     lists = {name: tuple(row[name]) for name in ("candidate_ids", "val_scores")}
+    if row.get("reward_range") is not None:
+        lists["reward_range"] = tuple(row["reward_range"])
     return CycleRecord(**{**row, **counts, **lists})
 
 
