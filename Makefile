@@ -29,7 +29,7 @@ test-fast: install
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
 
 test-gpu: install
-	$(BIN)/python -m pytest -m gpu tests/test_gpu.py
+	$(BIN)/python -m pytest -m gpu tests/gpu/test_gpu.py
 
 lint: install
 	$(BIN)/ruff check .
