@@ -27,6 +27,8 @@ from fst_dspy.prefixes import can_continue, find_prefixes
 from fst_dspy.slow import SlowTrainer
 from fst_dspy.types import Call, TrainingRow
 
+pytestmark = pytest.mark.insides
+
 PROMPTS = st.lists(st.lists(st.integers(0, 2), min_size=2, max_size=12), min_size=1, max_size=12)
 
 

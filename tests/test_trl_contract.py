@@ -18,6 +18,8 @@ from fst_dspy.slow import SlowTrainer
 from fst_dspy.trl_stepper import SteppedGRPOTrainer
 from fst_dspy.types import Call, Group, Rollout, TrainingRow
 
+pytestmark = pytest.mark.insides
+
 STEPS, PROBLEMS, GROUP = 4, 2, 4
 
 
