@@ -9,6 +9,30 @@ Where this departs from ``gepa.optimize`` and ``dspy.GEPA``: they start from one
 cache scores by text. Here the state starts from the whole population, with scores measured under
 the current weights, because the weights move between the phases. Demos are components like
 instructions. ``fst_dspy.fast.trials`` does the same without rollouts of its own.
+
+What the package relies on of gepa's insides, here and elsewhere; ran with 0.1.4, held by the test
+``test_gepa_contract``:
+
+- ``GEPAState(seed_candidate, base_evaluation)``, to which ``update_state_with_new_program`` adds
+  candidates, also without parents; its ``i``, the number of the iteration, by which minibatches are
+  drawn, ``full_program_trace``, ``total_num_evals``, ``list_of_named_predictors`` and
+  ``named_predictor_id_to_update_next_for_program_candidate``, which may be assigned to;
+  ``ValsetEvaluation(outputs, scores)`` by validation example;
+- ``ReflectiveMutationProposer``, whose ``propose(state)`` runs a parent and its child on one
+  minibatch with ``capture_traces=True``, takes the child's texts from the adapter's
+  ``propose_new_texts``, skips an empty dict, and gives ``CandidateProposal``s with one of
+  ``parent_program_ids``, ``subsample_scores_before`` and ``_after``, ``eval_after.trajectories``;
+- ``GEPAAdapter`` and ``EvaluationBatch(outputs, scores, trajectories)``;
+- ``ParetoCandidateSelector(rng)``, ``EpochShuffledBatchSampler(size, rng)`` and
+  ``RoundRobinReflectionComponentSelector``, which moves the turn in the state on; what a
+  ``ReflectionComponentSelector`` is given;
+- ``StrictImprovementAcceptance`` and ``ImprovementOrEqualAcceptance``: ``should_accept`` reads the
+  proposal's minibatch scores alone, so that there need not be a state;
+- ``ExperimentTracker()``, which without arguments keeps nothing;
+- ``gepa.proposer.merge.sample_and_attempt_merge_programs_by_common_predictors``, which gives the
+  texts, both parents and the ancestor, or ``None``;
+- ``InstructionProposalSignature``: ``default_prompt_template``, ``prompt_renderer`` and
+  ``output_extractor``.
 """
 
 from __future__ import annotations
