@@ -10,7 +10,7 @@ from test_experiments import PROGRAM, TINY, column, job_of, made_run, record
 from test_experiments import run as run_here
 from typer.testing import CliRunner
 
-from fst_dspy.cli.app import app
+from fst_dspy.cli import app
 from fst_dspy.errors import ConfigError
 from fst_dspy.experiments import (
     SEED_PROMPT,

@@ -13,7 +13,7 @@ import torch
 from test_experiments import PROGRAM, TINY, job_of
 from typer.testing import CliRunner
 
-from fst_dspy.cli.app import app
+from fst_dspy.cli import app
 from fst_dspy.errors import StoreError
 from fst_dspy.experiments import ExperimentStore, Plan, compare, load_runs, run_jobs
 from fst_dspy.experiments.jobs import read_job, read_outcome, write_job

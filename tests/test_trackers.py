@@ -19,7 +19,7 @@ from helpers import Echo, RawAdapter, questions, vowels
 from typer.testing import CliRunner
 
 from fst_dspy import FST, LocalLM
-from fst_dspy.cli.app import app
+from fst_dspy.cli import app
 from fst_dspy.errors import ConfigError, StoreError
 from fst_dspy.run.trackers import step_values
 from fst_dspy.types import StepRecord, StepStats
