@@ -12,7 +12,7 @@ from experiment_runs import TINY, job_of
 from places import PROGRAM, SUPPORT
 from typer.testing import CliRunner
 
-from fst_dspy.cli.app import app
+from fst_dspy.cli import app
 from fst_dspy.errors import StoreError
 from fst_dspy.experiments import ExperimentStore, Plan, compare, load_runs, run_jobs
 from fst_dspy.experiments.jobs import read_outcome

@@ -17,7 +17,7 @@ from tracked_runs import compile_tracked, killed_in_step_2
 from typer.testing import CliRunner
 
 from fst_dspy import FST
-from fst_dspy.cli.app import app
+from fst_dspy.cli import app
 from fst_dspy.errors import ConfigError, StoreError
 from fst_dspy.run.trackers import step_values
 from fst_dspy.types import StepRecord, StepStats

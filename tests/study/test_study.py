@@ -23,7 +23,7 @@ from study_workers import held, held_model
 from typer.testing import CliRunner
 
 from fst_dspy import FST, LocalLM
-from fst_dspy.cli.app import app
+from fst_dspy.cli import app
 from fst_dspy.config import FSTConfig
 from fst_dspy.errors import ConfigError, FSTError, ProgramError
 from fst_dspy.files import read_jsonl
