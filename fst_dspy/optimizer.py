@@ -44,6 +44,7 @@ from fst_dspy.bundle.saving import make_savable
 from fst_dspy.config import Auto, FSTConfig, LoraConfig
 from fst_dspy.errors import ConfigError, TrainingError
 from fst_dspy.fast import population as populations
+from fst_dspy.fast.channel import FastChannel
 from fst_dspy.fast.phase import FastPhase
 from fst_dspy.fast.proposers.demos import DemoProposer
 from fst_dspy.fast.proposers.lessons import LessonProposer
@@ -497,7 +498,7 @@ class _Run:
         more.
         """
         best, population = state.best, found.population
-        if best is not None and populations.clearly_worse(found.score_V, state.peak_V):
+        if best is not None and populations.worse_by_sign_test(found.score_V, state.peak_V):
             return best
         candidate = population.candidates[populations.best(population)]
         version = self.policy.keep()
@@ -566,7 +567,7 @@ class _Run:
     def _steps_before(self, state: LoopState) -> int:
         return state.records[-1].step
 
-    def _make_fast(self, fst: FST) -> FastPhase:
+    def _make_fast(self, fst: FST) -> FastChannel:
         fast, proposer = self.config.fast, self._make_proposer(fst)
         demos = DemoProposer(fast.demo_tokens, self._count_tokens) if fast.demo_tokens else None
         if fast.reuse and self.fast_on and self.slow_on:
