@@ -14,6 +14,7 @@ import dspy
 from fst_dspy import distributed
 from fst_dspy.config import BudgetConfig, FSTConfig, LoraConfig
 from fst_dspy.errors import ConfigError
+from fst_dspy.fast.channel import FastChannel
 from fst_dspy.fast.phase import FastPhase
 from fst_dspy.fast.proposers.demos import DemoProposer
 from fst_dspy.fast.proposers.lessons import LessonProposer
@@ -94,7 +95,7 @@ class Parts:
     val_ids: tuple[str, ...]
     seed_candidate: Candidate
     runner: RolloutRunner
-    fast: FastPhase
+    fast: FastChannel
     sampler: StepSampler
     learner: Learner | None
     budget: BudgetConfig
@@ -223,7 +224,7 @@ def _with_opening(parts: Parts) -> Parts:
     return replace(parts, budget=replace(parts.budget, max_cycles=cycles + 1))
 
 
-def _make_fast(spec: RunSpec, policy: Policy, *, reuse: bool) -> FastPhase:
+def _make_fast(spec: RunSpec, policy: Policy, *, reuse: bool) -> FastChannel:
     config, count = spec.config.fast, partial(_count_tokens, policy)
     proposer = _make_proposer(spec, count)
     demos = DemoProposer(config.demo_tokens, count) if config.demo_tokens else None

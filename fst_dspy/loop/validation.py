@@ -70,7 +70,7 @@ def better_of(parts: Parts, state: LoopState, found: Validation, cycle: int) -> 
     more. The weights of the pair are kept, those of the one before are let go.
     """
     best, policy = state.best, parts.policy
-    if best is not None and populations.clearly_worse(found.score_V, state.peak_V):
+    if best is not None and populations.worse_by_sign_test(found.score_V, state.peak_V):
         return best
     candidate = found.population.candidates[populations.best(found.population)]
     version = policy.keep()

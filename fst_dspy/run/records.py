@@ -38,14 +38,15 @@ def rollout_from_json(row: Mapping[str, Any]) -> Rollout:
 
 def as_read_back(rollout: Rollout) -> Rollout:
     """The rollout as a resumed run would read it from a checkpoint."""
-    traces = tuple(_with_fields(trace, _plain) for trace in rollout.traces)
+    traces = tuple(with_fields(trace, _plain) for trace in rollout.traces)
     feedback = dict(rollout.feedback_by_predictor)
     return dataclasses.replace(rollout, traces=traces, feedback_by_predictor=feedback)
 
 
-def _with_fields(
+def with_fields(
     trace: PredictorTrace, change: Callable[[Mapping[str, Any]], dict[str, Any]]
 ) -> PredictorTrace:
+    """The trace with its inputs, and its outputs if there are any, changed."""
     outputs = None if trace.outputs is None else change(trace.outputs)
     return dataclasses.replace(trace, inputs=change(trace.inputs), outputs=outputs)
 

@@ -84,6 +84,11 @@ def split_component(component: str) -> tuple[str, str]:
     return predictor, kind
 
 
+def instructions_in(components: Iterable[str]) -> list[str]:
+    """Those of the component names that hold instructions, in their order."""
+    return [name for name in components if split_component(name)[1] == INSTRUCTIONS]
+
+
 def example_id(example: dspy.Example) -> str:
     """Content hash of an example: all its fields (inputs and labels) and which are inputs.
 
