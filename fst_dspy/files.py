@@ -6,8 +6,11 @@ import dataclasses
 import json
 import os
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
+
+from safetensors import SafetensorError
 
 from fst_dspy.errors import StoreError
 
@@ -25,7 +28,7 @@ def read_json(path: Path) -> Any:
     """
     try:
         return json.loads(path.read_text())
-    except (OSError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise StoreError(f"cannot read {path}: {error}") from error
 
 
@@ -59,3 +62,29 @@ def flush(path: Path) -> int:
         return os.fstat(descriptor).st_size
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def writing_to(folder: Path) -> Iterator[None]:
+    """Turn a full disk, missing rights and the like into a ``StoreError`` that says what to do."""
+    try:
+        yield
+    except StoreError:
+        raise
+    except (OSError, SafetensorError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise StoreError(
+            f"cannot write to {folder}: {reason}; what was written before is intact: make room or "
+            "fix the rights, then start again"
+        ) from error
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Turn a file that is missing, damaged or of something else into a ``StoreError``."""
+    try:
+        yield
+    except StoreError:
+        raise
+    except (OSError, SafetensorError, ValueError) as error:
+        raise StoreError(f"cannot read {path}: {error}") from error
