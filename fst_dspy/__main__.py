@@ -1,5 +1,5 @@
 """``python -m fst_dspy`` is the ``fst`` command."""
 
-from fst_dspy.cli.app import app
+from fst_dspy.cli import app
 
 app()

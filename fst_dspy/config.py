@@ -33,11 +33,15 @@ class BudgetConfig:
         max_rollouts: Rollouts to run over all channels (fast, slow and eval), or ``None``. The
             cycle under way when it is reached is finished.
         max_seconds: Wall time of the compile, or ``None``. Likewise.
+        on_no_signal: What to do after a full cycle all of whose rollouts had the same reward, from
+            which neither channel can learn: ``"stop"`` ends the run (with an error where all of
+            them failed), ``"warn"`` says so and goes on.
     """
 
     max_cycles: int | None = None
     max_rollouts: int | None = None
     max_seconds: float | None = None
+    on_no_signal: Literal["stop", "warn"] = "stop"
 
     def __post_init__(self) -> None:
         limits = (self.max_cycles, self.max_rollouts, self.max_seconds)
@@ -48,6 +52,10 @@ class BudgetConfig:
         for name in ("max_cycles", "max_rollouts", "max_seconds"):
             value = getattr(self, name)
             _require(value is None or value > 0, f"{name} must be positive or None, got {value}")
+        _require(
+            self.on_no_signal in ("stop", "warn"),
+            f"on_no_signal must be 'stop' or 'warn', got {self.on_no_signal!r}",
+        )
 
 
 @dataclass(frozen=True)

@@ -1,22 +1,25 @@
-"""How candidates, populations and cycles show themselves in a notebook and in a terminal.
+"""Texts and tables as HTML for a notebook and as text for a terminal, from plain values.
 
-The HTML takes its colours from the notebook's own theme, light or dark; every text in it is
-escaped, because instructions may hold whatever a language model wrote.
+What is shown may be whatever a language model or a stranger's file says. In HTML every text is
+escaped; the colours are those of the notebook's own theme, light or dark. On a terminal every text
+goes through ``as_text``: rich's markup in it is shown as it stands, and what a terminal would act
+on (escape sequences, control characters, changes of writing direction) is shown as a sign.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from difflib import SequenceMatcher
 from html import escape
-from typing import TYPE_CHECKING, Any
+from typing import Any, Literal
 
-from fst_dspy.word_diff import readable, word_diff
-
-if TYPE_CHECKING:
-    from rich.console import RenderableType
-    from rich.text import Text
-
-    from fst_dspy.types import Candidate, CycleRecord, Population
+from rich.console import Console, ConsoleOptions, Group, RenderableType
+from rich.panel import Panel
+from rich.segment import Segment
+from rich.table import Table
+from rich.text import Text
 
 _STYLE = (
     "<style>.fst{font-family:system-ui,sans-serif;line-height:1.4}"
@@ -29,177 +32,138 @@ _STYLE = (
     ".fst del{background:#d4433a33;text-decoration:line-through}</style>"
 )
 
+Ranked = tuple[float | None, int, str, Mapping[str, str]]
+"""A candidate's mean score, on how many examples none is better, its origin and its texts."""
 
-def show(thing: Any, console: Any = None) -> None:
+
+# --- a terminal -----------------------------------------------------------------------------------
+
+_BIDI = "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
+_SIGNS: dict[int, str] = {
+    **{code: chr(0x2400 + code) for code in range(0x20) if chr(code) not in "\n\t"},
+    0x7F: "\u2421",
+    **dict.fromkeys([*range(0x80, 0xA0), *map(ord, _BIDI)], "\ufffd"),
+    **dict.fromkeys(range(0xD800, 0xE000), "\ufffd"),  # half a pair, which no terminal can be sent
+}
+
+
+def visible(text: str) -> str:
+    """The text with a sign in place of every character that a terminal would act on.
+
+    Line ends and tabs stay.
+    """
+    return text.replace("\r\n", "\n").translate(_SIGNS)
+
+
+def as_text(value: object, style: str = "") -> Text:
+    """Anything as text for a terminal that shows what it says and does nothing else."""
+    return Text(visible(str(value)), style=style)
+
+
+class Terminal(Console):
+    """A console that no text can make do anything, whoever prints it.
+
+    Strings are no markup, and what slipped by ``as_text`` is made visible on its way out.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**{"markup": False, "emoji": False, **options})
+
+    def render(
+        self, renderable: RenderableType, options: ConsoleOptions | None = None
+    ) -> Iterable[Segment]:
+        for segment in super().render(renderable, options):
+            text, style, control = segment
+            yield segment if control else Segment(visible(text), style)
+
+
+def show(thing: Any, console: Console | None = None) -> None:
     """Print a candidate, a population or a result to a terminal.
 
     Args:
         thing: Anything with ``__rich__``.
-        console: A ``rich.console.Console``; a new one on standard output when ``None``.
+        console: A new one on standard output when ``None``.
     """
-    if console is None:
-        from rich.console import Console
-
-        console = Console()
-    console.print(thing)
+    (console or Terminal()).print(thing)
 
 
-# --- candidates ---------------------------------------------------------------------------------
+def table(
+    columns: Sequence[str], rows: Iterable[Sequence[object]], title: str = "", left: int = 0
+) -> Table:
+    """A table for a terminal.
+
+    Args:
+        columns: Heads.
+        rows: As many cells each.
+        title: Above it; may be empty.
+        left: So many columns, the first ones, are texts; the others are figures, to the right.
+    """
+    made = Table(title=as_text(title) if title else None, title_justify="left")
+    for number, name in enumerate(columns):
+        made.add_column(as_text(name), justify="left" if number < left else "right")
+    for row in rows:
+        made.add_row(*(cell if isinstance(cell, Text) else as_text(cell) for cell in row))
+    return made
 
 
-def candidate_html(candidate: Candidate) -> str:
+def panel(title: str, body: RenderableType, border: str = "none") -> Panel:
+    """A titled box for a terminal; a body that is a string is text, not markup."""
+    inner = as_text(body) if isinstance(body, str) else body
+    return Panel(inner, title=as_text(title), title_align="left", border_style=border)
+
+
+# --- candidates and populations -------------------------------------------------------------------
+
+
+def notebook_html(body: str) -> str:
+    """HTML for a notebook's output, with the style that goes with it."""
+    return f'<div class="fst">{_STYLE}{body}</div>'
+
+
+def texts_html(origin: str, components: Mapping[str, str]) -> str:
     """A candidate's origin and texts."""
-    return notebook_html(f"<p>{_origin_html(candidate)}</p>{_texts_html(candidate)}")
+    return notebook_html(f"<p><b>Candidate</b> {escape(origin)}</p>{_components_html(components)}")
 
 
-def candidate_rich(candidate: Candidate) -> RenderableType:
+def texts_rich(origin: str, components: Mapping[str, str]) -> RenderableType:
     """The same for a terminal: a panel."""
-    from rich.console import Group
-    from rich.panel import Panel
-    from rich.text import Text
-
     texts: list[Text] = []
-    for name, text in sorted(candidate.components.items()):
-        texts += [Text(name, style="bold"), Text(readable(name, text) + "\n")]
-    return Panel(Group(*texts), title=Text(origin(candidate)), title_align="left")
+    for name, text in sorted(components.items()):
+        texts += [as_text(name, "bold"), as_text(readable(name, text) + "\n")]
+    return panel(origin, Group(*texts))
 
 
-def origin(candidate: Candidate) -> str:
-    """A candidate's id and how it came to be, in one line."""
-    parents = f" from {', '.join(candidate.parent_ids)}" if candidate.parent_ids else ""
-    return f"{candidate.id} · {candidate.source}, cycle {candidate.cycle}{parents}"
-
-
-def _origin_html(candidate: Candidate) -> str:
-    return f"<b>Candidate</b> {escape(origin(candidate))}"
-
-
-def _texts_html(candidate: Candidate) -> str:
+def _components_html(components: Mapping[str, str]) -> str:
     return "".join(
         f"<div><code>{escape(name)}</code><pre>{escape(readable(name, text))}</pre></div>"
-        for name, text in sorted(candidate.components.items())
+        for name, text in sorted(components.items())
     )
 
 
-# --- populations --------------------------------------------------------------------------------
-
-
-def population_html(population: Population) -> str:
-    """A table of the candidates, best first, each with its texts folded under it."""
-    rows = population_rows(population)
+def population_html(title: str, rows: Sequence[Ranked]) -> str:
+    """A table of candidates in the order given, each with its texts folded under it."""
     body = "".join(
-        f"<tr><td class=n>{score_text(mean)}</td><td class=n>{wins}</td>"
-        f"<td><details><summary>{escape(origin(candidate))}</summary>"
-        f"{_texts_html(candidate)}</details></td></tr>"
-        for candidate, mean, wins in rows
+        f"<tr><td class=n>{score_text(mean)}</td><td class=n>{wins:d}</td>"
+        f"<td><details><summary>{escape(origin)}</summary>"
+        f"{_components_html(components)}</details></td></tr>"
+        for mean, wins, origin, components in rows
     )
     return notebook_html(
-        f"<p><b>Population</b> of {len(rows)}, scored on {len(population.val_ids)} examples after "
-        f"{population.policy_version} optimizer steps</p><table><thead><tr><th>mean score</th>"
+        f"<p><b>{escape(title)}</b></p><table><thead><tr><th>mean score</th>"
         f"<th>best on</th><th>candidate</th></tr></thead><tbody>{body}</tbody></table>"
     )
 
 
-def population_rich(population: Population) -> RenderableType:
+def population_rich(title: str, rows: Sequence[Ranked]) -> RenderableType:
     """The same for a terminal, with the first line of each candidate's instructions."""
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(
-        title=f"{len(population.candidates)} candidates on {len(population.val_ids)} examples, "
-        f"after {population.policy_version} optimizer steps"
-    )
-    for name in ("mean score", "best on"):
-        table.add_column(name, justify="right")
-    table.add_column("candidate")
-    table.add_column("instructions", overflow="ellipsis", no_wrap=True, ratio=1)
-    for candidate, mean, wins in population_rows(population):
-        texts = [v for k, v in candidate.components.items() if k.endswith(".instructions")]
+    made = table(("mean score", "best on"), (), title)
+    made.add_column("candidate")
+    made.add_column("instructions", overflow="ellipsis", no_wrap=True, ratio=1)
+    for mean, wins, origin, components in rows:
+        texts = [text for name, text in components.items() if name.endswith(".instructions")]
         first = " / ".join(" ".join(text.split()) for text in texts)
-        table.add_row(score_text(mean), str(wins), Text(origin(candidate)), Text(first))
-    return table
-
-
-def population_rows(population: Population) -> list[tuple[Candidate, float | None, int]]:
-    """Candidates, best first, with mean score and on how many examples none is better.
-
-    The mean is ``None`` before the population has been scored.
-    """
-    if not population.score_K_V:
-        return [(candidate, None, 0) for candidate in population.candidates]
-    top_V = [max(column) for column in zip(*population.score_K_V, strict=True)]
-    rows = []
-    for candidate, score_V in zip(population.candidates, population.score_K_V, strict=True):
-        mean = sum(score_V) / max(1, len(score_V))
-        wins = sum(score == top for score, top in zip(score_V, top_V, strict=True))
-        rows.append((-mean, candidate.id, candidate, mean, wins))
-    rows.sort(key=lambda row: row[:2])
-    return [(candidate, mean, wins) for _, _, candidate, mean, wins in rows]
-
-
-# --- cycles ---------------------------------------------------------------------------------------
-
-
-CYCLE_COLUMNS = ("cycle", "step", "train reward", "validation", "KL", "entropy", "rollouts")
-
-
-def cycle_cells(record: CycleRecord) -> tuple[str, ...]:
-    """A cycle's figures, formatted, in the order of ``CYCLE_COLUMNS``."""
-    return (
-        str(record.cycle),
-        str(record.step),
-        score_text(record.train_reward),
-        score_text(record.val_score),
-        f"{record.kl_to_base:.4f}",
-        score_text(record.entropy),
-        f"{record.total_rollouts.total:,}",
-    )
-
-
-def cycle_table(records: Iterable[CycleRecord]) -> RenderableType:
-    """The cycles as a table for a terminal."""
-    from rich.table import Table
-
-    table = Table()
-    for name in CYCLE_COLUMNS:
-        table.add_column(name, justify="right")
-    for record in records:
-        table.add_row(*cycle_cells(record))
-    return table
-
-
-def diff_text(before: str, after: str) -> Text:
-    """A word diff for a terminal: removed words struck through, added ones underlined."""
-    from rich.text import Text
-
-    styles = {"same": "", "removed": "red strike", "added": "green underline"}
-    return Text.assemble(*((text, styles[kind]) for kind, text in word_diff(before, after)))
-
-
-def records_frame(records: Sequence[CycleRecord]) -> Any:
-    """The cycles as a ``pandas.DataFrame``: a row a cycle, mappings spread over columns.
-
-    Rollouts of the cycle are ``rollouts_fast`` and so on, all up to its end
-    ``total_rollouts_fast`` and so on; failures and seconds likewise. A kind of failure that a
-    cycle does not name had a share of 0.
-    """
-    import dataclasses
-
-    import pandas as pd
-
-    rows = []
-    for record in records:
-        row: dict[str, Any] = {}
-        for name, value in dataclasses.asdict(record).items():
-            if isinstance(value, Mapping):
-                row |= {f"{name.removesuffix('_shares')}_{key}": v for key, v in value.items()}
-            else:
-                row[name] = value
-        row["total_rollouts"] = record.total_rollouts.total
-        rows.append(row)
-    frame = pd.DataFrame(rows)
-    shares = [name for name in frame.columns if name.startswith("failure_")]
-    return frame.fillna(dict.fromkeys(shares, 0.0)).set_index("cycle")
+        made.add_row(score_text(mean), str(wins), as_text(origin), as_text(first))
+    return made
 
 
 def score_text(value: float | None) -> str:
@@ -207,6 +171,79 @@ def score_text(value: float | None) -> str:
     return "—" if value is None else f"{value:.3f}"
 
 
-def notebook_html(body: str) -> str:
-    """HTML for a notebook's output, with the style that goes with it."""
-    return f'<div class="fst">{_STYLE}{body}</div>'
+# --- what changed between two texts, word by word -------------------------------------------------
+
+Piece = tuple[Literal["same", "removed", "added"], str]
+
+MOST_WORDS = 4000
+"""Texts with more words than this are compared line by line: difflib takes quadratic time."""
+
+_WORDS = re.compile(r"\n|[^\S\n]+|\w+|[^\w\s]")
+
+
+def word_diff(before: str, after: str) -> list[Piece]:
+    """The pieces that turn ``before`` into ``after``.
+
+    The ``same`` and ``removed`` pieces in order give ``before`` back, ``same`` and ``added`` give
+    ``after``. White space that stands alone between two changes counts as changed with them, so
+    that a rewritten phrase reads as one change.
+    """
+    old, new = _WORDS.findall(before), _WORDS.findall(after)
+    if max(len(old), len(new)) > MOST_WORDS:
+        old, new = before.splitlines(keepends=True), after.splitlines(keepends=True)
+    opcodes = SequenceMatcher(None, old, new, autojunk=False).get_opcodes()
+    pieces: list[Piece] = []
+    removed = added = ""
+    for number, (kind, i1, i2, j1, j2) in enumerate(opcodes):
+        same = "".join(old[i1:i2]) if kind == "equal" else ""
+        inside = 0 < number < len(opcodes) - 1
+        if kind != "equal" or (inside and same.isspace()):
+            removed += "".join(old[i1:i2])
+            added += "".join(new[j1:j2])
+            continue
+        pieces += _change(removed, added)
+        removed = added = ""
+        pieces.append(("same", same))
+    return pieces + list(_change(removed, added))
+
+
+def _change(removed: str, added: str) -> Iterator[Piece]:
+    if removed:
+        yield "removed", removed
+    if added:
+        yield "added", added
+
+
+def diff_html(before: str, after: str) -> str:
+    """The diff as escaped HTML with ``<del>`` and ``<ins>``."""
+    tags = {"same": ("", ""), "removed": ("<del>", "</del>"), "added": ("<ins>", "</ins>")}
+    return "".join(
+        tags[kind][0] + escape(text) + tags[kind][1] for kind, text in word_diff(before, after)
+    )
+
+
+def diff_text(before: str, after: str) -> Text:
+    """The diff for a terminal: removed words struck through, added ones underlined."""
+    styles = {"same": "", "removed": "red strike", "added": "green underline"}
+    return Text().join(as_text(text, styles[kind]) for kind, text in word_diff(before, after))
+
+
+def readable(component: str, text: str) -> str:
+    """A component's text as people read it: the JSON of demos with a line a field."""
+    if component.endswith(".demos"):
+        try:
+            return json.dumps(json.loads(text), indent=1, ensure_ascii=False)
+        except json.JSONDecodeError:
+            return text
+    return text
+
+
+def changed_components(
+    before: Mapping[str, str], after: Mapping[str, str]
+) -> list[tuple[str, str, str]]:
+    """The components that differ, as ``(name, text before, text after)``, sorted by name."""
+    return [
+        (name, readable(name, before.get(name, "")), readable(name, after.get(name, "")))
+        for name in sorted({*before, *after})
+        if before.get(name) != after.get(name)
+    ]

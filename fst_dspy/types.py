@@ -11,6 +11,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
+from fst_dspy import display
+
 if TYPE_CHECKING:
     import dspy
     from rich.console import RenderableType
@@ -61,15 +63,17 @@ class Candidate:
     cycle: int = 0
     source: str = "seed"
 
-    def _repr_html_(self) -> str:
-        from fst_dspy.display import candidate_html
+    @property
+    def origin(self) -> str:
+        """Its id and how it came to be, in one line."""
+        parents = f" from {', '.join(self.parent_ids)}" if self.parent_ids else ""
+        return f"{self.id} · {self.source}, cycle {self.cycle}{parents}"
 
-        return candidate_html(self)
+    def _repr_html_(self) -> str:
+        return display.texts_html(self.origin, self.components)
 
     def __rich__(self) -> RenderableType:
-        from fst_dspy.display import candidate_rich
-
-        return candidate_rich(self)
+        return display.texts_rich(self.origin, self.components)
 
 
 @dataclass(frozen=True)
@@ -88,15 +92,35 @@ class Population:
     score_K_V: tuple[tuple[float, ...], ...]
     policy_version: int
 
-    def _repr_html_(self) -> str:
-        from fst_dspy.display import population_html
+    @property
+    def ranked(self) -> list[tuple[Candidate, float | None, int]]:
+        """Candidates, best first, with mean score and on how many examples none is better.
 
-        return population_html(self)
+        The mean is ``None`` before the population has been scored.
+        """
+        if not self.score_K_V:
+            return [(candidate, None, 0) for candidate in self.candidates]
+        top_V = [max(column) for column in zip(*self.score_K_V, strict=True)]
+        rows = []
+        for candidate, score_V in zip(self.candidates, self.score_K_V, strict=True):
+            mean = sum(score_V) / max(1, len(score_V))
+            wins = sum(score == top for score, top in zip(score_V, top_V, strict=True))
+            rows.append((-mean, candidate.id, candidate, mean, wins))
+        rows.sort(key=lambda row: row[:2])
+        return [(candidate, mean, wins) for _, _, candidate, mean, wins in rows]
+
+    def _shown(self) -> tuple[str, list[display.Ranked]]:
+        title = (
+            f"Population of {len(self.candidates)}, scored on {len(self.val_ids)} examples after "
+            f"{self.policy_version} optimizer steps"
+        )
+        return title, [(mean, wins, c.origin, c.components) for c, mean, wins in self.ranked]
+
+    def _repr_html_(self) -> str:
+        return display.population_html(*self._shown())
 
     def __rich__(self) -> RenderableType:
-        from fst_dspy.display import population_rich
-
-        return population_rich(self)
+        return display.population_rich(*self._shown())
 
 
 @dataclass(frozen=True)
@@ -300,7 +324,7 @@ class CycleRecord:
         kl_to_base: KL(policy || base), nats a token, on validation prompts.
         entropy: Mean policy entropy, nats a token; ``None`` without a slow phase.
         constant_group_share: Share of groups with equal rewards (no gradient), 0 to 1.
-        failure_shares: Share of the slow rollouts by kind of failure, 0 to 1.
+        failure_shares: Share of the cycle's rollouts, of all channels, by kind of failure, 0 to 1.
         rollouts: Counts of this cycle.
         total_rollouts: Counts from the start of the run to the end of this cycle.
         tokens: Prompt and completion tokens from the start of the run.
@@ -308,6 +332,9 @@ class CycleRecord:
         weights_version: Version id of the weights at the end of the cycle.
         proposals: What became of the fast channel's proposals from the start of the run, and what
             reflection cost (``FastPhase.report``).
+        failure_messages: The first message of each kind of failure in the cycle.
+        reward_range: Lowest and highest reward of the cycle's rollouts that are learned from;
+            ``None`` where there were none.
     """
 
     cycle: int
@@ -327,3 +354,5 @@ class CycleRecord:
     seconds: Mapping[str, float]
     weights_version: str
     proposals: Mapping[str, Any] = field(default_factory=dict)
+    failure_messages: Mapping[str, str] = field(default_factory=dict)
+    reward_range: tuple[float, float] | None = None

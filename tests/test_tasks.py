@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from fst_dspy.cli.app import app
+from fst_dspy.cli import app
 from fst_dspy.errors import DataError, ProgramError
 from fst_dspy.tasks import load_task, split_arguments
 

@@ -34,8 +34,8 @@ import typer
 from optuna.trial import TrialState
 from rich.console import Console
 
-from fst_dspy.cli.app import parse_settings
-from fst_dspy.cli.tune import report_study, study_counts, trial_line
+from fst_dspy.cli.options import parse_settings
+from fst_dspy.cli.study_report import report_study, study_counts, trial_line
 from fst_dspy.files import read_jsonl
 from fst_dspy.run.records import cycle_record
 from fst_dspy.study import Objective, best_settings, front, hypervolume, importances, tune

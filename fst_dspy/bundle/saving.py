@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -42,17 +41,13 @@ from fst_dspy.bundle.program import (
     _predictor_record,
 )
 from fst_dspy.bundle.weights import plain_folder, read_run, read_weights, write_weights
-from fst_dspy.config import FSTConfig, without_removed
 from fst_dspy.errors import ProgramError, StoreError
 from fst_dspy.lm.local_lm import LocalLM
 from fst_dspy.model.policy import Policy
-from fst_dspy.results.result import Best, FSTResult
-from fst_dspy.run.records import cycle_record
+from fst_dspy.results.result import FSTResult, result_from_json
 from fst_dspy.run.store import environment
 from fst_dspy.student.candidate import (
-    candidate_from_json,
     candidate_to_json,
-    population_from_json,
     population_to_json,
 )
 
@@ -269,25 +264,11 @@ def _population_to_json(result: FSTResult) -> dict[str, Any]:
 
 
 def _read_result(path: Path, manifest: Manifest) -> FSTResult | None:
-    run = manifest.run
-    if run is None:
+    if manifest.run is None:
         return None
     fast = read_plain_json(path / "population.json")
-    config = without_removed(run["config"])
-    settings = {name: value for part in config.values() for name, value in part.items()}
-    best: Mapping[str, Any] = fast["best"]
-    return FSTResult(
-        arm=run["arm"],
-        seed=run["seed"],
-        config=FSTConfig.make(**settings),
-        records=tuple(cycle_record(row) for row in read_plain_json(path / "cycles.json")),
-        population=population_from_json(fast["population"]),
-        best=Best(**{**best, "candidate": candidate_from_json(best["candidate"])}),
-        seed_candidate=candidate_from_json(fast["seed_candidate"]),
-        base_version=run["base_version"],
-        weights_version=run["weights_version"],
-        log_dir=None,
-    )
+    records = read_plain_json(path / "cycles.json")
+    return result_from_json({**fast, **manifest.run, "records": records, "log_dir": None})
 
 
 def _write_json(path: Path, value: Any) -> None:

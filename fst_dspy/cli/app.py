@@ -7,16 +7,28 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
 from fst_dspy import distributed
-from fst_dspy.cli import experiments as cli_experiments
-from fst_dspy.cli import protocols as cli_protocols
-from fst_dspy.errors import FSTError
-from fst_dspy.tasks import read_value
+from fst_dspy.cli.experiments import ablate, compare, experiments
+from fst_dspy.cli.options import (
+    ArmOption,
+    Model,
+    Out,
+    Preset,
+    Program,
+    ReflectionLM,
+    ReportTo,
+    Seed,
+    Settings,
+    console,
+    errors_told,
+    parse_settings,
+)
+from fst_dspy.cli.protocols import continual, plasticity
+from fst_dspy.cli.tune import tune
 
 if TYPE_CHECKING:
     from fst_dspy.results.result import FSTResult
@@ -27,41 +39,6 @@ app = typer.Typer(
     pretty_exceptions_show_locals=False,
     help="Fast-Slow Training: tune a DSPy program's prompts and its model's weights together.",
 )
-console = Console(quiet=not distributed.is_main())
-
-Program = Annotated[
-    str,
-    typer.Argument(
-        help="A Python file with load(seed), or the name of a packaged program; arguments for "
-        "load may follow, as in triage:policy=1,train=50."
-    ),
-]
-Model = Annotated[str, typer.Option(help='"embedded", a model folder or a hub id.')]
-Out = Annotated[
-    Path | None, typer.Option(help="Run folder; started again with the same one, a run goes on.")
-]
-Seed = Annotated[int, typer.Option(help="Seed of the task and of everything random.")]
-ArmOption = Annotated[str, typer.Option(help="fst, rl_only or gepa_only.")]
-Preset = Annotated[str | None, typer.Option(help="Budget preset: light, medium or heavy.")]
-Settings = Annotated[
-    list[str] | None,
-    typer.Option("--set", help="Any setting of FST as name=value; repeat for more."),
-]
-ReflectionLM = Annotated[
-    str | None,
-    typer.Option(help="Model that rewrites instructions, such as openai/gpt-5-mini."),
-]
-ReportTo = Annotated[
-    list[str] | None,
-    typer.Option(help="tensorboard, wandb or mlflow, in the run folder; repeat for more."),
-]
-
-
-app.command()(cli_experiments.compare)
-app.command()(cli_experiments.ablate)
-app.command()(cli_protocols.plasticity)
-app.command()(cli_protocols.continual)
-app.add_typer(cli_experiments.experiments, name="experiments")
 
 
 @app.callback()
@@ -82,17 +59,9 @@ def compile(
     report_to: ReportTo = None,
 ) -> None:
     """Compile a program with FST and report what each channel brought on the test set."""
-    try:
+    with errors_told():
         given = parse_settings(settings)
         _compile(program, model, out, seed, arm, auto, given, reflection_lm, report_to)
-    except FSTError as error:
-        console.print(Panel(Text(str(error)), title=type(error).__name__, border_style="red"))
-        if not distributed.is_main():  # whose console is quiet
-            typer.echo(f"process {distributed.rank()}: {type(error).__name__}: {error}", err=True)
-        raise typer.Exit(1) from None
-    except KeyboardInterrupt as error:
-        console.print(f"\n{error or 'interrupted'}")
-        raise typer.Exit(130) from None
 
 
 @app.command()
@@ -110,14 +79,10 @@ def export(
     ] = None,
 ) -> None:
     """Write the trained model as a plain folder that transformers and vLLM load."""
-    try:
-        with console.status("exporting"):
-            from fst_dspy.bundle.saving import export as write_model_folder
+    with errors_told(), console.status("exporting"):
+        from fst_dspy.bundle.saving import export as write_model_folder
 
-            written = write_model_folder(source, folder, base=base)
-    except FSTError as error:
-        console.print(Panel(Text(str(error)), title=type(error).__name__, border_style="red"))
-        raise typer.Exit(1) from None
+        written = write_model_folder(source, folder, base=base)
     console.print(f"model folder: {written}")
 
 
@@ -137,17 +102,12 @@ def report(
     """Write one self-contained HTML page about a run, or several laid over one another."""
     from fst_dspy.report import follow, write_report
 
-    try:
+    with errors_told(interrupted=""):
         if every is None:
             write_report(runs, out, model=model)
         else:
             console.print(f"writing {out} every {every:g} s; Ctrl-C ends it")
             follow(runs, out, every, model=model)
-    except FSTError as error:
-        console.print(Panel(Text(str(error)), title=type(error).__name__, border_style="red"))
-        raise typer.Exit(1) from None
-    except KeyboardInterrupt:
-        raise typer.Exit(130) from None
     console.print(f"report: {out}")
 
 
@@ -159,98 +119,16 @@ def watch(
     """Show a run in the terminal while it goes on; it may run in another process."""
     from fst_dspy.report.watch import watch as watch_run
 
-    try:
+    with errors_told(interrupted=""):
         watch_run(run, console, every)
-    except FSTError as error:
-        console.print(Panel(Text(str(error)), title=type(error).__name__, border_style="red"))
-        raise typer.Exit(1) from None
-    except KeyboardInterrupt:
-        raise typer.Exit(130) from None
 
 
-@app.command()
-def tune(
-    program: Program,
-    model: Model = "embedded",
-    out: Annotated[
-        Path, typer.Option(help="The study's folder; started again with it, a study goes on.")
-    ] = Path("runs/study"),
-    trials: Annotated[int, typer.Option(min=1, help="Trials in all, earlier ones counted.")] = 20,
-    workers: Annotated[int, typer.Option(min=1, help="Processes that run trials.")] = 1,
-    rollouts: Annotated[int, typer.Option(min=1, help="Rollout budget of a trial.")] = 3000,
-    objective: Annotated[
-        str, typer.Option(help="score, or several of score,kl_to_base,rollouts for a front.")
-    ] = "score",
-    at_most: Annotated[
-        list[str] | None, typer.Option(help="Upper limit, such as kl_to_base=0.1; repeat for more.")
-    ] = None,
-    at_least: Annotated[
-        list[str] | None, typer.Option(help="Lower limit, such as score=0.5; repeat for more.")
-    ] = None,
-    pruner: Annotated[str, typer.Option(help="median, asha, hyperband or none.")] = "median",
-    space: Annotated[Path | None, typer.Option(help="YAML file of the search space.")] = None,
-    storage: Annotated[
-        str | None,
-        typer.Option(help="sqlite:///..., journal:///... or postgresql://...; SQLite in --out."),
-    ] = None,
-    study_name: Annotated[str, typer.Option(help="The study's name in the storage.")] = "fst",
-    seed: Seed = 0,
-    arm: ArmOption = "fst",
-    settings: Settings = None,
-    reflection_lm: ReflectionLM = None,
-) -> None:
-    """Tune FST's settings on a program with Optuna; --set holds settings fixed."""
-    if distributed.processes() > 1:
-        raise typer.BadParameter("a study starts its own processes: use --workers, not torchrun")
-    try:
-        with console.status("loading"):
-            import dspy
-
-            from fst_dspy.cli.tune import tune_and_report
-            from fst_dspy.study import Objective, load_space
-
-        upper, lower = (
-            {name: float(value) for name, value in parse_settings(limits).items()}
-            for limits in (at_most, at_least)
-        )
-        goal = Objective(tuple(objective.split(",")), rollouts, upper, pruner, lower)
-        tune_and_report(
-            console,
-            program,
-            out,
-            trials,
-            lm=model,
-            workers=workers,
-            objective=goal,
-            space=load_space(space) if space is not None else None,
-            storage=storage,
-            study_name=study_name,
-            seed=seed,
-            arm=arm,
-            fixed=parse_settings(settings),
-            reflection_lm=dspy.LM(reflection_lm) if reflection_lm else None,
-        )
-    except FSTError as error:
-        console.print(Panel(Text(str(error)), title=type(error).__name__, border_style="red"))
-        raise typer.Exit(1) from None
-    except KeyboardInterrupt:
-        console.print(f"\ninterrupted; start it again with --out {out} to go on")
-        raise typer.Exit(130) from None
-
-
-def parse_settings(settings: list[str] | None) -> dict[str, Any]:
-    """Settings given as ``name=value``; values are JSON where they can be read as such.
-
-    Raises:
-        typer.BadParameter: A setting without ``=``.
-    """
-    parsed: dict[str, Any] = {}
-    for setting in settings or []:
-        name, equals, text = setting.partition("=")
-        if not equals:
-            raise typer.BadParameter(f"--set takes name=value, got {setting!r}")
-        parsed[name] = read_value(text)
-    return parsed
+app.command()(tune)
+app.command()(compare)
+app.command()(ablate)
+app.command()(plasticity)
+app.command()(continual)
+app.add_typer(experiments, name="experiments")
 
 
 def _compile(

@@ -1,56 +1,38 @@
-"""The commands ``fst compare``, ``fst ablate`` and ``fst experiments show``; shared options."""
+"""The commands ``fst compare``, ``fst ablate`` and ``fst experiments show``."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.panel import Panel
 
-from fst_dspy.errors import FSTError
+from fst_dspy.cli.options import (
+    GO_ON,
+    RESULTS,
+    ForgetOn,
+    Model,
+    Out,
+    Program,
+    Quick,
+    ReflectionLM,
+    Results,
+    Rollouts,
+    Samples,
+    Seeds,
+    Settings,
+    TestSize,
+    Workers,
+    console,
+    errors_told,
+    parse_settings,
+)
 
 if TYPE_CHECKING:
     from fst_dspy.experiments import Plan
 
-console = Console()
 experiments = typer.Typer(no_args_is_help=True, help="Look at what experiments have found.")
-
-Program = Annotated[
-    str, typer.Argument(help="A program's name or file, as for fst compile.", show_default=False)
-]
-Out = Annotated[
-    Path | None,
-    typer.Option(help="The store; started again with it, what has run is not run again."),
-]
-Model = Annotated[str, typer.Option(help='"embedded", a model folder or a hub id.')]
-Seeds = Annotated[int | None, typer.Option(min=1, help="Seeds of every arm; 5 if not given.")]
-Rollouts = Annotated[
-    int | None,
-    typer.Option(min=1, help="Budget of a run, all channels counted; 3000 if not given."),
-]
-Workers = Annotated[int, typer.Option(min=1, help="Processes at once; they share the cores.")]
-Settings = Annotated[
-    list[str] | None,
-    typer.Option("--set", help="A setting of every arm as name=value; repeat for more."),
-]
-Samples = Annotated[
-    int | None, typer.Option(min=1, help="Rollouts a test example: mean@k; 4 if not given.")
-]
-TestSize = Annotated[int | None, typer.Option(min=1, help="Test examples; all if not given.")]
-ForgetOn = Annotated[
-    list[str] | None,
-    typer.Option(help="A program to test for forgetting, with its ideal prompts; repeat for more."),
-]
-ReflectionLM = Annotated[
-    str | None, typer.Option(help="Model that rewrites instructions, such as openai/gpt-5-mini.")
-]
-Quick = Annotated[bool, typer.Option("--quick", help="Minutes on two cores; says little.")]
-RESULTS = "Where results.md and the rest go; the store if not given."
-Results = Annotated[Path | None, typer.Option(help=RESULTS)]
 
 
 def compare(
@@ -78,9 +60,9 @@ def compare(
     results: Results = None,
 ) -> None:
     """Compare FST with RL alone, GEPA alone and others: same model, data, seeds and rollouts."""
-    with errors_told():
+    with errors_told(GO_ON):
         with console.status("loading"):
-            from fst_dspy.cli.tune import trial_line
+            from fst_dspy.cli.study_report import trial_line
             from fst_dspy.experiments import ARMS, ExperimentStore
             from fst_dspy.experiments import compare as run_comparison
         plan = make_plan(
@@ -131,7 +113,7 @@ def ablate(
     results: Results = None,
 ) -> None:
     """Change one setting of FST at a time, to see what it is worth."""
-    with errors_told():
+    with errors_told(GO_ON):
         with console.status("loading"):
             from fst_dspy.experiments import AXES, ExperimentStore
             from fst_dspy.experiments import ablate as run_ablation
@@ -161,7 +143,7 @@ def show(
     out: Annotated[Path | None, typer.Option(help=RESULTS)] = None,
 ) -> None:
     """Write the tables and figures of a store, whatever has ended so far, and print them."""
-    with errors_told():
+    with errors_told(GO_ON):
         _show(store, out)
 
 
@@ -185,7 +167,6 @@ def make_plan(
     program: str, model: str, quick: bool, settings: Sequence[str] | None, **given: Any
 ) -> Plan:
     """The plan of the options; what was not given is the plan's default, or the quick one's."""
-    from fst_dspy.cli.app import parse_settings
     from fst_dspy.experiments import Plan
     from fst_dspy.experiments.plan import QUICK, QUICK_SETTINGS
 
@@ -216,16 +197,3 @@ def _show(folder: Path, out: Path | None) -> None:
     for table in tables:
         console.print(table.rich(), soft_wrap=True)
     console.print(f"written: {', '.join(map(str, files))}", soft_wrap=True)
-
-
-@contextmanager
-def errors_told() -> Iterator[None]:
-    """Turn what is wrong, and Ctrl-C, into a message and an exit code."""
-    try:
-        yield
-    except FSTError as error:
-        console.print(Panel(str(error), title=type(error).__name__, border_style="red"))
-        raise typer.Exit(1) from None
-    except KeyboardInterrupt:
-        console.print("\ninterrupted; start it again with the same --out to go on")
-        raise typer.Exit(130) from None

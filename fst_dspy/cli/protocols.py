@@ -6,7 +6,9 @@ from typing import Annotated
 
 import typer
 
-from fst_dspy.cli.experiments import (
+from fst_dspy.cli.experiments import default_folder, finish, make_plan
+from fst_dspy.cli.options import (
+    GO_ON,
     ForgetOn,
     Model,
     Out,
@@ -20,10 +22,8 @@ from fst_dspy.cli.experiments import (
     TestSize,
     Workers,
     console,
-    default_folder,
     errors_told,
-    finish,
-    make_plan,
+    parse_settings,
 )
 
 Arms = Annotated[str, typer.Option(help="Comma-separated.")]
@@ -63,9 +63,8 @@ def plasticity(
     results: Results = None,
 ) -> None:
     """See how well another task is learned afterwards: fresh RL from each arm's weights."""
-    with errors_told():
+    with errors_told(GO_ON):
         with console.status("loading"):
-            from fst_dspy.cli.app import parse_settings
             from fst_dspy.experiments import ExperimentStore
             from fst_dspy.experiments import plasticity as run_plasticity
         plan = make_plan(
@@ -124,9 +123,8 @@ def continual(
     results: Results = None,
 ) -> None:
     """Learn tasks one after another in one run, every task tested at every stage."""
-    with errors_told():
+    with errors_told(GO_ON):
         with console.status("loading"):
-            from fst_dspy.cli.app import parse_settings
             from fst_dspy.experiments import SEED_PROMPT, ExperimentStore
             from fst_dspy.experiments import continual as run_stream
         plan = make_plan(

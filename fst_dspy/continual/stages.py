@@ -13,7 +13,7 @@ from torch import Tensor
 from fst_dspy.config import LoraConfig, as_lora
 from fst_dspy.errors import StoreError
 from fst_dspy.model.policy import Policy
-from fst_dspy.results.result import FSTResult, _result_from_json
+from fst_dspy.results.result import FSTResult, result_from_json
 from fst_dspy.student.candidate import make_candidate
 from fst_dspy.types import Candidate
 
@@ -111,5 +111,5 @@ def stage_from_json(plain: Mapping[str, Any]) -> TaskStage:
         task=plain["task"],
         started_from=plain["started_from"],
         lora=as_lora(plain["lora"]),
-        result=_result_from_json(plain["result"]),
+        result=result_from_json(plain["result"]),
     )

@@ -6,6 +6,7 @@ import dataclasses
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from gepa.proposer.base import CandidateProposal
 from gepa.strategies.acceptance import AcceptanceCriterion, ImprovementOrEqualAcceptance
@@ -39,6 +40,10 @@ class ProposalStats:
     empty: int = 0
     duplicate: int = 0
     errors: Mapping[str, int] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The counts as plain values, for JSON."""
+        return dataclasses.asdict(self)
 
     def plus(self, other: ProposalStats) -> ProposalStats:
         """The sum of two counts."""

@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import dspy
 from gepa.core.adapter import EvaluationBatch
 
-from fst_dspy.fast.proposers.protocol import (
-    Record,
-)
+from fst_dspy.fast.proposers.protocol import Record
 from fst_dspy.fast.reflector import Reflector, Trajectory, make_records
 from fst_dspy.rollouts.jobs import RolloutJob, Runner
 from fst_dspy.student.candidate import make_candidate
 from fst_dspy.types import Rollout
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -29,13 +24,13 @@ class GepaAdapter:
         runner: Runs the rollouts, on channel ``fast``.
         reflector: Proposes texts.
         cycle: Part of every rollout's salt.
-        keep: Is given the rollouts of every training minibatch.
+        keep: Each is given the rollouts of every training minibatch.
     """
 
     runner: Runner
     reflector: Reflector
     cycle: int
-    keep: Callable[[Sequence[Rollout]], None] = lambda rollouts: None
+    keep: Sequence[Callable[[Sequence[Rollout]], None]] = ()
     _runs: int = 0
 
     def evaluate(
@@ -58,8 +53,8 @@ class GepaAdapter:
             channel="fast",
             salt=phase_salt(self.cycle, self._runs),
         )
-        if capture_traces:
-            self.keep(rollouts)
+        for keep in self.keep if capture_traces else ():
+            keep(rollouts)
         trajectories = [Trajectory(e, r) for e, r in zip(batch, rollouts, strict=True)]
         return EvaluationBatch(
             outputs=rollouts,

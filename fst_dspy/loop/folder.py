@@ -1,4 +1,4 @@
-"""The state of the joint loop between two of its parts, and its way to and from the run folder."""
+"""What the joint loop writes to its run folder, and reads back to go on."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from safetensors.torch import load_file, save
 from fst_dspy import distributed
 from fst_dspy.errors import StoreError
 from fst_dspy.files import read_json, write_atomically
+from fst_dspy.loop.learner import Learner
 from fst_dspy.loop.state import LoopState, state_from_json, state_to_json
 from fst_dspy.model.policy import Policy
 from fst_dspy.results.result import FSTResult
 from fst_dspy.run.store import RunStore, environment
 from fst_dspy.slow.advantage import Scale, step_advantages
-from fst_dspy.slow.trainer import SlowTrainer
 from fst_dspy.student.candidate import (
     population_to_json,
 )
@@ -47,7 +47,7 @@ class Checkpoint:
     weights: Path
     best: Path | None
 
-    def restore(self, policy: Policy, trainer: SlowTrainer | None) -> LoopState:
+    def restore(self, policy: Policy, learner: Learner | None) -> LoopState:
         """Put weights and optimizer back, and return the loop's state.
 
         Raises:
@@ -61,13 +61,13 @@ class Checkpoint:
             policy.keep()
         elif state.best is not None:
             policy.keep()
-        if trainer is not None:
-            trainer.load(self.weights)
+        if learner is not None:
+            learner.load(self.weights)
         return state
 
 
 class RunFolder:
-    """What the joint loop writes to its run folder, and reads back to go on."""
+    """The run folder of one joint loop, locked until ``close``."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -122,10 +122,10 @@ class RunFolder:
         """Whether the last checkpoint is old enough for another one."""
         return time.monotonic() - self._saved_at >= CHECKPOINT_SECONDS
 
-    def checkpoint(self, state: LoopState, trainer: SlowTrainer | None) -> None:
+    def checkpoint(self, state: LoopState, learner: Learner | None) -> None:
         """Write a checkpoint."""
         self.store.checkpoint(
-            state_to_json(state), trainer.save if trainer is not None else lambda folder: None
+            state_to_json(state), learner.save if learner is not None else lambda folder: None
         )
         if state.best is not None:
             self.store.keep_versions([state.best.version])

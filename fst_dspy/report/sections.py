@@ -10,12 +10,12 @@ from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from typing import Any
 
+from fst_dspy.display import changed_components, diff_html, readable
 from fst_dspy.report import data
 from fst_dspy.report.data import Run
 from fst_dspy.report.faults import FORMAT, Faults, faults_by_cycle, skipped_steps
 from fst_dspy.report.rollouts import Outcome
 from fst_dspy.report.svg import Series, legend, line_chart
-from fst_dspy.word_diff import changed_components, diff_html, readable
 
 ROLLOUTS_AXIS = "rollouts, all channels"
 

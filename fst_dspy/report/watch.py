@@ -13,13 +13,13 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from fst_dspy.display import CYCLE_COLUMNS, cycle_cells, diff_text
+from fst_dspy.display import changed_components, diff_text
 from fst_dspy.report import data
 from fst_dspy.report.data import Run
 from fst_dspy.report.faults import skipped_steps
 from fst_dspy.report.sections import duration, percent
+from fst_dspy.results.cycles import CYCLE_COLUMNS, cycle_cells
 from fst_dspy.run.records import cycle_record
-from fst_dspy.word_diff import changed_components
 
 BARS = "▁▂▃▄▅▆▇█"
 SHOWN_CYCLES = 8

@@ -54,7 +54,7 @@ def draw_comparison(runs: Mapping[str, Sequence[CycleRecord]], title: str) -> Fi
         runs: Records by label; the part of a label before the first comma is its arm.
         title: Above both panels.
     """
-    from fst_dspy.notebook_figure import NotebookFigure
+    from fst_dspy.results.notebook_figure import NotebookFigure
 
     figure = NotebookFigure(figsize=(9, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
@@ -126,7 +126,7 @@ def draw_lineage(nodes: Sequence[LineageNode], title: str = "") -> Figure:
     """Score against the cycle of birth, a line from each parent to its child."""
     from matplotlib.ticker import MaxNLocator
 
-    from fst_dspy.notebook_figure import NotebookFigure
+    from fst_dspy.results.notebook_figure import NotebookFigure
 
     figure = NotebookFigure(figsize=(7, 3.6), layout="constrained")
     axes = figure.subplots()
@@ -149,7 +149,7 @@ def draw_lineage(nodes: Sequence[LineageNode], title: str = "") -> Figure:
 
 def draw_curves(curves: Sequence[Curve], xlabel: str, ylabel: str, title: str = "") -> Figure:
     """Curves in one panel, with a legend where there is more than one."""
-    from fst_dspy.notebook_figure import NotebookFigure
+    from fst_dspy.results.notebook_figure import NotebookFigure
 
     figure = NotebookFigure(figsize=(5.5, 3.6), layout="constrained")
     axes = figure.subplots()
@@ -192,7 +192,7 @@ def draw_channels(cycles: Sequence[int], counts: Mapping[str, Sequence[int]]) ->
     """
     from matplotlib.ticker import MaxNLocator
 
-    from fst_dspy.notebook_figure import NotebookFigure
+    from fst_dspy.results.notebook_figure import NotebookFigure
 
     figure = NotebookFigure(figsize=(5.5, 3.6), layout="constrained")
     axes = figure.subplots()
@@ -208,7 +208,7 @@ def draw_channels(cycles: Sequence[int], counts: Mapping[str, Sequence[int]]) ->
 
 
 class FourScores(Protocol):
-    """What ``fst_dspy.evaluate.quadrants`` returns."""
+    """What ``fst_dspy.rollouts.evaluate.quadrants`` returns."""
 
     @property
     def base_original(self) -> float: ...
@@ -224,7 +224,7 @@ class FourScores(Protocol):
 
 def draw_quadrants(scores: FourScores) -> Figure:
     """Mean scores of base and trained weights (rows) under both contexts (columns)."""
-    from fst_dspy.notebook_figure import NotebookFigure
+    from fst_dspy.results.notebook_figure import NotebookFigure
 
     rows = (
         (scores.base_original, scores.base_evolved),
@@ -246,7 +246,7 @@ def draw_stream(
 
     A score that is ``None`` leaves its cell empty.
     """
-    from fst_dspy.notebook_figure import NotebookFigure
+    from fst_dspy.results.notebook_figure import NotebookFigure
 
     size = (1.4 + 1.1 * len(tasks), 0.9 + 0.6 * len(stages))
     figure = NotebookFigure(figsize=size, layout="constrained")

@@ -1,15 +1,30 @@
-"""The outcome of a compile: what ``detailed_results`` holds."""
+"""The outcome of a compile: what ``detailed_results`` holds, and how it shows itself."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rich.console import Group, RenderableType
+from rich.table import Table
+
 from fst_dspy.config import FSTConfig, without_removed
+from fst_dspy.display import (
+    as_text,
+    changed_components,
+    diff_html,
+    diff_text,
+    notebook_html,
+    panel,
+    score_text,
+)
 from fst_dspy.files import read_jsonl
+from fst_dspy.results import plots
+from fst_dspy.results.cycles import cycle_html, cycle_table, records_frame
 from fst_dspy.run.records import cycle_record
 from fst_dspy.student.candidate import candidate_from_json, population_from_json
 from fst_dspy.types import Arm, Candidate, CycleRecord, Population, RolloutCounts
@@ -17,9 +32,6 @@ from fst_dspy.types import Arm, Candidate, CycleRecord, Population, RolloutCount
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
-    from rich.console import RenderableType
-
-    from fst_dspy.result_display import Lineage
 
 SCHEMA_VERSION = 1
 
@@ -28,8 +40,8 @@ SCHEMA_VERSION = 1
 class Best:
     """The best (weights, candidate) pair on the validation examples.
 
-    That is the latest whose scores are not clearly worse (``population.clearly_worse``) than those
-    of the highest mean.
+    That is the latest whose scores are not clearly worse (``population.worse_by_sign_test``) than
+    those of the highest mean.
 
     Attributes:
         version: Version id of the weights.
@@ -42,6 +54,56 @@ class Best:
     candidate: Candidate
     score: float
     cycle: int
+
+
+@dataclass(frozen=True)
+class Lineage:
+    """Candidates, oldest first, each with what it changed in the texts it came from.
+
+    Attributes:
+        nodes: Their parents and last scores.
+        candidates: The same ones, with their texts, by id.
+        seed: The student's own texts; those of a candidate whose parents are not known are
+            compared with them.
+    """
+
+    nodes: tuple[plots.LineageNode, ...]
+    candidates: dict[str, Candidate]
+    seed: Candidate
+
+    def changes(self) -> Iterator[tuple[plots.LineageNode, Candidate, list[tuple[str, str, str]]]]:
+        """Each node with the candidate it is compared with, and what it changed there.
+
+        The student's own candidate is compared with an empty one.
+        """
+        for node in self.nodes:
+            after = self.candidates[node.id]
+            before = self.candidates[node.parent_ids[0]] if node.parent_ids else self.seed
+            if before.id == after.id:
+                before = Candidate("nothing", {})
+            yield node, before, changed_components(before.components, after.components)
+
+    def _repr_html_(self) -> str:
+        rows = "".join(
+            f"<tr><td class=n>{score_text(node.score)}</td><td><details{' open' * node.best}>"
+            f"<summary>{escape(self.candidates[node.id].origin)}{' <b>best</b>' * node.best}"
+            f"</summary><p>Against {escape(before.id)}:</p>{_diffs_html(changes)}</details></td>"
+            "</tr>"
+            for node, before, changes in self.changes()
+        )
+        return notebook_html(
+            "<table><thead><tr><th>last score</th><th>candidate</th></tr></thead>"
+            f"<tbody>{rows}</tbody></table>"
+        )
+
+    def __rich__(self) -> RenderableType:
+        panels = []
+        for node, before, changes in self.changes():
+            title = f"{score_text(node.score)} · {self.candidates[node.id].origin}"
+            texts = [as_text(f"Against {before.id}:", "dim")]
+            texts += [diff_text(old, new) for _, old, new in changes]
+            panels.append(panel(title + " · best" * node.best, Group(*texts)))
+        return Group(*panels)
 
 
 @dataclass(frozen=True)
@@ -97,54 +159,87 @@ class FSTResult:
         return list(found.values())
 
     def to_pandas(self) -> pd.DataFrame:
-        """The cycles as a table, a row each; see ``fst_dspy.display.records_frame``."""
-        from fst_dspy.display import records_frame
-
+        """The cycles as a table, a row each; see ``results.cycles.records_frame``."""
         return records_frame(self.records)
 
     def plot_score(self) -> Figure:
         """Validation score and train reward against rollouts of all channels."""
-        from fst_dspy import plots
-
         (score,) = plots.score_curves({"validation score": self.records})
         curves = [score, plots.reward_curve(self.records)]
         return plots.draw_curves(curves, "rollouts, all channels", "mean score")
 
     def plot_drift(self) -> Figure:
         """Validation score against KL to the base model."""
-        from fst_dspy import plots
-
         curves = plots.drift_curves({self.arm: self.records})
         return plots.draw_curves(curves, "KL to the base model, nats a token", "validation score")
 
     def plot_lineage(self) -> Figure:
         """The candidates' last scores against the cycle of birth, joined to their parents."""
-        from fst_dspy import plots
-
         return plots.draw_lineage(plots.lineage(self.candidates(), self.records))
 
     def plot_rollouts(self) -> Figure:
         """Rollouts by channel, a bar a cycle."""
-        from fst_dspy import plots
-
         cycles = [record.cycle for record in self.records]
         return plots.draw_channels(cycles, plots.channel_counts(self.records))
 
     def lineage(self) -> Lineage:
         """The known candidates, each with what it changed in its parent's texts."""
-        from fst_dspy.result_display import Lineage
+        known = self.candidates()
+        nodes = plots.lineage(known, self.records)
+        return Lineage(tuple(nodes), {one.id: one for one in known}, self.seed_candidate)
 
-        return Lineage.of(self)
+    def headline(self) -> list[tuple[str, str]]:
+        """The figures one asks for first, as names and formatted values."""
+        first, last = self.records[0], self.records[-1]
+        best, counts = self.records[self.best.cycle], self.rollouts
+        return [
+            ("arm, seed", f"{self.arm}, {self.seed}"),
+            (
+                "validation score",
+                f"{first.val_score:.3f} → {self.best.score:.3f} (best, cycle {self.best.cycle} "
+                f"of {last.cycle})",
+            ),
+            ("KL to the base model", f"{best.kl_to_base:.4f} nats a token, at the best"),
+            (
+                "rollouts",
+                f"{counts.total:,} (fast {counts.fast:,}, slow {counts.slow:,}, validation "
+                f"{counts.eval:,}); {counts.reused:,} reused",
+            ),
+            ("optimizer steps", str(last.step)),
+            ("best weights", self.best.version),
+            ("best candidate", self.best.candidate.origin),
+            ("run folder", self.log_dir or "none"),
+        ]
+
+    def changes(self) -> list[tuple[str, str, str]]:
+        """What the best candidate changed in the student's texts: name, text before, text after."""
+        return changed_components(self.seed_candidate.components, self.best.candidate.components)
 
     def _repr_html_(self) -> str:
-        from fst_dspy.result_display import result_html
-
-        return result_html(self)
+        figures = "".join(
+            f"<tr><th>{escape(name)}</th><td>{escape(value)}</td></tr>"
+            for name, value in self.headline()
+        )
+        return notebook_html(
+            f"<p><b>Fast-Slow Training</b></p><table><tbody>{figures}</tbody></table>"
+            f"<details><summary>{len(self.records)} cycles</summary>"
+            f"{cycle_html(self.records)}</details>"
+            "<p><b>What the best candidate changed</b></p>"
+            f"{_diffs_html(self.changes()) or '<p>Nothing.</p>'}"
+        )
 
     def __rich__(self) -> RenderableType:
-        from fst_dspy.result_display import result_rich
-
-        return result_rich(self)
+        figures = Table.grid(padding=(0, 2))
+        for name, value in self.headline():
+            figures.add_row(as_text(name, "dim"), as_text(value))
+        changes: list[RenderableType] = [
+            panel(name, diff_text(before, after)) for name, before, after in self.changes()
+        ]
+        return Group(
+            panel("Fast-Slow Training", figures),
+            cycle_table(self.records),
+            *(changes or [as_text("The best candidate is the student's own.")]),
+        )
 
 
 def flat_settings(config: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
@@ -154,7 +249,12 @@ def flat_settings(config: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _result_from_json(plain: Mapping[str, Any]) -> FSTResult:
+def result_from_json(plain: Mapping[str, Any]) -> FSTResult:
+    """The inverse of ``FSTResult.to_dict``, after JSON; further keys are passed over.
+
+    Raises:
+        ConfigError: A candidate does not match its id, or a setting is unknown.
+    """
     best = plain["best"]
     return FSTResult(
         arm=plain["arm"],
@@ -167,4 +267,11 @@ def _result_from_json(plain: Mapping[str, Any]) -> FSTResult:
         base_version=plain["base_version"],
         weights_version=plain["weights_version"],
         log_dir=plain["log_dir"],
+    )
+
+
+def _diffs_html(changes: list[tuple[str, str, str]]) -> str:
+    return "".join(
+        f"<div><code>{escape(name)}</code><pre>{diff_html(old, new)}</pre></div>"
+        for name, old, new in changes
     )

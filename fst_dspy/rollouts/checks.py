@@ -14,7 +14,6 @@ from fst_dspy.lm.local_lm import LocalLM
 from fst_dspy.lm.predictors import find_local_lm
 from fst_dspy.student.candidate import bind, example_id, predictor_names, seed_candidate
 from fst_dspy.student.metric import call_metric, check_metric
-from fst_dspy.types import Rollout
 
 logger = logging.getLogger(__name__)
 
@@ -98,18 +97,3 @@ def _check_metric_on(metric: Callable[..., Any], example: dspy.Example) -> None:
     except Exception:
         # It may need fields that only a real prediction has; then the first rollouts tell.
         logger.debug("the metric raised on an example's own labels", exc_info=True)
-
-
-def check_first_rollouts(rollouts: Sequence[Rollout]) -> None:
-    """Stop where the metric, or the program, fails on every one of the first rollouts.
-
-    Raises:
-        MetricError: The metric failed on all of them.
-        ProgramError: The program failed on all of them, or never called the local model.
-    """
-    kinds = {rollout.failure.kind if rollout.failure else None for rollout in rollouts}
-    message = next((r.failure.message for r in rollouts if r.failure), "")
-    if kinds == {"metric"}:
-        raise MetricError(f"the metric failed on every validation example: {message}")
-    if kinds in ({"program"}, {"no_calls"}, {"timeout"}):
-        raise ProgramError(f"the program failed on every validation example: {message}")

@@ -2,7 +2,7 @@
 
 Layout::
 
-    config.json        settings, seed, arm, versions: written once
+    config.json        settings, seed, arm, program, versions
     cycles.jsonl       one CycleRecord a line
     rollouts.jsonl     one rollout a line, with its text, reward and feedback
     checkpoints/N/     all that the loop needs to go on, N counting up
@@ -20,6 +20,7 @@ import dataclasses
 import fcntl
 import importlib.metadata
 import json
+import logging
 import os
 import platform
 import shutil
@@ -34,8 +35,14 @@ from fst_dspy.config import without_removed
 from fst_dspy.errors import StoreError
 from fst_dspy.files import flush, read_json, read_jsonl, write_atomically
 
+logger = logging.getLogger(__name__)
+
 SCHEMA_VERSION = 1
 KEPT_CHECKPOINTS = 2
+ADDED_LATER = ("program", "adapter", "lm", "metric")
+"""What the ``config.json`` of earlier versions may lack."""
+DIFFERENCES = 5
+"""Named at most, where a folder holds another run."""
 
 
 class RunStore:
@@ -68,25 +75,41 @@ class RunStore:
     def begin(self, config: Mapping[str, Any]) -> None:
         """Write ``config.json``, or check that the folder's own says the same.
 
+        What earlier versions did not write is added. A budget may change, so that a run can be
+        extended, but where the learning rate decays over it. A metric of the same name whose source
+        has changed is told of: the scores of before are the old one's.
+
         Raises:
-            StoreError: The folder holds a run with other settings, data or program.
+            StoreError: The folder holds a run with other settings, data or program, or a run
+                without its ``config.json``.
         """
         path = self.folder / "config.json"
         wanted = json.loads(json.dumps({"schema_version": SCHEMA_VERSION, **config}))
         if not path.exists():
+            if self._checkpoints():
+                raise StoreError(
+                    f"the run folder {self.folder} holds a run, but not its config.json, without "
+                    "which nothing tells whether it is this one; put the file back, or choose "
+                    "another folder"
+                )
             self.write_json("config.json", wanted)
             return
         found = read_json(path)
-        if "settings" in found:
-            found["settings"] = without_removed(found["settings"])
-        changed = [
-            key
-            for key in sorted({*wanted, *found})
-            if key != "environment" and wanted.get(key) != found.get(key)
-        ]
+        if not isinstance(found, dict):
+            raise StoreError(f"{path} is damaged: it holds no object; choose another folder")
+        changed = _differences(_comparable(found), _comparable(wanted))
+        if not changed:
+            if found.get("metric") not in (None, wanted.get("metric")):
+                logger.warning(
+                    "the metric's source has changed since the run in %s began; the scores of "
+                    "before are the old one's",
+                    self.folder,
+                )
+            if found != wanted:
+                self.write_json("config.json", {**found, **wanted})
         if changed:
             raise StoreError(
-                f"the run folder {self.folder} holds another run: {', '.join(changed)} "
+                f"the run folder {self.folder} holds another run: {_listed(changed)} "
                 f"{'differs' if len(changed) == 1 else 'differ'}; choose another folder, or delete "
                 "this one to start over"
             )
@@ -172,6 +195,36 @@ class RunStore:
 
     def _lengths(self) -> dict[str, int]:
         return {path.name: flush(path) for path in sorted(self.folder.glob("*.jsonl"))}
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - DIFFERENCES} more" if len(names) > DIFFERENCES else ""
+    return ", ".join(names[:DIFFERENCES]) + more
+
+
+def _comparable(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What has to be the same for a run to go on."""
+    plain = {key: value for key, value in config.items() if key != "environment"}
+    settings, metric = plain.get("settings"), plain.get("metric")
+    if isinstance(settings, dict):
+        settings = without_removed(settings)
+        schedule = settings.get("slow", {}).get("lr_scheduler_type", "constant")
+        if str(schedule).startswith("constant"):
+            settings.pop("budget", None)
+        plain["settings"] = settings
+    if isinstance(metric, dict):
+        plain["metric"] = metric.get("name")
+    return plain
+
+
+def _differences(found: Any, wanted: Any, name: str = "") -> list[str]:
+    """Where two plain values differ, by the dotted names of the fields."""
+    if not (isinstance(found, dict) and isinstance(wanted, dict)):
+        return [] if found == wanted else [name]
+    later = ADDED_LATER if not name else ()
+    keys = [k for k in sorted({*found, *wanted}) if k in found or k not in later]
+    inside = [_differences(found.get(k), wanted.get(k), f"{name}.{k}" if name else k) for k in keys]
+    return [difference for part in inside for difference in part]
 
 
 _OPTIONS = orjson.OPT_NON_STR_KEYS | orjson.OPT_PASSTHROUGH_DATETIME | orjson.OPT_APPEND_NEWLINE

@@ -719,7 +719,7 @@ def test_an_export_is_a_plain_model_with_the_live_logits(
 
 
 def test_the_command_exports_bundles_and_runs(tiny_qwen3, lora_bundle, tmp_path):
-    from fst_dspy.cli.app import app
+    from fst_dspy.cli import app
 
     compiled = compile_greedy(str(tiny_qwen3), {"rank": 4}, log_dir=tmp_path / "run")
     run = compiled.detailed_results.log_dir

@@ -3,7 +3,8 @@ import json
 import pytest
 from typer.testing import CliRunner
 
-from fst_dspy.cli.app import app, parse_settings
+from fst_dspy.cli import app
+from fst_dspy.cli.options import parse_settings
 from fst_dspy.errors import ProgramError
 from fst_dspy.tasks import load_task
 

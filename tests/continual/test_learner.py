@@ -16,10 +16,11 @@ from training_helpers import late_letters
 import fst_dspy
 from fst_dspy import ContinualFST, LocalLM, Task
 from fst_dspy.config import LoraConfig
-from fst_dspy.continual.origin import SEARCH_EXAMPLES, alike, clearly_better, nearest
+from fst_dspy.continual.origin import SEARCH_EXAMPLES, alike, nearest
 from fst_dspy.continual.scores import StreamScores
 from fst_dspy.errors import ConfigError, DataError, ModelError, ProgramError, StoreError
-from fst_dspy.optimizer import begin_lora
+from fst_dspy.fast.population import better_by_two_errors
+from fst_dspy.loop.parts import begin_lora
 from fst_dspy.rollouts.runner import RolloutRunner
 from fst_dspy.student.candidate import make_candidate
 from fst_dspy.tasks import load_task
@@ -97,10 +98,10 @@ def test_the_nearest_task_is_the_best_of_those_clearly_better(own, one, two, exp
     assert len(runner.jobs) == 3 * 4
 
 
-def test_clearly_better_means_by_two_standard_errors():
-    assert not clearly_better([1, 1, 1] + [0] * 13, [0] * 16)
-    assert clearly_better([1, 1, 1, 1] + [0] * 12, [0] * 16)
-    assert not clearly_better([0] * 16, [0] * 16)
+def test_better_by_two_errors():
+    assert not better_by_two_errors([1, 1, 1] + [0] * 13, [0] * 16)
+    assert better_by_two_errors([1, 1, 1, 1] + [0] * 12, [0] * 16)
+    assert not better_by_two_errors([0] * 16, [0] * 16)
 
 
 def test_tasks_share_candidates_where_predictors_and_fields_are_the_same():
@@ -158,7 +159,7 @@ def test_a_task_learned_again_goes_on_with_its_population(tiny_qwen3):
 def test_a_new_task_takes_the_nearest_population_and_counts_the_search(tiny_qwen3, monkeypatch):
     from fst_dspy.continual import origin as continual_search
 
-    monkeypatch.setattr(continual_search, "clearly_better", lambda score_V, own_V: True)
+    monkeypatch.setattr(continual_search, "better_by_two_errors", lambda score_V, own_V: True)
     learner = stream(tiny_qwen3, A, B)
     one, two = learner.stages
     if one.candidate.id == one.result.seed_candidate.id:
@@ -222,12 +223,12 @@ def test_a_stream_killed_in_its_second_stage_goes_on_there(tiny_qwen3, tmp_path,
 
 @pytest.mark.slow
 def test_ctrl_c_says_how_the_stream_goes_on(tiny_qwen3, tmp_path, monkeypatch):
-    from fst_dspy import optimizer
+    from fst_dspy.loop import joint
 
     def interrupted(self, state):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(optimizer._Run, "_slow_step", interrupted)
+    monkeypatch.setattr(joint.Run, "_slow_step", interrupted)
     with pytest.raises(KeyboardInterrupt, match=f"stage 1, a, .*{tmp_path.name}"):
         stream(tiny_qwen3, A, log_dir=tmp_path)
 

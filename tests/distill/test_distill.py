@@ -1,9 +1,18 @@
 """Distilling a context into the weights, on tiny random models and the embedded one."""
 
+import math
+
 import dspy
 import pytest
 import torch
-from helpers import Echo, Twice, kill_before_steps, questions, vowels
+from helpers import (
+    Echo,
+    Twice,
+    assert_equal_but_for_rounding,
+    kill_before_steps,
+    questions,
+    vowels,
+)
 from tiny_compile import SETTINGS as TINY
 from tiny_compile import raw_adapter  # noqa: F401
 
@@ -48,10 +57,10 @@ def test_reverse_kl_of_known_distributions():
     teacher = torch.tensor([[[0.25, 0.75], [0.5, 0.5]]]).log()
     both, first = torch.tensor([[True, True]]), torch.tensor([[True, False]])
     expected = 0.5 * torch.log(torch.tensor(2.0)) + 0.5 * torch.log(torch.tensor(2 / 3))
-    assert reverse_kl(student, teacher, first).item() == pytest.approx(expected.item())
+    assert reverse_kl(student, teacher, first).item() == pytest.approx(expected.item(), rel=1e-5)
     assert reverse_kl(student, teacher, both) > reverse_kl(student, teacher, first)
     assert reverse_kl(student, student, both).item() == 0
-    assert token_entropy(student, first) == pytest.approx(torch.log(torch.tensor(2.0)).item())
+    assert token_entropy(student, first) == pytest.approx(math.log(2), rel=1e-5)
 
 
 def test_reverse_kl_is_that_of_trl(monkeypatch):
@@ -62,7 +71,8 @@ def test_reverse_kl_is_that_of_trl(monkeypatch):
     mask = torch.tensor([[True] * 5, [True] * 3 + [False] * 2])
     labels = torch.where(mask, 0, -100)
     theirs = GKDTrainer.generalized_jsd_loss(student, teacher, labels, beta=1)
-    assert (reverse_kl(student, teacher, mask) / mask.sum()).item() == pytest.approx(theirs.item())
+    found = reverse_kl(student, teacher, mask) / mask.sum()
+    assert found.item() == pytest.approx(theirs.item(), rel=1e-5)  # summed in another order
 
 
 # --- reading the student's calls under another context --------------------------------------------
@@ -135,18 +145,24 @@ def test_a_student_that_is_its_own_teacher_takes_no_step(tiny_qwen3):
 def test_the_step_does_not_depend_on_how_it_is_cut(tiny_qwen3, monkeypatch):
     from fst_dspy.distill import trainer as distill_trainer
 
-    losses, versions = [], []
+    losses, gradients = [], []  # Adam would blow up what rounding leaves of a gradient near 0
     for size, limit in ((16, 2**29), (2, 1)):
         monkeypatch.setattr(distill_trainer, "CHUNK_BYTES", limit)
         lm, program = LocalLM(str(tiny_qwen3)), Echo()
         context = seed_candidate(with_prompt(program, "Another text."))
         readings = ContextReader(program, context, lm).read(roll(program, lm, count=5))
-        slow = SlowConfig(learning_rate=1e-3, micro_batch_size=size)
+        slow = SlowConfig(micro_batch_size=size, max_grad_norm=0)
         trainer = DistillTrainer(lm.policy, slow, SAMPLING, 10, 0, lm.policy.base_version)
+        caught = {}
+
+        def catch(*_, caught=caught, model=lm.policy.model):
+            caught.update((name, weight.grad.clone()) for name, weight in model.named_parameters())
+
+        trainer._trl.optimizer.optimizer.register_step_pre_hook(catch)
         losses.append(trainer.imitate(readings).loss)
-        versions.append(torch.cat([w.flatten() for w in lm.policy.trainable_state().values()]))
+        gradients.append(caught)
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
-    torch.testing.assert_close(*versions, atol=1e-4, rtol=1e-3)
+    assert_equal_but_for_rounding(*gradients)
 
 
 # --- the optimizer --------------------------------------------------------------------------------

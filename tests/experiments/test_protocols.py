@@ -11,7 +11,7 @@ from experiment_runs import run as run_here
 from places import PROGRAM, SUPPORT
 from typer.testing import CliRunner
 
-from fst_dspy.cli.app import app
+from fst_dspy.cli import app
 from fst_dspy.errors import ConfigError
 from fst_dspy.experiments import (
     SEED_PROMPT,

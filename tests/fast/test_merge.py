@@ -86,7 +86,7 @@ def population_of(*members: Candidate):
 def test_a_fast_phase_merges_what_evolved_apart() -> None:
     runner = HalfRunner()
     phase = FastPhase(FastConfig(), Scripted(lambda *_: {}), 0)
-    phase._remember([SEED])
+    phase.judge.remember([SEED])
     end = run(phase, runner, population_of(LEFT, RIGHT), iterations=1)
     winner = end.candidates[best(end)]
     assert winner.source == "merge" and sorted(winner.parent_ids) == sorted([LEFT.id, RIGHT.id])
@@ -99,14 +99,14 @@ def test_a_fast_phase_merges_what_evolved_apart() -> None:
 def test_merges_are_budgeted_and_can_be_switched_off() -> None:
     runner = HalfRunner()
     phase = FastPhase(FastConfig(merge_iterations=0), Scripted(lambda *_: {}), 0)
-    phase._remember([SEED])
+    phase.judge.remember([SEED])
     run(phase, runner, population_of(LEFT, RIGHT), iterations=1)
     assert phase.stats.merges == 0 and runner.counts["fast"] == 12
 
 
 def test_ancestors_survive_a_resume() -> None:
     phase = FastPhase(FastConfig(), Scripted(lambda *_: {}), 0)
-    phase._remember([SEED, LEFT])
+    phase.judge.remember([SEED, LEFT])
     other = FastPhase(FastConfig(), Scripted(lambda *_: {}), 0)
     other.load_state(phase.state())
     assert other.state() == phase.state()

@@ -12,9 +12,9 @@ from fst_dspy.fast.population import (
     assign,
     best,
     choose,
-    clearly_worse,
     pareto_front,
     ranked,
+    worse_by_sign_test,
 )
 from fst_dspy.student.candidate import make_candidate
 from fst_dspy.types import Candidate, Population
@@ -97,9 +97,11 @@ def test_choose_properties(scores: list[list[float]], k: int, rng) -> None:
     ordered = sorted(zip(candidates, scores, strict=True), key=lambda p: (-sum(p[1]), p[0].id))
     front = {ordered[i][0].id for i in pareto_front([row for _, row in ordered])}
     if len(ids) < min(k, len(scores)):
-        assert all(clearly_worse(row, table[ids[0]]) for i, row in table.items() if i not in ids)
+        assert all(
+            worse_by_sign_test(row, table[ids[0]]) for i, row in table.items() if i not in ids
+        )
     if k > len(front):  # the best mean need not be on the front, and is always kept
-        assert all(clearly_worse(table[i], table[ids[0]]) for i in front - set(ids))
+        assert all(worse_by_sign_test(table[i], table[ids[0]]) for i in front - set(ids))
     order = list(range(len(scores)))
     rng.shuffle(order)
     again = choose([candidates[i] for i in order], [scores[i] for i in order], val_ids, k, 0)
@@ -123,11 +125,11 @@ def test_a_lucky_guesser_does_not_stay_but_a_specialist_does() -> None:
     ("wins", "losses", "expected"),
     [(0, 0, False), (0, 4, False), (0, 5, True), (1, 6, False), (1, 7, True), (9, 3, False)],
 )
-def test_clearly_worse_is_the_sign_test(wins: int, losses: int, expected: bool) -> None:
+def test_worse_by_sign_test_is_the_sign_test(wins: int, losses: int, expected: bool) -> None:
     score = [1.0] * wins + [0.0] * losses + [0.5] * 3
     other = [0.0] * wins + [1.0] * losses + [0.5] * 3
     worst_p = binomtest(wins, wins + losses, alternative="less").pvalue if wins + losses else 1.0
-    assert clearly_worse(score, other) is expected is bool(worst_p < 0.05)
+    assert worse_by_sign_test(score, other) is expected is bool(worst_p < 0.05)
 
 
 def test_choose_takes_equal_texts_once() -> None:

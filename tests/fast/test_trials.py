@@ -189,7 +189,7 @@ def test_merges_are_tried_in_trials_too():
 
     phase = make_phase(True, Scripted(lambda *_: {}), 0, cycle_iterations=1, merge_iterations=1)
     phase._trials = 1  # the next one is a merge
-    phase._remember([root])
+    phase.judge.remember([root])
     runner = ScriptedRunner(by_half, 0)
     population = step_through(phase, choose([left, right], [[1.0], [0.9]], ["x"], 4, 0), runner, 1)
     assert phase.trial.child.source == "merge" and len(phase.trial.parents) == 2

@@ -8,7 +8,6 @@ import pytest
 from helpers import Echo, Twice, kill_before_steps, questions, vowels
 from tiny_compile import SETTINGS, compile_tiny, raw_adapter  # noqa: F401
 
-import fst_dspy.optimizer as optimizer_module
 from fst_dspy import FST, LocalLM
 from fst_dspy.config import FSTConfig, without_removed
 from fst_dspy.errors import (
@@ -22,6 +21,7 @@ from fst_dspy.errors import (
     TrainingError,
 )
 from fst_dspy.files import read_jsonl
+from fst_dspy.loop import validation
 from fst_dspy.rollouts.evaluate import evaluate
 
 pytestmark = pytest.mark.slow
@@ -237,10 +237,10 @@ def test_settings_that_are_gone_are_read_where_they_were_off() -> None:
 
 
 def test_a_loss_that_stays_non_finite_ends_the_run_at_the_best_weights(tiny_qwen3, monkeypatch):
-    from fst_dspy import optimizer
+    from fst_dspy.loop import learner
     from fst_dspy.types import TrainingRow
 
-    real = optimizer.group_rows
+    real = learner.group_rows
 
     def poisoned(groups, scale):
         return [
@@ -248,7 +248,7 @@ def test_a_loss_that_stays_non_finite_ends_the_run_at_the_best_weights(tiny_qwen
             for r in real(groups, scale)
         ]
 
-    monkeypatch.setattr(optimizer, "group_rows", poisoned)
+    monkeypatch.setattr(learner, "group_rows", poisoned)
     lm = LocalLM(str(tiny_qwen3))
     with dspy.context(lm=lm), pytest.raises(TrainingError, match="3 optimizer steps in a row"):
         FST(vowels, **{**SETTINGS, "max_bad_steps": 3, "steps_per_cycle": 4}).compile(
@@ -261,21 +261,21 @@ def test_ctrl_c_finishes_the_step_saves_and_says_how_to_go_on(tiny_qwen3, tmp_pa
     import os
     import signal
 
-    from fst_dspy import optimizer
+    from fst_dspy.loop import joint
 
     whole = compile_tiny(tiny_qwen3)[2]
-    real = optimizer._Run._slow_step
+    real = joint.Run._slow_step
 
     def interrupted(self, state):
         if state.step == 1:
             os.kill(os.getpid(), signal.SIGINT)
         return real(self, state)
 
-    monkeypatch.setattr(optimizer._Run, "_slow_step", interrupted)
+    monkeypatch.setattr(joint.Run, "_slow_step", interrupted)
     with pytest.raises(KeyboardInterrupt, match="log_dir"):
         compile_tiny(tiny_qwen3, log_dir=tmp_path)
     assert [row["step"] for row in read_jsonl(tmp_path / "steps.jsonl")] == [1, 2]
-    monkeypatch.setattr(optimizer._Run, "_slow_step", real)
+    monkeypatch.setattr(joint.Run, "_slow_step", real)
     assert compile_tiny(tiny_qwen3, log_dir=tmp_path)[2].weights_version == whole.weights_version
 
 
@@ -326,7 +326,7 @@ def best_cycle_of(folder, scores, monkeypatch):
         found = evaluate(runner, candidates[:1], valset, channel="eval")
         return replace(found, score_K_V=(row,))
 
-    monkeypatch.setattr(optimizer_module, "evaluate", scored)
+    monkeypatch.setattr(validation, "evaluate", scored)
     # Two of them are not of cycles with steps: the student's own and the opening's.
     return compile_tiny(folder, max_cycles=len(scores) - 2, steps_per_cycle=1)[2].best.cycle
 

@@ -16,6 +16,8 @@ from fst_dspy.model.policy import Policy
 from fst_dspy.model.prefixes import can_continue
 from fst_dspy.model.prompt_cache import RoomyLayer, can_share
 
+pytestmark = pytest.mark.insides
+
 PROMPTS = [(7,) * 400 + (n, 8) for n in (1, 2, 3)]
 """Alike for long enough that beginnings are worth it, and rows share their prompts."""
 

@@ -18,6 +18,8 @@ from fst_dspy.model.generate import GenerationRequest, generate
 from fst_dspy.model.policy import Policy
 from fst_dspy.model.prefixes import pads_safely
 
+pytestmark = pytest.mark.insides
+
 WORDS = ["where does a visa ticket go?", "abc", "The rule says", "You answer questions. " * 6]
 
 

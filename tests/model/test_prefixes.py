@@ -26,6 +26,8 @@ from fst_dspy.model.prefixes import can_continue, find_prefixes
 from fst_dspy.slow.trainer import SlowTrainer
 from fst_dspy.types import Call, TrainingRow
 
+pytestmark = pytest.mark.insides
+
 PROMPTS = st.lists(st.lists(st.integers(0, 2), min_size=2, max_size=12), min_size=1, max_size=12)
 
 

@@ -19,7 +19,7 @@ from reasoning_gym.factory import DATASETS
 from typer.testing import CliRunner
 
 from fst_dspy import FST, LocalLM
-from fst_dspy.cli.app import app
+from fst_dspy.cli import app
 from fst_dspy.errors import ConfigError, DataError
 from fst_dspy.fast.proposers.lessons import unmarked_sentences
 from fst_dspy.rollouts.checks import check_metric

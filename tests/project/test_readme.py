@@ -25,6 +25,7 @@ def test_the_program_is_as_short_as_promised() -> None:
     assert len(lines) <= 30
 
 
+@pytest.mark.insides  # the compile of those
 @pytest.mark.slow
 def test_the_program_improves_in_a_process_of_its_own(tmp_path: Path) -> None:
     file = tmp_path / "program.py"

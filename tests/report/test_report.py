@@ -15,7 +15,7 @@ from run_folders import HOSTILE, fake_prompt, write_run
 from typer.testing import CliRunner
 
 from fst_dspy import FST, LocalLM
-from fst_dspy.cli.app import app
+from fst_dspy.cli import app
 from fst_dspy.errors import ModelError, StoreError
 from fst_dspy.files import read_json, read_jsonl
 from fst_dspy.report import data, follow, page, render, write_report

@@ -9,12 +9,11 @@ from hypothesis import strategies as st
 from rich.console import Console
 from run_folders import HOSTILE, write_run
 
-from fst_dspy.display import population_rows, show
+from fst_dspy.display import MOST_WORDS, changed_components, diff_html, show, word_diff
 from fst_dspy.results import plots
 from fst_dspy.rollouts.evaluate import Quadrants
 from fst_dspy.student.candidate import make_candidate
 from fst_dspy.types import Population
-from fst_dspy.word_diff import MOST_WORDS, changed_components, diff_html, word_diff
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +87,7 @@ def test_a_candidate_shows_its_origin_and_texts():
 def test_a_population_is_shown_best_first():
     one, two = (make_candidate({"p.instructions": text}) for text in ("one", "two"))
     population = Population((one, two), ("a", "b"), ((0.0, 0.0), (0.0, 1.0)), 6)
-    assert population_rows(population) == [(two, 0.5, 2), (one, 0.0, 1)]
+    assert population.ranked == [(two, 0.5, 2), (one, 0.0, 1)]
     for text in (visible(population._repr_html_()), printed(population)):
         assert text.index(two.id) < text.index(one.id) and "0.500" in text
     unscored = Population((one,), ("a",), (), 0)

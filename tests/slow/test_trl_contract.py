@@ -15,6 +15,8 @@ from fst_dspy.slow.advantage import group_advantages, group_rows
 from fst_dspy.slow.trl_stepper import SteppedGRPOTrainer
 from fst_dspy.types import TrainingRow
 
+pytestmark = pytest.mark.insides
+
 
 def make_pair(folder, lora=None):
     pair = Policy.load(folder, device="cpu"), Policy.load(folder, device="cpu")

@@ -23,7 +23,7 @@ from study_workers import held, held_model
 from typer.testing import CliRunner
 
 from fst_dspy import FST, LocalLM
-from fst_dspy.cli.app import app
+from fst_dspy.cli import app
 from fst_dspy.config import FSTConfig
 from fst_dspy.errors import ConfigError, FSTError, ProgramError
 from fst_dspy.files import read_jsonl
@@ -422,9 +422,9 @@ def make_task(folder):
 
 
 def test_ctrl_c_queues_the_trial_again(tiny_qwen3, tmp_path, monkeypatch):
-    from fst_dspy import optimizer
+    from fst_dspy.loop import joint
 
-    real = optimizer._Run._slow_step
+    real = joint.Run._slow_step
 
     def interrupted(self, state):
         if state.step == 1:
@@ -432,7 +432,7 @@ def test_ctrl_c_queues_the_trial_again(tiny_qwen3, tmp_path, monkeypatch):
         return real(self, state)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(optimizer._Run, "_slow_step", interrupted)
+        patch.setattr(joint.Run, "_slow_step", interrupted)
         tune_tiny(tiny_qwen3, tmp_path, trials=1)
     study = tune_tiny(tiny_qwen3, tmp_path, trials=1)
     assert states(study) == [TrialState.FAIL, TrialState.COMPLETE]
@@ -511,16 +511,16 @@ def test_the_trial_of_a_killed_worker_goes_on_in_its_folder(tiny_qwen3, tmp_path
     study = optuna.load_study(study_name="fst", storage=open_storage(storage))
     assert states(study) == [TrialState.RUNNING]
 
-    from fst_dspy import optimizer
+    from fst_dspy.loop import joint
 
     steps = []
-    real = optimizer._Run._slow_step
+    real = joint.Run._slow_step
 
     def counted(self, state):
         steps.append(state.step)
         return real(self, state)
 
-    monkeypatch.setattr(optimizer._Run, "_slow_step", counted)
+    monkeypatch.setattr(joint.Run, "_slow_step", counted)
     runner.run_worker(plan)
     lost, again = study.trials
     assert (lost.state, again.state) == (TrialState.FAIL, TrialState.COMPLETE)

@@ -16,6 +16,7 @@ from fst_dspy import FST, LocalLM, distributed, optimizer
 from fst_dspy.config import LoraConfig, SamplingConfig, SlowConfig
 from fst_dspy.errors import FSTError
 from fst_dspy.loop import folder as run_state
+from fst_dspy.loop import joint
 from fst_dspy.loop.progress import SilentProgress
 from fst_dspy.model.policy import Policy
 from fst_dspy.slow.trainer import SlowTrainer
@@ -120,14 +121,14 @@ def unlike_rows(model):
 def die_in_a_step():
     """Process 0 is killed where an optimizer step would begin; steps are always saved."""
     run_state.CHECKPOINT_SECONDS = 0.0
-    step = optimizer._Run._slow_step
+    step = joint.Run._slow_step
 
     def dying(self, state):
         if state.step == KILLED_BEFORE - 1 and distributed.is_main():
             os.kill(os.getpid(), signal.SIGKILL)
         return step(self, state)
 
-    optimizer._Run._slow_step = dying
+    joint.Run._slow_step = dying
 
 
 def main(model, folder):

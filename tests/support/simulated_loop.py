@@ -16,6 +16,7 @@ from records import make_rollout
 
 from fst_dspy.fast import population as populations
 from fst_dspy.fast.phase import FastPhase
+from fst_dspy.fast.trials import TrialPhase
 from fst_dspy.loop.problems import ProblemStream
 from fst_dspy.rollouts.evaluate import evaluate
 from fst_dspy.rollouts.jobs import RolloutJob
@@ -67,7 +68,7 @@ class Loop:
 
 
 def simulate(
-    phase: FastPhase,
+    phase: FastPhase | TrialPhase,
     runner: ScriptedRunner,
     seed_candidate: Candidate,
     trainset: Sequence[dspy.Example],
@@ -77,7 +78,7 @@ def simulate(
     steps: int = 6,
     group_size: int = 8,
     problems: int = 8,
-    after: Callable[[FastPhase], FastPhase] = lambda phase: phase,
+    after: Callable[[Any], Any] = lambda phase: phase,
 ) -> Loop:
     """Run the loop; ``after`` may replace the phase between steps, as a resume does."""
     val_ids = tuple(example_id(example) for example in valset)

@@ -33,9 +33,9 @@ def killed_in_step_2(model, folder, report_to):
                 file.write(f"{event} {arguments}\n")
 
     sys.addaudithook(watch)
-    from fst_dspy import optimizer
+    from fst_dspy.loop import joint
 
-    real = optimizer._Run._slow_step
+    real = joint.Run._slow_step
 
     def dying(self, state):
         if state.step == 1:
@@ -43,5 +43,5 @@ def killed_in_step_2(model, folder, report_to):
             os.kill(os.getpid(), signal.SIGKILL)
         return real(self, state)
 
-    optimizer._Run._slow_step = dying
+    joint.Run._slow_step = dying
     compile_tracked(model, folder, report_to)
