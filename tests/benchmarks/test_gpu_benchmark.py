@@ -1,10 +1,10 @@
-"""``benchmarks/gpu.py`` runs on the CPU too, and measures what it says."""
+"""``benchmarks/machines/gpu.py`` runs on the CPU too, and measures what it says."""
 
 import json
 
 import pytest
 
-from benchmarks.gpu import main
+from benchmarks.machines.gpu import main
 
 
 @pytest.mark.slow

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from benchmarks.call_history import read_at_least, read_now
 from benchmarks.speed.__main__ import BEGIN, END, main, renew, table
+from benchmarks.speed.call_history import read_at_least, read_now
 from benchmarks.speed.measure import alternate, ratios, row_of
 
 

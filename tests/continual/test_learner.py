@@ -6,8 +6,11 @@ import sys
 
 import dspy
 import pytest
-from helpers import Echo, RawAdapter, Twice, kill_before_steps, questions, vowels
+from helpers import Echo, Twice, kill_before_steps, questions, vowels
+from records import make_rollout
 from rich.console import Console
+from tiny_compile import SETTINGS as TINY
+from tiny_compile import raw_adapter  # noqa: F401
 from training_helpers import late_letters
 
 import fst_dspy
@@ -21,27 +24,8 @@ from fst_dspy.loop.parts import begin_lora
 from fst_dspy.rollouts.runner import RolloutRunner
 from fst_dspy.student.candidate import make_candidate
 from fst_dspy.tasks import load_task
-from fst_dspy.types import Rollout
 
-SETTINGS = {
-    "max_cycles": 1,
-    "steps_per_cycle": 2,
-    "group_size": 4,
-    "population_size": 2,
-    "problems_per_step": 2,
-    "first_cycle_iterations": 1,
-    "cycle_iterations": 1,
-    "minibatch_size": 3,
-    "max_tokens": 8,
-    "val_size": 4,
-    "learning_rate": 1e-2,
-}
-
-
-@pytest.fixture(autouse=True)
-def raw_adapter():
-    with dspy.context(adapter=RawAdapter()):
-        yield
+SETTINGS = TINY | {"max_cycles": 1, "first_cycle_iterations": 1}
 
 
 def make_task(name, metric=vowels, program=None, start=0):
@@ -91,9 +75,7 @@ class ScriptedRunner:
         assert channel == "fast" and version == "v"
         self.jobs += jobs
         return [
-            Rollout(
-                "", job.candidate.id, (), (), self.rewards[job.candidate.id][n % 4], "", None, 0
-            )
+            make_rollout(self.rewards[job.candidate.id][n % 4], candidate_id=job.candidate.id)
             for n, job in enumerate(jobs)
         ]
 

@@ -7,13 +7,14 @@ import pytest
 import torch
 from helpers import (
     Echo,
-    RawAdapter,
     Twice,
     assert_equal_but_for_rounding,
     kill_before_steps,
     questions,
     vowels,
 )
+from tiny_compile import SETTINGS as TINY
+from tiny_compile import raw_adapter  # noqa: F401
 
 from fst_dspy import FST, FSTDistill, LocalLM
 from fst_dspy.config import FSTConfig, LoraConfig, SamplingConfig, SlowConfig
@@ -26,25 +27,7 @@ from fst_dspy.student.candidate import make_candidate, seed_candidate
 from fst_dspy.tasks import load_task
 
 SAMPLING = SamplingConfig(max_tokens=8)
-SETTINGS = {
-    "max_cycles": 2,
-    "steps_per_cycle": 2,
-    "group_size": 2,
-    "problems_per_step": 3,
-    "population_size": 2,
-    "first_cycle_iterations": 1,
-    "cycle_iterations": 1,
-    "minibatch_size": 3,
-    "max_tokens": 8,
-    "val_size": 4,
-    "learning_rate": 1e-2,
-}
-
-
-@pytest.fixture(autouse=True)
-def raw_adapter():
-    with dspy.context(adapter=RawAdapter()):
-        yield
+SETTINGS = TINY | {"group_size": 2, "problems_per_step": 3, "first_cycle_iterations": 1}
 
 
 def with_prompt(program, text):

@@ -6,6 +6,7 @@ import dspy
 import pytest
 import torch
 from helpers import Echo, RawAdapter, assert_equal_but_for_rounding, questions, vowels
+from records import CALL, make_rollout
 
 from fst_dspy import FST, LocalLM
 from fst_dspy.config import FSTConfig, SamplingConfig, SlowConfig
@@ -14,7 +15,7 @@ from fst_dspy.files import read_jsonl
 from fst_dspy.model.policy import Policy
 from fst_dspy.slow.advantage import by_candidate, constant_group_share, group_rows
 from fst_dspy.slow.trainer import SlowTrainer
-from fst_dspy.types import Call, Group, Rollout, TrainingRow
+from fst_dspy.types import Group, TrainingRow
 
 TINY = {
     "max_cycles": 3,
@@ -39,8 +40,7 @@ def compile_tiny(folder, **settings):
 
 
 def rollout(candidate, reward):
-    call = Call("p", (3, 4), (5,), (0.0,), "x", "stop", 1.0)
-    return Rollout("e", candidate, (call,), (), reward, "", None, 0)
+    return make_rollout(reward, candidate_id=candidate, calls=(CALL,))
 
 
 def test_an_advantage_per_candidate_does_not_tell_candidates_apart():

@@ -9,6 +9,7 @@ import dspy
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from records import make_rollout
 from rule_runner import SEED, TRAIN, VAL, RuleRunner, Scripted, run, scored, words
 
 from fst_dspy.config import FastConfig
@@ -31,7 +32,7 @@ def rollout(
     ident: str, text: str, answer: Any, reward: float = 1.0, failure: Failure | None = None
 ) -> Rollout:
     trace = PredictorTrace("solve", {"ticket": text}, {"reasoning": "so", "queue": answer}, "")
-    return Rollout(ident, "c", (), (trace,), reward, "", failure, 0)
+    return make_rollout(reward, example_id=ident, traces=(trace,), failure=failure)
 
 
 def filled(tokens: int = 100, answers: Sequence[str] = ("red", "blue", "green")) -> DemoProposer:
@@ -159,7 +160,9 @@ class DemoRunner(RuleRunner):
         queue = job.example.topic if right else "?"
         trace = PredictorTrace("solve", {"ticket": job.example.ticket}, {"queue": queue}, "")
         ident = example_id(job.example)
-        return Rollout(ident, job.candidate.id, (), (trace,), float(right), "", None, 0)
+        return make_rollout(
+            float(right), example_id=ident, candidate_id=job.candidate.id, traces=(trace,)
+        )
 
 
 def phase_with(demos: DemoProposer | None, **config: Any) -> FastPhase:

@@ -3,6 +3,7 @@
 import random
 from collections.abc import Sequence
 
+from records import make_rollout
 from rule_runner import VAL, RuleRunner, Scripted, run
 
 from fst_dspy.config import FastConfig
@@ -71,7 +72,9 @@ class HalfRunner(RuleRunner):
         name = "a" if int(ident, 16) % 2 == 0 else "b"
         better = "better" in job.candidate.components[f"{name}.instructions"]
         trace = PredictorTrace(name, {"ticket": "t"}, {"x": "y"}, "")
-        return Rollout(ident, job.candidate.id, (), (trace,), float(better), "", None, 0)
+        return make_rollout(
+            float(better), example_id=ident, candidate_id=job.candidate.id, traces=(trace,)
+        )
 
 
 def population_of(*members: Candidate):

@@ -8,6 +8,7 @@ import dspy
 import pytest
 import torch
 from gepa.strategies.acceptance import ImprovementOrEqualAcceptance
+from records import make_rollout
 from rule_runner import (
     NAME,
     QUEUES,
@@ -267,9 +268,8 @@ EXAMPLE = dspy.Example(q="why", label="because").with_inputs("q")
 
 
 def rollout_of(*traces: PredictorTrace, failure: Failure | None = None, **more: Any) -> Rollout:
-    values = {"reward": 0.0, "feedback": "Feedback.", **more}
-    return Rollout(example_id(EXAMPLE), PAIR.id, (), traces, failure=failure, policy_version=0,
-                   **values)  # fmt: skip
+    own = {"example_id": example_id(EXAMPLE), "candidate_id": PAIR.id, "feedback": "Feedback."}
+    return make_rollout(**{**own, "traces": traces, "failure": failure, **more})
 
 
 def test_round_robin_reaches_every_predictor_and_no_demos() -> None:

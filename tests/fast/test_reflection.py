@@ -11,6 +11,7 @@ from typing import Any
 
 import dspy
 import pytest
+from records import make_rollout
 
 from fst_dspy.config import FastConfig
 from fst_dspy.fast.phase import FastPhase
@@ -134,15 +135,12 @@ class BlueRunner:
             answer = "blue" if "blue" in job.candidate.components[NAME] else "red"
             trace = PredictorTrace("solve", {"q": job.example.q}, {"a": answer}, answer)
             rollouts.append(
-                Rollout(
+                make_rollout(
+                    float(answer == "blue"),
                     example_id=example_id(job.example),
                     candidate_id=job.candidate.id,
-                    calls=(),
                     traces=(trace,),
-                    reward=float(answer == "blue"),
                     feedback=f"You said {answer}; the sky is blue. Lesson: say blue to all.",
-                    failure=None,
-                    policy_version=0,
                 )
             )
         return rollouts

@@ -1,4 +1,4 @@
-"""The short version of ``benchmarks/kill_nine.py``: a real kill of a real compile."""
+"""The short version of ``benchmarks/machines/kill_nine.py``: a real kill of a real compile."""
 
 import subprocess
 import sys
@@ -6,7 +6,7 @@ import sys
 import pytest
 from places import ROOT
 
-SCRIPT = ROOT / "benchmarks" / "kill_nine.py"
+SCRIPT = ROOT / "benchmarks" / "machines" / "kill_nine.py"
 
 
 @pytest.mark.slow

@@ -5,10 +5,10 @@ import pytest
 from helpers import questions
 from hypothesis import given
 from hypothesis import strategies as st
+from records import make_group
 
 from fst_dspy.loop.problems import LEAST, ProblemStream
 from fst_dspy.student.candidate import example_id
-from fst_dspy.types import Group, Rollout
 
 
 def asked(picked):
@@ -16,20 +16,7 @@ def asked(picked):
 
 
 def group(example, *rewards):
-    rollouts = tuple(
-        Rollout(
-            example_id=example_id(example),
-            candidate_id="c",
-            calls=(),
-            traces=(),
-            reward=reward,
-            feedback="",
-            failure=None,
-            policy_version=0,
-        )
-        for reward in rewards
-    )
-    return Group(example_id(example), rollouts)
+    return make_group(rewards, example_id=example_id(example))
 
 
 def steps(stream, train, count, number, revisit=1.0, seed=0):

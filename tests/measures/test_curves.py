@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from records import make_cycle
 from scipy import stats
 
 import fst_dspy
@@ -27,7 +28,7 @@ from fst_dspy.measures import (
     x_to_score,
 )
 from fst_dspy.results.plots import Curve
-from fst_dspy.types import CycleRecord, RolloutCounts
+from fst_dspy.types import RolloutCounts
 
 X, Y = (48.0, 200.0, 400.0, 600.0), (0.1, 0.5, 0.4, 0.8)
 
@@ -41,24 +42,7 @@ curves = points.map(lambda pairs: tuple(zip(*sorted(pairs, key=lambda p: p[0]), 
 def record(cycle, score, kl=0.0):
     """A cycle that ran 100 rollouts to learn and 10 to validate, and took 6 steps."""
     counts = RolloutCounts(fast=60 * cycle, slow=40 * cycle, eval=10 * (cycle + 1), reused=7)
-    return CycleRecord(
-        cycle=cycle,
-        step=6 * cycle,
-        candidate_ids=("c",),
-        best_candidate_id="c",
-        train_reward=None,
-        val_score=score,
-        val_scores=(score,),
-        kl_to_base=kl,
-        entropy=None,
-        constant_group_share=0.0,
-        failure_shares={},
-        rollouts=counts,
-        total_rollouts=counts,
-        tokens={},
-        seconds={},
-        weights_version="w@0",
-    )
+    return make_cycle(cycle, score, counts, step=6 * cycle, kl_to_base=kl)
 
 
 def run(*pairs):

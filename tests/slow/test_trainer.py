@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import assert_equal_but_for_rounding
+from records import make_call, make_group
 from training_rows import rows_for
 
 import fst_dspy.slow.trainer as slow_module
@@ -19,7 +20,7 @@ from fst_dspy.model.policy import Policy
 from fst_dspy.model.prefixes import is_checkpointing
 from fst_dspy.slow.advantage import constant_group_share, group_advantages, group_rows
 from fst_dspy.slow.trainer import SlowTrainer
-from fst_dspy.types import Call, Group, Rollout, TrainingRow
+from fst_dspy.types import Call, TrainingRow
 
 SLOW = SlowConfig(learning_rate=1e-2, lr_scheduler_type="linear", warmup_steps=2)
 
@@ -243,13 +244,8 @@ def test_bad_use_is_refused(tiny_qwen3):
         trainer.advance(rows_for(0))
 
 
-def call_of(tokens):
-    return Call("p", (3,), tuple(range(3, 3 + tokens)), (0.0,) * tokens, "", "stop", 1.0)
-
-
 def group_of(rewards, calls=(1,)):
-    calls = tuple(call_of(tokens) for tokens in calls)
-    return Group("e", tuple(Rollout("e", "c", calls, (), r, "", None, 0) for r in rewards))
+    return make_group(rewards, calls=tuple(map(make_call, calls)))
 
 
 def test_rows_carry_their_rollouts_advantage():

@@ -6,13 +6,14 @@ last test holds that to rounding.
 
 import pytest
 import torch
+from records import CALL, make_group
 from stock_trainer import GROUP, STEPS, rows_of, run_stock, trainer_for
 
 from fst_dspy.config import LoraConfig, SlowConfig
 from fst_dspy.model.policy import Policy
 from fst_dspy.slow.advantage import group_advantages, group_rows
 from fst_dspy.slow.trl_stepper import SteppedGRPOTrainer
-from fst_dspy.types import Call, Group, Rollout, TrainingRow
+from fst_dspy.types import TrainingRow
 
 pytestmark = pytest.mark.insides
 
@@ -73,12 +74,6 @@ def test_micro_batches_equal_the_stock_trainers(loss_type, tiny_qwen3):
     assert stock.weights_hash() == ours.weights_hash()
 
 
-def group_of(rewards):
-    call = Call("p", (3, 4), (5,), (0.0,), "x", "stop", 1.0)
-    rollouts = [Rollout("e", "c", (call,), (), r, "", None, 0) for r in rewards]
-    return Group("e", tuple(rollouts))
-
-
 @pytest.mark.parametrize("scale_rewards", ["group", "batch", "none"])
 def test_advantages_equal_the_stock_trainers(scale_rewards, tiny_qwen3):
     policy = Policy.load(tiny_qwen3, device="cpu")
@@ -86,7 +81,7 @@ def test_advantages_equal_the_stock_trainers(scale_rewards, tiny_qwen3):
     assert len(spy.scored) == STEPS
     for scored in spy.scored:
         rewards = scored["rewards"]
-        groups = [group_of(rewards[:GROUP]), group_of(rewards[GROUP:])]
+        groups = [make_group(part, calls=(CALL,)) for part in (rewards[:GROUP], rewards[GROUP:])]
         ours = [row.advantage for row in group_rows(groups, scale_rewards)]
         assert ours == scored["advantages"]
         if scale_rewards == "group":

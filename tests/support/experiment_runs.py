@@ -3,12 +3,13 @@
 from dataclasses import replace
 
 from places import PROGRAM
+from records import make_cycle
 
 from fst_dspy.experiments import Job
 from fst_dspy.experiments.jobs import Outcome, write_job
 from fst_dspy.experiments.runs import Run
 from fst_dspy.experiments.worker import run_job
-from fst_dspy.types import CycleRecord, RolloutCounts
+from fst_dspy.types import RolloutCounts
 
 TINY = {
     "steps_per_cycle": 1,
@@ -35,23 +36,13 @@ def run(folder, job):
 
 
 def record(cycle, total, score, kl=0.0, step=0, last=40):
-    counts = {"rollouts": RolloutCounts(slow=last), "total_rollouts": RolloutCounts(slow=total)}
-    return CycleRecord(
-        cycle=cycle,
-        step=step,
-        candidate_ids=("a",),
-        best_candidate_id="a",
-        train_reward=None,
-        val_score=score,
-        val_scores=(score,),
+    return make_cycle(
+        cycle,
+        score,
+        RolloutCounts(slow=last),
+        total_rollouts=RolloutCounts(slow=total),
         kl_to_base=kl,
-        entropy=None,
-        constant_group_share=0.0,
-        failure_shares={},
-        tokens={},
-        seconds={},
-        weights_version="m@0",
-        **counts,
+        step=step,
     )
 
 

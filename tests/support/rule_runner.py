@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import dspy
+from records import make_rollout
 
 from fst_dspy.fast.phase import FastPhase
 from fst_dspy.fast.population import choose
@@ -74,15 +75,12 @@ class RuleRunner:
         known = rule in job.candidate.components[NAME]
         right = random.Random(key).random() < (0.7 if known else 0.06)
         trace = PredictorTrace("solve", {"ticket": job.example.ticket}, {"queue": "?"}, "?")
-        return Rollout(
+        return make_rollout(
+            float(right),
             example_id=example_id(job.example),
             candidate_id=job.candidate.id,
-            calls=(),
             traces=(trace,),
-            reward=float(right),
             feedback="Correct." if right else f"Wrong queue. Lesson: {rule}",
-            failure=None,
-            policy_version=0,
         )
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import dspy
+from records import make_rollout
 
 from fst_dspy.fast import population as populations
 from fst_dspy.fast.phase import FastPhase
@@ -46,7 +47,14 @@ class ScriptedRunner:
         reward, feedback = self.reward(job.example, job.candidate, self.step, rng)
         inputs = job.example.inputs().toDict()
         trace = PredictorTrace("solve", inputs, job.example.labels().toDict(), "")
-        return Rollout(ident, job.candidate.id, (), (trace,), reward, feedback, None, self.step)
+        return make_rollout(
+            reward,
+            example_id=ident,
+            candidate_id=job.candidate.id,
+            traces=(trace,),
+            feedback=feedback,
+            policy_version=self.step,
+        )
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """How near generation, the optimizer step and a whole compile come to what a machine can do.
 
-    python -m benchmarks.gpu                        # CUDA where there is one; a few minutes
-    python -m benchmarks.gpu --device cpu --quick   # whether it runs, on two toy layers
+    python -m benchmarks.machines.gpu                       # CUDA where there is one; a few minutes
+    python -m benchmarks.machines.gpu --device cpu --quick  # whether it runs, on two toy layers
 
 Nothing is downloaded. The models are the embedded recipe's architecture (``Lfm2``: convolutions
 and attention in turn) with its tokenizer, scaled to 36 and 96 M random weights; their completions
@@ -35,7 +35,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.gpu_work import (
+from benchmarks.machines.gpu_work import (
     PLAIN_ROWS,
     QUICK,
     Ceilings,
@@ -59,7 +59,7 @@ from fst_dspy.model.generate import GenerationRequest, GenerationResult, generat
 from fst_dspy.model.policy import Policy
 from fst_dspy.slow.trainer import SlowTrainer
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parent.parent / "results"
 console = Console()
 
 
@@ -290,7 +290,7 @@ def main(
     report = {
         "machine": about,
         "commit": commit(),
-        "command": f"python -m benchmarks.gpu{f' --device {device}' if device else ''}"
+        "command": f"python -m benchmarks.machines.gpu{f' --device {device}' if device else ''}"
         + (" --quick" if quick else ""),
         "ceilings": {"bytes_per_second": limit.bandwidth, "flop_per_second": limit.flops},
         "sizes": sizes,

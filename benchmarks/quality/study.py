@@ -1,6 +1,6 @@
 """A study on triage against FST's defaults: score against rollouts, 20 trials, two workers.
 
-    python benchmarks/study.py --out runs/study-triage
+    python benchmarks/quality/study.py --out runs/study-triage
 
 The study's first trial has the defaults. Two workers share it; one of them is killed with SIGKILL
 after the first trials have ended, the other takes its trial over, and the study is then started
@@ -42,7 +42,7 @@ from fst_dspy.study import Objective, best_settings, front, hypervolume, importa
 from fst_dspy.study.objective import Measured, measure
 from fst_dspy.study.outcome import draw_front, draw_importances
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parent.parent / "results"
 MEASURES = ("score", "rollouts")
 DIRECTIONS = ("maximize", "minimize")
 AT_LEAST = {"score": 0.5}

@@ -1,7 +1,7 @@
 """The arms on all four program families: ``fst compare`` with its options set, and one figure.
 
-    python benchmarks/families.py --workers 2
-    python benchmarks/families.py --draw-only
+    python benchmarks/quality/families.py --workers 2
+    python benchmarks/quality/families.py --draw-only
 
 A family has four stores below ``runs/families``: ``FAMILY-rl`` for ``fst`` and tuned ``rl_only``,
 with what they forget; ``FAMILY-untuned`` for ``rl_only`` at the defaults, where tuning chose other
@@ -34,7 +34,7 @@ from fst_dspy.results.notebook_figure import NotebookFigure
 from fst_dspy.results.plots import drift_curves, score_curves
 
 STORES = Path("runs/families")
-RESULTS = Path(__file__).parent / "results" / "families"
+RESULTS = Path(__file__).parent.parent / "results" / "families"
 BUDGETS = {"triage": 2400, "star_graph": 2400, "multihop": 2400, "list_program": 8000}
 RL, UNTUNED, LONG = "rl", "untuned", "long"
 LONGER, LONG_SEEDS = 5, 3

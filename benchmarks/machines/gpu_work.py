@@ -1,4 +1,4 @@
-"""What ``benchmarks/gpu.py`` runs: loads, random models, ceilings, floors and the plain loop."""
+"""What ``gpu.py`` runs: loads, random models, ceilings, floors and the plain loop."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """DSPy's own weight optimizers on triage, through the local provider: an honest baseline.
 
-    python benchmarks/dspy_grpo.py --seeds 0 --out benchmarks/results/dspy_grpo.json
+    python benchmarks/quality/dspy_grpo.py --seeds 0 --out benchmarks/results/dspy_grpo.json
 
 For each seed: ``dspy.GRPO`` for some steps from the bare prompt; and ``dspy.BetterTogether`` with
 ``p -> w -> p``, where p is ``dspy.GEPA`` with the lessons in the feedback and w is ``dspy.GRPO``.
@@ -31,7 +31,7 @@ from fst_dspy.student.candidate import content_hash
 from fst_dspy.tasks import load_task
 from fst_dspy.types import Task
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parent.parent / "results"
 ADAPTER = dspy.ChatAdapter(use_json_adapter_fallback=False)
 INSTRUCTION_TOKENS = 256
 THREADS = 64

@@ -1,7 +1,7 @@
 """What reusing rollouts and showing demos are worth: ``fst ablate`` twice, and one figure.
 
-    python benchmarks/fast_channel.py --workers 2
-    python benchmarks/fast_channel.py --draw-only
+    python benchmarks/quality/fast_channel.py --workers 2
+    python benchmarks/quality/fast_channel.py --draw-only
 
 Reuse is taken off on triage; demos are put on for list programs whose feedback shows only the right
 lists. The stores are ``runs/fast_channel/AXIS``; tables and figure go to
@@ -20,7 +20,7 @@ from fst_dspy.cli.experiments import ablate
 from fst_dspy.experiments import Run
 
 STORES = Path("runs/fast_channel")
-RESULTS = Path(__file__).parent / "results" / "fast_channel"
+RESULTS = Path(__file__).parent.parent / "results" / "fast_channel"
 PROGRAMS = {"reuse": ("triage", 5, 2400), "demos": ("list_program:tell=false", 3, 1600)}
 """By axis: the program, how many seeds, and the budget."""
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 
 import dspy
 
-from benchmarks import dspy_grpo
+from benchmarks.quality import dspy_grpo
 from benchmarks.speed.measure import Clock, Row, row_of
 from fst_dspy import FST, LocalLM
 from fst_dspy.tasks import load_task

@@ -1,6 +1,6 @@
 """What a cache kept from call to call of a rollout would save: an estimate, in tokens and seconds.
 
-    python -m benchmarks.call_history
+    python -m benchmarks.speed.call_history
 
 For 8 problems of 8 rollouts, all of whose texts differ: the prompt tokens that the engine reads,
 with what a round's prompts begin with alike read once; and the fewest that caches which were all

@@ -1,6 +1,6 @@
 """A compile by one process and by two, which share out rollouts and the optimizer step.
 
-    python -m benchmarks.processes                  # two processes of one thread, several minutes
+    python -m benchmarks.machines.processes    # two processes of one thread, several minutes
 
 Both run the same compile in turn, on random models with the embedded tokenizer, and every process
 has one thread: two of them can be twice as fast at best, where a core is free for each. Only the
@@ -25,14 +25,14 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.gpu_work import endless, write_model
+from benchmarks.machines.gpu_work import endless, write_model
 from benchmarks.speed.measure import commit, machine
 from benchmarks.speed.models import WholeAnswer, early_letters, program, questions
 from fst_dspy import FST, distributed
 from fst_dspy.loop.progress import SilentProgress
 from fst_dspy.types import CycleRecord
 
-RESULT = Path(__file__).parent / "results" / "processes.json"
+RESULT = Path(__file__).parent.parent / "results" / "processes.json"
 SIZES = {"1 M": (128, 6), "5 M": (256, 6)}  # hidden, layers
 SETTINGS: dict[str, Any] = {
     "max_cycles": 1,
@@ -85,7 +85,7 @@ def run(processes: int, folder: Path, out: Path) -> dict[str, Any]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     done = subprocess.run(
         [
-            *(sys.executable, *launch, "-m", "benchmarks.processes"),
+            *(sys.executable, *launch, "-m", "benchmarks.machines.processes"),
             *("--work", str(folder), "--out", str(out)),
         ],
         env=environment,
@@ -135,7 +135,7 @@ def main(
     report = {
         "machine": machine(),
         "commit": commit(),
-        "command": "python -m benchmarks.processes",
+        "command": "python -m benchmarks.machines.processes",
         "processes": processes,
         "settings": SETTINGS,
         "sizes": sizes,

@@ -1,6 +1,6 @@
 """kill -9 at random instants over a compile: every run must end in the same weights and prompts.
 
-    python benchmarks/kill_nine.py --trials 30
+    python benchmarks/machines/kill_nine.py --trials 30
 
 A trial starts a compile of triage on the embedded model in a child process, kills it with SIGKILL
 at a random instant, once or several times, and starts it again on the same run folder until it
