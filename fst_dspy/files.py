@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+from pydantic_core import to_jsonable_python
 from safetensors import SafetensorError
 
 from fst_dspy.errors import StoreError
@@ -18,6 +19,20 @@ from fst_dspy.errors import StoreError
 def as_plain(row: Any) -> Any:
     """A dataclass (or a dict) as plain values ready for JSON."""
     return dataclasses.asdict(row) if dataclasses.is_dataclass(row) else row  # type: ignore[arg-type]
+
+
+def plain_json(value: Any) -> Any:
+    """A value as JSON would give it back, typed parts as DSPy writes them: by value, in ISO form.
+
+    Raises:
+        TypeError, ValueError, RecursionError: A part has no such form.
+    """
+    return json.loads(json.dumps(value, default=_typed_as_plain))
+
+
+def _typed_as_plain(value: Any) -> Any:
+    """Enums, dates, pydantic models, dataclasses and the like; DSPy's examples."""
+    return value.toDict() if hasattr(value, "toDict") else to_jsonable_python(value)
 
 
 def read_json(path: Path) -> Any:
