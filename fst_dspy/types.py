@@ -192,6 +192,7 @@ class TrainingRow:
         prompt_ids_T, completion_ids_T: As sampled.
         logprobs_T: Sampling log-probabilities, the length of ``completion_ids_T``.
         advantage: The advantage of the call's rollout, computed once per problem over all G.
+        temperature: The temperature it was sampled at, above 0.
     """
 
     prompt_ids_T: tuple[int, ...]

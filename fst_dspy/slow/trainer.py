@@ -70,8 +70,8 @@ class SlowTrainer:
 
         Args:
             policy: Whose weights are trained.
-            slow, sampling: The settings; of ``sampling`` the temperature and ``max_tokens``, which
-                only the ``dr_grpo`` loss reads.
+            slow, sampling: The settings; of ``sampling`` only ``max_tokens``, which the ``dr_grpo``
+                loss reads: rows have temperatures of their own.
             total_steps: Length of the learning rate schedule, in optimizer steps.
             seed: Seed of dropout.
         """
@@ -108,17 +108,19 @@ class SlowTrainer:
         normaliser, but are not run, and the entropy is that of the others.
 
         Args:
-            rows: Any number, each with a completion, sampled from the weights as they are at the
-                configured temperature.
+            rows: Any number, each with a completion, sampled from the weights as they are. The loss
+                of each is taken at its own temperature, above 0.
                 Several processes are given the same rows and share them out.
 
         Raises:
-            TrainingError: A row without completion tokens, the adapters were changed, or memory
-                runs out on a single row. Where it runs out on several, ``micro_batch_size`` is
-                halved and the step taken again.
+            TrainingError: A row without completion tokens or of temperature 0, the adapters were
+                changed, or memory runs out on a single row. Where it runs out on several,
+                ``micro_batch_size`` is halved and the step taken again.
         """
         if not all(row.completion_ids_T for row in rows):
             raise TrainingError("a training row has no completion; leave such rows out")
+        if not all(row.temperature > 0 for row in rows):
+            raise TrainingError("a training row is greedy, without a gradient; leave such rows out")
         if self._trl.whole is not self.policy.model:
             raise TrainingError("the policy's adapters were changed; make a new SlowTrainer")
         sampled = [(row.completion_ids_T, row.advantage) for row in rows]
@@ -149,8 +151,8 @@ class SlowTrainer:
         self,
         rows: Sequence[TrainingRow],
         own_rows: Sequence[TrainingRow],
-        batches: Sequence[dict[str, Tensor]],
-        idle: Sequence[dict[str, Tensor]],
+        batches: Sequence[dict[str, Any]],
+        idle: Sequence[dict[str, Any]],
     ) -> StepStats:
         self._trl.model.train()
         try:
@@ -257,30 +259,38 @@ class SlowTrainer:
         if self.policy.device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def _micro_batches(self, rows: Sequence[TrainingRow]) -> list[dict[str, Tensor]]:
+    def _micro_batches(self, rows: Sequence[TrainingRow]) -> list[dict[str, Any]]:
+        """The rows in micro-batches of one temperature each, as TRL's output layer has but one."""
+        parts: list[list[TrainingRow]] = []
+        for temperature in dict.fromkeys(row.temperature for row in rows):
+            parts += self._cut([row for row in rows if row.temperature == temperature])
+        self._most_rows = max(map(len, parts), default=0)
+        pad_id, device = self.policy.tokenizer.pad_token_id, self.policy.device
+        return [collate(part, pad_id, device) for part in parts]
+
+    def _cut(self, rows: Sequence[TrainingRow]) -> list[list[TrainingRow]]:
+        """At least one row, in parts that are not too large."""
         size = self.micro_batch_size
         if len(rows) > size or _padded_tokens(rows) > self._most_tokens:
             # Rows of like length together need the least padding; one batch keeps its order.
             prompts = [row.prompt_ids_T for row in rows]
             shared = self._trl.continues and worthwhile_prefixes(prompts) is not None
             rows = sorted(rows, key=_alike if shared else _tokens)
-        pad_id, device = self.policy.tokenizer.pad_token_id, self.policy.device
         parts: list[list[TrainingRow]] = [[]]
         for row in rows:
             part = parts[-1]
             if part and (len(part) == size or _padded_tokens([*part, row]) > self._most_tokens):
                 parts.append([])
             parts[-1].append(row)
-        self._most_rows = max(map(len, parts))
-        return [collate(part, pad_id, device) for part in parts if part]
+        return parts
 
-    def _idle(self, rows: Sequence[TrainingRow], own: int) -> list[dict[str, Tensor]]:
+    def _idle(self, rows: Sequence[TrainingRow], own: int) -> list[dict[str, Any]]:
         """Under FSDP, what a process runs while others still have micro-batches of their own."""
         if not self._trl.is_fsdp_enabled:
             return []
         return self._micro_batches(rows[:1]) * (distributed.most(own) - own)
 
-    def _add_reference(self, batches: Sequence[dict[str, Tensor]]) -> None:
+    def _add_reference(self, batches: Sequence[dict[str, Any]]) -> None:
         with self.policy.at(self.policy.base_version):
             for batch in batches:
                 batch["ref_per_token_logps"] = self._trl.reference_logprobs(batch)
