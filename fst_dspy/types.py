@@ -199,6 +199,7 @@ class TrainingRow:
     completion_ids_T: tuple[int, ...]
     logprobs_T: tuple[float, ...]
     advantage: float
+    temperature: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -208,7 +209,8 @@ class StepStats:
     Attributes:
         loss: The loss before the step.
         grad_norm: Norm of the gradient before clipping.
-        learning_rate: The rate the step was taken at.
+        learning_rate: The rate the step was taken at, shortened as ``damp_constant`` says; of a
+            step that was skipped, the schedule's.
         entropy: Mean entropy (nats a token) of the policy over the completions.
         clip_share: Share of tokens whose importance weight was clipped, 0 to 1.
         rows: Rows that went into the step.

@@ -94,7 +94,7 @@ class DistillTrainer(SlowTrainer):
                     gradients = self._over_processes(gradients, [r.student for r in own])
                 if gradients.loss == 0:
                     # What is left of the gradient is rounding, which Adam would blow up.
-                    return self._stats(rows, gradients, 0.0, "constant")
+                    return self._pass_over(rows, gradients)
                 return self._update(rows, gradients)
             finally:
                 self._trl.model.zero_grad()

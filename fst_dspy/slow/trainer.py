@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,6 +30,7 @@ from fst_dspy.model.graph_decode import release
 from fst_dspy.model.hardware import cudnn_attention, is_out_of_memory, tokens_that_fit
 from fst_dspy.model.policy import Policy
 from fst_dspy.model.prefixes import worthwhile_prefixes
+from fst_dspy.slow.learning_rate import with_learning_rate
 from fst_dspy.slow.master_weights import PREFIX as MASTERS
 from fst_dspy.slow.trl_stepper import Gradients, SteppedGRPOTrainer, collate
 from fst_dspy.types import StepStats, TrainingRow
@@ -56,6 +58,12 @@ class SlowTrainer:
 
     The policy's adapters, where it has any, must be in place before. Its weights are updated in
     place and its ``step`` is counted on.
+
+    Attributes:
+        slow: The settings, with the learning rate that is used.
+        bad_steps: Steps in a row up to now whose loss or gradient was not finite; it goes on from
+            cycle to cycle and is saved. Steps on constant groups, which show nothing, are passed
+            over. Whoever drives the trainer stops at ``slow.max_bad_steps``.
     """
 
     def __init__(
@@ -75,7 +83,9 @@ class SlowTrainer:
             total_steps: Length of the learning rate schedule, in optimizer steps.
             seed: Seed of dropout.
         """
+        slow = with_learning_rate(slow, policy.model)
         self.policy, self.slow, self.seed = policy, slow, seed
+        self.bad_steps = 0
         self._most_tokens, rows = MICRO_BATCH_TOKENS, MICRO_BATCH_ROWS
         if policy.device.type == "cuda":
             fit = tokens_that_fit(policy.model, policy.device)
@@ -98,11 +108,15 @@ class SlowTrainer:
     def advance(self, rows: Sequence[TrainingRow]) -> StepStats:
         """Take exactly one optimizer step on the rows.
 
-        No step is taken, weights, optimizer and schedule stay untouched, and ``skipped`` says why
-        when all advantages are 0 and there is neither KL penalty nor entropy bonus
-        (``"constant"``; loss and norm are then 0 and the entropy is estimated from the sampling
-        log-probabilities), or when loss or gradient is not finite (``"non_finite"``; what is not
-        finite is reported as 0).
+        No step is taken, weights and optimizer stay untouched, and ``skipped`` says why when all
+        advantages are 0 and there is neither KL penalty nor entropy bonus (``"constant"``; loss and
+        norm are then 0 and the entropy is estimated from the sampling log-probabilities), or when
+        loss or gradient is not finite (``"non_finite"``; what is not finite is reported as 0).
+
+        The schedule of the learning rate goes on after a constant step, as in TRL, where it is a
+        step like others with a gradient of 0: a decay then ends when the steps do. It does not
+        after one that is not finite, as in transformers, which leaves out the schedule's step
+        along with the optimizer's; a warm-up is not over before the steps it is there for.
 
         Rows with advantage 0 have no gradient without penalty or bonus: they count in the loss's
         normaliser, but are not run, and the entropy is that of the others.
@@ -127,7 +141,7 @@ class SlowTrainer:
         distributed.check_same("training rows", sampled)
         live_rows = [row for row in rows if row.advantage != 0 or self._all_count]
         if not live_rows:
-            return self._stats(rows, Gradients(0.0, _sampled_entropy(rows), 0.0), 0.0, "constant")
+            return self._pass_over(rows, Gradients(0.0, _sampled_entropy(rows), 0.0))
         while True:
             try:
                 return self._step(rows, live_rows)
@@ -200,6 +214,7 @@ class SlowTrainer:
             scalars = {
                 "schema_version": SCHEMA_VERSION,
                 "step": self.policy.step,
+                "bad_steps": self.bad_steps,
                 "learning_rates": [group["lr"] for group in optimizer["param_groups"]],
                 "scheduler": _plain(self._trl.lr_scheduler.state_dict()),
             }
@@ -232,6 +247,7 @@ class SlowTrainer:
             self._trl.lr_scheduler.load_state_dict(scalars["scheduler"])
             self._rng = rng
             self.policy.step = scalars["step"]
+            self.bad_steps = scalars.get("bad_steps", 0)  # earlier versions did not count
 
     # --- inside -----------------------------------------------------------------------------------
 
@@ -313,12 +329,23 @@ class SlowTrainer:
         limit = self.slow.max_grad_norm or math.inf
         norm = distributed.whole(torch.nn.utils.clip_grad_norm_(trl.parameters, limit)).item()
         if not (math.isfinite(gradients.loss) and math.isfinite(norm)):
+            self.bad_steps += 1
             return self._stats(rows, gradients, norm, "non_finite")
-        stats = self._stats(rows, gradients, norm, None)
+        self.bad_steps = 0
         with self._rates_times(shorten):
+            stats = self._stats(rows, gradients, norm, None)
             trl.optimizer.step()
         trl.lr_scheduler.step()
         self.policy.step += 1
+        return stats
+
+    def _pass_over(self, rows: Sequence[TrainingRow], seen: Gradients) -> StepStats:
+        """A step that has no gradient: only the schedule goes on."""
+        stats = self._stats(rows, seen, 0.0, "constant")
+        with warnings.catch_warnings():
+            # torch takes it for a mistake where the optimizer has taken no step before.
+            warnings.simplefilter("ignore", UserWarning)
+            self._trl.lr_scheduler.step()
         return stats
 
     def _live_share(self, rows: Sequence[TrainingRow]) -> float:
@@ -344,7 +371,7 @@ class SlowTrainer:
         return StepStats(
             loss=_finite(seen.loss),
             grad_norm=_finite(norm),
-            learning_rate=self._trl.lr_scheduler.get_last_lr()[0],
+            learning_rate=self._trl.optimizer.param_groups[0]["lr"],
             entropy=_finite(seen.entropy),
             clip_share=_finite(seen.clip_share),
             rows=len(rows),
