@@ -98,6 +98,18 @@ def test_chunks_change_nothing(tiny_qwen3, monkeypatch):
     assert cut == pytest.approx(whole, rel=1e-4)
 
 
+def test_the_weights_are_swapped_once(tiny_qwen3, monkeypatch):
+    policy, swaps = load(tiny_qwen3), []
+    disturb(policy)
+    expected = kl_to_base(policy, calls_for(9))
+    swapped, whole = policy.at, sum(len(call.completion_ids_T) for call in calls_for(9)) * 4 * 320
+    monkeypatch.setattr(drift, "CHUNK_BYTES", whole // 5)  # of log-probabilities; states are small
+    monkeypatch.setattr(drift, "FORWARD_ROWS", 2)
+    monkeypatch.setattr(policy, "at", lambda version: swaps.append(version) or swapped(version))
+    assert kl_to_base(policy, calls_for(9)) == pytest.approx(expected, rel=1e-4)
+    assert swaps == [policy.base_version]
+
+
 def test_greedy_calls_are_measured_at_temperature_one(tiny_qwen3):
     policy = load(tiny_qwen3)
     disturb(policy)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
@@ -22,11 +23,19 @@ from fst_dspy.config import SamplingConfig, SlowConfig
 from fst_dspy.distill.reader import Reading
 from fst_dspy.model.divergence import CHUNK_BYTES
 from fst_dspy.model.hardware import is_out_of_memory
-from fst_dspy.model.logprobs import completion_logprobs
+from fst_dspy.model.logprobs import (
+    completion_logprobs,
+    completion_states,
+    logprobs_of,
+    output_layer,
+    state_bytes,
+    temperatures,
+    with_output_layer,
+)
 from fst_dspy.model.policy import Policy
 from fst_dspy.slow.trainer import MICRO_BATCH_ROWS, SlowTrainer
 from fst_dspy.slow.trl_stepper import Gradients
-from fst_dspy.types import StepStats, TrainingRow
+from fst_dspy.types import StepStats
 
 logger = logging.getLogger(__name__)
 
@@ -105,10 +114,18 @@ class DistillTrainer(SlowTrainer):
         own_tokens = sum(len(reading.student.completion_ids_T) for reading in readings)
         for chunk in self._chunks(readings):
             # The teacher reads a whole chunk at once, to swap its weights in as rarely as can be.
-            with self.policy.at(self.teacher_version), torch.no_grad():
-                teachers = [self._logprobs([r.teacher for r in batch]) for batch in chunk]
-            for batch, teacher_NV in zip(chunk, teachers, strict=True):
-                student_NV = self._logprobs([r.student for r in batch])
+            with self.policy.at(self.teacher_version), torch.no_grad(), self._precision():
+                layer = output_layer(self.policy)
+                states = [
+                    completion_states(self.policy, [r.teacher for r in batch]) for batch in chunk
+                ]
+            for batch, teacher_ND in zip(chunk, states, strict=True):
+                rows = [reading.student for reading in batch]
+                temperature_N = temperatures(rows, self.policy.device)
+                with torch.no_grad(), self._precision(), with_output_layer(self.policy, layer):
+                    teacher_NV = logprobs_of(self.policy, teacher_ND, temperature_N)
+                with self._precision():
+                    student_NV = completion_logprobs(self.policy, rows)
                 value = reverse_kl(student_NV, teacher_NV) / tokens
                 value.backward()
                 loss += value.item()
@@ -116,11 +133,11 @@ class DistillTrainer(SlowTrainer):
         return Gradients(loss, entropy, clip_share=0.0)
 
     def _chunks(self, readings: Sequence[Reading]) -> Iterator[list[Sequence[Reading]]]:
-        """Micro-batches by length, in chunks whose log-probabilities fit in ``CHUNK_BYTES``."""
+        """Micro-batches by length, in chunks whose hidden states fit in ``CHUNK_BYTES``."""
         ordered = sorted(readings, key=_tokens)
         size = self.micro_batch_size
         batches = [ordered[start : start + size] for start in range(0, len(ordered), size)]
-        token_bytes = 4 * self.policy.model.config.get_text_config().vocab_size
+        token_bytes = state_bytes(self.policy)
         chunk: list[Sequence[Reading]] = []
         used = 0
         for batch in batches:
@@ -133,9 +150,8 @@ class DistillTrainer(SlowTrainer):
         if chunk:
             yield chunk
 
-    def _logprobs(self, rows: Sequence[TrainingRow]) -> Tensor:
-        with self._trl.compute_loss_context_manager():
-            return completion_logprobs(self.policy, rows)
+    def _precision(self) -> AbstractContextManager[None]:
+        return self._trl.compute_loss_context_manager()
 
 
 def reverse_kl(student_NV: Tensor, teacher_NV: Tensor) -> Tensor:

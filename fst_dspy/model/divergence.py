@@ -10,14 +10,23 @@ import random
 from collections.abc import Iterator, Sequence
 
 import torch
+from torch import Tensor
 
 from fst_dspy.errors import DataError
-from fst_dspy.model.logprobs import completion_logprobs
+from fst_dspy.model.logprobs import (
+    completion_states,
+    logprobs_of,
+    output_layer,
+    state_bytes,
+    temperatures,
+    with_output_layer,
+)
 from fst_dspy.model.policy import Policy
 from fst_dspy.types import Call, Rollout
 
 CHUNK_BYTES = 2**29
-"""Log-probabilities held at once while the weights are swapped: half a GiB."""
+"""Half a GiB: of hidden states, held while the weights are swapped once, and of log-probabilities,
+made of them bit by bit."""
 FORWARD_ROWS = 32
 
 
@@ -36,15 +45,21 @@ def kl_to_base(policy: Policy, calls: Sequence[Call]) -> float:
     """
     total, count = 0.0, 0
     with policy.lock, torch.no_grad():
+        layer = output_layer(policy)
         for chunk in _chunks(policy, calls):
-            live = [completion_logprobs(policy, rows) for rows in _batches(chunk)]
+            live = [completion_states(policy, rows) for rows in _batches(chunk)]
             with policy.at(policy.base_version):
-                for rows, live_NV in zip(_batches(chunk), live, strict=True):
-                    base_NV = completion_logprobs(policy, rows)
-                    # A probability of 0 adds nothing, however low the other one is.
-                    terms_NV = live_NV.exp() * (live_NV - base_NV)
-                    total += terms_NV.masked_fill(live_NV == -torch.inf, 0).double().sum().item()
-                    count += len(live_NV)
+                for rows, live_ND in zip(_batches(chunk), live, strict=True):
+                    base_ND = completion_states(policy, rows)
+                    for part, temperature_N in _parts(policy, rows):
+                        base_NV = logprobs_of(policy, base_ND[part], temperature_N)
+                        with with_output_layer(policy, layer):
+                            live_NV = logprobs_of(policy, live_ND[part], temperature_N)
+                        # A probability of 0 adds nothing, however low the other one is.
+                        term_NV = live_NV.exp() * (live_NV - base_NV)
+                        term_NV = term_NV.masked_fill(live_NV == -torch.inf, 0)
+                        total += term_NV.double().sum().item()
+                        count += len(live_NV)
     return max(0.0, total / count)
 
 
@@ -87,18 +102,20 @@ def token_entropy(policy: Policy, calls: Sequence[Call]) -> float:
     with policy.lock, torch.no_grad():
         for chunk in _chunks(policy, calls):
             for rows in _batches(chunk):
-                logprob_NV = completion_logprobs(policy, rows)
-                total += torch.special.entr(logprob_NV.exp()).double().sum().item()
-                count += len(logprob_NV)
+                state_ND = completion_states(policy, rows)
+                for part, temperature_N in _parts(policy, rows):
+                    logprob_NV = logprobs_of(policy, state_ND[part], temperature_N)
+                    total += torch.special.entr(logprob_NV.exp()).double().sum().item()
+                    count += len(logprob_NV)
     return total / count
 
 
 def _chunks(policy: Policy, calls: Sequence[Call]) -> Iterator[list[Call]]:
-    """Calls in order of length, in chunks whose log-probabilities fit in ``CHUNK_BYTES``."""
+    """Calls in order of length, in chunks whose hidden states fit in ``CHUNK_BYTES``."""
     whole = [call for call in calls if call.completion_ids_T]
     if not whole:
         raise DataError("no call has a completion, so there is nothing to measure on")
-    token_bytes = 4 * policy.model.config.get_text_config().vocab_size
+    token_bytes = state_bytes(policy)
     chunk: list[Call] = []
     used = 0
     for call in sorted(whole, key=lambda c: len(c.prompt_ids_T) + len(c.completion_ids_T)):
@@ -113,3 +130,12 @@ def _chunks(policy: Policy, calls: Sequence[Call]) -> Iterator[list[Call]]:
 
 def _batches(calls: Sequence[Call]) -> Iterator[Sequence[Call]]:
     return (calls[i : i + FORWARD_ROWS] for i in range(0, len(calls), FORWARD_ROWS))
+
+
+def _parts(policy: Policy, calls: Sequence[Call]) -> Iterator[tuple[slice, Tensor]]:
+    """The calls' tokens, so many that their log-probabilities fit, with their temperatures."""
+    temperature_N = temperatures(calls, policy.device)
+    size = max(1, CHUNK_BYTES // (4 * policy.model.config.get_text_config().vocab_size))
+    for start in range(0, len(temperature_N), size):
+        part = slice(start, start + size)
+        yield part, temperature_N[part]

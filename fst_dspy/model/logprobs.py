@@ -56,16 +56,72 @@ def completion_logprobs(policy: Policy, rows: Sequence[Row]) -> Tensor:
     Returns:
         Nats, of shape N x V, in float32.
     """
+    return logprobs_of(policy, completion_states(policy, rows), temperatures(rows, policy.device))
+
+
+def completion_states(policy: Policy, rows: Sequence[Row]) -> Tensor:
+    """What the output layer takes at the N completion tokens, N x D; see ``completion_logprobs``.
+
+    A hundred times smaller than log-probabilities over a large vocabulary: to be kept until other
+    weights are in the model, along with the ``output_layer`` that they are for.
+    """
     model, device = policy.model, policy.device
     pairs = [(row.prompt_ids_T, row.completion_ids_T) for row in rows]
     inputs, at_BT = completion_inputs(model, pairs, policy.tokenizer.pad_token_id, device)
-    with only_at(model, at_BT):
-        logits_BTV = model(**inputs).logits
+    caught: list[Tensor] = []
+
+    def catch(_module: Any, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        caught.append(_taken(inputs[0], at_BT))
+        return inputs[0][:, :0], *inputs[1:]  # no logits
+
+    with _before_output_layer(model, catch):
+        model(**inputs)
     lengths_B1 = torch.tensor([[len(row.completion_ids_T)] for row in rows], device=device)
-    temperature_B = torch.tensor([row.temperature or 1.0 for row in rows], device=device)
-    kept_BT = torch.arange(at_BT.shape[1], device=device) < lengths_B1
-    logits_NV = logits_BTV[kept_BT].float()
-    return (logits_NV / temperature_B.repeat_interleave(lengths_B1[:, 0])[:, None]).log_softmax(-1)
+    return caught[0][torch.arange(at_BT.shape[1], device=device) < lengths_B1]
+
+
+def logprobs_of(policy: Policy, state_ND: Tensor, temperature_N: Tensor) -> Tensor:
+    """Log-probabilities over the vocabulary, N x V, from what the output layer takes.
+
+    The model itself runs, on one token whose state these take the place of: some scale or cap
+    what their output layer gives.
+    """
+    model = policy.model
+    ids_11 = torch.tensor([[policy.tokenizer.pad_token_id]], device=policy.device)
+    with _before_output_layer(model, lambda _module, inputs: (state_ND[None], *inputs[1:])):
+        logits_NV = model(input_ids=ids_11, use_cache=False).logits[0].float()
+    return (logits_NV / temperature_N[:, None]).log_softmax(-1)
+
+
+def temperatures(rows: Sequence[Row], device: torch.device) -> Tensor:
+    """The temperature of each of the N completion tokens of some rows; 1 where they are greedy."""
+    values = [row.temperature or 1.0 for row in rows for _ in row.completion_ids_T]
+    return torch.tensor(values, device=device)
+
+
+def output_layer(policy: Policy) -> list[Tensor]:
+    """A copy of the output layer's weights, as they are now."""
+    return [weight.detach().clone() for weight in policy.model.get_output_embeddings().parameters()]
+
+
+@contextmanager
+def with_output_layer(policy: Policy, weights: Sequence[Tensor]) -> Iterator[None]:
+    """Inside the block the model has these weights in its output layer, for ``logprobs_of``."""
+    own = list(policy.model.get_output_embeddings().parameters())
+    before = [weight.data for weight in own]
+    for weight, data in zip(own, weights, strict=True):
+        weight.data = data
+    try:
+        yield
+    finally:
+        for weight, data in zip(own, before, strict=True):
+            weight.data = data
+
+
+def state_bytes(policy: Policy) -> int:
+    """Size of what the output layer takes for one token."""
+    weight = policy.model.get_output_embeddings().weight
+    return weight.shape[1] * weight.element_size()
 
 
 def completion_inputs(
@@ -122,29 +178,29 @@ def is_rotary(model: Any) -> bool:
 
 
 @contextmanager
-def only_at(model: Any, at_BT: Tensor, *, fused: bool = False) -> Iterator[None]:
-    """Inside the block the model's output layer is run at these places of each row alone.
-
-    Args:
-        fused: Whether the forward is TRL's, which takes what the backbone gives and does not call
-            the output layer; some models' own do not call the backbone as a whole.
-    """
-
-    def taken(hidden_BTD: Tensor) -> Tensor:
-        return hidden_BTD.gather(1, at_BT[..., None].expand(-1, -1, hidden_BTD.shape[-1]))
+def only_at(model: Any, at_BT: Tensor) -> Iterator[None]:
+    """Inside the block the model's backbone gives its states at these places of each row alone."""
 
     def after_backbone(_module: Any, _inputs: Any, output: Any) -> Any:
-        output.last_hidden_state = taken(output.last_hidden_state)
+        output.last_hidden_state = _taken(output.last_hidden_state, at_BT)
         return output
 
-    def before_head(_module: Any, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return taken(inputs[0]), *inputs[1:]
-
-    if fused:
-        handle = backbone_of(model).register_forward_hook(after_backbone)
-    else:
-        handle = model.get_output_embeddings().register_forward_pre_hook(before_head)
+    handle = backbone_of(model).register_forward_hook(after_backbone)
     try:
         yield
     finally:
         handle.remove()
+
+
+@contextmanager
+def _before_output_layer(model: Any, hook: Any) -> Iterator[None]:
+    # Some models' forward does not call the backbone as a whole, but all call the output layer.
+    handle = model.get_output_embeddings().register_forward_pre_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _taken(state_BTD: Tensor, at_BT: Tensor) -> Tensor:
+    return state_BTD.gather(1, at_BT[..., None].expand(-1, -1, state_BTD.shape[-1]))

@@ -216,7 +216,7 @@ class SteppedGRPOTrainer(GRPOTrainer):
             inputs, at_BT = completion_inputs(
                 model, rows, self.pad_id, input_ids.device, continues=self.continues
             )
-            with only_at(model, at_BT, fused=True):
+            with only_at(model, at_BT):
                 output = model(**inputs, shift_labels=label_BT, fused_lm_head=True)
         self._seen_logprobs = output.log_probs.detach()
         return output.log_probs, output.entropy, None
