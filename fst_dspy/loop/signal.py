@@ -24,8 +24,8 @@ def troubles(record: CycleRecord) -> list[str]:
     ):
         texts.append(
             "no optimizer step had a gradient: the rollouts of every problem are all as good as "
-            "each other (where they are not solved: mix easier and harder problems, or give partial "
-            "credit in the metric)"
+            "each other (where they are not solved: mix easier and harder problems, or give "
+            "partial credit in the metric)"
         )
     return texts
 
