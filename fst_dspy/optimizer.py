@@ -44,7 +44,7 @@ from fst_dspy.loop.progress import ProgressListener
 from fst_dspy.loop.records import result_of
 from fst_dspy.loop.state import Start
 from fst_dspy.results.result import FSTResult
-from fst_dspy.rollouts.checks import check_input
+from fst_dspy.rollouts.checks import CheckedInput, check_input
 from fst_dspy.run.trackers import tracker_names
 from fst_dspy.student.candidate import bind
 from fst_dspy.types import Arm
@@ -125,7 +125,7 @@ class FST(Teleprompter):
             trainset: Examples to learn from.
             teacher: Not used by FST; must be ``None``.
             valset: Examples to choose the best weights and candidate on, at most ``val_size`` of
-                them. Without one, the last fifth of the training set.
+                them. Without one, a fifth of the training set, drawn with the seed.
 
         Returns:
             A copy of the student with the best candidate's instructions and demos, its predictors
@@ -155,11 +155,21 @@ class FST(Teleprompter):
         Raises:
             ConfigError: Besides, a candidate that was made for another program.
         """
-        checked = check_input(student, self.metric, trainset, valset)
+        checked = self.check(student, trainset, valset)
         for candidate in start.candidates:
             bind(student, candidate)
         parts = make_parts(self.spec(), student, checked, start)
         return self.finish(parts, student)
+
+    def check(
+        self,
+        student: dspy.Module,
+        trainset: list[dspy.Example],
+        valset: list[dspy.Example] | None,
+    ) -> CheckedInput:
+        """What can be checked without running the model; errors are those of ``compile``."""
+        size = self.config.sampling.val_size
+        return check_input(student, self.metric, trainset, valset, seed=self.seed, val_size=size)
 
     def spec(self) -> RunSpec:
         """What this optimizer asks of the joint loop."""

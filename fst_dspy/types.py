@@ -216,12 +216,14 @@ class TrainingRow:
         prompt_ids_T, completion_ids_T: As sampled.
         logprobs_T: Sampling log-probabilities, the length of ``completion_ids_T``.
         advantage: The advantage of the call's rollout, computed once per problem over all G.
+        temperature: The temperature it was sampled at, above 0.
     """
 
     prompt_ids_T: tuple[int, ...]
     completion_ids_T: tuple[int, ...]
     logprobs_T: tuple[float, ...]
     advantage: float
+    temperature: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -231,7 +233,8 @@ class StepStats:
     Attributes:
         loss: The loss before the step.
         grad_norm: Norm of the gradient before clipping.
-        learning_rate: The rate the step was taken at.
+        learning_rate: The rate the step was taken at, shortened as ``damp_constant`` says; of a
+            step that was skipped, the schedule's.
         entropy: Mean entropy (nats a token) of the policy over the completions.
         clip_share: Share of tokens whose importance weight was clipped, 0 to 1.
         rows: Rows that went into the step.

@@ -39,7 +39,6 @@ from fst_dspy.loop.state import Start
 from fst_dspy.model.policy import Policy
 from fst_dspy.optimizer import FST
 from fst_dspy.results.result import FSTResult
-from fst_dspy.rollouts.checks import check_input
 from fst_dspy.student.candidate import bind, seed_candidate
 from fst_dspy.types import Candidate, Group, StepStats
 
@@ -132,7 +131,7 @@ class FSTDistill(FST):
             ProgramError: The teacher calls another local model than the student.
             Else as ``FST.compile``.
         """
-        lm = check_input(student, self.metric, trainset, valset).lm
+        lm = self.check(student, trainset, valset).lm
         bare, start, search = seed_candidate(student), Start(), None
         if teacher is None:
             teacher = self._search.compile(student, trainset=trainset, valset=valset)
@@ -152,7 +151,7 @@ class FSTDistill(FST):
             lm.policy.restore(teacher_lm.version)
             lm.policy.keep()
         pupil = bound_to(student, bare, lm.at(teacher_lm.version))
-        checked = check_input(pupil, self.metric, trainset, valset)
+        checked = self.check(pupil, trainset, valset)
         reader = ContextReader(pupil, context, lm)
         spec = replace(
             self.spec(),
@@ -198,6 +197,11 @@ class DistillLearner:
     def advance(self, groups_P: Sequence[Group]) -> StepStats:
         """See ``Learner.advance``; the rewards are not learned from."""
         return self._trainer.imitate(self._reader.read(rollouts_of(groups_P)))
+
+    @property
+    def bad_steps(self) -> int:
+        """See ``Learner.bad_steps``."""
+        return self._trainer.bad_steps
 
     def save(self, folder: Path | None) -> None:
         """See ``Learner.save``."""

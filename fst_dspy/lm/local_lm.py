@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import dspy
@@ -13,6 +14,8 @@ from fst_dspy.lm.engine import AsyncLocalEngine, LocalEngine
 from fst_dspy.lm.in_use import over_base, remember
 from fst_dspy.lm.requests import DEFAULT_MAX_TOKENS
 from fst_dspy.model.policy import Policy
+
+_ANSWERS_WITH = "answers_with"  # in a pickle: the version id, also where ``model`` is the live one
 
 
 class LocalLM(dspy.LM):
@@ -36,6 +39,9 @@ class LocalLM(dspy.LM):
     Raises:
         ModelError: The model cannot be loaded.
     """
+
+    # DSPy writes this name into saved programs, so it must not tell where the code lies.
+    __module__ = "fst_dspy"
 
     def __init__(
         self,
@@ -88,8 +94,36 @@ class LocalLM(dspy.LM):
     def __copy__(self) -> LocalLM:
         return remember(super().__copy__())
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> LocalLM:
+        # As DSPy copies: engine, policy and provider are shared, all else is the copy's own.
+        copied = memo[id(self)] = object.__new__(type(self))
+        dspy.LM.__setstate__(copied, copy.deepcopy(super().__getstate__(), memo))
+        return remember(copied)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For a pickle: everything but the weights, which are named as in a saved program."""
+        state = {**super().__getstate__(), _ANSWERS_WITH: self.version}
+        if type(self.provider) is type(self.infer_provider()):
+            del state["provider"]
+        return state
+
     def __setstate__(self, state: dict[str, Any]) -> None:
+        """From a pickle: weights at work in this process, or read again from where they came.
+
+        Raises:
+            ModelError: They are neither.
+        """
+        state = dict(state)
+        version, engine = state.pop(_ANSWERS_WITH), state["_local"]
+        serving = _serving(engine, version)
+        if serving is not engine and state["_engine_spec"] is engine:
+            state["_engine_spec"] = serving
+            state["_async_engine_spec"] = AsyncLocalEngine(serving)
+        state["_local"] = serving
+        _must_have(serving.policy, version)
         super().__setstate__(state)
+        if "provider" not in state:
+            self.provider = self.infer_provider()
         remember(self)
 
     @property

@@ -79,6 +79,7 @@ class LocalReinforceJob(ReinforceJob):
         self._kept, self._policy = kept, kept.policy
         self._started = started
         self._trainer: Any = None
+        self._temperature = 1.0
         self._version = ""
         self._before: list[Any] = []
 
@@ -92,6 +93,7 @@ class LocalReinforceJob(ReinforceJob):
         from fst_dspy.slow.trainer import SlowTrainer
 
         slow, sampling, total_steps, seed = reinforce_settings(self.lm, self.train_kwargs)
+        self._temperature = sampling.temperature
         with self._policy.lock:
             self._kept.start(self.lm.model, slow.lora, seed)
             self._trainer = SlowTrainer(self._policy, slow, sampling, total_steps, seed)
@@ -131,7 +133,7 @@ class LocalReinforceJob(ReinforceJob):
                     f"{self.job_id} left the weights at {self._version}, but "
                     f"{self._policy.version()} are live; run one training at a time on a model"
                 )
-            groups_P = [encode_group(self._policy, group) for group in fresh]
+            groups_P = [encode_group(self._policy, group, self._temperature) for group in fresh]
             rows = group_rows(groups_P, self._trainer.slow.scale_rewards)
             if not rows:
                 raise DataError(
@@ -265,8 +267,12 @@ def _read_answer(where: str, answer: Any) -> AnswerData:
     )
 
 
-def encode_group(policy: Policy, group: GroupData) -> Group:
-    """A group in tokens; an answer whose prompt fills the context window has no call."""
+def encode_group(policy: Policy, group: GroupData, temperature: float = 1.0) -> Group:
+    """A group in tokens; an answer whose prompt fills the context window has no call.
+
+    Args:
+        temperature: That the answers were sampled at.
+    """
     rollouts = []
     for answer in group:
         turn = encode_turn(policy, answer.messages, answer.text, policy.context_length)
@@ -277,7 +283,7 @@ def encode_group(policy: Policy, group: GroupData) -> Group:
             logprobs_T=(),  # unknown: the sampled tokens are gone; an on-policy step needs none
             text=answer.text,
             finish_reason="stop",
-            temperature=1.0,
+            temperature=temperature,
         )
         rollouts.append(
             Rollout(

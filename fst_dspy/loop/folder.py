@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save
 
 from fst_dspy import distributed
 from fst_dspy.errors import StoreError
-from fst_dspy.files import read_json, write_atomically
+from fst_dspy.files import read_json, reading, write_atomically, writing_to
 from fst_dspy.loop.learner import Learner
 from fst_dspy.loop.state import LoopState, state_from_json, state_to_json
 from fst_dspy.model.policy import Policy
@@ -57,8 +57,10 @@ class Checkpoint:
         if state.best is not None and state.best.version != policy.version():
             if self.best is None or not self.best.exists():
                 raise StoreError(f"the run folder lacks the best weights, {self.best}")
-            policy.load_trainable_state(load_file(self.best))
-            policy.keep()
+            with reading(self.best):
+                policy.load_trainable_state(load_file(self.best))
+            if policy.keep() != state.best.version:
+                raise StoreError(f"{self.best} does not hold the weights {state.best.version}")
         elif state.best is not None:
             policy.keep()
         if learner is not None:
@@ -73,6 +75,7 @@ class RunFolder:
         self.path = path
         self.store = RunStore(path)
         self._saved_at = time.monotonic()
+        self._best: list[str] = []
 
     def begin(self, identity: Mapping[str, Any]) -> None:
         """Claim the folder for this run, or recognise it as this run's own."""
@@ -116,7 +119,8 @@ class RunFolder:
         path = self.store.version_path(version)
         if not path.exists():
             data = save({k: v.contiguous() for k, v in policy.trainable_state().items()})
-            write_atomically(path, lambda file: file.write(data))
+            with writing_to(self.path):
+                write_atomically(path, lambda file: file.write(data))
 
     def is_old(self) -> bool:
         """Whether the last checkpoint is old enough for another one."""
@@ -128,7 +132,9 @@ class RunFolder:
             state_to_json(state), learner.save if learner is not None else lambda folder: None
         )
         if state.best is not None:
-            self.store.keep_versions([state.best.version])
+            # Those of the checkpoint before as well, should this one be found damaged.
+            self.store.keep_versions([*self._best, state.best.version])
+            self._best = [state.best.version]
         self._saved_at = time.monotonic()
 
     def latest(self) -> Checkpoint | None:
@@ -139,6 +145,7 @@ class RunFolder:
             return None
         state, weights = found
         best = self.store.version_path(state["best"]["version"]) if state["best"] else None
+        self._best = [state["best"]["version"]] if state["best"] else []
         return Checkpoint(state, weights, best)
 
     def finish(self, result: FSTResult) -> None:

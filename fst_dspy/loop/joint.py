@@ -230,9 +230,8 @@ class Run:
 
     def _stop_if_diverged(self, state: LoopState) -> None:
         """Stop where step after step gives no finite gradient; the last checkpoint stands."""
-        limit = self.parts.config.slow.max_bad_steps
-        last = [step.stats.skipped for step in state.steps[-limit:]]
-        if len(last) < limit or set(last) != {"non_finite"}:
+        limit, learner = self.parts.config.slow.max_bad_steps, self.parts.learner
+        if learner is None or learner.bad_steps < limit:
             return
         assert state.best is not None
         self.policy.restore(state.best.version)

@@ -22,6 +22,11 @@ class Learner(Protocol):
 
     learns_from_rewards: bool
 
+    @property
+    def bad_steps(self) -> int:
+        """Steps in a row up to now whose loss or gradient was not finite."""
+        ...
+
     def advance(self, groups_P: Sequence[Group]) -> StepStats:
         """Exactly one optimizer step on the groups of P problems, or a word why there was none."""
         ...
@@ -49,6 +54,11 @@ class GRPOLearner:
     def advance(self, groups_P: Sequence[Group]) -> StepStats:
         """See :meth:`Learner.advance`."""
         return self._trainer.advance(group_rows(groups_P, self._scale_rewards))
+
+    @property
+    def bad_steps(self) -> int:
+        """See :meth:`Learner.bad_steps`."""
+        return self._trainer.bad_steps
 
     def save(self, folder: Path | None) -> None:
         """See :meth:`Learner.save`."""

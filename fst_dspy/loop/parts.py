@@ -31,6 +31,7 @@ from fst_dspy.model.policy import Policy
 from fst_dspy.rollouts.checks import CheckedInput
 from fst_dspy.rollouts.runner import RolloutRunner
 from fst_dspy.run.trackers import Trackers
+from fst_dspy.slow.learning_rate import with_learning_rate
 from fst_dspy.student.candidate import example_id, seed_candidate
 from fst_dspy.student.identity import (
     adapter_identity,
@@ -145,7 +146,11 @@ def make_parts(spec: RunSpec, student: dspy.Module, checked: CheckedInput, start
         ConfigError, ModelError: Adapters that do not go with the weights.
         StoreError: The run folder cannot be used.
     """
-    config, seed, lm = spec.config, spec.seed, checked.lm
+    seed, lm = spec.seed, checked.lm
+    # What depends on the model is settled first, so that the folder says what was used.
+    slow = with_learning_rate(spec.config.slow, lm.policy.model)
+    spec = replace(spec, config=replace(spec.config, slow=slow))
+    config = spec.config
     main, slow_on = distributed.is_main(), spec.arm != "gepa_only"
     fast_on = spec.arm in ("fst", "gepa_only")
     valset = sample(checked.valset, config.sampling.val_size, seed)

@@ -8,11 +8,11 @@ from fst_dspy.fast import population as populations
 from fst_dspy.fast.population import mean
 from fst_dspy.loop.parts import Parts
 from fst_dspy.loop.state import LoopState
-from fst_dspy.model.divergence import kl_to_base
+from fst_dspy.model.divergence import kl_to_base, spread_calls
 from fst_dspy.results.result import Best
 from fst_dspy.rollouts.evaluate import evaluate
 from fst_dspy.rollouts.health import check_first_rollouts
-from fst_dspy.rollouts.jobs import Channel, calls_of
+from fst_dspy.rollouts.jobs import Channel
 from fst_dspy.types import Population
 
 KL_CALLS = 64
@@ -59,7 +59,7 @@ def score(parts: Parts, state: LoopState) -> Validation:
     if first:
         check_first_rollouts(scored.rollouts_K[k])
     if step > 0 or parts.lm.version != parts.policy.base_version:
-        kl = kl_to_base(parts.policy, calls_of(scored.rollouts_K[k])[:KL_CALLS])
+        kl = kl_to_base(parts.policy, spread_calls(scored.rollouts_K[k], KL_CALLS, parts.spec.seed))
     return Validation(population, scored.score_K_V[k], scored.mean_K[k], kl)
 
 

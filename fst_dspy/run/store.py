@@ -17,28 +17,30 @@ resuming cuts them back to that length, so nothing is recorded twice.
 from __future__ import annotations
 
 import dataclasses
-import fcntl
+import hashlib
 import importlib.metadata
 import json
 import logging
 import os
 import platform
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import orjson
+from filelock import FileLock, Timeout
 
 from fst_dspy.config import without_removed
 from fst_dspy.errors import StoreError
-from fst_dspy.files import flush, read_json, read_jsonl, write_atomically
+from fst_dspy.files import flush, read_json, read_jsonl, write_atomically, writing_to
 
 logger = logging.getLogger(__name__)
 
 SCHEMA_VERSION = 1
 KEPT_CHECKPOINTS = 2
+HASHES = "hashes.json"
+"""In a checkpoint: the SHA-256 of every other file."""
 ADDED_LATER = ("program", "adapter", "lm", "metric")
 """What the ``config.json`` of earlier versions may lack."""
 DIFFERENCES = 5
@@ -54,22 +56,22 @@ class RunStore:
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self.folder = Path(folder)
-        with _clear_errors(self.folder):
+        with writing_to(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._lock: IO[str] | None = open(self.folder / ".lock", "w")  # noqa: SIM115
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self._lock.close()
-            raise StoreError(
-                f"another process is writing to the run folder {self.folder}; "
-                "wait for it or choose another folder"
-            ) from None
+            _refuse_links(self.folder)
+            self._lock: FileLock | None = FileLock(self.folder / ".lock", blocking=False)
+            try:
+                self._lock.acquire()
+            except Timeout:
+                raise StoreError(
+                    f"another process is writing to the run folder {self.folder}; "
+                    "wait for it or choose another folder"
+                ) from None
 
     def close(self) -> None:
         """Let go of the folder."""
         if self._lock is not None:
-            self._lock.close()
+            self._lock.release()
             self._lock = None
 
     def begin(self, config: Mapping[str, Any]) -> None:
@@ -116,7 +118,7 @@ class RunStore:
 
     def write_json(self, name: str, value: Any) -> None:
         """Write a JSON file in the folder, atomically."""
-        with _clear_errors(self.folder):
+        with writing_to(self.folder):
             write_atomically(
                 self.folder / name, lambda file: file.write(json.dumps(value, indent=1).encode())
             )
@@ -128,7 +130,7 @@ class RunStore:
         ``repr``.
         """
         lines = b"".join(map(_line, rows))
-        with _clear_errors(self.folder), open(self.folder / f"{name}.jsonl", "ab") as file:
+        with writing_to(self.folder), open(self.folder / f"{name}.jsonl", "ab") as file:
             file.write(lines)
 
     def read(self, name: str) -> list[dict[str, Any]]:
@@ -145,13 +147,15 @@ class RunStore:
         number = max(self._checkpoints(), default=-1) + 1
         root = self.folder / "checkpoints"
         temporary = root / f"{number}.tmp"
-        with _clear_errors(self.folder):
+        with writing_to(self.folder):
             shutil.rmtree(temporary, ignore_errors=True)
             (temporary / "weights").mkdir(parents=True)
             write_weights(temporary / "weights")
             whole = {**state, "lengths": self._lengths()}
             text = json.dumps(whole, default=_fields, check_circular=False)
             (temporary / "state.json").write_text(text)
+            names = {str(p.relative_to(temporary)): _digest(p) for p in _files_in(temporary)}
+            (temporary / HASHES).write_text(json.dumps(names))
             for path in (*sorted(temporary.rglob("*")), temporary):
                 flush(path)
             os.replace(temporary, root / str(number))
@@ -160,18 +164,63 @@ class RunStore:
                 shutil.rmtree(root / str(old), ignore_errors=True)
 
     def latest(self) -> tuple[dict[str, Any], Path] | None:
-        """The newest checkpoint, as its state and weights folder, after cutting the logs back."""
-        numbers = self._checkpoints()
-        if not numbers:
-            return None
-        folder = self.folder / "checkpoints" / str(numbers[-1])
+        """The newest checkpoint that is whole, after cutting the logs back to it.
+
+        One that is damaged is passed over with a word, and deleted.
+
+        Returns:
+            Its state, with the weights' folder; ``None`` when there is no checkpoint.
+
+        Raises:
+            StoreError: None is whole.
+        """
+        damage = ""
+        for number in reversed(self._checkpoints()):
+            folder = self.folder / "checkpoints" / str(number)
+            try:
+                state, lengths = self._whole(folder)
+            except StoreError as error:
+                damage = damage or str(error)
+                logger.warning("checkpoint %d is damaged and left out: %s", number, error)
+                continue
+            with writing_to(self.folder):
+                for later in self._checkpoints():
+                    if later > number:
+                        shutil.rmtree(self.folder / "checkpoints" / str(later))
+                for path in self.folder.glob("*.jsonl"):
+                    # A log that was begun after the checkpoint is cut back to nothing.
+                    os.truncate(path, lengths.get(path.name, 0))
+            return state, folder / "weights"
+        if damage:
+            raise StoreError(
+                f"no checkpoint in {self.folder} is whole ({damage}); put the files back, or "
+                "delete the folder to start over"
+            )
+        return None
+
+    def _whole(self, folder: Path) -> tuple[dict[str, Any], dict[str, int]]:
+        """A checkpoint's state, and how long the logs were.
+
+        Raises:
+            StoreError: A file is missing, or is not as it was written, or a log is too short.
+        """
+        hashes, own = folder / HASHES, {path: _digest(path) for path in _files_in(folder)}
+        if hashes.exists():  # versions before did not write them
+            wanted = read_json(hashes)
+            del own[hashes]
+            found = {str(path.relative_to(folder)): digest for path, digest in own.items()}
+            if wanted != found:
+                raise StoreError(f"the files in {folder} are not as they were written")
         state = read_json(folder / "state.json")
-        lengths = state.pop("lengths")
-        for path in self.folder.glob("*.jsonl"):
-            # A log that was begun after the checkpoint is cut back to nothing.
-            with open(path, "a") as file:
-                file.truncate(lengths.get(path.name, 0))
-        return state, folder / "weights"
+        lengths = state.pop("lengths", None) if isinstance(state, dict) else None
+        if not isinstance(lengths, dict):
+            raise StoreError(f"{folder / 'state.json'} is not a checkpoint's")
+        for name, length in lengths.items():
+            path = self.folder / name
+            size = path.stat().st_size if path.name == name and path.exists() else -1
+            if type(length) is not int or not 0 <= length <= size:
+                raise StoreError(f"{path} is shorter than {folder} says, {size} of {length} bytes")
+        return state, lengths
 
     def clear_logs(self) -> None:
         """Delete the logs of a run that was killed before its first checkpoint."""
@@ -258,17 +307,23 @@ def _fields(value: Any) -> dict[str, Any]:
     return vars(value)
 
 
-@contextmanager
-def _clear_errors(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except StoreError:
-        raise
-    except OSError as error:
-        raise StoreError(
-            f"cannot write to the run folder {folder}: {error.strerror or error}; "
-            "what was written before is intact: make room or fix the rights, then start again"
-        ) from error
+def _files_in(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def _digest(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _refuse_links(folder: Path) -> None:
+    """Deleting and cutting back follow a link to where it points, which is not the run's."""
+    for path in folder.rglob("*"):
+        if path.is_symlink():
+            raise StoreError(
+                f"{path} is a link; a run folder holds its own files alone: put what it points to "
+                "in its place, or choose another folder"
+            )
 
 
 def environment() -> dict[str, str]:

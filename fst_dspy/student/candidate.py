@@ -42,6 +42,7 @@ from typing import Any
 import dspy
 
 from fst_dspy.errors import ConfigError
+from fst_dspy.files import plain_json
 from fst_dspy.types import Candidate, Population
 
 INSTRUCTIONS = "instructions"
@@ -147,13 +148,15 @@ def make_candidate(
 def seed_candidate(program: dspy.Module) -> Candidate:
     """The student's own instructions and demos, both for every predictor (demos may be ``[]``).
 
-    Demos that JSON cannot hold (images, say) get no component, so they stay the student's own.
+    Demos of typed values (dates, say) get no component, so they stay the student's own.
 
     Raises:
-        ConfigError: The program has no predictor, so there is nothing to learn.
+        ConfigError: The program has no predictor, so there is nothing to learn; or demos that could
+            not be saved with what is learned.
     """
     components: dict[str, str] = {}
     for name, predictor in program.named_predictors():
+        _check_savable(name, predictor.demos)
         components[component_name(name, INSTRUCTIONS)] = predictor.signature.instructions
         with contextlib.suppress(ConfigError):
             components[component_name(name, DEMOS)] = encode_demos(predictor.demos)
@@ -163,6 +166,19 @@ def seed_candidate(program: dspy.Module) -> Candidate:
             "dspy.Predict or dspy.ChainOfThought as an attribute"
         )
     return make_candidate(components)
+
+
+def _check_savable(predictor: str, demos: Sequence[Any]) -> None:
+    for number, demo in enumerate(demos):
+        for field, value in demo.items():
+            try:
+                plain_json(value)
+            except (TypeError, ValueError, RecursionError) as error:
+                raise ConfigError(
+                    f"demo {number} of the predictor {predictor!r} holds {type(value).__name__} in "
+                    f"{field!r}, with which the compiled program could not be saved ({error}); "
+                    "give it as text, or as a pydantic model"
+                ) from error
 
 
 def bind(program: dspy.Module, candidate: Candidate) -> dspy.Module:

@@ -6,9 +6,9 @@ import torch
 from fst_dspy.config import LoraConfig
 from fst_dspy.errors import DataError
 from fst_dspy.model import divergence as drift
-from fst_dspy.model.divergence import kl_to_base, token_entropy
+from fst_dspy.model.divergence import kl_to_base, spread_calls, token_entropy
 from fst_dspy.model.policy import Policy
-from fst_dspy.types import Call
+from fst_dspy.types import Call, Rollout
 
 
 def load(folder):
@@ -99,6 +99,18 @@ def test_chunks_change_nothing(tiny_qwen3, monkeypatch):
     assert cut == pytest.approx(whole, rel=1e-4)
 
 
+def test_the_weights_are_swapped_once(tiny_qwen3, monkeypatch):
+    policy, swaps = load(tiny_qwen3), []
+    disturb(policy)
+    expected = kl_to_base(policy, calls_for(9))
+    swapped, whole = policy.at, sum(len(call.completion_ids_T) for call in calls_for(9)) * 4 * 320
+    monkeypatch.setattr(drift, "CHUNK_BYTES", whole // 5)  # of log-probabilities; states are small
+    monkeypatch.setattr(drift, "FORWARD_ROWS", 2)
+    monkeypatch.setattr(policy, "at", lambda version: swaps.append(version) or swapped(version))
+    assert kl_to_base(policy, calls_for(9)) == pytest.approx(expected, rel=1e-4)
+    assert swaps == [policy.base_version]
+
+
 def test_greedy_calls_are_measured_at_temperature_one(tiny_qwen3):
     policy = load(tiny_qwen3)
     disturb(policy)
@@ -110,3 +122,38 @@ def test_nothing_to_measure_on(tiny_qwen3):
     for measure in (kl_to_base, token_entropy):
         with pytest.raises(DataError, match="no call has a completion"):
             measure(load(tiny_qwen3), empty)
+
+
+def rollout_of(number, calls):
+    made = [
+        Call("p", (3, number), (4 + n,), (0.0,), f"{number}.{n}", "stop", 1.0) for n in range(calls)
+    ]
+    return Rollout("e", "c", tuple(made), (), 0.0, "", None, 0)
+
+
+def test_each_rollout_is_represented_among_the_calls_that_are_measured():
+    def texts(sizes, count, seed=0):
+        rollouts = [rollout_of(number, size) for number, size in enumerate(sizes)]
+        return [call.text for call in spread_calls(rollouts, count, seed)]
+
+    def per_rollout(found, sizes):
+        return [sum(t.startswith(f"{n}.") for t in found) for n in range(len(sizes))]
+
+    assert texts([1] * 64, 64) == [f"{n}.0" for n in range(64)]  # all, in their order
+    agents = [20] * 48
+    found = texts(agents, 64)
+    assert len(found) == 64 == len(set(found))
+    assert sorted(per_rollout(found, agents)) == [1] * 32 + [2] * 16
+    assert len({text.split(".")[1] for text in found}) > 10  # not their first calls alone
+    assert found == sorted(found, key=lambda text: tuple(map(int, text.split("."))))
+    assert found == texts(agents, 64) != texts(agents, 64, seed=1)
+    uneven = [1, 0, 30, 2]
+    assert per_rollout(texts(uneven, 10), uneven) == [1, 0, 7, 2]
+    many = [1] * 100
+    assert len(texts(many, 64)) == 64 and texts(many, 64) != [f"{n}.0" for n in range(64)]
+
+
+def test_calls_without_a_completion_take_no_ones_place():
+    empty = Call("p", (3,), (), (), "empty", "length", 1.0)
+    rollouts = [Rollout("e", "c", (empty,), (), 0.0, "", None, 0), rollout_of(1, 3)]
+    assert {call.text for call in spread_calls(rollouts, 2, 0)} < {"1.0", "1.1", "1.2"}

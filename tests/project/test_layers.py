@@ -42,7 +42,7 @@ ORDER = {
     "bundle": f"{STUDENT} model run lm results",
     "fast": f"{STUDENT} run rollouts",
     "loop": f"{STUDENT} model slow run lm rollouts results fast",
-    "optimizer": f"{TOP} lm bundle loop",
+    "optimizer": f"{STUDENT} run lm rollouts results fast bundle loop",
     "measures": f"{STUDENT} model lm rollouts results bundle",
     "litellm_provider": f"{STUDENT} model lm rollouts results bundle",
     "distill": f"{STUDENT} model slow run lm rollouts results bundle fast loop optimizer",

@@ -2,6 +2,7 @@ import datetime
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import pydantic
 import pytest
@@ -104,7 +105,7 @@ def test_another_runs_folder_is_refused(tmp_path):
 
 def test_a_folder_that_cannot_be_made_is_a_clear_error(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(StoreError, match="cannot write to the run folder"):
+    with pytest.raises(StoreError, match="cannot write to"):
         RunStore(tmp_path / "file" / "run")
 
 
@@ -142,5 +143,88 @@ def test_a_checkpoint_that_finds_no_space_leaves_the_one_before(tmp_path):
 
 
 def test_a_read_only_place_is_a_clear_error():
-    with pytest.raises(StoreError, match="cannot write to the run folder /proc/run"):
+    with pytest.raises(StoreError, match="cannot write to /proc/run"):
         RunStore("/proc/run")
+
+
+def checkpointed(folder: Path, count: int = 2) -> RunStore:
+    """A store with some rows of a log and as many checkpoints."""
+    store = RunStore(folder)
+    for number in range(count):
+        store.append("rows", [{"number": number}])
+        store.checkpoint(
+            {"number": number}, lambda place: (place / "w.bin").write_bytes(b"weights") and None
+        )
+    return store
+
+
+@pytest.mark.parametrize("name", ["weights/w.bin", "state.json"])
+@pytest.mark.parametrize("damage", [b"", b"weightz"])
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(
+    tmp_path: Path, name: str, damage: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = checkpointed(tmp_path)
+    (tmp_path / "checkpoints" / "1" / name).write_bytes(damage)
+    found = store.latest()
+    assert found is not None and found[0] == {"number": 0}
+    assert "checkpoint 1 is damaged" in caplog.text
+    assert store.read("rows") == [{"number": 0}], "the log is of that checkpoint"
+    store.close()
+
+
+def test_where_no_checkpoint_is_whole_the_run_is_refused_and_nothing_is_cut(tmp_path: Path) -> None:
+    store = checkpointed(tmp_path)
+    for number in (0, 1):
+        (tmp_path / "checkpoints" / str(number) / "state.json").write_text("{")
+    with pytest.raises(StoreError, match=r"no checkpoint in .* is whole"):
+        store.latest()
+    assert len(store.read("rows")) == 2
+    store.close()
+
+
+@pytest.mark.parametrize("length", [10**9, -1, "7", None, 1.5])
+def test_a_log_is_never_made_longer_nor_cut_by_nonsense(tmp_path: Path, length: object) -> None:
+    store = checkpointed(tmp_path, 1)
+    folder = tmp_path / "checkpoints" / "0"
+    (folder / "hashes.json").unlink()  # as of versions before, or of somebody who wrote them anew
+    state = json.loads((folder / "state.json").read_text())
+    (folder / "state.json").write_text(json.dumps(state | {"lengths": {"rows.jsonl": length}}))
+    before = (tmp_path / "rows.jsonl").read_bytes()
+    with pytest.raises(StoreError, match="shorter"):
+        store.latest()
+    assert (tmp_path / "rows.jsonl").read_bytes() == before
+    store.close()
+
+
+def test_a_checkpoint_of_an_earlier_version_is_read(tmp_path: Path) -> None:
+    store = checkpointed(tmp_path, 1)
+    (tmp_path / "checkpoints" / "0" / "hashes.json").unlink()
+    found = store.latest()
+    assert found is not None and found[0] == {"number": 0}
+    store.close()
+
+
+@pytest.mark.parametrize("name", ["versions", "rows.jsonl", ".lock", "config.json", "checkpoints"])
+def test_links_are_refused_and_what_they_point_to_is_left_alone(tmp_path: Path, name: str) -> None:
+    outside, folder = tmp_path / "outside", tmp_path / "run"
+    outside.mkdir()
+    folder.mkdir()
+    (outside / "precious.safetensors").write_bytes(b"precious")
+    target = outside if name in ("versions", "checkpoints") else outside / "precious.safetensors"
+    (folder / name).symlink_to(target)
+    with pytest.raises(StoreError, match="is a link"):
+        RunStore(folder)
+    assert (outside / "precious.safetensors").read_bytes() == b"precious"
+
+
+def test_a_full_disk_is_a_clear_error_wherever_it_is_met(tmp_path: Path) -> None:
+    from safetensors import SafetensorError
+
+    store = RunStore(tmp_path)
+
+    def full(place: Path) -> None:
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    with pytest.raises(StoreError, match=r"No space left .* make room"):
+        store.checkpoint({}, full)
+    store.close()

@@ -3,7 +3,9 @@
 import pytest
 import torch
 
+import fst_dspy.lm.sft as sft_module
 from fst_dspy.config import SamplingConfig, SlowConfig
+from fst_dspy.lm.sft import FinetuneConfig, fine_tune
 from fst_dspy.model.policy import Policy
 from fst_dspy.slow.trainer import SlowTrainer
 from fst_dspy.types import TrainingRow
@@ -37,6 +39,27 @@ def test_small_updates_are_not_rounded_away(tiny_qwen3):
     plain = torch.optim.AdamW(policy.model.parameters(), lr=RATE, weight_decay=0.0)
     trainer._trl.optimizer.optimizer, trainer._trl.lr_scheduler.step = plain, lambda: None
     assert share_moved(policy, trainer, 30) < 0.1
+
+
+def fine_tuned_share(folder):
+    """Share of the large weights that 60 steps of fine-tuning at a rate of 1e-5 changed."""
+    policy = Policy.load(folder, device="cpu", dtype="bfloat16")
+    before = policy.trainable_state()
+    turns = [{"role": "user", "content": "where?"}, {"role": "assistant", "content": "silver"}]
+    config = FinetuneConfig(
+        learning_rate=1e-5, num_train_epochs=60, lr_scheduler_type="constant", max_length=64
+    )
+    with policy.lock:
+        fine_tune(policy, [turns], config, lambda: False)
+    after = policy.trainable_state()
+    moved = [(before[k] != after[k])[before[k].abs() > 0.05].flatten() for k in before]
+    return torch.cat(moved).float().mean().item()
+
+
+def test_small_updates_of_fine_tuning_arrive(tiny_qwen3, monkeypatch):
+    share = fine_tuned_share(tiny_qwen3)
+    monkeypatch.setattr(sft_module, "MasterWeights", lambda optimizer: None)
+    assert fine_tuned_share(tiny_qwen3) < 0.02 < 0.15 < share
 
 
 def test_a_saved_run_goes_on_bit_for_bit(tiny_qwen3, tmp_path):

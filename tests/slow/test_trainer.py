@@ -9,18 +9,23 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import assert_equal_but_for_rounding
-from records import make_call, make_group
+from records import make_call, make_group, make_rollout
+from tiny_models import make_model, make_tokenizer
 from training_rows import rows_for
+from transformers import GPT2Config, GPT2LMHeadModel, OPTConfig, OPTForCausalLM
 
+import fst_dspy.model.prefixes as prefixes_module
 import fst_dspy.slow.trainer as slow_module
 from fst_dspy.config import LoraConfig, SamplingConfig, SlowConfig
 from fst_dspy.errors import StoreError, TrainingError
 from fst_dspy.model.generate import GenerationRequest, generate
+from fst_dspy.model.logprobs import completion_logprobs
 from fst_dspy.model.policy import Policy
 from fst_dspy.model.prefixes import is_checkpointing
 from fst_dspy.slow.advantage import constant_group_share, group_advantages, group_rows
+from fst_dspy.slow.learning_rate import default_learning_rate
 from fst_dspy.slow.trainer import SlowTrainer
-from fst_dspy.types import Call, TrainingRow
+from fst_dspy.types import Call, Group, TrainingRow
 
 SLOW = SlowConfig(learning_rate=1e-2, lr_scheduler_type="linear", warmup_steps=2)
 
@@ -80,7 +85,7 @@ def test_zero_advantage_rows_count_in_the_normaliser_only(loss_type, tiny_qwen3)
 def test_cispo_gradient_is_the_policy_gradient_over_all_tokens(tiny_llama):
     """Against the formula: -sum(advantage * log p) / tokens, at temperature 0.7."""
     policy, trainer = make(tiny_llama, SlowConfig(max_grad_norm=0), temperature=0.7)
-    rows = rows_for(3, 5)
+    rows = [replace(row, temperature=0.7) for row in rows_for(3, 5)]
     reference = load(tiny_llama).model
     loss, entropies = 0.0, []
     for row in rows:
@@ -117,7 +122,28 @@ def test_constant_step_is_skipped(advantages, tiny_qwen3):
     assert stats.skipped == "constant" and stats.rows == len(advantages)
     assert policy.weights_hash() == before and policy.step == 2
     assert stats.entropy == (1.5 if advantages else 0.0)  # -log p of every sampled token
-    assert trainer.advance(rows_for(3)).learning_rate == stats.learning_rate != rate
+    assert rate < stats.learning_rate  # the last of the warm-up
+
+
+@pytest.mark.parametrize("skipped", [(), (0, 1), (2, 5)])
+def test_a_decay_completes_whatever_steps_are_constant(skipped, tiny_qwen3, tmp_path):
+    slow = SlowConfig(learning_rate=1e-2, lr_scheduler_type="linear")
+
+    def make_it():
+        policy = load(tiny_qwen3)
+        return SlowTrainer(policy, slow, SamplingConfig(), total_steps=8, seed=0)
+
+    trainer, rates = make_it(), []
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for step in range(8):
+            if step == 4:  # goes on the same after an interruption
+                trainer.save(tmp_path)
+                trainer = make_it()
+                trainer.load(tmp_path)
+            advantages = [0.0] * 6 if step in skipped else None
+            rates.append(trainer.advance(rows_for(step, 6, advantages)).learning_rate)
+    assert rates == pytest.approx([1e-2 * (8 - step) / 8 for step in range(8)])
 
 
 @pytest.mark.parametrize("advantage", [math.nan, math.inf, 1e38])
@@ -131,6 +157,27 @@ def test_non_finite_step_is_dropped(advantage, tiny_qwen3, tmp_path):
         trainer.advance(rows_for(step))
         other.advance(rows_for(step))
     assert policy.weights_hash() == other_policy.weights_hash()
+
+
+def test_steps_that_are_not_finite_are_counted_in_a_row(tiny_qwen3, tmp_path):
+    bad = rows_for(0, 6, [1.0, math.nan, 0.0, -1.0, 1.0, 0.5])
+    _, trainer = make(tiny_qwen3)
+    assert trainer.bad_steps == 0
+    trainer.advance(bad)
+    trainer.advance(rows_for(1, 6, [0.0] * 6))  # shows nothing
+    trainer.advance(bad)
+    trainer.save(tmp_path)
+    _, resumed = make(tiny_qwen3)
+    resumed.load(tmp_path)
+    assert trainer.bad_steps == resumed.bad_steps == 2
+    resumed.advance(rows_for(1))
+    assert resumed.bad_steps == 0
+    path = tmp_path / "trainer.json"
+    scalars = json.loads(path.read_text())
+    del scalars["bad_steps"]  # as earlier versions wrote it
+    path.write_text(json.dumps(scalars))
+    trainer.load(tmp_path)
+    assert trainer.bad_steps == 0
 
 
 @pytest.mark.parametrize("lora", [None, LoraConfig(rank=4, dropout=0.3)])
@@ -279,12 +326,101 @@ def test_saved_files_need_no_pickle(tiny_qwen3, tmp_path: Path):
     assert all(path.read_bytes()[:2] != b"\x80\x04" for path in tmp_path.iterdir())
 
 
-def sampled_rows(policy, count=6):
-    requests = [GenerationRequest((5 + n, 6, 7), 8, seed=n) for n in range(count)]
+def sampled_rows(policy, count=6, temperatures=(1.0,)):
+    """Rows of unlike lengths, the temperatures in turn."""
+    requests = [
+        GenerationRequest((5, *range(6, 8 + n)), 8, temperatures[n % len(temperatures)], seed=n)
+        for n in range(count)
+    ]
     return [
-        TrainingRow(r.prompt_ids_T, g.completion_ids_T, g.logprobs_T, (-1.0) ** n)
+        TrainingRow(r.prompt_ids_T, g.completion_ids_T, g.logprobs_T, (-1.0) ** n, r.temperature)
         for n, (r, g) in enumerate(zip(requests, generate(policy, requests), strict=True))
     ]
+
+
+@pytest.mark.parametrize("temperatures", [(0.3,), (0.3, 1.0, 0.7)])
+@pytest.mark.parametrize("lora", [None, LoraConfig(rank=2)])
+@pytest.mark.parametrize("beta", [0.0, 0.1])
+def test_each_row_is_trained_on_at_its_own_temperature(temperatures, lora, beta, tiny_qwen3):
+    """Whatever the configured one is; the gradient is the sum over the temperatures'."""
+    slow = SlowConfig(max_grad_norm=0, lora=lora, beta=beta)
+    policy, trainer = make(tiny_qwen3, slow)
+    rows = sampled_rows(policy, 9, temperatures)
+    found, stats = gradients_after(policy, trainer, rows)
+    assert 0 < stats.drift < 1e-5
+    expected, count = {}, sum(len(row.completion_ids_T) for row in rows)
+    for temperature in temperatures:
+        part = [row for row in rows if row.temperature == temperature]
+        policy, trainer = make(tiny_qwen3, slow, temperature=temperature)
+        tokens = sum(len(row.completion_ids_T) for row in part)
+        for name, gradient in gradients_after(policy, trainer, part)[0].items():
+            expected[name] = expected.get(name, 0) + gradient * tokens / count
+    assert_equal_but_for_rounding(found, expected)
+
+
+def test_greedy_calls_count_in_the_advantages_and_are_not_trained_on(tiny_qwen3):
+    calls = [replace(make_call(2), temperature=t) for t in (0.7, 0.0, 0.7)]
+    rollouts = [
+        make_rollout(reward, calls=(call,))
+        for call, reward in zip(calls, (0.0, 1.0, 0.5), strict=True)
+    ]
+    group = Group("e", tuple(rollouts))
+    rows = group_rows([group], "group")
+    advantages = group_advantages(group)
+    assert [row.advantage for row in rows] == [advantages[0], advantages[2]]
+    assert [row.temperature for row in rows] == [0.7, 0.7]
+    with pytest.raises(TrainingError, match="greedy"):
+        make(tiny_qwen3)[1].advance([replace(rows[0], temperature=0.0)])
+
+
+def small_gpt2(tokenizer):
+    return GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=len(tokenizer), n_embd=32, n_layer=2, n_head=4, n_positions=512,
+            initializer_range=0.4, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+        )
+    )  # fmt: skip
+
+
+def small_opt(tokenizer):
+    return OPTForCausalLM(
+        OPTConfig(
+            vocab_size=len(tokenizer), hidden_size=32, word_embed_proj_dim=32, ffn_dim=64,
+            num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=512,
+            init_std=0.4, dropout=0.0,
+        )
+    )  # fmt: skip
+
+
+def small_llama(tokenizer):
+    return make_model("llama", tokenizer)
+
+
+@pytest.mark.parametrize("make_small", [small_gpt2, small_opt, small_llama])
+@pytest.mark.parametrize("lora", [None, LoraConfig(rank=2)])
+@pytest.mark.parametrize("saved_tokens", [1, 10**9])
+def test_tokens_have_the_positions_that_they_were_sampled_at(
+    make_small, lora, saved_tokens, tmp_path, monkeypatch
+):
+    """In training, KL and distillation, with common beginnings read once and without."""
+    tokenizer = make_tokenizer()
+    torch.manual_seed(0)
+    make_small(tokenizer).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    policy = load(tmp_path, lora)
+    if lora is not None:  # fresh adapters add nothing
+        policy.load_trainable_state({k: v + 0.02 for k, v in policy.trainable_state().items()})
+    monkeypatch.setattr(prefixes_module, "SAVED_TOKENS", saved_tokens)
+    rows = sampled_rows(policy, 9, (1.0, 0.5))
+    with torch.no_grad():
+        logprob_NV = completion_logprobs(policy, rows)
+    taken = logprob_NV.gather(
+        1, torch.tensor([i for r in rows for i in r.completion_ids_T])[:, None]
+    )
+    sampled = torch.tensor([p for row in rows for p in row.logprobs_T])
+    assert (taken[:, 0] - sampled).abs().max() < 1e-4
+    trainer = SlowTrainer(policy, SlowConfig(lora=lora), SamplingConfig(), 20, 0)
+    assert trainer.advance(rows).drift < 1e-4
 
 
 def test_drift_between_sampling_and_training_is_measured(tiny_lfm2, caplog):
@@ -346,7 +482,7 @@ def moved(policy, rows, **settings):
     trainer.advance(rows)
     after = policy.trainable_state()
     longest = max((after[name] - value).abs().max().item() for name, value in before.items())
-    return longest / SlowConfig(**settings).learning_rate
+    return longest / trainer.slow.learning_rate
 
 
 def test_a_step_is_shorter_where_rows_are_constant(tiny_qwen3):
@@ -360,5 +496,24 @@ def test_a_step_is_shorter_where_rows_are_constant(tiny_qwen3):
 
 def test_the_schedule_does_not_remember_a_short_step(tiny_qwen3):
     _, trainer = make(tiny_qwen3, SlowConfig(learning_rate=1e-3))
-    trainer.advance(rows_for(0, 4, [1.0, -1.0, 0.0, 0.0]))
+    short = trainer.advance(rows_for(0, 4, [1.0, -1.0, 0.0, 0.0]))
+    assert short.learning_rate == pytest.approx(1e-3 * math.sqrt(0.5))
     assert trainer.advance(rows_for(1)).learning_rate == 1e-3
+
+
+def test_the_learning_rate_goes_by_the_models_size(tiny_qwen3):
+    rate = default_learning_rate
+    for size in (0, 947_200, 2_000_000):
+        assert rate(size, lora=False) == rate(size, lora=True) == 3e-4
+    assert rate(135_000_000, lora=False) == 5e-5 and rate(135_000_000, lora=True) == 5e-4
+    assert 1e-6 < rate(1_700_000_000, lora=False) < rate(596_000_000, lora=False) < 2e-5
+    assert rate(8_000_000_000, lora=False) == rate(70_000_000_000, lora=False) == 1e-6
+    sizes = [10**n for n in range(5, 12)]
+    for lora in (False, True):
+        assert all(0 < rate(n, lora) <= 5e-4 for n in sizes)
+    full = [rate(n, False) for n in sizes]
+    assert full == sorted(full, reverse=True)
+    _, trainer = make(tiny_qwen3, SlowConfig())
+    assert trainer.slow.learning_rate == trainer.advance(rows_for(0)).learning_rate == 3e-4
+    _, trainer = make(tiny_qwen3, SlowConfig(learning_rate=1e-3))
+    assert trainer.slow.learning_rate == 1e-3

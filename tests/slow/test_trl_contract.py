@@ -77,7 +77,7 @@ def test_micro_batches_equal_the_stock_trainers(loss_type, tiny_qwen3):
 @pytest.mark.parametrize("scale_rewards", ["group", "batch", "none"])
 def test_advantages_equal_the_stock_trainers(scale_rewards, tiny_qwen3):
     policy = Policy.load(tiny_qwen3, device="cpu")
-    spy = run_stock(policy, SlowConfig(scale_rewards=scale_rewards))
+    spy = run_stock(policy, SlowConfig(scale_rewards=scale_rewards, learning_rate=1e-3))
     assert len(spy.scored) == STEPS
     for scored in spy.scored:
         rewards = scored["rewards"]

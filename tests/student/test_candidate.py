@@ -1,3 +1,4 @@
+import datetime
 import json
 import subprocess
 import sys
@@ -87,11 +88,18 @@ def test_bind_then_seed_gives_the_same_candidate() -> None:
 
 def test_demos_json_cannot_hold_stay_the_students_own() -> None:
     program = TwoStep()
-    demo = dspy.Example(notes=object(), answer="a")
+    demo = dspy.Example(notes=datetime.date(2020, 1, 2), answer="a")
     program.answer.demos = [demo]
     seed = seed_candidate(program)
     assert "answer.demos" not in seed.components
     assert len(bind(program, seed).answer.demos) == 1
+
+
+def test_demos_that_could_not_be_saved_are_refused() -> None:
+    program = TwoStep()
+    program.answer.demos = [dspy.Example(notes="n"), dspy.Example(notes=[object()])]
+    with pytest.raises(ConfigError, match=r"demo 1 of the predictor 'answer' .* in 'notes'"):
+        seed_candidate(program)
 
 
 @pytest.mark.parametrize(

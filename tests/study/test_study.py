@@ -255,7 +255,7 @@ def test_a_study_starts_with_the_defaults_and_its_best_settings_compile(tiny_qwe
     )
     assert states(study) == [TrialState.COMPLETE] * 4 and told == [0, 1, 2, 3]
     # SPACE holds no default of population_size (4), and so leaves it to be drawn.
-    assert study.trials[0].params["learning_rate"] == FSTConfig().slow.learning_rate
+    assert study.trials[0].params["learning_rate"] == 3e-4  # that of small models
     assert study.trials[0].params["rollouts_per_candidate"] == 2
     for trial in study.trials:
         folder = Path(trial.user_attrs["folder"])
@@ -661,7 +661,7 @@ def test_the_command_runs_a_study_and_writes_its_best_settings(tiny_qwen3, tmp_p
     best = json.loads((tmp_path / "study" / "best.json").read_text())
     assert best == {
         **settings,
-        "learning_rate": FSTConfig().slow.learning_rate,
+        "learning_rate": 3e-4,
         "max_rollouts": BUDGET,
     }
     assert (tmp_path / "study" / "front.png").exists()
