@@ -130,13 +130,12 @@ def load_state(program: dspy.Module, manifest: Manifest, state: dict[str, Any]) 
         program.load_state(own)
         _check_fields(program, manifest)
     else:
-        _check_fields(program, manifest)
-        _load_parameters(program, own)
+        _load_parameters(program, manifest, own)
     for name, predictor in program.named_predictors():
         predictor.lm = lms.get(name)
 
 
-def _load_parameters(program: dspy.Module, state: dict[str, Any]) -> None:
+def _load_parameters(program: dspy.Module, manifest: Manifest, state: dict[str, Any]) -> None:
     parameters = dict(program.named_parameters())
     if set(parameters) == {"self"}:  # a bare predictor's state is flat
         state = {"self": state}
@@ -145,6 +144,7 @@ def _load_parameters(program: dspy.Module, state: dict[str, Any]) -> None:
             f"the bundle's program has the parameters {sorted(state)}, but "
             f"{type(program).__name__} has {sorted(parameters)}; pass the program that was compiled"
         )
+    _check_fields(program, manifest)
     _check_predictors(program, state)
     for name, parameter in parameters.items():
         parameter.load_state(state[name])
