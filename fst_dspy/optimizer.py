@@ -38,6 +38,7 @@ from typing import Any
 
 import dspy
 from dspy.teleprompt import Teleprompter
+from gepa.core.adapter import ProposalFn
 
 from fst_dspy import distributed
 from fst_dspy.bundle.saving import make_savable
@@ -46,6 +47,7 @@ from fst_dspy.errors import ConfigError, TrainingError
 from fst_dspy.fast import population as populations
 from fst_dspy.fast.channel import FastChannel
 from fst_dspy.fast.phase import FastPhase
+from fst_dspy.fast.plugins import read_plugins
 from fst_dspy.fast.proposers.demos import DemoProposer
 from fst_dspy.fast.proposers.lessons import LessonProposer
 from fst_dspy.fast.proposers.protocol import Proposer
@@ -114,8 +116,9 @@ class FST(Teleprompter):
         metric: ``metric(gold, pred, trace=None, pred_name=None, pred_trace=None)`` returning a
             number or ``dspy.Prediction(score=, feedback=)``. The fast channel learns from the
             feedback text, so say what was wrong and what would have been right.
-        reflection_lm: The ``dspy.LM`` that rewrites instructions. Without one, the lessons in the
-            feedback are distilled into the instruction by a proposer that needs no LM.
+        reflection_lm: The ``dspy.LM`` that rewrites instructions, or its name. Without one, the
+            lessons in the feedback are distilled into the instruction by a proposer that needs
+            no LM.
         auto: Budget preset: ``"light"`` (the default when no limit is given), ``"medium"`` or
             ``"heavy"``. See ``fst_dspy.config.AUTO``.
         arm: ``"fst"``; ``"rl_only"`` and ``"gepa_only"`` switch one channel off.
@@ -123,13 +126,15 @@ class FST(Teleprompter):
         log_dir: Run folder. A compile that was killed goes on when started again with the same
             folder, settings and data.
         track_stats: Put an ``FSTResult`` on the compiled program as ``detailed_results``.
-        instruction_proposer: A proposer of your own (``fst_dspy.Proposer``) in place of both.
+        instruction_proposer: A proposer of your own in place of both: ``fst_dspy.Proposer``, or
+            what ``dspy.GEPA`` takes, which is called under the ``reflection_lm`` if there is one.
         report_to: ``"tensorboard"``, ``"wandb"`` or ``"mlflow"``, or several; each logs to the run
             folder, and nowhere else unless told to. See ``fst_dspy.run.trackers``.
         progress: Hears what goes on; by default a live line on the terminal, and nothing where
             there is none.
         **settings: Any setting of ``fst_dspy.config``, flat: ``learning_rate=1e-4``,
-            ``population_size=8``, ``lora=True``, ``max_rollouts=5000``, ...
+            ``population_size=8``, ``lora=True``, ``max_rollouts=5000``, ... Where gepa has objects
+            for one, such as ``component_selector``, these are taken too.
 
     Raises:
         ConfigError: A setting that is unknown or cannot work.
@@ -139,13 +144,13 @@ class FST(Teleprompter):
         self,
         metric: Callable[..., Any],
         *,
-        reflection_lm: dspy.LM | None = None,
+        reflection_lm: dspy.BaseLM | str | None = None,
         auto: Auto | None = None,
         arm: Arm = "fst",
         seed: int = 0,
         log_dir: str | os.PathLike[str] | None = None,
         track_stats: bool = False,
-        instruction_proposer: Proposer | None = None,
+        instruction_proposer: Proposer | ProposalFn | dspy.Module | None = None,
         report_to: str | Sequence[str] | None = None,
         progress: ProgressListener | None = None,
         **settings: Any,
@@ -155,14 +160,15 @@ class FST(Teleprompter):
             raise ConfigError(f"arm must be 'fst', 'rl_only' or 'gepa_only', got {arm!r}")
         if arm == "rl_only":
             settings = {**settings, "population_size": 1}
+        plugins = read_plugins(metric, reflection_lm, instruction_proposer, settings)
         self.metric = metric
-        self.reflection_lm = reflection_lm
-        self.config = FSTConfig.make(auto, **settings)
+        self.reflection_lm, self.strategies = plugins.reflection_lm, plugins.strategies
+        self.config = FSTConfig.make(auto, **plugins.settings)
         self.arm: Arm = arm
         self.seed = seed
         self.log_dir = Path(log_dir) if log_dir is not None else None
         self.track_stats = track_stats
-        self.instruction_proposer = instruction_proposer
+        self.instruction_proposer = plugins.proposer
         self.report_to = tracker_names(report_to)
         self.progress = progress
 
@@ -572,8 +578,15 @@ class _Run:
         demos = DemoProposer(fast.demo_tokens, self._count_tokens) if fast.demo_tokens else None
         if fast.reuse and self.fast_on and self.slow_on:
             steps = self.config.slow.steps_per_cycle
-            return TrialPhase(fast, proposer, self.seed, demos=demos, steps_per_cycle=steps)
-        return FastPhase(fast, proposer, self.seed, demos=demos)
+            return TrialPhase(
+                fast,
+                proposer,
+                self.seed,
+                steps_per_cycle=steps,
+                demos=demos,
+                strategies=fst.strategies,
+            )
+        return FastPhase(fast, proposer, self.seed, demos=demos, strategies=fst.strategies)
 
     def _make_proposer(self, fst: FST) -> Proposer:
         if fst.instruction_proposer is not None:
@@ -589,6 +602,7 @@ class _Run:
             fallback=lessons,
             max_cost=fast.max_reflection_cost,
             max_tokens=fast.max_reflection_tokens,
+            template=fast.reflection_prompt_template,
         )
 
     def _count_tokens(self, text: str) -> int:
