@@ -32,10 +32,12 @@ from typing import Any
 
 import dspy
 from dspy.teleprompt import Teleprompter
+from gepa.core.adapter import ProposalFn
 
 from fst_dspy.bundle.saving import make_savable
 from fst_dspy.config import Auto, FSTConfig
 from fst_dspy.errors import ConfigError
+from fst_dspy.fast.plugins import read_plugins
 from fst_dspy.fast.proposers.protocol import Proposer
 from fst_dspy.lm.predictors import bound_to
 from fst_dspy.loop.joint import Run
@@ -57,8 +59,9 @@ class FST(Teleprompter):
         metric: ``metric(gold, pred, trace=None, pred_name=None, pred_trace=None)`` returning a
             number or ``dspy.Prediction(score=, feedback=)``. The fast channel learns from the
             feedback text, so say what was wrong and what would have been right.
-        reflection_lm: The ``dspy.LM`` that rewrites instructions. Without one, the lessons in the
-            feedback are distilled into the instruction by a proposer that needs no LM.
+        reflection_lm: The ``dspy.LM`` that rewrites instructions, or its name. Without one, the
+            lessons in the feedback are distilled into the instruction by a proposer that needs
+            no LM.
         auto: Budget preset: ``"light"`` (the default when no limit is given), ``"medium"`` or
             ``"heavy"``. See ``fst_dspy.config.AUTO``.
         arm: ``"fst"``; ``"rl_only"`` and ``"gepa_only"`` switch one channel off.
@@ -66,13 +69,15 @@ class FST(Teleprompter):
         log_dir: Run folder. A compile that was killed goes on when started again with the same
             folder, settings and data.
         track_stats: Put an ``FSTResult`` on the compiled program as ``detailed_results``.
-        instruction_proposer: A proposer of your own (``fst_dspy.Proposer``) in place of both.
+        instruction_proposer: A proposer of your own in place of both: ``fst_dspy.Proposer``, or
+            what ``dspy.GEPA`` takes, which is called under the ``reflection_lm`` if there is one.
         report_to: ``"tensorboard"``, ``"wandb"`` or ``"mlflow"``, or several; each logs to the run
             folder, and nowhere else unless told to. See ``fst_dspy.run.trackers``.
         progress: Hears what goes on; by default a live line on the terminal, and nothing where
             there is none.
         **settings: Any setting of ``fst_dspy.config``, flat: ``learning_rate=1e-4``,
-            ``population_size=8``, ``lora=True``, ``max_rollouts=5000``, ...
+            ``population_size=8``, ``lora=True``, ``max_rollouts=5000``, ... Where gepa has objects
+            for one, such as ``component_selector``, these are taken too.
 
     Raises:
         ConfigError: A setting that is unknown or cannot work.
@@ -82,13 +87,13 @@ class FST(Teleprompter):
         self,
         metric: Callable[..., Any],
         *,
-        reflection_lm: dspy.LM | None = None,
+        reflection_lm: dspy.BaseLM | str | None = None,
         auto: Auto | None = None,
         arm: Arm = "fst",
         seed: int = 0,
         log_dir: str | os.PathLike[str] | None = None,
         track_stats: bool = False,
-        instruction_proposer: Proposer | None = None,
+        instruction_proposer: Proposer | ProposalFn | dspy.Module | None = None,
         report_to: str | Sequence[str] | None = None,
         progress: ProgressListener | None = None,
         **settings: Any,
@@ -98,14 +103,15 @@ class FST(Teleprompter):
             raise ConfigError(f"arm must be 'fst', 'rl_only' or 'gepa_only', got {arm!r}")
         if arm == "rl_only":
             settings = {**settings, "population_size": 1}
+        plugins = read_plugins(metric, reflection_lm, instruction_proposer, settings)
         self.metric = metric
-        self.reflection_lm = reflection_lm
-        self.config = FSTConfig.make(auto, **settings)
+        self.reflection_lm, self.strategies = plugins.reflection_lm, plugins.strategies
+        self.config = FSTConfig.make(auto, **plugins.settings)
         self.arm: Arm = arm
         self.seed = seed
         self.log_dir = Path(log_dir) if log_dir is not None else None
         self.track_stats = track_stats
-        self.instruction_proposer = instruction_proposer
+        self.instruction_proposer = plugins.proposer
         self.report_to = tracker_names(report_to)
         self.progress = progress
 
@@ -180,6 +186,7 @@ class FST(Teleprompter):
             metric=self.metric,
             reflection_lm=self.reflection_lm,
             instruction_proposer=self.instruction_proposer,
+            strategies=self.strategies,
             log_dir=self.log_dir,
             report_to=self.report_to,
             progress=self.progress,

@@ -32,6 +32,7 @@ class GepaAdapter:
     cycle: int
     keep: Sequence[Callable[[Sequence[Rollout]], None]] = ()
     _runs: int = 0
+    _fault: Exception | None = None
 
     def evaluate(
         self,
@@ -78,8 +79,17 @@ class GepaAdapter:
         reflective_dataset: Mapping[str, Sequence[Record]],
         components_to_update: Sequence[str],
     ) -> dict[str, str]:
-        """See :meth:`Reflector.propose`."""
-        return self.reflector.propose(candidate, reflective_dataset, components_to_update)
+        """See :meth:`Reflector.propose`; what that raises is kept for :meth:`raise_fault`."""
+        try:
+            return self.reflector.propose(candidate, reflective_dataset, components_to_update)
+        except Exception as error:  # gepa would log it, and ask once more
+            self._fault = error
+            return {}
+
+    def raise_fault(self) -> None:
+        """Raise what a proposer's fault was, if there was one."""
+        if self._fault is not None:
+            raise self._fault
 
 
 def phase_salt(cycle: int, run: int) -> int:

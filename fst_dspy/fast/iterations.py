@@ -9,17 +9,14 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import dspy
 from gepa.core.adapter import GEPAAdapter
 from gepa.core.state import GEPAState, ValsetEvaluation
 from gepa.logging.experiment_tracker import ExperimentTracker
-from gepa.proposer.reflective_mutation.base import ReflectionComponentSelector
 from gepa.proposer.reflective_mutation.reflective_mutation import ReflectiveMutationProposer
-from gepa.strategies.batch_sampler import EpochShuffledBatchSampler
-from gepa.strategies.candidate_selector import ParetoCandidateSelector
 
 from fst_dspy.config import FastConfig
 from fst_dspy.errors import ConfigError, DataError
@@ -28,7 +25,12 @@ from fst_dspy.fast.judge import Judge
 from fst_dspy.fast.memory import Memory
 from fst_dspy.fast.reflector import Reflector, candidate_of
 from fst_dspy.fast.scores import Scores
-from fst_dspy.fast.selectors import SELECTORS
+from fst_dspy.fast.strategies import (
+    Strategies,
+    batch_sampler,
+    candidate_selector,
+    component_selector,
+)
 from fst_dspy.student.candidate import instructions_in
 from fst_dspy.types import Candidate, Population
 
@@ -43,8 +45,7 @@ class Iterations:
         seed: Seed of the draws of parents and minibatches, together with the cycle.
         memory: What proposes.
         judge: Who is accepted.
-        component_selector: Makes gepa's selector of the component to update; by default the one
-            that ``config`` names.
+        own: The user's own strategies, in place of those that ``config`` names.
 
     Attributes:
         turn: Components updated so far, over all phases.
@@ -56,10 +57,10 @@ class Iterations:
         seed: int,
         memory: Memory,
         judge: Judge,
-        component_selector: Callable[[], ReflectionComponentSelector] | None = None,
+        own: Strategies,
     ) -> None:
         self.config, self.seed, self.memory, self.judge = config, seed, memory, judge
-        self.component_selector = component_selector or SELECTORS[config.component_selector]
+        self.own = own
         self.turn = 0
 
     def run(
@@ -81,20 +82,25 @@ class Iterations:
             cycle: Number of the cycle, part of every seed.
             iterations: How many.
         """
-        members = list(population.candidates)
+        members, reflector = list(population.candidates), adapter.reflector
         self.judge.remember(members)
         reflection = self._reflection(adapter, trainset, cycle)
         for number in range(iterations):
             state = self.gepa_state(members, scores.rows(members))
             state.i = number
             state.full_program_trace.append({"i": number})
-            for proposal in reflection.propose(state):
+            outcome = reflector.outcomes.copy(), reflector.errors.copy()
+            proposals = reflection.propose(state)
+            adapter.raise_fault()
+            if not proposals and outcome == (reflector.outcomes, reflector.errors):
+                reflector.outcomes["empty"] += 1  # nothing was asked: the minibatch was perfect
+            for proposal in proposals:
                 (parent,) = (members[k] for k in proposal.parent_program_ids)
                 child = candidate_of(proposal.candidate, parent, cycle)
                 if proposal.eval_after is not None:
                     trajectories = proposal.eval_after.trajectories or []
-                    adapter.reflector.learn(child.components, trajectories)
-                adapter.reflector.known_ids.add(child.id)
+                    reflector.learn(child.components, trajectories)
+                reflector.known_ids.add(child.id)
                 if self.judge.accepts(child, [parent], proposal, state):
                     scores.add(child)
                     members.append(child)
@@ -151,11 +157,11 @@ class Iterations:
             logger=_QuietLogger(),
             trainset=list(trainset),
             adapter=cast(GEPAAdapter[Any, Any, Any], adapter),
-            candidate_selector=ParetoCandidateSelector(parents),
-            module_selector=self.component_selector(),
-            batch_sampler=EpochShuffledBatchSampler(self.config.minibatch_size, batches),
-            perfect_score=None,
-            skip_perfect_score=False,
+            candidate_selector=candidate_selector(self.config, self.own, parents),
+            module_selector=component_selector(self.config, self.own),
+            batch_sampler=batch_sampler(self.config, self.own, batches),
+            perfect_score=self.config.perfect_score,
+            skip_perfect_score=self.config.skip_perfect_score,
             experiment_tracker=ExperimentTracker(),
         )
 

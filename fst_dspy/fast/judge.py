@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
 from gepa.core.state import GEPAState
 from gepa.proposer.base import CandidateProposal
-from gepa.strategies.acceptance import AcceptanceCriterion, StrictImprovementAcceptance
+from gepa.strategies.acceptance import AcceptanceCriterion
 
 from fst_dspy.fast.acceptance import ProposalStats, criterion_for
 from fst_dspy.student.candidate import candidate_from_json, candidate_to_json
@@ -28,8 +28,8 @@ class Judge:
         ancestors: The candidates it was told of and those it accepted, the latest, by id.
     """
 
-    def __init__(self, acceptance: AcceptanceCriterion | None = None) -> None:
-        self.acceptance = acceptance or StrictImprovementAcceptance()
+    def __init__(self, acceptance: AcceptanceCriterion) -> None:
+        self.acceptance = acceptance
         self.stats = ProposalStats()
         self.ancestors: dict[str, Candidate] = {}
 
@@ -38,7 +38,7 @@ class Judge:
         child: Candidate,
         parents: Sequence[Candidate],
         proposal: CandidateProposal,
-        state: GEPAState | None = None,
+        state: GEPAState,
     ) -> bool:
         """Whether the criterion accepts the child; it is counted, and remembered if so.
 
@@ -46,10 +46,10 @@ class Judge:
             child: The candidate that was tried.
             parents: What it was made from, at least one.
             proposal: Its scores and its parents', as gepa's criteria take them.
-            state: gepa's; ``None`` where the child was tried outside gepa's iterations.
+            state: gepa's, with the parents among its candidates.
         """
         criterion = criterion_for(child, parents[0], self.acceptance)
-        accepted = criterion.should_accept(proposal, cast(GEPAState, state))
+        accepted = criterion.should_accept(proposal, state)
         self.count(
             proposals=1,
             accepted=int(accepted),

@@ -38,12 +38,10 @@ What the package relies on of gepa's insides, here and elsewhere; ran with 0.1.4
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import dspy
-from gepa.proposer.reflective_mutation.base import ReflectionComponentSelector
-from gepa.strategies.acceptance import AcceptanceCriterion
 
 from fst_dspy.config import FastConfig
 from fst_dspy.errors import DataError
@@ -57,6 +55,7 @@ from fst_dspy.fast.merge import merge
 from fst_dspy.fast.proposers.demos import DemoProposer
 from fst_dspy.fast.proposers.protocol import Proposer
 from fst_dspy.fast.scores import Scores, ValidationScores
+from fst_dspy.fast.strategies import NAMED, Strategies, acceptance_criterion
 from fst_dspy.rollouts.jobs import Runner
 from fst_dspy.types import Candidate, Population, Rollout
 
@@ -69,9 +68,7 @@ class FastPhase:
         proposer: Proposes instructions; see ``fst_dspy.fast.proposers.protocol``.
         seed: Seed of the draws of parents and minibatches, together with the cycle.
         demos: Proposes demos; ``None`` leaves them alone.
-        acceptance: gepa's criterion for a child, by its minibatch scores and its parent's.
-        component_selector: Makes gepa's selector of the component to update; by default the one
-            that ``config`` names.
+        strategies: gepa's strategies, in place of those that ``config`` names.
     """
 
     reuses = False
@@ -84,12 +81,12 @@ class FastPhase:
         seed: int,
         *,
         demos: DemoProposer | None = None,
-        acceptance: AcceptanceCriterion | None = None,
-        component_selector: Callable[[], ReflectionComponentSelector] | None = None,
+        strategies: Strategies = NAMED,
     ) -> None:
         self.config, self.proposer, self.seed = config, proposer, seed
-        self.memory, self.judge = Memory(proposer, demos), Judge(acceptance)
-        self.iterations = Iterations(config, seed, self.memory, self.judge, component_selector)
+        self.memory = Memory(proposer, demos)
+        self.judge = Judge(acceptance_criterion(config, strategies))
+        self.iterations = Iterations(config, seed, self.memory, self.judge, strategies)
 
     @property
     def stats(self) -> ProposalStats:
@@ -199,8 +196,11 @@ class FastPhase:
         size = min(len(valset), self.config.minibatch_size)
         columns = sorted(rng.sample(range(len(valset)), size))
         after = adapter.evaluate([valset[v] for v in columns], child.components).scores
-        before = [[rows[members.index(parent)][v] for v in columns] for parent in parents]
-        if not self.judge.accepts(child, parents, proposal_of(child, before, after)):
+        indices = [members.index(parent) for parent in parents]
+        before = [[rows[k][v] for v in columns] for k in indices]
+        proposal = proposal_of(child, before, after, indices)
+        state = self.iterations.gepa_state(members, rows)
+        if not self.judge.accepts(child, parents, proposal, state):
             return None
         scores.add(child)
         return child

@@ -24,7 +24,7 @@ from __future__ import annotations
 import contextvars
 import dataclasses
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -32,9 +32,6 @@ from typing import Any
 
 import dspy
 from gepa.core.adapter import EvaluationBatch
-from gepa.proposer.reflective_mutation.base import ReflectionComponentSelector
-from gepa.strategies.acceptance import AcceptanceCriterion
-from gepa.strategies.candidate_selector import ParetoCandidateSelector
 
 from fst_dspy import distributed
 from fst_dspy.config import FastConfig
@@ -50,6 +47,13 @@ from fst_dspy.fast.proposers.demos import DemoProposer
 from fst_dspy.fast.proposers.protocol import Proposer
 from fst_dspy.fast.reflector import Reflector, Trajectory, candidate_of, make_records
 from fst_dspy.fast.scores import PooledScores
+from fst_dspy.fast.strategies import (
+    NAMED,
+    Strategies,
+    acceptance_criterion,
+    candidate_selector,
+    component_selector,
+)
 from fst_dspy.rollouts.jobs import Runner
 from fst_dspy.student.candidate import candidate_from_json, candidate_to_json
 from fst_dspy.types import Candidate, Population, Rollout
@@ -87,7 +91,7 @@ class TrialPhase:
     Args:
         config, proposer, seed: As for :class:`~fst_dspy.fast.phase.FastPhase`.
         steps_per_cycle: T, optimizer steps a cycle.
-        demos, acceptance, component_selector: As for :class:`~fst_dspy.fast.phase.FastPhase`.
+        demos, strategies: As for :class:`~fst_dspy.fast.phase.FastPhase`.
 
     Attributes:
         trial: The candidate on trial, if one is.
@@ -104,12 +108,12 @@ class TrialPhase:
         *,
         steps_per_cycle: int,
         demos: DemoProposer | None = None,
-        acceptance: AcceptanceCriterion | None = None,
-        component_selector: Callable[[], ReflectionComponentSelector] | None = None,
+        strategies: Strategies = NAMED,
     ) -> None:
         self.config, self.proposer, self.seed = config, proposer, seed
-        self.memory, self.judge = Memory(proposer, demos), Judge(acceptance)
-        self.iterations = Iterations(config, seed, self.memory, self.judge, component_selector)
+        self.strategies, self.memory = strategies, Memory(proposer, demos)
+        self.judge = Judge(acceptance_criterion(config, strategies))
+        self.iterations = Iterations(config, seed, self.memory, self.judge, strategies)
         self.scores = PooledScores()
         self.trial_steps = max(1, steps_per_cycle // max(1, config.cycle_iterations))
         self.window = max(self.trial_steps, config.reuse_window or steps_per_cycle)
@@ -203,7 +207,8 @@ class TrialPhase:
         if self.trial is not None:
             self.trial = dataclasses.replace(self.trial, steps_left=self.trial.steps_left - 1)
             if self.trial.steps_left == 0:
-                members += [self.trial.child] if self._passed(self.trial) else []
+                passed = self._passed(self.trial, population)
+                members += [self.trial.child] if passed else []
                 self.trial = None
         population = self._choose(members, population, policy_version)
         if self.trial is None:
@@ -277,10 +282,14 @@ class TrialPhase:
             policy_version,
         )
 
-    def _passed(self, trial: Trial) -> bool:
+    def _passed(self, trial: Trial, population: Population) -> bool:
         before, after = paired(self.pool.since(trial.since), trial.child, trial.parents)
-        proposal = proposal_of(trial.child, before, after)
-        return self.judge.accepts(trial.child, trial.parents, proposal)
+        by_id = {c.id: c for c in (*population.candidates, *trial.parents)}
+        members = list(by_id.values())
+        state = self.iterations.gepa_state(members, self.scores.rows(members))
+        indices = [list(by_id).index(parent.id) for parent in trial.parents]
+        proposal = proposal_of(trial.child, before, after, indices)
+        return self.judge.accepts(trial.child, trial.parents, proposal, state)
 
     def _begin_trial(
         self,
@@ -351,14 +360,18 @@ class TrialPhase:
     ) -> Candidate | None:
         """A child of a parent drawn from the front, from the parent's rollouts in the pool."""
         state = self.iterations.gepa_state(population.candidates, population.score_K_V)
-        k = ParetoCandidateSelector(rng).select_candidate_idx(state)
+        k = candidate_selector(self.config, self.strategies, rng).select_candidate_idx(state)
         parent = population.candidates[k]
         examples = self.memory.by_id(trainset)
         rollouts = minibatch(self.pool.of(parent.id), self.config.minibatch_size, rng)
         trajectories = [Trajectory(examples[r.example_id], r) for r in rollouts]
         batch = EvaluationBatch(rollouts, [r.reward for r in rollouts], trajectories)
         texts = dict(parent.components)
-        selector = self.iterations.component_selector()
+        best = self.config.perfect_score if self.config.skip_perfect_score else None
+        if best is not None and all(score >= best for score in batch.scores):
+            reflector.outcomes["empty"] += 1
+            return None
+        selector = component_selector(self.config, self.strategies)
         names = selector(state, trajectories, batch.scores, k, texts)
         self.iterations.turn += 1
         records = {name: make_records(name, trajectories) for name in names}

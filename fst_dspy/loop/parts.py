@@ -20,6 +20,7 @@ from fst_dspy.fast.proposers.demos import DemoProposer
 from fst_dspy.fast.proposers.lessons import LessonProposer
 from fst_dspy.fast.proposers.protocol import Proposer
 from fst_dspy.fast.proposers.reflection import ReflectionLMProposer
+from fst_dspy.fast.strategies import NAMED, Strategies
 from fst_dspy.fast.trials import TrialPhase
 from fst_dspy.lm.local_lm import LocalLM
 from fst_dspy.loop.folder import RunFolder
@@ -49,6 +50,7 @@ class RunSpec:
     Attributes:
         config, arm, seed, metric: As for ``FST``.
         reflection_lm, instruction_proposer: What proposes instructions; both ``None`` for lessons.
+        strategies: gepa's strategies, in place of those that ``config`` names.
         log_dir: The run folder, or ``None``.
         report_to: Names of trackers.
         progress: Hears what goes on; ``None`` for the default.
@@ -60,8 +62,9 @@ class RunSpec:
     arm: Arm
     seed: int
     metric: Callable[..., Any]
-    reflection_lm: dspy.LM | None = None
+    reflection_lm: dspy.BaseLM | None = None
     instruction_proposer: Proposer | None = None
+    strategies: Strategies = NAMED
     log_dir: Path | None = None
     report_to: Sequence[str] = ()
     progress: ProgressListener | None = None
@@ -235,8 +238,15 @@ def _make_fast(spec: RunSpec, policy: Policy, *, reuse: bool) -> FastChannel:
     demos = DemoProposer(config.demo_tokens, count) if config.demo_tokens else None
     if reuse:
         steps = spec.config.slow.steps_per_cycle
-        return TrialPhase(config, proposer, spec.seed, demos=demos, steps_per_cycle=steps)
-    return FastPhase(config, proposer, spec.seed, demos=demos)
+        return TrialPhase(
+            config,
+            proposer,
+            spec.seed,
+            steps_per_cycle=steps,
+            demos=demos,
+            strategies=spec.strategies,
+        )
+    return FastPhase(config, proposer, spec.seed, demos=demos, strategies=spec.strategies)
 
 
 def _make_proposer(spec: RunSpec, count_tokens: Callable[[str], int]) -> Proposer:
@@ -253,6 +263,7 @@ def _make_proposer(spec: RunSpec, count_tokens: Callable[[str], int]) -> Propose
         fallback=lessons,
         max_cost=config.max_reflection_cost,
         max_tokens=config.max_reflection_tokens,
+        template=config.reflection_prompt_template,
     )
 
 

@@ -8,9 +8,10 @@ import dspy
 import pytest
 import torch
 from gepa.strategies.acceptance import ImprovementOrEqualAcceptance
-from records import make_rollout
 from rule_runner import (
+    EXAMPLE,
     NAME,
+    PAIR,
     QUEUES,
     RULES,
     SEED,
@@ -19,6 +20,7 @@ from rule_runner import (
     VAL,
     RuleRunner,
     Scripted,
+    rollout_of,
     run,
     scored,
     tickets,
@@ -37,6 +39,7 @@ from fst_dspy.fast.proposers.lessons import LessonProposer
 from fst_dspy.fast.proposers.protocol import ProposalError
 from fst_dspy.fast.reflector import Reflector, Trajectory, make_records
 from fst_dspy.fast.selectors import WorstFirstComponentSelector
+from fst_dspy.fast.strategies import Strategies
 from fst_dspy.lm.local_lm import LocalLM
 from fst_dspy.rollouts.evaluate import evaluate
 from fst_dspy.rollouts.jobs import RolloutJob
@@ -127,7 +130,7 @@ def test_the_whole_population_can_be_a_parent() -> None:
             FastConfig(population_size=8),
             Scripted(lambda n, texts, names: {names[0]: f"{texts[names[0]]}\nnothing {n}"}),
             seed,
-            acceptance=ImprovementOrEqualAcceptance(),
+            strategies=Strategies(acceptance_criterion=ImprovementOrEqualAcceptance()),
         )
         population = run(phase, runner, scored(runner, *halves), iterations=3)
         parents |= {i for c in population.candidates for i in c.parent_ids}
@@ -190,7 +193,7 @@ def test_a_child_of_this_phase_is_not_proposed_again() -> None:
         FastConfig(),
         Scripted(lambda *_: {NAME: "even too"}),
         0,
-        acceptance=ImprovementOrEqualAcceptance(),
+        strategies=Strategies(acceptance_criterion=ImprovementOrEqualAcceptance()),
     )
     run(phase, runner, start, iterations=10)
     assert phase.stats.accepted == 1 and phase.stats.duplicate > 0
@@ -263,14 +266,6 @@ def test_lessons_of_other_rollouts_are_taken_up_at_no_cost() -> None:
 
 # Programs of two predictors, and what a proposer is shown
 
-PAIR = make_candidate({"a.instructions": "A.", "a.demos": "[]", "b.instructions": "B."})
-EXAMPLE = dspy.Example(q="why", label="because").with_inputs("q")
-
-
-def rollout_of(*traces: PredictorTrace, failure: Failure | None = None, **more: Any) -> Rollout:
-    own = {"example_id": example_id(EXAMPLE), "candidate_id": PAIR.id, "feedback": "Feedback."}
-    return make_rollout(**{**own, "traces": traces, "failure": failure, **more})
-
 
 def test_round_robin_reaches_every_predictor_and_no_demos() -> None:
     class Uneven(RuleRunner):
@@ -340,7 +335,8 @@ def test_worst_first_picks_the_predictor_that_cannot_be_read(
 
     start = choose([PAIR], [[0.0] * len(VAL)], [example_id(e) for e in VAL], 4, 0)
     proposer = Scripted(lambda *_: {})
-    phase = FastPhase(FastConfig(), proposer, 0, component_selector=WorstFirstComponentSelector)
+    strategies = Strategies(WorstFirstComponentSelector())
+    phase = FastPhase(FastConfig(), proposer, 0, strategies=strategies)
     run(phase, Traced(), start, iterations=1)
     assert proposer.names == [f"{expected}.instructions"]
 

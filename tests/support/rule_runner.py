@@ -13,7 +13,7 @@ from fst_dspy.fast.population import choose
 from fst_dspy.rollouts.evaluate import evaluate
 from fst_dspy.rollouts.jobs import RolloutJob
 from fst_dspy.student.candidate import example_id, make_candidate
-from fst_dspy.types import Candidate, Population, PredictorTrace, Rollout
+from fst_dspy.types import Candidate, Failure, Population, PredictorTrace, Rollout
 
 NAME = "solve.instructions"
 QUEUES = {
@@ -112,3 +112,12 @@ def scored(runner: Any, *candidates: Candidate) -> Population:
 def run(phase: FastPhase, runner: Any, population: Population, **more: Any) -> Population:
     settings = {"cycle": 1, "iterations": 8, "policy_version": 3, **more}
     return phase.run(runner, population, TRAIN, VAL, **settings)
+
+
+PAIR = make_candidate({"a.instructions": "A.", "a.demos": "[]", "b.instructions": "B."})
+EXAMPLE = dspy.Example(q="why", label="because").with_inputs("q")
+
+
+def rollout_of(*traces: PredictorTrace, failure: Failure | None = None, **more: Any) -> Rollout:
+    own = {"example_id": example_id(EXAMPLE), "candidate_id": PAIR.id, "feedback": "Feedback."}
+    return make_rollout(**{**own, "traces": traces, "failure": failure, **more})

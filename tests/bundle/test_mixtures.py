@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from bundles import adapted, answers
-from conftest import make_tokenizer
 from helpers import Echo
+from tiny_models import make_tokenizer
 from transformers import (
     AutoModelForCausalLM,
     MixtralConfig,
