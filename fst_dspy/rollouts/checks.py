@@ -111,5 +111,5 @@ def check_first_rollouts(rollouts: Sequence[Rollout]) -> None:
     message = next((r.failure.message for r in rollouts if r.failure), "")
     if kinds == {"metric"}:
         raise MetricError(f"the metric failed on every validation example: {message}")
-    if kinds in ({"program"}, {"no_calls"}, {"timeout"}):
+    if kinds in ({"program"}, {"no_calls"}, {"timeout"}, {"infrastructure"}):
         raise ProgramError(f"the program failed on every validation example: {message}")

@@ -33,6 +33,7 @@ import orjson
 from fst_dspy.config import without_removed
 from fst_dspy.errors import StoreError
 from fst_dspy.files import flush, read_json, read_jsonl, write_atomically
+from fst_dspy.student.candidate import plain_value
 
 SCHEMA_VERSION = 1
 KEPT_CHECKPOINTS = 2
@@ -181,11 +182,14 @@ def _line(row: Any) -> bytes:
     try:
         return orjson.dumps(row, default=_fields_or_repr, option=_OPTIONS)
     except TypeError:  # halves of surrogate pairs, whole numbers of over 64 bits, odd keys
-        return json.dumps(_without_classes(row), default=repr).encode() + b"\n"
+        return json.dumps(_without_classes(row), default=_fields_or_repr).encode() + b"\n"
 
 
 def _fields_or_repr(value: Any) -> Any:
-    return vars(value) if dataclasses.is_dataclass(value) else repr(value)
+    if dataclasses.is_dataclass(value):
+        return vars(value)
+    plain = plain_value(value)  # a trace holds the objects that the program was given
+    return repr(value) if plain is value else plain
 
 
 def _without_classes(value: Any) -> Any:

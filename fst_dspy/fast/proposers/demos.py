@@ -20,7 +20,13 @@ from typing import Any
 import dspy
 
 from fst_dspy.fast.proposers.protocol import Record
-from fst_dspy.student.candidate import canonical_json, decode_demos, encode_demos, split_component
+from fst_dspy.student.candidate import (
+    canonical_json,
+    decode_demos,
+    encode_demos,
+    plain_value,
+    split_component,
+)
 from fst_dspy.types import Candidate, PredictorTrace, Rollout
 
 SOURCE = "from_example"
@@ -214,7 +220,9 @@ def _banked(trace: PredictorTrace, rollout: Rollout) -> BankedCall | None:
     if trace.outputs is None:
         return None
     try:
-        inputs, outputs = (json.loads(json.dumps(dict(x))) for x in (trace.inputs, trace.outputs))
+        inputs, outputs = (
+            json.loads(json.dumps(plain_value(x))) for x in (trace.inputs, trace.outputs)
+        )
     except (TypeError, ValueError):
         return None
     return BankedCall(inputs, outputs, rollout.example_id, rollout.reward)
