@@ -18,7 +18,10 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
 Arm = Literal["fst", "rl_only", "gepa_only", "fst_distill"]
-FailureKind = Literal["parse", "empty", "truncated", "program", "metric", "no_calls", "timeout"]
+FailureKind = Literal[
+    "parse", "empty", "truncated", "program", "metric", "no_calls", "timeout", "infrastructure"
+]
+"""Why a rollout failed; one lost to the infrastructure says nothing of the model."""
 
 
 @dataclass(frozen=True)
@@ -198,6 +201,11 @@ class Rollout:
     failure: Failure | None
     policy_version: int
     feedback_by_predictor: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether it was lost to what it ran on: its reward means nothing, nothing is learned."""
+        return self.failure is not None and self.failure.kind == "infrastructure"
 
 
 @dataclass(frozen=True)
