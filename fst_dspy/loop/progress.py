@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from fst_dspy.config import BudgetConfig
+from fst_dspy.display import Terminal
 from fst_dspy.types import CycleRecord, RolloutCounts
 
 
@@ -53,14 +54,14 @@ class RichProgress:
     """A live line with the phase, rollouts a second and time left; a printed line a cycle."""
 
     def __init__(self, console: Console | None = None) -> None:
-        self.console = console or Console(stderr=True)
+        self.console = console or Terminal(stderr=True)
         self._bar = Progress(
             SpinnerColumn(),
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=24),
-            TextColumn("{task.fields[rate]}"),
+            TextColumn("{task.fields[rate]}", markup=False),
             TimeElapsedColumn(),
-            TextColumn("{task.fields[left]}"),
+            TextColumn("{task.fields[left]}", markup=False),
             console=self.console,
             transient=True,
         )
@@ -125,7 +126,7 @@ class NotebookProgress:
 
 def default_progress() -> ProgressListener:
     """Shows itself where there is a terminal or a notebook, and says nothing elsewhere."""
-    console = Console(stderr=True)
+    console = Terminal(stderr=True)
     if console.is_jupyter:
         return NotebookProgress()
     return RichProgress(console) if console.is_terminal else SilentProgress()
