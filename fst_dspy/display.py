@@ -106,6 +106,14 @@ def table(
     return made
 
 
+def named_lines(rows: Iterable[tuple[str, object]]) -> Table:
+    """Figures with their names before them, for a terminal."""
+    made = Table.grid(padding=(0, 2))
+    for name, value in rows:
+        made.add_row(as_text(name, "dim"), as_text(value))
+    return made
+
+
 def panel(title: str, body: RenderableType, border: str = "none") -> Panel:
     """A titled box for a terminal; a body that is a string is text, not markup."""
     inner = as_text(body) if isinstance(body, str) else body

@@ -48,13 +48,22 @@ def read_json(path: Path) -> Any:
 
 
 def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
-    """Read a JSON-lines file; a last line that was cut off by a crash is left out."""
-    if not path.exists():
-        return
-    with open(path, encoding="utf-8") as file:
-        for line in file:
-            if line.endswith("\n"):
-                yield json.loads(line)
+    """Read a JSON-lines file; a last line that was cut off by a crash is left out.
+
+    Raises:
+        StoreError: It cannot be read, or a line is broken.
+    """
+    number = 0
+    try:
+        if not path.exists():
+            return
+        with open(path, "rb") as file:
+            for line in file:
+                number += 1
+                if line.endswith(b"\n"):
+                    yield json.loads(line)
+    except (OSError, ValueError, RecursionError) as error:
+        raise StoreError(f"cannot read {path}, line {number}: {error}") from error
 
 
 def write_atomically(path: Path, write: Callable[[IO[bytes]], Any]) -> None:

@@ -7,9 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.panel import Panel
-from rich.table import Table
-from rich.text import Text
 
 from fst_dspy import distributed
 from fst_dspy.cli.experiments import ablate, compare, experiments
@@ -29,6 +26,7 @@ from fst_dspy.cli.options import (
 )
 from fst_dspy.cli.protocols import continual, plasticity
 from fst_dspy.cli.tune import tune
+from fst_dspy.display import as_text, panel, table
 
 if TYPE_CHECKING:
     from fst_dspy.results.result import FSTResult
@@ -166,7 +164,8 @@ def _compile(
         progress=RichProgress(console),
         **settings,
     )
-    console.print(f"[bold]{task.name}[/] on {lm.model}, arm {arm}, seed {seed}")
+    about = f" on {lm.model}, arm {arm}, seed {seed}"
+    console.print(as_text(task.name, "bold").append_text(as_text(about, "not bold")))
     with dspy.context(lm=lm):
         compiled = fst.compile(task.program, trainset=task.trainset, valset=task.valset)
         result = compiled.detailed_results
@@ -193,18 +192,16 @@ def _write_quadrants(out: Path, tested: Quadrants) -> None:
 
 
 def _report(result: FSTResult, tested: Quadrants) -> None:
-    table = Table(title=f"Mean test score, {tested.examples} examples, training temperature")
-    table.add_column("weights")
-    table.add_column("original context", justify="right")
-    table.add_column("evolved context", justify="right")
-    table.add_row("base", f"{tested.base_original:.3f}", f"{tested.base_evolved:.3f}")
-    table.add_row(
-        "trained", f"{tested.trained_original:.3f}", f"[bold]{tested.trained_evolved:.3f}"
+    best = as_text(f"{tested.trained_evolved:.3f}", "bold")
+    rows = (
+        ("base", f"{tested.base_original:.3f}", f"{tested.base_evolved:.3f}"),
+        ("trained", f"{tested.trained_original:.3f}", best),
     )
-    console.print(table)
+    title = f"Mean test score, {tested.examples} examples, training temperature"
+    console.print(table(("weights", "original context", "evolved context"), rows, title, left=1))
     for component, text in result.best.candidate.components.items():
         if result.seed_candidate.components.get(component) != text:
-            console.print(Panel(Text(text), title=component, border_style="green"))
+            console.print(panel(component, text, border="green"))
     counts, last = result.rollouts, result.records[result.best.cycle]
     console.print(
         f"{counts.total:,} rollouts (fast {counts.fast:,}, slow {counts.slow:,}, "

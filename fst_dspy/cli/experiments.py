@@ -28,6 +28,7 @@ from fst_dspy.cli.options import (
     errors_told,
     parse_settings,
 )
+from fst_dspy.display import as_text
 
 if TYPE_CHECKING:
     from fst_dspy.experiments import Plan
@@ -185,7 +186,8 @@ def finish(folder: Path, results: Path | None, failed: Sequence[str]) -> None:
     """Write and print what a store has found; fail where jobs did."""
     _show(folder, results)
     if failed:
-        console.print(f"[red]failed: {', '.join(failed)}[/]; start it again to try them once more")
+        console.print(as_text(f"failed: {', '.join(failed)}", "red"))
+        console.print("start it again to try them once more")
         raise typer.Exit(1)
 
 

@@ -8,15 +8,13 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.panel import Panel
-from rich.text import Text
 
 from fst_dspy import distributed
+from fst_dspy.display import Terminal, panel, visible
 from fst_dspy.errors import FSTError
 from fst_dspy.tasks import read_value
 
-console = Console(quiet=not distributed.is_main())
+console = Terminal(quiet=not distributed.is_main())
 
 Program = Annotated[
     str,
@@ -98,9 +96,10 @@ def errors_told(interrupted: str = "interrupted") -> Iterator[None]:
     try:
         yield
     except FSTError as error:
-        console.print(Panel(Text(str(error)), title=type(error).__name__, border_style="red"))
+        console.print(panel(type(error).__name__, str(error), border="red"))
         if not distributed.is_main():  # whose console is quiet
-            typer.echo(f"process {distributed.rank()}: {type(error).__name__}: {error}", err=True)
+            words = f"process {distributed.rank()}: {type(error).__name__}: {error}"
+            typer.echo(visible(words), err=True)
         raise typer.Exit(1) from None
     except KeyboardInterrupt as error:
         words = str(error) or interrupted

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from fst_dspy.display import as_text, table
 from fst_dspy.errors import ConfigError
 from fst_dspy.files import write_atomically
 from fst_dspy.study import best_settings, front, importances
@@ -38,7 +39,7 @@ def tune_and_report(console: Console, program: str, out: Path, trials: int, **op
         task = bar.add_task("trials", total=trials)
 
         def on_trial(study: optuna.Study, trial: FrozenTrial) -> None:
-            console.print(trial_line(trial))
+            console.print(as_text(trial_line(trial)))
             bar.update(task, completed=count_trials(study)[0])
 
         study = tune(program, folder=out, trials=trials, on_trial=on_trial, **options)
@@ -57,12 +58,13 @@ def report_study(console: Console, study: optuna.Study, out: Path) -> None:
     try:
         settings = best_settings(study)
     except ConfigError as error:
-        console.print(f"[red]{error}")
+        console.print(as_text(error, "red"))
         return
     text = json.dumps(settings, indent=1).encode()
     write_atomically(out / "best.json", lambda file: file.write(text))
     flags = " ".join(f"--set {name}={json.dumps(value)}" for name, value in settings.items())
-    console.print(f"best settings, also in {out / 'best.json'}:\n{flags}", soft_wrap=True)
+    words = f"best settings, also in {out / 'best.json'}:\n{flags}"
+    console.print(as_text(words), soft_wrap=True)
 
 
 def trial_line(trial: FrozenTrial) -> str:
@@ -89,20 +91,23 @@ def study_table(study: optuna.Study) -> Table:
         (trial for trial in complete if trial.number not in chosen),
         key=lambda trial: sign * trial.values[0],
     )
-    table = Table("trial", "score", "KL", "rollouts", "settings")
+    rows = []
     for trial in [*best, *others][:SHOWN]:
         measured = trial.user_attrs["measured"]
         source = trial.user_attrs.get("source")
         settings = ", ".join(f"{name}={_short(value)}" for name, value in trial.params.items())
-        table.add_row(
-            f"{trial.number}{' *' if trial.number in chosen else ''}",
-            f"{measured['score']:.3f}",
-            f"{measured['kl_to_base']:.4f}",
-            f"{measured['rollouts']:,}",
-            f"({source}) {settings}" if source else settings,
+        rows.append(
+            (
+                f"{trial.number}{' *' if trial.number in chosen else ''}",
+                f"{measured['score']:.3f}",
+                f"{measured['kl_to_base']:.4f}",
+                f"{measured['rollouts']:,}",
+                f"({source}) {settings}" if source else settings,
+            )
         )
-    table.caption = "* the Pareto front" if len(study.directions) > 1 else "* the best"
-    return table
+    made = table(("trial", "score", "KL", "rollouts", "settings"), rows, left=5)
+    made.caption = "* the Pareto front" if len(study.directions) > 1 else "* the best"
+    return made
 
 
 def study_counts(study: optuna.Study) -> str:

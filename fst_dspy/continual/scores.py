@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from fst_dspy import distributed
 from fst_dspy.config import SamplingConfig
-from fst_dspy.display import notebook_html, score_text
+from fst_dspy.display import notebook_html, score_text, table
 from fst_dspy.errors import DataError
 from fst_dspy.files import read_json, write_atomically
 from fst_dspy.lm.local_lm import LocalLM
@@ -72,14 +72,11 @@ class StreamScores:
         return notebook_html(f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>")
 
     def __rich__(self) -> RenderableType:
-        from rich.table import Table
-
-        table = Table("after", title="Mean test scores")
-        for name in self.tasks:
-            table.add_column(name, justify="right")
-        for label, score_N in zip(self.labels, self.score_S_N, strict=True):
-            table.add_row(label, *map(score_text, score_N))
-        return table
+        rows = (
+            (label, *map(score_text, score_N))
+            for label, score_N in zip(self.labels, self.score_S_N, strict=True)
+        )
+        return table(("after", *self.tasks), rows, "Mean test scores", left=1)
 
 
 class ScoreCache:

@@ -21,9 +21,10 @@ from pathlib import Path
 from typing import IO, Any
 
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.text import Text
 
+from fst_dspy.display import Terminal, as_text
 from fst_dspy.errors import StoreError
 from fst_dspy.experiments.jobs import LOG, OUTCOME, Job, read_job, write_job, write_json
 from fst_dspy.files import read_json, read_jsonl
@@ -184,7 +185,7 @@ def run_jobs(
         StoreError: The store holds another job of one of the names.
         KeyboardInterrupt: After Ctrl-C, when the workers have ended.
     """
-    console = console or Console(stderr=True)
+    console = console or Terminal(stderr=True)
     for job in jobs:
         store.add(job)
     waiting = [job for job in jobs if not store.is_done(job.name)]
@@ -192,9 +193,9 @@ def run_jobs(
         done = store.is_done(job.name)
         store.update(job.name, state="done" if done else "waiting", error=None)
     bar = Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=24),
-        TextColumn("{task.completed:.0f}/{task.total:.0f} {task.fields[unit]}"),
+        TextColumn("{task.completed:.0f}/{task.total:.0f} {task.fields[unit]}", markup=False),
         TimeElapsedColumn(),
         console=console,
         transient=True,
@@ -267,19 +268,20 @@ def _start(folder: Path, job: Job, workers: int) -> subprocess.Popen[bytes]:
         )
 
 
-def _ended(store: ExperimentStore, name: str, one: _Running) -> str:
+def _ended(store: ExperimentStore, name: str, one: _Running) -> Text:
     """Note down how a process ended; a line to say so."""
     code = one.process.returncode
     seconds = store.status[name].seconds + time.monotonic() - one.started
     if store.is_done(name):
         store.update(name, state="done", seconds=seconds)
-        return f"{name}: done in {seconds:.0f} s"
+        return as_text(f"{name}: done in {seconds:.0f} s")
     if code == 130:
         store.update(name, state="waiting", seconds=seconds)
-        return f"{name}: interrupted"
+        return as_text(f"{name}: interrupted")
     error = f"killed by signal {-code}" if code < 0 else last_line(store.folder / name / LOG)
     store.update(name, state="failed", error=error, seconds=seconds)
-    return f"[red]{name}: failed: {escape(error)}[/]; see {store.folder / name / LOG}"
+    line = as_text(f"{name}: failed: {error}", "red")
+    return line.append_text(as_text(f"; see {store.folder / name / LOG}", "default"))
 
 
 def _stop(running: dict[str, _Running]) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import dspy
 
 from fst_dspy import distributed
+from fst_dspy.display import visible
 from fst_dspy.fast.proposers.demos import DemoProposer
 from fst_dspy.fast.proposers.protocol import (
     CountsFaults,
@@ -88,7 +89,7 @@ class Reflector:
         except Exception as error:
             kind = error.kind if isinstance(error, ProposalError) else type(error).__name__
             self.errors[kind] += 1
-            logger.warning("no proposal (%s): %s", kind, error)
+            logger.warning("no proposal (%s): %s", kind, visible(str(error)))
             return {}
         finally:
             if isinstance(self.proposer, CountsFaults):

@@ -9,9 +9,9 @@ from typing import Any, Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-from rich.text import Text
 
 from fst_dspy.config import BudgetConfig
+from fst_dspy.display import Terminal, as_text
 from fst_dspy.rollouts.health import told_failures
 from fst_dspy.types import CycleRecord, RolloutCounts
 
@@ -65,14 +65,14 @@ class RichProgress:
     """A live line with the phase, rollouts a second and time left; a printed line a cycle."""
 
     def __init__(self, console: Console | None = None) -> None:
-        self.console = console or Console(stderr=True)
+        self.console = console or Terminal(stderr=True)
         self._bar = Progress(
             SpinnerColumn(),
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=24),
-            TextColumn("{task.fields[rate]}"),
+            TextColumn("{task.fields[rate]}", markup=False),
             TimeElapsedColumn(),
-            TextColumn("{task.fields[left]}"),
+            TextColumn("{task.fields[left]}", markup=False),
             console=self.console,
             transient=True,
         )
@@ -95,7 +95,7 @@ class RichProgress:
         )
 
     def cycle_done(self, record: CycleRecord) -> None:
-        self.console.print(Text(cycle_line(record)))
+        self.console.print(as_text(cycle_line(record)))
 
     def end(self) -> None:
         self._bar.stop()
@@ -137,7 +137,7 @@ class NotebookProgress:
 
 def default_progress() -> ProgressListener:
     """Shows itself where there is a terminal or a notebook, and logs elsewhere."""
-    console = Console(stderr=True)
+    console = Terminal(stderr=True)
     if console.is_jupyter:
         return NotebookProgress()
     return RichProgress(console) if console.is_terminal else LogProgress()

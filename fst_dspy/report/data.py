@@ -12,13 +12,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter
+
 from fst_dspy.errors import StoreError
 from fst_dspy.fast.population import pareto_front
-from fst_dspy.files import read_json, read_jsonl
+from fst_dspy.report import schema
 from fst_dspy.student.candidate import make_candidate
 from fst_dspy.types import Candidate
 
 CHANNELS = ("fast", "slow", "eval")
+MOST_GENERATIONS = 200
+"""A line of candidates that is longer is shown in parts: the tree is drawn by recursion."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +61,7 @@ def read_run(folder: Path, label: str | None = None) -> Run:
     """Read a run folder.
 
     Raises:
-        StoreError: It is not one: it has no readable ``config.json``.
+        StoreError: It is not one: it has no ``config.json``; or a file is damaged.
     """
     if not (folder / "config.json").exists():
         raise StoreError(
@@ -68,12 +72,12 @@ def read_run(folder: Path, label: str | None = None) -> Run:
     return Run(
         label=label or folder.resolve().name,
         folder=folder,
-        config=read_json(folder / "config.json"),
-        cycles=list(read_jsonl(folder / "cycles.jsonl")),
-        steps=list(read_jsonl(folder / "steps.jsonl")),
-        populations=list(read_jsonl(folder / "population.jsonl")),
-        result=_optional(folder / "result.json"),
-        quadrants=_optional(folder / "quadrants.json"),
+        config=schema.read_checked(folder / "config.json", schema.CONFIG),
+        cycles=list(schema.read_checked_rows(folder / "cycles.jsonl", schema.CYCLE)),
+        steps=list(schema.read_checked_rows(folder / "steps.jsonl", schema.STEP)),
+        populations=list(schema.read_checked_rows(folder / "population.jsonl", schema.POPULATION)),
+        result=_optional(folder / "result.json", schema.RESULT),
+        quadrants=_optional(folder / "quadrants.json", schema.QUADRANTS),
         age=max(0.0, time.time() - max(logs)),
     )
 
@@ -218,6 +222,8 @@ def lineage(run: Run) -> list[Node]:
 def _parents(known: Mapping[str, Candidate]) -> dict[str, str | None]:
     """For each candidate its first known parent, so chosen that no chain of parents closes.
 
+    Nor is one longer than ``MOST_GENERATIONS``.
+
     A text that comes up again has the id it had before, so that a candidate can be recorded as
     the child of its own child.
     """
@@ -232,7 +238,19 @@ def _parents(known: Mapping[str, Candidate]) -> dict[str, str | None]:
             if parent in known and name not in line:
                 parents[name] = parent
                 break
-    return parents
+    depths: dict[str | None, int] = {None: -1}
+    for name in parents:
+        line_up: list[str] = []
+        at: str | None = name
+        while at is not None and at not in depths:
+            line_up.append(at)
+            at = parents[at]
+        for below, one in enumerate(reversed(line_up), start=1):
+            depths[one] = depths[at] + below
+    return {
+        name: parent if depths[name] % MOST_GENERATIONS else None
+        for name, parent in parents.items()
+    }
 
 
 @dataclass(frozen=True)
@@ -262,9 +280,9 @@ class Pareto:
 
 def pareto(run: Run) -> Pareto | None:
     """The per-example table of the newest population, or ``None`` before the first validation."""
-    if not run.populations or not run.populations[-1]["score_K_V"]:
+    row = run.populations[-1] if run.populations else None
+    if row is None or not row["score_K_V"] or not row["val_ids"]:
         return None
-    row = run.populations[-1]
     ids = [candidate["id"] for candidate in row["candidates"]]
     score_K_V = row["score_K_V"]
     mean_K = [sum(score_V) / max(1, len(score_V)) for score_V in score_K_V]
@@ -287,17 +305,17 @@ def pareto(run: Run) -> Pareto | None:
     )
 
 
-def flat_settings(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def dotted_settings(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested settings as ``{"slow.learning_rate": ...}``; lists and texts stay whole."""
     flat: dict[str, Any] = {}
     for key, value in config.items():
         name = f"{prefix}.{key}" if prefix else str(key)
         if isinstance(value, Mapping) and value:
-            flat |= flat_settings(value, name)
+            flat |= dotted_settings(value, name)
         else:
             flat[name] = value
     return flat
 
 
-def _optional(path: Path) -> Any | None:
-    return read_json(path) if path.exists() else None
+def _optional(path: Path, kind: TypeAdapter[Any]) -> Any | None:
+    return schema.read_checked(path, kind) if path.exists() else None

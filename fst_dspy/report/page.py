@@ -13,6 +13,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from fst_dspy.errors import StoreError
 from fst_dspy.files import write_atomically
 from fst_dspy.report import sections
 from fst_dspy.report.data import Run, read_runs
@@ -37,7 +38,7 @@ def write_report(
         refresh: Seconds after which a browser loads the page again, while a run is not finished.
 
     Raises:
-        StoreError: Not a run folder, or ``out`` cannot be written.
+        StoreError: Not a run folder, or a damaged one, or ``out`` cannot be written.
         ModelError: ``model`` has no tokenizer on this machine.
     """
     runs = read_runs(folders)
@@ -48,7 +49,10 @@ def write_report(
     going_on = not all(run.finished for run in runs)
     page = render(runs, rollouts, refresh if going_on else None)
     # Half of a surrogate pair, which a byte-level model can write, has no form in UTF-8.
-    write_atomically(out, lambda file: file.write(page.encode("utf-8", "replace")))
+    try:
+        write_atomically(out, lambda file: file.write(page.encode("utf-8", "replace")))
+    except OSError as error:
+        raise StoreError(f"cannot write {out}: {error}; give another --out") from error
     return runs
 
 
@@ -81,9 +85,8 @@ def render(runs: Sequence[Run], rollouts: Sequence[Rollouts], refresh: float | N
     again = f'<meta http-equiv="refresh" content="{refresh:g}">' if refresh else ""
     packed, parts = [], []
     for number, (run, own) in enumerate(zip(runs, rollouts, strict=True)):
-        failure_score = (
-            run.config.get("settings", {}).get("sampling", {}).get("failure_score", FAILURE_SCORE)
-        )
+        sampling = run.config.get("settings", {}).get("sampling", {})
+        failure_score = float(sampling.get("failure_score", FAILURE_SCORE))
         found = find_faults(own.outcomes, failure_score)
         columns = {**own.packed["columns"], "stock": [int(s) for s in found.stock]}
         packed.append({"label": run.label, **own.packed, "columns": columns})

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fst_dspy.files import read_jsonl
+from fst_dspy.report import schema
 
 COLUMNS = (
     "step", "cycle", "reward", "advantage", "example", "candidate", "kind", "message", "feedback",
@@ -98,6 +98,9 @@ def read_rollouts(folder: Path, decode: Decoder | None = None) -> Rollouts:
         ``candidate``, ``kind`` (-1: none), ``message`` and ``feedback`` (text numbers), ``calls``
         (lists of ``[predictor, prompt or -1, completion, tokens, cut]``), ``traces`` (lists of
         ``[predictor, inputs, outputs or -1, feedback or -1]``).
+
+    Raises:
+        StoreError: The log is damaged.
     """
     texts = _Texts()
     names = {name: _Names() for name in ("examples", "candidates", "kinds", "predictors")}
@@ -113,7 +116,7 @@ def read_rollouts(folder: Path, decode: Decoder | None = None) -> Rollouts:
         return prompts[key]
 
     outcomes = []
-    for row in read_jsonl(folder / "rollouts.jsonl"):
+    for row in schema.read_checked_rows(folder / "rollouts.jsonl", schema.ROLLOUT):
         failure = row["failure"]
         outcomes.append(_outcome(row))
         values = {

@@ -1,7 +1,8 @@
 """The parts of the page that Python renders: everything but the rollouts.
 
-Every text that comes from a run goes through ``escape``; there are no style attributes, so that
-the page's content security policy can forbid them.
+Every text that comes from a run goes through ``escape``, and every number through a format that
+only numbers have; there are no style attributes, so that the page's content security policy can
+forbid them.
 """
 
 from __future__ import annotations
@@ -20,14 +21,20 @@ from fst_dspy.report.svg import Series, legend, line_chart
 ROLLOUTS_AXIS = "rollouts, all channels"
 
 
+class Html(str):
+    """HTML that was made here; any other text is escaped where it is put in."""
+
+
 def table(head: Sequence[str], rows: Sequence[Sequence[str]], caption: str = "") -> str:
-    """A table in a box that scrolls by itself; cells are HTML already, heads are text.
+    """A table in a box that scrolls by itself; cells are text, or ``Html``.
 
     The first cell of each row is its header.
     """
     heads = "".join(f'<th scope="col">{escape(name)}</th>' for name in head)
     body = "".join(
-        f'<tr><th scope="row">{first}</th>' + "".join(f"<td>{cell}</td>" for cell in rest) + "</tr>"
+        f'<tr><th scope="row">{_cell(first)}</th>'
+        + "".join(f"<td>{_cell(cell)}</td>" for cell in rest)
+        + "</tr>"
         for first, *rest in rows
     )
     title = f"<caption>{escape(caption)}</caption>" if caption else ""
@@ -36,6 +43,10 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]], caption: str = "")
         f'<div class=scroll tabindex=0 role=region aria-label="{label}"><table>{title}'
         f"<thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table></div>"
     )
+
+
+def _cell(text: str) -> str:
+    return text if isinstance(text, Html) else escape(text)
 
 
 def percent(share: float) -> str:
@@ -192,7 +203,7 @@ def _cycle_table(run: Run) -> str:
             cell(row["entropy"]),
             percent(row["constant_group_share"]),
             f"{data.total(row['total_rollouts']):,}",
-            f"{escape(row['best_candidate_id'])}",
+            row["best_candidate_id"],
         ]
         for row in run.cycles
     ]
@@ -267,7 +278,7 @@ def _tree_item(node: data.Node) -> str:
     )
     lost = [parent for parent in candidate.parent_ids if node.parent is None]
     others = [p for p in candidate.parent_ids if node.parent is not None and p != node.parent.id]
-    notes = [f"from {', '.join(lost)}, which was not kept"] if lost else []
+    notes = [f"from {', '.join(lost)}, which is not kept or stands elsewhere"] if lost else []
     notes += [f"merged with {', '.join(others)}"] if others else []
     note = f"<p>{escape('; '.join(notes))}</p>" if notes else ""
     history = ", ".join(f"cycle {cycle}: {score:.3f}" for cycle, score in node.scores)
@@ -275,7 +286,7 @@ def _tree_item(node: data.Node) -> str:
     children = "".join(map(_tree_item, node.children))
     return (
         f"<li><details{opened}><summary><code>{escape(candidate.id)}</code> "
-        f"{escape(candidate.source)}, cycle {candidate.cycle} <b>{change}</b> {marks}</summary>"
+        f"{escape(candidate.source)}, cycle {candidate.cycle:d} <b>{change}</b> {marks}</summary>"
         f"{note}{_texts(node)}<p><small>{escape(history)}</small></p></details>"
         f"{f'<ul>{children}</ul>' if children else ''}</li>"
     )
@@ -319,7 +330,7 @@ def pareto(run: Run) -> str:
     shared = sum(len(set(column)) == 1 for column in columns)
     kind = "validation examples" if found.validated else "recent training problems"
     return (
-        f"<p>After cycle {found.cycle}: {len(found.candidate_ids)} candidates (★ on the Pareto "
+        f"<p>After cycle {found.cycle:d}: {len(found.candidate_ids)} candidates (★ on the Pareto "
         f"front) on {len(found.val_ids)} {kind}, hardest first. On {shared} of them all score "
         "the same. Outlined elsewhere: none is better there.</p>"
         '<div class=scroll tabindex=0 role=region aria-label="Scores by example"><table '
@@ -345,7 +356,7 @@ def split(run: Run) -> str:
         time_share = seconds.get(channel, 0.0) / max(1e-9, sum(seconds.values()))
         rows.append(
             [
-                f'<span class=nowrap><span class="key {channel}"></span>{name}</span>',
+                Html(f'<span class=nowrap><span class="key {channel}"></span>{name}</span>'),
                 f"{counts[channel]:,}",
                 percent(share),
                 duration(seconds.get(channel, 0.0)),
@@ -396,7 +407,7 @@ def faults(run: Run, found: Faults, outcomes: Sequence[Outcome], failure_score: 
     ]
     kinds = [
         [
-            escape(kind),
+            kind,
             percent(share),
             "format" if kind in FORMAT else "other",
         ]
@@ -404,7 +415,7 @@ def faults(run: Run, found: Faults, outcomes: Sequence[Outcome], failure_score: 
     ]
     answers = [
         [
-            f"<q>{escape(_clip(answer.text))}</q>",
+            Html(f"<q>{escape(_clip(answer.text))}</q>"),
             percent(answer.share),
             str(answer.examples),
             f"{answer.reward:.3f}",
@@ -453,7 +464,7 @@ def settings(runs: Sequence[Run]) -> str:
             **run.config.get("settings", {}),
             "environment": run.config.get("environment", {}),
         }
-        flat = data.flat_settings(shown)
+        flat = data.dotted_settings(shown)
         flat["train examples"] = len(run.config.get("train_ids", ()))
         flat["validation examples"] = len(run.config.get("val_ids", ()))
         columns.append(flat)
@@ -463,10 +474,7 @@ def settings(runs: Sequence[Run]) -> str:
     head = ["setting", *(run.label for run in runs)]
 
     def rows(wanted: Sequence[str]) -> list[list[str]]:
-        return [
-            [escape(name), *(escape(str(flat.get(name, "—"))) for flat in columns)]
-            for name in wanted
-        ]
+        return [[name, *(str(flat.get(name, "—")) for flat in columns)] for name in wanted]
 
     changed = table(head, rows(differ), "Settings that differ") if differ else ""
     alike = table(head[:2] if differ or len(runs) > 1 else head, [r[:2] for r in rows(same)])

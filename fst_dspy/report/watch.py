@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -9,16 +10,14 @@ from typing import Any
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
-from rich.panel import Panel
 from rich.table import Table
-from rich.text import Text
 
-from fst_dspy.display import changed_components, diff_text
+from fst_dspy.display import changed_components, diff_text, named_lines, panel, table
 from fst_dspy.report import data
 from fst_dspy.report.data import Run
 from fst_dspy.report.faults import skipped_steps
 from fst_dspy.report.sections import duration, percent
-from fst_dspy.results.cycles import CYCLE_COLUMNS, cycle_cells
+from fst_dspy.results.cycles import cycle_table
 from fst_dspy.run.records import cycle_record
 
 BARS = "▁▂▃▄▅▆▇█"
@@ -41,7 +40,7 @@ def watch(
         sleep: Waits.
 
     Raises:
-        StoreError: Not a run folder.
+        StoreError: Not a run folder, or a damaged one.
     """
     run = data.read_run(folder)
     if not console.is_terminal:
@@ -58,7 +57,7 @@ def run_view(run: Run) -> RenderableType:
     """The run as it stands: headline, cycles, steps, population and the best instructions."""
     state = "finished" if run.finished else f"last written {duration(run.age)} ago"
     about = f"{run.config.get('arm')}, seed {run.config.get('seed')}, {run.config.get('model')}"
-    parts: list[RenderableType] = [Panel(Text(f"{about} · {state}"), title=Text(run.label))]
+    parts: list[RenderableType] = [panel(run.label, f"{about} · {state}")]
     if run.cycles:
         parts.append(_cycles(run))
     if run.steps:
@@ -68,19 +67,19 @@ def run_view(run: Run) -> RenderableType:
 
 
 def sparkline(values: Sequence[float]) -> str:
-    """Values as bars of one line, from the lowest to the highest."""
-    low, high = min(values), max(values)
+    """Values as bars of one line, from the lowest to the highest; a gap where one is not finite."""
+    finite = [value for value in values if math.isfinite(value)] or [0.0]
+    low, high = min(finite), max(finite)
     scale = (len(BARS) - 1) / (high - low) if high > low else 0.0
-    return "".join(BARS[round((value - low) * scale)] for value in values)
+    return "".join(
+        BARS[round((value - low) * scale)] if math.isfinite(value) else " " for value in values
+    )
 
 
 def _cycles(run: Run) -> Table:
-    table = Table(caption=None if len(run.cycles) <= SHOWN_CYCLES else f"of {len(run.cycles)}")
-    for name in CYCLE_COLUMNS:
-        table.add_column(name, justify="right")
-    for row in run.cycles[-SHOWN_CYCLES:]:
-        table.add_row(*cycle_cells(cycle_record(row)))
-    return table
+    shown = cycle_table(cycle_record(row) for row in run.cycles[-SHOWN_CYCLES:])
+    shown.caption = None if len(run.cycles) <= SHOWN_CYCLES else f"of {len(run.cycles)}"
+    return shown
 
 
 def _steps(steps: Sequence[Mapping[str, Any]]) -> Table:
@@ -88,12 +87,14 @@ def _steps(steps: Sequence[Mapping[str, Any]]) -> Table:
     reward = [step["reward"] for step in newest]
     entropy = [step["stats"]["entropy"] for step in newest]
     failed = [sum(step["failures"].values()) / max(1, step["rollouts"]) for step in newest]
-    table = Table.grid(padding=(0, 2))
-    table.add_row("steps", f"{steps[-1]['step']} taken or skipped ({_skipped(steps)})")
-    table.add_row("reward", f"{sparkline(reward)} {reward[-1]:.3f}")
-    table.add_row("entropy", f"{sparkline(entropy)} {entropy[-1]:.3f} nats a token")
-    table.add_row("failures", f"{sparkline(failed)} {percent(failed[-1])} of the rollouts")
-    return table
+    return named_lines(
+        [
+            ("steps", f"{steps[-1]['step']} taken or skipped ({_skipped(steps)})"),
+            ("reward", f"{sparkline(reward)} {reward[-1]:.3f}"),
+            ("entropy", f"{sparkline(entropy)} {entropy[-1]:.3f} nats a token"),
+            ("failures", f"{sparkline(failed)} {percent(failed[-1])} of the rollouts"),
+        ]
+    )
 
 
 def _skipped(steps: Sequence[Mapping[str, Any]]) -> str:
@@ -106,18 +107,14 @@ def _population(run: Run) -> list[RenderableType]:
     if found is None:
         return []
     known = data.candidates(run)
-    table = Table(title=f"population after cycle {found.cycle}", title_justify="left")
-    for name in ("mean", "best on"):
-        table.add_column(name, justify="right")
-    table.add_column("candidate")
+    rows = []
     for name, mean, wins in zip(found.candidate_ids, found.mean_K, found.wins_K, strict=True):
         candidate = known[name]
         words = f"{name} · {candidate.source}, cycle {candidate.cycle}"
-        table.add_row(f"{mean:.3f}", str(wins), Text(words))
+        rows.append((words, f"{mean:.3f}", wins))
+    head = ("candidate", "mean", "best on")
+    ranking = table(head, rows, f"population after cycle {found.cycle}", left=1)
     seed = next(iter(known.values()))
     changes = changed_components(seed.components, known[found.candidate_ids[0]].components)
-    panels = [
-        Panel(diff_text(before, after), title=Text(f"best: {name}"), title_align="left")
-        for name, before, after in changes
-    ]
-    return [table, *panels]
+    panels = [panel(f"best: {name}", diff_text(before, after)) for name, before, after in changes]
+    return [ranking, *panels]

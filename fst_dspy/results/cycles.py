@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import Any
 
-from rich.console import RenderableType
+from rich.table import Table
 
 from fst_dspy.display import score_text, table
 from fst_dspy.types import CycleRecord
@@ -28,7 +28,7 @@ def cycle_cells(record: CycleRecord) -> tuple[str, ...]:
     )
 
 
-def cycle_table(records: Iterable[CycleRecord]) -> RenderableType:
+def cycle_table(records: Iterable[CycleRecord]) -> Table:
     """The cycles as a table for a terminal."""
     return table(CYCLE_COLUMNS, map(cycle_cells, records))
 

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Group, RenderableType
-from rich.table import Table
 
 from fst_dspy.config import FSTConfig, without_removed
 from fst_dspy.display import (
@@ -18,6 +17,7 @@ from fst_dspy.display import (
     changed_components,
     diff_html,
     diff_text,
+    named_lines,
     notebook_html,
     panel,
     score_text,
@@ -229,14 +229,11 @@ class FSTResult:
         )
 
     def __rich__(self) -> RenderableType:
-        figures = Table.grid(padding=(0, 2))
-        for name, value in self.headline():
-            figures.add_row(as_text(name, "dim"), as_text(value))
         changes: list[RenderableType] = [
             panel(name, diff_text(before, after)) for name, before, after in self.changes()
         ]
         return Group(
-            panel("Fast-Slow Training", figures),
+            panel("Fast-Slow Training", named_lines(self.headline())),
             cycle_table(self.records),
             *(changes or [as_text("The best candidate is the student's own.")]),
         )

@@ -42,6 +42,7 @@ from fst_dspy.study.storage import (
     retried_numbers,
     retry,
     retry_lost_trials,
+    sqlite_url,
     worker_alive,
 )
 from fst_dspy.tasks import load_task
@@ -171,7 +172,7 @@ def tune(
         space=space or default_space(),
         objective=objective or Objective(),
         folder=folder,
-        storage=storage or f"sqlite:///{folder / 'study.db'}",
+        storage=storage or sqlite_url(folder / "study.db"),
         study_name=study_name,
         fixed={name: as_plain(value) for name, value in (fixed or {}).items()},
         trials=trials,

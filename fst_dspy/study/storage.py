@@ -18,7 +18,7 @@ from optuna.exceptions import ExperimentalWarning
 from optuna.storages import JournalStorage, RDBStorage, RetryHeartbeatStaleTrialCallback
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
-from sqlalchemy import Connection, event
+from sqlalchemy import URL, Connection, event, make_url
 
 from fst_dspy.errors import ConfigError
 
@@ -46,16 +46,16 @@ def open_storage(url: str) -> optuna.storages.BaseStorage:
             f"{url!r} is no storage; give sqlite:///file.db, journal:///file.log or "
             "postgresql://user@host/name"
         )
-    if kind in ("sqlite", "journal"):
-        path = path.removeprefix("/")
-        if path and path != ":memory:":
-            Path(path).parent.mkdir(parents=True, exist_ok=True)
     if kind == "journal":
-        return JournalStorage(JournalFileBackend(path))
+        file = Path(path.removeprefix("/"))
+        file.parent.mkdir(parents=True, exist_ok=True)
+        return JournalStorage(JournalFileBackend(str(file)))
     if kind == "postgresql":
         url = f"postgresql+psycopg://{path}"  # SQLAlchemy's own choice changed between versions
     patience = {"connect_args": {"timeout": SQLITE_WAIT_SECONDS}} if kind == "sqlite" else {}
     try:
+        if kind == "sqlite":
+            Path(make_url(url).database or "").parent.mkdir(parents=True, exist_ok=True)
         with _no_experimental_warning():
             storage = RDBStorage(
                 url,
@@ -74,6 +74,11 @@ def open_storage(url: str) -> optuna.storages.BaseStorage:
     if kind == "sqlite":
         event.listen(storage.engine, "begin", _begin_writing)
     return storage
+
+
+def sqlite_url(file: Path) -> str:
+    """The URL of a SQLite file, whatever its path holds: ``?`` would begin options there."""
+    return URL.create("sqlite", database=str(file)).render_as_string(hide_password=False)
 
 
 @contextmanager

@@ -1,7 +1,10 @@
 """The report: right figures on known runs, one page that loads nothing, hostile text harmless."""
 
 import dataclasses
+import io
 import json
+import os
+import random
 import re
 from html.parser import HTMLParser
 
@@ -417,3 +420,117 @@ def test_a_chart_leaves_out_what_is_not_finite():
     chart = line_chart("y", "x", [Series("<b>", ((0, 1), (1, float("nan")), (2, 3)))])
     assert "nan" not in chart and "&lt;b&gt;" in chart and chart.count("<circle") == 2
     assert "Nothing measured" in line_chart("y", "x", [Series("a", ((0, float("inf")),))])
+
+
+# --- damaged and hostile folders ------------------------------------------------------------------
+
+ESCAPES = "\x1b]52;c;aGk=\x07\x1b[2J\x9b2J\u202e[/bold][red]"
+UNFIT = [
+    None, [], {}, "", HOSTILE, ESCAPES, "0</b><meta http-equiv=refresh content=0>", -1, 0, True,
+    3.5, float("nan"), float("inf"), 1e308, -1e308, 10**400, [[]], [None], {"a": None},
+]  # fmt: skip
+
+
+def places(value, path=()):
+    """Paths to everything inside a JSON value."""
+    found = list(value.items()) if isinstance(value, dict) else []
+    found += list(enumerate(value)) if isinstance(value, list) else []
+    for key, inner in found:
+        yield (*path, key)
+        yield from places(inner, (*path, key))
+
+
+def damage(text, rng):
+    """A line of JSON with one thing wrong."""
+    kind = rng.choice(["value"] * 6 + ["gone"] * 3 + ["cut", "bytes", "deep"])
+    if kind == "cut":
+        return text[: rng.randrange(len(text))] + "\n"
+    if kind == "bytes":
+        at = rng.randrange(len(text))
+        return text[:at] + rng.choice(["\udcff", "}", "\x00", ","]) + text[at + 1 :]
+    if kind == "deep":
+        return "[" * 5000 + "]" * 5000 + "\n"
+    whole = json.loads(text)
+    *way, last = rng.choice(list(places(whole)))
+    inner = whole
+    for key in way:
+        inner = inner[key]
+    if kind == "gone":
+        del inner[last]
+    else:
+        inner[last] = rng.choice(UNFIT)
+    return json.dumps(whole) + "\n"
+
+
+def test_a_damaged_folder_is_shown_harmlessly_or_refused(tmp_path):
+    write_run(tmp_path / "run", steps=2, per_step=8, cycles=1)
+    (tmp_path / "run" / "quadrants.json").write_text(
+        json.dumps(
+            {
+                **dict.fromkeys(("base_original", "base_evolved", "trained_original"), 0.5),
+                "trained_evolved": 1.0,
+                "examples": 4,
+            }
+        )
+    )
+    files = [path for path in (tmp_path / "run").glob("*.json*") if path.stat().st_size]
+    whole = {path: path.read_text() for path in files}
+    rng, refused = random.Random(0), 0
+    for number in range(500):
+        path = files[number % len(files)]
+        lines = [whole[path]]
+        if path.suffix == ".jsonl":
+            lines = whole[path].splitlines(keepends=True)
+        at = rng.randrange(len(lines))
+        lines[at] = damage(lines[at], rng)
+        path.write_text("".join(lines), errors="surrogateescape")
+        shown = io.StringIO()
+        console = Console(file=shown, width=100)
+        try:
+            write_report([tmp_path / "run"], tmp_path / "page.html")
+            watch(tmp_path / "run", console)
+        except StoreError as error:
+            refused += 1
+            assert "leave it out" in str(error)
+        else:
+            parsed = Page((tmp_path / "page.html").read_text())
+            assert parsed.tags.count("script") == 2 and "img" not in parsed.tags
+            assert ("meta", "http-equiv", "refresh") not in parsed.attributes
+            json.loads(parsed.scripts[0], parse_constant=pytest.fail)
+            assert not re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f\u202e]", shown.getvalue())
+        path.write_text(whole[path])
+    assert 150 < refused < 450
+
+
+def test_long_lines_of_candidates_are_shown(tmp_path):
+    write_run(tmp_path / "run", steps=2, cycles=1)
+    log = tmp_path / "run" / "population.jsonl"
+    rows = [json.loads(line) for line in log.read_text().splitlines()]
+    for n in range(1500):
+        line = {"id": f"n{n}", "components": {}, "parent_ids": [f"n{n + 1}"], "cycle": 1}
+        rows[-1]["candidates"].append({**line, "source": "merge"})
+    rows[-1]["score_K_V"] = []
+    log.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_report([tmp_path / "run"], tmp_path / "page.html")
+    assert "<code>n1499</code>" in (tmp_path / "page.html").read_text()
+
+
+def test_neither_a_pipe_nor_a_folder_is_read(tmp_path):
+    write_run(tmp_path / "run", steps=2, cycles=1)
+    (tmp_path / "run" / "steps.jsonl").unlink()
+    os.mkfifo(tmp_path / "run" / "steps.jsonl")
+    with pytest.raises(StoreError, match="is no file"):
+        data.read_run(tmp_path / "run")
+    with pytest.raises(StoreError, match="cannot write"):
+        write_run(tmp_path / "two", steps=2, cycles=1)
+        write_report([tmp_path / "two"], tmp_path)
+
+
+def test_the_terminal_gets_no_escapes_from_a_run(tmp_path):
+    write_run(tmp_path / "run", steps=2, cycles=1)
+    config = read_json(tmp_path / "run" / "config.json")
+    config["arm"] = config["student"]["route.instructions"] = ESCAPES
+    (tmp_path / "run" / "config.json").write_text(json.dumps(config))
+    done = CliRunner().invoke(app, ["watch", str(tmp_path / "run")])
+    assert done.exit_code == 0 and "\u241b]52" in done.output and "[/bold][red]" in done.output
+    assert not re.search("[\x1b\x07\x9b\u202e]", done.output)

@@ -46,7 +46,7 @@ from fst_dspy.study import (
 from fst_dspy.study.objective import Measured, behind_median, budget_step, measure
 from fst_dspy.study.outcome import draw_front, draw_importances
 from fst_dspy.study.runner import StudyPlan, count_trials
-from fst_dspy.study.storage import open_storage, retried_numbers, worker_alive
+from fst_dspy.study.storage import open_storage, retried_numbers, sqlite_url, worker_alive
 from fst_dspy.study.tuned import draw_settings
 
 pytestmark = pytest.mark.slow
@@ -474,6 +474,14 @@ def test_a_storage_that_cannot_be_opened_is_a_clear_error():
     for url in ("study.db", "sqlite:////nowhere/deep/x.db", "nosql://x"):
         with pytest.raises((ConfigError, OSError)):
             open_storage(url if "nowhere" not in url else "sqlite:////proc/x.db")
+
+
+@pytest.mark.parametrize("name", ["q?uery", "50%25", "{x}", "a b#c", "[red]", "é"])
+def test_a_study_lies_where_it_is_said_whatever_the_folder_is_called(name, tmp_path):
+    file = tmp_path / name / "study.db"
+    optuna.create_study(storage=open_storage(sqlite_url(file)), study_name="fst")
+    assert [path.name for path in tmp_path.iterdir()] == [name] and file.is_file()
+    assert optuna.load_study(study_name="fst", storage=open_storage(sqlite_url(file))).trials == []
 
 
 def plan_tiny(model, folder, storage, **change):

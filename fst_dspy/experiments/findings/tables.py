@@ -15,6 +15,7 @@ from typing import Any, Literal
 from rich.box import SIMPLE_HEAD
 from rich.table import Table as RichTable
 
+from fst_dspy.display import as_text
 from fst_dspy.experiments.runs import PAIR, QUADRANTS, Run, by_label, shared_budget
 from fst_dspy.measures import Interval, area_under_curve, mean_at_k, mean_interval
 
@@ -47,8 +48,8 @@ class Table:
     def rich(self) -> RichTable:
         """For a terminal."""
         table = RichTable(
-            title=self.title,
-            caption=self.note or None,
+            title=as_text(self.title),
+            caption=as_text(self.note) if self.note else None,
             caption_justify="left",
             box=SIMPLE_HEAD,
             padding=(0, 1, 0, 0),
@@ -58,9 +59,11 @@ class Table:
             justify: Literal["left", "right"] = "left" if number == 0 else "right"
             widest = max(len(cell) for cell in (column, *(row[number] for row in self.rows)))
             # Numbers are not broken up, whatever the width of the terminal.
-            table.add_column(column, justify=justify, min_width=min(widest, LONGEST_NUMBER))
+            table.add_column(
+                as_text(column), justify=justify, min_width=min(widest, LONGEST_NUMBER)
+            )
         for row in self.rows:
-            table.add_row(*row)
+            table.add_row(*map(as_text, row))
         return table
 
 

@@ -23,6 +23,7 @@ import dspy
 from dspy.utils.exceptions import LMError
 from gepa.strategies.instruction_proposal import InstructionProposalSignature
 
+from fst_dspy.display import visible
 from fst_dspy.fast.proposers.protocol import (
     HasState,
     LearnsFromRecords,
@@ -184,7 +185,8 @@ class ReflectionLMProposer:
                 if self.fallback is None:
                     raise
                 self._count(error.kind)
-                logger.info("no usable reflection on %s (%s): %s", name, error.kind, error)
+                words = visible(str(error))
+                logger.info("no usable reflection on %s (%s): %s", name, error.kind, words)
         elif self.fallback is None:
             raise ProposalError(
                 "stopped", f"the reflection LM is no longer asked: {self.usage.stopped}"
@@ -314,7 +316,7 @@ class ReflectionLMProposer:
                 return
             self.usage = dataclasses.replace(self.usage, stopped=reason)
         instead = "going on with the lessons in the feedback" if self.fallback else "no fallback"
-        logger.warning("the reflection LM is no longer asked: %s; %s", reason, instead)
+        logger.warning("the reflection LM is no longer asked: %s; %s", visible(reason), instead)
 
     def _count(self, kind: str) -> None:
         with self._lock:
