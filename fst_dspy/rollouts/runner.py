@@ -66,6 +66,7 @@ class RolloutRunner:
 
     Attributes:
         counts, tokens: What has been run so far, by channel and by kind.
+        lowest_score: The least that the metric has given so far, and at most the failure score.
         early_batches: Batches that were generated while some rollout waited for something else
             than the model (a lock, a slow tool). Where there are any, repeats of the run may differ
             in rounding, and so from there on; otherwise they are bit-identical.
@@ -93,6 +94,7 @@ class RolloutRunner:
         self.counts = RolloutCounts()
         self.tally = Tally()  # since the last record
         self.tokens: dict[str, int] = {"prompt": 0, "completion": 0}
+        self.lowest_score = sampling.failure_score
         self.early_batches = 0
         self._lms = RolloutLMs(program, lm, sampling)
         self._settings = {
@@ -131,7 +133,9 @@ class RolloutRunner:
             return list(map(_portable, rollouts)) if distributed.processes() > 1 else rollouts
 
         seeds = self._slot_seeds(jobs, channel, salt)
-        rollouts = distributed.spread(run_own, list(zip(jobs, seeds, strict=True)))
+        rollouts = self._no_better_failed(
+            distributed.spread(run_own, list(zip(jobs, seeds, strict=True)))
+        )
         for rollout in rollouts:
             for call in rollout.calls:
                 self.tokens["prompt"] += len(call.prompt_ids_T)
@@ -139,6 +143,16 @@ class RolloutRunner:
         self.counts = self.counts.plus(RolloutCounts(**{channel: len(rollouts)}))
         self.tally = self.tally.plus(rollouts, learned_from=channel != "eval")
         return rollouts
+
+    def _no_better_failed(self, rollouts: Sequence[Rollout]) -> list[Rollout]:
+        """No rollout that failed has a higher reward than one that the metric has scored."""
+        failed = [r.failure is not None and r.failure.kind != "no_calls" for r in rollouts]
+        scored = [r.reward for r, out in zip(rollouts, failed, strict=True) if not out]
+        self.lowest_score = min([self.lowest_score, *scored])
+        return [
+            replace(r, reward=min(r.reward, self.lowest_score)) if out else r
+            for r, out in zip(rollouts, failed, strict=True)
+        ]
 
     def _run_part(
         self, jobs: Sequence[tuple[RolloutJob, int]], channel: Channel, version: str | None
