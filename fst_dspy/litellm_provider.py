@@ -104,7 +104,11 @@ class FSTProvider(litellm.CustomLLM):
                 f"a local model takes {', '.join(sorted(_SAMPLING))}, n and base, not "
                 f"{', '.join(sorted(unknown))}"
             )
-        count = params.get("n") or 1
+        count = 1 if params.get("n") is None else params["n"]
+        if type(count) is not int or count < 1:
+            raise ValueError(
+                f"n, the number of answers, must be a whole number above 0, not {count!r}"
+            )
         if params.get("stream") and count > 1:
             raise ValueError("a stream holds one answer; leave out n")
         engine = self._engine(model, params.get("base"))
@@ -151,15 +155,23 @@ def _stamp(path: Path) -> Any:
 
 
 def _message(message: Mapping[str, Any]) -> lm15.Message:
-    role, content = message["role"], message.get("content")
+    if not isinstance(message, Mapping):
+        raise ValueError(f"a message is a mapping with a role and content, not {message!r}")
+    role, content = message.get("role"), message.get("content")
     if role not in ("system", "developer", "user", "assistant") or message.get("tool_calls"):
         raise ValueError(f"a local model takes no tools, and so no message of the role {role!r}")
     pieces = [{"type": "text", "text": content}] if isinstance(content, str) else content or []
-    for piece in pieces:
-        if piece.get("type") != "text":
-            raise ValueError(f"a local model reads text only, not {piece.get('type')!r}")
-    text = "".join(piece["text"] for piece in pieces)
+    text = "".join(map(_text_of, pieces))
     return lm15.Message(role=_ROLES.get(role, role), parts=(lm15.TextPart(text),))
+
+
+def _text_of(piece: Any) -> str:
+    if not isinstance(piece, Mapping) or piece.get("type") != "text":
+        kind = piece.get("type") if isinstance(piece, Mapping) else piece
+        raise ValueError(f"a local model reads text only, not {kind!r}")
+    if not isinstance(piece.get("text"), str):
+        raise ValueError(f'a part of the type "text" needs a "text", got {dict(piece)!r}')
+    return piece["text"]
 
 
 def _fill(response: ModelResponse, model: str, answers: Sequence[lm15.Response]) -> ModelResponse:

@@ -125,6 +125,20 @@ def test_a_stream_is_one_chunk(model):
         (HELLO, {"response_format": {"type": "json_object"}}, litellm.BadRequestError, "response"),
         (HELLO, {"temperature": 3.5}, litellm.BadRequestError, "temperature"),
         (HELLO, {"n": 2, "stream": True}, litellm.BadRequestError, "leave out n"),
+        (HELLO, {"n": 0}, litellm.BadRequestError, "above 0, not 0"),
+        (HELLO, {"n": -1}, litellm.BadRequestError, "above 0, not -1"),
+        (
+            [{"role": "user", "content": [{"type": "text"}]}],
+            {},
+            litellm.BadRequestError,
+            'needs a "text"',
+        ),
+        (
+            [{"role": "user", "content": [{"type": "text", "text": None}]}],
+            {},
+            litellm.BadRequestError,
+            'needs a "text"',
+        ),
         (
             [{"role": "user", "content": "hi " * 2000}],
             {},

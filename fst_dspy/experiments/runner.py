@@ -239,15 +239,18 @@ def rollouts_so_far(folder: Path) -> int:
 
 
 def revision() -> str:
-    """The package's git revision, ``-dirty`` with changes on it; else its version."""
-    described = subprocess.run(
-        ["git", "describe", "--always", "--dirty"],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=Path(__file__).parent,
-    )
-    return described.stdout.strip() or environment()["fst-dspy"]
+    """The package's git revision, ``-dirty`` with changes on it; without one, its version."""
+    try:
+        described = subprocess.run(
+            ["git", "describe", "--always", "--dirty"],
+            capture_output=True,
+            text=True,
+            check=False,
+            cwd=Path(__file__).parent,
+        ).stdout.strip()
+    except OSError:  # there is no git on this machine
+        described = ""
+    return described or environment()["fst-dspy"]
 
 
 def threads_each(workers: int) -> int:

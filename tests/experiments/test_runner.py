@@ -12,6 +12,7 @@ from experiment_runs import TINY, job_of
 from places import PROGRAM, SUPPORT
 from typer.testing import CliRunner
 
+import fst_dspy
 from fst_dspy.cli import app
 from fst_dspy.errors import StoreError
 from fst_dspy.experiments import ExperimentStore, Plan, compare, load_runs, run_jobs
@@ -143,3 +144,10 @@ def test_bad_input_ends_with_one_clear_message(tmp_path):
         assert done.exit_code == 1
         assert message in " ".join(done.output.replace("│", " ").split())
         assert "Traceback" not in done.output
+
+
+def test_a_machine_without_git_says_the_version(monkeypatch):
+    from fst_dspy.experiments.runner import revision
+
+    monkeypatch.setenv("PATH", "")
+    assert revision() == fst_dspy.__version__
