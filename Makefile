@@ -2,8 +2,15 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+LATEST := .venv-latest
+LOWEST := .venv-lowest
+# Of the tests, those that both ends of the allowed versions run: pytest's markers.
+TESTS ?= not slow or insides
+# What the latest versions are held to besides pyproject.toml: requirements.
+LATEST_BUT ?=
 
-.PHONY: install demo test pytest test-fast test-gpu lint bench wheel clean
+.PHONY: install demo test pytest test-fast test-gpu latest test-latest lowest test-lowest lint bench
+.PHONY: wheel clean
 
 install: $(VENV)/.installed
 
@@ -29,7 +36,26 @@ test-fast: install
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
 
 test-gpu: install
-	$(BIN)/python -m pytest -m gpu tests/test_gpu.py
+	$(BIN)/python -m pytest -m gpu tests/gpu/test_gpu.py
+
+# Both ends of pyproject.toml's ranges, each in an environment of its own. They are resolved anew
+# each time, for what is latest changes.
+latest:
+	test -x $(LATEST)/bin/python || $(PYTHON) -m venv $(LATEST)
+	$(LATEST)/bin/python -m pip install --quiet --upgrade "pip<26.2"
+	$(LATEST)/bin/python -m pip install --quiet --no-compile --upgrade --upgrade-strategy eager \
+		-e ".[dev]" $(LATEST_BUT)
+
+test-latest: latest
+	$(LATEST)/bin/python -m pytest -n 2 --dist worksteal -m "$(TESTS)"
+
+lowest:
+	test -x $(LOWEST)/bin/python || $(PYTHON) -m venv $(LOWEST)
+	$(LOWEST)/bin/python -m pip install --quiet --upgrade "pip<26.2"
+	$(LOWEST)/bin/python -m pip install --quiet --no-compile -c constraints-lowest.txt -e ".[dev]"
+
+test-lowest: lowest
+	$(LOWEST)/bin/python -m pytest -n 2 --dist worksteal -m "$(TESTS)"
 
 lint: install
 	$(BIN)/ruff check .
@@ -43,4 +69,4 @@ wheel: install
 	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
 
 clean:
-	rm -rf $(VENV) dist build .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) $(LATEST) $(LOWEST) dist build .pytest_cache .ruff_cache .mypy_cache

@@ -16,20 +16,25 @@ if TYPE_CHECKING:
     from fst_dspy.continual.learner import ContinualFST
     from fst_dspy.distill.optimizer import FSTDistill
     from fst_dspy.fast.proposers.protocol import Proposer
+    from fst_dspy.lm.engine import AsyncLocalEngine, LocalEngine
     from fst_dspy.lm.local_lm import LocalLM
+    from fst_dspy.model.vllm_engine import use_vllm
     from fst_dspy.optimizer import FST
     from fst_dspy.results.result import FSTResult
+    from fst_dspy.rollouts.evaluate import quadrants
     from fst_dspy.study import TunedFST
     from fst_dspy.types import Task
 
 __version__ = "0.1.0"
 
 _HOME = {
+    "AsyncLocalEngine": "fst_dspy.lm.engine",
     "ContinualFST": "fst_dspy.continual.learner",
     "FST": "fst_dspy.optimizer",
     "FSTConfig": "fst_dspy.config",
     "FSTDistill": "fst_dspy.distill.optimizer",
     "FSTResult": "fst_dspy.results.result",
+    "LocalEngine": "fst_dspy.lm.engine",
     "LocalLM": "fst_dspy.lm.local_lm",
     "LoraConfig": "fst_dspy.config",
     "Proposer": "fst_dspy.fast.proposers.protocol",
@@ -37,17 +42,21 @@ _HOME = {
     "TunedFST": "fst_dspy.study",
     "export": "fst_dspy.bundle.saving",
     "load": "fst_dspy.bundle.saving",
+    "quadrants": "fst_dspy.rollouts.evaluate",
     "save": "fst_dspy.bundle.saving",
+    "use_vllm": "fst_dspy.model.vllm_engine",
 }
 
 _MODULES = ("measures",)
 
 __all__ = [
     "FST",
+    "AsyncLocalEngine",
     "ContinualFST",
     "FSTConfig",
     "FSTDistill",
     "FSTResult",
+    "LocalEngine",
     "LocalLM",
     "LoraConfig",
     "Proposer",
@@ -56,7 +65,9 @@ __all__ = [
     "export",
     "load",
     "measures",
+    "quadrants",
     "save",
+    "use_vllm",
 ]
 
 
@@ -69,4 +80,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_HOME, *_MODULES])
+    return sorted(__all__)

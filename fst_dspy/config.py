@@ -33,11 +33,15 @@ class BudgetConfig:
         max_rollouts: Rollouts to run over all channels (fast, slow and eval), or ``None``. The
             cycle under way when it is reached is finished.
         max_seconds: Wall time of the compile, or ``None``. Likewise.
+        on_no_signal: What to do after a full cycle all of whose rollouts had the same reward, from
+            which neither channel can learn: ``"stop"`` ends the run (with an error where all of
+            them failed), ``"warn"`` says so and goes on.
     """
 
     max_cycles: int | None = None
     max_rollouts: int | None = None
     max_seconds: float | None = None
+    on_no_signal: Literal["stop", "warn"] = "stop"
 
     def __post_init__(self) -> None:
         limits = (self.max_cycles, self.max_rollouts, self.max_seconds)
@@ -48,6 +52,20 @@ class BudgetConfig:
         for name in ("max_cycles", "max_rollouts", "max_seconds"):
             value = getattr(self, name)
             _require(value is None or value > 0, f"{name} must be positive or None, got {value}")
+        _require(
+            self.on_no_signal in ("stop", "warn"),
+            f"on_no_signal must be 'stop' or 'warn', got {self.on_no_signal!r}",
+        )
+
+
+STRATEGIES = {
+    "component_selector": ("round_robin", "worst_first", "all"),
+    "candidate_selection_strategy": ("pareto", "current_best", "epsilon_greedy", "top_k_pareto"),
+    "acceptance_criterion": ("strict_improvement", "improvement_or_equal"),
+}
+"""gepa's strategies that settings name, with their names."""
+PLACEHOLDERS = ("<curr_param>", "<side_info>")
+"""What a reflection prompt must hold (gepa): the current instruction, and the records."""
 
 
 @dataclass(frozen=True)
@@ -64,9 +82,18 @@ class FastConfig:
             which leaves that cycle to the slow channel alone. Later cycles are the same.
         demo_tokens: Most tokens that a predictor's learned demos may take in its prompt; 0 leaves
             demos alone.
-        component_selector: Which component the next proposal rewrites: ``"round_robin"`` or
-            ``"worst_first"``, the predictor that fares worst on the minibatch. All instructions at
-            once while the minibatch scores alike, which does not tell who is at fault.
+        component_selector: Which component the next proposal rewrites: ``"round_robin"``,
+            ``"worst_first"``, the predictor that fares worst on the minibatch, or ``"all"``. All
+            instructions at once while the minibatch scores alike, which does not tell who is at
+            fault. ``FST`` takes an object of gepa's protocol here too, which is ``"custom"``.
+        candidate_selection_strategy: How an iteration's parent is drawn (gepa): ``"pareto"``,
+            ``"current_best"``, ``"epsilon_greedy"``, ``"top_k_pareto"``, or an object.
+        acceptance_criterion: What a child must show on the minibatch (gepa):
+            ``"strict_improvement"``, ``"improvement_or_equal"``, or an object.
+        skip_perfect_score: Do not reflect on a minibatch whose scores are all ``perfect_score``.
+        perfect_score: The best score there is.
+        reflection_prompt_template: Prompt of the reflection LM (gepa), with ``<curr_param>`` and
+            ``<side_info>``; or such prompts by predictor. ``None`` means gepa's own.
         merge_iterations: Merges of complementary candidates tried after the iterations of a fast
             phase (or, with ``reuse``, after as many trials); 0 switches them off.
         reuse: Score, reflect on and try candidates within the slow phase's own rollouts, from the
@@ -86,7 +113,16 @@ class FastConfig:
     instruction_tokens: int = 256
     first_phase: Literal["fast", "slow"] = "fast"
     demo_tokens: int = 0
-    component_selector: Literal["round_robin", "worst_first"] = "round_robin"
+    component_selector: Literal["round_robin", "worst_first", "all", "custom"] = "round_robin"
+    candidate_selection_strategy: Literal[
+        "pareto", "current_best", "epsilon_greedy", "top_k_pareto", "custom"
+    ] = "pareto"
+    acceptance_criterion: Literal["strict_improvement", "improvement_or_equal", "custom"] = (
+        "strict_improvement"
+    )
+    skip_perfect_score: bool = False
+    perfect_score: float = 1.0
+    reflection_prompt_template: str | Mapping[str, str] | None = None
     merge_iterations: int = 1
     reuse: bool = True
     reuse_window: int | None = None
@@ -107,11 +143,14 @@ class FastConfig:
         ):
             value = getattr(self, name)
             _require(value is None or value >= 0, f"{name} must not be negative, got {value}")
-        _require(
-            self.component_selector in ("round_robin", "worst_first"),
-            "component_selector must be 'round_robin' or 'worst_first', "
-            f"got {self.component_selector!r}",
-        )
+        for name in STRATEGIES:
+            value, known = getattr(self, name), (*STRATEGIES[name], "custom")
+            _require(
+                isinstance(value, str) and value in known,
+                f"{name} must be one of {', '.join(map(repr, STRATEGIES[name]))}, or an object of "
+                f"gepa's protocol given to FST; got {value!r}",
+            )
+        _require_templates(self.reflection_prompt_template)
         _require(
             self.first_phase in ("fast", "slow"),
             f"first_phase must be 'fast' or 'slow', got {self.first_phase!r}",
@@ -146,9 +185,10 @@ class SlowConfig:
         steps_per_cycle: T, optimizer steps after each fast phase.
         group_size: G, rollouts a problem (TRL: ``num_generations``), at least 2.
         problems_per_step: P, problems an optimizer step.
-        learning_rate: Peak learning rate of AdamW. The default suits small models such as the
-            embedded one; pretrained models of billions of parameters want 1e-6 to 1e-5, or ten
-            times that with adapters.
+        learning_rate: Peak learning rate of AdamW. ``None`` takes one by the size of the model and
+            whether adapters are trained: 3e-4 for the embedded model, 5e-5 at 135 million
+            parameters, 1e-6 at 7 billion, ten times that with adapters
+            (``fst_dspy.slow.learning_rate``).
         lr_scheduler_type: Any of transformers' schedules. One that decays spans ``max_cycles``
             cycles, and so needs ``max_cycles``.
         warmup_steps: Optimizer steps of linear warm-up.
@@ -182,7 +222,7 @@ class SlowConfig:
     steps_per_cycle: int = 6
     group_size: int = 8
     problems_per_step: int = 8
-    learning_rate: float = 3e-4
+    learning_rate: float | None = None
     lr_scheduler_type: str = "constant"
     warmup_steps: int = 0
     max_grad_norm: float = 1.0
@@ -208,9 +248,10 @@ class SlowConfig:
             self.group_size >= 2,
             f"group_size must be at least 2 (one alone has no advantage), got {self.group_size}",
         )
+        rate = self.learning_rate
         _require(
-            math.isfinite(self.learning_rate) and self.learning_rate > 0,
-            f"learning_rate must be positive and finite, got {self.learning_rate}",
+            rate is None or (math.isfinite(rate) and rate > 0),
+            f"learning_rate must be positive and finite, got {rate}",
         )
         for name in (
             "max_grad_norm",
@@ -321,7 +362,8 @@ class FSTConfig:
         Args:
             auto: A preset for the budget; settings given by name win over it. ``"light"`` when
                 no limit is given at all.
-            **settings: Any field of the four parts, such as ``learning_rate=1e-4``; ``lora=True``
+            **settings: Any field of the four parts, such as ``learning_rate=1e-4``, or a name that
+                TRL, GEPA or DSPy have for one (``ALIASES``); ``lora=True``
                 stands for ``LoraConfig()``, ``lora_rank=8`` for adapters of that rank and twice
                 that alpha (0 for none), ``rollouts_per_candidate=2`` for a ``group_size`` of twice
                 the ``population_size``. The last two can be varied freely, as studies do.
@@ -329,6 +371,7 @@ class FSTConfig:
         Raises:
             ConfigError: An unknown setting (the nearest name is suggested) or a bad value.
         """
+        settings = _without_aliases(settings)
         limits = [f.name for f in dataclasses.fields(BudgetConfig)]
         if auto is None and not any(settings.get(name) is not None for name in limits):
             auto = "light"
@@ -399,9 +442,41 @@ def _owners() -> dict[str, str]:
     return {f.name: part for part, kind in PARTS.items() for f in dataclasses.fields(kind)}
 
 
+def _without_aliases(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings under our names."""
+    named: dict[str, Any] = {}
+    for name, value in settings.items():
+        own = ALIASES.get(name, name)
+        _require(
+            own == name or own not in settings,
+            f"{name} is another name of {own}: give one of them",
+        )
+        _require(own not in named, f"{own} is given twice, under other names")
+        named[own] = value
+    return named
+
+
+def _require_templates(templates: str | Mapping[str, str] | None) -> None:
+    by_name = templates if isinstance(templates, Mapping) else {"it": templates}
+    for name, template in by_name.items():
+        if template is None:
+            continue
+        missing = [p for p in PLACEHOLDERS if not isinstance(template, str) or p not in template]
+        _require(
+            not missing,
+            f"reflection_prompt_template must hold {' and '.join(PLACEHOLDERS)}; {name} lacks "
+            f"{', '.join(missing)}",
+        )
+
+
 def _unknown_setting(name: str) -> ConfigError:
-    known = sorted([*_owners(), *DERIVED])
+    if name in ALIASES:
+        return ConfigError(f"{name!r} is called {ALIASES[name]!r} here")
+    if name in ELSEWHERE:
+        return ConfigError(f"FST has no setting {name!r}: {ELSEWHERE[name]}")
+    known = sorted([*_owners(), *DERIVED, *ALIASES])
     near = difflib.get_close_matches(name, known, n=1)
+    known = sorted([*_owners(), *DERIVED])
     hint = f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}"
     return ConfigError(f"unknown setting {name!r}{hint}")
 
@@ -428,14 +503,84 @@ PARTS: dict[str, Any] = {
     "budget": BudgetConfig,
 }
 
+ALIASES = {
+    "num_generations": "group_size",
+    "lr": "learning_rate",
+    "max_completion_length": "max_tokens",
+    "kl_coef": "beta",
+    "max_metric_calls": "max_rollouts",
+    "reflection_minibatch_size": "minibatch_size",
+    "module_selector": "component_selector",
+}
+"""Names that TRL, GEPA and DSPy have for settings of ours."""
+
+ELSEWHERE = {
+    "max_steps": "optimizer steps are max_cycles times steps_per_cycle",
+    "num_train_steps": "optimizer steps are max_cycles times steps_per_cycle",
+    "num_train_epochs": "say how long with max_cycles, max_rollouts or max_seconds",
+    "num_dspy_examples_per_grpo_step": "this is problems_per_step",
+    "num_rollouts_per_grpo_step": "this is group_size",
+    "per_device_train_batch_size": "a step is problems_per_step times group_size rollouts, in "
+    "passes of at most micro_batch_size rows",
+    "num_iterations": "each group is used for exactly one optimizer step",
+    "gradient_accumulation_steps": "micro_batch_size rows are in one pass; the step is the same",
+    "generation_batch_size": "num_threads rollouts are generated at once",
+    "warmup_ratio": "give warmup_steps, in optimizer steps",
+    "epsilon_low": "this is epsilon",
+    "optim": "the optimizer is AdamW; set learning_rate, weight_decay and lr_scheduler_type",
+    "bf16": "weights have the LocalLM's dtype",
+    "fp16": "weights have the LocalLM's dtype",
+    "use_vllm": "call fst_dspy's use_vllm on the LocalLM",
+    "output_dir": "the run folder is log_dir",
+    "run_dir": "the run folder is log_dir",
+    "save_steps": "a run with log_dir saves itself at every cycle, and of steps what is due",
+    "max_full_evals": "say how long with max_rollouts (or max_cycles), validation included",
+    "breadth": "this is population_size",
+    "num_candidates": "this is population_size",
+    "use_merge": "give merge_iterations, the merges tried in a fast phase; 0 for none",
+    "max_merge_invocations": "give merge_iterations, the merges tried in a fast phase",
+    "custom_candidate_proposer": "this is instruction_proposer",
+    "prompt_model": "this is reflection_lm",
+    "task_model": "the program's own LocalLM is trained",
+    "code_proposer": "dspy.Flex code is not optimized",
+    "add_format_failure_as_feedback": "format failures always are feedback",
+    "sampling_strategy": "an iteration draws one parent; see candidate_selection_strategy",
+    "selection_strategy": "every accepted child is kept; see population_size",
+    "val_evaluation_policy": "val_size validation examples are scored",
+    "stop_callbacks": "raise fst_dspy.loop.progress.StopRun in a progress listener",
+    "callbacks": "give a progress listener, progress=",
+    "track_best_outputs": "the run folder (log_dir) keeps all training rollouts",
+    "use_wandb": "give report_to='wandb'",
+    "use_mlflow": "give report_to='mlflow'",
+    "gepa_kwargs": "give gepa's settings by name, such as batch_sampler=",
+    "max_bootstrapped_demos": "give demo_tokens, the room for a predictor's demos",
+    "max_labeled_demos": "give demo_tokens, the room for a predictor's demos",
+    "max_errors": "a rollout that fails gets failure_score",
+    "requires_permission_to_run": "nothing asks for permission",
+}
+"""Names of TRL, GEPA and DSPy that are no settings of ours, and what there is instead."""
+
+SINCE: dict[str, Any] = {
+    "candidate_selection_strategy": "pareto",
+    "acceptance_criterion": "strict_improvement",
+    "skip_perfect_score": False,
+    "perfect_score": 1.0,
+    "reflection_prompt_template": None,
+}
+"""Settings of the fast channel that earlier versions did not have, with what they did."""
+
 REMOVED: dict[str, Any] = {"off_policy_steps": 0, "resample_constant": 0}
 """Settings of earlier versions, with the values at which they changed nothing."""
 
 
 def without_removed(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A saved ``FSTConfig.to_dict``, without settings that are gone and were switched off."""
+    """A saved ``FSTConfig.to_dict``, without settings that are gone and were switched off.
+
+    Those that have come since have the value that says what was done before.
+    """
     return {
-        part: {k: v for k, v in values.items() if k not in REMOVED or v != REMOVED[k]}
+        part: (SINCE if part == "fast" else {})
+        | {k: v for k, v in values.items() if k not in REMOVED or v != REMOVED[k]}
         for part, values in config.items()
     }
 

@@ -6,8 +6,12 @@ import dataclasses
 import json
 import os
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
+
+from pydantic_core import to_jsonable_python
+from safetensors import SafetensorError
 
 from fst_dspy.errors import StoreError
 
@@ -15,6 +19,20 @@ from fst_dspy.errors import StoreError
 def as_plain(row: Any) -> Any:
     """A dataclass (or a dict) as plain values ready for JSON."""
     return dataclasses.asdict(row) if dataclasses.is_dataclass(row) else row  # type: ignore[arg-type]
+
+
+def plain_json(value: Any) -> Any:
+    """A value as JSON would give it back, typed parts as DSPy writes them: by value, in ISO form.
+
+    Raises:
+        TypeError, ValueError, RecursionError: A part has no such form.
+    """
+    return json.loads(json.dumps(value, default=_typed_as_plain))
+
+
+def _typed_as_plain(value: Any) -> Any:
+    """Enums, dates, pydantic models, dataclasses and the like; DSPy's examples."""
+    return value.toDict() if hasattr(value, "toDict") else to_jsonable_python(value)
 
 
 def read_json(path: Path) -> Any:
@@ -68,3 +86,29 @@ def flush(path: Path) -> int:
         return os.fstat(descriptor).st_size
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def writing_to(folder: Path) -> Iterator[None]:
+    """Turn a full disk, missing rights and the like into a ``StoreError`` that says what to do."""
+    try:
+        yield
+    except StoreError:
+        raise
+    except (OSError, SafetensorError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise StoreError(
+            f"cannot write to {folder}: {reason}; what was written before is intact: make room or "
+            "fix the rights, then start again"
+        ) from error
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Turn a file that is missing, damaged or of something else into a ``StoreError``."""
+    try:
+        yield
+    except StoreError:
+        raise
+    except (OSError, SafetensorError, ValueError) as error:
+        raise StoreError(f"cannot read {path}: {error}") from error

@@ -216,12 +216,14 @@ class TrainingRow:
         prompt_ids_T, completion_ids_T: As sampled.
         logprobs_T: Sampling log-probabilities, the length of ``completion_ids_T``.
         advantage: The advantage of the call's rollout, computed once per problem over all G.
+        temperature: The temperature it was sampled at, above 0.
     """
 
     prompt_ids_T: tuple[int, ...]
     completion_ids_T: tuple[int, ...]
     logprobs_T: tuple[float, ...]
     advantage: float
+    temperature: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -231,7 +233,8 @@ class StepStats:
     Attributes:
         loss: The loss before the step.
         grad_norm: Norm of the gradient before clipping.
-        learning_rate: The rate the step was taken at.
+        learning_rate: The rate the step was taken at, shortened as ``damp_constant`` says; of a
+            step that was skipped, the schedule's.
         entropy: Mean entropy (nats a token) of the policy over the completions.
         clip_share: Share of tokens whose importance weight was clipped, 0 to 1.
         rows: Rows that went into the step.
@@ -324,7 +327,7 @@ class CycleRecord:
         kl_to_base: KL(policy || base), nats a token, on validation prompts.
         entropy: Mean policy entropy, nats a token; ``None`` without a slow phase.
         constant_group_share: Share of groups with equal rewards (no gradient), 0 to 1.
-        failure_shares: Share of the slow rollouts by kind of failure, 0 to 1.
+        failure_shares: Share of the cycle's rollouts, of all channels, by kind of failure, 0 to 1.
         rollouts: Counts of this cycle.
         total_rollouts: Counts from the start of the run to the end of this cycle.
         tokens: Prompt and completion tokens from the start of the run.
@@ -332,6 +335,9 @@ class CycleRecord:
         weights_version: Version id of the weights at the end of the cycle.
         proposals: What became of the fast channel's proposals from the start of the run, and what
             reflection cost (``FastPhase.report``).
+        failure_messages: The first message of each kind of failure in the cycle.
+        reward_range: Lowest and highest reward of the cycle's rollouts that are learned from;
+            ``None`` where there were none.
     """
 
     cycle: int
@@ -351,3 +357,5 @@ class CycleRecord:
     seconds: Mapping[str, float]
     weights_version: str
     proposals: Mapping[str, Any] = field(default_factory=dict)
+    failure_messages: Mapping[str, str] = field(default_factory=dict)
+    reward_range: tuple[float, float] | None = None

@@ -7,10 +7,10 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from distributed_worker import PROGRAM, SETTINGS, compile_letters, cycles_of, steps
+from places import ROOT, SUPPORT
 from safetensors.torch import load_file
 
 from fst_dspy import LocalLM, distributed
@@ -21,7 +21,7 @@ from fst_dspy.lm.sft import FinetuneConfig, fine_tune
 from fst_dspy.model.policy import Policy
 from fst_dspy.slow.trainer import SlowTrainer
 
-WORKER = Path(__file__).parent / "distributed_worker.py"
+WORKER = SUPPORT / "distributed_worker.py"
 FSDP_WORKER = WORKER.with_name("fsdp_worker.py")
 
 
@@ -33,7 +33,7 @@ def torchrun(*arguments, processes=2):
         "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1",
         # This checkout, also where the package is installed from another one.
-        "PYTHONPATH": os.pathsep.join(map(str, WORKER.parents[:2])),
+        "PYTHONPATH": os.pathsep.join([str(SUPPORT), str(ROOT)]),
     }
     return subprocess.run(command, capture_output=True, text=True, timeout=280, env=environment)
 

@@ -25,7 +25,7 @@ PARTS = {
     "c": "overhead",
     "d": "growth",
     "e": "startup",
-    "f": "dspy_grpo",
+    "f": "dspy_grpo_step",
 }
 RESULTS = Path(__file__).parent.parent / "results" / "speed.json"
 REPORT = Path(__file__).parent.parent / "RESULTS.md"

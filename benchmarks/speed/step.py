@@ -61,7 +61,7 @@ def run(quick: bool) -> Iterator[Row]:
 
 def step_times(work: Workload, steps: int) -> dict[str, list[float]]:
     """Seconds of each step, after a first one that is not counted."""
-    slow = SlowConfig(micro_batch_size=work.micro_batch)
+    slow = SlowConfig(micro_batch_size=work.micro_batch, learning_rate=3e-4)
     stock, ours = MODELS[work.model]().policy, MODELS[work.model]().policy
     trainer = SlowTrainer(ours, slow, SamplingConfig(), steps + 1, seed=0)
     with tempfile.TemporaryDirectory() as folder:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import sys
 from typing import Any
@@ -11,12 +12,21 @@ from dspy.utils.saving import get_dependency_versions
 
 from fst_dspy.bundle.manifest import Manifest, PredictorRecord, check_lm_settings
 from fst_dspy.errors import ProgramError, StoreError
+from fst_dspy.files import plain_json
 from fst_dspy.lm.local_lm import LocalLM
 
 _PREDICT_STATE = {"traces", "train", "demos", "signature", "lm", "fields"}
+# A program's class may save and load itself; these are DSPy's own ways.
+_DSPYS_DUMP = (dspy.Module.dump_state, dspy.Predict.dump_state)
+_DSPYS_LOAD = (dspy.Module.load_state, dspy.Predict.load_state)
 
 
-def _predictor_record(predictor: dspy.Predict) -> PredictorRecord:
+def predictor_record(predictor: dspy.Predict) -> PredictorRecord:
+    """What a manifest says of a predictor.
+
+    Raises:
+        ProgramError: Its LM has settings that a bundle does not hold.
+    """
     settings = None
     if isinstance(predictor.lm, LocalLM):
         settings = {**predictor.lm.kwargs, "cache": predictor.lm.cache}
@@ -27,19 +37,55 @@ def _predictor_record(predictor: dspy.Predict) -> PredictorRecord:
     return PredictorRecord(tuple(predictor.signature.fields), settings)
 
 
-def _dump_state(program: dspy.Module) -> dict[str, Any]:
-    """What ``program.save("x.json")`` would write, but for the language models."""
-    bare = program.deepcopy()
-    for _, predictor in bare.named_predictors():
-        predictor.lm = None
-    state = {**bare.dump_state(), "metadata": {"dependency_versions": get_dependency_versions()}}
+def dump_state(program: dspy.Module) -> dict[str, Any]:
+    """What ``program.save("x.json")`` would write, but for the language models.
+
+    Raises:
+        ProgramError: The state holds what JSON cannot.
+    """
     try:
-        return json.loads(json.dumps(state))
+        if _saves_itself(program):
+            state = _dump_without_lms(program)
+        else:
+            states = {
+                name: _without_lm(parameter).dump_state()
+                for name, parameter in program.named_parameters()
+            }
+            state = states["self"] if set(states) == {"self"} else states
+        metadata = {"dependency_versions": get_dependency_versions()}
+        return plain_json({**state, "metadata": metadata})
     except (TypeError, ValueError, RecursionError) as error:
         raise ProgramError(f"the program's state is not plain JSON: {error}") from error
 
 
-def _instance(class_path: str) -> dspy.Module:
+def _saves_itself(program: dspy.Module) -> bool:
+    kind = type(program)
+    return kind.dump_state not in _DSPYS_DUMP or kind.load_state not in _DSPYS_LOAD
+
+
+def _without_lm(parameter: Any) -> Any:
+    if not isinstance(parameter, dspy.Predict):
+        return parameter
+    bare = copy.copy(parameter)
+    bare.lm = None
+    return bare
+
+
+def _dump_without_lms(program: dspy.Module) -> dict[str, Any]:
+    """The state by the program's own ``dump_state``, which has to find predictors without LMs."""
+    bare = program.deepcopy()
+    # A program that cannot be copied whole may share predictors with its copy: put the LMs back.
+    lms = [(predictor, predictor.lm) for predictor in bare.predictors()]
+    try:
+        for predictor, _ in lms:
+            predictor.lm = None
+        return bare.dump_state()
+    finally:
+        for predictor, lm in lms:
+            predictor.lm = lm
+
+
+def new_instance(class_path: str) -> dspy.Module:
     """A program of a class that this process has imported; nothing is imported for the folder."""
     hint = "pass program=<an instance of its class>"
     module, _, qualname = class_path.partition(":")
@@ -59,24 +105,57 @@ def _instance(class_path: str) -> dspy.Module:
         raise ProgramError(f"{class_path!r} cannot be made without arguments; {hint}") from error
 
 
-def _copy_of(program: dspy.Module) -> dspy.Module:
+def copy_of(program: dspy.Module) -> dspy.Module:
+    """A deep copy of the program that a caller gave, which must be one."""
     if not isinstance(program, dspy.Module):
         raise ProgramError(f"program must be an instance of the program's class, got {program!r}")
     return program.deepcopy()
 
 
-def _load_state(program: dspy.Module, manifest: Manifest, state: dict[str, Any]) -> None:
+def load_state(program: dspy.Module, manifest: Manifest, state: dict[str, Any]) -> None:
+    """Put a bundle's state into a program, in place; its language models stay as they are.
+
+    A class with a ``dump_state`` or ``load_state`` of its own loads itself, as it would from DSPy.
+
+    Raises:
+        ProgramError: The program is of another shape than the one that was saved.
+        StoreError: A predictor's state is not one that DSPy writes.
+    """
+    if not isinstance(state, dict):
+        raise StoreError("program.json does not hold the state of a program")
+    own = {name: value for name, value in state.items() if name != "metadata"}
+    lms = {name: predictor.lm for name, predictor in program.named_predictors()}
+    if _saves_itself(program):
+        _check_predictors(program, own)
+        program.load_state(own)
+        _check_fields(program, manifest)
+    else:
+        _load_parameters(program, manifest, own)
+    for name, predictor in program.named_predictors():
+        predictor.lm = lms.get(name)
+
+
+def _load_parameters(program: dspy.Module, manifest: Manifest, state: dict[str, Any]) -> None:
     parameters = dict(program.named_parameters())
-    predictors = dict(program.named_predictors())
-    if not isinstance(state, dict) or set(state) - {"metadata"} != set(parameters):
+    if set(parameters) == {"self"}:  # a bare predictor's state is flat
+        state = {"self": state}
+    if set(state) != set(parameters):
         raise ProgramError(
-            f"the bundle's program has the parameters {sorted(set(state) - {'metadata'})}, but "
+            f"the bundle's program has the parameters {sorted(state)}, but "
             f"{type(program).__name__} has {sorted(parameters)}; pass the program that was compiled"
         )
+    _check_fields(program, manifest)
+    _check_predictors(program, state)
+    for name, parameter in parameters.items():
+        parameter.load_state(state[name])
+
+
+def _check_fields(program: dspy.Module, manifest: Manifest) -> None:
+    predictors = dict(program.named_predictors())
     if set(manifest.predictors) != set(predictors):
         raise ProgramError(
             f"the bundle's program has the predictors {sorted(manifest.predictors)}, but "
-            f"{type(program).__name__} has {sorted(predictors)}"
+            f"{type(program).__name__} has {sorted(predictors)}; pass the program that was compiled"
         )
     for name, predictor in predictors.items():
         fields = tuple(predictor.signature.fields)
@@ -85,12 +164,13 @@ def _load_state(program: dspy.Module, manifest: Manifest, state: dict[str, Any])
                 f"the predictor {name!r} of the bundle's program has the fields "
                 f"{manifest.predictors[name].fields}, but here it has {fields}"
             )
-        if type(predictor).load_state is dspy.Predict.load_state:
-            _check_state(name, state[name], len(fields))
-    lms = {name: predictor.lm for name, predictor in predictors.items()}
-    program.load_state({name: state[name] for name in parameters})
+
+
+def _check_predictors(program: dspy.Module, state: dict[str, Any]) -> None:
+    """Check the states of all predictors that DSPy loads and that stand under their names."""
     for name, predictor in program.named_predictors():
-        predictor.lm = lms[name]
+        if name in state and type(predictor).load_state is dspy.Predict.load_state:
+            _check_state(name, state[name], len(predictor.signature.fields))
 
 
 def _check_state(name: str, state: dict[str, Any], fields: int) -> None:
@@ -115,7 +195,7 @@ def _check_state(name: str, state: dict[str, Any], fields: int) -> None:
         raise StoreError(f"program.json does not hold the state of a predictor under {name!r}")
 
 
-def _bind(program: dspy.Module, manifest: Manifest, lm: LocalLM) -> None:
+def bind_lms(program: dspy.Module, manifest: Manifest, lm: LocalLM) -> None:
     """Give the predictors their LMs; those with equal settings share one, as before."""
     bound: dict[str, LocalLM] = {}
     for name, predictor in program.named_predictors():

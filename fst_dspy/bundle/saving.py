@@ -33,12 +33,12 @@ from fst_dspy.bundle.manifest import (
     read_manifest,
 )
 from fst_dspy.bundle.program import (
-    _bind,
-    _copy_of,
-    _dump_state,
-    _instance,
-    _load_state,
-    _predictor_record,
+    bind_lms,
+    copy_of,
+    dump_state,
+    load_state,
+    new_instance,
+    predictor_record,
 )
 from fst_dspy.bundle.weights import plain_folder, read_run, read_weights, write_weights
 from fst_dspy.errors import ProgramError, StoreError
@@ -71,8 +71,8 @@ def save(program: dspy.Module, folder: str | os.PathLike[str]) -> Path:
         StoreError: The folder holds something else, or cannot be written.
     """
     policy, version = _weights_of(program)
-    predictors = {name: _predictor_record(p) for name, p in program.named_predictors()}
-    state, result = _dump_state(program), _result_of(program)
+    predictors = {name: predictor_record(p) for name, p in program.named_predictors()}
+    state, result = dump_state(program), _result_of(program)
 
     def write(path: Path) -> None:
         weights = write_weights(policy, version, path)
@@ -121,12 +121,12 @@ def load(
     path = Path(folder).expanduser().absolute()
     manifest = read_manifest(path)
     with damaged(path):
-        loaded = _instance(manifest.program) if program is None else _copy_of(program)
-        _load_state(loaded, manifest, read_plain_json(path / "program.json"))
+        loaded = new_instance(manifest.program) if program is None else copy_of(program)
+        load_state(loaded, manifest, read_plain_json(path / "program.json"))
         result = _read_result(path, manifest)
     policy = read_weights(path, manifest, os.fspath(base) if base is not None else None, device)
     policy.keep()
-    _bind(loaded, manifest, LocalLM(policy))
+    bind_lms(loaded, manifest, LocalLM(policy))
     loaded._compiled = True
     if result is not None:
         loaded.detailed_results = result

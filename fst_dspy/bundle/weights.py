@@ -204,11 +204,14 @@ def _name(version: str) -> str:
 def _put_adapters(policy: Policy, lora: LoraConfig, file: Path) -> None:
     """Add adapters and fill them; their shapes are looked at before anything is made that large."""
     with safe_open(file, framework="pt") as tensors:
-        names = [name for name in tensors.keys() if "lora_A" in name]  # noqa: SIM118
-        ranks = {tensors.get_slice(name).get_shape()[0] for name in names}
-    if ranks != {lora.rank}:
+        names = tensors.keys()
+        found = {name: tuple(tensors.get_slice(name).get_shape()) for name in names}
+    expected = policy.adapter_shapes(lora)
+    if found != expected:
+        wrong = sorted(n for n in {*found, *expected} if found.get(n) != expected.get(n))[0]
         raise StoreError(
-            f"{file.name} holds adapters of rank {sorted(ranks)}, where {lora.rank} was announced"
+            f"{file.name} holds other adapters than {policy.base_version} has where rank "
+            f"{lora.rank} was announced: {wrong} is {found.get(wrong)}, not {expected.get(wrong)}"
         )
     policy.add_lora(lora, seed=0)
     policy.load_trainable_state(load_file(file))

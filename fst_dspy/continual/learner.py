@@ -38,10 +38,12 @@ from fst_dspy.continual.origin import Origin, alike, find_origin, kept_origin
 from fst_dspy.continual.scores import ScoreCache, StreamScores, test_examples
 from fst_dspy.continual.stages import TaskStage, read_version
 from fst_dspy.errors import ConfigError, ProgramError
-from fst_dspy.lm.local_lm import LocalLM, versions_in_use
+from fst_dspy.lm.in_use import versions_in_use
+from fst_dspy.lm.local_lm import LocalLM
 from fst_dspy.lm.predictors import bound_to, find_local_lm
-from fst_dspy.loop.progress import ProgressListener
-from fst_dspy.optimizer import FST, Start, default_progress
+from fst_dspy.loop.progress import ProgressListener, default_progress
+from fst_dspy.loop.state import Start
+from fst_dspy.optimizer import FST
 from fst_dspy.results.result import flat_settings
 from fst_dspy.rollouts.checks import check_input
 from fst_dspy.student.candidate import seed_candidate

@@ -15,6 +15,7 @@ import dspy
 from fst_dspy import distributed
 from fst_dspy.config import SamplingConfig
 from fst_dspy.errors import StoreError
+from fst_dspy.fast.population import better_by_two_errors
 from fst_dspy.files import read_json, write_atomically
 from fst_dspy.lm.predictors import find_local_lm
 from fst_dspy.rollouts.evaluate import evaluate
@@ -132,18 +133,11 @@ def nearest(
     own_V, *others = scored.score_K_V
     means = dict(zip(known, scored.mean_K[1:], strict=True))
     better = [
-        name for name, score_V in zip(known, others, strict=True) if clearly_better(score_V, own_V)
+        name
+        for name, score_V in zip(known, others, strict=True)
+        if better_by_two_errors(score_V, own_V)
     ]
     return max(better, key=lambda name: means[name], default=None)
-
-
-def clearly_better(score_V: Sequence[float], other_V: Sequence[float]) -> bool:
-    """Whether scores on the same V examples are higher by two standard errors, and at all."""
-    count = len(score_V)
-    gain_V = [a - b for a, b in zip(score_V, other_V, strict=True)]
-    mean = sum(gain_V) / count
-    variance = sum((gain - mean) ** 2 for gain in gain_V) / max(1, count - 1)
-    return mean > 0 and mean >= 2 * (variance / count) ** 0.5
 
 
 def alike(one: Task, other: Task) -> bool:

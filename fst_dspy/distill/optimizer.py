@@ -5,7 +5,7 @@ the same weights under the student's own prompt are trained to answer alike, by 
 the bare policy samples (``fst_dspy.distill.trainer``). The outcome is the bare prompt with the
 distilled weights.
 
-It is the joint loop of ``fst_dspy.optimizer`` with the fast channel off and another loss, so run
+It is the joint loop, ``fst_dspy.loop.joint``, with the fast channel off and another loss, so run
 folders, resuming, budgets and records are the same. Every step runs ``problems_per_step`` times
 ``group_size`` rollouts; their rewards are recorded, and nothing is learned from them.
 
@@ -21,19 +21,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import dspy
 
+from fst_dspy.config import FSTConfig
 from fst_dspy.distill.reader import ContextReader
 from fst_dspy.distill.trainer import DistillTrainer
 from fst_dspy.errors import ConfigError, ProgramError
 from fst_dspy.lm.predictors import bound_to, find_local_lm
-from fst_dspy.loop.state import LoopState
-from fst_dspy.optimizer import FST, Start, _Run
+from fst_dspy.loop.learner import schedule_steps
+from fst_dspy.loop.parts import make_parts
+from fst_dspy.loop.records import rollouts_of
+from fst_dspy.loop.state import Start
+from fst_dspy.model.policy import Policy
+from fst_dspy.optimizer import FST
 from fst_dspy.results.result import FSTResult
-from fst_dspy.rollouts.checks import CheckedInput, check_input
-from fst_dspy.slow.trainer import SlowTrainer
 from fst_dspy.student.candidate import bind, seed_candidate
 from fst_dspy.types import Candidate, Group, StepStats
 
@@ -126,7 +131,7 @@ class FSTDistill(FST):
             ProgramError: The teacher calls another local model than the student.
             Else as ``FST.compile``.
         """
-        lm = check_input(student, self.metric, trainset, valset).lm
+        lm = self.check(student, trainset, valset).lm
         bare, start, search = seed_candidate(student), Start(), None
         if teacher is None:
             teacher = self._search.compile(student, trainset=trainset, valset=valset)
@@ -146,46 +151,62 @@ class FSTDistill(FST):
             lm.policy.restore(teacher_lm.version)
             lm.policy.keep()
         pupil = bound_to(student, bare, lm.at(teacher_lm.version))
-        checked = check_input(pupil, self.metric, trainset, valset)
-        return self._finish(_DistillRun(self, pupil, checked, start, context, search), pupil)
+        checked = self.check(pupil, trainset, valset)
+        reader = ContextReader(pupil, context, lm)
+        spec = replace(
+            self.spec(),
+            make_learner=partial(DistillLearner, reader, teacher_lm.version),
+            identity={"context": dict(context.components)},
+        )
+
+        def with_context(plain: FSTResult) -> DistillResult:
+            return DistillResult(
+                **{f.name: getattr(plain, f.name) for f in fields(FSTResult)},
+                context=context,
+                teacher_version=teacher_lm.version,
+                search=search,
+            )
+
+        return self.finish(make_parts(spec, pupil, checked, start), pupil, with_context)
 
 
-class _DistillRun(_Run):
-    """The joint loop with the fast channel off, whose steps are distillation's."""
+class DistillLearner:
+    """In the slow channel's place: a step's calls, imitated as the teacher would have made them.
+
+    Args:
+        reader: Renders the calls under the teacher's context.
+        teacher_version: The teacher's weights, at hand in the policy.
+        policy, config, seed: As for ``GRPOLearner``.
+    """
+
+    learns_from_rewards = False
 
     def __init__(
         self,
-        fst: FSTDistill,
-        student: dspy.Module,
-        checked: CheckedInput,
-        start: Start,
-        context: Candidate,
-        search: FSTResult | None,
+        reader: ContextReader,
+        teacher_version: str,
+        policy: Policy,
+        config: FSTConfig,
+        seed: int,
     ) -> None:
-        self.context, self.search = context, search
-        self.reader = ContextReader(student, context, checked.lm)
-        super().__init__(fst, student, checked, start)
-
-    def _make_trainer(self) -> SlowTrainer:
-        cycles, slow = self.config.budget.max_cycles, self.config.slow
-        total_steps = (cycles or 1) * slow.steps_per_cycle
-        return DistillTrainer(
-            self.policy, slow, self.config.sampling, total_steps, self.seed, self.lm.version
+        self._reader = reader
+        self._trainer = DistillTrainer(
+            policy, config.slow, config.sampling, schedule_steps(config), seed, teacher_version
         )
 
-    def _advance(self, groups_P: Sequence[Group]) -> StepStats:
-        assert isinstance(self.trainer, DistillTrainer)
-        rollouts = [rollout for group in groups_P for rollout in group.rollouts_G]
-        return self.trainer.imitate(self.reader.read(rollouts))
+    def advance(self, groups_P: Sequence[Group]) -> StepStats:
+        """See ``Learner.advance``; the rewards are not learned from."""
+        return self._trainer.imitate(self._reader.read(rollouts_of(groups_P)))
 
-    def _identity(self, checked: CheckedInput) -> dict[str, Any]:
-        return {**super()._identity(checked), "context": dict(self.context.components)}
+    @property
+    def bad_steps(self) -> int:
+        """See ``Learner.bad_steps``."""
+        return self._trainer.bad_steps
 
-    def result(self, state: LoopState) -> DistillResult:
-        plain = super().result(state)
-        return DistillResult(
-            **{f.name: getattr(plain, f.name) for f in fields(FSTResult)},
-            context=self.context,
-            teacher_version=self.lm.version,
-            search=self.search,
-        )
+    def save(self, folder: Path | None) -> None:
+        """See ``Learner.save``."""
+        self._trainer.save(folder)
+
+    def load(self, folder: Path) -> None:
+        """See ``Learner.load``."""
+        self._trainer.load(folder)

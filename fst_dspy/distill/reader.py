@@ -27,7 +27,8 @@ class Reading:
     """One completion of the student's, under its own prompt and under the teacher's.
 
     Attributes:
-        student, teacher: Rows with the same completion; the advantages are not used.
+        student, teacher: Rows with the same completion; the advantages are not used, and the
+            temperature of a greedy one is 0.
     """
 
     student: TrainingRow
@@ -72,10 +73,8 @@ class ContextReader:
                 if ids is None or not call.completion_ids_T or length > self.context_length:
                     logger.debug("a call of %s is left out", call.predictor)
                     continue
-                rows = (
-                    TrainingRow(prompt, call.completion_ids_T, call.logprobs_T, 0.0)
-                    for prompt in (call.prompt_ids_T, ids)
-                )
+                own = (call.completion_ids_T, call.logprobs_T, 0.0, call.temperature)
+                rows = (TrainingRow(prompt, *own) for prompt in (call.prompt_ids_T, ids))
                 readings.append(Reading(*rows))
         if not readings:
             raise TrainingError(

@@ -3,14 +3,16 @@
 The teacher is a fixed version of the weights under one candidate, the student the live weights
 under another. Every call that the student sampled is rendered again as the teacher's program would
 have put it, and the student is moved towards the teacher's next-token distributions on the
-student's own completion: reverse KL, exact over the vocabulary (Agarwal et al., 2024, "On-policy
-distillation of language models"). Reading costs no rollouts.
+student's own completion, at the temperature it was sampled at: reverse KL, exact over the
+vocabulary (Agarwal et al., 2024, "On-policy distillation of language models"). Reading costs no
+rollouts.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
@@ -21,10 +23,19 @@ from fst_dspy.config import SamplingConfig, SlowConfig
 from fst_dspy.distill.reader import Reading
 from fst_dspy.model.divergence import CHUNK_BYTES
 from fst_dspy.model.hardware import is_out_of_memory
+from fst_dspy.model.logprobs import (
+    completion_logprobs,
+    completion_states,
+    logprobs_of,
+    output_layer,
+    state_bytes,
+    temperatures,
+    with_output_layer,
+)
 from fst_dspy.model.policy import Policy
 from fst_dspy.slow.trainer import MICRO_BATCH_ROWS, SlowTrainer
-from fst_dspy.slow.trl_stepper import Gradients, collate
-from fst_dspy.types import StepStats, TrainingRow
+from fst_dspy.slow.trl_stepper import Gradients
+from fst_dspy.types import StepStats
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +68,6 @@ class DistillTrainer(SlowTrainer):
         # Logits over the whole vocabulary are held of all rows, on a GPU as well.
         self.micro_batch_size = slow.micro_batch_size or MICRO_BATCH_ROWS
         self.teacher_version = teacher_version
-        self.temperature = sampling.temperature
 
     def imitate(self, readings: Sequence[Reading]) -> StepStats:
         """Take exactly one optimizer step towards the teacher.
@@ -93,7 +103,7 @@ class DistillTrainer(SlowTrainer):
                     gradients = self._over_processes(gradients, [r.student for r in own])
                 if gradients.loss == 0:
                     # What is left of the gradient is rounding, which Adam would blow up.
-                    return self._stats(rows, gradients, 0.0, "constant")
+                    return self._pass_over(rows, gradients)
                 return self._update(rows, gradients)
             finally:
                 self._trl.model.zero_grad()
@@ -104,27 +114,34 @@ class DistillTrainer(SlowTrainer):
         own_tokens = sum(len(reading.student.completion_ids_T) for reading in readings)
         for chunk in self._chunks(readings):
             # The teacher reads a whole chunk at once, to swap its weights in as rarely as can be.
-            with self.policy.at(self.teacher_version), torch.no_grad():
-                teachers = [self._logprobs([r.teacher for r in batch])[0] for batch in chunk]
-            for batch, teacher_BTV in zip(chunk, teachers, strict=True):
-                student_BTV, mask_BT = self._logprobs([r.student for r in batch])
-                value = reverse_kl(student_BTV, teacher_BTV, mask_BT) / tokens
+            with self.policy.at(self.teacher_version), torch.no_grad(), self._precision():
+                layer = output_layer(self.policy)
+                states = [
+                    completion_states(self.policy, [r.teacher for r in batch]) for batch in chunk
+                ]
+            for batch, teacher_ND in zip(chunk, states, strict=True):
+                rows = [reading.student for reading in batch]
+                temperature_N = temperatures(rows, self.policy.device)
+                with torch.no_grad(), self._precision(), with_output_layer(self.policy, layer):
+                    teacher_NV = logprobs_of(self.policy, teacher_ND, temperature_N)
+                with self._precision():
+                    student_NV = completion_logprobs(self.policy, rows)
+                value = reverse_kl(student_NV, teacher_NV) / tokens
                 value.backward()
                 loss += value.item()
-                entropy += token_entropy(student_BTV.detach(), mask_BT) / own_tokens
+                entropy += torch.special.entr(student_NV.detach().exp()).sum().item() / own_tokens
         return Gradients(loss, entropy, clip_share=0.0)
 
     def _chunks(self, readings: Sequence[Reading]) -> Iterator[list[Sequence[Reading]]]:
-        """Micro-batches by length, in chunks whose log-probabilities fit in ``CHUNK_BYTES``."""
+        """Micro-batches by length, in chunks whose hidden states fit in ``CHUNK_BYTES``."""
         ordered = sorted(readings, key=_tokens)
         size = self.micro_batch_size
         batches = [ordered[start : start + size] for start in range(0, len(ordered), size)]
-        token_bytes = 4 * self.policy.model.config.get_text_config().vocab_size
+        token_bytes = state_bytes(self.policy)
         chunk: list[Sequence[Reading]] = []
         used = 0
         for batch in batches:
-            longest = max(len(reading.student.completion_ids_T) for reading in batch)
-            need = len(batch) * longest * token_bytes
+            need = sum(len(reading.student.completion_ids_T) for reading in batch) * token_bytes
             if chunk and used + need > CHUNK_BYTES:
                 yield chunk
                 chunk, used = [], 0
@@ -133,39 +150,19 @@ class DistillTrainer(SlowTrainer):
         if chunk:
             yield chunk
 
-    def _logprobs(self, rows: Sequence[TrainingRow]) -> tuple[Tensor, Tensor]:
-        """Log-probabilities over the vocabulary at the completion tokens, and these tokens' mask.
-
-        At the sampling temperature, in float32; of shape B x T x V and B x T.
-        """
-        pad_id, device = self.policy.tokenizer.pad_token_id, self.policy.device
-        batch = collate(rows, pad_id, device)
-        with self._trl.compute_loss_context_manager():
-            output = self.policy.model(
-                input_ids=torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1),
-                attention_mask=torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1),
-                logits_to_keep=batch["completion_ids"].size(1) + 1,
-                use_cache=False,
-            )
-        logits_BTV = output.logits[:, :-1].float() / self.temperature
-        return logits_BTV.log_softmax(-1), batch["completion_mask"].bool()
+    def _precision(self) -> AbstractContextManager[None]:
+        return self._trl.compute_loss_context_manager()
 
 
-def reverse_kl(student_BTV: Tensor, teacher_BTV: Tensor, mask_BT: Tensor) -> Tensor:
-    """KL(student || teacher), nats, summed over the tokens of a mask.
+def reverse_kl(student_NV: Tensor, teacher_NV: Tensor) -> Tensor:
+    """KL(student || teacher), nats, summed over N tokens.
 
     As TRL's ``GKDTrainer.generalized_jsd_loss`` at ``beta=1``, without its division.
 
     Args:
-        student_BTV, teacher_BTV: Log-probabilities over the vocabulary.
-        mask_BT: Which tokens count.
+        student_NV, teacher_NV: Log-probabilities over the vocabulary.
     """
-    return kl_div(teacher_BTV[mask_BT], student_BTV[mask_BT], reduction="sum", log_target=True)
-
-
-def token_entropy(logprob_BTV: Tensor, mask_BT: Tensor) -> float:
-    """Entropy, nats, summed over the tokens of a mask."""
-    return torch.special.entr(logprob_BTV[mask_BT].exp()).sum().item()
+    return kl_div(teacher_NV, student_NV, reduction="sum", log_target=True)
 
 
 def _tokens(reading: Reading) -> int:

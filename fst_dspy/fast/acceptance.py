@@ -6,8 +6,9 @@ import dataclasses
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
-from gepa.proposer.base import CandidateProposal
+from gepa.proposer.base import CandidateProposal, SubsampleEvaluation
 from gepa.strategies.acceptance import AcceptanceCriterion, ImprovementOrEqualAcceptance
 
 from fst_dspy.fast.proposers.demos import only_fewer
@@ -40,6 +41,10 @@ class ProposalStats:
     duplicate: int = 0
     errors: Mapping[str, int] = field(default_factory=dict)
 
+    def to_dict(self) -> dict[str, Any]:
+        """The counts as plain values, for JSON."""
+        return dataclasses.asdict(self)
+
     def plus(self, other: ProposalStats) -> ProposalStats:
         """The sum of two counts."""
         names = [f.name for f in dataclasses.fields(self) if f.name != "errors"]
@@ -60,14 +65,27 @@ def criterion_for(
 
 
 def proposal_of(
-    child: Candidate, before: Sequence[Sequence[float]], after: Sequence[float]
+    child: Candidate,
+    before: Sequence[Sequence[float]],
+    after: Sequence[float],
+    parents: Sequence[int] = (),
 ) -> CandidateProposal:
-    """A child and its scores as gepa's criteria take them, against the best of its parents."""
+    """A child and its scores as gepa's criteria take them, against the best of its parents.
+
+    Args:
+        child: The candidate that was tried.
+        before: The scores of each parent, on the same examples as the child's.
+        after: The child's.
+        parents: Their indices in gepa's state.
+    """
+    best = list(max(before, key=sum))
     return CandidateProposal(
         candidate=dict(child.components),
-        parent_program_ids=[],
-        subsample_scores_before=list(max(before, key=sum)),
+        parent_program_ids=list(parents),
+        subsample_scores_before=best,
         subsample_scores_after=list(after),
+        eval_before=SubsampleEvaluation(best),
+        eval_after=SubsampleEvaluation(list(after)),
         tag=child.source,
     )
 

@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import dspy
 from gepa.core.adapter import EvaluationBatch
 
-from fst_dspy.fast.proposers.protocol import (
-    Record,
-)
+from fst_dspy.fast.proposers.protocol import Record
 from fst_dspy.fast.reflector import Reflector, Trajectory, make_records
 from fst_dspy.rollouts.jobs import RolloutJob, Runner
 from fst_dspy.student.candidate import make_candidate
 from fst_dspy.types import Rollout
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -29,14 +24,15 @@ class GepaAdapter:
         runner: Runs the rollouts, on channel ``fast``.
         reflector: Proposes texts.
         cycle: Part of every rollout's salt.
-        keep: Is given the rollouts of every training minibatch.
+        keep: Each is given the rollouts of every training minibatch.
     """
 
     runner: Runner
     reflector: Reflector
     cycle: int
-    keep: Callable[[Sequence[Rollout]], None] = lambda rollouts: None
+    keep: Sequence[Callable[[Sequence[Rollout]], None]] = ()
     _runs: int = 0
+    _fault: Exception | None = None
 
     def evaluate(
         self,
@@ -58,8 +54,8 @@ class GepaAdapter:
             channel="fast",
             salt=phase_salt(self.cycle, self._runs),
         )
-        if capture_traces:
-            self.keep(rollouts)
+        for keep in self.keep if capture_traces else ():
+            keep(rollouts)
         trajectories = [Trajectory(e, r) for e, r in zip(batch, rollouts, strict=True)]
         return EvaluationBatch(
             outputs=rollouts,
@@ -83,8 +79,17 @@ class GepaAdapter:
         reflective_dataset: Mapping[str, Sequence[Record]],
         components_to_update: Sequence[str],
     ) -> dict[str, str]:
-        """See :meth:`Reflector.propose`."""
-        return self.reflector.propose(candidate, reflective_dataset, components_to_update)
+        """See :meth:`Reflector.propose`; what that raises is kept for :meth:`raise_fault`."""
+        try:
+            return self.reflector.propose(candidate, reflective_dataset, components_to_update)
+        except Exception as error:  # gepa would log it, and ask once more
+            self._fault = error
+            return {}
+
+    def raise_fault(self) -> None:
+        """Raise what a proposer's fault was, if there was one."""
+        if self._fault is not None:
+            raise self._fault
 
 
 def phase_salt(cycle: int, run: int) -> int:

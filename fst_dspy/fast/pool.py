@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fst_dspy.fast.proposers.demos import shown_examples
-from fst_dspy.run.records import _with_fields, as_read_back, rollout_from_json
+from fst_dspy.run.records import as_read_back, rollout_from_json, with_fields
 from fst_dspy.types import Candidate, Rollout
 
 SWEEPS = 50
@@ -160,7 +160,7 @@ def _without_tokens(rollout: Rollout) -> Rollout:
     """What a checkpoint can hold of a rollout, so that a resumed run sees the same."""
     rollout = as_read_back(rollout)
     traces = tuple(
-        dataclasses.replace(_with_fields(trace, _short), text=trace.text[:MAX_CHARACTERS])
+        dataclasses.replace(with_fields(trace, _short), text=trace.text[:MAX_CHARACTERS])
         for trace in rollout.traces
     )
     return dataclasses.replace(rollout, calls=(), traces=traces)

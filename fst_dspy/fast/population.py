@@ -24,6 +24,11 @@ NICHE = 0.1
 """Share of the examples on which a candidate must beat all others to stay nevertheless."""
 
 
+def mean(values: Sequence[float]) -> float:
+    """The mean, 0 for none."""
+    return sum(values) / len(values) if values else 0.0
+
+
 def pareto_front(score_K_V: Sequence[Sequence[float]]) -> tuple[int, ...]:
     """Indices of the candidates on the per-example front, ascending.
 
@@ -37,7 +42,7 @@ def pareto_front(score_K_V: Sequence[Sequence[float]]) -> tuple[int, ...]:
         for score_K in zip(*score_K_V, strict=True)
     ]
     front = set().union(*winners_V) if winners_V else set()
-    for k in sorted(front, key=lambda k: (_mean(score_K_V[k]), -k)):
+    for k in sorted(front, key=lambda k: (mean(score_K_V[k]), -k)):
         if all((winners & front) - {k} for winners in winners_V if k in winners):
             front.discard(k)
     return tuple(sorted(front))
@@ -76,7 +81,7 @@ def choose(
         if candidate.id not in by_id:
             by_id[candidate.id] = candidate
             scores[candidate.id] = tuple(score_V)
-    ids = sorted(by_id, key=lambda i: (-_mean(scores[i]), i))
+    ids = sorted(by_id, key=lambda i: (-mean(scores[i]), i))
     front = {ids[index] for index in pareto_front([scores[i] for i in ids])}
     chosen = [ids[0]]
     rest = ids[1:]
@@ -88,7 +93,9 @@ def choose(
         }
         pick = max(rest, key=lambda i: gain[i])  # the first of equals: rest is sorted by mean, id
         rest.remove(pick)
-        if gain[pick] >= NICHE * len(best_V) or not clearly_worse(scores[pick], scores[ids[0]]):
+        if gain[pick] >= NICHE * len(best_V) or not worse_by_sign_test(
+            scores[pick], scores[ids[0]]
+        ):
             chosen.append(pick)
     return Population(
         candidates=tuple(by_id[i] for i in chosen),
@@ -98,7 +105,7 @@ def choose(
     )
 
 
-def clearly_worse(score_V: Sequence[float], best_V: Sequence[float]) -> bool:
+def worse_by_sign_test(score_V: Sequence[float], best_V: Sequence[float]) -> bool:
     """Whether scores are lower than others on the same examples, by a one-sided sign test.
 
     Args:
@@ -110,11 +117,23 @@ def clearly_worse(score_V: Sequence[float], best_V: Sequence[float]) -> bool:
     return sum(comb(unequal, n) for n in range(wins + 1)) < CLEARLY * 2**unequal
 
 
+def better_by_two_errors(score_V: Sequence[float], other_V: Sequence[float]) -> bool:
+    """Whether scores on the same V examples are higher by two standard errors, and at all.
+
+    Args:
+        score_V, other_V: Length V, at least 1.
+    """
+    count = len(score_V)
+    gain_V = [a - b for a, b in zip(score_V, other_V, strict=True)]
+    variance = sum((gain - mean(gain_V)) ** 2 for gain in gain_V) / max(1, count - 1)
+    return mean(gain_V) > 0 and mean(gain_V) >= 2 * (variance / count) ** 0.5
+
+
 def ranked(population: Population) -> tuple[Candidate, ...]:
     """The candidates by mean score, best first; ties by id."""
     order = sorted(
         zip(population.candidates, population.score_K_V, strict=True),
-        key=lambda pair: (-_mean(pair[1]), pair[0].id),
+        key=lambda pair: (-mean(pair[1]), pair[0].id),
     )
     return tuple(candidate for candidate, _ in order)
 
@@ -141,7 +160,3 @@ def assign(population: Population, group_size: int, k: int) -> tuple[Candidate, 
         raise ConfigError(f"group_size ({group_size}) must be a multiple of k ({k})")
     order = ranked(population)[:k]
     return tuple(order[slot % len(order)] for slot in range(group_size))
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values) if values else 0.0

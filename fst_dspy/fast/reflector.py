@@ -20,6 +20,7 @@ from fst_dspy.fast.proposers.protocol import (
     ProposalError,
     Proposer,
     Record,
+    well_formed,
 )
 from fst_dspy.student.candidate import DEMOS, INSTRUCTIONS, make_candidate, split_component
 from fst_dspy.types import Candidate, PredictorTrace, Rollout
@@ -27,6 +28,17 @@ from fst_dspy.types import Candidate, PredictorTrace, Rollout
 logger = logging.getLogger(__name__)
 
 
+PROGRAMMING_ERRORS = (
+    TypeError,
+    AttributeError,
+    NameError,
+    LookupError,
+    ArithmeticError,
+    AssertionError,
+    ImportError,
+    NotImplementedError,
+)
+"""What a proposer raises because it is wrong, not because there is no proposal to be had."""
 MAX_TEXT = 4000
 """Characters of one field that go into a record; longer texts lose their middle."""
 
@@ -44,7 +56,8 @@ class Reflector:
     """Turns a candidate's rollouts into new texts, and counts what came of it.
 
     Attributes:
-        proposer: Proposes instructions; what it raises is counted and gives no texts.
+        proposer: Proposes instructions; what it raises is counted and gives no texts, but for
+            ``PROGRAMMING_ERRORS``.
         demos: Proposes demos, or ``None``.
         known_ids: Ids of candidates that were tried, so that none is proposed and paid for twice.
         errors: Failures by kind.
@@ -63,9 +76,16 @@ class Reflector:
         records: Mapping[str, Sequence[Record]],
         names: Sequence[str],
     ) -> dict[str, str]:
-        """The texts that change, or none: an empty dict makes gepa skip the iteration."""
+        """The texts that change, or none: an empty dict makes gepa skip the iteration.
+
+        Raises:
+            PROGRAMMING_ERRORS: The proposer is at fault.
+        """
         try:
             texts = self._texts(components, records, names)
+        except PROGRAMMING_ERRORS as error:
+            error.add_note(f"raised by the proposer {type(self.proposer).__name__}")
+            raise
         except Exception as error:
             kind = error.kind if isinstance(error, ProposalError) else type(error).__name__
             self.errors[kind] += 1
@@ -105,8 +125,27 @@ class Reflector:
             rows = {name: records[name] for name in others}
             # A language model would give each process another answer.
             ask = partial(self.proposer.propose, components, rows, others)
-            texts |= distributed.from_main(ask)
+            texts |= checked_texts(distributed.from_main(ask), components, self.proposer)
         return texts
+
+
+def checked_texts(
+    said: Any, components: Mapping[str, str], proposer: Proposer
+) -> Mapping[str, str]:
+    """What a proposer returned, once it is known to be texts of components.
+
+    Raises:
+        TypeError: It is not.
+    """
+    who = type(proposer).__name__
+    if not isinstance(said, Mapping):
+        raise TypeError(f"{who} must return {{component: text}}, got {type(said).__name__}")
+    for name, text in said.items():
+        if name not in components:
+            raise TypeError(f"{who} named {name!r}; the components are {sorted(components)}")
+        if not isinstance(text, str):
+            raise TypeError(f"{who} gave {name} a {type(text).__name__}, not a text")
+    return said
 
 
 def make_records(component: str, trajectories: Sequence[Trajectory]) -> list[Record]:
@@ -152,7 +191,7 @@ def _feedback(
         parts.append(message)
     if trace is not None and trace.outputs is None and fields:
         parts.append(f"The answer must state the fields {', '.join(fields)} in the format asked.")
-    return "\n".join(part for part in parts if part)
+    return well_formed("\n".join(part for part in parts if part))
 
 
 def _output_fields(predictor: str, trajectories: Sequence[Trajectory]) -> list[str]:
@@ -165,7 +204,7 @@ def _output_fields(predictor: str, trajectories: Sequence[Trajectory]) -> list[s
 
 
 def _clip(value: Any) -> str:
-    text = value if isinstance(value, str) else str(value)
+    text = well_formed(value if isinstance(value, str) else str(value))
     if len(text) <= MAX_TEXT:
         return text
     half = MAX_TEXT // 2

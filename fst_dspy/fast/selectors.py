@@ -77,10 +77,26 @@ class TogetherWhileAlike:
         return self.otherwise(state, trajectories, subsample_scores, candidate_idx, candidate)
 
 
+class AllComponentSelector:
+    """Picks all components that may be updated: gepa's ``"all"``."""
+
+    def __call__(
+        self,
+        state: GEPAState,
+        trajectories: list[Any],
+        subsample_scores: list[float],
+        candidate_idx: int,
+        candidate: dict[str, str],
+    ) -> list[str]:
+        """The components to update."""
+        return list(state.list_of_named_predictors)
+
+
 SELECTORS: dict[
-    Literal["round_robin", "worst_first"], Callable[[], ReflectionComponentSelector]
+    Literal["round_robin", "worst_first", "all"], Callable[[], ReflectionComponentSelector]
 ] = {
     "round_robin": lambda: TogetherWhileAlike(RoundRobinReflectionComponentSelector()),
     "worst_first": lambda: TogetherWhileAlike(WorstFirstComponentSelector()),
+    "all": AllComponentSelector,
 }
 """``FastConfig.component_selector`` by name."""

@@ -32,17 +32,28 @@ from typing import Any
 
 import dspy
 from gepa.core.adapter import EvaluationBatch
-from gepa.strategies.candidate_selector import ParetoCandidateSelector
 
 from fst_dspy import distributed
 from fst_dspy.config import FastConfig
 from fst_dspy.fast import population as populations
 from fst_dspy.fast.acceptance import ProposalStats, proposal_of
+from fst_dspy.fast.gepa_adapter import GepaAdapter
+from fst_dspy.fast.iterations import Iterations, check_instructions
+from fst_dspy.fast.judge import Judge
+from fst_dspy.fast.memory import Memory
 from fst_dspy.fast.merge import merge
-from fst_dspy.fast.phase import FastPhase, check_instructions
 from fst_dspy.fast.pool import RolloutPool, minibatch, paired, pool_from_json, score_table
+from fst_dspy.fast.proposers.demos import DemoProposer
 from fst_dspy.fast.proposers.protocol import Proposer
 from fst_dspy.fast.reflector import Reflector, Trajectory, candidate_of, make_records
+from fst_dspy.fast.scores import PooledScores
+from fst_dspy.fast.strategies import (
+    NAMED,
+    Strategies,
+    acceptance_criterion,
+    candidate_selector,
+    component_selector,
+)
 from fst_dspy.rollouts.jobs import Runner
 from fst_dspy.student.candidate import candidate_from_json, candidate_to_json
 from fst_dspy.types import Candidate, Population, Rollout
@@ -74,16 +85,20 @@ Made = tuple[Candidate | None, Reflector]
 """A new candidate, if there is one to be had, and the account of how it was made."""
 
 
-class TrialPhase(FastPhase):
-    """A fast channel that uses the slow phase's rollouts.
+class TrialPhase:
+    """A fast channel that uses the slow phase's rollouts; a ``FastChannel``.
 
     Args:
         config, proposer, seed: As for :class:`~fst_dspy.fast.phase.FastPhase`.
         steps_per_cycle: T, optimizer steps a cycle.
-        **options: As for :class:`~fst_dspy.fast.phase.FastPhase`.
+        demos, strategies: As for :class:`~fst_dspy.fast.phase.FastPhase`.
+
+    Attributes:
+        trial: The candidate on trial, if one is.
     """
 
     reuses = True
+    """Whether candidates are scored on the slow phase's rollouts, not on validation examples."""
 
     def __init__(
         self,
@@ -92,18 +107,32 @@ class TrialPhase(FastPhase):
         seed: int,
         *,
         steps_per_cycle: int,
-        **options: Any,
+        demos: DemoProposer | None = None,
+        strategies: Strategies = NAMED,
     ) -> None:
-        super().__init__(config, proposer, seed, **options)
+        self.config, self.proposer, self.seed = config, proposer, seed
+        self.strategies, self.memory = strategies, Memory(proposer, demos)
+        self.judge = Judge(acceptance_criterion(config, strategies))
+        self.iterations = Iterations(config, seed, self.memory, self.judge, strategies)
+        self.scores = PooledScores()
         self.trial_steps = max(1, steps_per_cycle // max(1, config.cycle_iterations))
         self.window = max(self.trial_steps, config.reuse_window or steps_per_cycle)
-        self.pool = RolloutPool()
         self.trial: Trial | None = None
         self._trials = 0
         self._tried: list[str] = []
         self._due: tuple[int, int] | None = None  # cycle and version to make a candidate from
         self._asked: Future[Made] | None = None
         self._trainset: Sequence[dspy.Example] = ()
+
+    @property
+    def stats(self) -> ProposalStats:
+        """What became of the proposals so far."""
+        return self.judge.stats
+
+    @property
+    def pool(self) -> RolloutPool:
+        """The rollouts that candidates are scored on."""
+        return self.scores.pool
 
     def run(
         self,
@@ -127,10 +156,12 @@ class TrialPhase(FastPhase):
         members = list(population.candidates)
         if not self.pool.rollouts:
             check_instructions(population, trainset)
-            adapter = self._adapter(runner, members, cycle)
-            scores = _PooledScores(self)
-            members = self._iterate(adapter, scores, population, trainset, cycle, iterations)
-            self._count_reflection(adapter.reflector)
+            reflector = self.memory.reflector(c.id for c in members)
+            adapter = GepaAdapter(runner, reflector, cycle, (self.memory.bank, self.scores.keep))
+            members = self.iterations.run(
+                adapter, self.scores, population, trainset, cycle, iterations
+            )
+            self.iterations.count_reflection(reflector)
         population = self._choose(members, population, policy_version)
         if self.trial is None:
             self._begin_trial(population, trainset, cycle, policy_version)
@@ -151,7 +182,7 @@ class TrialPhase(FastPhase):
             self._asked = thread.submit(contextvars.copy_context().run, make)
             thread.shutdown(wait=False)
         if self.trial is None:
-            return super().lineup(population, group_size)
+            return populations.assign(population, group_size, self.config.population_size)
         return lineup(population, self.trial, group_size, self.config.population_size)
 
     def after_step(
@@ -170,18 +201,34 @@ class TrialPhase(FastPhase):
         self._trainset = trainset
         made = self._take_up(population)  # it knows nothing of what is observed now
         self.observe(list(population.candidates[0].components), trainset, rollouts)
-        self.pool = self.pool.since(policy_version - self.window).latest(POOL_SIZE)
+        recent = self.pool.since(policy_version - self.window)
+        self.scores.pool = recent.latest(POOL_SIZE)
         members = list(population.candidates)
         if self.trial is not None:
             self.trial = dataclasses.replace(self.trial, steps_left=self.trial.steps_left - 1)
             if self.trial.steps_left == 0:
-                members += [self.trial.child] if self._passed(self.trial) else []
+                passed = self._passed(self.trial, population)
+                members += [self.trial.child] if passed else []
                 self.trial = None
         population = self._choose(members, population, policy_version)
         if self.trial is None:
             self._begin_trial(population, trainset, cycle, policy_version, made)
         self._ask_ahead(cycle, policy_version)
         return population
+
+    def observe(
+        self,
+        components: Sequence[str],
+        trainset: Sequence[dspy.Example],
+        rollouts: Sequence[Rollout],
+    ) -> None:
+        """Let the proposers learn from rollouts, and keep these for scores; see ``FastChannel``."""
+        self.memory.observe(components, trainset, rollouts)
+        self.scores.keep(rollouts)
+
+    def report(self) -> dict[str, Any]:
+        """What became of the proposals, and what the reflection LM cost, for JSON."""
+        return self.iterations.report()
 
     def state(self) -> dict[str, Any]:
         """All there is to resume from, for JSON; the pool's rollouts are left as they are.
@@ -190,7 +237,7 @@ class TrialPhase(FastPhase):
         """
         trial = self.trial
         return {
-            **super().state(),
+            **self.iterations.state(),
             "pool": self.pool.rollouts,
             "trials": self._trials,
             "tried": list(self._tried),
@@ -207,8 +254,8 @@ class TrialPhase(FastPhase):
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Take up the state that :meth:`state` gave."""
-        super().load_state(state)
-        self.pool = pool_from_json(state["pool"])
+        self.iterations.load_state(state)
+        self.scores.pool = pool_from_json(state["pool"])
         self._trials = state["trials"]
         self._tried = list(state["tried"])
         self._due = tuple(state["due"]) if state["due"] else None
@@ -219,10 +266,6 @@ class TrialPhase(FastPhase):
             since=row["since"],
             steps_left=row["steps_left"],
         )
-
-    def _keep(self, rollouts: Sequence[Rollout]) -> None:
-        super()._keep(rollouts)
-        self.pool = self.pool.plus(rollouts)
 
     def _choose(
         self, members: Sequence[Candidate], population: Population, policy_version: int
@@ -239,10 +282,14 @@ class TrialPhase(FastPhase):
             policy_version,
         )
 
-    def _passed(self, trial: Trial) -> bool:
+    def _passed(self, trial: Trial, population: Population) -> bool:
         before, after = paired(self.pool.since(trial.since), trial.child, trial.parents)
-        proposal = proposal_of(trial.child, before, after)
-        return self._judge(trial.child, trial.parents, proposal, None)
+        by_id = {c.id: c for c in (*population.candidates, *trial.parents)}
+        members = list(by_id.values())
+        state = self.iterations.gepa_state(members, self.scores.rows(members))
+        indices = [list(by_id).index(parent.id) for parent in trial.parents]
+        proposal = proposal_of(trial.child, before, after, indices)
+        return self.judge.accepts(trial.child, trial.parents, proposal, state)
 
     def _begin_trial(
         self,
@@ -257,12 +304,12 @@ class TrialPhase(FastPhase):
             return
         members = {candidate.id: candidate for candidate in population.candidates}
         child, reflector = made or self._make_child(population, trainset, cycle, policy_version)
-        self.stats = self.stats.plus(ProposalStats(iterations=1))
-        self._count_reflection(reflector)
+        self.judge.count(iterations=1)
+        self.iterations.count_reflection(reflector)
         if child is not None and made is not None and not members.keys() >= set(child.parent_ids):
             # A parent has left since, and there would be nothing to compare it with.
             child, reflector = self._make_child(population, trainset, cycle, policy_version)
-            self._count_reflection(reflector)
+            self.iterations.count_reflection(reflector)
         if child is not None:
             self._trials += 1
             self._tried = [*self._tried, child.id][-TRIED:]
@@ -291,14 +338,14 @@ class TrialPhase(FastPhase):
         policy_version: int,
     ) -> Made:
         rng = random.Random(f"{self.seed}|{cycle}|{policy_version}|trial")
-        self._remember(population.candidates)
+        self.judge.remember(population.candidates)
         known = {c.id for c in population.candidates} | set(self._tried)
-        reflector = Reflector(self.proposer, known, self.demos)
+        reflector = self.memory.reflector(known)
         merging = self._trials % (self.config.cycle_iterations + self.config.merge_iterations)
         child = None
         if merging >= self.config.cycle_iterations:
-            means = [sum(row) / len(row) for row in population.score_K_V]
-            child = merge(population.candidates, means, self._ancestors, known, cycle, rng)
+            means = [populations.mean(row) for row in population.score_K_V]
+            child = merge(population.candidates, means, self.judge.ancestors, known, cycle, rng)
         if child is None:
             child = self._reflect(reflector, population, trainset, cycle, rng)
         return child, reflector
@@ -312,35 +359,24 @@ class TrialPhase(FastPhase):
         rng: random.Random,
     ) -> Candidate | None:
         """A child of a parent drawn from the front, from the parent's rollouts in the pool."""
-        state = self._gepa_state(population.candidates, population.score_K_V)
-        k = ParetoCandidateSelector(rng).select_candidate_idx(state)
+        state = self.iterations.gepa_state(population.candidates, population.score_K_V)
+        k = candidate_selector(self.config, self.strategies, rng).select_candidate_idx(state)
         parent = population.candidates[k]
-        examples = self.by_id(trainset)
+        examples = self.memory.by_id(trainset)
         rollouts = minibatch(self.pool.of(parent.id), self.config.minibatch_size, rng)
         trajectories = [Trajectory(examples[r.example_id], r) for r in rollouts]
         batch = EvaluationBatch(rollouts, [r.reward for r in rollouts], trajectories)
         texts = dict(parent.components)
-        names = self.component_selector()(state, trajectories, batch.scores, k, texts)
-        self._turn += 1
+        best = self.config.perfect_score if self.config.skip_perfect_score else None
+        if best is not None and all(score >= best for score in batch.scores):
+            reflector.outcomes["empty"] += 1
+            return None
+        selector = component_selector(self.config, self.strategies)
+        names = selector(state, trajectories, batch.scores, k, texts)
+        self.iterations.turn += 1
         records = {name: make_records(name, trajectories) for name in names}
         changed = reflector.propose(texts, records, names)
         return candidate_of({**texts, **changed}, parent, cycle) if changed else None
-
-
-class _PooledScores:
-    """Scores from the phase's pool; before the first rollout, all candidates are alike."""
-
-    def __init__(self, phase: TrialPhase) -> None:
-        self.phase = phase
-
-    def rows(self, members: Sequence[Candidate]) -> tuple[tuple[float, ...], ...]:
-        table = score_table(self.phase.pool, members)
-        if len(table.candidates) < len(members):
-            return tuple((0.0,) for _ in members)
-        return table.score_K_P
-
-    def add(self, child: Candidate) -> None:
-        """Its minibatch is in the pool already."""
 
 
 def lineup(population: Population, trial: Trial, group_size: int, k: int) -> tuple[Candidate, ...]:

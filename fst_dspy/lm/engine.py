@@ -14,6 +14,7 @@ import time
 import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from operator import methodcaller
 from typing import Any
 
 from dspy import lm15
@@ -36,6 +37,9 @@ class LocalEngine:
         batches: Batches generated so far.
     """
 
+    # DSPy writes this name into saved programs, so it must not tell where the code lies.
+    __module__ = "fst_dspy"
+
     def __init__(self, policy: Policy) -> None:
         self.policy = policy
         self.batches = 0
@@ -45,6 +49,11 @@ class LocalEngine:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LocalEngine:
         return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A pickle names the model, as a saved program does: it holds no weights. The method by its
+        # name, for cloudpickle would take the function along, and its globals with it.
+        return methodcaller("load_state", self.dump_state()), (type(self),)
 
     def complete(self, request: lm15.Request) -> lm15.Response:
         """Generate one answer.
@@ -109,6 +118,9 @@ _loading = threading.Lock()
 
 class AsyncLocalEngine:
     """The awaited face of an engine: each call waits in a thread, so that calls batch."""
+
+    # DSPy writes this name into saved programs, so it must not tell where the code lies.
+    __module__ = "fst_dspy"
 
     def __init__(self, engine: Any) -> None:
         self.engine = engine

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
-import threading
-import weakref
+import copy
 from typing import Any
 
 import dspy
@@ -13,8 +11,11 @@ from dspy.clients.provider import Provider
 
 from fst_dspy.errors import ModelError
 from fst_dspy.lm.engine import AsyncLocalEngine, LocalEngine
+from fst_dspy.lm.in_use import over_base, remember
 from fst_dspy.lm.requests import DEFAULT_MAX_TOKENS
 from fst_dspy.model.policy import Policy
+
+_ANSWERS_WITH = "answers_with"  # in a pickle: the version id, also where ``model`` is the live one
 
 
 class LocalLM(dspy.LM):
@@ -38,6 +39,9 @@ class LocalLM(dspy.LM):
     Raises:
         ModelError: The model cannot be loaded.
     """
+
+    # DSPy writes this name into saved programs, so it must not tell where the code lies.
+    __module__ = "fst_dspy"
 
     def __init__(
         self,
@@ -78,19 +82,49 @@ class LocalLM(dspy.LM):
             **kwargs,
         )
 
-        _remember(self)
+        remember(self)
 
     def infer_provider(self) -> Provider:
         """The provider that trains these weights for DSPy's weight optimizers."""
-        # By name: a language model carries its trainer, which lies layers above it.
-        return importlib.import_module("fst_dspy.lm.provider").LocalProvider(self.policy)
+        # Here, so that importing a language model does not import what trains it.
+        from fst_dspy.lm.provider import LocalProvider
+
+        return LocalProvider(self.policy)
 
     def __copy__(self) -> LocalLM:
-        return _remember(super().__copy__())
+        return remember(super().__copy__())
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> LocalLM:
+        # As DSPy copies: engine, policy and provider are shared, all else is the copy's own.
+        copied = memo[id(self)] = object.__new__(type(self))
+        dspy.LM.__setstate__(copied, copy.deepcopy(super().__getstate__(), memo))
+        return remember(copied)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For a pickle: everything but the weights, which are named as in a saved program."""
+        state = {**super().__getstate__(), _ANSWERS_WITH: self.version}
+        if type(self.provider) is type(self.infer_provider()):
+            del state["provider"]
+        return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        """From a pickle: weights at work in this process, or read again from where they came.
+
+        Raises:
+            ModelError: They are neither.
+        """
+        state = dict(state)
+        version, engine = state.pop(_ANSWERS_WITH), state["_local"]
+        serving = _serving(engine, version)
+        if serving is not engine and state["_engine_spec"] is engine:
+            state["_engine_spec"] = serving
+            state["_async_engine_spec"] = AsyncLocalEngine(serving)
+        state["_local"] = serving
+        _must_have(serving.policy, version)
         super().__setstate__(state)
-        _remember(self)
+        if "provider" not in state:
+            self.provider = self.infer_provider()
+        remember(self)
 
     @property
     def policy(self) -> Policy:
@@ -115,29 +149,11 @@ class LocalLM(dspy.LM):
         return self.copy(model=self.policy.live_id, cache=False)
 
 
-_alive: weakref.WeakSet[LocalLM] = weakref.WeakSet()
-_alive_lock = threading.Lock()
-
-
-def _remember(lm: LocalLM) -> LocalLM:
-    with _alive_lock:
-        _alive.add(lm)
-    return lm
-
-
-def versions_in_use(policy: Policy, *, besides: LocalLM | None = None) -> set[str]:
-    """Version ids that language models over a policy name, wherever they are; but for one."""
-    with _alive_lock:
-        return {lm.model for lm in _alive if lm.policy is policy and lm is not besides}
-
-
 def _serving(engine: LocalEngine, version: str) -> LocalEngine:
     """The engine given, or one at work in this process that has the weights which it lacks."""
     if engine.policy.has(version):
         return engine
-    base = engine.policy.base_version
-    with _alive_lock:  # not while asking the policies, which takes their own locks
-        lms = [lm for lm in _alive if lm.policy.base_version == base]
+    lms = [lm for lm in over_base(engine.policy.base_version) if isinstance(lm, LocalLM)]
     return next((lm._local for lm in lms if lm.policy.has(version)), engine)
 
 

@@ -6,22 +6,20 @@ from parsed fields, without token ids; a step on them is taken as on policy. (``
 ``arm="rl_only"`` trains on the sampled tokens themselves.)
 
 Weights move on in place, but DSPy's programs name the weights they were made for: a version id in
-``lm.model``. A version stays at hand for as long as a ``LocalLM`` names it: before the live weights
-move they are kept if one does, and what none names any more is forgotten when a job starts or ends.
+``lm.model``. Those stay at hand for as long as a language model names them; see ``kept_weights``.
 """
 
 from __future__ import annotations
 
 import threading
 from collections import deque
+from functools import partial
 from typing import Any
 
 from dspy.clients.provider import Provider, TrainingJob
 from dspy.clients.utils_finetune import TrainDataFormat, TrainingStatus
 
-from fst_dspy.config import LoraConfig
-from fst_dspy.errors import ConfigError
-from fst_dspy.lm.local_lm import LocalLM, versions_in_use
+from fst_dspy.lm.kept_weights import KeptWeights
 from fst_dspy.lm.reinforce import LocalReinforceJob
 from fst_dspy.lm.train_input import field_names, known_settings
 from fst_dspy.model.policy import Policy
@@ -34,18 +32,19 @@ class LocalProvider(Provider):
 
     Attributes:
         policy: Whose weights are trained.
+        kept: The versions that training leaves behind; every job shares them.
         jobs: The latest reinforcement jobs, oldest first, with what they recorded.
     """
 
     def __init__(self, policy: Policy) -> None:
         super().__init__()
         self.policy = policy
+        self.kept = KeptWeights(policy)
         self.finetunable = True
         self.reinforceable = True
-        self.TrainingJob = LocalTrainingJob
-        self.ReinforceJob = LocalReinforceJob
         self.jobs: deque[LocalReinforceJob] = deque(maxlen=REMEMBERED_JOBS)
-        self._left_behind: dict[str, TrainingJob | None] = {}
+        self.TrainingJob = LocalTrainingJob
+        self.ReinforceJob = partial(LocalReinforceJob, kept=self.kept, started=self.jobs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LocalProvider:
         return self
@@ -88,62 +87,20 @@ class LocalProvider(Provider):
             conversations = read_conversations(train_data, train_data_format)
             with self.policy.lock:
                 job.state = TrainingStatus.running
-                self.start(model, config.lora, config.seed)
-                self.keep_if_named()
+                self.kept.start(model, config.lora, config.seed)
+                self.kept.keep_if_named()
                 try:
                     fine_tune(self.policy, conversations, config, job.cancelled_by_user.is_set)
                 except BaseException:
                     self.policy.restore(model)
                     raise
-                version = self.keep(job)
+                version = self.kept.keep(job)
         except BaseException:
             cancelled = job.cancelled_by_user.is_set()
             job.state = TrainingStatus.cancelled if cancelled else TrainingStatus.failed
             raise
         job.state = TrainingStatus.succeeded
         return version
-
-    def start(self, version: str, lora: LoraConfig | None, seed: int) -> None:
-        """Make a version live to train it, with adapters where wanted; hold ``policy.lock``.
-
-        Without ``lora``, what the weights have is trained: adapters, or else all of them.
-
-        Raises:
-            ConfigError: The weights have adapters of other settings.
-            ModelError: The version is not at hand, or adapters are wanted on weights that are not
-                the base.
-        """
-        self.prune()
-        if self.policy.version() != self.policy.base_version:
-            self.keep_if_named()
-        self.policy.restore(version)
-        if lora is None or lora == self.policy.lora:
-            return
-        if self.policy.lora is not None:
-            raise ConfigError(
-                f"{version} has adapters with {self.policy.lora}; leave lora out to train them on, "
-                f"or start from {self.policy.base_version} for {lora}"
-            )
-        self.policy.add_lora(lora, seed)
-
-    def keep_if_named(self, besides: LocalLM | None = None) -> None:
-        """Keep the live weights, which are about to move on, if a ``LocalLM`` names them."""
-        if self.policy.version() in versions_in_use(self.policy, besides=besides):
-            self.keep()
-
-    def keep(self, job: TrainingJob | None = None) -> str:
-        """Keep the live weights until no ``LocalLM`` names them, and the job, if any, is done."""
-        version = self.policy.keep()
-        self._left_behind[version] = job
-        return version
-
-    def prune(self) -> None:
-        """Forget the versions kept here that no ``LocalLM`` names."""
-        used = versions_in_use(self.policy)
-        for version, job in list(self._left_behind.items()):
-            if version not in used and (job is None or job.done()):
-                del self._left_behind[version]
-                self.policy.forget(version)
 
 
 class LocalTrainingJob(TrainingJob):

@@ -9,16 +9,17 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, MutableSequence, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import dspy
 from dspy.clients.provider import ReinforceJob
 from dspy.clients.utils_finetune import GRPOStatus, TrainDataFormat, TrainingStatus
 
 from fst_dspy.config import SamplingConfig, SlowConfig
 from fst_dspy.errors import ConfigError, DataError, TrainingError
-from fst_dspy.lm.local_lm import LocalLM
+from fst_dspy.lm.kept_weights import KeptWeights
 from fst_dspy.lm.train_input import (
     check_format,
     check_message,
@@ -31,9 +32,6 @@ from fst_dspy.lm.train_input import (
 from fst_dspy.model.policy import Policy
 from fst_dspy.slow.advantage import constant_group_share, group_rows
 from fst_dspy.types import Call, Group, Rollout, StepRecord
-
-if TYPE_CHECKING:
-    from fst_dspy.lm.provider import LocalProvider
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +48,12 @@ _job_ids = itertools.count(1)
 class LocalReinforceJob(ReinforceJob):
     """GRPO on the groups it is given, one optimizer step for each call of ``step``.
 
+    Args:
+        lm: The ``LocalLM`` to train.
+        train_kwargs: See ``reinforce_settings``.
+        kept: The weights of its policy, and the versions kept of them.
+        started: Where the job enters itself once it runs.
+
     Attributes:
         lm: The language model that is trained; its ``model`` names the weights of the latest step.
         records: One record a step.
@@ -57,17 +61,25 @@ class LocalReinforceJob(ReinforceJob):
         pending_batch_ids: Ids of the groups it asks for; no two jobs of a process share one.
     """
 
-    lm: LocalLM
+    lm: dspy.LM
 
-    def __init__(self, lm: LocalLM, train_kwargs: dict[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        lm: dspy.LM,
+        train_kwargs: dict[str, Any] | None = None,
+        *,
+        kept: KeptWeights,
+        started: MutableSequence[LocalReinforceJob],
+    ) -> None:
         super().__init__(lm, train_kwargs)
         self.job_id = f"reinforce-{next(_job_ids)}"
         self.state = TrainingStatus.not_started
         self.records: list[StepRecord] = []
         self.pending_batch_ids: list[int] = []
-        self._provider: LocalProvider = lm.provider
-        self._policy = lm.policy
+        self._kept, self._policy = kept, kept.policy
+        self._started = started
         self._trainer: Any = None
+        self._temperature = 1.0
         self._version = ""
         self._before: list[Any] = []
 
@@ -76,17 +88,18 @@ class LocalReinforceJob(ReinforceJob):
 
         Raises:
             ConfigError: An unknown or bad setting in ``train_kwargs``; see ``reinforce_settings``.
-            ModelError: As ``LocalProvider.start``.
+            ModelError: As ``KeptWeights.start``.
         """
         from fst_dspy.slow.trainer import SlowTrainer
 
         slow, sampling, total_steps, seed = reinforce_settings(self.lm, self.train_kwargs)
+        self._temperature = sampling.temperature
         with self._policy.lock:
-            self._provider.start(self.lm.version, slow.lora, seed)
+            self._kept.start(self.lm.model, slow.lora, seed)
             self._trainer = SlowTrainer(self._policy, slow, sampling, total_steps, seed)
             self._version = self._policy.version()
         self._ask_for_groups()
-        self._provider.jobs.append(self)
+        self._started.append(self)
         self.state = TrainingStatus.running
 
     def step(
@@ -120,13 +133,13 @@ class LocalReinforceJob(ReinforceJob):
                     f"{self.job_id} left the weights at {self._version}, but "
                     f"{self._policy.version()} are live; run one training at a time on a model"
                 )
-            groups_P = [encode_group(self._policy, group) for group in fresh]
+            groups_P = [encode_group(self._policy, group, self._temperature) for group in fresh]
             rows = group_rows(groups_P, self._trainer.slow.scale_rewards)
             if not rows:
                 raise DataError(
                     f"no prompt leaves room for an answer in {self._policy.context_length} tokens"
                 )
-            self._provider.keep_if_named(besides=self.lm)
+            self._kept.keep_if_named(besides=self.lm)
             stats = self._trainer.advance(rows)
             self._version = self.lm.model = self._policy.version()
         rewards = [rollout.reward for group in groups_P for rollout in group.rollouts_G]
@@ -186,8 +199,8 @@ class LocalReinforceJob(ReinforceJob):
         self.state = state
         with self._policy.lock:
             if self._policy.version() == self._version:
-                self._provider.keep_if_named()
-            self._provider.prune()
+                self._kept.keep_if_named()
+            self._kept.prune()
 
     def _stop_if_diverged(self) -> None:
         limit = self._trainer.slow.max_bad_steps
@@ -254,8 +267,12 @@ def _read_answer(where: str, answer: Any) -> AnswerData:
     )
 
 
-def encode_group(policy: Policy, group: GroupData) -> Group:
-    """A group in tokens; an answer whose prompt fills the context window has no call."""
+def encode_group(policy: Policy, group: GroupData, temperature: float = 1.0) -> Group:
+    """A group in tokens; an answer whose prompt fills the context window has no call.
+
+    Args:
+        temperature: That the answers were sampled at.
+    """
     rollouts = []
     for answer in group:
         turn = encode_turn(policy, answer.messages, answer.text, policy.context_length)
@@ -266,7 +283,7 @@ def encode_group(policy: Policy, group: GroupData) -> Group:
             logprobs_T=(),  # unknown: the sampled tokens are gone; an on-policy step needs none
             text=answer.text,
             finish_reason="stop",
-            temperature=1.0,
+            temperature=temperature,
         )
         rollouts.append(
             Rollout(
@@ -294,7 +311,7 @@ LOOP_FIELDS = (
 
 
 def reinforce_settings(
-    lm: LocalLM, train_kwargs: Mapping[str, Any]
+    lm: dspy.LM, train_kwargs: Mapping[str, Any]
 ) -> tuple[SlowConfig, SamplingConfig, int, int]:
     """Settings of a reinforcement job from ``dspy.GRPO``'s ``train_kwargs``.
 

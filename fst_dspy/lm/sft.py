@@ -1,7 +1,8 @@
 """Supervised fine-tuning of the local policy, through TRL's SFTTrainer.
 
 The conversations are tokenised here, so that the loss covers exactly the tokens a model samples:
-the last answer and its end token. Nothing is printed, and no file outlives the call.
+the last answer and its end token. Weights in bfloat16 are trained through copies in float32, as in
+the slow channel. Nothing is printed, and no file outlives the call.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from fst_dspy.errors import ConfigError, DataError, TrainingError
 from fst_dspy.lm.train_input import Turn, check_format, check_messages, encode_turn
 from fst_dspy.model.hardware import global_rng_kept
 from fst_dspy.model.policy import Policy
+from fst_dspy.slow.master_weights import MasterWeights
 
 logger = logging.getLogger(__name__)
 
@@ -167,7 +169,7 @@ def fine_tune(
             ),
             train_dataset=_dataset(turns),
             processing_class=policy.tokenizer,
-            callbacks=[listener],
+            callbacks=[listener, _FullPrecision()],
         )
         trainer.remove_callback(PrinterCallback)
         try:
@@ -210,6 +212,15 @@ def _dataset(turns: Sequence[Turn]) -> Dataset:
         for turn in turns
     ]
     return Dataset.from_list(rows)
+
+
+class _FullPrecision(TrainerCallback):
+    """Lets the optimizer work on float32, where small updates are not rounded away."""
+
+    def on_train_begin(
+        self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any
+    ) -> None:
+        MasterWeights(optimizer.optimizer)  # beneath accelerate's; its hooks keep it
 
 
 class _Listener(TrainerCallback):

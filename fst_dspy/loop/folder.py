@@ -1,4 +1,4 @@
-"""The state of the joint loop between two of its parts, and its way to and from the run folder."""
+"""What the joint loop writes to its run folder, and reads back to go on."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from safetensors.torch import load_file, save
 
 from fst_dspy import distributed
 from fst_dspy.errors import StoreError
-from fst_dspy.files import read_json, write_atomically
+from fst_dspy.files import read_json, reading, write_atomically, writing_to
+from fst_dspy.loop.learner import Learner
 from fst_dspy.loop.state import LoopState, state_from_json, state_to_json
 from fst_dspy.model.policy import Policy
 from fst_dspy.results.result import FSTResult
 from fst_dspy.run.store import RunStore, environment
 from fst_dspy.slow.advantage import Scale, step_advantages
-from fst_dspy.slow.trainer import SlowTrainer
 from fst_dspy.student.candidate import (
     population_to_json,
 )
@@ -47,7 +47,7 @@ class Checkpoint:
     weights: Path
     best: Path | None
 
-    def restore(self, policy: Policy, trainer: SlowTrainer | None) -> LoopState:
+    def restore(self, policy: Policy, learner: Learner | None) -> LoopState:
         """Put weights and optimizer back, and return the loop's state.
 
         Raises:
@@ -57,22 +57,25 @@ class Checkpoint:
         if state.best is not None and state.best.version != policy.version():
             if self.best is None or not self.best.exists():
                 raise StoreError(f"the run folder lacks the best weights, {self.best}")
-            policy.load_trainable_state(load_file(self.best))
-            policy.keep()
+            with reading(self.best):
+                policy.load_trainable_state(load_file(self.best))
+            if policy.keep() != state.best.version:
+                raise StoreError(f"{self.best} does not hold the weights {state.best.version}")
         elif state.best is not None:
             policy.keep()
-        if trainer is not None:
-            trainer.load(self.weights)
+        if learner is not None:
+            learner.load(self.weights)
         return state
 
 
 class RunFolder:
-    """What the joint loop writes to its run folder, and reads back to go on."""
+    """The run folder of one joint loop, locked until ``close``."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.store = RunStore(path)
         self._saved_at = time.monotonic()
+        self._best: list[str] = []
 
     def begin(self, identity: Mapping[str, Any]) -> None:
         """Claim the folder for this run, or recognise it as this run's own."""
@@ -116,19 +119,22 @@ class RunFolder:
         path = self.store.version_path(version)
         if not path.exists():
             data = save({k: v.contiguous() for k, v in policy.trainable_state().items()})
-            write_atomically(path, lambda file: file.write(data))
+            with writing_to(self.path):
+                write_atomically(path, lambda file: file.write(data))
 
     def is_old(self) -> bool:
         """Whether the last checkpoint is old enough for another one."""
         return time.monotonic() - self._saved_at >= CHECKPOINT_SECONDS
 
-    def checkpoint(self, state: LoopState, trainer: SlowTrainer | None) -> None:
+    def checkpoint(self, state: LoopState, learner: Learner | None) -> None:
         """Write a checkpoint."""
         self.store.checkpoint(
-            state_to_json(state), trainer.save if trainer is not None else lambda folder: None
+            state_to_json(state), learner.save if learner is not None else lambda folder: None
         )
         if state.best is not None:
-            self.store.keep_versions([state.best.version])
+            # Those of the checkpoint before as well, should this one be found damaged.
+            self.store.keep_versions([*self._best, state.best.version])
+            self._best = [state.best.version]
         self._saved_at = time.monotonic()
 
     def latest(self) -> Checkpoint | None:
@@ -139,6 +145,7 @@ class RunFolder:
             return None
         state, weights = found
         best = self.store.version_path(state["best"]["version"]) if state["best"] else None
+        self._best = [state["best"]["version"]] if state["best"] else []
         return Checkpoint(state, weights, best)
 
     def finish(self, result: FSTResult) -> None:

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.text import Text
 
 from fst_dspy.config import BudgetConfig
 from fst_dspy.display import Terminal
+from fst_dspy.rollouts.health import told_failures
 from fst_dspy.types import CycleRecord, RolloutCounts
+
+logger = logging.getLogger(__name__)
 
 
 class StopRun(Exception):
@@ -50,6 +55,13 @@ class SilentProgress:
     def end(self) -> None: ...
 
 
+class LogProgress(SilentProgress):
+    """A log line a cycle, on level INFO; what went wrong the loop logs by itself, as warnings."""
+
+    def cycle_done(self, record: CycleRecord) -> None:
+        logger.info("%s", cycle_line(record))
+
+
 class RichProgress:
     """A live line with the phase, rollouts a second and time left; a printed line a cycle."""
 
@@ -84,7 +96,7 @@ class RichProgress:
         )
 
     def cycle_done(self, record: CycleRecord) -> None:
-        self.console.print(cycle_line(record))
+        self.console.print(Text(cycle_line(record)))
 
     def end(self) -> None:
         self._bar.stop()
@@ -125,11 +137,11 @@ class NotebookProgress:
 
 
 def default_progress() -> ProgressListener:
-    """Shows itself where there is a terminal or a notebook, and says nothing elsewhere."""
+    """Shows itself where there is a terminal or a notebook, and logs elsewhere."""
     console = Terminal(stderr=True)
     if console.is_jupyter:
         return NotebookProgress()
-    return RichProgress(console) if console.is_terminal else SilentProgress()
+    return RichProgress(console) if console.is_terminal else LogProgress()
 
 
 @dataclass(frozen=True)
@@ -172,10 +184,11 @@ class _Pace:
 
 
 def cycle_line(record: CycleRecord) -> str:
-    """One line that says how a cycle ended."""
+    """One line that says how a cycle ended, and what failed."""
+    failed = told_failures(record.failure_shares, record.failure_messages, advice=False)
     reward = "   —" if record.train_reward is None else f"{record.train_reward:.2f}"
     return (
         f"cycle {record.cycle:>3}  step {record.step:>4}  reward {reward}  "
         f"validation {record.val_score:.3f}  KL {record.kl_to_base:.4f}  "
-        f"rollouts {record.total_rollouts.total:,}"
+        f"rollouts {record.total_rollouts.total:,}" + "".join(f"\n  {text}" for text in failed)
     )

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import dspy
 
 from fst_dspy.config import SlowConfig
-from fst_dspy.fast.phase import FastPhase
+from fst_dspy.fast.channel import FastChannel
 from fst_dspy.loop.problems import ProblemStream
 from fst_dspy.rollouts.jobs import RolloutJob
 from fst_dspy.rollouts.runner import RolloutRunner
@@ -30,7 +30,7 @@ class StepSampler:
     def __init__(
         self,
         runner: RolloutRunner,
-        fast: FastPhase,
+        fast: FastChannel,
         config: SlowConfig,
         trainset: Sequence[dspy.Example],
         seed: int,

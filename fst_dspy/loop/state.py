@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from fst_dspy.loop.problems import ProblemStream
 from fst_dspy.results.result import Best
+from fst_dspy.rollouts.health import Tally
 from fst_dspy.run.records import cycle_record
 from fst_dspy.student.candidate import (
     candidate_from_json,
@@ -15,7 +16,23 @@ from fst_dspy.student.candidate import (
     population_from_json,
     population_to_json,
 )
-from fst_dspy.types import CycleRecord, Population, RolloutCounts, StepRecord, StepStats
+from fst_dspy.types import Candidate, CycleRecord, Population, RolloutCounts, StepRecord, StepStats
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a run begins with; the weights are those that the student's LM names.
+
+    Attributes:
+        candidates: The first population; the student's own texts where there are none.
+        counts, tokens, seconds: What finding them has cost, as in ``CycleRecord``; the run counts
+            on from there, also towards its budget.
+    """
+
+    candidates: tuple[Candidate, ...] = ()
+    counts: RolloutCounts = field(default_factory=RolloutCounts)
+    tokens: Mapping[str, int] = field(default_factory=dict)
+    seconds: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -32,6 +49,7 @@ class LoopState:
         best: The best pair so far; ``None`` before the first validation.
         peak_V: Scores of the highest mean so far, on the V validation examples.
         counts: Rollouts so far.
+        tally: What became of those of the cycle under way.
         tokens: Prompt and completion tokens so far.
         seconds: Wall time so far, by channel.
         fast_state: What the fast phase remembers: plain values, and rollouts.
@@ -47,6 +65,7 @@ class LoopState:
     best: Best | None = None
     peak_V: tuple[float, ...] = ()
     counts: RolloutCounts = field(default_factory=RolloutCounts)
+    tally: Tally = field(default_factory=Tally)
     tokens: Mapping[str, int] = field(default_factory=dict)
     seconds: Mapping[str, float] = field(default_factory=dict)
     fast_state: Mapping[str, Any] = field(default_factory=dict)
@@ -82,6 +101,7 @@ def state_from_json(plain: Mapping[str, Any]) -> LoopState:
         else Best(**{**best, "candidate": candidate_from_json(best["candidate"])}),
         peak_V=tuple(plain["peak_V"]),
         counts=RolloutCounts(**plain["counts"]),
+        tally=Tally(**plain.get("tally", {})),
         tokens=plain["tokens"],
         seconds=plain["seconds"],
         fast_state=plain["fast_state"],

@@ -6,27 +6,27 @@ sampled tokens; only the completions are sampled (paper, section 4: KL to the ba
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from fst_dspy.errors import DataError
-from fst_dspy.model.cache_layers import cache_name
-from fst_dspy.model.policy import Policy
-from fst_dspy.model.prefixes import (
-    Prefixes,
-    backbone_of,
-    can_continue,
-    positions,
-    read_prefixes,
-    right_padded,
-    worthwhile_prefixes,
+from fst_dspy.model.logprobs import (
+    completion_states,
+    logprobs_of,
+    output_layer,
+    state_bytes,
+    temperatures,
+    with_output_layer,
 )
-from fst_dspy.types import Call
+from fst_dspy.model.policy import Policy
+from fst_dspy.types import Call, Rollout
 
 CHUNK_BYTES = 2**29
-"""Log-probabilities held at once while the weights are swapped: half a GiB."""
+"""Half a GiB: of hidden states, held while the weights are swapped once, and of log-probabilities,
+made of them bit by bit."""
 FORWARD_ROWS = 32
 
 
@@ -45,16 +45,51 @@ def kl_to_base(policy: Policy, calls: Sequence[Call]) -> float:
     """
     total, count = 0.0, 0
     with policy.lock, torch.no_grad():
+        layer = output_layer(policy)
         for chunk in _chunks(policy, calls):
-            live = [_logprobs(policy, rows) for rows in _batches(chunk)]
+            live = [completion_states(policy, rows) for rows in _batches(chunk)]
             with policy.at(policy.base_version):
-                for rows, live_NV in zip(_batches(chunk), live, strict=True):
-                    base_NV = _logprobs(policy, rows)
-                    # A probability of 0 adds nothing, however low the other one is.
-                    terms_NV = live_NV.exp() * (live_NV - base_NV)
-                    total += terms_NV.masked_fill(live_NV == -torch.inf, 0).double().sum().item()
-                    count += len(live_NV)
+                for rows, live_ND in zip(_batches(chunk), live, strict=True):
+                    base_ND = completion_states(policy, rows)
+                    for part, temperature_N in _parts(policy, rows):
+                        base_NV = logprobs_of(policy, base_ND[part], temperature_N)
+                        with with_output_layer(policy, layer):
+                            live_NV = logprobs_of(policy, live_ND[part], temperature_N)
+                        # A probability of 0 adds nothing, however low the other one is.
+                        term_NV = live_NV.exp() * (live_NV - base_NV)
+                        term_NV = term_NV.masked_fill(live_NV == -torch.inf, 0)
+                        total += term_NV.double().sum().item()
+                        count += len(live_NV)
     return max(0.0, total / count)
+
+
+def spread_calls(rollouts: Sequence[Rollout], count: int, seed: int) -> list[Call]:
+    """Calls to measure on, so that each rollout is represented as far as there is room.
+
+    The rollouts are taken in turn, one call each, until there are enough; which calls of a rollout
+    and, in the last turn, which rollouts is drawn. So agents of many calls are not measured on the
+    beginnings of the first few, and a single long one does not weigh as much as all others.
+
+    Args:
+        rollouts: With any number of calls each.
+        count: Most calls to take, at least 1.
+        seed: Of what is drawn.
+
+    Returns:
+        In the order of the rollouts and of their calls; all calls, where there are no more.
+    """
+    calls = [(row, call) for row, rollout in enumerate(rollouts) for call in rollout.calls]
+    if len(calls) <= count:
+        return [call for _, call in calls]
+    rng = random.Random(seed)
+    turns_of = [0] * len(rollouts)
+    drawn = []  # (turn, a number to shuffle the turn, place among all calls)
+    for place in rng.sample(range(len(calls)), len(calls)):
+        row, call = calls[place]
+        if call.completion_ids_T:  # others cannot be measured on
+            drawn.append((turns_of[row], rng.random(), place))
+            turns_of[row] += 1
+    return [calls[place][1] for place in sorted(place for *_, place in sorted(drawn)[:count])]
 
 
 def token_entropy(policy: Policy, calls: Sequence[Call]) -> float:
@@ -67,18 +102,20 @@ def token_entropy(policy: Policy, calls: Sequence[Call]) -> float:
     with policy.lock, torch.no_grad():
         for chunk in _chunks(policy, calls):
             for rows in _batches(chunk):
-                logprob_NV = _logprobs(policy, rows)
-                total += torch.special.entr(logprob_NV.exp()).double().sum().item()
-                count += len(logprob_NV)
+                state_ND = completion_states(policy, rows)
+                for part, temperature_N in _parts(policy, rows):
+                    logprob_NV = logprobs_of(policy, state_ND[part], temperature_N)
+                    total += torch.special.entr(logprob_NV.exp()).double().sum().item()
+                    count += len(logprob_NV)
     return total / count
 
 
 def _chunks(policy: Policy, calls: Sequence[Call]) -> Iterator[list[Call]]:
-    """Calls in order of length, in chunks whose log-probabilities fit in ``CHUNK_BYTES``."""
+    """Calls in order of length, in chunks whose hidden states fit in ``CHUNK_BYTES``."""
     whole = [call for call in calls if call.completion_ids_T]
     if not whole:
         raise DataError("no call has a completion, so there is nothing to measure on")
-    token_bytes = 4 * policy.model.config.get_text_config().vocab_size
+    token_bytes = state_bytes(policy)
     chunk: list[Call] = []
     used = 0
     for call in sorted(whole, key=lambda c: len(c.prompt_ids_T) + len(c.completion_ids_T)):
@@ -95,57 +132,10 @@ def _batches(calls: Sequence[Call]) -> Iterator[Sequence[Call]]:
     return (calls[i : i + FORWARD_ROWS] for i in range(0, len(calls), FORWARD_ROWS))
 
 
-def _logprobs(policy: Policy, calls: Sequence[Call]) -> Tensor:
-    """Log-probabilities over the vocabulary at the N completion tokens of the calls, in float32."""
-    prefixes = worthwhile_prefixes([call.prompt_ids_T for call in calls])
-    if prefixes is not None and can_continue(policy.model):
-        return _from_prefixes(policy, calls, prefixes)
-    prompt_T = max(len(call.prompt_ids_T) for call in calls)
-    completion_T = max(len(call.completion_ids_T) for call in calls)
-    shape, device = (len(calls), prompt_T + completion_T), policy.device
-    id_BT = torch.full(shape, policy.tokenizer.pad_token_id, device=device)
-    mask_BT = torch.zeros(shape, dtype=torch.long, device=device)
-    for row, call in enumerate(calls):
-        ids = torch.tensor(call.prompt_ids_T + call.completion_ids_T, device=device)
-        start = prompt_T - len(call.prompt_ids_T)
-        id_BT[row, start : start + len(ids)] = ids
-        mask_BT[row, start : start + len(ids)] = 1
-    output = policy.model(
-        input_ids=id_BT, attention_mask=mask_BT, logits_to_keep=completion_T + 1, use_cache=False
-    )
-    temperature_B = torch.tensor([call.temperature or 1.0 for call in calls], device=device)
-    logits_BTV = output.logits[:, :-1].float() / temperature_B[:, None, None]
-    return logits_BTV[mask_BT[:, prompt_T:].bool()].log_softmax(-1)
-
-
-def _from_prefixes(policy: Policy, calls: Sequence[Call], prefixes: Prefixes) -> Tensor:
-    """The same, with what the prompts have in common read once."""
-    pad_id, device = policy.tokenizer.pad_token_id, policy.device
-    rest_B = [prefixes.rest(row, call.prompt_ids_T) for row, call in enumerate(calls)]
-    own_ids, own_mask = right_padded(
-        [(*rest, *call.completion_ids_T) for rest, call in zip(rest_B, calls, strict=True)],
-        pad_id,
-        device,
-    )
-    cache, mask_BT = read_prefixes(backbone_of(policy.model), prefixes, pad_id, device)
-    mask_BT = torch.cat([mask_BT, own_mask], dim=1)
-    # The logits of a token are those of the position before it.
-    first = min(map(len, rest_B)) - 1
-    output = policy.model(
-        input_ids=own_ids,
-        attention_mask=mask_BT,
-        position_ids=positions(mask_BT)[:, -own_ids.shape[1] :],
-        **{cache_name(policy.model): cache},
-        use_cache=True,
-        logits_to_keep=torch.arange(first, own_ids.shape[1] - 1, device=device),
-    )
-    spans_B = [
-        (len(rest) - 1 - first, len(call.completion_ids_T), call.temperature or 1.0)
-        for rest, call in zip(rest_B, calls, strict=True)
-    ]
-    return torch.cat(
-        [
-            (logits_TV[start : start + length].float() / temperature).log_softmax(-1)
-            for logits_TV, (start, length, temperature) in zip(output.logits, spans_B, strict=True)
-        ]
-    )
+def _parts(policy: Policy, calls: Sequence[Call]) -> Iterator[tuple[slice, Tensor]]:
+    """The calls' tokens, so many that their log-probabilities fit, with their temperatures."""
+    temperature_N = temperatures(calls, policy.device)
+    size = max(1, CHUNK_BYTES // (4 * policy.model.config.get_text_config().vocab_size))
+    for start in range(0, len(temperature_N), size):
+        part = slice(start, start + size)
+        yield part, temperature_N[part]

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fst_dspy.errors import ModelError, PromptTooLongError
 from fst_dspy.model.cache_layers import CHANGED, left_out, obstacle, refuse
-from fst_dspy.model.graph_decode import StaticDecode, begin, release
+from fst_dspy.model.graph_decode import GraphDecode, begin, release
 from fst_dspy.model.growing_decode import GrowingDecode, forward
 from fst_dspy.model.hardware import cudnn_attention, is_out_of_memory
 from fst_dspy.model.policy import Policy
@@ -221,7 +221,7 @@ class _Batch:
             position_B = position_B + 1
         return self._results()
 
-    def _prefill(self) -> tuple[Tensor, GrowingDecode | StaticDecode, Tensor]:
+    def _prefill(self) -> tuple[Tensor, GrowingDecode | GraphDecode, Tensor]:
         """Read each distinct prompt once, then give every row its copy of the cache."""
         distinct: dict[tuple[int, ...], int] = {}
         owner = [distinct.setdefault(r.prompt_ids_T, len(distinct)) for r in self.requests]
@@ -248,7 +248,7 @@ class _Batch:
 
     def _copied_out(
         self, cache: Any, owner_B: Tensor, mask_UT: Tensor
-    ) -> GrowingDecode | StaticDecode:
+    ) -> GrowingDecode | GraphDecode:
         """Decoding of the rows from a cache of their prompts."""
         steps = self.steps + 1
         static = begin(self.policy, cache, owner_B, mask_UT, steps)

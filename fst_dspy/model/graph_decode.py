@@ -61,7 +61,7 @@ def bucket(count: int, fewest: int) -> int:
     return between if fewest < size and count <= between else size
 
 
-class StaticDecode:
+class GraphDecode:
     """As ``growing_decode.GrowingDecode``; made by ``begin``. Tensors: B live rows."""
 
     drops_rows = True
@@ -146,7 +146,7 @@ _refused: weakref.WeakSet[Any] = weakref.WeakSet()
 
 def begin(
     policy: Policy, cache: Any, owner_B: Tensor, mask_UT: Tensor, steps: int
-) -> StaticDecode | None:
+) -> GraphDecode | None:
     """Go on from a cache of U prompts with B rows.
 
     Args:
@@ -173,7 +173,7 @@ def begin(
     rooms = _rooms.setdefault(policy, _Rooms())
     rooms.reserve(layers, rows * columns)
     try:
-        return StaticDecode(policy, rooms, layers, owner_B, mask_UT)
+        return GraphDecode(policy, rooms, layers, owner_B, mask_UT)
     except Exception as error:  # whatever it is, growing caches do without recordings
         if is_out_of_memory(error) and len(owner_B) > 1:  # fewer rows may fit
             raise

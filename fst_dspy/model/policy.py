@@ -34,6 +34,7 @@ from fst_dspy.config import LoraConfig
 from fst_dspy.embedded import path as embedded_path
 from fst_dspy.errors import ModelError
 from fst_dspy.model.hardware import fuse_norms
+from fst_dspy.model.sizes import check_claims
 
 DEFAULT_CHAT_TEMPLATE = (
     "{% for message in messages %}{{ message['role'] + ': ' + message['content'] + '\n\n' }}"
@@ -130,7 +131,8 @@ class Policy:
             The policy. A tokenizer without a chat template gets a plain one, ``role: content``.
 
         Raises:
-            ModelError: The model does not exist, cannot be reached or cannot be read.
+            ModelError: The model does not exist, cannot be reached or cannot be read, or its
+                ``config.json`` asks for more memory than its files can fill.
             ConfigError: Several processes were set up to hold parts of the model.
         """
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -140,6 +142,10 @@ class Policy:
         dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
         where = _where(name_or_path)
         try:
+            # Before the tokenizer, which reads the configuration too. Code that is trusted may
+            # build what it likes.
+            if str(name_or_path) != "embedded" and not trust_remote_code:
+                check_claims(Path(where))
             tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=trust_remote_code)
             model = _read_model(where, dtype, trust_remote_code).to(device)
             if device.type == "cuda":
@@ -288,14 +294,22 @@ class Policy:
                 self.model = _wrap(self.model, cfg, _OWN)
             self._lora = cfg
 
+    def adapter_shapes(self, cfg: LoraConfig) -> dict[str, tuple[int, ...]]:
+        """The shapes of the weights that ``add_lora`` makes, by the names of ``trainable_state``.
+
+        No memory is taken for them. Not all have ``cfg.rank`` rows: the experts of a mixture are
+        one weight, whose adapter has that many for each.
+        """
+        whole = self.model
+        model = whole.get_base_model() if isinstance(whole, peft.PeftModel) else whole
+        with torch.device("meta"), torch.random.fork_rng([]):
+            model = _wrap(type(model)(model.config), cfg, _OWN)
+        return {name: tuple(weight.shape) for name, weight in _adapter(model, _OWN).items()}
+
     # --- inside -----------------------------------------------------------------------------------
 
     def _trainable(self) -> dict[str, torch.nn.Parameter]:
-        return self._weights if self._lora is None else self._adapter(_OWN)
-
-    def _adapter(self, name: str) -> dict[str, torch.nn.Parameter]:
-        found = self.model.named_parameters()
-        return {k.replace(f".{name}.", "."): v for k, v in found if f".{name}." in k}
+        return self._weights if self._lora is None else _adapter(self.model, _OWN)
 
     def _version_id(self, digest: str) -> str:
         return f"{self.name}@{digest[:12]}"
@@ -350,7 +364,7 @@ class Policy:
                 self.model.add_adapter(_VISITING, _peft_config(kept.lora))
                 self.model.set_adapter(_VISITING)
             try:
-                _fill(self._adapter(_VISITING), kept.tensors)
+                _fill(_adapter(self.model, _VISITING), kept.tensors)
                 self.model.eval()
                 yield
             finally:
@@ -421,6 +435,11 @@ def _wrap(model: Any, cfg: LoraConfig, name: str) -> Any:
         # peft 0.19 to 0.21 asks transformers for an attribute by its former name.
         warnings.simplefilter("ignore", FutureWarning)
         return peft.get_peft_model(model, _peft_config(cfg), name).eval()
+
+
+def _adapter(model: Any, name: str) -> dict[str, torch.nn.Parameter]:
+    found = model.named_parameters()
+    return {k.replace(f".{name}.", "."): v for k, v in found if f".{name}." in k}
 
 
 def _copy(weight: Tensor) -> Tensor:

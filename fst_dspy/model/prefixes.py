@@ -196,11 +196,7 @@ def read_prefixes(
     Returns:
         A cache with a row a prompt (N), and the mask of what is in it, (N, T).
     """
-    longest = max(map(len, prefixes.prefix_ids_P))
-    padded = [[pad_id] * (longest - len(ids)) + list(ids) for ids in prefixes.prefix_ids_P]
-    ids_PT = torch.tensor(padded, device=device)
-    lengths_P1 = torch.tensor([[len(ids)] for ids in prefixes.prefix_ids_P], device=device)
-    mask_PT = (torch.arange(longest, device=device)[None] >= longest - lengths_P1).long()
+    ids_PT, mask_PT = left_padded(prefixes.prefix_ids_P, pad_id, device)
     cache: Any = DynamicCache(config=backbone.config)
     backbone(
         input_ids=ids_PT,
@@ -214,15 +210,23 @@ def read_prefixes(
     return cache, mask_PT[owner_N]
 
 
-def right_padded(
-    rest_N: Sequence[Sequence[int]], pad_id: int, device: torch.device
+def left_padded(
+    ids_N: Sequence[Sequence[int]], pad_id: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Ids and mask, (N, T), of what is left of the prompts."""
-    longest = max(map(len, rest_N))
-    ids_NT = [[*rest, *[pad_id] * (longest - len(rest))] for rest in rest_N]
-    lengths_N1 = torch.tensor([[len(rest)] for rest in rest_N], device=device)
-    mask_NT = (torch.arange(longest, device=device)[None] < lengths_N1).long()
+    """Ids and mask, (N, T), of tokens that end together."""
+    longest = max(map(len, ids_N))
+    ids_NT = [[*[pad_id] * (longest - len(ids)), *ids] for ids in ids_N]
+    lengths_N1 = torch.tensor([[len(ids)] for ids in ids_N], device=device)
+    mask_NT = (torch.arange(longest, device=device)[None] >= longest - lengths_N1).long()
     return torch.tensor(ids_NT, dtype=torch.long, device=device), mask_NT
+
+
+def right_padded(
+    ids_N: Sequence[Sequence[int]], pad_id: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Ids and mask, (N, T), of tokens that begin together."""
+    ids_NT, mask_NT = left_padded([ids[::-1] for ids in ids_N], pad_id, device)
+    return ids_NT.flip(1), mask_NT.flip(1)
 
 
 def read_rest(

@@ -40,8 +40,8 @@ SCHEMA_VERSION = 1
 class Best:
     """The best (weights, candidate) pair on the validation examples.
 
-    That is the latest whose scores are not clearly worse (``population.clearly_worse``) than those
-    of the highest mean.
+    That is the latest whose scores are not clearly worse (``population.worse_by_sign_test``) than
+    those of the highest mean.
 
     Attributes:
         version: Version id of the weights.

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import logging
+import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import dspy
 
+from fst_dspy.config import SamplingConfig
 from fst_dspy.errors import DataError, MetricError, ProgramError
 from fst_dspy.lm.local_lm import LocalLM
 from fst_dspy.lm.predictors import find_local_lm
 from fst_dspy.student.candidate import bind, example_id, predictor_names, seed_candidate
 from fst_dspy.student.metric import call_metric, check_metric
-from fst_dspy.types import Rollout
 
 logger = logging.getLogger(__name__)
 
@@ -38,14 +39,24 @@ def check_input(
     metric: Callable[..., Any],
     trainset: Sequence[dspy.Example] | None,
     valset: Sequence[dspy.Example] | None,
+    *,
+    seed: int = 0,
+    val_size: int = SamplingConfig.val_size,
 ) -> CheckedInput:
     """Check everything that can be checked without running the model.
 
-    Without a ``valset`` the last fifth of the training set (at least one example) becomes it.
+    Without a ``valset`` a fifth of the training set, drawn with the seed, becomes it: at least one
+    example, and at most ``val_size``, as no more are scored. Training examples that are in the
+    ``valset`` as well are left out, with a warning.
+
+    Args:
+        seed: Of the split.
+        val_size: Validation examples that are scored each cycle, at least 1.
 
     Raises:
         ProgramError: Not a module, no predictors, no LM, or one that cannot be trained.
-        DataError: An empty set, things that are not examples, or no inputs set.
+        DataError: An empty set, things that are not examples, no inputs set, or no training example
+            that is not in the validation set.
         MetricError: The metric cannot be called, or returns no finite number for a prediction
             made of an example's own labels.
     """
@@ -60,12 +71,10 @@ def check_input(
     lm = find_local_lm(student)
     train = _check_examples("trainset", trainset)
     if valset is None:
-        cut = max(1, len(train) // 5)
-        if len(train) < 2:
-            raise DataError("a trainset of one example cannot be split; pass a valset as well")
-        train, val = train[:-cut], train[-cut:]
+        train, val = _split(train, seed, val_size)
     else:
         val = _check_examples("valset", valset)
+        train = _without(train, val)
     _check_metric_on(metric, train[0])
     bind(student, seed_candidate(student))
     return CheckedInput(lm=lm, trainset=train, valset=val)
@@ -87,6 +96,39 @@ def _check_examples(name: str, examples: Sequence[dspy.Example] | None) -> list[
     return examples
 
 
+def _split(
+    examples: Sequence[dspy.Example], seed: int, val_size: int
+) -> tuple[list[dspy.Example], list[dspy.Example]]:
+    """Training and validation examples, each in their order; equal ones go the same way."""
+    ids = [example_id(example) for example in examples]
+    distinct = list(dict.fromkeys(ids))
+    if len(distinct) < 2:
+        raise DataError("a trainset of one example cannot be split; pass a valset as well")
+    cut = max(1, min(len(distinct) // 5, val_size))
+    held_out = set(random.Random(seed).sample(distinct, cut))
+    pairs = list(zip(ids, examples, strict=True))
+    train = [example for own, example in pairs if own not in held_out]
+    first = dict(reversed(pairs))
+    return train, [first[own] for own in distinct if own in held_out]
+
+
+def _without(train: Sequence[dspy.Example], val: Sequence[dspy.Example]) -> list[dspy.Example]:
+    """The training examples that are not in the validation set too."""
+    held_out = {example_id(example) for example in val}
+    left = [example for example in train if example_id(example) not in held_out]
+    if not left:
+        raise DataError(
+            "every example of the trainset is in the valset too, so that the scores would be those "
+            "of memorised answers; leave valset out, and a part of the trainset is held out"
+        )
+    if len(left) < len(train):
+        logger.warning(
+            "%d of %d training examples are in the valset too; they are not trained on",
+            len(train) - len(left), len(train),
+        )  # fmt: skip
+    return left
+
+
 def _check_metric_on(metric: Callable[..., Any], example: dspy.Example) -> None:
     labels = example.labels().toDict()
     if not labels:
@@ -98,18 +140,3 @@ def _check_metric_on(metric: Callable[..., Any], example: dspy.Example) -> None:
     except Exception:
         # It may need fields that only a real prediction has; then the first rollouts tell.
         logger.debug("the metric raised on an example's own labels", exc_info=True)
-
-
-def check_first_rollouts(rollouts: Sequence[Rollout]) -> None:
-    """Stop where the metric, or the program, fails on every one of the first rollouts.
-
-    Raises:
-        MetricError: The metric failed on all of them.
-        ProgramError: The program failed on all of them, or never called the local model.
-    """
-    kinds = {rollout.failure.kind if rollout.failure else None for rollout in rollouts}
-    message = next((r.failure.message for r in rollouts if r.failure), "")
-    if kinds == {"metric"}:
-        raise MetricError(f"the metric failed on every validation example: {message}")
-    if kinds in ({"program"}, {"no_calls"}, {"timeout"}):
-        raise ProgramError(f"the program failed on every validation example: {message}")

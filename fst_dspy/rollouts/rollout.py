@@ -22,7 +22,7 @@ from fst_dspy.lm.predictors import shares_policy
 from fst_dspy.rollouts.barrier import BarrierBatcher, Slot
 from fst_dspy.rollouts.jobs import RolloutJob
 from fst_dspy.student.candidate import example_id
-from fst_dspy.student.metric import Score, call_metric, read_score
+from fst_dspy.student.metric import Score, ask_about_predictor, call_metric
 from fst_dspy.types import Failure, PredictorTrace, Rollout
 
 logger = logging.getLogger(__name__)
@@ -183,8 +183,9 @@ class RolloutThread:
             if not own:
                 continue
             try:
-                result = self.setting.metric(self.job.example, prediction, trace, name, own[-1:])
-                feedback = read_score(result).feedback
+                feedback = ask_about_predictor(
+                    self.setting.metric, self.job.example, prediction, trace, name, own[-1:]
+                ).feedback
             except Exception as error:  # the rollout has its reward; only the hint is lost
                 logger.debug("the metric raised %s about predictor %s", error, name)
                 continue

@@ -21,6 +21,7 @@ from fst_dspy import distributed
 from fst_dspy.config import SamplingConfig
 from fst_dspy.lm.local_lm import LocalLM
 from fst_dspy.rollouts.barrier import BarrierBatcher, Slot
+from fst_dspy.rollouts.health import Tally
 from fst_dspy.rollouts.jobs import Channel, RolloutJob
 from fst_dspy.rollouts.rollout import RolloutThread, Setting
 from fst_dspy.student.adapter import BOUND_PROGRAMS, strict_adapter
@@ -67,6 +68,7 @@ class RolloutRunner:
             and gives_predictor_feedback(metric)
         )
         self.counts = RolloutCounts()
+        self.tally = Tally()  # since the last record
         self.tokens: dict[str, int] = {"prompt": 0, "completion": 0}
         self._lm = lm.live().copy(num_retries=0, **_sampling_kwargs(sampling))
         self._adapter = strict_adapter(dspy.settings.adapter)
@@ -103,6 +105,7 @@ class RolloutRunner:
                 self.tokens["prompt"] += len(call.prompt_ids_T)
                 self.tokens["completion"] += len(call.completion_ids_T)
         self.counts = self.counts.plus(RolloutCounts(**{channel: len(rollouts)}))
+        self.tally = self.tally.plus(rollouts, learned_from=channel != "eval")
         return rollouts
 
     def _run_part(

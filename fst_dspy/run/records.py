@@ -15,6 +15,8 @@ def cycle_record(row: Mapping[str, Any]) -> CycleRecord:
     """A cycle record from a line of ``cycles.jsonl``."""
     counts = {name: RolloutCounts(**row[name]) for name in ("rollouts", "total_rollouts")}
     lists = {name: tuple(row[name]) for name in ("candidate_ids", "val_scores")}
+    if row.get("reward_range") is not None:
+        lists["reward_range"] = tuple(row["reward_range"])
     return CycleRecord(**{**row, **counts, **lists})
 
 
@@ -36,14 +38,15 @@ def rollout_from_json(row: Mapping[str, Any]) -> Rollout:
 
 def as_read_back(rollout: Rollout) -> Rollout:
     """The rollout as a resumed run would read it from a checkpoint."""
-    traces = tuple(_with_fields(trace, _plain) for trace in rollout.traces)
+    traces = tuple(with_fields(trace, _plain) for trace in rollout.traces)
     feedback = dict(rollout.feedback_by_predictor)
     return dataclasses.replace(rollout, traces=traces, feedback_by_predictor=feedback)
 
 
-def _with_fields(
+def with_fields(
     trace: PredictorTrace, change: Callable[[Mapping[str, Any]], dict[str, Any]]
 ) -> PredictorTrace:
+    """The trace with its inputs, and its outputs if there are any, changed."""
     outputs = None if trace.outputs is None else change(trace.outputs)
     return dataclasses.replace(trace, inputs=change(trace.inputs), outputs=outputs)
 

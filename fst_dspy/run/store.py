@@ -2,7 +2,7 @@
 
 Layout::
 
-    config.json        settings, seed, arm, versions: written once
+    config.json        settings, seed, arm, program, versions
     cycles.jsonl       one CycleRecord a line
     rollouts.jsonl     one rollout a line, with its text, reward and feedback
     checkpoints/N/     all that the loop needs to go on, N counting up
@@ -17,25 +17,34 @@ resuming cuts them back to that length, so nothing is recorded twice.
 from __future__ import annotations
 
 import dataclasses
-import fcntl
+import hashlib
 import importlib.metadata
 import json
+import logging
 import os
 import platform
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import orjson
+from filelock import FileLock, Timeout
 
 from fst_dspy.config import without_removed
 from fst_dspy.errors import StoreError
-from fst_dspy.files import flush, read_json, read_jsonl, write_atomically
+from fst_dspy.files import flush, read_json, read_jsonl, write_atomically, writing_to
+
+logger = logging.getLogger(__name__)
 
 SCHEMA_VERSION = 1
 KEPT_CHECKPOINTS = 2
+HASHES = "hashes.json"
+"""In a checkpoint: the SHA-256 of every other file."""
+ADDED_LATER = ("program", "adapter", "lm", "metric")
+"""What the ``config.json`` of earlier versions may lack."""
+DIFFERENCES = 5
+"""Named at most, where a folder holds another run."""
 
 
 class RunStore:
@@ -47,53 +56,69 @@ class RunStore:
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self.folder = Path(folder)
-        with _clear_errors(self.folder):
+        with writing_to(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._lock: IO[str] | None = open(self.folder / ".lock", "w")  # noqa: SIM115
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self._lock.close()
-            raise StoreError(
-                f"another process is writing to the run folder {self.folder}; "
-                "wait for it or choose another folder"
-            ) from None
+            _refuse_links(self.folder)
+            self._lock: FileLock | None = FileLock(self.folder / ".lock", blocking=False)
+            try:
+                self._lock.acquire()
+            except Timeout:
+                raise StoreError(
+                    f"another process is writing to the run folder {self.folder}; "
+                    "wait for it or choose another folder"
+                ) from None
 
     def close(self) -> None:
         """Let go of the folder."""
         if self._lock is not None:
-            self._lock.close()
+            self._lock.release()
             self._lock = None
 
     def begin(self, config: Mapping[str, Any]) -> None:
         """Write ``config.json``, or check that the folder's own says the same.
 
+        What earlier versions did not write is added. A budget may change, so that a run can be
+        extended, but where the learning rate decays over it. A metric of the same name whose source
+        has changed is told of: the scores of before are the old one's.
+
         Raises:
-            StoreError: The folder holds a run with other settings, data or program.
+            StoreError: The folder holds a run with other settings, data or program, or a run
+                without its ``config.json``.
         """
         path = self.folder / "config.json"
         wanted = json.loads(json.dumps({"schema_version": SCHEMA_VERSION, **config}))
         if not path.exists():
+            if self._checkpoints():
+                raise StoreError(
+                    f"the run folder {self.folder} holds a run, but not its config.json, without "
+                    "which nothing tells whether it is this one; put the file back, or choose "
+                    "another folder"
+                )
             self.write_json("config.json", wanted)
             return
         found = read_json(path)
-        if "settings" in found:
-            found["settings"] = without_removed(found["settings"])
-        changed = [
-            key
-            for key in sorted({*wanted, *found})
-            if key != "environment" and wanted.get(key) != found.get(key)
-        ]
+        if not isinstance(found, dict):
+            raise StoreError(f"{path} is damaged: it holds no object; choose another folder")
+        changed = _differences(_comparable(found), _comparable(wanted))
+        if not changed:
+            if found.get("metric") not in (None, wanted.get("metric")):
+                logger.warning(
+                    "the metric's source has changed since the run in %s began; the scores of "
+                    "before are the old one's",
+                    self.folder,
+                )
+            if found != wanted:
+                self.write_json("config.json", {**found, **wanted})
         if changed:
             raise StoreError(
-                f"the run folder {self.folder} holds another run: {', '.join(changed)} "
+                f"the run folder {self.folder} holds another run: {_listed(changed)} "
                 f"{'differs' if len(changed) == 1 else 'differ'}; choose another folder, or delete "
                 "this one to start over"
             )
 
     def write_json(self, name: str, value: Any) -> None:
         """Write a JSON file in the folder, atomically."""
-        with _clear_errors(self.folder):
+        with writing_to(self.folder):
             write_atomically(
                 self.folder / name, lambda file: file.write(json.dumps(value, indent=1).encode())
             )
@@ -105,7 +130,7 @@ class RunStore:
         ``repr``.
         """
         lines = b"".join(map(_line, rows))
-        with _clear_errors(self.folder), open(self.folder / f"{name}.jsonl", "ab") as file:
+        with writing_to(self.folder), open(self.folder / f"{name}.jsonl", "ab") as file:
             file.write(lines)
 
     def read(self, name: str) -> list[dict[str, Any]]:
@@ -122,13 +147,15 @@ class RunStore:
         number = max(self._checkpoints(), default=-1) + 1
         root = self.folder / "checkpoints"
         temporary = root / f"{number}.tmp"
-        with _clear_errors(self.folder):
+        with writing_to(self.folder):
             shutil.rmtree(temporary, ignore_errors=True)
             (temporary / "weights").mkdir(parents=True)
             write_weights(temporary / "weights")
             whole = {**state, "lengths": self._lengths()}
             text = json.dumps(whole, default=_fields, check_circular=False)
             (temporary / "state.json").write_text(text)
+            names = {str(p.relative_to(temporary)): _digest(p) for p in _files_in(temporary)}
+            (temporary / HASHES).write_text(json.dumps(names))
             for path in (*sorted(temporary.rglob("*")), temporary):
                 flush(path)
             os.replace(temporary, root / str(number))
@@ -137,18 +164,63 @@ class RunStore:
                 shutil.rmtree(root / str(old), ignore_errors=True)
 
     def latest(self) -> tuple[dict[str, Any], Path] | None:
-        """The newest checkpoint, as its state and weights folder, after cutting the logs back."""
-        numbers = self._checkpoints()
-        if not numbers:
-            return None
-        folder = self.folder / "checkpoints" / str(numbers[-1])
+        """The newest checkpoint that is whole, after cutting the logs back to it.
+
+        One that is damaged is passed over with a word, and deleted.
+
+        Returns:
+            Its state, with the weights' folder; ``None`` when there is no checkpoint.
+
+        Raises:
+            StoreError: None is whole.
+        """
+        damage = ""
+        for number in reversed(self._checkpoints()):
+            folder = self.folder / "checkpoints" / str(number)
+            try:
+                state, lengths = self._whole(folder)
+            except StoreError as error:
+                damage = damage or str(error)
+                logger.warning("checkpoint %d is damaged and left out: %s", number, error)
+                continue
+            with writing_to(self.folder):
+                for later in self._checkpoints():
+                    if later > number:
+                        shutil.rmtree(self.folder / "checkpoints" / str(later))
+                for path in self.folder.glob("*.jsonl"):
+                    # A log that was begun after the checkpoint is cut back to nothing.
+                    os.truncate(path, lengths.get(path.name, 0))
+            return state, folder / "weights"
+        if damage:
+            raise StoreError(
+                f"no checkpoint in {self.folder} is whole ({damage}); put the files back, or "
+                "delete the folder to start over"
+            )
+        return None
+
+    def _whole(self, folder: Path) -> tuple[dict[str, Any], dict[str, int]]:
+        """A checkpoint's state, and how long the logs were.
+
+        Raises:
+            StoreError: A file is missing, or is not as it was written, or a log is too short.
+        """
+        hashes, own = folder / HASHES, {path: _digest(path) for path in _files_in(folder)}
+        if hashes.exists():  # versions before did not write them
+            wanted = read_json(hashes)
+            del own[hashes]
+            found = {str(path.relative_to(folder)): digest for path, digest in own.items()}
+            if wanted != found:
+                raise StoreError(f"the files in {folder} are not as they were written")
         state = read_json(folder / "state.json")
-        lengths = state.pop("lengths")
-        for path in self.folder.glob("*.jsonl"):
-            # A log that was begun after the checkpoint is cut back to nothing.
-            with open(path, "a") as file:
-                file.truncate(lengths.get(path.name, 0))
-        return state, folder / "weights"
+        lengths = state.pop("lengths", None) if isinstance(state, dict) else None
+        if not isinstance(lengths, dict):
+            raise StoreError(f"{folder / 'state.json'} is not a checkpoint's")
+        for name, length in lengths.items():
+            path = self.folder / name
+            size = path.stat().st_size if path.name == name and path.exists() else -1
+            if type(length) is not int or not 0 <= length <= size:
+                raise StoreError(f"{path} is shorter than {folder} says, {size} of {length} bytes")
+        return state, lengths
 
     def clear_logs(self) -> None:
         """Delete the logs of a run that was killed before its first checkpoint."""
@@ -172,6 +244,36 @@ class RunStore:
 
     def _lengths(self) -> dict[str, int]:
         return {path.name: flush(path) for path in sorted(self.folder.glob("*.jsonl"))}
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - DIFFERENCES} more" if len(names) > DIFFERENCES else ""
+    return ", ".join(names[:DIFFERENCES]) + more
+
+
+def _comparable(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What has to be the same for a run to go on."""
+    plain = {key: value for key, value in config.items() if key != "environment"}
+    settings, metric = plain.get("settings"), plain.get("metric")
+    if isinstance(settings, dict):
+        settings = without_removed(settings)
+        schedule = settings.get("slow", {}).get("lr_scheduler_type", "constant")
+        if str(schedule).startswith("constant"):
+            settings.pop("budget", None)
+        plain["settings"] = settings
+    if isinstance(metric, dict):
+        plain["metric"] = metric.get("name")
+    return plain
+
+
+def _differences(found: Any, wanted: Any, name: str = "") -> list[str]:
+    """Where two plain values differ, by the dotted names of the fields."""
+    if not (isinstance(found, dict) and isinstance(wanted, dict)):
+        return [] if found == wanted else [name]
+    later = ADDED_LATER if not name else ()
+    keys = [k for k in sorted({*found, *wanted}) if k in found or k not in later]
+    inside = [_differences(found.get(k), wanted.get(k), f"{name}.{k}" if name else k) for k in keys]
+    return [difference for part in inside for difference in part]
 
 
 _OPTIONS = orjson.OPT_NON_STR_KEYS | orjson.OPT_PASSTHROUGH_DATETIME | orjson.OPT_APPEND_NEWLINE
@@ -205,17 +307,23 @@ def _fields(value: Any) -> dict[str, Any]:
     return vars(value)
 
 
-@contextmanager
-def _clear_errors(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except StoreError:
-        raise
-    except OSError as error:
-        raise StoreError(
-            f"cannot write to the run folder {folder}: {error.strerror or error}; "
-            "what was written before is intact: make room or fix the rights, then start again"
-        ) from error
+def _files_in(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def _digest(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _refuse_links(folder: Path) -> None:
+    """Deleting and cutting back follow a link to where it points, which is not the run's."""
+    for path in folder.rglob("*"):
+        if path.is_symlink():
+            raise StoreError(
+                f"{path} is a link; a run folder holds its own files alone: put what it points to "
+                "in its place, or choose another folder"
+            )
 
 
 def environment() -> dict[str, str]:

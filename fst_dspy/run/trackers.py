@@ -195,14 +195,14 @@ def cycle_values(record: CycleRecord) -> dict[str, float]:
         "seconds": record.seconds,
         "tokens": record.tokens,
         "proposals": record.proposals,
+        "cycle/failure_share": sum(record.failure_shares.values()),
+        "failures": record.failure_shares,
     }
     if record.train_reward is not None:
         values |= {
             "cycle/train_reward": record.train_reward,
             "cycle/entropy": record.entropy,
             "cycle/constant_group_share": record.constant_group_share,
-            "cycle/failure_share": sum(record.failure_shares.values()),
-            "failures": record.failure_shares,
         }
     return {name: value for name, value in _flat(values).items() if isinstance(value, int | float)}
 

@@ -66,8 +66,9 @@ def group_advantages(group: Group, divisor: float | None = None) -> list[float]:
 def group_rows(groups_P: Sequence[Group], scale_rewards: Scale) -> list[TrainingRow]:
     """The training rows of a step: one for each call of each rollout, in order.
 
-    A call without completion tokens has nothing to learn from and gives no row. Rows with
-    advantage 0 are kept: they count in the loss's normaliser.
+    A call without completion tokens has nothing to learn from and gives no row, and neither does a
+    greedy one, which was not drawn from the policy; their rollouts count in the advantages all the
+    same. Rows with advantage 0 are kept: they count in the loss's normaliser.
 
     Args:
         groups_P: The problems of the step with their rollouts.
@@ -75,13 +76,19 @@ def group_rows(groups_P: Sequence[Group], scale_rewards: Scale) -> list[Training
             of all rewards of the step, ``"none"`` by nothing.
     """
     return [
-        TrainingRow(call.prompt_ids_T, call.completion_ids_T, call.logprobs_T, advantage)
+        TrainingRow(
+            call.prompt_ids_T,
+            call.completion_ids_T,
+            call.logprobs_T,
+            advantage,
+            call.temperature,
+        )
         for group, advantages_G in zip(
             groups_P, step_advantages(groups_P, scale_rewards), strict=True
         )
         for rollout, advantage in zip(group.rollouts_G, advantages_G, strict=True)
         for call in rollout.calls
-        if call.completion_ids_T
+        if call.completion_ids_T and call.temperature > 0
     ]
 
 

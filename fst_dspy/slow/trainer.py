@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,6 +30,7 @@ from fst_dspy.model.graph_decode import release
 from fst_dspy.model.hardware import cudnn_attention, is_out_of_memory, tokens_that_fit
 from fst_dspy.model.policy import Policy
 from fst_dspy.model.prefixes import worthwhile_prefixes
+from fst_dspy.slow.learning_rate import with_learning_rate
 from fst_dspy.slow.master_weights import PREFIX as MASTERS
 from fst_dspy.slow.trl_stepper import Gradients, SteppedGRPOTrainer, collate
 from fst_dspy.types import StepStats, TrainingRow
@@ -56,6 +58,12 @@ class SlowTrainer:
 
     The policy's adapters, where it has any, must be in place before. Its weights are updated in
     place and its ``step`` is counted on.
+
+    Attributes:
+        slow: The settings, with the learning rate that is used.
+        bad_steps: Steps in a row up to now whose loss or gradient was not finite; it goes on from
+            cycle to cycle and is saved. Steps on constant groups, which show nothing, are passed
+            over. Whoever drives the trainer stops at ``slow.max_bad_steps``.
     """
 
     def __init__(
@@ -70,12 +78,14 @@ class SlowTrainer:
 
         Args:
             policy: Whose weights are trained.
-            slow, sampling: The settings; of ``sampling`` the temperature and ``max_tokens``, which
-                only the ``dr_grpo`` loss reads.
+            slow, sampling: The settings; of ``sampling`` only ``max_tokens``, which the ``dr_grpo``
+                loss reads: rows have temperatures of their own.
             total_steps: Length of the learning rate schedule, in optimizer steps.
             seed: Seed of dropout.
         """
+        slow = with_learning_rate(slow, policy.model)
         self.policy, self.slow, self.seed = policy, slow, seed
+        self.bad_steps = 0
         self._most_tokens, rows = MICRO_BATCH_TOKENS, MICRO_BATCH_ROWS
         if policy.device.type == "cuda":
             fit = tokens_that_fit(policy.model, policy.device)
@@ -98,34 +108,40 @@ class SlowTrainer:
     def advance(self, rows: Sequence[TrainingRow]) -> StepStats:
         """Take exactly one optimizer step on the rows.
 
-        No step is taken, weights, optimizer and schedule stay untouched, and ``skipped`` says why
-        when all advantages are 0 and there is neither KL penalty nor entropy bonus
-        (``"constant"``; loss and norm are then 0 and the entropy is estimated from the sampling
-        log-probabilities), or when loss or gradient is not finite (``"non_finite"``; what is not
-        finite is reported as 0).
+        No step is taken, weights and optimizer stay untouched, and ``skipped`` says why when all
+        advantages are 0 and there is neither KL penalty nor entropy bonus (``"constant"``; loss and
+        norm are then 0 and the entropy is estimated from the sampling log-probabilities), or when
+        loss or gradient is not finite (``"non_finite"``; what is not finite is reported as 0).
+
+        The schedule of the learning rate goes on after a constant step, as in TRL, where it is a
+        step like others with a gradient of 0: a decay then ends when the steps do. It does not
+        after one that is not finite, as in transformers, which leaves out the schedule's step
+        along with the optimizer's; a warm-up is not over before the steps it is there for.
 
         Rows with advantage 0 have no gradient without penalty or bonus: they count in the loss's
         normaliser, but are not run, and the entropy is that of the others.
 
         Args:
-            rows: Any number, each with a completion, sampled from the weights as they are at the
-                configured temperature.
+            rows: Any number, each with a completion, sampled from the weights as they are. The loss
+                of each is taken at its own temperature, above 0.
                 Several processes are given the same rows and share them out.
 
         Raises:
-            TrainingError: A row without completion tokens, the adapters were changed, or memory
-                runs out on a single row. Where it runs out on several, ``micro_batch_size`` is
-                halved and the step taken again.
+            TrainingError: A row without completion tokens or of temperature 0, the adapters were
+                changed, or memory runs out on a single row. Where it runs out on several,
+                ``micro_batch_size`` is halved and the step taken again.
         """
         if not all(row.completion_ids_T for row in rows):
             raise TrainingError("a training row has no completion; leave such rows out")
+        if not all(row.temperature > 0 for row in rows):
+            raise TrainingError("a training row is greedy, without a gradient; leave such rows out")
         if self._trl.whole is not self.policy.model:
             raise TrainingError("the policy's adapters were changed; make a new SlowTrainer")
         sampled = [(row.completion_ids_T, row.advantage) for row in rows]
         distributed.check_same("training rows", sampled)
         live_rows = [row for row in rows if row.advantage != 0 or self._all_count]
         if not live_rows:
-            return self._stats(rows, Gradients(0.0, _sampled_entropy(rows), 0.0), 0.0, "constant")
+            return self._pass_over(rows, Gradients(0.0, _sampled_entropy(rows), 0.0))
         while True:
             try:
                 return self._step(rows, live_rows)
@@ -149,8 +165,8 @@ class SlowTrainer:
         self,
         rows: Sequence[TrainingRow],
         own_rows: Sequence[TrainingRow],
-        batches: Sequence[dict[str, Tensor]],
-        idle: Sequence[dict[str, Tensor]],
+        batches: Sequence[dict[str, Any]],
+        idle: Sequence[dict[str, Any]],
     ) -> StepStats:
         self._trl.model.train()
         try:
@@ -198,6 +214,7 @@ class SlowTrainer:
             scalars = {
                 "schema_version": SCHEMA_VERSION,
                 "step": self.policy.step,
+                "bad_steps": self.bad_steps,
                 "learning_rates": [group["lr"] for group in optimizer["param_groups"]],
                 "scheduler": _plain(self._trl.lr_scheduler.state_dict()),
             }
@@ -230,6 +247,7 @@ class SlowTrainer:
             self._trl.lr_scheduler.load_state_dict(scalars["scheduler"])
             self._rng = rng
             self.policy.step = scalars["step"]
+            self.bad_steps = scalars.get("bad_steps", 0)  # earlier versions did not count
 
     # --- inside -----------------------------------------------------------------------------------
 
@@ -257,30 +275,38 @@ class SlowTrainer:
         if self.policy.device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def _micro_batches(self, rows: Sequence[TrainingRow]) -> list[dict[str, Tensor]]:
+    def _micro_batches(self, rows: Sequence[TrainingRow]) -> list[dict[str, Any]]:
+        """The rows in micro-batches of one temperature each, as TRL's output layer has but one."""
+        parts: list[list[TrainingRow]] = []
+        for temperature in dict.fromkeys(row.temperature for row in rows):
+            parts += self._cut([row for row in rows if row.temperature == temperature])
+        self._most_rows = max(map(len, parts), default=0)
+        pad_id, device = self.policy.tokenizer.pad_token_id, self.policy.device
+        return [collate(part, pad_id, device) for part in parts]
+
+    def _cut(self, rows: Sequence[TrainingRow]) -> list[list[TrainingRow]]:
+        """At least one row, in parts that are not too large."""
         size = self.micro_batch_size
         if len(rows) > size or _padded_tokens(rows) > self._most_tokens:
             # Rows of like length together need the least padding; one batch keeps its order.
             prompts = [row.prompt_ids_T for row in rows]
             shared = self._trl.continues and worthwhile_prefixes(prompts) is not None
             rows = sorted(rows, key=_alike if shared else _tokens)
-        pad_id, device = self.policy.tokenizer.pad_token_id, self.policy.device
         parts: list[list[TrainingRow]] = [[]]
         for row in rows:
             part = parts[-1]
             if part and (len(part) == size or _padded_tokens([*part, row]) > self._most_tokens):
                 parts.append([])
             parts[-1].append(row)
-        self._most_rows = max(map(len, parts))
-        return [collate(part, pad_id, device) for part in parts if part]
+        return parts
 
-    def _idle(self, rows: Sequence[TrainingRow], own: int) -> list[dict[str, Tensor]]:
+    def _idle(self, rows: Sequence[TrainingRow], own: int) -> list[dict[str, Any]]:
         """Under FSDP, what a process runs while others still have micro-batches of their own."""
         if not self._trl.is_fsdp_enabled:
             return []
         return self._micro_batches(rows[:1]) * (distributed.most(own) - own)
 
-    def _add_reference(self, batches: Sequence[dict[str, Tensor]]) -> None:
+    def _add_reference(self, batches: Sequence[dict[str, Any]]) -> None:
         with self.policy.at(self.policy.base_version):
             for batch in batches:
                 batch["ref_per_token_logps"] = self._trl.reference_logprobs(batch)
@@ -303,12 +329,23 @@ class SlowTrainer:
         limit = self.slow.max_grad_norm or math.inf
         norm = distributed.whole(torch.nn.utils.clip_grad_norm_(trl.parameters, limit)).item()
         if not (math.isfinite(gradients.loss) and math.isfinite(norm)):
+            self.bad_steps += 1
             return self._stats(rows, gradients, norm, "non_finite")
-        stats = self._stats(rows, gradients, norm, None)
+        self.bad_steps = 0
         with self._rates_times(shorten):
+            stats = self._stats(rows, gradients, norm, None)
             trl.optimizer.step()
         trl.lr_scheduler.step()
         self.policy.step += 1
+        return stats
+
+    def _pass_over(self, rows: Sequence[TrainingRow], seen: Gradients) -> StepStats:
+        """A step that has no gradient: only the schedule goes on."""
+        stats = self._stats(rows, seen, 0.0, "constant")
+        with warnings.catch_warnings():
+            # torch takes it for a mistake where the optimizer has taken no step before.
+            warnings.simplefilter("ignore", UserWarning)
+            self._trl.lr_scheduler.step()
         return stats
 
     def _live_share(self, rows: Sequence[TrainingRow]) -> float:
@@ -334,7 +371,7 @@ class SlowTrainer:
         return StepStats(
             loss=_finite(seen.loss),
             grad_norm=_finite(norm),
-            learning_rate=self._trl.lr_scheduler.get_last_lr()[0],
+            learning_rate=self._trl.optimizer.param_groups[0]["lr"],
             entropy=_finite(seen.entropy),
             clip_share=_finite(seen.clip_share),
             rows=len(rows),

@@ -7,7 +7,8 @@ the stock trainer, bit for bit on small batches and to rounding on large ones. T
 - ``GRPOTrainer._compute_loss(model, inputs)`` and the keys of ``inputs`` it reads;
 - ``GRPOTrainer._get_per_token_logps_and_entropies``, overridden, and the ``fused_lm_head`` forward
   that it calls, which runs ``model.base_model`` and reads its ``last_hidden_state``, takes
-  ``shift_labels`` and hands the cache on;
+  ``shift_labels`` and hands the cache on; ``trl.trainer.utils.add_fused_lm_head``, which makes it
+  for one temperature, and ``GRPOConfig.cast_lm_head_to_fp32``;
 - ``GRPOTrainer._metrics["train"]`` with ``entropy``, ``clip_ratio/region_mean`` and
   ``cispo_clip_ratio``; ``GRPOTrainer.beta``;
 - ``Trainer._prepare_for_training``, which makes optimizer and scheduler,
@@ -36,14 +37,15 @@ from datasets import Dataset
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from trl import GRPOConfig, GRPOTrainer
+from trl.trainer.utils import add_fused_lm_head
 
 from fst_dspy import distributed
 from fst_dspy.config import SamplingConfig, SlowConfig
 from fst_dspy.errors import ConfigError
 from fst_dspy.model.hardware import global_rng_kept
-from fst_dspy.model.prefixes import can_continue, is_checkpointing, worthwhile_prefixes
+from fst_dspy.model.logprobs import completion_inputs, only_at
+from fst_dspy.model.prefixes import can_continue, is_checkpointing, left_padded, right_padded
 from fst_dspy.slow.master_weights import MasterWeights
-from fst_dspy.slow.prefix_logprobs import fused_from_prefixes
 from fst_dspy.types import TrainingRow
 
 TRL_MAX_COMPLETION = 512
@@ -51,6 +53,10 @@ TRL_MAX_COMPLETION = 512
 
 TOKEN_MEAN_LOSSES = ("cispo", "dapo", "vespo", "bnpo")  # every token weighs the same
 CLIP_METRICS = ("cispo_clip_ratio", "clip_ratio/region_mean")
+
+
+Batch = Mapping[str, Any]
+"""A micro-batch as ``collate`` makes it: tensors, and the temperature of its rows."""
 
 
 @dataclass(frozen=True)
@@ -201,61 +207,48 @@ class SteppedGRPOTrainer(GRPOTrainer):
             return super()._get_per_token_logps_and_entropies(
                 model, input_ids, attention_mask, logits_to_keep, *args, **kwargs
             )
-        label_BT = input_ids.masked_fill(attention_mask == 0, -100)[:, -logits_to_keep - 1 :]
-
-        def last_positions(_module: Any, _inputs: Any, output: Any) -> Any:
-            output.last_hidden_state = output.last_hidden_state[:, -logits_to_keep - 1 :]
-            return output
-
-        backbone = _unwrapped(model).base_model
-        if self.continues:
-            ids_BT, seen_BT = input_ids.cpu(), attention_mask.bool().cpu()  # to wait but once
-            rows = [
-                (prompt[seen].tolist(), completion[kept].tolist())
-                for prompt, seen, completion, kept in zip(
-                    ids_BT[:, :-logits_to_keep],
-                    seen_BT[:, :-logits_to_keep],
-                    ids_BT[:, -logits_to_keep:],
-                    seen_BT[:, -logits_to_keep:],
-                    strict=True,
-                )
-            ]
-            prefixes = worthwhile_prefixes([prompt for prompt, _ in rows])
-            if prefixes is not None:
-                with self.accelerator.autocast():
-                    output = fused_from_prefixes(
-                        model, backbone, prefixes, rows, label_BT[:, 1:], self.pad_id
-                    )
-                self._seen_logprobs = output.log_probs.detach()
-                return output.log_probs, output.entropy, None
-        handle = backbone.register_forward_hook(last_positions)
-        try:
-            with self.accelerator.autocast():
-                output = model(
-                    input_ids=input_ids,
-                    attention_mask=attention_mask,
-                    labels=label_BT,
-                    fused_lm_head=True,
-                )
-        finally:
-            handle.remove()
+        label_BT = input_ids.masked_fill(attention_mask == 0, -100)[:, -logits_to_keep:]
+        ids_BT, seen_BT = input_ids.cpu(), attention_mask.bool().cpu()  # to wait but once
+        own = [ids[seen].tolist() for ids, seen in zip(ids_BT, seen_BT, strict=True)]
+        length_B = seen_BT[:, -logits_to_keep:].sum(1).tolist()
+        rows = [(ids[:-length], ids[-length:]) for ids, length in zip(own, length_B, strict=True)]
+        with self.accelerator.autocast():
+            inputs, at_BT = completion_inputs(
+                model, rows, self.pad_id, input_ids.device, continues=self.continues
+            )
+            with only_at(model, at_BT):
+                output = model(**inputs, shift_labels=label_BT, fused_lm_head=True)
         self._seen_logprobs = output.log_probs.detach()
         return output.log_probs, output.entropy, None
 
+    @contextmanager
+    def _at_temperature(self, model: Any, temperature: float) -> Iterator[None]:
+        """Inside the block TRL's output layer divides the logits by this temperature."""
+        place = _unwrapped(model)
+        before = place.forward
+        if temperature != self.temperature:
+            cast = self.args.cast_lm_head_to_fp32
+            add_fused_lm_head(place, temperature, cast, outputs=("log_probs", "entropy"))
+        try:
+            yield
+        finally:
+            place.forward = before
+
     @torch.no_grad()
-    def reference_logprobs(self, batch: Mapping[str, Tensor]) -> Tensor:
+    def reference_logprobs(self, batch: Batch) -> Tensor:
         """Log-probabilities of a batch's completions under the weights now in the model."""
         ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
         mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
         keep = batch["completion_ids"].size(1)
-        return self._get_per_token_logps_and_entropies(self.whole, ids, mask, keep)[0]
+        with self._at_temperature(self.whole, batch["temperature"]):
+            return self._get_per_token_logps_and_entropies(self.whole, ids, mask, keep)[0]
 
     def accumulate(
         self,
-        batches: Sequence[Mapping[str, Tensor]],
+        batches: Sequence[Batch],
         rows: int,
         tokens: int,
-        idle: Sequence[Mapping[str, Tensor]] = (),
+        idle: Sequence[Batch] = (),
     ) -> Gradients:
         """Forward and backward over the micro-batches of one optimizer step.
 
@@ -295,17 +288,18 @@ class SteppedGRPOTrainer(GRPOTrainer):
         self.continues = False
         return True
 
-    def _loss(self, batch: Mapping[str, Tensor], parts: float) -> Tensor:
+    def _loss(self, batch: Batch, parts: float) -> Tensor:
         """TRL's loss of a micro-batch, of which there are so many in the step."""
         self.current_gradient_accumulation_steps = parts
         # TRL divides the tokens by the processes, to make up for DDP's mean over them.
         all_tokens = int(batch["completion_mask"].sum()) * self.accelerator.num_processes
         part = torch.tensor(all_tokens, device=self.args.device)
         self._metrics["train"].clear()
-        with self.compute_loss_context_manager():
+        at_temperature = self._at_temperature(self.model, batch["temperature"])
+        with self.compute_loss_context_manager(), at_temperature:
             return self._compute_loss(self.model, {**batch, "num_items_in_batch": part})
 
-    def _drift(self, batch: Mapping[str, Tensor]) -> float:
+    def _drift(self, batch: Batch) -> float:
         """Sum over the tokens of a micro-batch that was just run; 0 where none were kept."""
         if self._seen_logprobs is None or not bool(batch["sampled_logprobs"].any()):
             return 0.0
@@ -329,30 +323,31 @@ class SteppedGRPOTrainer(GRPOTrainer):
                 place.forward = forward
 
 
-def collate(rows: Sequence[TrainingRow], pad_id: int, device: torch.device) -> dict[str, Tensor]:
+def collate(rows: Sequence[TrainingRow], pad_id: int, device: torch.device) -> dict[str, Any]:
     """Rows as the tensors TRL's loss reads: prompts padded on the left, completions on the right.
 
     The rows are on policy: the importance ratio is 1 by construction and no old log-probabilities
     are given, as in the stock trainer.
+
+    Args:
+        rows: Sampled at one temperature.
     """
-    prompt_BT = [list(row.prompt_ids_T) for row in rows]
-    completion_BT = [list(row.completion_ids_T) for row in rows]
-    batch = {
-        "prompt_ids": _padded(prompt_BT, pad_id, left=True),
-        "prompt_mask": _padded([[1] * len(ids) for ids in prompt_BT], 0, left=True),
-        "completion_ids": _padded(completion_BT, pad_id),
-        "completion_mask": _padded([[1] * len(ids) for ids in completion_BT], 0),
-        "advantages": torch.tensor([row.advantage for row in rows], dtype=torch.float32),
-        "sampled_logprobs": _padded([list(row.logprobs_T) for row in rows], 0.0),
+    (temperature,) = {row.temperature for row in rows}
+    prompt_ids, prompt_mask = left_padded([row.prompt_ids_T for row in rows], pad_id, device)
+    completions = [row.completion_ids_T for row in rows]
+    completion_ids, completion_mask = right_padded(completions, pad_id, device)
+    logprob_BT = torch.zeros(completion_ids.shape)
+    for row, logprob_T in zip(rows, logprob_BT, strict=True):
+        logprob_T[: len(row.logprobs_T)] = torch.tensor(row.logprobs_T)
+    return {
+        "prompt_ids": prompt_ids,
+        "prompt_mask": prompt_mask,
+        "completion_ids": completion_ids,
+        "completion_mask": completion_mask,
+        "advantages": torch.tensor([row.advantage for row in rows], device=device),
+        "sampled_logprobs": logprob_BT.to(device),
+        "temperature": temperature,
     }
-    return {name: tensor.to(device) for name, tensor in batch.items()}
-
-
-def _padded(values_BT: Sequence[list[Any]], fill: float, *, left: bool = False) -> Tensor:
-    width = max(map(len, values_BT))
-    pads_BT = [[fill] * (width - len(values)) for values in values_BT]
-    pairs = zip(values_BT, pads_BT, strict=True)
-    return torch.tensor([pad + values if left else values + pad for values, pad in pairs])
 
 
 def _trl_config(

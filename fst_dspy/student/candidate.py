@@ -3,6 +3,32 @@
 A candidate holds, for every predictor, ``"<predictor>.instructions"`` (plain text) and
 ``"<predictor>.demos"`` (a JSON list of demos). Its id is a hash of these texts, so the same texts
 have the same id in every run, process and cycle.
+
+What the package relies on of DSPy beyond what it documents, here and elsewhere; ran with 3.4.0 and
+3.4.1, held by the test ``test_dspy_contract``:
+
+- ``Example._input_keys``, a set of names or ``None``;
+- ``Module._compiled``, by which a program keeps the parts of a module out of its
+  ``named_parameters()``; ``Module.deepcopy()``, which falls back to copying attribute by attribute;
+- ``Module.dump_state()`` and ``load_state()``: by parameter, of a predictor ``traces``, ``train``,
+  ``demos``, ``lm`` and ``signature``, this with ``instructions`` and ``fields``, each a ``prefix``
+  and a ``description``; ``dspy.utils.saving.get_dependency_versions()``;
+- ``Predict``'s attributes ``signature``, ``demos``, ``lm`` and ``callbacks``, and its argument
+  ``lm``; its callbacks hear it besides those of the settings, also where an answer cannot be read,
+  with the arguments as ``inputs["kwargs"]``;
+- the text that ``ChatAdapter`` writes, on which the embedded model was trained; its
+  ``use_json_adapter_fallback``; ``format_system_message``, which is looked up on the instance;
+- ``AdapterParseError.signature``, ``LMError.code`` and ``retry_after``;
+- ``LM``: ``engine`` and ``async_engine``, which ``copy`` replaces, as it does attributes, and puts
+  all else into ``kwargs``; ``infer_provider``, asked once the engine is there; ``__copy__``,
+  ``__setstate__`` and the engines' ``dump_state`` and ``load_state``; ``history``, with ``usage``
+  and ``cost``; ``disable_history``;
+- ``lm15``: the fields of ``Request`` and ``Config``, and that its errors of context length, model,
+  feature and request are not retried; the logger ``dspy.clients.lm``, which tells of answers cut
+  off; that settings live in context variables;
+- ``dspy.clients.provider`` and ``dspy.clients.utils_finetune``: ``Provider``, ``TrainingJob``, a
+  future, ``ReinforceJob``, ``GRPOStatus``, ``TrainDataFormat`` and ``TrainingStatus``;
+- that ``Teleprompter`` lets callbacks hear a subclass's ``compile``; ``BetterTogether.STRAT_SEP``.
 """
 
 from __future__ import annotations
@@ -16,6 +42,7 @@ from typing import Any
 import dspy
 
 from fst_dspy.errors import ConfigError
+from fst_dspy.files import plain_json
 from fst_dspy.types import Candidate, Population
 
 INSTRUCTIONS = "instructions"
@@ -56,6 +83,11 @@ def split_component(component: str) -> tuple[str, str]:
             f"component {component!r} is not '<predictor>.{INSTRUCTIONS}' or '<predictor>.{DEMOS}'"
         )
     return predictor, kind
+
+
+def instructions_in(components: Iterable[str]) -> list[str]:
+    """Those of the component names that hold instructions, in their order."""
+    return [name for name in components if split_component(name)[1] == INSTRUCTIONS]
 
 
 def example_id(example: dspy.Example) -> str:
@@ -116,13 +148,15 @@ def make_candidate(
 def seed_candidate(program: dspy.Module) -> Candidate:
     """The student's own instructions and demos, both for every predictor (demos may be ``[]``).
 
-    Demos that JSON cannot hold (images, say) get no component, so they stay the student's own.
+    Demos of typed values (dates, say) get no component, so they stay the student's own.
 
     Raises:
-        ConfigError: The program has no predictor, so there is nothing to learn.
+        ConfigError: The program has no predictor, so there is nothing to learn; or demos that could
+            not be saved with what is learned.
     """
     components: dict[str, str] = {}
     for name, predictor in program.named_predictors():
+        _check_savable(name, predictor.demos)
         components[component_name(name, INSTRUCTIONS)] = predictor.signature.instructions
         with contextlib.suppress(ConfigError):
             components[component_name(name, DEMOS)] = encode_demos(predictor.demos)
@@ -132,6 +166,19 @@ def seed_candidate(program: dspy.Module) -> Candidate:
             "dspy.Predict or dspy.ChainOfThought as an attribute"
         )
     return make_candidate(components)
+
+
+def _check_savable(predictor: str, demos: Sequence[Any]) -> None:
+    for number, demo in enumerate(demos):
+        for field, value in demo.items():
+            try:
+                plain_json(value)
+            except (TypeError, ValueError, RecursionError) as error:
+                raise ConfigError(
+                    f"demo {number} of the predictor {predictor!r} holds {type(value).__name__} in "
+                    f"{field!r}, with which the compiled program could not be saved ({error}); "
+                    "give it as text, or as a pydantic model"
+                ) from error
 
 
 def bind(program: dspy.Module, candidate: Candidate) -> dspy.Module:

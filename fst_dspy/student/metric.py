@@ -2,11 +2,16 @@
 
 A metric follows GEPA's protocol, ``metric(gold, pred, trace=None, pred_name=None,
 pred_trace=None)``, and returns a number or ``dspy.Prediction(score=, feedback=)``. The shorter
-``metric(gold, pred, trace=None)`` of other DSPy optimizers works too; it gives no text feedback.
+``metric(gold, pred, trace=None)`` of other DSPy optimizers and ``metric(gold, pred)`` of
+``dspy.Evaluate`` work too. It may be anything that can be called: a function, a
+``functools.partial``, an object with ``__call__``, a ``dspy.Module`` such as
+``dspy.evaluate.SemanticF1``, a builtin.
 """
 
 from __future__ import annotations
 
+import copy
+import functools
 import inspect
 import math
 from collections.abc import Callable
@@ -17,6 +22,8 @@ import dspy
 
 from fst_dspy.errors import MetricError
 
+ARITIES = (5, 3, 2)
+"""Numbers of arguments that a metric may take, the first one it accepts is used."""
 MAX_SCORE = 1e6
 """Scores beyond this magnitude are taken for a mistake in the metric."""
 
@@ -33,32 +40,83 @@ def check_metric(metric: Callable[..., Any] | None) -> None:
     """Check that a metric can be called the way FST calls it.
 
     Raises:
-        MetricError: It is missing, not callable, or takes neither 5 nor 3 arguments.
+        MetricError: It is missing, not callable, ``async``, or takes none of 5, 3 and 2 arguments.
     """
     if metric is None:
         raise MetricError("FST needs a metric: FST(metric=...)")
     if not callable(metric):
         raise MetricError(f"the metric must be callable, got {type(metric).__name__}")
-    if not any(_accepts(metric, count) for count in (5, 3)):
+    target = _target(metric)
+    if target is None or inspect.iscoroutinefunction(inspect.unwrap(target)):
+        raise MetricError(
+            "the metric must not be async: FST calls it from a thread of its own for each rollout; "
+            "give it a plain function (asyncio.run(...) inside one will do)"
+        )
+    if _arity(metric) == 0:
         raise MetricError(
             "the metric must accept (gold, pred, trace=None, pred_name=None, pred_trace=None), "
-            f"or (gold, pred, trace=None); got {inspect.signature(metric)}"
+            f"(gold, pred, trace=None) or (gold, pred); got {inspect.signature(target)}"
         )
 
 
 def call_metric(metric: Callable[..., Any], gold: dspy.Example, pred: dspy.Prediction) -> Score:
-    """Score one prediction.
+    """Score one prediction; what the metric does to its arguments changes nothing outside.
 
     Raises:
         MetricError: The metric returned no number, or one that is not finite or is huge.
     """
-    arguments = (gold, pred, None, None, None) if _accepts(metric, 5) else (gold, pred, None)
-    return read_score(metric(*arguments))
+    arguments = (own_copy(gold), own_copy(pred), None, None, None)
+    arity = _arity(metric)
+    if arity is not None:
+        return read_score(metric(*arguments[: arity or 5]))
+    for count in ARITIES[:-1]:  # a builtin that does not say what it takes
+        try:
+            return read_score(metric(*arguments[:count]))
+        except MetricError:
+            raise
+        except TypeError:
+            continue
+    return read_score(metric(*arguments[: ARITIES[-1]]))
+
+
+def ask_about_predictor(
+    metric: Callable[..., Any],
+    gold: dspy.Example,
+    pred: dspy.Prediction,
+    trace: list[Any],
+    pred_name: str,
+    pred_trace: list[Any],
+) -> Score:
+    """What a metric says of one predictor's part in a prediction (dspy.GEPA's protocol).
+
+    Args:
+        metric: One that ``gives_predictor_feedback``.
+        gold, pred: As for ``call_metric``; copies of them are passed on.
+        trace, pred_trace: The program's and the predictor's calls: (predictor, inputs, outputs).
+        pred_name: The predictor's name.
+
+    Raises:
+        MetricError: As ``call_metric``.
+    """
+    return read_score(metric(own_copy(gold), own_copy(pred), trace, pred_name, pred_trace))
 
 
 def gives_predictor_feedback(metric: Callable[..., Any]) -> bool:
     """Whether a metric can be asked about one predictor (``pred_name``, ``pred_trace``)."""
-    return _accepts(metric, 5)
+    return _arity(metric) == 5
+
+
+def own_copy(record: Any) -> Any:
+    """A ``dspy.Example`` or ``Prediction`` that a metric may change without harm.
+
+    Its lists, dicts and sets are copied; other values are the same objects, and so is anything
+    that is no example.
+    """
+    if not isinstance(record, dspy.Example):
+        return record
+    copied = copy.copy(record)
+    copied._store = {name: _own(value, {}) for name, value in record._store.items()}
+    return copied
 
 
 def read_score(result: Any) -> Score:
@@ -67,6 +125,10 @@ def read_score(result: Any) -> Score:
     Raises:
         MetricError: There is no number in it, or one that is not finite or is huge.
     """
+    if inspect.isawaitable(result):
+        if inspect.iscoroutine(result):
+            result.close()
+        raise MetricError("the metric must not be async: it returned something to be awaited")
     if isinstance(result, dspy.Prediction):
         raw, feedback = result.get("score", None), result.get("feedback", "")
     elif isinstance(result, dict):
@@ -86,13 +148,67 @@ def read_score(result: Any) -> Score:
     return Score(reward=reward, feedback=str(feedback or ""))
 
 
-def _accepts(metric: Callable[..., Any], count: int) -> bool:
+def _arity(metric: Callable[..., Any]) -> int | None:
+    """How many arguments to give a metric: the first of ``ARITIES`` it accepts, 0 for none of them.
+
+    ``None`` stands for a builtin without a signature: only calling it can tell.
+    """
     try:
-        signature = inspect.signature(metric)
+        signature = inspect.signature(_target(metric) or metric)
     except (TypeError, ValueError):
-        return True  # a builtin without a signature: only calling it can tell
+        return None
+    return next((count for count in ARITIES if _accepts(signature, count)), 0)
+
+
+def _accepts(signature: inspect.Signature, count: int) -> bool:
     try:
-        signature.bind(*[None] * count)
+        bound = signature.bind(*[None] * count)
     except TypeError:
         return False
-    return True
+    # What comes after the trace is about one predictor; an option of the metric's own, as in
+    # (gold, pred, trace=None, frac=1.0, strict=True), is not.
+    extra = [name for name in bound.arguments if name in signature.parameters][3:]
+    defaults = [signature.parameters[name].default for name in extra]
+    return all(default is None or default is inspect.Parameter.empty for default in defaults)
+
+
+def _target(metric: Callable[..., Any]) -> Callable[..., Any] | None:
+    """The function that a call ends in; ``None`` where that is a module with ``aforward`` alone.
+
+    A ``dspy.Module`` and an object with ``__call__`` are called through another function, which
+    takes anything.
+    """
+    if isinstance(metric, functools.partial):
+        target = _target(metric.func)
+        if target is None:
+            return None
+        return functools.partial(target, *metric.args, **metric.keywords)
+    if isinstance(metric, dspy.Module):
+        kind = type(metric)  # asking the instance for forward makes DSPy warn
+        if not hasattr(kind, "forward"):
+            return None
+        return functools.partial(kind.forward, metric)
+    if inspect.isroutine(metric) or inspect.isclass(metric):
+        return metric
+    return getattr(metric, "__call__", metric)  # noqa: B004  (its method, not whether it has one)
+
+
+def _own(value: Any, seen: dict[int, Any]) -> Any:
+    """The value with its containers copied, those within them too."""
+    if id(value) in seen:
+        return seen[id(value)]
+    if type(value) is list:
+        copied: list[Any] = []
+        seen[id(value)] = copied
+        copied.extend(_own(item, seen) for item in value)
+        return copied
+    if type(value) is dict:
+        filled: dict[Any, Any] = {}
+        seen[id(value)] = filled
+        filled.update((key, _own(item, seen)) for key, item in value.items())
+        return filled
+    if type(value) is tuple:
+        return tuple(_own(item, seen) for item in value)
+    if isinstance(value, set):
+        return set(value)
+    return own_copy(value)

@@ -29,6 +29,7 @@ import yaml
 
 from fst_dspy.config import PARTS, BudgetConfig, check_setting
 from fst_dspy.errors import ConfigError
+from fst_dspy.slow.learning_rate import default_learning_rate
 
 Value = bool | int | float | str
 When = Mapping[str, Sequence[Value]]
@@ -191,7 +192,9 @@ class Space:
         """FST's own defaults of the settings in this space, where the space has them."""
         plain: dict[str, Any] = {f.name: f.default for kind in PARTS.values() for f in fields(kind)}
         per_candidate = plain["group_size"] // plain["population_size"]
-        return self.restrict({**plain, "lora_rank": 0, "rollouts_per_candidate": per_candidate})
+        own = {"lora_rank": 0, "rollouts_per_candidate": per_candidate}
+        own["learning_rate"] = default_learning_rate(0, lora=False)  # as the ranges: a small model
+        return self.restrict({**plain, **own})
 
 
 def default_space() -> Space:

@@ -19,7 +19,7 @@ from typing import Any
 
 import dspy
 
-from fst_dspy.fast.proposers.protocol import Record
+from fst_dspy.fast.proposers.protocol import Record, well_formed
 from fst_dspy.student.candidate import canonical_json, decode_demos, encode_demos, split_component
 from fst_dspy.types import Candidate, PredictorTrace, Rollout
 
@@ -186,7 +186,8 @@ class DemoProposer:
         """Tokens that a demo takes in a prompt, as ChatAdapter marks its fields."""
         fields = {name: value for name, value in demo.toDict().items() if name != SOURCE}
         lines = [f"[[ ## {name} ## ]]\n{value}\n" for name, value in fields.items()]
-        return max(1, self.count_tokens("\n".join([*lines, "[[ ## completed ## ]]\n"])))
+        text = "\n".join([*lines, "[[ ## completed ## ]]\n"])
+        return max(1, self.count_tokens(well_formed(text)))
 
 
 def only_fewer(new: str, old: str) -> bool:
@@ -215,7 +216,8 @@ def _banked(trace: PredictorTrace, rollout: Rollout) -> BankedCall | None:
         return None
     try:
         inputs, outputs = (json.loads(json.dumps(dict(x))) for x in (trace.inputs, trace.outputs))
-    except (TypeError, ValueError):
+        json.dumps([inputs, outputs], ensure_ascii=False).encode()
+    except (TypeError, ValueError):  # what JSON or Unicode cannot hold
         return None
     return BankedCall(inputs, outputs, rollout.example_id, rollout.reward)
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from fst_dspy.fast.proposers.protocol import Record
+from fst_dspy.fast.proposers.protocol import Record, well_formed
 from fst_dspy.student.candidate import INSTRUCTIONS, split_component
 
 MARKER = re.compile(r"\b(?:lesson|rule|hint|note|remember|tip)s?\s*:\s*", re.IGNORECASE)
@@ -217,10 +217,13 @@ class LessonProposer:
     def _shorten(self, lines: list[str], memory: Mapping[str, Lesson]) -> list[str]:
         learned = [line for line in lines if key_of(line) in memory]
         weakest = sorted(learned, key=lambda line: memory[key_of(line)].rank, reverse=True)
-        while weakest and self.count_tokens("\n".join(lines)) > self.instruction_tokens:
+        while weakest and self._tokens(lines) > self.instruction_tokens:
             dropped = weakest.pop()
             lines = [line for line in lines if line != dropped]
         return lines
+
+    def _tokens(self, lines: Sequence[str]) -> int:
+        return self.count_tokens(well_formed("\n".join(lines)))
 
 
 def marked_lessons(feedback: str) -> list[str]:

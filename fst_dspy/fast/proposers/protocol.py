@@ -20,6 +20,11 @@ kind, or ``None``) are for programs.
 """
 
 
+def well_formed(text: str) -> str:
+    """The text without lone surrogates, which no tokenizer or provider takes."""
+    return text.encode("utf-8", "replace").decode("utf-8")
+
+
 class ProposalError(Exception):
     """A proposal that cannot be used; the fast phase counts it under ``kind`` and goes on."""
 
@@ -45,8 +50,9 @@ class Proposer(Protocol):
             names: The components to propose for.
 
         Raises:
-            ProposalError: There is no usable proposal, and why. Anything else that is raised is
-                counted too, under the name of its type.
+            ProposalError: There is no usable proposal, and why. Other errors are counted too,
+                under the names of their types, but for those that tell of a mistake in the
+                proposer, such as ``TypeError``: they end the run.
         """
         ...
 

@@ -30,6 +30,7 @@ from fst_dspy.fast.proposers.protocol import (
     ProposalError,
     Proposer,
     Record,
+    well_formed,
 )
 from fst_dspy.student.candidate import INSTRUCTIONS, split_component
 
@@ -44,6 +45,15 @@ MAX_PAUSE = 60.0
 MAX_FAILURES = 3
 """Calls that fail in a row, retries included, before the LM is left alone."""
 MAX_CALLS_AT_ONCE = 8
+CHARACTERS_A_TOKEN = 32
+"""More than a token has in any language: a longer text is too long without counting its tokens."""
+REFUSAL = re.compile(
+    r"^\W*(?:(?:i['’]?m|i am) (?:very |so )?sorry|sorry\b|i apologi[sz]e|as an ai\b"
+    r"|i (?:cannot|can['’]t|can not|won['’]t|will not|am unable to|am not able to)\b"
+    r"|i['’]m (?:unable|not able) to\b)",
+    re.IGNORECASE,
+)
+"""How a text begins that is no instruction but an excuse."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +92,8 @@ class ReflectionLMProposer:
         max_cost: Budget in US dollars, or ``None``. It is checked before each call.
         max_tokens: Budget in prompt and completion tokens, or ``None``.
         pause: Seconds before the first retry; doubled each time. A longer ``Retry-After`` holds.
+        template: gepa's ``reflection_prompt_template``, for all components or by the names of
+            some of them or of their predictors; ``None`` means gepa's own prompt.
     """
 
     waits = True
@@ -89,7 +101,7 @@ class ReflectionLMProposer:
 
     def __init__(
         self,
-        lm: dspy.LM,
+        lm: dspy.BaseLM,
         instruction_tokens: int,
         count_tokens: Callable[[str], int],
         *,
@@ -97,6 +109,7 @@ class ReflectionLMProposer:
         max_cost: float | None = None,
         max_tokens: int | None = None,
         pause: float = 1.0,
+        template: str | Mapping[str, str] | None = None,
     ) -> None:
         self.lm = lm
         self.instruction_tokens = instruction_tokens
@@ -108,12 +121,7 @@ class ReflectionLMProposer:
         self.usage = ReflectionUsage()
         self._faults: Counter[str] = Counter()
         self._lock = threading.RLock()
-        words = max(1, instruction_tokens * 2 // 3)  # English runs at about 1.5 tokens a word
-        self.template = (
-            f"{InstructionProposalSignature.default_prompt_template}\n\n"
-            f"The new instruction must not be longer than {words} words, and must still name every "
-            "input field that the current one names."
-        )
+        self.template = template
 
     def propose(
         self,
@@ -172,7 +180,7 @@ class ReflectionLMProposer:
         self._check_budget()
         if self.usage.stopped is None:
             try:
-                return self._reflect(components[name], records)
+                return self._reflect(name, components[name], records)
             except ProposalError as error:
                 if self.fallback is None:
                     raise
@@ -187,25 +195,31 @@ class ReflectionLMProposer:
             self._add(fallbacks=1)
             return self.fallback.propose(components, {name: records}, [name])[name]
 
-    def _reflect(self, instruction: str, records: Sequence[Record]) -> str:
+    def prompt_template(self, name: str) -> str:
+        """The reflection prompt of a component, with what every new instruction must keep to."""
+        own = self.template
+        if isinstance(own, Mapping):
+            own = own.get(name, own.get(split_component(name)[0]))
+        words = max(1, self.instruction_tokens * 2 // 3)  # English: about 1.5 tokens a word
+        return (
+            f"{own or InstructionProposalSignature.default_prompt_template}\n\n"
+            f"The new instruction must not be longer than {words} words, and must still name every "
+            "input field that the current one names."
+        )
+
+    def _reflect(self, name: str, instruction: str, records: Sequence[Record]) -> str:
         prompt = InstructionProposalSignature.prompt_renderer(
             {
                 "current_instruction_doc": instruction,
                 "dataset_with_feedback": [
                     {key: record[key] for key in PROMPT_KEYS} for record in records
                 ],
-                "prompt_template": self.template,
+                "prompt_template": self.prompt_template(name),
             }
         )
         answer = self._ask(str(prompt))
         proposal = InstructionProposalSignature.output_extractor(answer)["new_instruction"].strip()
-        if not proposal:
-            raise ProposalError("empty", "the reflection LM proposed an empty instruction")
-        tokens = self.count_tokens(proposal)
-        if tokens > self.instruction_tokens:
-            raise ProposalError(
-                "too_long", f"the proposal has {tokens} tokens, over {self.instruction_tokens}"
-            )
+        self._check_text(proposal)
         dropped = dropped_fields(instruction, proposal, records)
         if dropped:
             raise ProposalError(
@@ -213,9 +227,30 @@ class ReflectionLMProposer:
             )
         return proposal
 
+    def _check_text(self, proposal: str) -> None:
+        """Check that a text can be an instruction.
+
+        Raises:
+            ProposalError: It cannot.
+        """
+        if not proposal:
+            raise ProposalError("empty", "the reflection LM proposed an empty instruction")
+        if REFUSAL.match(proposal):
+            raise ProposalError("refused", f"the reflection LM refused: {proposal[:200]!r}")
+        limit = self.instruction_tokens
+        if len(proposal) > limit * CHARACTERS_A_TOKEN:
+            raise ProposalError(
+                "too_long", f"the proposal has {len(proposal)} characters, over {limit} tokens"
+            )
+        if proposal != well_formed(proposal):
+            raise ProposalError("garbled", "the proposal holds what is no character")
+        tokens = self.count_tokens(proposal)
+        if tokens > limit:
+            raise ProposalError("too_long", f"the proposal has {tokens} tokens, over {limit}")
+
     def _ask(self, prompt: str) -> str:
         """The LM's answer, after as many attempts as it takes or ``num_retries`` allows."""
-        attempts = 1 + max(0, int(self.lm.num_retries or 0))
+        attempts = 1 + max(0, int(getattr(self.lm, "num_retries", 0) or 0))
         for attempt in range(attempts):
             try:
                 answer = self._call(prompt)
@@ -230,12 +265,15 @@ class ReflectionLMProposer:
             else:
                 with self._lock:
                     self.usage = dataclasses.replace(self.usage, failures=0)
-                return answer
+                if answer.fault is not None:  # asked again, it would cost as much again
+                    raise ProposalError(*answer.fault)
+                return answer.text
         raise AssertionError("unreachable")
 
-    def _call(self, prompt: str) -> str:
+    def _call(self, prompt: str) -> _Answer:
         # A copy has a history of its own, so that calls at the same time can be told apart.
-        lm = self.lm.copy(num_retries=0)
+        own = {"num_retries": 0} if hasattr(self.lm, "num_retries") else {}
+        lm = self.lm.copy(**own)
         with dspy.context(disable_history=False):
             answers = lm(prompt)
         entry = lm.history[-1] if lm.history else {}
@@ -253,9 +291,10 @@ class ReflectionLMProposer:
         self._add(calls=1, tokens=tokens, cost=(cost or 0.0) if billed else 0.0, unpriced=unknown)
         answer = answers[0] if answers else ""
         text = answer.get("text") if isinstance(answer, dict) else answer
-        if not isinstance(text, str) or not text.strip():
+        fault = _fault(entry.get("response"))
+        if fault is None and (not isinstance(text, str) or not text.strip()):
             raise ProposalError("no_text", "the reflection LM answered with no text")
-        return text
+        return _Answer(text if isinstance(text, str) else "", fault)
 
     def _check_budget(self) -> None:
         spent = None
@@ -287,6 +326,34 @@ class ReflectionLMProposer:
         with self._lock:
             sums = {name: getattr(self.usage, name) + value for name, value in counts.items()}
             self.usage = dataclasses.replace(self.usage, **sums)
+
+
+@dataclass(frozen=True)
+class _Answer:
+    """A text, and why it is of no use: a kind and a message, ``None`` where it may be."""
+
+    text: str
+    fault: tuple[str, str] | None
+
+
+def _fault(response: Any) -> tuple[str, str] | None:
+    """Why a provider's response is no whole answer, if it says so."""
+    responses = response if isinstance(response, list | tuple) else [response]
+    choices = [c for r in responses for c in (_get(r, "choices") or [r])]
+    ended = {str(_get(choice, "finish_reason")) for choice in choices}
+    reasons = {str(_get(_get(choice, "incomplete_details"), "reason")) for choice in choices}
+    if "length" in ended or "max_output_tokens" in reasons:
+        return "truncated", "the reflection LM's answer was cut off; give it more max_tokens"
+    parts = [p for choice in choices for p in _get(_get(choice, "message"), "parts") or ()]
+    refusals = [_get(_get(choice, "message"), "refusal") for choice in choices]
+    refused = any(refusals) or any(_get(part, "type") == "refusal" for part in parts)
+    if refused or "content_filter" in ended | reasons:
+        return "refused", "the reflection LM refused to answer"
+    return None
+
+
+def _get(value: Any, name: str) -> Any:
+    return value.get(name) if isinstance(value, Mapping) else getattr(value, name, None)
 
 
 def kind_of(error: Exception) -> str:

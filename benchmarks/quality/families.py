@@ -1,0 +1,199 @@
+"""The arms on all four program families: ``fst compare`` with its options set, and one figure.
+
+    python benchmarks/quality/families.py --workers 2
+    python benchmarks/quality/families.py --draw-only
+
+A family has four stores below ``runs/families``: ``FAMILY-rl`` for ``fst`` and tuned ``rl_only``,
+with what they forget; ``FAMILY-untuned`` for ``rl_only`` at the defaults, where tuning chose other
+settings; ``FAMILY-others`` for the other arms; and ``FAMILY-long`` for ``rl_only`` on five times
+the budget, at the settings that the first store's study found, on three of the seeds.
+Started again, what has run is not run again. The tables go to ``benchmarks/results/families``, in
+folders of the same names; beside them the figure, and ``against.md``, which sets ``fst`` against
+every other arm. List programs are learned last and get the larger budget.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from statistics import fmean
+from typing import Annotated
+
+import typer
+
+from fst_dspy.cli.experiments import compare
+from fst_dspy.experiments import Run, load_runs, write_results
+from fst_dspy.experiments.findings.contrasts import mean_curve_on, to_best_cells
+from fst_dspy.experiments.findings.show import open_store
+from fst_dspy.experiments.findings.tables import Table, interval_text
+from fst_dspy.experiments.runs import by_label, scores_by_seed
+from fst_dspy.measures import paired_difference
+from fst_dspy.results.notebook_figure import NotebookFigure
+from fst_dspy.results.plots import drift_curves, score_curves
+
+STORES = Path("runs/families")
+RESULTS = Path(__file__).parent.parent / "results" / "families"
+BUDGETS = {"triage": 2400, "star_graph": 2400, "multihop": 2400, "list_program": 8000}
+RL, UNTUNED, LONG = "rl", "untuned", "long"
+LONGER, LONG_SEEDS = 5, 3
+LABELS = {UNTUNED: "rl_only-untuned", LONG: f"rl_only-{LONGER}x"}
+"""What the runs of a store are shown as, where its arms have the names of another store's."""
+MARKED = 40
+"""Most points of a curve that are marked one by one."""
+STORES_OF = {
+    RL: "fst,rl_only",
+    UNTUNED: "rl_only",
+    "others": "gepa_only,sequential,sequential_reverse,fst_distill",
+    LONG: "rl_only",
+}
+"""The arms of each store of a family."""
+SETTINGS = ["max_tokens=64"]
+COLOURS = {
+    "fst": "C0",
+    "gepa_only": "C1",
+    "rl_only": "C3",
+    "sequential": "C4",
+    "sequential_reverse": "C8",
+    "fst_distill": "C5",
+    "reuse=off": "C1",
+    "demos=on": "C2",
+}
+
+
+def main(
+    families: Annotated[str, typer.Option(help="Comma-separated.")] = ",".join(BUDGETS),
+    stores: Annotated[str, typer.Option(help="Comma-separated.")] = ",".join(STORES_OF),
+    seeds: int = 5,
+    workers: int = 2,
+    tune_rl: Annotated[int, typer.Option(help="Trials that rl_only is tuned by.")] = 20,
+    draw_only: bool = False,
+) -> None:
+    """Run what has not run yet, then write the tables and the figure."""
+    found: dict[str, list[Run]] = {}
+    for family in families.split(","):
+        found[family] = []
+        for kind in stores.split(","):
+            out, results = STORES / f"{family}-{kind}", RESULTS / f"{family}-{kind}"
+            if draw_only and not out.exists():
+                continue
+            if kind == UNTUNED and not tuned(family):
+                continue
+            run = partial(
+                compare,
+                family,
+                STORES_OF[kind],
+                seeds=min(seeds, LONG_SEEDS) if kind == LONG else seeds,
+                rollouts=BUDGETS[family] * (LONGER if kind == LONG else 1),
+                workers=workers,
+                tune_rl=tune_rl if kind == RL else 0,
+                settings=SETTINGS + (tuned(family) if kind == LONG else []),
+                forget_on=[o for o in BUDGETS if o != family] if kind in (RL, UNTUNED) else None,
+            )
+            runs = runs_of(run, out, results, draw_only)
+            if kind in LABELS:
+                runs = [replace(one, job=replace(one.job, label=LABELS[kind])) for one in runs]
+            found[family] += runs
+    if families == ",".join(BUDGETS):
+        draw(found).savefig(RESULTS / "families.png", dpi=130)
+        (RESULTS / "against.md").write_text(against(found).markdown())
+
+
+def tuned(family: str) -> list[str]:
+    """The settings that ``rl_only`` was tuned to on a family, as options; none for the defaults."""
+    study = open_store(STORES / f"{family}-{RL}").about["tuned_rl"]["rl_only"]
+    chosen = {name: value for name, value in study["settings"].items() if name != "max_tokens"}
+    if chosen == study["trials"][0]["settings"]:  # the first trial has the defaults
+        return []
+    return [f"{name}={value}" for name, value in chosen.items()]
+
+
+def runs_of(run: Callable[..., None], out: Path, results: Path, draw_only: bool) -> list[Run]:
+    """Run a command of ``fst`` on a store, or only write its tables; the runs that are in it."""
+    results.mkdir(parents=True, exist_ok=True)
+    if draw_only:
+        write_results(out, results)
+    else:  # which writes them itself
+        run(out=out, results=results, samples=4, test_size=100)
+    return load_runs(open_store(out))
+
+
+def against(found: dict[str, list[Run]]) -> Table:
+    """``fst`` against every other arm, on the seeds that both have."""
+    rows = []
+    for family, runs in found.items():
+        groups = by_label(runs)
+        ours = groups.pop("fst")
+        for label, group in groups.items():
+            tests = paired_difference(scores_by_seed(ours), scores_by_seed(group))
+            mine, theirs = (mean_curve_on(runs, tests.seeds) for runs in (ours, group))
+            x, their_x, times = to_best_cells(mine, theirs)
+            test = fmean(scores_by_seed(group)[seed] for seed in tests.seeds)
+            cells = (f"{test:.3f}", interval_text(tests.difference), their_x, x, times)
+            rows.append((family, label, str(len(tests.seeds)), *cells))
+    return Table(
+        "fst against every other arm",
+        (
+            "family",
+            "arm",
+            "seeds",
+            "test",
+            "fst minus it",
+            "rollouts to its best",
+            "fst's",
+            "times",
+        ),
+        tuple(rows),
+        "Test: of the arm. fst minus it: paired by seed, 95 % interval. Then the rollouts of all "
+        "channels until the mean curve of the validation score is at the best that the arm's comes "
+        "to, and those until fst's is there.",
+    )
+
+
+def is_long(run: Run) -> bool:
+    """Whether a run had several times the budget of the others."""
+    return run.job.label == LABELS[LONG]
+
+
+def draw(found: dict[str, list[Run]]) -> NotebookFigure:
+    """Validation score against rollouts above, against KL below; a column a family.
+
+    Long runs, which would squeeze the others, are left out.
+    """
+    figure = NotebookFigure(figsize=(3.1 * len(found), 5.6), layout="constrained")
+    panels = figure.subplots(2, len(found), sharey=True, squeeze=False)
+    for column, (family, runs) in enumerate(found.items()):
+        above, below = panels[0][column], panels[1][column]
+        for label, group in by_label([run for run in runs if not is_long(run)]).items():
+            colour = COLOURS.get(label, "C7")
+            records = {f"{label}, {run.job.seed}": run.records for run in group}
+            for axes, curves in ((above, score_curves(records)), (below, drift_curves(records))):
+                for number, curve in enumerate(curves):
+                    name = label if number == 0 else None
+                    line = ".-" if len(curve.x) <= MARKED else "-"
+                    axes.plot(
+                        curve.x, curve.y, line, color=colour, label=name, alpha=0.6, markersize=4
+                    )
+        above.set(title=family, xlabel="rollouts, all channels", ylim=(-0.02, 1.02))
+        below.set(xlabel="KL to the base, nats a token")
+        below.set_xscale("symlog", linthresh=0.001)
+        below.set_xlim(left=-1e-4)
+        for axes in (above, below):
+            axes.grid(alpha=0.25)
+    for row in panels:
+        row[0].set(ylabel="validation score")
+    lines = [line for axes in panels[0] for line in axes.get_lines()]
+    named = {line.get_label(): line for line in lines if not line.get_label().startswith("_")}
+    figure.legend(
+        handles=list(named.values()),
+        loc="outside lower center",
+        ncols=len(named),
+        frameon=False,
+        fontsize=9,
+    )
+    return figure
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,87 @@
+"""What proposes, and what it has learned: kept from phase to phase and over a resume."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import dspy
+
+from fst_dspy.fast.proposers.demos import DemoProposer
+from fst_dspy.fast.proposers.protocol import HasState, Proposer
+from fst_dspy.fast.proposers.reflection import ReflectionUsage
+from fst_dspy.fast.reflector import Reflector, Trajectory
+from fst_dspy.student.candidate import DEMOS, example_id, instructions_in, split_component
+from fst_dspy.types import Rollout
+
+
+class Memory:
+    """The proposer of instructions, that of demos, and what rollouts have taught them.
+
+    Args:
+        proposer: Proposes instructions; see ``fst_dspy.fast.proposers.protocol``.
+        demos: Proposes demos; ``None`` leaves them alone.
+    """
+
+    def __init__(self, proposer: Proposer, demos: DemoProposer | None = None) -> None:
+        self.proposer, self.demos = proposer, demos
+        self._indexed: tuple[Sequence[dspy.Example], dict[str, dspy.Example]] = ((), {})
+
+    def reflector(self, known_ids: Iterable[str]) -> Reflector:
+        """What turns rollouts into new texts, none of which makes a candidate of ``known_ids``."""
+        return Reflector(self.proposer, set(known_ids), self.demos)
+
+    def observe(
+        self,
+        components: Sequence[str],
+        trainset: Sequence[dspy.Example],
+        rollouts: Sequence[Rollout],
+    ) -> None:
+        """Learn from rollouts run for another purpose, at no cost.
+
+        Args:
+            components: The candidates' component names.
+            trainset: The training examples that the rollouts were run on, and maybe others.
+            rollouts: Such as those of the slow phase.
+        """
+        examples = self.by_id(trainset)
+        pairs = [Trajectory(examples[rollout.example_id], rollout) for rollout in rollouts]
+        self.reflector(()).learn(components, pairs)
+        self.bank(rollouts)
+
+    def bank(self, rollouts: Sequence[Rollout]) -> None:
+        """Keep the successful calls of training rollouts, to be shown as demos."""
+        if self.demos is not None:
+            self.demos.bank(rollouts)
+
+    def ready(self, components: Mapping[str, str]) -> list[str]:
+        """The components to update: instructions, and demos once there is something to show."""
+        demos = [name for name in components if split_component(name)[1] == DEMOS]
+        ready = [name for name in demos if self.demos is not None and self.demos.ready(name)]
+        return [*instructions_in(components), *ready]
+
+    def by_id(self, trainset: Sequence[dspy.Example]) -> dict[str, dspy.Example]:
+        """The examples by their ids, which are hashes of what is in them, and not taken twice."""
+        if self._indexed[0] is not trainset:
+            self._indexed = (trainset, {example_id(example): example for example in trainset})
+        return self._indexed[1]
+
+    def usage(self) -> dict[str, Any] | None:
+        """What the reflection LM cost, for JSON; ``None`` where there is none."""
+        usage = getattr(self.proposer, "usage", None)
+        return dataclasses.asdict(usage) if isinstance(usage, ReflectionUsage) else None
+
+    def state(self) -> dict[str, Any]:
+        """What the proposers remember, for JSON."""
+        return {
+            "proposer": self.proposer.state() if isinstance(self.proposer, HasState) else None,
+            "demos": self.demos.state() if self.demos is not None else None,
+        }
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Take up the state that :meth:`state` gave."""
+        if isinstance(self.proposer, HasState) and state["proposer"] is not None:
+            self.proposer.load_state(state["proposer"])
+        if self.demos is not None and state["demos"] is not None:
+            self.demos.load_state(state["demos"])

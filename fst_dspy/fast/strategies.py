@@ -1,0 +1,164 @@
+"""gepa's strategies, by name or as objects: parents, components, minibatches, acceptance."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from gepa.core.state import GEPAState
+from gepa.proposer.reflective_mutation.base import CandidateSelector, ReflectionComponentSelector
+from gepa.strategies.acceptance import (
+    AcceptanceCriterion,
+    ImprovementOrEqualAcceptance,
+    StrictImprovementAcceptance,
+)
+from gepa.strategies.batch_sampler import BatchSampler, EpochShuffledBatchSampler
+from gepa.strategies.candidate_selector import (
+    CurrentBestCandidateSelector,
+    EpsilonGreedyCandidateSelector,
+    ParetoCandidateSelector,
+    TopKParetoCandidateSelector,
+)
+
+from fst_dspy.config import FastConfig
+from fst_dspy.errors import ConfigError
+from fst_dspy.fast.selectors import SELECTORS
+from fst_dspy.student.candidate import INSTRUCTIONS, component_name
+
+EPSILON = 0.1
+"""gepa's share of parents that ``"epsilon_greedy"`` draws from all candidates."""
+TOP_K = 5
+"""gepa's number of candidates that ``"top_k_pareto"`` draws from."""
+
+
+@dataclass(frozen=True)
+class Strategies:
+    """The user's own strategies, in place of those that ``FastConfig`` names.
+
+    They are called in every process and every phase; what they remember is not in checkpoints.
+
+    Attributes:
+        component_selector: gepa's protocol; may name a predictor for its instructions.
+        candidate_selector: gepa's protocol.
+        batch_sampler: gepa's protocol; for iterations with rollouts of their own.
+        acceptance_criterion: gepa's protocol. A merge, and a child with fewer demos, need not do
+            better than its parent, whatever the criterion.
+    """
+
+    component_selector: ReflectionComponentSelector | None = None
+    candidate_selector: CandidateSelector | None = None
+    batch_sampler: BatchSampler[Any, Any] | None = None
+    acceptance_criterion: AcceptanceCriterion | None = None
+
+
+NAMED = Strategies()
+"""None of the user's own."""
+
+
+def component_selector(config: FastConfig, own: Strategies) -> ReflectionComponentSelector:
+    """The selector of the components that the next proposal rewrites.
+
+    Raises:
+        ConfigError: ``config`` says ``"custom"``, and there is none.
+    """
+    if own.component_selector is not None:
+        return NamingSelector(own.component_selector)
+    if config.component_selector == "custom":
+        raise _missing("component_selector")
+    return SELECTORS[config.component_selector]()
+
+
+def candidate_selector(
+    config: FastConfig, own: Strategies, rng: random.Random
+) -> CandidateSelector:
+    """What draws an iteration's parent.
+
+    Raises:
+        ConfigError: ``config`` says ``"custom"``, and there is none.
+    """
+    if own.candidate_selector is not None:
+        return own.candidate_selector
+    match config.candidate_selection_strategy:
+        case "pareto":
+            return ParetoCandidateSelector(rng)
+        case "current_best":
+            return CurrentBestCandidateSelector()
+        case "epsilon_greedy":
+            return EpsilonGreedyCandidateSelector(EPSILON, rng)
+        case "top_k_pareto":
+            return TopKParetoCandidateSelector(TOP_K, rng)
+    raise _missing("candidate_selection_strategy")
+
+
+def batch_sampler(
+    config: FastConfig, own: Strategies, rng: random.Random
+) -> BatchSampler[Any, Any]:
+    """What draws an iteration's minibatch."""
+    return own.batch_sampler or EpochShuffledBatchSampler(config.minibatch_size, rng)
+
+
+def acceptance_criterion(config: FastConfig, own: Strategies) -> AcceptanceCriterion:
+    """What a child must show to be accepted.
+
+    Raises:
+        ConfigError: ``config`` says ``"custom"``, and there is none.
+    """
+    if own.acceptance_criterion is not None:
+        return own.acceptance_criterion
+    match config.acceptance_criterion:
+        case "strict_improvement":
+            return StrictImprovementAcceptance()
+        case "improvement_or_equal":
+            return ImprovementOrEqualAcceptance()
+    raise _missing("acceptance_criterion")
+
+
+class NamingSelector:
+    """The user's selector, whose answer is checked: gepa would pass over a wrong one in silence."""
+
+    def __init__(self, own: ReflectionComponentSelector) -> None:
+        self.own = own
+
+    def __call__(
+        self,
+        state: GEPAState,
+        trajectories: list[Any],
+        subsample_scores: list[float],
+        candidate_idx: int,
+        candidate: dict[str, str],
+    ) -> list[str]:
+        """The components to update.
+
+        Raises:
+            TypeError: It named none, or one that there is not.
+        """
+        said = self.own(state, trajectories, subsample_scores, candidate_idx, candidate)
+        return component_names(said, candidate, "component_selector")
+
+
+def component_names(said: Any, components: Mapping[str, str], who: str) -> list[str]:
+    """Component names from those of components or, as in ``dspy.GEPA``, of predictors.
+
+    Args:
+        said: What a plug-in named.
+        components: The candidate's.
+        who: The plug-in's setting, for the error.
+
+    Raises:
+        TypeError: It is no list of names, an empty one, or names what there is not.
+    """
+    if isinstance(said, str) or not isinstance(said, Sequence) or not said:
+        raise TypeError(f"{who} must return a list of component names, got {said!r}")
+    names = []
+    for name in said:
+        full = name if name in components else component_name(str(name), INSTRUCTIONS)
+        if full not in components:
+            raise TypeError(f"{who} named {name!r}; the components are {sorted(components)}")
+        names.append(full)
+    return names
+
+
+def _missing(name: str) -> ConfigError:
+    return ConfigError(f"{name}='custom' stands for an object: give the object itself")

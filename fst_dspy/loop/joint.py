@@ -1,0 +1,279 @@
+"""The joint loop, to be read top to bottom.
+
+A cycle is one fast phase (GEPA evolves the instructions and demos), then T optimizer steps (GRPO on
+the local model), whose groups are spread over the K candidates that the fast phase left, then
+validation. Parts are made in ``loop.parts``, records in ``loop.records``; nothing here does either.
+
+With several processes, all run this loop and reach the same state: whatever one of them decides by
+a clock, a signal or a listener is asked for in all.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+
+from fst_dspy import distributed
+from fst_dspy.errors import TrainingError
+from fst_dspy.fast.population import mean
+from fst_dspy.loop.interrupt import Interrupt
+from fst_dspy.loop.parts import Parts
+from fst_dspy.loop.progress import StopRun
+from fst_dspy.loop.records import cycle_record, rollouts_of, step_record
+from fst_dspy.loop.signal import troubles, without_signal
+from fst_dspy.loop.state import LoopState
+from fst_dspy.loop.validation import better_of, score
+from fst_dspy.rollouts.health import Tally
+from fst_dspy.rollouts.jobs import Channel
+from fst_dspy.types import Group, Population, RolloutCounts
+
+logger = logging.getLogger(__name__)
+
+
+class Run:
+    """One compile: its parts, and the loop over them."""
+
+    def __init__(self, parts: Parts) -> None:
+        self.parts, self.policy, self.runner = parts, parts.policy, parts.runner
+
+    def loop(self) -> LoopState:
+        """Cycles until the budget is spent, from the start or from the last checkpoint.
+
+        Raises:
+            TrainingError: Training diverged and cannot go on.
+            KeyboardInterrupt: After Ctrl-C, once the step under way is finished and saved.
+        """
+        parts = self.parts
+        # A run that was stopped goes on where it stood, to the same end as if it had not been.
+        state = self._resume() or self._start()
+        parts.progress.begin(parts.budget)
+        try:
+            folder = parts.folder.path if parts.folder else None
+            with parts.trackers, Interrupt(folder) as interrupt:
+                # The student as it came: what everything after is compared with, and the first
+                # sight of a program or metric that fails.
+                if not state.records:
+                    state = self._validate(state)
+                stopped = self._tell_cycle(state)
+                while not (stopped or self._finished(state)):
+                    # Prompts first: RL under a prompt that gives no reward damages the model.
+                    if state.phase == "fast":
+                        state = self._fast_phase(state)
+                        # A fast phase may have cost minutes of a reflection LM; steps that follow
+                        # are saved when a while has passed.
+                        self._checkpoint(state, now=False)
+                    # Then weights, under the prompts that were found; each step's rollouts try and
+                    # score the prompts as well.
+                    while state.phase == "slow":
+                        state = self._slow_step(state)
+                        parts.trackers.step(state.steps[-1], state.counts.total)
+                        self._stop_if_diverged(state)
+                        # Ctrl-C reaches one process; the step is the last one for all of them.
+                        interrupt.requested = distributed.any_process(interrupt.requested)
+                        self._checkpoint(state, now=interrupt.requested)
+                        interrupt.stop_if_requested()
+                    # Both together, as they are now: this is what is kept, and what is told.
+                    state = self._validate(state)
+                    interrupt.requested = distributed.any_process(interrupt.requested)
+                    # Saved before it is told: a listener may end the run.
+                    self._checkpoint(state)
+                    stopped = self._tell_cycle(state)
+                    interrupt.stop_if_requested()
+        finally:
+            parts.progress.end()
+        return state
+
+    # --- the parts of a cycle -----------------------------------------------------------------
+
+    def _fast_phase(self, state: LoopState) -> LoopState:
+        """The population evolves under the weights as they are."""
+        parts, started, cycle = self.parts, time.monotonic(), state.cycle + 1
+        population, fast = state.population, parts.config.fast
+        first = state.cycle == int(parts.slow_opens)
+        if parts.fast_on:
+            self._tell(cycle, "fast phase")
+            population = parts.fast.run(
+                self.runner,
+                population,
+                parts.trainset,
+                parts.valset,
+                cycle=cycle,
+                iterations=fast.first_cycle_iterations if first else fast.cycle_iterations,
+                policy_version=self.policy.step,
+            )
+        # An opening is validated before the weights move: what prompts alone reach is known then,
+        # and kept should training harm it.
+        opening = first and parts.has_opening
+        return replace(
+            state,
+            population=population,
+            phase="slow" if parts.learner is not None and not opening else "validate",
+            fast_state=parts.fast.state(),
+            counts=self.runner.counts,
+            tally=self.runner.tally,
+            seconds=_add_seconds(state.seconds, "fast", started),
+        )
+
+    def _slow_step(self, state: LoopState) -> LoopState:
+        """One optimizer step: sample the groups, learn from them, then show them to the prompts."""
+        parts, started = self.parts, time.monotonic()
+        cycle, step, steps_per_cycle = state.cycle + 1, state.step + 1, self._steps_per_cycle
+        done = step - 1 - state.records[-1].step
+        self._tell(cycle, f"step {done + 1}/{steps_per_cycle}")
+        # G rollouts of each of P problems, spread over the population's candidates.
+        groups_P, stream = parts.sampler.sample(state.population, step, state.stream)
+        # Exactly one optimizer step; all G rollouts of a problem are compared with each other.
+        assert parts.learner is not None
+        stats = parts.learner.advance(groups_P)
+        record = step_record(cycle, step, groups_P, stats)
+        if parts.folder is not None:
+            parts.folder.record_step(record, groups_P, parts.config.slow.scale_rewards)
+        seconds, started = _add_seconds(state.seconds, "slow", started), time.monotonic()
+        # The same rollouts score the candidates, feed the proposers and decide a trial.
+        population = self._learn_from(state, groups_P)
+        return replace(
+            state,
+            population=population,
+            step=step,
+            steps=(*state.steps, record),
+            phase="validate" if done + 1 == steps_per_cycle else "slow",
+            stream=stream.after(groups_P),
+            fast_state=parts.fast.state(),
+            counts=self.runner.counts,
+            tally=self.runner.tally,
+            seconds=_add_seconds(seconds, "fast", started),
+        )
+
+    def _learn_from(self, state: LoopState, groups_P: tuple[Group, ...]) -> Population:
+        """Let the fast channel use the slow rollouts, which cost nothing more."""
+        parts, cycle, rollouts = self.parts, state.cycle + 1, rollouts_of(groups_P)
+        if not parts.fast_on or (parts.slow_opens and cycle == 1):
+            return state.population
+        self.runner.counts = self.runner.counts.plus(RolloutCounts(reused=len(rollouts)))
+        return parts.fast.after_step(
+            state.population,
+            parts.trainset,
+            rollouts,
+            cycle=cycle,
+            policy_version=self.policy.step,
+        )
+
+    def _validate(self, state: LoopState) -> LoopState:
+        """Score the fast weights under the slow ones as they are, and close the cycle's record."""
+        parts, started, first = self.parts, time.monotonic(), not state.records
+        cycle = 0 if first else state.cycle + 1
+        self._tell(cycle, "validation")
+        found = score(parts, state)
+        seconds = _add_seconds(state.seconds, "eval", started)
+        record = cycle_record(parts, state, cycle, found, seconds)
+        # Processes that no longer agree would only be noticed by their results.
+        facts = (record.weights_version, record.val_scores, record.candidate_ids)
+        distributed.check_same("weights and population", facts)
+        self.runner.tally = Tally()
+        best = better_of(parts, state, found, cycle)
+        if parts.folder is not None:
+            parts.folder.record_cycle(record, found.population)
+        return replace(
+            state,
+            cycle=cycle,
+            phase="slow" if first and parts.slow_opens else "fast",
+            population=found.population,
+            records=(*state.records, record),
+            steps=(),
+            best=best,
+            peak_V=max(filter(None, (found.score_V, state.peak_V)), key=mean),
+            counts=self.runner.counts,
+            tally=self.runner.tally,
+            seconds=seconds,
+        )
+
+    # --- start, stop, resume ------------------------------------------------------------------
+
+    def _start(self) -> LoopState:
+        parts, start = self.parts, self.parts.start
+        self.runner.counts = start.counts
+        self.runner.tokens |= start.tokens
+        population = Population(start.candidates or (parts.seed_candidate,), parts.val_ids, (), 0)
+        return LoopState(population=population, counts=start.counts, seconds=start.seconds)
+
+    def _resume(self) -> LoopState | None:
+        parts = self.parts
+        checkpoint = distributed.from_main(lambda: parts.folder.latest() if parts.folder else None)
+        if checkpoint is None:
+            return None
+        found = checkpoint.restore(self.policy, parts.learner)
+        parts.fast.load_state(found.fast_state)
+        self.runner.counts, self.runner.tally = found.counts, found.tally
+        self.runner.tokens = dict(found.tokens)
+        return found
+
+    def _finished(self, state: LoopState) -> bool:
+        """Whether the budget is spent; a cycle that was begun is ended first."""
+        budget = self.parts.budget
+        if state.phase != "fast":
+            return False
+        if budget.max_cycles is not None and state.cycle >= budget.max_cycles:
+            return True
+        rollouts = state.records[-1].total_rollouts.total
+        if budget.max_rollouts is not None and rollouts >= budget.max_rollouts:
+            return True
+        # On a resume as well: it is a matter of the last record.
+        reason = without_signal(self.parts, state.records[-1])
+        if reason is not None:
+            logger.warning("%s", reason)
+            if budget.on_no_signal == "stop":
+                return True
+        late = budget.max_seconds is not None and sum(state.seconds.values()) >= budget.max_seconds
+        return distributed.any_process(late)  # their clocks differ
+
+    def _stop_if_diverged(self, state: LoopState) -> None:
+        """Stop where step after step gives no finite gradient; the last checkpoint stands."""
+        limit, learner = self.parts.config.slow.max_bad_steps, self.parts.learner
+        if learner is None or learner.bad_steps < limit:
+            return
+        assert state.best is not None
+        self.policy.restore(state.best.version)
+        raise TrainingError(
+            f"{limit} optimizer steps in a row had a loss or gradient that is not finite; the "
+            f"policy is back at its best weights, {state.best.version}. Try a lower learning_rate"
+            " (or max_grad_norm), or float32"
+        )
+
+    def _checkpoint(self, state: LoopState, *, now: bool = True) -> None:
+        """Save everything the loop needs to go on; what takes no time does so at intervals."""
+        folder, learner = self.parts.folder, self.parts.learner
+        due = distributed.from_main(lambda: folder is not None and (now or folder.is_old()))
+        if due and folder is not None:
+            folder.checkpoint(replace(state, tokens=dict(self.runner.tokens)), learner)
+        elif due and learner is not None:
+            learner.save(None)  # under FSDP every process has its part of the optimizer
+
+    # --- telling ------------------------------------------------------------------------------
+
+    def _tell(self, cycle: int, name: str) -> None:
+        self.parts.progress.phase(cycle, name, self.runner.counts)
+
+    def _tell_cycle(self, state: LoopState) -> bool:
+        """Tell that a cycle has ended; whether the listener wants the run to end with it."""
+        stop, record = False, state.records[-1]
+        for trouble in troubles(record) if distributed.is_main() else ():
+            logger.warning("cycle %d: %s", record.cycle, trouble)
+        self.parts.trackers.cycle(record, state.population)
+        try:
+            self.parts.progress.cycle_done(record)
+        except StopRun:
+            stop = True
+        return distributed.any_process(stop)
+
+    @property
+    def _steps_per_cycle(self) -> int:
+        return self.parts.config.slow.steps_per_cycle
+
+
+def _add_seconds(
+    seconds: Mapping[str, float], channel: Channel, started: float
+) -> dict[str, float]:
+    """The seconds by channel, with the time since ``started`` added to one of them."""
+    return {**seconds, channel: seconds.get(channel, 0.0) + time.monotonic() - started}

@@ -1,0 +1,74 @@
+"""What learns from the groups of a step: the slow channel's GRPO, or another in its place."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+from fst_dspy.config import FSTConfig
+from fst_dspy.model.policy import Policy
+from fst_dspy.slow.advantage import group_rows
+from fst_dspy.slow.trainer import SlowTrainer
+from fst_dspy.types import Group, StepStats
+
+
+class Learner(Protocol):
+    """Moves the policy's weights, and can be saved and gone on with.
+
+    Attributes:
+        learns_from_rewards: Whether groups of equal rewards teach it nothing.
+    """
+
+    learns_from_rewards: bool
+
+    @property
+    def bad_steps(self) -> int:
+        """Steps in a row up to now whose loss or gradient was not finite."""
+        ...
+
+    def advance(self, groups_P: Sequence[Group]) -> StepStats:
+        """Exactly one optimizer step on the groups of P problems, or a word why there was none."""
+        ...
+
+    def save(self, folder: Path | None) -> None:
+        """Write all there is to go on from; ``None`` in processes that write nothing."""
+        ...
+
+    def load(self, folder: Path) -> None:
+        """Go on from what ``save`` wrote, bit for bit."""
+        ...
+
+
+class GRPOLearner:
+    """The slow channel: advantages over each group, a row a call, one GRPO step on them."""
+
+    learns_from_rewards = True
+
+    def __init__(self, policy: Policy, config: FSTConfig, seed: int) -> None:
+        self._scale_rewards = config.slow.scale_rewards
+        self._trainer = SlowTrainer(
+            policy, config.slow, config.sampling, schedule_steps(config), seed
+        )
+
+    def advance(self, groups_P: Sequence[Group]) -> StepStats:
+        """See :meth:`Learner.advance`."""
+        return self._trainer.advance(group_rows(groups_P, self._scale_rewards))
+
+    @property
+    def bad_steps(self) -> int:
+        """See :meth:`Learner.bad_steps`."""
+        return self._trainer.bad_steps
+
+    def save(self, folder: Path | None) -> None:
+        """See :meth:`Learner.save`."""
+        self._trainer.save(folder)
+
+    def load(self, folder: Path) -> None:
+        """See :meth:`Learner.load`."""
+        self._trainer.load(folder)
+
+
+def schedule_steps(config: FSTConfig) -> int:
+    """Length of the learning rate schedule, in optimizer steps."""
+    return (config.budget.max_cycles or 1) * config.slow.steps_per_cycle

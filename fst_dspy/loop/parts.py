@@ -1,0 +1,308 @@
+"""The parts of one compile, made of what the user gave, before the first rollout."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import dspy
+
+from fst_dspy import distributed
+from fst_dspy.config import BudgetConfig, FSTConfig, LoraConfig
+from fst_dspy.errors import ConfigError
+from fst_dspy.fast.channel import FastChannel
+from fst_dspy.fast.phase import FastPhase
+from fst_dspy.fast.proposers.demos import DemoProposer
+from fst_dspy.fast.proposers.lessons import LessonProposer
+from fst_dspy.fast.proposers.protocol import Proposer
+from fst_dspy.fast.proposers.reflection import ReflectionLMProposer
+from fst_dspy.fast.strategies import NAMED, Strategies
+from fst_dspy.fast.trials import TrialPhase
+from fst_dspy.lm.local_lm import LocalLM
+from fst_dspy.loop.folder import RunFolder
+from fst_dspy.loop.learner import GRPOLearner, Learner
+from fst_dspy.loop.progress import ProgressListener, SilentProgress, default_progress
+from fst_dspy.loop.sampling import StepSampler
+from fst_dspy.loop.state import Start
+from fst_dspy.model.policy import Policy
+from fst_dspy.rollouts.checks import CheckedInput
+from fst_dspy.rollouts.runner import RolloutRunner
+from fst_dspy.run.trackers import Trackers
+from fst_dspy.slow.learning_rate import with_learning_rate
+from fst_dspy.student.candidate import example_id, seed_candidate
+from fst_dspy.student.identity import (
+    adapter_identity,
+    lm_identity,
+    metric_identity,
+    program_identity,
+)
+from fst_dspy.types import Arm, Candidate
+
+
+@dataclass(frozen=True)
+class RunSpec:
+    """What an optimizer hands over.
+
+    Attributes:
+        config, arm, seed, metric: As for ``FST``.
+        reflection_lm, instruction_proposer: What proposes instructions; both ``None`` for lessons.
+        strategies: gepa's strategies, in place of those that ``config`` names.
+        log_dir: The run folder, or ``None``.
+        report_to: Names of trackers.
+        progress: Hears what goes on; ``None`` for the default.
+        make_learner: Makes what learns from a step's groups.
+        identity: What else tells this run from others, in its folder.
+    """
+
+    config: FSTConfig
+    arm: Arm
+    seed: int
+    metric: Callable[..., Any]
+    reflection_lm: dspy.BaseLM | None = None
+    instruction_proposer: Proposer | None = None
+    strategies: Strategies = NAMED
+    log_dir: Path | None = None
+    report_to: Sequence[str] = ()
+    progress: ProgressListener | None = None
+    make_learner: Callable[[Policy, FSTConfig, int], Learner] = GRPOLearner
+    identity: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What the joint loop works with.
+
+    Attributes:
+        spec: What was asked for.
+        start: What the run begins with.
+        lm: The local model, with the weights that the run begins with.
+        trainset, valset: What is learned from, and the at most ``val_size`` examples scored on.
+        val_ids: Their ids.
+        seed_candidate: The student's own texts.
+        runner: Runs the program.
+        fast: The fast channel, also where it is off.
+        sampler: Samples a step's groups.
+        learner: The slow channel; ``None`` where it is off.
+        budget: The run's, the opening counted in.
+        folder, trackers, progress: Where it is written and told.
+    """
+
+    spec: RunSpec
+    start: Start
+    lm: LocalLM
+    trainset: Sequence[dspy.Example]
+    valset: Sequence[dspy.Example]
+    val_ids: tuple[str, ...]
+    seed_candidate: Candidate
+    runner: RolloutRunner
+    fast: FastChannel
+    sampler: StepSampler
+    learner: Learner | None
+    budget: BudgetConfig
+    folder: RunFolder | None
+    trackers: Trackers
+    progress: ProgressListener
+
+    @property
+    def config(self) -> FSTConfig:
+        return self.spec.config
+
+    @property
+    def policy(self) -> Policy:
+        return self.lm.policy
+
+    @property
+    def fast_on(self) -> bool:
+        """Whether the fast channel is on."""
+        return self.spec.arm in ("fst", "gepa_only")
+
+    @property
+    def slow_opens(self) -> bool:
+        """Whether the first cycle has no fast phase before its steps."""
+        return self.learner is not None and self.config.fast.first_phase == "slow"
+
+    @property
+    def has_opening(self) -> bool:
+        """Whether the first cycle is a fast phase alone, validated before the weights move."""
+        return self.fast.reuses and not self.slow_opens
+
+    def close(self) -> None:
+        """Let go of the run folder."""
+        if self.folder is not None:
+            self.folder.close()
+
+
+def make_parts(spec: RunSpec, student: dspy.Module, checked: CheckedInput, start: Start) -> Parts:
+    """Claim the run folder, put the weights in place, and make the parts.
+
+    Args:
+        spec: What is asked for.
+        student: The program, which is left as it is.
+        checked: Its model and the examples.
+        start: What the run begins with.
+
+    Raises:
+        ConfigError, ModelError: Adapters that do not go with the weights.
+        StoreError: The run folder cannot be used.
+    """
+    seed, lm = spec.seed, checked.lm
+    # What depends on the model is settled first, so that the folder says what was used.
+    slow = with_learning_rate(spec.config.slow, lm.policy.model)
+    spec = replace(spec, config=replace(spec.config, slow=slow))
+    config = spec.config
+    main, slow_on = distributed.is_main(), spec.arm != "gepa_only"
+    fast_on = spec.arm in ("fst", "gepa_only")
+    valset = sample(checked.valset, config.sampling.val_size, seed)
+    val_ids = tuple(example_id(example) for example in valset)
+    own = seed_candidate(student)
+
+    # The folder first: a run that belongs to another one must not touch weights or model.
+    identity = _identity(spec, student, checked, own, val_ids, start)
+    opened: list[RunFolder] = []
+    distributed.from_main(partial(_open_folder, spec.log_dir, identity, opened))
+    folder = opened[0] if opened else None
+    trackers = Trackers(
+        spec.report_to if main else (),
+        folder.store if folder is not None else None,
+        {"arm": spec.arm, "seed": seed, "model": lm.version} | config.to_dict(),
+    )
+
+    # Then the weights, which runner and learner take as they find them.
+    lm.policy.restore(lm.version)
+    lm.policy.step = 0
+    if slow_on and config.slow.lora is not None:
+        begin_lora(lm.policy, config.slow.lora, seed)
+    runner = RolloutRunner(
+        student, spec.metric, lm, config.sampling, seed, predictor_feedback=fast_on
+    )
+    fast = _make_fast(spec, lm.policy, reuse=config.fast.reuse and fast_on and slow_on)
+    parts = Parts(
+        spec=spec,
+        start=start,
+        lm=lm,
+        trainset=checked.trainset,
+        valset=valset,
+        val_ids=val_ids,
+        seed_candidate=own,
+        runner=runner,
+        fast=fast,
+        sampler=StepSampler(runner, fast, config.slow, checked.trainset, seed),
+        learner=spec.make_learner(lm.policy, config, seed) if slow_on else None,
+        budget=config.budget,
+        folder=folder,
+        trackers=trackers,
+        progress=(spec.progress or default_progress()) if main else SilentProgress(),
+    )
+    return _with_opening(parts)
+
+
+def begin_lora(policy: Policy, lora: LoraConfig, seed: int) -> None:
+    """Make adapters the trained weights: those that the live weights have, or fresh ones.
+
+    Raises:
+        ConfigError: The live weights have adapters of other settings.
+        ModelError: They have none and are not the base.
+    """
+    if policy.lora is None:
+        policy.add_lora(lora, seed)
+    elif policy.lora != lora:
+        raise ConfigError(
+            f"the weights {policy.version()} have adapters with {policy.lora}; train them on with "
+            f"the same lora settings, or start from {policy.base_version}"
+        )
+
+
+def sample(examples: Sequence[dspy.Example], size: int, seed: int) -> list[dspy.Example]:
+    """At most ``size`` of the examples, drawn with the seed, in their own order."""
+    if len(examples) <= size:
+        return list(examples)
+    chosen = random.Random(seed).sample(range(len(examples)), size)
+    return [examples[index] for index in sorted(chosen)]
+
+
+def _with_opening(parts: Parts) -> Parts:
+    """An opening is a cycle more than was asked for: it takes no optimizer steps."""
+    cycles = parts.budget.max_cycles
+    if cycles is None or not parts.has_opening:
+        return parts
+    return replace(parts, budget=replace(parts.budget, max_cycles=cycles + 1))
+
+
+def _make_fast(spec: RunSpec, policy: Policy, *, reuse: bool) -> FastChannel:
+    config, count = spec.config.fast, partial(_count_tokens, policy)
+    proposer = _make_proposer(spec, count)
+    demos = DemoProposer(config.demo_tokens, count) if config.demo_tokens else None
+    if reuse:
+        steps = spec.config.slow.steps_per_cycle
+        return TrialPhase(
+            config,
+            proposer,
+            spec.seed,
+            steps_per_cycle=steps,
+            demos=demos,
+            strategies=spec.strategies,
+        )
+    return FastPhase(config, proposer, spec.seed, demos=demos, strategies=spec.strategies)
+
+
+def _make_proposer(spec: RunSpec, count_tokens: Callable[[str], int]) -> Proposer:
+    if spec.instruction_proposer is not None:
+        return spec.instruction_proposer
+    config = spec.config.fast
+    lessons = LessonProposer(config.instruction_tokens, count_tokens)
+    if spec.reflection_lm is None:
+        return lessons
+    return ReflectionLMProposer(
+        spec.reflection_lm,
+        config.instruction_tokens,
+        count_tokens,
+        fallback=lessons,
+        max_cost=config.max_reflection_cost,
+        max_tokens=config.max_reflection_tokens,
+        template=config.reflection_prompt_template,
+    )
+
+
+def _count_tokens(policy: Policy, text: str) -> int:
+    return len(policy.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def _open_folder(path: Path | None, identity: Mapping[str, Any], opened: list[RunFolder]) -> None:
+    if path is not None:
+        opened.append(RunFolder(path))
+        try:
+            opened[0].begin(identity)
+        except BaseException:
+            opened[0].close()
+            raise
+
+
+def _identity(
+    spec: RunSpec,
+    student: dspy.Module,
+    checked: CheckedInput,
+    own: Candidate,
+    val_ids: Sequence[str],
+    start: Start,
+) -> dict[str, Any]:
+    """What tells a run from others: its folder goes on with the same alone."""
+    candidates = [candidate.id for candidate in start.candidates]
+    return {
+        **({"start": candidates} if candidates else {}),
+        **spec.identity,
+        "arm": spec.arm,
+        "seed": spec.seed,
+        "settings": spec.config.to_dict(),
+        "model": checked.lm.version,
+        "program": program_identity(student),
+        "adapter": adapter_identity(dspy.settings.adapter),
+        "lm": lm_identity(checked.lm),
+        "metric": metric_identity(spec.metric),
+        "student": dict(own.components),
+        "train_ids": [example_id(example) for example in checked.trainset],
+        "val_ids": list(val_ids),
+    }

@@ -1,0 +1,81 @@
+"""Validation: the fast weights scored under the slow ones, and the best pair of both."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from fst_dspy.fast import population as populations
+from fst_dspy.fast.population import mean
+from fst_dspy.loop.parts import Parts
+from fst_dspy.loop.state import LoopState
+from fst_dspy.model.divergence import kl_to_base, spread_calls
+from fst_dspy.results.result import Best
+from fst_dspy.rollouts.evaluate import evaluate
+from fst_dspy.rollouts.health import check_first_rollouts
+from fst_dspy.rollouts.jobs import Channel
+from fst_dspy.types import Population
+
+KL_CALLS = 64
+"""Validation calls that the KL to the base model is measured on."""
+
+
+@dataclass(frozen=True)
+class Validation:
+    """The population with its scores of now, and those of its best candidate.
+
+    Attributes:
+        score_V, val_score: Of the best candidate, by example and their mean.
+        kl_to_base: Of the weights, on the best candidate's calls, nats a token.
+    """
+
+    population: Population
+    score_V: tuple[float, ...]
+    val_score: float
+    kl_to_base: float
+
+
+def score(parts: Parts, state: LoopState) -> Validation:
+    """Score the population on the validation examples, where its scores are not of now.
+
+    Where slow rollouts are reused, they have scored the population; what is left to validate is
+    its best candidate. Else all are scored, and the next front is made of it.
+
+    Raises:
+        MetricError, ProgramError: The first validation shows that nothing can be learned.
+    """
+    population, step = state.population, parts.policy.step
+    kl = state.records[-1].kl_to_base if state.records else 0.0
+    first, best_only = not state.records, bool(state.records) and parts.fast.reuses
+    best_k = 0 if first else populations.best(population)
+    if not (first or best_only or population.policy_version != step):
+        score_V = population.score_K_V[best_k]
+        return Validation(population, score_V, mean(score_V), kl)
+    candidates = (population.candidates[best_k],) if best_only else population.candidates
+    channel: Channel = "fast" if parts.fast_on and not parts.fast.reuses else "eval"
+    scored = evaluate(parts.runner, candidates, parts.valset, channel=channel, salt=step)
+    if not best_only:
+        population = replace(population, score_K_V=scored.score_K_V, policy_version=step)
+    k = 0 if best_only else populations.best(population)
+    if first:
+        check_first_rollouts(scored.rollouts_K[k])
+    if step > 0 or parts.lm.version != parts.policy.base_version:
+        kl = kl_to_base(parts.policy, spread_calls(scored.rollouts_K[k], KL_CALLS, parts.spec.seed))
+    return Validation(population, scored.score_K_V[k], scored.mean_K[k], kl)
+
+
+def better_of(parts: Parts, state: LoopState, found: Validation, cycle: int) -> Best:
+    """The latest (weights, candidate) that is not clearly worse than the highest score.
+
+    The highest of many noisy scores is luck as often as skill, and the later pair has learned
+    more. The weights of the pair are kept, those of the one before are let go.
+    """
+    best, policy = state.best, parts.policy
+    if best is not None and populations.worse_by_sign_test(found.score_V, state.peak_V):
+        return best
+    candidate = found.population.candidates[populations.best(found.population)]
+    version = policy.keep()
+    if best is not None and best.version not in (version, parts.lm.version):
+        policy.forget(best.version)
+    if parts.folder is not None:
+        parts.folder.keep_version(version, policy)
+    return Best(version, candidate, found.val_score, cycle)

@@ -1,0 +1,206 @@
+"""Completions read again: the inputs of a forward pass, and log-probabilities at their tokens.
+
+Whatever looks at completions after they were sampled reads them through here: KL and entropy,
+distillation, and the optimizer step, whose output layer is TRL's own. Rows are padded, or go on
+from what their prompts have in common, which is then read once (``fst_dspy.model.prefixes``). Each
+token has the position that it was sampled at, and the output layer runs at completions alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from fst_dspy.model.cache_layers import cache_name
+from fst_dspy.model.policy import Policy
+from fst_dspy.model.prefixes import (
+    backbone_of,
+    can_continue,
+    left_padded,
+    positions,
+    read_prefixes,
+    right_padded,
+    worthwhile_prefixes,
+)
+
+Ids = Sequence[int]
+
+
+class Row(Protocol):
+    """A prompt and its completion, as ``Call`` and ``TrainingRow`` are."""
+
+    @property
+    def prompt_ids_T(self) -> tuple[int, ...]: ...
+
+    @property
+    def completion_ids_T(self) -> tuple[int, ...]: ...
+
+    @property
+    def temperature(self) -> float: ...
+
+
+def completion_logprobs(policy: Policy, rows: Sequence[Row]) -> Tensor:
+    """Log-probabilities over the vocabulary at the N completion tokens of some rows, row by row.
+
+    Under the weights now in the model, each row at its own temperature, or at 1 when greedy.
+    Gradients flow where they are enabled.
+
+    Args:
+        policy: The caller holds its lock.
+        rows: At least one, each with a completion.
+
+    Returns:
+        Nats, of shape N x V, in float32.
+    """
+    return logprobs_of(policy, completion_states(policy, rows), temperatures(rows, policy.device))
+
+
+def completion_states(policy: Policy, rows: Sequence[Row]) -> Tensor:
+    """What the output layer takes at the N completion tokens, N x D; see ``completion_logprobs``.
+
+    A hundred times smaller than log-probabilities over a large vocabulary: to be kept until other
+    weights are in the model, along with the ``output_layer`` that they are for.
+    """
+    model, device = policy.model, policy.device
+    pairs = [(row.prompt_ids_T, row.completion_ids_T) for row in rows]
+    inputs, at_BT = completion_inputs(model, pairs, policy.tokenizer.pad_token_id, device)
+    caught: list[Tensor] = []
+
+    def catch(_module: Any, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        caught.append(_taken(inputs[0], at_BT))
+        return inputs[0][:, :0], *inputs[1:]  # no logits
+
+    with _before_output_layer(model, catch):
+        model(**inputs)
+    lengths_B1 = torch.tensor([[len(row.completion_ids_T)] for row in rows], device=device)
+    return caught[0][torch.arange(at_BT.shape[1], device=device) < lengths_B1]
+
+
+def logprobs_of(policy: Policy, state_ND: Tensor, temperature_N: Tensor) -> Tensor:
+    """Log-probabilities over the vocabulary, N x V, from what the output layer takes.
+
+    The model itself runs, on one token whose state these take the place of: some scale or cap
+    what their output layer gives.
+    """
+    model = policy.model
+    ids_11 = torch.tensor([[policy.tokenizer.pad_token_id]], device=policy.device)
+    with _before_output_layer(model, lambda _module, inputs: (state_ND[None], *inputs[1:])):
+        logits_NV = model(input_ids=ids_11, use_cache=False).logits[0].float()
+    return (logits_NV / temperature_N[:, None]).log_softmax(-1)
+
+
+def temperatures(rows: Sequence[Row], device: torch.device) -> Tensor:
+    """The temperature of each of the N completion tokens of some rows; 1 where they are greedy."""
+    values = [row.temperature or 1.0 for row in rows for _ in row.completion_ids_T]
+    return torch.tensor(values, device=device)
+
+
+def output_layer(policy: Policy) -> list[Tensor]:
+    """A copy of the output layer's weights, as they are now."""
+    return [weight.detach().clone() for weight in policy.model.get_output_embeddings().parameters()]
+
+
+@contextmanager
+def with_output_layer(policy: Policy, weights: Sequence[Tensor]) -> Iterator[None]:
+    """Inside the block the model has these weights in its output layer, for ``logprobs_of``."""
+    own = list(policy.model.get_output_embeddings().parameters())
+    before = [weight.data for weight in own]
+    for weight, data in zip(own, weights, strict=True):
+        weight.data = data
+    try:
+        yield
+    finally:
+        for weight, data in zip(own, before, strict=True):
+            weight.data = data
+
+
+def state_bytes(policy: Policy) -> int:
+    """Size of what the output layer takes for one token."""
+    weight = policy.model.get_output_embeddings().weight
+    return weight.shape[1] * weight.element_size()
+
+
+def completion_inputs(
+    model: Any,
+    rows: Sequence[tuple[Ids, Ids]],
+    pad_id: int,
+    device: torch.device,
+    *,
+    continues: bool | None = None,
+) -> tuple[dict[str, Any], Tensor]:
+    """What a forward pass over some rows takes; common beginnings have then been read.
+
+    Args:
+        model: A causal language model, with its adapters if it has any.
+        rows: Prompt and completion of each of B rows; T is the longest completion.
+        continues: Whether to read common beginnings once; by default where the model can.
+
+    Returns:
+        Arguments of the model's forward, and where the hidden state that predicts each completion
+        token is, (B, T); of padding it is any place.
+    """
+    if continues is None:
+        continues = can_continue(model)
+    prefixes = worthwhile_prefixes([prompt for prompt, _ in rows]) if continues else None
+    longest = max(len(completion) for _, completion in rows)
+    steps_T = torch.arange(longest, device=device)
+    if prefixes is not None:
+        rest_B = [prefixes.rest(row, prompt) for row, (prompt, _) in enumerate(rows)]
+        own = [(*rest, *completion) for rest, (_, completion) in zip(rest_B, rows, strict=True)]
+        ids_BT, own_mask = right_padded(own, pad_id, device)
+        cache, mask_BT = read_prefixes(backbone_of(model), prefixes, pad_id, device)
+        mask_BT = torch.cat([mask_BT, own_mask], dim=1)
+        # The logits of a token are those of the position before it.
+        first_B1 = torch.tensor([[len(rest) - 1] for rest in rest_B], device=device)
+        at_BT = (first_B1 + steps_T).clamp(max=ids_BT.shape[1] - 1)
+        position_BT = positions(mask_BT)[:, -ids_BT.shape[1] :]
+        more = {"position_ids": position_BT, cache_name(model): cache, "use_cache": True}
+    else:
+        prompts = left_padded([prompt for prompt, _ in rows], pad_id, device)
+        completions = right_padded([completion for _, completion in rows], pad_id, device)
+        ids_BT, mask_BT = (
+            torch.cat(pair, dim=1) for pair in zip(prompts, completions, strict=True)
+        )
+        at_BT = (prompts[0].shape[1] - 1 + steps_T).expand(len(rows), -1)
+        # Rotary positions count from anywhere, and TRL counts padding too: bit for bit as it does.
+        own_positions = {} if is_rotary(model) else {"position_ids": positions(mask_BT)}
+        more = {**own_positions, "use_cache": False}
+    return {"input_ids": ids_BT, "attention_mask": mask_BT, **more}, at_BT
+
+
+def is_rotary(model: Any) -> bool:
+    """Whether only the distance between positions matters to a model, so that padding may count."""
+    return getattr(model.config.get_text_config(), "rope_parameters", None) is not None
+
+
+@contextmanager
+def only_at(model: Any, at_BT: Tensor) -> Iterator[None]:
+    """Inside the block the model's backbone gives its states at these places of each row alone."""
+
+    def after_backbone(_module: Any, _inputs: Any, output: Any) -> Any:
+        output.last_hidden_state = _taken(output.last_hidden_state, at_BT)
+        return output
+
+    handle = backbone_of(model).register_forward_hook(after_backbone)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def _before_output_layer(model: Any, hook: Any) -> Iterator[None]:
+    # Some models' forward does not call the backbone as a whole, but all call the output layer.
+    handle = model.get_output_embeddings().register_forward_pre_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _taken(state_BTD: Tensor, at_BT: Tensor) -> Tensor:
+    return state_BTD.gather(1, at_BT[..., None].expand(-1, -1, state_BTD.shape[-1]))

@@ -1,0 +1,125 @@
+"""What became of many rollouts: failures by kind with the first cause, and whether rewards differ.
+
+A rollout that fails is data, and so a run whose rollouts all fail ends like any other unless
+somebody looks. This is what looks: after the first validation and after every cycle.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from fst_dspy.display import visible
+from fst_dspy.errors import MetricError, ProgramError
+from fst_dspy.types import Rollout
+
+TOLD_SHARE = 0.05
+"""Share of rollouts that fail in one way, from which on it is told."""
+
+NOT_ANSWERED = ("parse", "truncated", "empty")
+"""Kinds of failure that are the model's: its answer could not be read."""
+
+ADVICE: Mapping[str, str] = {
+    "parse": "the model does not answer in the adapter's format: show it demos, try another "
+    "adapter (dspy.configure(adapter=...)) or fewer output fields, or a larger model",
+    "truncated": "answers are cut off: raise max_tokens, or ask for shorter ones",
+    "empty": "the model ends its answer at once: check its chat template and stop strings",
+    "timeout": "raise rollout_timeout, or make what the program waits for faster",
+    "metric": "the metric fails on real predictions: run it on one",
+    "program": "the program fails: run it once on a training example",
+    "no_calls": "the program does not call the local model: check its LM with "
+    "program.named_predictors()",
+}
+"""What to do about a kind of failure."""
+
+
+@dataclass(frozen=True)
+class Tally:
+    """Rollouts, by what became of them.
+
+    Attributes:
+        rollouts: How many.
+        failures: How many failed, by kind.
+        messages: The first message of each kind.
+        low, high: The lowest and highest reward of rollouts that are learned from; ``None`` before
+            there is one.
+    """
+
+    rollouts: int = 0
+    failures: Mapping[str, int] = field(default_factory=dict)
+    messages: Mapping[str, str] = field(default_factory=dict)
+    low: float | None = None
+    high: float | None = None
+
+    def plus(self, rollouts: Sequence[Rollout], *, learned_from: bool) -> Tally:
+        """With some more rollouts; those of validation are not learned from."""
+        failures, messages = dict(self.failures), dict(self.messages)
+        for rollout in rollouts:
+            if rollout.failure is not None:
+                kind = rollout.failure.kind
+                failures[kind] = failures.get(kind, 0) + 1
+                messages.setdefault(kind, rollout.failure.message)
+        rewards = [rollout.reward for rollout in rollouts] if learned_from else []
+        rewards += [value for value in (self.low, self.high) if value is not None]
+        return Tally(
+            self.rollouts + len(rollouts),
+            failures,
+            messages,
+            min(rewards, default=None),
+            max(rewards, default=None),
+        )
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """Share of the rollouts that failed, by kind, 0 to 1."""
+        return {kind: n / self.rollouts for kind, n in sorted(self.failures.items())}
+
+
+def told_failures(
+    shares: Mapping[str, float], messages: Mapping[str, str], *, advice: bool = True
+) -> list[str]:
+    """What to tell of failures: a text for every kind that is more than a few, the largest first.
+
+    Args:
+        shares: Of rollouts, by kind, 0 to 1.
+        messages: The first message of each kind.
+        advice: Say what to do about it, too.
+    """
+    texts = []
+    for kind, share in sorted(shares.items(), key=lambda item: -item[1]):
+        if share >= TOLD_SHARE:
+            text = f"{kind} {share:.0%}: {visible(_first_line(messages.get(kind, '')))}"
+            texts.append(f"{text} ({ADVICE[kind]})" if advice and kind in ADVICE else text)
+    return texts
+
+
+def check_first_rollouts(rollouts: Sequence[Rollout]) -> None:
+    """Stop where the program, or the metric, fails on all that the model has answered.
+
+    Answers that cannot be read are the model's, and may be learned away: they hide nothing here.
+
+    Raises:
+        MetricError: The metric failed on every prediction that it was given.
+        ProgramError: The program failed, or never called the local model, on every example whose
+            answers could be read.
+    """
+    failures = [rollout.failure for rollout in rollouts]
+    kinds = {f.kind if f is not None else None for f in failures} - set(NOT_ANSWERED)
+    if not kinds or None in kinds:
+        return
+    messages = [f"{f.kind}: {f.message}" for f in failures if f and f.kind not in NOT_ANSWERED]
+    if "metric" in kinds:
+        raise MetricError(f"the metric failed on every validation example: {_most(messages)}")
+    raise ProgramError(f"the program failed on every validation example: {_most(messages)}")
+
+
+def _most(messages: Iterable[str]) -> str:
+    """The message that occurs most often, of equals the first."""
+    counts: dict[str, int] = {}
+    for message in messages:
+        counts[message] = counts.get(message, 0) + 1
+    return max(counts, key=lambda message: counts[message])
+
+
+def _first_line(text: str) -> str:
+    return text.strip().splitlines()[0] if text.strip() else ""

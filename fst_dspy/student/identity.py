@@ -1,0 +1,87 @@
+"""What tells a program, its metric and its adapter from others: plain values for a run's folder."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import dspy
+
+from fst_dspy.student.candidate import content_hash
+
+
+def program_identity(program: dspy.Module) -> dict[str, Any]:
+    """The program's class, and of each predictor its class, fields and own language model.
+
+    Instructions and demos are left out: they are the student's texts, which a run names anyway.
+    """
+    return {
+        "class": _name_of(type(program)),
+        "predictors": {
+            name: {
+                "class": _name_of(type(predictor)),
+                "fields": _fields(predictor.signature),
+                "lm": lm_identity(predictor.lm),
+                "config": content_hash(dict(getattr(predictor, "config", {}) or {})),
+            }
+            for name, predictor in program.named_predictors()
+        },
+    }
+
+
+def lm_identity(lm: Any) -> dict[str, Any] | None:
+    """A language model's name and settings, by hash: keys and the like do not go into a folder."""
+    if lm is None:
+        return None
+    settings = {k: v for k, v in (getattr(lm, "kwargs", None) or {}).items() if "key" not in k}
+    return {
+        "model": str(getattr(lm, "model", type(lm).__name__)),
+        "settings": content_hash(settings),
+    }
+
+
+def adapter_identity(adapter: dspy.Adapter | None) -> dict[str, Any]:
+    """The adapter's class and its plain settings; DSPy's default for ``None``."""
+    adapter = adapter or dspy.ChatAdapter()
+    plain = {
+        name: value
+        for name, value in vars(adapter).items()
+        if isinstance(value, str | int | float | bool | None) and not name.startswith("_")
+    }
+    return {"class": _name_of(type(adapter)), "settings": plain}
+
+
+def metric_identity(metric: Callable[..., Any]) -> dict[str, str]:
+    """The metric's name, and a hash of its source where there is one."""
+    while isinstance(metric, functools.partial):
+        metric = metric.func
+    named = metric if hasattr(metric, "__qualname__") else type(metric)
+    try:
+        source = inspect.getsource(named)
+    except (OSError, TypeError):
+        return {"name": _name_of(named)}
+    return {"name": _name_of(named), "source": hashlib.sha256(source.encode()).hexdigest()[:12]}
+
+
+def _fields(signature: Any) -> list[dict[str, str]]:
+    kinds: tuple[tuple[str, Mapping[str, Any]], ...] = (
+        ("input", signature.input_fields),
+        ("output", signature.output_fields),
+    )
+    return [
+        {
+            "name": name,
+            "kind": kind,
+            "type": str(field.annotation),
+            "description": str((field.json_schema_extra or {}).get("desc", "")),
+        }
+        for kind, fields in kinds
+        for name, field in fields.items()
+    ]
+
+
+def _name_of(thing: Any) -> str:
+    return f"{thing.__module__}.{thing.__qualname__}"

@@ -1,0 +1,294 @@
+"""Distilling a context into the weights, on tiny random models and the embedded one."""
+
+import dspy
+import pytest
+import torch
+from helpers import (
+    Echo,
+    Twice,
+    assert_equal_but_for_rounding,
+    kill_before_steps,
+    questions,
+    vowels,
+)
+from tiny_compile import SETTINGS as TINY
+from tiny_compile import raw_adapter  # noqa: F401
+
+from fst_dspy import FST, FSTDistill, LocalLM
+from fst_dspy.config import FSTConfig, LoraConfig, SamplingConfig, SlowConfig
+from fst_dspy.distill.reader import ContextReader
+from fst_dspy.distill.trainer import DistillTrainer, reverse_kl
+from fst_dspy.errors import ConfigError, ProgramError, TrainingError
+from fst_dspy.rollouts.jobs import RolloutJob
+from fst_dspy.rollouts.runner import RolloutRunner
+from fst_dspy.student.candidate import make_candidate, seed_candidate
+from fst_dspy.tasks import load_task
+
+SAMPLING = SamplingConfig(max_tokens=8)
+SETTINGS = TINY | {"group_size": 2, "problems_per_step": 3, "first_cycle_iterations": 1}
+
+
+def with_prompt(program, text):
+    """A copy of a program with another instruction everywhere."""
+    changed = program.deepcopy()
+    for _, predictor in changed.named_predictors():
+        predictor.signature = predictor.signature.with_instructions(text)
+    return changed
+
+
+def roll(program, lm, count=4, candidate=None):
+    runner = RolloutRunner(program, vowels, lm, SAMPLING, seed=0)
+    candidate = candidate or seed_candidate(program)
+    jobs = [RolloutJob(question, candidate) for question in questions(count)]
+    return runner.run(jobs, channel="slow", salt=0)
+
+
+# --- the loss -------------------------------------------------------------------------------------
+
+
+def random_logprobs(*shape, seed):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).log_softmax(-1)
+
+
+def test_reverse_kl_of_known_distributions():
+    student = torch.tensor([[0.5, 0.5], [0.9, 0.1]]).log()
+    teacher = torch.tensor([[0.25, 0.75], [0.5, 0.5]]).log()
+    expected = 0.5 * torch.log(torch.tensor(2.0)) + 0.5 * torch.log(torch.tensor(2 / 3))
+    assert reverse_kl(student[:1], teacher[:1]).item() == pytest.approx(expected.item(), rel=1e-5)
+    assert reverse_kl(student, teacher) > reverse_kl(student[:1], teacher[:1])
+    assert reverse_kl(student, student).item() == 0
+
+
+def test_reverse_kl_is_that_of_trl(monkeypatch):
+    monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
+    from trl.experimental.gkd import GKDTrainer
+
+    student, teacher = random_logprobs(2, 5, 7, seed=0), random_logprobs(2, 5, 7, seed=1)
+    mask = torch.tensor([[True] * 5, [True] * 3 + [False] * 2])
+    labels = torch.where(mask, 0, -100)
+    theirs = GKDTrainer.generalized_jsd_loss(student, teacher, labels, beta=1)
+    ours = reverse_kl(student[mask], teacher[mask]) / mask.sum()
+    assert ours.item() == pytest.approx(theirs.item(), rel=1e-5)  # summed in another order
+
+
+# --- reading the student's calls under another context --------------------------------------------
+
+
+@pytest.mark.parametrize("program", [Echo(), Twice()], ids=["one predictor", "two"])
+def test_a_call_read_under_its_own_context_has_its_own_prompt(tiny_qwen3, program):
+    lm = LocalLM(str(tiny_qwen3))
+    rollouts = roll(program, lm)
+    readings = ContextReader(program, seed_candidate(program), lm).read(rollouts)
+    assert len(readings) == sum(len(rollout.calls) for rollout in rollouts)
+    for reading in readings:
+        assert reading.teacher == reading.student
+
+
+def test_a_call_read_under_another_context_has_the_prompt_of_that_program(tiny_qwen3):
+    lm, program = LocalLM(str(tiny_qwen3)), Echo()
+    evolved = with_prompt(program, "Say one thing, in early letters.")
+    evolved.say.demos = [dspy.Example(question="number 9", answer="abc")]
+    context = seed_candidate(evolved)
+    asked = [rollout.calls[0].prompt_ids_T for rollout in roll(program, lm, candidate=context)]
+    rollouts = roll(program, lm)
+    readings = ContextReader(program, context, lm).read(rollouts)
+    assert [reading.teacher.prompt_ids_T for reading in readings] == asked
+    for reading, rollout in zip(readings, rollouts, strict=True):
+        assert reading.student.prompt_ids_T == rollout.calls[0].prompt_ids_T != asked[0]
+        assert reading.teacher.completion_ids_T == rollout.calls[0].completion_ids_T
+
+
+def test_calls_that_do_not_fit_under_the_longer_prompt_are_left_out(tiny_qwen3):
+    lm, program = LocalLM(str(tiny_qwen3)), Echo()
+    limit = lm.policy.context_length
+    words = make_candidate({"say.instructions": "word " * limit})
+    with pytest.raises(TrainingError, match="too long"):
+        ContextReader(program, words, lm).read(roll(program, lm, count=1))
+
+
+# --- steps ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("lora", [None, LoraConfig(rank=4)], ids=["full", "lora"])
+def test_steps_lower_the_divergence_and_leave_the_teacher_alone(tiny_qwen3, lora):
+    lm, program = LocalLM(str(tiny_qwen3)), Echo()
+    policy = lm.policy
+    context = seed_candidate(with_prompt(program, "Write many early letters and no others."))
+    readings = ContextReader(program, context, lm).read(roll(program, lm, count=6))
+    if lora is not None:
+        policy.add_lora(lora, seed=0)
+    slow = SlowConfig(learning_rate=1e-2, micro_batch_size=4)
+    trainer = DistillTrainer(policy, slow, SAMPLING, 10, 0, policy.base_version)
+    stats = [trainer.imitate(readings) for _ in range(6)]
+    assert stats[-1].loss < 0.5 * stats[0].loss
+    assert all(step.skipped is None and step.entropy > 0 for step in stats)
+    assert policy.step == 6 and policy.version() != policy.base_version
+    with policy.at(policy.base_version):
+        assert policy.version() == policy.base_version
+
+
+def test_a_student_that_is_its_own_teacher_takes_no_step(tiny_qwen3):
+    lm, program = LocalLM(str(tiny_qwen3)), Echo()
+    readings = ContextReader(program, seed_candidate(program), lm).read(roll(program, lm))
+    trainer = DistillTrainer(
+        lm.policy, SlowConfig(), SAMPLING, 10, 0, teacher_version=lm.policy.base_version
+    )
+    stats = trainer.imitate(readings)
+    assert stats.skipped == "constant" and stats.loss == 0
+    assert lm.policy.step == 0 and lm.policy.version() == lm.policy.base_version
+
+
+def test_the_step_does_not_depend_on_how_it_is_cut(tiny_qwen3, monkeypatch):
+    from fst_dspy.distill import trainer as distill_trainer
+
+    losses, gradients = [], []  # Adam would blow up what rounding leaves of a gradient near 0
+    for size, limit in ((16, 2**29), (2, 1)):
+        monkeypatch.setattr(distill_trainer, "CHUNK_BYTES", limit)
+        lm, program = LocalLM(str(tiny_qwen3)), Echo()
+        context = seed_candidate(with_prompt(program, "Another text."))
+        readings = ContextReader(program, context, lm).read(roll(program, lm, count=5))
+        slow = SlowConfig(micro_batch_size=size, max_grad_norm=0)
+        trainer = DistillTrainer(lm.policy, slow, SAMPLING, 10, 0, lm.policy.base_version)
+        caught = {}
+
+        def catch(*_, caught=caught, model=lm.policy.model):
+            caught.update((name, weight.grad.clone()) for name, weight in model.named_parameters())
+
+        trainer._trl.optimizer.optimizer.register_step_pre_hook(catch)
+        losses.append(trainer.imitate(readings).loss)
+        gradients.append(caught)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert_equal_but_for_rounding(*gradients)
+
+
+# --- the optimizer --------------------------------------------------------------------------------
+
+
+def distill(folder, *, student=None, teacher="Write early letters.", lm=None, **settings):
+    """Distill into a freshly loaded tiny model: the program, its LM and its results."""
+    lm, student = lm or LocalLM(str(folder)), student or Echo()
+    optimizer = FSTDistill(vowels, track_stats=True, **{**SETTINGS, **settings})
+    teacher = with_prompt(student, teacher) if isinstance(teacher, str) else teacher
+    with dspy.context(lm=lm):
+        compiled = optimizer.compile(
+            student, teacher=teacher, trainset=questions(6), valset=questions(4, 6)
+        )
+    return compiled, lm, compiled.detailed_results
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("repeatable_sampling")
+@pytest.mark.parametrize("lora", [False, {"rank": 4}], ids=["full", "lora"])
+def test_the_bare_prompt_is_kept_and_the_weights_learn(tiny_qwen3, lora):
+    compiled, _, result = distill(tiny_qwen3, student=Twice(), lora=lora)
+    assert result.arm == "fst_distill"
+    assert result.best.candidate == result.seed_candidate == seed_candidate(Twice())
+    assert result.context.components["first.instructions"] == "Write early letters."
+    assert result.teacher_version == result.base_version and result.search is None
+    last = result.records[-1]
+    assert last.step == 4 and last.kl_to_base > 0
+    assert result.weights_version != result.base_version
+    assert result.rollouts.fast == 0 and result.rollouts.slow == 4 * 6
+    assert result.rollouts.eval == 3 * 4
+    assert compiled.first.lm.model == compiled.second.lm.model == result.best.version
+    assert compiled.first.signature.instructions == "Draft."
+    assert compiled(question="number 3").answer is not None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+def test_a_killed_distillation_goes_on_to_the_same_end(tiny_qwen3, tmp_path, lora, monkeypatch):
+    whole = distill(tiny_qwen3, lora=lora)[2]
+    steps = kill_before_steps(monkeypatch, 4)
+    with pytest.raises(RuntimeError, match="killed"):
+        distill(tiny_qwen3, log_dir=tmp_path, lora=lora)
+    resumed = distill(tiny_qwen3, log_dir=tmp_path, lora=lora)[2]
+    assert steps == [0, 1, 2, 3, 3]
+    assert resumed.weights_version == whole.weights_version and resumed.best == whole.best
+
+
+@pytest.mark.slow
+def test_without_a_teacher_one_is_searched_for_within_the_budget(tiny_qwen3, tmp_path):
+    compiled, _, result = distill(
+        tiny_qwen3, teacher=None, max_cycles=9, max_rollouts=80, log_dir=tmp_path
+    )
+    search, first = result.search, result.records[0]
+    assert search.arm == "gepa_only" and result.context == search.best.candidate
+    assert 40 <= search.rollouts.total < 80
+    assert first.total_rollouts.fast == search.rollouts.fast > 0
+    assert first.total_rollouts.total == search.rollouts.total + 4
+    assert first.seconds["fast"] >= search.records[-1].seconds["fast"]
+    assert result.records[-2].total_rollouts.total < 80 <= result.rollouts.total
+    assert (tmp_path / "search" / "result.json").is_file()
+    again = distill(tiny_qwen3, teacher=None, max_cycles=9, max_rollouts=80, log_dir=tmp_path)[2]
+    assert again.records == result.records
+    assert compiled.say.signature.instructions == "Say something."
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("repeatable_sampling")
+def test_a_compiled_teacher_lends_its_weights(tiny_qwen3):
+    lm = LocalLM(str(tiny_qwen3))
+    with dspy.context(lm=lm):
+        teacher = FST(vowels, **{**SETTINGS, "max_cycles": 1}).compile(
+            with_prompt(Echo(), "Write early letters."),
+            trainset=questions(6),
+            valset=questions(4, 6),
+        )
+    trained = teacher.say.lm.model
+    assert trained != lm.policy.base_version
+    result = distill(tiny_qwen3, teacher=teacher, lm=lm, max_cycles=1)[2]
+    assert result.teacher_version == result.records[0].weights_version == trained
+    assert result.records[0].kl_to_base > 0, "measured to the original base"
+    assert teacher(question="number 2").answer is not None
+
+
+def test_bad_input_is_refused_before_any_work(tiny_qwen3, tiny_llama, monkeypatch):
+    def no_work(*args, **kwargs):
+        raise AssertionError("rollouts were run")
+
+    monkeypatch.setattr(RolloutRunner, "run", no_work)
+    with pytest.raises(ConfigError, match="leave arm out"):
+        FSTDistill(vowels, arm="fst")
+    with pytest.raises(ConfigError, match="search_share"):
+        FSTDistill(vowels, search_share=1.0)
+    with pytest.raises(ConfigError, match="unknown setting"):
+        FSTDistill(vowels, learning_rat=1)
+    with pytest.raises(ConfigError, match="nothing to distill"):
+        distill(tiny_qwen3, teacher=Echo())
+    with pytest.raises(ConfigError, match="another program"):
+        distill(tiny_qwen3, teacher=with_prompt(Twice(), "x"))
+    other = with_prompt(Echo(), "x")
+    other.set_lm(LocalLM(str(tiny_llama)))
+    with pytest.raises(ProgramError, match="one LocalLM"):
+        distill(tiny_qwen3, teacher=other)
+
+
+def test_the_settings_of_groups_are_the_students_own():
+    optimizer = FSTDistill(vowels, group_size=6, population_size=4)
+    every_turn = FSTConfig.make(group_size=6, population_size=1, revisit_constant=1.0)
+    assert optimizer.config == every_turn
+
+
+@pytest.mark.slow
+def test_distilling_raises_the_bare_prompts_score():
+    task = load_task("triage", seed=0)
+    teacher = with_prompt(task.program, task.ideal_instructions["predict"])
+    distiller = FSTDistill(
+        task.metric,
+        track_stats=True,
+        learning_rate=1e-3,
+        max_cycles=2,
+        steps_per_cycle=12,
+        problems_per_step=8,
+        group_size=2,
+        val_size=32,
+        max_tokens=40,
+    )
+    with dspy.context(lm=LocalLM("embedded"), adapter=None):
+        result = distiller.compile(
+            task.program, teacher=teacher, trainset=task.trainset, valset=task.valset
+        ).detailed_results
+    assert result.records[0].val_score < 0.1
+    assert result.best.score > 0.25
+    assert result.best.candidate == seed_candidate(task.program)

@@ -1,0 +1,213 @@
+"""Demos as fast weights: the bank, the choice, the budget, and their way through a fast phase."""
+
+import json
+import random
+from collections.abc import Sequence
+from typing import Any
+
+import dspy
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from records import make_rollout
+from rule_runner import SEED, TRAIN, VAL, RuleRunner, Scripted, run, scored, words
+
+from fst_dspy.config import FastConfig
+from fst_dspy.fast.phase import FastPhase
+from fst_dspy.fast.proposers.demos import (
+    BANK_SIZE,
+    SOURCE,
+    DemoProposer,
+    only_fewer,
+    shown_examples,
+)
+from fst_dspy.rollouts.jobs import RolloutJob
+from fst_dspy.student.candidate import bind, decode_demos, encode_demos, example_id, make_candidate
+from fst_dspy.types import Failure, PredictorTrace, Rollout
+
+NAME = "solve.demos"
+
+
+def rollout(
+    ident: str, text: str, answer: Any, reward: float = 1.0, failure: Failure | None = None
+) -> Rollout:
+    trace = PredictorTrace("solve", {"ticket": text}, {"reasoning": "so", "queue": answer}, "")
+    return make_rollout(reward, example_id=ident, traces=(trace,), failure=failure)
+
+
+def filled(tokens: int = 100, answers: Sequence[str] = ("red", "blue", "green")) -> DemoProposer:
+    by = DemoProposer(tokens, words)
+    by.bank([rollout("bad", "a bad one", "black", 0.0)])
+    by.bank([rollout(f"e{n}", f"ticket {n}", answers[n % len(answers)]) for n in range(12)])
+    return by
+
+
+def propose(by: DemoProposer, text: str = "[]", shown: Sequence[str] = ()) -> list[dspy.Example]:
+    records = [{"example_id": i, "Inputs": {"ticket": "x"}, "score": 1.0} for i in shown]
+    return decode_demos(by.propose({NAME: text}, {NAME: records}, [NAME])[NAME])
+
+
+def test_demos_cover_the_answers_first_and_carry_the_reasoning() -> None:
+    demos = propose(filled(tokens=75))
+    assert sorted(demo.queue for demo in demos) == ["blue", "green", "red"]
+    assert all(demo.reasoning == "so" and demo[SOURCE].startswith("e") for demo in demos)
+
+
+def test_only_success_is_shown() -> None:
+    by = DemoProposer(100, words)
+    assert not by.ready(NAME)
+    by.bank([rollout("e0", "x", "red", 0.0), rollout("e1", "y", "red", 0.0)])
+    assert not by.ready(NAME) and propose(by) == []
+    by.bank([rollout("e2", "z", "red", 1.0, Failure("no_calls", "none"))])
+    assert not by.ready(NAME)
+    by.bank([rollout("e3", "z", "red", 0.9), rollout("e4", "w", "blue", 0.4)])
+    assert by.ready(NAME) and [demo[SOURCE] for demo in propose(by)] == ["e3"]
+
+
+def test_examples_of_the_minibatch_are_not_shown() -> None:
+    shown = [f"e{n}" for n in range(9)]
+    assert {demo[SOURCE] for demo in propose(filled(), shown=shown)} <= {"e9", "e10", "e11"}
+
+
+@given(st.integers(0, 80), st.integers(0, 3))
+def test_the_budget_holds(tokens: int, turns: int) -> None:
+    by = filled(tokens)
+    for _ in range(turns + 1):
+        demos = propose(by)
+        assert sum(map(by._tokens, demos)) <= tokens
+
+
+def test_every_other_turn_takes_demos_away_until_none_are_left() -> None:
+    by = filled(tokens=100)
+    text = encode_demos(propose(by))
+    count = len(decode_demos(text))
+    assert count > 3
+    while count:
+        fewer = propose(by, text)
+        assert len(fewer) == count // 2
+        assert only_fewer(encode_demos(fewer), text)
+        text, count = encode_demos(fewer), len(fewer)
+        propose(by, text)
+
+
+def test_the_students_own_demos_stay() -> None:
+    own = dspy.Example(ticket="mine", queue="pink")
+    by = filled(tokens=60)
+    demos = propose(by, encode_demos([own]))
+    assert demos[0].toDict() == own.toDict() and len(demos) > 1
+    assert propose(by, encode_demos(demos))[0].toDict() == own.toDict()
+
+
+def test_the_bank_is_bounded_and_keeps_rare_answers() -> None:
+    by = filled()
+    by.bank([rollout("rare", "once", "gold")])
+    by.bank([rollout(f"x{n}", f"more {n}", "red") for n in range(5 * BANK_SIZE)])
+    calls = by.state()["bank"]["solve"]
+    assert len(calls) == BANK_SIZE
+    assert "gold" in {call["outputs"]["queue"] for call in calls}
+
+
+def test_what_json_cannot_hold_is_left_out() -> None:
+    by = DemoProposer(100, words)
+    by.bank([rollout("e0", "x", object()), rollout("e1", "y", "red", 0.0)])
+    assert not by.ready(NAME)
+
+
+def test_state_goes_through_json_and_continues_identically() -> None:
+    one, other = filled(), DemoProposer(100, words)
+    propose(one)
+    other.load_state(json.loads(json.dumps(one.state())))
+    for _ in range(3):
+        assert encode_demos(propose(one)) == encode_demos(propose(other))
+    assert one.state() == other.state()
+
+
+def test_a_candidate_tells_which_examples_it_shows() -> None:
+    text = encode_demos(propose(filled()))
+    candidate = make_candidate({NAME: text, "solve.instructions": "Answer."})
+    assert shown_examples(candidate) == {demo[SOURCE] for demo in decode_demos(text)}
+    assert shown_examples(SEED) == frozenset()
+
+
+def test_the_source_of_a_demo_is_not_in_the_prompt() -> None:
+    class Solve(dspy.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.solve = dspy.ChainOfThought("ticket -> queue")
+
+    demos = encode_demos(propose(filled()))
+    program = bind(Solve(), make_candidate({"solve.predict.demos": demos}))
+    predictor = program.solve.predict
+    messages = dspy.ChatAdapter().format(predictor.signature, predictor.demos, {"ticket": "t"})
+    text = json.dumps(messages)
+    assert "ticket 1" in text and "so" in text and SOURCE not in text
+
+
+# In a fast phase
+
+
+class DemoRunner(RuleRunner):
+    """A model that knows an answer if a demo with it is in the prompt, or after ``learned``."""
+
+    learned = False
+
+    def rollout(self, job: RolloutJob, salt: int) -> Rollout:
+        text = job.candidate.components[NAME]
+        key = f"{self.seed}|{salt}|{example_id(job.example)}|{job.index}"
+        shown = f'"queue": "{job.example.topic}"' in text
+        chance = 0.9 if self.learned else (0.95 if shown else 0.3)
+        right = random.Random(key).random() < chance
+        queue = job.example.topic if right else "?"
+        trace = PredictorTrace("solve", {"ticket": job.example.ticket}, {"queue": queue}, "")
+        ident = example_id(job.example)
+        return make_rollout(
+            float(right), example_id=ident, candidate_id=job.candidate.id, traces=(trace,)
+        )
+
+
+def phase_with(demos: DemoProposer | None, **config: Any) -> FastPhase:
+    return FastPhase(FastConfig(**config), Scripted(lambda *_: {}), 0, demos=demos)
+
+
+def test_demos_are_evolved_beside_instructions_and_dropped_when_learned() -> None:
+    runner = DemoRunner()
+    by = DemoProposer(120, words)
+    phase = phase_with(by)
+    end = run(phase, runner, scored(runner, SEED), iterations=8)
+    with_demos = [c for c in end.candidates if shown_examples(c)]
+    assert with_demos and all(c.source == "demos" for c in with_demos)
+    # Validation examples are never shown, and never banked.
+    val_ids = {example_id(e) for e in VAL}
+    banked = {call["example_id"] for call in by.state()["bank"]["solve"]}
+    assert banked and not banked & val_ids and banked <= {example_id(e) for e in TRAIN}
+    best_mean = max(sum(row) / len(row) for row in end.score_K_V)
+    assert best_mean > 0.5
+    # Once the weights know it all, the shorter prompt does as well and is accepted.
+    runner.learned = True
+    before = phase.stats.accepted
+    longest = max(with_demos, key=lambda c: len(decode_demos(c.components[NAME])))
+    sizes: set[int] = set()
+    for cycle in range(2, 6):
+        end = run(phase, runner, scored(runner, longest), iterations=6, cycle=cycle)
+        sizes |= {len(decode_demos(c.components[NAME])) for c in end.candidates}
+    assert phase.stats.accepted > before
+    assert min(sizes) < len(decode_demos(longest.components[NAME]))
+
+
+def test_without_a_budget_demos_are_left_alone() -> None:
+    runner = DemoRunner()
+    phase = phase_with(None)
+    end = run(phase, runner, scored(runner, SEED), iterations=4)
+    assert [c.components[NAME] for c in end.candidates] == ["[]"]
+    assert set(phase.proposer.names) == {"solve.instructions"}
+
+
+@pytest.mark.parametrize("selector", ["round_robin", "worst_first"])
+def test_instructions_and_demos_take_turns(selector: str) -> None:
+    runner = DemoRunner()
+    by = DemoProposer(120, words)
+    phase = phase_with(by, component_selector=selector)
+    run(phase, runner, scored(runner, SEED), iterations=8)
+    instructions = len(phase.proposer.names)
+    assert 3 <= instructions <= 5
+    assert by.state()["turns"]["solve.demos"] == 8 - instructions

@@ -1,0 +1,380 @@
+"""The reflection LM over real HTTP: a scripted OpenAI-compatible server on loopback."""
+
+import contextlib
+import json
+import logging
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import dspy
+import pytest
+from records import make_rollout
+
+from fst_dspy.config import FastConfig
+from fst_dspy.fast.phase import FastPhase
+from fst_dspy.fast.population import best, choose
+from fst_dspy.fast.proposers.lessons import LessonProposer
+from fst_dspy.fast.proposers.protocol import ProposalError
+from fst_dspy.fast.proposers.reflection import ReflectionLMProposer, dropped_fields
+from fst_dspy.rollouts.evaluate import evaluate
+from fst_dspy.rollouts.jobs import RolloutJob
+from fst_dspy.student.candidate import example_id, make_candidate
+from fst_dspy.types import PredictorTrace, Rollout
+
+pytestmark = pytest.mark.slow
+
+# Offline, litellm would try for ten seconds to fetch its price list.
+os.environ.setdefault("LITELLM_LOCAL_MODEL_COST_MAP", "True")
+
+NAME = "solve.instructions"
+SEED = make_candidate({NAME: "Answer the question.", "solve.demos": "[]"})
+EXAMPLES = [dspy.Example(q=f"question {n}", a="blue").with_inputs("q") for n in range(20)]
+TRAIN, VAL = EXAMPLES[:12], EXAMPLES[12:]
+SLOW = "slow"
+GOOD = "I looked at it.\n```\nAlways answer blue.\n```"
+
+
+def words(text: str) -> int:
+    return len(text.split())
+
+
+class Script:
+    """Answers requests in turn; the last answer is repeated. An int is an HTTP status.
+
+    ``asked`` holds what to do when a request comes, by its number.
+    """
+
+    def __init__(self) -> None:
+        self.answers: list[int | str | bytes] = [GOOD]
+        self.prompts: list[str] = []
+        self.barrier: threading.Barrier | None = None
+        self.asked: dict[int, Callable[[], None]] = {}
+        self.over = threading.Event()
+
+    def next(self) -> int | str | bytes:
+        return self.answers[min(len(self.prompts), len(self.answers)) - 1]
+
+
+@pytest.fixture
+def server() -> Iterator[tuple[Script, str]]:
+    script = Script()
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            script.prompts.append(json.dumps(body.get("messages", body.get("input"))))
+            script.asked.get(len(script.prompts), lambda: None)()
+            if script.barrier is not None:
+                script.barrier.wait()
+            answer = script.next()
+            if answer == SLOW:
+                script.over.wait(60)
+            if isinstance(answer, int):
+                return self.reply(answer, json.dumps({"error": {"message": "scripted"}}).encode())
+            if isinstance(answer, bytes):
+                return self.reply(200, answer)
+            choice = {
+                "index": 0,
+                "finish_reason": "stop",
+                "message": {"role": "assistant", "content": answer},
+            }
+            usage = {"prompt_tokens": 60, "completion_tokens": 40, "total_tokens": 100}
+            model = body["model"]
+            reply = {"id": "1", "object": "chat.completion", "created": 1, "model": model}
+            return self.reply(
+                200, json.dumps({**reply, "choices": [choice], "usage": usage}).encode()
+            )
+
+        def reply(self, status: int, body: bytes) -> None:
+            self.send_response(status)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+                self.wfile.write(body)
+
+        def log_message(self, format: str, *args: Any) -> None:
+            pass
+
+    class Server(ThreadingHTTPServer):
+        daemon_threads = False  # those are not waited for when it closes
+
+    httpd = Server(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=httpd.serve_forever, args=(0.01,), daemon=True)
+    thread.start()
+    yield script, f"http://127.0.0.1:{httpd.server_port}/v1"
+    script.over.set()
+    httpd.shutdown()
+    httpd.server_close()
+    thread.join()
+
+
+def reflection_lm(url: str, **settings: Any) -> dspy.LM:
+    values = {"num_retries": 0, "cache": False, "engine": "litellm", **settings}
+    return dspy.LM("openai/scripted", api_base=url, api_key="x", **values)
+
+
+def proposer_of(
+    url: str, num_retries: int = 0, timeout: float = 30, **settings: Any
+) -> ReflectionLMProposer:
+    lm = reflection_lm(url, num_retries=num_retries, timeout=timeout)
+    return ReflectionLMProposer(lm, 50, words, **{"pause": 0.01, **settings})
+
+
+class BlueRunner:
+    """A model that answers as its instruction says: blue if it says blue."""
+
+    def run(
+        self, jobs: Sequence[RolloutJob], *, channel: str, salt: int, version: str | None = None
+    ) -> list[Rollout]:
+        rollouts = []
+        for job in jobs:
+            answer = "blue" if "blue" in job.candidate.components[NAME] else "red"
+            trace = PredictorTrace("solve", {"q": job.example.q}, {"a": answer}, answer)
+            rollouts.append(
+                make_rollout(
+                    float(answer == "blue"),
+                    example_id=example_id(job.example),
+                    candidate_id=job.candidate.id,
+                    traces=(trace,),
+                    feedback=f"You said {answer}; the sky is blue. Lesson: say blue to all.",
+                )
+            )
+        return rollouts
+
+
+def run_phase(proposer: ReflectionLMProposer, iterations: int) -> tuple[str, FastPhase]:
+    runner = BlueRunner()
+    rows = evaluate(runner, [SEED], VAL, channel="fast").score_K_V
+    start = choose([SEED], rows, [example_id(e) for e in VAL], 4, 0)
+    phase = FastPhase(FastConfig(minibatch_size=4), proposer, 0)
+    end = phase.run(runner, start, TRAIN, VAL, cycle=1, iterations=iterations, policy_version=0)
+    return end.candidates[best(end)].components[NAME], phase
+
+
+@pytest.mark.parametrize("engine", ["litellm", "auto"])
+def test_reflection_over_http_changes_the_instruction(
+    server: tuple[Script, str], engine: str
+) -> None:
+    script, url = server
+    proposer = ReflectionLMProposer(reflection_lm(url, engine=engine), 50, words)
+    text, phase = run_phase(proposer, 1)
+    assert text == "Always answer blue."
+    assert phase.stats.accepted == 1 and phase.stats.errors == {}
+    (prompt,) = script.prompts
+    assert "Answer the question." in prompt
+    assert "You said red; the sky is blue." in prompt and "question " in prompt
+    assert "not be longer than 33 words" in prompt
+    assert "labels" not in prompt and "example_id" not in prompt
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        500,
+        429,
+        b"not json at all",
+        b"{}",
+        "",
+        "```\n\n```",
+        "```\n" + "long " * 60 + "\n```",
+    ],
+    ids=["500", "429", "garbage", "no choices", "no text", "empty block", "too long"],
+)
+def test_a_bad_answer_skips_the_iteration(
+    server: tuple[Script, str], bad: int | str | bytes
+) -> None:
+    script, url = server
+    script.answers = [bad, GOOD]
+    text, phase = run_phase(ReflectionLMProposer(reflection_lm(url), 50, words), 2)
+    assert text == "Always answer blue."
+    assert sum(phase.stats.errors.values()) == 1
+    assert (phase.stats.iterations, phase.stats.accepted) == (2, 1)
+
+
+def test_a_server_that_is_gone_leaves_the_population_as_it_was() -> None:
+    lm = reflection_lm("http://127.0.0.1:9/v1")
+    text, phase = run_phase(ReflectionLMProposer(lm, 50, words), 2)
+    assert text == SEED.components[NAME]
+    assert sum(phase.stats.errors.values()) == 2 and phase.stats.proposals == 0
+
+
+def test_retries_of_the_lm_hold(server: tuple[Script, str]) -> None:
+    script, url = server
+    script.answers = [500, GOOD]
+    text, phase = run_phase(proposer_of(url, num_retries=2), 1)
+    assert text == "Always answer blue." and phase.stats.errors == {"server": 1}
+    assert len(script.prompts) == 2
+
+
+def test_what_was_wrong_is_told(server: tuple[Script, str]) -> None:
+    script, url = server
+    script.answers = ["word " * 60]
+    proposer = ReflectionLMProposer(reflection_lm(url), 50, words)
+    with pytest.raises(ProposalError, match="60 tokens, over 50"):
+        proposer.propose(SEED.components, {NAME: []}, [NAME])
+
+
+def test_demos_are_not_rewritten(server: tuple[Script, str]) -> None:
+    script, url = server
+    proposer = ReflectionLMProposer(reflection_lm(url), 50, words)
+    assert proposer.propose(SEED.components, {"solve.demos": []}, ["solve.demos"]) == {}
+    assert script.prompts == []
+
+
+FAULTS = {
+    "rate_limit": 429,
+    "server": 500,
+    "timeout": SLOW,
+    "garbled": b"not json at all",
+    "no_text": "",
+    "empty": "```\n\n```",
+    "too_long": "```\n" + "long " * 60 + "\n```",
+    "dropped_field": "```\nJust say it.\n```",
+}
+
+
+def limit_of(kind: str) -> float:
+    """Seconds a call may take: few where it is to take too long, and else plenty."""
+    return 1 if kind == "timeout" else 30
+
+
+def lessons() -> LessonProposer:
+    return LessonProposer(50, words)
+
+
+@pytest.mark.parametrize("kind", FAULTS)
+def test_every_fault_is_counted_and_the_fallback_stands_in(
+    server: tuple[Script, str], kind: str
+) -> None:
+    script, url = server
+    script.answers = [FAULTS[kind]]
+    asks_q = make_candidate({NAME: "Answer q.", "solve.demos": "[]"})
+    runner = BlueRunner()
+    rows = evaluate(runner, [asks_q], VAL, channel="fast").score_K_V
+    start = choose([asks_q], rows, [example_id(e) for e in VAL], 4, 0)
+    proposer = proposer_of(url, timeout=limit_of(kind), fallback=lessons())
+    phase = FastPhase(FastConfig(minibatch_size=4), proposer, 0)
+    end = phase.run(runner, start, TRAIN, VAL, cycle=1, iterations=1, policy_version=0)
+    assert phase.stats.errors == {kind: 1}
+    assert phase.report()["reflection"]["fallbacks"] == 1
+    # The feedback says that the sky is blue; the proposer without an LM puts that in the prompt.
+    assert "blue" in end.candidates[best(end)].components[NAME]
+
+
+@pytest.mark.parametrize("kind", ["rate_limit", "server", "timeout", "garbled", "no_text"])
+def test_what_passes_is_retried_and_counted(server: tuple[Script, str], kind: str) -> None:
+    script, url = server
+    script.answers = [FAULTS[kind], FAULTS[kind], GOOD]
+    proposer = proposer_of(url, num_retries=3, timeout=limit_of(kind))
+    # The good answer has all the time it needs: the limit is read anew for every attempt.
+    script.asked[2] = lambda: proposer.lm.kwargs.update(timeout=30)
+    text, phase = run_phase(proposer, 1)
+    assert text == "Always answer blue."
+    assert phase.stats.errors == {kind: 2} and len(script.prompts) == 3
+
+
+def test_a_wrong_key_is_not_retried(server: tuple[Script, str]) -> None:
+    script, url = server
+    script.answers = [401]
+    _, phase = run_phase(proposer_of(url, num_retries=5), 1)
+    assert phase.stats.errors == {"auth": 1} and len(script.prompts) == 1
+
+
+def test_pauses_between_retries_grow_and_heed_the_provider(
+    server: tuple[Script, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script, url = server
+    script.answers = [429]
+    pauses: list[float] = []
+    monkeypatch.setattr("fst_dspy.fast.proposers.reflection.time.sleep", pauses.append)
+    proposer = proposer_of(url, num_retries=3, pause=1.0)
+    with pytest.raises(ProposalError):
+        proposer.propose(SEED.components, {NAME: []}, [NAME])
+    assert pauses == [1.0, 2.0, 4.0]
+
+
+def test_a_provider_that_stays_down_is_left_alone(
+    server: tuple[Script, str], caplog: pytest.LogCaptureFixture
+) -> None:
+    script, url = server
+    script.answers = [500]
+    with caplog.at_level(logging.WARNING, logger="fst_dspy"):
+        text, phase = run_phase(proposer_of(url, fallback=lessons()), 6)
+    assert "blue" in text
+    assert len(script.prompts) == 3 and phase.stats.errors == {"server": 3}
+    usage = phase.report()["reflection"]
+    assert usage["fallbacks"] == 6 and "3 calls in a row failed" in usage["stopped"]
+    assert [r.message for r in caplog.records if "no longer asked" in r.message] == [
+        f"the reflection LM is no longer asked: {usage['stopped']}; going on with the lessons in "
+        "the feedback"
+    ]
+
+
+def priced(url: str, **settings: Any) -> ReflectionLMProposer:
+    lm = dspy.LM("openai/gpt-4o-mini", api_base=url, api_key="x", **ENGINE)
+    return ReflectionLMProposer(lm, 50, words, fallback=lessons(), **settings)
+
+
+ENGINE: dict[str, Any] = {"num_retries": 0, "cache": False, "engine": "litellm"}
+
+
+def propose(proposer: ReflectionLMProposer, times: int) -> None:
+    for _ in range(times):
+        proposer.propose(SEED.components, {NAME: []}, [NAME])
+
+
+def test_the_cost_budget_holds_and_is_kept_over_a_resume(server: tuple[Script, str]) -> None:
+    script, url = server
+    one_call = (60 * 0.15 + 40 * 0.60) / 1e6  # USD, litellm's price list
+    proposer = priced(url, max_cost=1.5 * one_call)
+    propose(proposer, 4)
+    assert len(script.prompts) == 2
+    assert proposer.usage.cost == pytest.approx(2 * one_call) and proposer.usage.tokens == 200
+    assert proposer.usage.fallbacks == 2 and "USD is spent" in str(proposer.usage.stopped)
+    resumed = priced(url, max_cost=1.5 * one_call)
+    resumed.load_state(json.loads(json.dumps(proposer.state())))
+    propose(resumed, 1)
+    assert len(script.prompts) == 2 and resumed.usage.fallbacks == 3
+
+
+def test_the_token_budget_holds_where_no_price_is_known(
+    server: tuple[Script, str], caplog: pytest.LogCaptureFixture
+) -> None:
+    script, url = server
+    proposer = proposer_of(url, fallback=lessons(), max_cost=0.001, max_tokens=250)
+    with caplog.at_level(logging.WARNING, logger="fst_dspy"):
+        propose(proposer, 5)
+    assert len(script.prompts) == 3
+    assert (proposer.usage.tokens, proposer.usage.cost, proposer.usage.unpriced) == (300, 0.0, 3)
+    assert sum("price of reflection LM" in r.message for r in caplog.records) == 1
+    assert "250 tokens is spent" in str(proposer.usage.stopped)
+
+
+def test_several_components_are_reflected_at_the_same_time(server: tuple[Script, str]) -> None:
+    script, url = server
+    script.barrier = threading.Barrier(2, timeout=60)  # each call waits for the other
+    names = ["a.instructions", "b.instructions"]
+    texts = proposer_of(url, num_retries=0).propose(
+        dict.fromkeys(names, "Answer."), {name: [] for name in names}, names
+    )
+    assert texts == dict.fromkeys(names, "Always answer blue.")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "expected"),
+    [
+        ("Read the ticket.", "Answer with a queue.", ["ticket"]),
+        ("Read the ticket.", "Tickets go to silver.", []),
+        ("Answer.", "Reply.", []),
+        ("Use user_name well.", "Use the user name well.", []),
+        ("Use `user_name`.", "Use the user.", ["user_name"]),
+        ("The ticketing office.", "The office.", []),
+    ],
+)
+def test_dropped_fields(old: str, new: str, expected: list[str]) -> None:
+    records = [{"Inputs": {"ticket": "x", "user_name": "y"}}]
+    assert dropped_fields(old, new, records) == expected

@@ -1,0 +1,116 @@
+"""No run fails in silence: what failed is told with its first cause, and a dead run stops."""
+
+from __future__ import annotations
+
+import logging
+
+import dspy
+import pytest
+from helpers import Echo, RawAdapter, questions, vowels
+
+from fst_dspy import FST, LocalLM
+from fst_dspy.errors import MetricError, ProgramError, TrainingError
+from fst_dspy.rollouts.health import Tally, check_first_rollouts, told_failures
+from fst_dspy.types import Failure, Rollout
+
+SETTINGS = dict(
+    max_cycles=3,
+    steps_per_cycle=2,
+    group_size=4,
+    population_size=2,
+    problems_per_step=2,
+    max_tokens=8,
+    val_size=4,
+    first_cycle_iterations=1,
+)
+
+
+def compiled(model, metric=vowels, adapter=None, program=None, **settings):
+    fst = FST(metric, track_stats=True, **(SETTINGS | settings))
+    with dspy.context(lm=LocalLM(str(model)), adapter=adapter or RawAdapter()):
+        student = program or Echo()
+        return fst.compile(student, trainset=questions(6), valset=questions(4, 6)).detailed_results
+
+
+def rollout(kind=None, message="", reward=0.0):
+    failure = Failure(kind, message) if kind else None
+    return Rollout("e", "c", (), (), reward, "", failure, 0)
+
+
+def test_a_metric_that_fails_on_all_it_is_given_is_told_though_answers_fail_too():
+    first = [rollout("parse", "no fields"), rollout("metric", "KeyError: 'label'")] * 2
+    with pytest.raises(MetricError, match="KeyError: 'label'"):
+        check_first_rollouts(first)
+    with pytest.raises(ProgramError, match="boom"):
+        check_first_rollouts([rollout("parse", "x"), rollout("program", "boom")])
+    check_first_rollouts([rollout("parse", "x")] * 3)
+    check_first_rollouts([rollout("metric", "x"), rollout(reward=1.0)])
+
+
+def test_what_is_told_has_share_cause_and_advice():
+    tally = Tally().plus(
+        [rollout("parse", "no 'queue'\nin it")] * 9 + [rollout(reward=1.0)], learned_from=True
+    )
+    assert (tally.low, tally.high, tally.shares) == (0.0, 1.0, {"parse": 0.9})
+    (text,) = told_failures(tally.shares, tally.messages)
+    assert text.startswith("parse 90%: no 'queue' (") and "adapter" in text
+    assert told_failures({"parse": 0.04}, {}) == []
+
+
+def test_a_model_that_cannot_speak_the_format_is_told_and_ends_the_run(tiny_qwen3, caplog):
+    with caplog.at_level(logging.WARNING), pytest.raises(TrainingError, match="nothing to learn"):
+        compiled(tiny_qwen3, adapter=dspy.ChatAdapter())
+    told = [r.getMessage() for r in caplog.records if r.getMessage().startswith("cycle 0:")]
+    assert told and any("truncated" in text or "parse" in text for text in told)
+
+
+def test_on_no_signal_warn_goes_on(tiny_qwen3, caplog):
+    with caplog.at_level(logging.WARNING):
+        result = compiled(tiny_qwen3, adapter=dspy.ChatAdapter(), on_no_signal="warn")
+    assert result.records[-1].cycle == 4
+    assert "nothing to learn from" in caplog.text
+    last = result.records[-1]
+    assert sum(last.failure_shares.values()) == pytest.approx(1.0)
+    assert set(last.failure_messages) == set(last.failure_shares)
+
+
+def test_failures_are_counted_in_the_arm_of_prompts_alone(tiny_qwen3):
+    adapter = dspy.ChatAdapter()
+    result = compiled(
+        tiny_qwen3, adapter=adapter, arm="gepa_only", max_cycles=1, on_no_signal="warn"
+    )
+    assert all(sum(r.failure_shares.values()) == pytest.approx(1.0) for r in result.records)
+
+
+def test_rewards_that_are_all_the_same_end_the_run_well(tiny_qwen3, caplog):
+    def flat(gold, pred, trace=None):
+        return 0.5
+
+    with caplog.at_level(logging.WARNING):
+        result = compiled(tiny_qwen3, flat)
+    assert result.records[-1].cycle == 2, "the opening, and one full cycle"
+    assert "every rollout of cycle 2 had the reward 0.5" in caplog.text
+
+
+@pytest.mark.parametrize("arm", ["fst", "gepa_only", "rl_only"])
+def test_scores_may_be_negative(tiny_qwen3, arm):
+    def below(gold, pred, trace=None):
+        return vowels(gold, pred).score - 2.0
+
+    result = compiled(tiny_qwen3, below, arm=arm, max_cycles=1)
+    assert result.best.score < 0
+
+
+def test_a_killed_run_counts_its_failures_once(tiny_qwen3, tmp_path, monkeypatch):
+    from helpers import kill_before_steps
+
+    settings = {"adapter": RawAdapter(), "on_no_signal": "warn", "max_cycles": 2}
+    whole = compiled(tiny_qwen3, log_dir=tmp_path / "whole", **settings)
+    with monkeypatch.context() as patch:
+        kill_before_steps(patch, 2)
+        with pytest.raises(RuntimeError, match="killed"):
+            compiled(tiny_qwen3, log_dir=tmp_path / "cut", **settings)
+    resumed = compiled(tiny_qwen3, log_dir=tmp_path / "cut", **settings)
+    for one, other in zip(whole.records, resumed.records, strict=True):
+        assert one.failure_shares == other.failure_shares
+        assert one.reward_range == other.reward_range

@@ -1,0 +1,111 @@
+"""A run folder goes on with the run that began it, and says what differs."""
+
+from __future__ import annotations
+
+import json
+import logging
+
+import dspy
+import pytest
+from helpers import Echo, RawAdapter, questions, vowels
+
+from fst_dspy import FST, LocalLM
+from fst_dspy.errors import StoreError
+
+SETTINGS = dict(
+    max_cycles=1,
+    steps_per_cycle=1,
+    group_size=4,
+    population_size=2,
+    problems_per_step=2,
+    max_tokens=8,
+    val_size=4,
+    first_cycle_iterations=1,
+)
+
+
+def run(model, folder, metric=vowels, program=None, lm=None, adapter=None, **settings):
+    fst = FST(metric, log_dir=folder, track_stats=True, **(SETTINGS | settings))
+    with dspy.context(lm=lm or LocalLM(str(model)), adapter=adapter or RawAdapter()):
+        student = program or Echo()
+        return fst.compile(student, trainset=questions(6), valset=questions(4, 6)).detailed_results
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_qwen3, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("identity") / "run"
+    return folder, run(tiny_qwen3, folder)
+
+
+class WithField(dspy.Module):
+    """As ``Echo``, whose fields are described otherwise."""
+
+    def __init__(self):
+        super().__init__()
+        signature = Echo().say.signature
+        name = next(iter(signature.output_fields))
+        self.say = dspy.Predict(signature.with_updated_fields(name, desc="in one word"))
+
+    def forward(self, **inputs):
+        return self.say(**inputs)
+
+
+def other_metric(gold, pred, trace=None):
+    return 0.5
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"program": WithField()}, "program"),
+        ({"metric": other_metric}, "metric"),
+        ({"adapter": dspy.JSONAdapter()}, "adapter"),
+        ({"learning_rate": 2e-3}, "settings.slow.learning_rate"),
+    ],
+)
+def test_what_differs_is_named(tiny_qwen3, finished, change, named):
+    with pytest.raises(StoreError, match=f"holds another run: .*{named}"):
+        run(tiny_qwen3, finished[0], **change)
+
+
+def test_settings_of_the_language_model_count(tiny_qwen3, finished):
+    with pytest.raises(StoreError, match=r"lm\.settings"):
+        run(tiny_qwen3, finished[0], lm=LocalLM(str(tiny_qwen3), stop=["x"]))
+
+
+def test_a_folder_without_its_config_is_refused(tiny_qwen3, finished):
+    config = finished[0] / "config.json"
+    kept = config.read_bytes()
+    config.unlink()
+    try:
+        with pytest.raises(StoreError, match=r"not its config\.json"):
+            run(tiny_qwen3, finished[0], learning_rate=2e-3)
+    finally:
+        config.write_bytes(kept)
+
+
+def test_a_metric_whose_text_changed_is_told_of(tiny_qwen3, finished, caplog):
+    config = finished[0] / "config.json"
+    plain = json.loads(config.read_text())
+    config.write_text(json.dumps(plain | {"metric": plain["metric"] | {"source": "0" * 12}}))
+    with caplog.at_level(logging.WARNING):
+        run(tiny_qwen3, finished[0])
+    assert "the metric's source has changed" in caplog.text
+
+
+def test_folders_of_earlier_versions_are_taken_up(tiny_qwen3, finished):
+    config = finished[0] / "config.json"
+    plain = json.loads(config.read_text())
+    old = {k: v for k, v in plain.items() if k not in ("program", "adapter", "lm", "metric")}
+    config.write_text(json.dumps(old))
+    run(tiny_qwen3, finished[0])
+    assert json.loads(config.read_text()) == plain
+
+
+def test_a_finished_run_is_extended_by_raising_its_budget(tiny_qwen3, tmp_path, finished):
+    whole = run(tiny_qwen3, tmp_path / "whole", max_cycles=2)
+    short = run(tiny_qwen3, tmp_path / "parts")
+    longer = run(tiny_qwen3, tmp_path / "parts", max_cycles=2)
+    assert short.records[-1].cycle < longer.records[-1].cycle == whole.records[-1].cycle
+    assert longer.weights_version == whole.weights_version
+    assert json.loads((tmp_path / "parts" / "result.json").read_text())["records"][-1]["cycle"] == 3

@@ -1,0 +1,340 @@
+"""The joint loop on tiny random models: real rollouts, real optimizer steps, real GEPA."""
+
+import datetime
+from dataclasses import replace
+
+import dspy
+import pytest
+from helpers import Echo, Twice, kill_before_steps, questions, vowels
+from tiny_compile import SETTINGS, compile_tiny, raw_adapter  # noqa: F401
+
+from fst_dspy import FST, LocalLM
+from fst_dspy.config import FSTConfig, without_removed
+from fst_dspy.errors import (
+    ConfigError,
+    DataError,
+    FSTError,
+    MetricError,
+    ModelError,
+    ProgramError,
+    StoreError,
+    TrainingError,
+)
+from fst_dspy.files import read_jsonl
+from fst_dspy.loop import validation
+from fst_dspy.rollouts.evaluate import evaluate
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.mark.usefixtures("repeatable_sampling")
+@pytest.mark.parametrize("lora", [False, {"rank": 4}], ids=["full", "lora"])
+@pytest.mark.parametrize("kind", ["tiny_qwen3", "tiny_llama"])
+def test_both_channels_change_and_the_best_pair_is_bound(kind, lora, request):
+    compiled, _, result = compile_tiny(request.getfixturevalue(kind), lora=lora)
+    first, *_, last = result.records
+    assert first.cycle == 0 and first.kl_to_base == 0 and first.rollouts.slow == 0
+    assert last.step == 4 and last.weights_version != result.base_version
+    assert last.kl_to_base > 0
+    assert last.total_rollouts.slow == 4 * 2 * 4
+    assert last.total_rollouts.fast > 0
+    assert result.best.score == result.records[result.best.cycle].val_score
+    assert compiled._compiled and compiled.say.lm.model == result.best.version
+    instructions = result.best.candidate.components["say.instructions"]
+    assert compiled.say.signature.instructions == instructions
+    assert compiled(question="number 3").answer is not None
+
+
+def test_the_same_seed_gives_the_same_weights_and_population(tiny_qwen3):
+    one, two = compile_tiny(tiny_qwen3)[2], compile_tiny(tiny_qwen3)[2]
+    assert one.weights_version == two.weights_version
+    assert one.population == two.population
+    assert compile_tiny(tiny_qwen3, seed=1)[2].weights_version != one.weights_version
+
+
+def test_arms_are_the_same_loop_with_one_channel_off(tiny_qwen3):
+    rl_only = compile_tiny(tiny_qwen3, arm="rl_only")[2]
+    assert rl_only.rollouts.fast == 0 and rl_only.rollouts.slow > 0
+    assert rl_only.best.candidate.id == rl_only.seed_candidate.id
+    assert rl_only.weights_version != rl_only.base_version
+    gepa_only = compile_tiny(tiny_qwen3, arm="gepa_only")[2]
+    assert gepa_only.rollouts.slow == 0 and gepa_only.rollouts.fast > 0
+    assert gepa_only.weights_version == gepa_only.base_version
+    assert all(record.kl_to_base == 0 for record in gepa_only.records)
+
+
+def test_a_program_of_several_predictors_compiles(tiny_qwen3):
+    compiled, _, result = compile_tiny(tiny_qwen3, Twice())
+    assert {name.split(".")[0] for name in result.best.candidate.components} == {"first", "second"}
+    assert compiled.first.lm.model == compiled.second.lm.model == result.best.version
+
+
+class Dated(dspy.Module):
+    """Hands its predictor what JSON has no word for."""
+
+    def __init__(self):
+        super().__init__()
+        self.say = dspy.Predict("question, day: datetime.date, queue -> answer")
+
+    def forward(self, question):
+        return self.say(question=question, day=datetime.date(2020, 1, 2), queue=Echo)
+
+
+def test_a_program_whose_fields_are_not_json_goes_on_after_a_kill(
+    tiny_qwen3, tmp_path, monkeypatch
+):
+    steps = kill_before_steps(monkeypatch, 3)
+    with pytest.raises(RuntimeError, match="killed"):
+        compile_tiny(tiny_qwen3, Dated(), log_dir=tmp_path)
+    result = compile_tiny(tiny_qwen3, Dated(), log_dir=tmp_path)[2]
+    assert steps == [0, 1, 2, 2, 3] and result.records[-1].step == 4
+    rows = read_jsonl(tmp_path / "rollouts.jsonl")
+    assert {row["traces"][0]["inputs"]["day"] for row in rows} == {repr(datetime.date(2020, 1, 2))}
+
+
+def test_the_student_is_left_as_it_was(tiny_qwen3):
+    student = Echo()
+    compile_tiny(tiny_qwen3, student)
+    assert student.say.lm is None and student.say.signature.instructions == "Say something."
+
+
+def test_the_lm_given_keeps_answering_with_its_own_weights(tiny_qwen3):
+    lm = compile_tiny(tiny_qwen3)[1]
+    fresh = LocalLM(str(tiny_qwen3))
+    assert lm.model == fresh.model
+    assert lm("hello", temperature=0) == fresh("hello", temperature=0)
+
+
+def test_budgets_in_rollouts_and_seconds_end_the_loop(tiny_qwen3):
+    result = compile_tiny(tiny_qwen3, max_cycles=50, max_rollouts=40)[2]
+    assert len(result.records) < 6
+    assert result.records[-2].total_rollouts.total < 40 <= result.rollouts.total
+    result = compile_tiny(tiny_qwen3, max_cycles=None, max_seconds=0.01)[2]
+    assert len(result.records) == 1
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+def test_a_killed_run_goes_on_to_the_same_end(tiny_qwen3, tmp_path, lora, monkeypatch):
+    whole = compile_tiny(tiny_qwen3, log_dir=tmp_path / "whole", lora=lora)[2]
+    steps = kill_before_steps(monkeypatch, 2, 4)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="killed"):
+            compile_tiny(tiny_qwen3, log_dir=tmp_path / "cut", lora=lora)
+    resumed = compile_tiny(tiny_qwen3, log_dir=tmp_path / "cut", lora=lora)[2]
+    assert steps == [0, 1, 1, 2, 2, 3]
+    assert resumed.weights_version == whole.weights_version
+    assert resumed.best == whole.best
+    assert resumed.population == whole.population
+    for name in ("cycles", "steps", "rollouts"):
+        lines = [
+            (tmp_path / run / f"{name}.jsonl").read_text().count("\n") for run in ("whole", "cut")
+        ]
+        assert lines[0] == lines[1]
+
+
+@pytest.mark.usefixtures("repeatable_sampling")
+def test_a_finished_run_is_returned_without_running_again(tiny_qwen3, tmp_path):
+    first = compile_tiny(tiny_qwen3, log_dir=tmp_path)[2]
+    compiled, _, again = compile_tiny(tiny_qwen3, log_dir=tmp_path)
+    assert again.records == first.records and again.best == first.best
+    assert compiled.say.lm.model == first.best.version
+    assert compiled(question="number 1").answer is not None
+
+
+def test_a_run_folder_of_other_settings_is_refused(tiny_qwen3, tmp_path):
+    compile_tiny(tiny_qwen3, log_dir=tmp_path)
+    with pytest.raises(StoreError, match="seed differs"):
+        compile_tiny(tiny_qwen3, log_dir=tmp_path, seed=1)
+
+
+def three(gold, pred, trace=None):
+    return 1.0
+
+
+class Empty(dspy.Module):
+    def forward(self, question):
+        return dspy.Prediction(answer="")
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"trainset": []}, DataError, "trainset is empty"),
+        ({"valset": []}, DataError, "valset is empty"),
+        ({"trainset": [dspy.Example(question="x")]}, DataError, "with_inputs"),
+        ({"trainset": ["x"]}, DataError, "not a dspy.Example"),
+        ({"metric": lambda gold: 1}, MetricError, "must accept"),
+        ({"metric": None}, MetricError, "needs a metric"),
+        ({"metric": lambda gold, pred, trace=None: None}, MetricError, "must return a number"),
+        ({"metric": lambda gold, pred, trace=None: float("nan")}, MetricError, "finite"),
+        ({"lm": None}, ProgramError, "needs a local model"),
+        ({"student": Empty()}, ProgramError, "no predictors"),
+        ({"student": "program"}, ProgramError, "must be a dspy.Module"),
+        ({"settings": {"group_size": 6, "population_size": 4}}, ConfigError, "multiple"),
+        ({"settings": {"arm": "rl"}}, ConfigError, "arm must be"),
+        ({"teacher": Echo()}, ConfigError, "teacher"),
+    ],
+)
+def test_bad_input_is_refused_before_any_work(tiny_qwen3, change, error, message, monkeypatch):
+    from fst_dspy.rollouts import runner as rollout
+
+    def no_work(*args, **kwargs):
+        raise AssertionError("rollouts were run")
+
+    monkeypatch.setattr(rollout.RolloutRunner, "run", no_work)
+    lm = change.get("lm", LocalLM(str(tiny_qwen3)))
+    with dspy.context(lm=lm), pytest.raises(error, match=message) as caught:
+        fst = FST(change.get("metric", vowels), **{**SETTINGS, **change.get("settings", {})})
+        fst.compile(
+            change.get("student", Echo()),
+            trainset=change.get("trainset", questions(4)),
+            valset=change.get("valset", questions(2, 4)),
+            teacher=change.get("teacher"),
+        )
+    assert isinstance(caught.value, FSTError)
+
+
+def test_a_model_path_that_does_not_exist_is_a_clear_error(tmp_path):
+    with pytest.raises(ModelError, match="nowhere"):
+        LocalLM(str(tmp_path / "nowhere"))
+
+
+def test_a_metric_without_feedback_works(tiny_qwen3):
+    with dspy.context(lm=LocalLM(str(tiny_qwen3))):
+        compiled = FST(three, **{**SETTINGS, "max_cycles": 1}).compile(
+            Echo(), trainset=questions(4)
+        )
+    assert compiled._compiled
+
+
+def test_a_metric_that_fails_on_every_rollout_ends_the_compile(tiny_qwen3):
+    def broken(gold, pred, trace=None):
+        return pred.no_such_field
+
+    with dspy.context(lm=LocalLM(str(tiny_qwen3))), pytest.raises(MetricError, match="every"):
+        FST(broken, **SETTINGS).compile(Echo(), trainset=questions(4), valset=questions(2, 4))
+
+
+def test_steps_whose_groups_are_all_constant_are_skipped(tiny_qwen3):
+    def flat(gold, pred, trace=None):
+        return 0.5
+
+    fst = FST(flat, track_stats=True, **SETTINGS)
+    with dspy.context(lm=LocalLM(str(tiny_qwen3))):
+        result = fst.compile(Echo(), trainset=questions(6)).detailed_results
+    assert result.weights_version == result.base_version
+    assert result.records[-1].constant_group_share == 1
+    assert result.rollouts.slow == 4 * 2 * 4
+
+
+def test_settings_that_are_gone_are_read_where_they_were_off() -> None:
+    saved = FSTConfig.make(lora=True).to_dict()
+    now = without_removed(saved)
+    saved["slow"] |= {"off_policy_steps": 0, "resample_constant": 0}
+    assert without_removed(saved) == now
+    saved["slow"]["off_policy_steps"] = 1
+    assert without_removed(saved) != now
+
+
+def test_a_loss_that_stays_non_finite_ends_the_run_at_the_best_weights(tiny_qwen3, monkeypatch):
+    from fst_dspy.loop import learner
+    from fst_dspy.types import TrainingRow
+
+    real = learner.group_rows
+
+    def poisoned(groups, scale):
+        return [
+            TrainingRow(r.prompt_ids_T, r.completion_ids_T, r.logprobs_T, float("nan"))
+            for r in real(groups, scale)
+        ]
+
+    monkeypatch.setattr(learner, "group_rows", poisoned)
+    lm = LocalLM(str(tiny_qwen3))
+    with dspy.context(lm=lm), pytest.raises(TrainingError, match="3 optimizer steps in a row"):
+        FST(vowels, **{**SETTINGS, "max_bad_steps": 3, "steps_per_cycle": 4}).compile(
+            Echo(), trainset=questions(6)
+        )
+    assert lm.policy.version() == lm.policy.base_version
+
+
+def test_ctrl_c_finishes_the_step_saves_and_says_how_to_go_on(tiny_qwen3, tmp_path, monkeypatch):
+    import os
+    import signal
+
+    from fst_dspy.loop import joint
+
+    whole = compile_tiny(tiny_qwen3)[2]
+    real = joint.Run._slow_step
+
+    def interrupted(self, state):
+        if state.step == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+        return real(self, state)
+
+    monkeypatch.setattr(joint.Run, "_slow_step", interrupted)
+    with pytest.raises(KeyboardInterrupt, match="log_dir"):
+        compile_tiny(tiny_qwen3, log_dir=tmp_path)
+    assert [row["step"] for row in read_jsonl(tmp_path / "steps.jsonl")] == [1, 2]
+    monkeypatch.setattr(joint.Run, "_slow_step", real)
+    assert compile_tiny(tiny_qwen3, log_dir=tmp_path)[2].weights_version == whole.weights_version
+
+
+def test_reused_rollouts_leave_the_fast_channel_its_first_phase_alone(tiny_qwen3):
+    reused = compile_tiny(tiny_qwen3, max_cycles=3)[2]
+    separate = compile_tiny(tiny_qwen3, max_cycles=3, reuse=False)[2]
+    first, *later = reused.records
+    assert first.rollouts.fast == 0 and first.rollouts.eval == 4
+    assert later[0].rollouts.fast > 0
+    for record in later[1:]:
+        assert record.rollouts.fast == 0
+        assert record.rollouts.eval == 4, "the best candidate on the validation examples"
+        assert record.rollouts.reused == record.rollouts.slow == 2 * 2 * 4
+    assert separate.records[-1].rollouts.fast > 0 and separate.rollouts.eval == 0
+    assert reused.records[-1].proposals["iterations"] > later[0].proposals["iterations"] - 1
+    assert reused.best.score == reused.records[reused.best.cycle].val_score
+
+
+@pytest.mark.parametrize(
+    ("setting", "opens"), [({}, True), ({"reuse": False}, False), ({"first_phase": "slow"}, False)]
+)
+def test_what_prompts_alone_reach_is_validated_before_the_weights_move(tiny_qwen3, setting, opens):
+    result = compile_tiny(tiny_qwen3, max_cycles=1, **setting)[2]
+    assert len(result.records) == 2 + opens, "max_cycles does not count the opening"
+    first = result.records[1]
+    assert (first.step == 0) == opens == (first.train_reward is None)
+    assert (first.weights_version == result.base_version) == opens
+    if opens:
+        assert first.rollouts.fast > 0 and first.rollouts.slow == 0 and first.rollouts.eval == 4
+        assert first.kl_to_base == 0 and result.records[2].rollouts.fast == 0
+
+
+@pytest.mark.usefixtures("repeatable_sampling")
+def test_demos_of_a_real_program_are_learned_and_bound(tiny_qwen3):
+    compiled, _, result = compile_tiny(tiny_qwen3, max_cycles=3, demo_tokens=200)
+    seen = {c.source for c in result.population.candidates}
+    tried = result.records[-1].proposals
+    assert tried["iterations"] > 0 and seen <= {"seed", "instructions", "demos", "merge"}
+    assert compiled(question="number 3").answer is not None
+
+
+def best_cycle_of(folder, scores, monkeypatch):
+    """The cycle that is taken for best when the validation scores of each cycle are these."""
+    rows = iter(scores)
+
+    def scored(runner, candidates, valset, **_):
+        row = tuple(next(rows))
+        found = evaluate(runner, candidates[:1], valset, channel="eval")
+        return replace(found, score_K_V=(row,))
+
+    monkeypatch.setattr(validation, "evaluate", scored)
+    # Two of them are not of cycles with steps: the student's own and the opening's.
+    return compile_tiny(folder, max_cycles=len(scores) - 2, steps_per_cycle=1)[2].best.cycle
+
+
+def test_best_is_the_latest_that_is_not_clearly_worse(tiny_qwen3, monkeypatch):
+    lucky, good, bad = [1.0] * 8, [1.0] * 6 + [0.0] * 2, [1.0] * 2 + [0.0] * 6
+    assert best_cycle_of(tiny_qwen3, [bad, lucky, good], monkeypatch) == 2
+    assert best_cycle_of(tiny_qwen3, [bad, lucky, good, bad], monkeypatch) == 2
+    middling = [1.0] * 4 + [0.0] * 4  # not clearly worse than the one before, but than the first
+    assert best_cycle_of(tiny_qwen3, [lucky, good, middling[::-1], bad], monkeypatch) == 2
+    assert best_cycle_of(tiny_qwen3, [lucky, good, [1.0] * 3 + [0.0] * 5], monkeypatch) == 1

@@ -1,0 +1,233 @@
+"""The slow weights: loading, content versions, and swapping versions in and out."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import make_model, make_tokenizer, save_model
+
+import fst_dspy.model.policy as policy_module
+from fst_dspy.config import LoraConfig
+from fst_dspy.errors import ModelError
+from fst_dspy.model.policy import Policy
+
+
+def nudge(policy: Policy, amount: float = 0.01) -> None:
+    """Change every trained weight, in place, as an optimizer step would."""
+    with torch.no_grad():
+        for weight in policy.model.parameters():
+            if weight.requires_grad:
+                weight.add_(amount)
+
+
+def logits(policy: Policy) -> torch.Tensor:
+    with torch.no_grad():
+        return policy.model(input_ids=torch.tensor([[5, 6, 7, 8]])).logits
+
+
+def train_lora(policy: Policy, rank: int = 2) -> str:
+    policy.add_lora(LoraConfig(rank=rank), seed=0)
+    nudge(policy)
+    return policy.keep()
+
+
+def test_the_same_files_have_the_same_version_and_others_another(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    first, second = Policy.load(tiny_model), Policy.load(tiny_model)
+    assert first.base_version == second.base_version == first.version()
+    name, _, digest = first.base_version.partition("@")
+    assert name == tiny_model.name and len(digest) == 12
+    other = save_model(tmp_path / tiny_model.name, "qwen3", seed=1)
+    assert Policy.load(other).base_version != first.base_version
+    half = Policy.load(tiny_model, dtype="bfloat16")
+    assert half.model.dtype == torch.bfloat16 and half.base_version != first.base_version
+
+
+def test_large_weights_are_hashed_in_parts_to_the_last_byte(
+    tiny_qwen3: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = Policy.load(tiny_qwen3)
+    largest = max(p.numel() for p in whole.model.parameters())
+    monkeypatch.setattr(policy_module, "HASHED_TOGETHER", 4 * largest)
+    assert Policy.load(tiny_qwen3).base_version == whole.base_version
+    monkeypatch.setattr(policy_module, "HASHED_TOGETHER", 1000)
+    policy = Policy.load(tiny_qwen3)
+    assert policy.base_version == Policy.load(tiny_qwen3).base_version
+    seen = {policy.version()}
+    weight = max(policy.model.parameters(), key=torch.numel).detach().view(-1)
+    places = (0, 249, 250, largest // 2, largest - 1)
+    for place in places:
+        weight[place] += 1
+        seen.add(policy.version())
+    assert len(seen) == 1 + len(places)
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_any_change_of_the_weights_changes_the_version(tiny_qwen3: Path, lora: bool) -> None:
+    policy = Policy.load(tiny_qwen3)
+    seen = {policy.version()}
+    if lora:
+        policy.add_lora(LoraConfig(rank=2), seed=0)
+        seen.add(policy.version())
+    nudge(policy)
+    seen.add(policy.version())
+    trained = next(p for p in policy.model.parameters() if p.requires_grad)
+    trained.data[0] += 0.5  # no version counter of torch's sees this
+    seen.add(policy.version())
+    assert len(seen) == 3 + lora
+
+
+def test_a_missing_model_is_a_model_error_that_says_what_to_give(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="no model folder"):
+        Policy.load(tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ModelError, match="embedded"):
+        Policy.load(tmp_path / "empty")
+
+
+def test_a_tokenizer_without_chat_template_or_pad_gets_them(tmp_path: Path) -> None:
+    tokenizer = make_tokenizer(chat_template=None)
+    make_model("llama", tokenizer).save_pretrained(tmp_path)
+    tokenizer.pad_token = None
+    tokenizer.save_pretrained(tmp_path)
+    policy = Policy.load(tmp_path)
+    text = policy.tokenizer.apply_chat_template(
+        [{"role": "user", "content": "hi"}], tokenize=False, add_generation_prompt=True
+    )
+    assert text == "user: hi\n\nassistant:"
+    assert policy.tokenizer.pad_token_id is not None
+    assert policy.context_length == 512
+
+
+def test_full_weights_are_kept_swapped_in_and_restored(tiny_model: Path) -> None:
+    policy = Policy.load(tiny_model)
+    base_logits = logits(policy)
+    nudge(policy)
+    trained, trained_logits = policy.keep(), logits(policy)
+    nudge(policy)
+    live, live_logits = policy.version(), logits(policy)
+    assert not torch.equal(trained_logits, live_logits)
+    for version, expected in [(policy.base_version, base_logits), (trained, trained_logits)]:
+        with policy.at(version):
+            assert policy.version() == version
+            assert torch.equal(logits(policy), expected)
+        assert policy.version() == live and torch.equal(logits(policy), live_logits)
+    parameters = [id(p) for p in policy.model.parameters()]
+    policy.restore(trained)
+    assert torch.equal(logits(policy), trained_logits)
+    assert [id(p) for p in policy.model.parameters()] == parameters
+    policy.forget(trained)
+    nudge(policy)
+    with pytest.raises(ModelError, match="not at hand"):
+        policy.restore(trained)
+    policy.restore(policy.base_version)
+    assert policy.version() == policy.base_version
+
+
+def test_the_live_weights_come_back_when_the_block_fails(tiny_qwen3: Path) -> None:
+    policy = Policy.load(tiny_qwen3)
+    nudge(policy)
+    live = policy.version()
+    with pytest.raises(ZeroDivisionError), policy.at(policy.base_version):
+        _ = 1 / 0
+    assert policy.version() == live
+
+
+def test_a_base_whose_files_have_changed_is_refused(tiny_qwen3: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_qwen3, tmp_path / "model")
+    policy = Policy.load(folder)
+    nudge(policy)
+    make_model("qwen3", make_tokenizer(), seed=5).save_pretrained(folder)
+    with pytest.raises(ModelError, match="have changed"):
+        policy.restore(policy.base_version)
+
+
+def test_lora_starts_at_the_base_and_depends_on_the_seed_alone(tiny_model: Path) -> None:
+    versions = []
+    for seed in (0, 0, 1):
+        policy = Policy.load(tiny_model)
+        base_logits = logits(policy)
+        torch.manual_seed(len(versions))
+        policy.add_lora(LoraConfig(rank=2), seed=seed)
+        assert torch.equal(logits(policy), base_logits)
+        versions.append(policy.version())
+    assert versions[0] == versions[1] != versions[2]
+
+
+def test_lora_versions_are_kept_swapped_in_and_restored(tiny_model: Path) -> None:
+    policy = Policy.load(tiny_model)
+    base_logits = logits(policy)
+    trained = train_lora(policy)
+    trained_logits = logits(policy)
+    assert not torch.allclose(trained_logits, base_logits)
+    assert len(policy.trainable_state()) < 40 and all(
+        "lora_" in name for name in policy.trainable_state()
+    )
+    with policy.at(policy.base_version):
+        assert torch.equal(logits(policy), base_logits)
+    nudge(policy)
+    live, live_logits = policy.version(), logits(policy)
+    with policy.at(trained):
+        assert torch.equal(logits(policy), trained_logits)
+    assert policy.version() == live and torch.equal(logits(policy), live_logits)
+    policy.restore(policy.base_version)
+    assert policy.lora is None and policy.version() == policy.base_version
+    assert torch.equal(logits(policy), base_logits)
+    assert all(p.requires_grad for p in policy.model.parameters())
+    policy.restore(trained)
+    assert policy.version() == trained and torch.equal(logits(policy), trained_logits)
+
+
+@pytest.mark.parametrize("live_kind", ["full", "lora"])
+def test_versions_of_every_kind_can_be_visited_from_every_other(
+    tiny_qwen3: Path, live_kind: str
+) -> None:
+    policy = Policy.load(tiny_qwen3)
+    expected = {}
+    nudge(policy)
+    expected[policy.keep()] = logits(policy)
+    policy.restore(policy.base_version)
+    for rank in (2, 3):
+        version = train_lora(policy, rank)
+        expected[version] = logits(policy)
+        policy.restore(policy.base_version)
+    if live_kind == "lora":
+        policy.add_lora(LoraConfig(rank=4), seed=0)
+    nudge(policy, 0.02)
+    live, live_logits = policy.version(), logits(policy)
+    trained = {id(p) for p in policy.model.parameters() if p.requires_grad}
+    for version, wanted in expected.items():
+        with policy.at(version):
+            assert torch.equal(logits(policy), wanted)
+        assert policy.version() == live and torch.equal(logits(policy), live_logits)
+        # An optimizer over these parameters must still be training the live weights.
+        assert {id(p) for p in policy.model.parameters() if p.requires_grad} == trained
+
+
+def test_adapters_are_refused_on_weights_that_are_not_the_base(tiny_qwen3: Path) -> None:
+    policy = Policy.load(tiny_qwen3)
+    nudge(policy)
+    with pytest.raises(ModelError, match="restore"):
+        policy.add_lora(LoraConfig(), seed=0)
+
+
+def test_trainable_state_round_trips_and_refuses_another_model(tiny_qwen3: Path) -> None:
+    policy = Policy.load(tiny_qwen3)
+    nudge(policy)
+    state, version = policy.trainable_state(), policy.version()
+    assert "lm_head.weight" not in state  # tied to the embedding, so it is there once
+    nudge(policy)
+    policy.load_trainable_state(state)
+    assert policy.version() == version
+    with pytest.raises(ModelError, match="another model"):
+        policy.load_trainable_state({k: v[:1] for k, v in state.items()})
+
+
+def test_copies_of_a_program_share_the_policy(tiny_qwen3: Path) -> None:
+    policy = Policy.load(tiny_qwen3)
+    assert copy.deepcopy({"policy": policy})["policy"] is policy

@@ -1,0 +1,169 @@
+"""The notebooks: what is committed, and that each runs from a clean kernel."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import re
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbformat import NotebookNode
+from places import ROOT
+
+NOTEBOOKS = ROOT / "notebooks"
+PATHS = sorted(NOTEBOOKS.glob("*.ipynb"))
+LARGEST = 600_000
+TIMEOUT = 300
+
+OWN_NAMES = {"01_quickstart": {"RouteTicket", "metric"}}
+"""The user's own program and metric, which a notebook may define."""
+
+HOLDS = {
+    "01_quickstart": [
+        "before < 20 and after > before + 50",
+        "compiled.detailed_results.best.score > compiled.detailed_results.records[0].val_score",
+        "router.predict.signature.instructions == compiled.predict.signature.instructions",
+        "router.predict.lm.version == compiled.predict.lm.version",
+    ],
+    "02_watch_the_weights": [
+        "result.best.score > result.records[0].val_score + 0.3",
+        "tested.trained_evolved > tested.base_original + 0.3",
+        "0 < result.records[result.best.cycle].kl_to_base < 1",
+        "Path('report.html').stat().st_size > 10_000",
+    ],
+    "03_study": [
+        "len(study.trials) == 4 and {t.state.name for t in study.trials} <= {'COMPLETE', 'PRUNED'}",
+        "len(pareto.trials) == 2 and front(pareto)",
+        "max(t.value for t in study.trials) > min(t.value for t in study.trials)",
+        "compiled.detailed_results.best.score > compiled.detailed_results.records[0].val_score",
+    ],
+    "04_continual": [
+        "[stage.task for stage in stream.stages] == ['triage', 'triage-1', 'triage-2']",
+        "scores.score_S_N[3][2] > scores.score_S_N[0][2] + 0.3",
+        "scores.score_S_N[3][0] > scores.score_S_N[0][0] + 0.3",
+        "stream.rollouts.total > 400",
+    ],
+    "05_real_models": [
+        "rehearsed.detailed_results.best.score >= rehearsed.detailed_results.records[0].val_score",
+        "lm is None or compiled.detailed_results.rollouts.total > 0",
+    ],
+}
+"""What must be true in the kernel of a notebook once it has run."""
+
+
+def load_execute():
+    spec = importlib.util.spec_from_file_location("execute_notebooks", NOTEBOOKS / "execute.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.execute
+
+
+def read(path: Path) -> NotebookNode:
+    return nbformat.read(path, as_version=4)
+
+
+def code_cells(path: Path) -> list[NotebookNode]:
+    return [cell for cell in read(path).cells if cell.cell_type == "code"]
+
+
+def shown(path: Path) -> str:
+    """All that the outputs of a notebook hold, images aside."""
+    texts = []
+    for cell in code_cells(path):
+        for output in cell.outputs:
+            texts.append(output.get("text", ""))
+            data = output.get("data", {}).items()
+            texts += [text for kind, text in data if not kind.startswith("image/")]
+    return "\n".join(texts)
+
+
+each = pytest.mark.parametrize("path", PATHS, ids=[path.stem for path in PATHS])
+
+
+def test_there_are_notebooks() -> None:
+    assert set(HOLDS) <= {path.stem for path in PATHS}
+
+
+@each
+def test_a_committed_notebook_was_run_in_order(path: Path) -> None:
+    nbformat.validate(read(path))
+    cells = code_cells(path)
+    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
+    outputs = [output for cell in cells for output in cell.outputs]
+    assert len(outputs) >= 4
+    assert {output.output_type for output in outputs} <= {
+        "stream",
+        "display_data",
+        "execute_result",
+    }
+    assert path.stat().st_size < LARGEST
+
+
+@each
+def test_outputs_say_nothing_of_the_machine(path: Path) -> None:
+    text = shown(path)
+    assert not re.findall(r"(?<![\w.<])/(?:work|home|root|tmp|usr|opt|Users|var)/\S*", text)
+    assert "Warning" not in text and "Traceback" not in text
+    assert not any(o.get("name") == "stderr" for cell in code_cells(path) for o in cell.outputs)
+    assert not re.search(r"\d\d:\d\d:\d\d", text)  # the time of a log line
+
+
+@each
+def test_progress_is_one_output_a_cell(path: Path) -> None:
+    for cell in code_cells(path):
+        assert len(cell.outputs) <= 2, cell.source
+
+
+@each
+def test_a_notebook_has_no_logic_of_its_own(path: Path) -> None:
+    for cell in code_cells(path):
+        for node in ast.walk(ast.parse(cell.source)):
+            assert not isinstance(node, ast.Lambda | ast.For | ast.While | ast.AsyncFunctionDef)
+            if isinstance(node, ast.FunctionDef | ast.ClassDef):
+                assert node.name in OWN_NAMES.get(path.stem, set())
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(2 * TIMEOUT)
+@each
+def test_a_notebook_runs_from_a_clean_kernel(path: Path, tmp_path: Path) -> None:
+    assert path.stem in HOLDS, f"say in HOLDS what must be true once {path.name} has run"
+    fresh = read(path)
+    checks = "\n".join(f"assert {fact}, {fact!r}" for fact in HOLDS[path.stem])
+    fresh.cells.append(nbformat.v4.new_code_cell(checks))
+    done = load_execute()(fresh, tmp_path, TIMEOUT)  # raises where a cell does
+    counts = [cell.execution_count for cell in done.cells if cell.cell_type == "code"]
+    assert counts == list(range(1, len(counts) + 1))
+
+
+PROGRESS = """
+from fst_dspy.config import BudgetConfig
+from fst_dspy.loop.progress import NotebookProgress, default_progress
+from fst_dspy.types import CycleRecord, RolloutCounts
+
+def record(cycle, rollouts):
+    counts = RolloutCounts(slow=rollouts)
+    return CycleRecord(cycle, cycle, ("a",), "a", 0.5, 0.25, (0.25,), 0.01, 1.0, 0.0, {},
+                       counts, counts, {}, {}, "m@0")
+
+listener = default_progress()
+assert isinstance(listener, NotebookProgress)
+listener.begin(BudgetConfig(max_cycles=2))
+listener.cycle_done(record(0, 8))
+listener.phase(2, "step 1/6", RolloutCounts(slow=16))
+"""
+
+
+def test_progress_in_a_notebook_is_one_output_rewritten_in_place(tmp_path: Path) -> None:
+    cells = [PROGRESS, PROGRESS + "listener.cycle_done(record(1, 16))\nlistener.end()"]
+    made = nbformat.v4.new_notebook(cells=list(map(nbformat.v4.new_code_cell, cells)))
+    under_way, ended = load_execute()(made, tmp_path, TIMEOUT).cells
+    ((first,), (last,)) = under_way.outputs, ended.outputs
+    lines = first.data["text/plain"].splitlines()
+    assert lines[0].startswith("cycle   0") and "validation 0.250" in lines[0]
+    assert "step 1/6" in lines[1] and "50%" in lines[1] and "16 rollouts" in lines[1]
+    lines = last.data["text/plain"].splitlines()
+    assert [line[:9] for line in lines] == ["cycle   0", "cycle   1"]
+    assert "step 1/6" not in last.data["text/plain"]

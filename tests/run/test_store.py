@@ -1,0 +1,230 @@
+import datetime
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import pydantic
+import pytest
+
+from fst_dspy.errors import StoreError
+from fst_dspy.run.store import KEPT_CHECKPOINTS, RunStore
+
+
+def write_weights(text):
+    return lambda folder: (folder / "w.bin").write_text(text)
+
+
+def test_checkpoints_come_back_newest_first_and_old_ones_go(tmp_path):
+    store = RunStore(tmp_path)
+    for n in range(4):
+        store.checkpoint({"n": n}, write_weights(str(n)))
+    state, weights = store.latest()
+    assert state == {"n": 3}
+    assert (weights / "w.bin").read_text() == "3"
+    assert len(list((tmp_path / "checkpoints").iterdir())) == KEPT_CHECKPOINTS
+
+
+def test_a_half_written_checkpoint_is_never_picked(tmp_path):
+    store = RunStore(tmp_path)
+    store.checkpoint({"n": 0}, write_weights("0"))
+
+    def die(folder):
+        (folder / "w.bin").write_text("half")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        store.checkpoint({"n": 1}, die)
+    assert store.latest()[0] == {"n": 0}
+    store.checkpoint({"n": 2}, write_weights("2"))
+    assert store.latest()[0] == {"n": 2}
+
+
+def test_resuming_cuts_the_logs_back(tmp_path):
+    store = RunStore(tmp_path)
+    store.append("cycles", [{"cycle": 0}])
+    store.checkpoint({}, write_weights(""))
+    store.append("cycles", [{"cycle": 1}])
+    store.append("steps", [{"step": 1}])  # begun after the checkpoint
+    assert len(store.read("cycles")) == 2
+    store.latest()
+    assert store.read("cycles") == [{"cycle": 0}]
+    assert store.read("steps") == []
+
+
+@dataclass(frozen=True)
+class Row:
+    fields: Mapping[str, object]
+
+
+class Ticket(pydantic.BaseModel):
+    queue: str
+
+
+@pytest.mark.parametrize(
+    ("value", "read"),
+    [
+        ("ä\u2028\ud83d", "ä\u2028\ud83d"),  # half of a pair, as some data sets have
+        (2**70, 2**70),
+        ({1: ("a", 0.1)}, {"1": ["a", 0.1]}),
+        ({(1, 2): Row({"x": {3}})}, {"(1, 2)": {"fields": {"x": "{3}"}}}),
+        (datetime.date(2020, 1, 2), "datetime.date(2020, 1, 2)"),
+        (Ticket(queue="a"), "Ticket(queue='a')"),
+        (float("inf"), None),
+    ],
+)
+def test_rows_may_hold_anything(tmp_path, value, read):
+    store = RunStore(tmp_path)
+    store.append("rollouts", [Row({"a": value}), {"b": 1}])
+    assert store.read("rollouts") == [{"fields": {"a": read}}, {"b": 1}]
+
+
+def test_a_cut_off_last_line_is_left_out(tmp_path):
+    store = RunStore(tmp_path)
+    store.append("cycles", [{"cycle": 0}])
+    with open(tmp_path / "cycles.jsonl", "a") as file:
+        file.write('{"cycle": ')
+    assert store.read("cycles") == [{"cycle": 0}]
+
+
+def test_two_writers_are_refused(tmp_path):
+    store = RunStore(tmp_path)
+    with pytest.raises(StoreError, match="another process"):
+        RunStore(tmp_path)
+    store.close()
+    RunStore(tmp_path).close()
+
+
+def test_another_runs_folder_is_refused(tmp_path):
+    store = RunStore(tmp_path)
+    store.begin({"seed": 0, "environment": {"python": "3.11"}})
+    store.begin({"seed": 0, "environment": {"python": "3.12"}})
+    with pytest.raises(StoreError, match="seed differs"):
+        store.begin({"seed": 1, "environment": {}})
+
+
+def test_a_folder_that_cannot_be_made_is_a_clear_error(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StoreError, match="cannot write to"):
+        RunStore(tmp_path / "file" / "run")
+
+
+def test_json_is_written_whole(tmp_path):
+    store = RunStore(tmp_path)
+    store.write_json("a.json", {"x": 1})
+    with pytest.raises(TypeError):
+        store.write_json("a.json", {"x": object()})
+    assert json.loads((tmp_path / "a.json").read_text()) == {"x": 1}
+
+
+def test_a_full_disk_is_a_clear_error_and_what_was_written_stays(tmp_path):
+    store = RunStore(tmp_path)
+    store.append("cycles", [{"cycle": 0}])
+    store.checkpoint({"n": 0}, write_weights("0"))
+    (tmp_path / "steps.jsonl").symlink_to("/dev/full")  # every write to it finds no space left
+    with pytest.raises(StoreError, match="No space left on device; what was written before"):
+        store.append("steps", [{"step": 1}])
+    (tmp_path / "steps.jsonl").unlink()
+    assert store.latest()[0] == {"n": 0}
+    assert store.read("cycles") == [{"cycle": 0}]
+
+
+def test_a_checkpoint_that_finds_no_space_leaves_the_one_before(tmp_path):
+    store = RunStore(tmp_path)
+    store.checkpoint({"n": 0}, write_weights("0"))
+
+    def fill(folder):
+        with open("/dev/full", "w") as file:
+            file.write("x" * 10_000)
+
+    with pytest.raises(StoreError, match="No space left"):
+        store.checkpoint({"n": 1}, fill)
+    assert store.latest()[0] == {"n": 0}
+
+
+def test_a_read_only_place_is_a_clear_error():
+    with pytest.raises(StoreError, match="cannot write to /proc/run"):
+        RunStore("/proc/run")
+
+
+def checkpointed(folder: Path, count: int = 2) -> RunStore:
+    """A store with some rows of a log and as many checkpoints."""
+    store = RunStore(folder)
+    for number in range(count):
+        store.append("rows", [{"number": number}])
+        store.checkpoint(
+            {"number": number}, lambda place: (place / "w.bin").write_bytes(b"weights") and None
+        )
+    return store
+
+
+@pytest.mark.parametrize("name", ["weights/w.bin", "state.json"])
+@pytest.mark.parametrize("damage", [b"", b"weightz"])
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(
+    tmp_path: Path, name: str, damage: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = checkpointed(tmp_path)
+    (tmp_path / "checkpoints" / "1" / name).write_bytes(damage)
+    found = store.latest()
+    assert found is not None and found[0] == {"number": 0}
+    assert "checkpoint 1 is damaged" in caplog.text
+    assert store.read("rows") == [{"number": 0}], "the log is of that checkpoint"
+    store.close()
+
+
+def test_where_no_checkpoint_is_whole_the_run_is_refused_and_nothing_is_cut(tmp_path: Path) -> None:
+    store = checkpointed(tmp_path)
+    for number in (0, 1):
+        (tmp_path / "checkpoints" / str(number) / "state.json").write_text("{")
+    with pytest.raises(StoreError, match=r"no checkpoint in .* is whole"):
+        store.latest()
+    assert len(store.read("rows")) == 2
+    store.close()
+
+
+@pytest.mark.parametrize("length", [10**9, -1, "7", None, 1.5])
+def test_a_log_is_never_made_longer_nor_cut_by_nonsense(tmp_path: Path, length: object) -> None:
+    store = checkpointed(tmp_path, 1)
+    folder = tmp_path / "checkpoints" / "0"
+    (folder / "hashes.json").unlink()  # as of versions before, or of somebody who wrote them anew
+    state = json.loads((folder / "state.json").read_text())
+    (folder / "state.json").write_text(json.dumps(state | {"lengths": {"rows.jsonl": length}}))
+    before = (tmp_path / "rows.jsonl").read_bytes()
+    with pytest.raises(StoreError, match="shorter"):
+        store.latest()
+    assert (tmp_path / "rows.jsonl").read_bytes() == before
+    store.close()
+
+
+def test_a_checkpoint_of_an_earlier_version_is_read(tmp_path: Path) -> None:
+    store = checkpointed(tmp_path, 1)
+    (tmp_path / "checkpoints" / "0" / "hashes.json").unlink()
+    found = store.latest()
+    assert found is not None and found[0] == {"number": 0}
+    store.close()
+
+
+@pytest.mark.parametrize("name", ["versions", "rows.jsonl", ".lock", "config.json", "checkpoints"])
+def test_links_are_refused_and_what_they_point_to_is_left_alone(tmp_path: Path, name: str) -> None:
+    outside, folder = tmp_path / "outside", tmp_path / "run"
+    outside.mkdir()
+    folder.mkdir()
+    (outside / "precious.safetensors").write_bytes(b"precious")
+    target = outside if name in ("versions", "checkpoints") else outside / "precious.safetensors"
+    (folder / name).symlink_to(target)
+    with pytest.raises(StoreError, match="is a link"):
+        RunStore(folder)
+    assert (outside / "precious.safetensors").read_bytes() == b"precious"
+
+
+def test_a_full_disk_is_a_clear_error_wherever_it_is_met(tmp_path: Path) -> None:
+    from safetensors import SafetensorError
+
+    store = RunStore(tmp_path)
+
+    def full(place: Path) -> None:
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    with pytest.raises(StoreError, match=r"No space left .* make room"):
+        store.checkpoint({}, full)
+    store.close()
