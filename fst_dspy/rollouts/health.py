@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from fst_dspy.display import visible
 from fst_dspy.errors import MetricError, ProgramError
 from fst_dspy.types import Rollout
 
@@ -89,7 +90,7 @@ def told_failures(
     texts = []
     for kind, share in sorted(shares.items(), key=lambda item: -item[1]):
         if share >= TOLD_SHARE:
-            text = f"{kind} {share:.0%}: {_first_line(messages.get(kind, ''))}"
+            text = f"{kind} {share:.0%}: {visible(_first_line(messages.get(kind, '')))}"
             texts.append(f"{text} ({ADVICE[kind]})" if advice and kind in ADVICE else text)
     return texts
 

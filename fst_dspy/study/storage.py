@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from urllib.parse import quote, unquote
 
 import optuna
 from optuna.exceptions import ExperimentalWarning
@@ -55,7 +56,7 @@ def open_storage(url: str) -> optuna.storages.BaseStorage:
     patience = {"connect_args": {"timeout": SQLITE_WAIT_SECONDS}} if kind == "sqlite" else {}
     try:
         if kind == "sqlite":
-            Path(make_url(url).database or "").parent.mkdir(parents=True, exist_ok=True)
+            _sqlite_file(url).parent.mkdir(parents=True, exist_ok=True)
         with _no_experimental_warning():
             storage = RDBStorage(
                 url,
@@ -77,8 +78,20 @@ def open_storage(url: str) -> optuna.storages.BaseStorage:
 
 
 def sqlite_url(file: Path) -> str:
-    """The URL of a SQLite file, whatever its path holds: ``?`` would begin options there."""
-    return URL.create("sqlite", database=str(file)).render_as_string(hide_password=False)
+    """The URL of a SQLite file, whatever its path holds.
+
+    Options would begin at a ``?``, Optuna fills in what stands in braces, and not every version of
+    SQLAlchemy escapes a path: where there is any such character, SQLite is given a URI of its own.
+    """
+    path, query = str(file), {}
+    if set(path) & set("?{}%"):
+        path, query = f"file:{quote(path)}", {"uri": "true"}
+    return URL.create("sqlite", database=path, query=query).render_as_string(hide_password=False)
+
+
+def _sqlite_file(url: str) -> Path:
+    database = make_url(url).database or ""
+    return Path(unquote(database[5:]) if database.startswith("file:") else database)
 
 
 @contextmanager
