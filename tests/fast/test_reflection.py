@@ -5,12 +5,14 @@ import json
 import logging
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import dspy
 import pytest
+from dspy import lm15
 from records import make_rollout
 
 from fst_dspy.config import FastConfig
@@ -18,7 +20,8 @@ from fst_dspy.fast.phase import FastPhase
 from fst_dspy.fast.population import best, choose
 from fst_dspy.fast.proposers.lessons import LessonProposer
 from fst_dspy.fast.proposers.protocol import ProposalError
-from fst_dspy.fast.proposers.reflection import ReflectionLMProposer, dropped_fields
+from fst_dspy.fast.proposers.reflection import RETRIED, ReflectionLMProposer, dropped_fields
+from fst_dspy.fast.reflector import Trajectory, make_records
 from fst_dspy.rollouts.evaluate import evaluate
 from fst_dspy.rollouts.jobs import RolloutJob
 from fst_dspy.student.candidate import example_id, make_candidate
@@ -39,6 +42,18 @@ GOOD = "I looked at it.\n```\nAlways answer blue.\n```"
 
 def words(text: str) -> int:
     return len(text.split())
+
+
+class Ended(str):
+    """An answer that ended in another way than by itself."""
+
+    finish, refusal = "stop", None
+
+    @classmethod
+    def by(cls, text: str, finish: str = "stop", refusal: str | None = None) -> "Ended":
+        answer = cls(text)
+        answer.finish, answer.refusal = finish, refusal
+        return answer
 
 
 class Script:
@@ -78,8 +93,12 @@ def server() -> Iterator[tuple[Script, str]]:
                 return self.reply(200, answer)
             choice = {
                 "index": 0,
-                "finish_reason": "stop",
-                "message": {"role": "assistant", "content": answer},
+                "finish_reason": getattr(answer, "finish", "stop"),
+                "message": {
+                    "role": "assistant",
+                    "content": answer,
+                    "refusal": getattr(answer, "refusal", None),
+                },
             }
             usage = {"prompt_tokens": 60, "completion_tokens": 40, "total_tokens": 100}
             model = body["model"]
@@ -234,6 +253,13 @@ FAULTS = {
     "empty": "```\n\n```",
     "too_long": "```\n" + "long " * 60 + "\n```",
     "dropped_field": "```\nJust say it.\n```",
+    "truncated": Ended.by("```\nAnswer q, and always", "length"),
+    "truncated in a block": Ended.by("```\nAnswer q.\n```\nAnd", "length"),
+    "truncated while it thought": Ended.by("", "length"),
+    "refused": Ended.by("I'm sorry, but I can't help with q."),
+    "refused by the provider": Ended.by("Answer q.", "content_filter"),
+    "refused in another field": Ended.by("", refusal="I can't."),
+    "garbled text": "```\nAnswer q \ud800.\n```",
 }
 
 
@@ -259,8 +285,9 @@ def test_every_fault_is_counted_and_the_fallback_stands_in(
     proposer = proposer_of(url, timeout=limit_of(kind), fallback=lessons())
     phase = FastPhase(FastConfig(minibatch_size=4), proposer, 0)
     end = phase.run(runner, start, TRAIN, VAL, cycle=1, iterations=1, policy_version=0)
-    assert phase.stats.errors == {kind: 1}
+    assert phase.stats.errors == {kind.split()[0]: 1}
     assert phase.report()["reflection"]["fallbacks"] == 1
+    assert proposer.usage.failures == (kind in RETRIED)
     # The feedback says that the sky is blue; the proposer without an LM puts that in the prompt.
     assert "blue" in end.candidates[best(end)].components[NAME]
 
@@ -378,3 +405,70 @@ def test_several_components_are_reflected_at_the_same_time(server: tuple[Script,
 def test_dropped_fields(old: str, new: str, expected: list[str]) -> None:
     records = [{"Inputs": {"ticket": "x", "user_name": "y"}}]
     assert dropped_fields(old, new, records) == expected
+
+
+def test_an_engines_own_response_tells_how_it_ended() -> None:
+    def engine(finish: str) -> Any:
+        class Engine:
+            def complete(self, request: Any) -> Any:
+                part = lm15.TextPart("Answer q, and always")
+                message = lm15.Message(role="assistant", parts=(part,))
+                return lm15.Response(
+                    id="1", model="m", message=message, finish_reason=finish, usage=lm15.Usage()
+                )
+
+        return Engine()
+
+    for finish, kind in (("length", "truncated"), ("content_filter", "refused")):
+        lm = dspy.LM("local/scripted", engine=engine(finish), cache=False)
+        with pytest.raises(ProposalError) as caught:
+            ReflectionLMProposer(lm, 50, words).propose(SEED.components, {NAME: []}, [NAME])
+        assert caught.value.kind == kind
+
+
+class Says(dspy.LM):
+    """A language model that says one thing."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__("local/says", cache=False)
+        self.text = text
+
+    def __call__(self, *args: Any, **kwargs: Any) -> list[str]:
+        return [self.text]
+
+
+def test_a_huge_answer_is_not_tokenized() -> None:
+    def count(text: str) -> int:
+        assert len(text) < 10_000, "tokenized whole"
+        return len(text.split())
+
+    lm = Says("```\n" + "long " * 10_000_000 + "\n```")
+    started = time.monotonic()
+    with pytest.raises(ProposalError, match="characters") as caught:
+        ReflectionLMProposer(lm, 50, count).propose(SEED.components, {NAME: []}, [NAME])
+    assert caught.value.kind == "too_long" and time.monotonic() - started < 20
+
+
+def test_feedback_with_lone_surrogates_teaches_all_the_same() -> None:
+    def count(text: str) -> int:
+        text.encode()  # as a tokenizer would
+        return words(text)
+
+    example = EXAMPLES[0]
+    trace = PredictorTrace("solve", {"q": "\udfff"}, {"a": "red"}, "red")
+    rollout = Rollout(
+        example_id(example), SEED.id, (), (trace,), 0.0, "Lesson: say \ud800 blue.", None, 0
+    )
+    records = make_records(NAME, [Trajectory(example, rollout)])
+    fallback = LessonProposer(50, count)
+    proposer = ReflectionLMProposer(Says("```\n\ud800\n```"), 50, count, fallback=fallback)
+    texts = proposer.propose(SEED.components, {NAME: records}, [NAME])
+    assert texts[NAME].endswith("say \ufffd blue.")
+
+
+def test_the_prompt_may_be_ones_own(server: tuple[Script, str]) -> None:
+    script, url = server
+    template = {"solve": "REWRITE <curr_param> AFTER <side_info>", "other": "no"}
+    for own in (template, template["solve"]):
+        proposer_of(url, template=own).propose(SEED.components, {NAME: []}, [NAME])
+    assert all("REWRITE Answer the question." in prompt for prompt in script.prompts)

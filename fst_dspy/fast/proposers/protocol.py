@@ -22,7 +22,11 @@ kind, or ``None``) are for programs.
 
 def well_formed(text: str) -> str:
     """The text without lone surrogates, which no tokenizer or provider takes."""
-    return text.encode("utf-8", "replace").decode("utf-8")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
 
 
 class ProposalError(Exception):

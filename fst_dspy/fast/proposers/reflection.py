@@ -345,8 +345,10 @@ def _fault(response: Any) -> tuple[str, str] | None:
     if "length" in ended or "max_output_tokens" in reasons:
         return "truncated", "the reflection LM's answer was cut off; give it more max_tokens"
     parts = [p for choice in choices for p in _get(_get(choice, "message"), "parts") or ()]
-    refusals = [_get(_get(choice, "message"), "refusal") for choice in choices]
-    refused = any(refusals) or any(_get(part, "type") == "refusal" for part in parts)
+    messages = [_get(choice, "message") for choice in choices]
+    messages += [_get(message, "provider_specific_fields") for message in messages]
+    refused = any(_get(message, "refusal") for message in messages)
+    refused = refused or any(_get(part, "type") == "refusal" for part in parts)
     if refused or "content_filter" in ended | reasons:
         return "refused", "the reflection LM refused to answer"
     return None
