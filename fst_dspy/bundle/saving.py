@@ -42,6 +42,7 @@ from fst_dspy.bundle.program import (
 )
 from fst_dspy.bundle.weights import plain_folder, read_run, read_weights, write_weights
 from fst_dspy.errors import ProgramError, StoreError
+from fst_dspy.lm.compiled import mark_compiled
 from fst_dspy.lm.local_lm import LocalLM
 from fst_dspy.model.policy import Policy
 from fst_dspy.results.result import FSTResult, result_from_json
@@ -126,7 +127,10 @@ def load(
         result = _read_result(path, manifest)
     policy = read_weights(path, manifest, os.fspath(base) if base is not None else None, device)
     policy.keep()
-    bind_lms(loaded, manifest, LocalLM(policy))
+    lm = LocalLM(policy)
+    following = [p for p in loaded.predictors() if p.lm is None]
+    bind_lms(loaded, manifest, lm)
+    mark_compiled(loaded, lm, [p for p in following if p.lm is not None])
     loaded._compiled = True
     if result is not None:
         loaded.detailed_results = result

@@ -17,6 +17,10 @@ from fst_dspy.model.policy import Policy
 
 COMPILED_LM = "fst_lm"
 """The attribute of a compiled program's modules that holds the LM they were compiled for."""
+FOLLOWS = "fst_follows"
+"""The attribute of a compiled predictor that holds its LM, where it had none of its own before."""
+ENTERED_WITH = "fst_entered_with"
+"""The DSPy setting, in a tuple, that holds the settings' LM as a compiled program was entered."""
 _ANSWERS_WITH = "answers_with"  # in a pickle: the version id, also where ``model`` is the live one
 
 
@@ -129,23 +133,36 @@ class LocalLM(dspy.LM):
         remember(self)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return super(LocalLM, self._within_program()).__call__(*args, **kwargs)
+        lm = self._within_program()
+        return super().__call__(*args, **kwargs) if lm is self else lm(*args, **kwargs)
 
     async def acall(self, *args: Any, **kwargs: Any) -> Any:
-        return await super(LocalLM, self._within_program()).acall(*args, **kwargs)
+        lm = self._within_program()
+        if lm is self:
+            return await super().acall(*args, **kwargs)
+        return await lm.acall(*args, **kwargs)
 
-    def _within_program(self) -> LocalLM:
+    def _within_program(self) -> Any:
         """This LM, or what stands for it in the compiled program that calls it.
 
-        Predictors that a program makes as it runs have no LM of their own; DSPy sends them to the
-        one in its settings, which may name other weights than the program was compiled for.
+        See ``fst_dspy.lm.compiled``: a predictor that had no LM of its own follows the program to
+        another; and one that the program has made as it runs is to ask the compiled weights.
         """
         modules = dspy.settings.caller_modules or ()
-        if not modules or getattr(modules[-1], "lm", None) is self:
+        if not modules:
             return self
+        caller = vars(modules[-1])
+        if caller.get("lm") is self:
+            entered = dspy.settings.get(ENTERED_WITH)
+            if caller.get(FOLLOWS) is not self or entered is None:
+                return self
+            return self if dspy.settings.lm is entered[0] else dspy.settings.lm or self
         for module in reversed(modules):
             compiled = vars(module).get(COMPILED_LM)
+            if compiled is self:
+                return self
             if isinstance(compiled, LocalLM) and compiled.stands_for(self, module):
+                # Not to be looked at again: the same weights, with this LM's settings.
                 found = compiled.copy(cache=self.cache, callbacks=self.callbacks)
                 found.kwargs, found.history = self.kwargs, self.history
                 return found
@@ -153,7 +170,10 @@ class LocalLM(dspy.LM):
 
     def stands_for(self, other: LocalLM, program: dspy.Module) -> bool:
         """Whether calls of another LM are meant for this one, within a program compiled for it."""
-        if other.policy.base_version != self.policy.base_version or serving(other.policy):
+        if other.model == self.model or serving(other.policy) is not None:
+            return False
+        # By name: a program that was saved is loaded over a policy of its own.
+        if other.policy.name != self.policy.name:
             return False
         own = [p.lm for p in program.predictors() if isinstance(p.lm, LocalLM)]
         # One that was given to another LM since (``set_lm``, a later optimizer) is that one's.

@@ -12,11 +12,12 @@ import dspy
 
 from fst_dspy.config import SamplingConfig
 from fst_dspy.errors import ProgramError
-from fst_dspy.lm.local_lm import COMPILED_LM, LocalLM
+from fst_dspy.lm.compiled import follows, mark_compiled
+from fst_dspy.lm.local_lm import LocalLM
 from fst_dspy.lm.requests import DEFAULT_MAX_TOKENS
 from fst_dspy.model.policy import Policy
 from fst_dspy.student.candidate import bind, predictor_names
-from fst_dspy.student.modules import every_module, every_predictor
+from fst_dspy.student.modules import every_predictor
 from fst_dspy.types import Candidate
 
 SAMPLED = ("temperature", "top_p", "max_tokens")
@@ -131,24 +132,19 @@ def bound_to(student: dspy.Module, candidate: Candidate, lm: LocalLM) -> dspy.Mo
     """A compiled copy of a program: a candidate's texts in it, its trained predictors on ``lm``.
 
     Each keeps the settings of the LM that it called before, and those that shared one go on sharing
-    one. Predictors that the program makes as it runs follow, by the mark on its modules (see
-    ``LocalLM``); those that DSPy sends to other models are left alone.
+    one. Those that DSPy sends to other models are left alone. What the program does with language
+    models as it runs, it goes on doing (``fst_dspy.lm.compiled``).
     """
     compiled = bind(student, candidate)
     bound: dict[int, LocalLM] = {}
+    following = []
     for predictor in every_predictor(compiled).values():
         own = resolved_lm(predictor)
-        if own is None:
-            predictor.lm = lm
-        elif shares_policy(own, lm.policy):
-            predictor.lm = bound.setdefault(id(own), own.copy(model=lm.model))
-    mark_compiled(compiled, lm)
+        if own is not None and not shares_policy(own, lm.policy):
+            continue
+        if follows(predictor):
+            following.append(predictor)
+        predictor.lm = lm if own is None else bound.setdefault(id(own), own.copy(model=lm.model))
+    mark_compiled(compiled, lm, following)
     compiled._compiled = True
     return compiled
-
-
-def mark_compiled(program: dspy.Module, lm: LocalLM) -> None:
-    """Say on a program's modules which LM it was compiled for."""
-    for module in every_module(program):
-        if not isinstance(module, dspy.Predict):
-            setattr(module, COMPILED_LM, lm)

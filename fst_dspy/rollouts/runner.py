@@ -27,7 +27,8 @@ import dspy
 from fst_dspy import distributed
 from fst_dspy.config import SamplingConfig
 from fst_dspy.errors import ModelError, TrainingError
-from fst_dspy.lm.local_lm import LocalLM
+from fst_dspy.lm.compiled import follows
+from fst_dspy.lm.local_lm import FOLLOWS, LocalLM
 from fst_dspy.lm.predictors import RolloutLMs
 from fst_dspy.rollouts.health import Tally
 from fst_dspy.rollouts.jobs import Channel, RolloutJob
@@ -209,7 +210,10 @@ class RolloutRunner:
                 self._bound.clear()
             program = bind(self.program, candidate)
             for name, predictor in every_predictor(program).items():
+                following = follows(predictor)
                 predictor.lm = self._lms.of(predictor.lm)
+                if following and predictor.lm is not None:
+                    setattr(predictor, FOLLOWS, predictor.lm)
                 setattr(predictor, NAME, name)
             self._bound[candidate.id] = ProgramCopier(program)
         return self._bound[candidate.id]
