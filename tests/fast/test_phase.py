@@ -38,8 +38,7 @@ from fst_dspy.fast.proposers.demos import DemoProposer
 from fst_dspy.fast.proposers.lessons import LessonProposer
 from fst_dspy.fast.proposers.protocol import ProposalError
 from fst_dspy.fast.reflector import Reflector, Trajectory, make_records
-from fst_dspy.fast.selectors import WorstFirstComponentSelector
-from fst_dspy.fast.strategies import Strategies
+from fst_dspy.fast.strategies import Strategies, WorstFirstComponentSelector
 from fst_dspy.lm.local_lm import LocalLM
 from fst_dspy.rollouts.evaluate import evaluate
 from fst_dspy.rollouts.jobs import RolloutJob
