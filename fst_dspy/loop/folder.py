@@ -17,6 +17,7 @@ from fst_dspy.loop.learner import Learner
 from fst_dspy.loop.state import LoopState, state_from_json, state_to_json
 from fst_dspy.model.policy import Policy
 from fst_dspy.results.result import FSTResult
+from fst_dspy.run.records import with_plain_traces
 from fst_dspy.run.store import RunStore, environment
 from fst_dspy.slow.advantage import Scale, step_advantages
 from fst_dspy.student.candidate import (
@@ -105,7 +106,7 @@ class RunFolder:
             for rollout, advantage in zip(group.rollouts_G, advantages_G, strict=True):
                 rows.append(
                     {"step": record.step, "cycle": record.cycle, "advantage": advantage}
-                    | vars(rollout)
+                    | vars(with_plain_traces(rollout))
                 )
         self.store.append("rollouts", rows)
 

@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from fst_dspy.student.candidate import canonical_json
+from fst_dspy.student.candidate import canonical_json, plain_value
 from fst_dspy.types import Call, CycleRecord, Failure, PredictorTrace, Rollout, RolloutCounts
 
 
@@ -34,6 +34,19 @@ def rollout_from_json(row: Mapping[str, Any]) -> Rollout:
             "failure": Failure(**row["failure"]) if row["failure"] else None,
         }
     )
+
+
+def with_plain_traces(rollout: Rollout) -> Rollout:
+    """The rollout, with JSON's kinds of values for the objects that its program was given."""
+    if all(map(_is_text, rollout.traces)):  # as most are
+        return rollout
+    traces = tuple(with_fields(trace, plain_value) for trace in rollout.traces)
+    return dataclasses.replace(rollout, traces=traces)
+
+
+def _is_text(trace: PredictorTrace) -> bool:
+    values = (*trace.inputs.values(), *(trace.outputs or {}).values())
+    return all(type(value) is str for value in values)
 
 
 def as_read_back(rollout: Rollout) -> Rollout:

@@ -36,7 +36,7 @@ from fst_dspy.model.policy import Policy
 from fst_dspy.rollouts.checks import check_input
 from fst_dspy.rollouts.jobs import RolloutJob
 from fst_dspy.rollouts.runner import RolloutRunner
-from fst_dspy.run.records import as_read_back
+from fst_dspy.run.records import as_read_back, with_plain_traces
 from fst_dspy.student.candidate import example_id, make_candidate, seed_candidate
 from fst_dspy.types import Rollout
 
@@ -583,6 +583,8 @@ def test_traces_and_metrics_get_objects_and_the_pool_gets_json(models: Models) -
     back = as_read_back(rollout).traces
     assert back[0].outputs == {"place": {"city": "Rome", "zip": 7}}
     assert json.loads(json.dumps(back[1].inputs)) == {"place": {"city": "Rome", "zip": 7}}
+    logged = with_plain_traces(rollout).traces
+    assert logged[1].inputs == {"place": {"city": "Rome", "zip": 7}}
 
 
 def test_an_input_that_a_program_writes_into_is_its_own(models: Models) -> None:
