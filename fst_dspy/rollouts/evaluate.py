@@ -89,14 +89,17 @@ def evaluation_of(rollouts: Sequence[Rollout], num_candidates: int, samples: int
     rows = [tuple(rollouts[k * width : (k + 1) * width]) for k in range(num_candidates)]
     return Evaluation(
         score_K_V=tuple(
-            tuple(
-                sum(rollout.reward for rollout in row[start : start + samples]) / samples
-                for start in range(0, width, samples)
-            )
+            tuple(_mean_of(row[start : start + samples]) for start in range(0, width, samples))
             for row in rows
         ),
         rollouts_K=tuple(rows),
     )
+
+
+def _mean_of(samples: Sequence[Rollout]) -> float:
+    """The mean reward of an example's rollouts, but for lost ones; where all were, they failed."""
+    kept = [rollout for rollout in samples if not rollout.is_lost] or samples
+    return sum(rollout.reward for rollout in kept) / len(kept)
 
 
 def quadrants(

@@ -109,7 +109,10 @@ class Session(BaseCallback):
     def __init__(self, calls: Calls, settings: Mapping[str, Any]) -> None:
         self.calls = calls
         heard = [*(dspy.settings.callbacks or []), self]
-        self.settings = {**settings, ROLLOUT: Within(self), "callbacks": heard}
+        # A trace of its own, as the user's would hold every rollout's program from then on; none
+        # where there is none, as in DSPy.
+        trace = None if dspy.settings.trace is None else []
+        self.settings = {**settings, ROLLOUT: Within(self), "callbacks": heard, "trace": trace}
         self._guard = threading.Lock()
         self._open: dict[str, OpenCall] = {}
         self._closed: list[OpenCall] = []

@@ -204,3 +204,12 @@ def test_the_second_try_through_json_is_switched_off_on_a_copy():
     assert own.use_json_adapter_fallback is True
     assert isinstance(strict_adapter(dspy.JSONAdapter()), dspy.JSONAdapter)
     assert strict_adapter(None).use_json_adapter_fallback is False
+
+
+def test_the_users_trace_holds_nothing_of_rollouts(tiny_qwen3):
+    program = Echo()
+    runner = RolloutRunner(program, vowels, LocalLM(str(tiny_qwen3)), SamplingConfig(), 0)
+    with dspy.context(trace=[]):
+        jobs = [RolloutJob(e, seed_candidate(program)) for e in questions(2)]
+        runner.run(jobs, channel="eval", salt=0)
+        assert dspy.settings.trace == []
