@@ -58,7 +58,7 @@ class FST(Teleprompter):
     Args:
         metric: ``metric(gold, pred, trace=None, pred_name=None, pred_trace=None)`` returning a
             number or ``dspy.Prediction(score=, feedback=)``. The fast channel learns from the
-            feedback text, so say what was wrong and what would have been right.
+            feedback text, so say what is right as a general rule ("visa tickets go to amber.").
         reflection_lm: The ``dspy.LM`` that rewrites instructions, or its name. Without one, the
             lessons in the feedback are distilled into the instruction by a proposer that needs
             no LM.

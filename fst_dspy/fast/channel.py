@@ -47,8 +47,17 @@ class FastChannel(Protocol):
         """
         ...
 
-    def lineup(self, population: Population, group_size: int) -> tuple[Candidate, ...]:
-        """The candidate of each of a group's G rollouts in the slow phase."""
+    def lineup(
+        self, population: Population, group_size: int, problem: str | None = None
+    ) -> tuple[Candidate, ...]:
+        """The candidate of each of a group's G rollouts in the slow phase.
+
+        Args:
+            population: Scored.
+            group_size: G.
+            problem: Id of the group's example. A candidate whose demos show its answer runs
+                without these, as a candidate of another id: copying an answer is nothing to train.
+        """
         ...
 
     def after_step(

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 import dspy
 from gepa.core.adapter import EvaluationBatch
 
+from fst_dspy.fast.proposers.demos import shown_examples, without_answer
 from fst_dspy.fast.proposers.protocol import Record
 from fst_dspy.fast.reflector import Reflector, Trajectory, make_records
 from fst_dspy.rollouts.jobs import RolloutJob, Runner
-from fst_dspy.student.candidate import make_candidate
+from fst_dspy.student.candidate import example_id, make_candidate
 from fst_dspy.types import Rollout
 
 
@@ -49,8 +50,12 @@ class GepaAdapter:
         """
         self._runs += 1
         bound = make_candidate(candidate)
+        # An answer that stands in the prompt says nothing of the candidate.
+        shown = bool(shown_examples(bound))
+        candidates = [without_answer(bound, example_id(e)) if shown else bound for e in batch]
+        pairs = zip(batch, candidates, strict=True)
         rollouts = self.runner.run(
-            [RolloutJob(example, bound, index) for index, example in enumerate(batch)],
+            [RolloutJob(example, own, index) for index, (example, own) in enumerate(pairs)],
             channel="fast",
             salt=phase_salt(self.cycle, self._runs),
         )

@@ -49,6 +49,7 @@ class Iterations:
 
     Attributes:
         turn: Components updated so far, over all phases.
+        advice: What to do where the first phase found nothing to learn; ``None``: nothing.
     """
 
     def __init__(
@@ -62,6 +63,7 @@ class Iterations:
         self.config, self.seed, self.memory, self.judge = config, seed, memory, judge
         self.own = own
         self.turn = 0
+        self.advice: str | None = None
 
     def run(
         self,
@@ -83,6 +85,7 @@ class Iterations:
             iterations: How many.
         """
         members, reflector = list(population.candidates), adapter.reflector
+        self.memory.study(trainset)
         self.judge.remember(members)
         reflection = self._reflection(adapter, trainset, cycle)
         for number in range(iterations):
@@ -134,19 +137,30 @@ class Iterations:
         ]
         return state
 
+    def advise(self) -> None:
+        """Tell, after a first phase, if there was nothing to learn in it."""
+        self.advice = self.memory.advice(self.judge.stats)
+        if self.advice is not None:
+            logger.warning("%s", self.advice)
+
     def report(self) -> dict[str, Any]:
-        """What became of the proposals, and what the reflection LM cost, for JSON."""
-        return {**self.judge.stats.to_dict(), "reflection": self.memory.usage()}
+        """What became of the proposals, and what the reflection LM cost, for JSON.
+
+        ``"advice"`` is there where there is any.
+        """
+        advice = {"advice": self.advice} if self.advice is not None else {}
+        return {**self.judge.stats.to_dict(), "reflection": self.memory.usage(), **advice}
 
     def state(self) -> dict[str, Any]:
         """All there is to resume from, for JSON."""
-        return {**self.memory.state(), **self.judge.state(), "turn": self.turn}
+        advice = {"advice": self.advice} if self.advice is not None else {}
+        return {**self.memory.state(), **self.judge.state(), "turn": self.turn, **advice}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Take up the state that :meth:`state` gave."""
         self.memory.load_state(state)
         self.judge.load_state(state)
-        self.turn = state["turn"]
+        self.turn, self.advice = state["turn"], state.get("advice")
 
     def _reflection(
         self, adapter: GepaAdapter, trainset: Sequence[dspy.Example], cycle: int

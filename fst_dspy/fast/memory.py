@@ -8,8 +8,14 @@ from typing import Any
 
 import dspy
 
+from fst_dspy.fast.acceptance import ProposalStats
 from fst_dspy.fast.proposers.demos import DemoProposer
-from fst_dspy.fast.proposers.protocol import HasState, Proposer
+from fst_dspy.fast.proposers.protocol import (
+    HasState,
+    Proposer,
+    StudiesExamples,
+    TellsFindings,
+)
 from fst_dspy.fast.proposers.reflection import ReflectionUsage
 from fst_dspy.fast.reflector import Reflector, Trajectory
 from fst_dspy.student.candidate import DEMOS, example_id, instructions_in, split_component
@@ -26,6 +32,7 @@ class Memory:
 
     def __init__(self, proposer: Proposer, demos: DemoProposer | None = None) -> None:
         self.proposer, self.demos = proposer, demos
+        self._studied: Sequence[dspy.Example] | None = None
         self._indexed: tuple[Sequence[dspy.Example], dict[str, dspy.Example]] = ((), {})
 
     def reflector(self, known_ids: Iterable[str]) -> Reflector:
@@ -45,10 +52,37 @@ class Memory:
             trainset: The training examples that the rollouts were run on, and maybe others.
             rollouts: Such as those of the slow phase.
         """
+        self.study(trainset)
         examples = self.by_id(trainset)
         pairs = [Trajectory(examples[rollout.example_id], rollout) for rollout in rollouts]
         self.reflector(()).learn(components, pairs)
         self.bank(rollouts)
+
+    def study(self, trainset: Sequence[dspy.Example]) -> None:
+        """Let the proposers learn from training examples, once for each set of them."""
+        if self._studied is trainset:
+            return
+        self._studied = trainset
+        for proposer in (self.proposer, self.demos):
+            if isinstance(proposer, StudiesExamples):
+                proposer.study(self.by_id(trainset))
+
+    def advice(self, stats: ProposalStats) -> str | None:
+        """What to do where feedback had nothing to learn from; ``None`` where it had."""
+        found = self.proposer.findings() if isinstance(self.proposer, TellsFindings) else None
+        if stats.accepted or not stats.iterations or found is None or found.lessons:
+            return None
+        said = "the metric gave no feedback"
+        if found.with_feedback:
+            said = (
+                f"the feedback of {found.with_feedback} rollouts states nothing that holds beyond "
+                f"its own example (such as {found.sample!r}), and the labels show no rule"
+            )
+        return (
+            f"0 of {stats.proposals} proposals were accepted: {said}. Write what is right as a "
+            "general rule, e.g. 'visa tickets go to amber.', after 'Lesson:' where other text "
+            "stands beside it; or give a reflection_lm, or demo_tokens to show labelled examples"
+        )
 
     def bank(self, rollouts: Sequence[Rollout]) -> None:
         """Keep the successful calls of training rollouts, to be shown as demos."""

@@ -52,7 +52,7 @@ from fst_dspy.fast.iterations import Iterations, check_instructions
 from fst_dspy.fast.judge import Judge
 from fst_dspy.fast.memory import Memory
 from fst_dspy.fast.merge import merge
-from fst_dspy.fast.proposers.demos import DemoProposer
+from fst_dspy.fast.proposers.demos import DemoProposer, without_answer
 from fst_dspy.fast.proposers.protocol import Proposer
 from fst_dspy.fast.scores import Scores, ValidationScores
 from fst_dspy.fast.strategies import NAMED, Strategies, acceptance_criterion
@@ -116,6 +116,7 @@ class FastPhase:
         if iterations < 1:
             return population
         _check(population, trainset, valset)
+        first = self.stats.iterations == 0
         reflector = self.memory.reflector(c.id for c in population.candidates)
         adapter = GepaAdapter(runner, reflector, cycle, (self.memory.bank,))
         scores = ValidationScores(population, adapter, valset)
@@ -125,6 +126,8 @@ class FastPhase:
             child = self._merge_on(adapter, scores, members, valset, cycle, rng)
             members += [child] if child is not None else []
         self.iterations.count_reflection(reflector)
+        if first:
+            self.iterations.advise()
         return populations.choose(
             members,
             scores.rows(members),
@@ -133,9 +136,12 @@ class FastPhase:
             policy_version,
         )
 
-    def lineup(self, population: Population, group_size: int) -> tuple[Candidate, ...]:
-        """The candidate of each of a group's G rollouts in the slow phase."""
-        return populations.assign(population, group_size, self.config.population_size)
+    def lineup(
+        self, population: Population, group_size: int, problem: str | None = None
+    ) -> tuple[Candidate, ...]:
+        """The candidate of each of a group's G rollouts in the slow phase; see ``FastChannel``."""
+        slots = populations.assign(population, group_size, self.config.population_size)
+        return tuple(without_answer(candidate, problem) for candidate in slots)
 
     def after_step(
         self,

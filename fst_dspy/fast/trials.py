@@ -43,7 +43,7 @@ from fst_dspy.fast.judge import Judge
 from fst_dspy.fast.memory import Memory
 from fst_dspy.fast.merge import merge
 from fst_dspy.fast.pool import RolloutPool, minibatch, paired, pool_from_json, score_table
-from fst_dspy.fast.proposers.demos import DemoProposer
+from fst_dspy.fast.proposers.demos import DemoProposer, without_answer
 from fst_dspy.fast.proposers.protocol import Proposer
 from fst_dspy.fast.reflector import Reflector, Trajectory, candidate_of, make_records
 from fst_dspy.fast.scores import PooledScores
@@ -153,23 +153,31 @@ class TrialPhase:
         if iterations < 1:
             return population
         self._trainset = trainset
+        self.memory.study(trainset)
         members = list(population.candidates)
         if not self.pool.rollouts:
             check_instructions(population, trainset)
+            first = self.stats.iterations == 0
             reflector = self.memory.reflector(c.id for c in members)
             adapter = GepaAdapter(runner, reflector, cycle, (self.memory.bank, self.scores.keep))
             members = self.iterations.run(
                 adapter, self.scores, population, trainset, cycle, iterations
             )
             self.iterations.count_reflection(reflector)
+            if first:
+                self.iterations.advise()
         population = self._choose(members, population, policy_version)
         if self.trial is None:
             self._begin_trial(population, trainset, cycle, policy_version)
             self._ask_ahead(cycle, policy_version)
         return population
 
-    def lineup(self, population: Population, group_size: int) -> tuple[Candidate, ...]:
+    def lineup(
+        self, population: Population, group_size: int, problem: str | None = None
+    ) -> tuple[Candidate, ...]:
         """The candidate of each of a group's G rollouts: the one on trial takes the weakest's.
+
+        A candidate whose demos show the problem's answer does without these; see ``FastChannel``.
 
         These rollouts are about to run, so it is now that a proposer that waits is asked.
         """
@@ -182,8 +190,10 @@ class TrialPhase:
             self._asked = thread.submit(contextvars.copy_context().run, make)
             thread.shutdown(wait=False)
         if self.trial is None:
-            return populations.assign(population, group_size, self.config.population_size)
-        return lineup(population, self.trial, group_size, self.config.population_size)
+            slots = populations.assign(population, group_size, self.config.population_size)
+        else:
+            slots = lineup(population, self.trial, group_size, self.config.population_size)
+        return tuple(without_answer(candidate, problem) for candidate in slots)
 
     def after_step(
         self,
@@ -199,6 +209,7 @@ class TrialPhase:
         Arguments are those of ``FastPhase.after_step``.
         """
         self._trainset = trainset
+        self.memory.study(trainset)
         made = self._take_up(population)  # it knows nothing of what is observed now
         self.observe(list(population.candidates[0].components), trainset, rollouts)
         recent = self.pool.since(policy_version - self.window)

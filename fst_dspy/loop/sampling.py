@@ -58,11 +58,12 @@ class StepSampler:
 
     def _jobs(self, problems_P: Sequence[dspy.Example], population: Population) -> list[RolloutJob]:
         size = self.config.group_size
-        candidates_G = self.fast.lineup(population, size)
         return [
             RolloutJob(example, candidate, index)
             for example in problems_P
-            for index, candidate in enumerate(candidates_G)
+            for index, candidate in enumerate(
+                self.fast.lineup(population, size, example_id(example))
+            )
         ]
 
     def _groups(

@@ -111,7 +111,7 @@ class Session(BaseCallback):
         heard = [*(dspy.settings.callbacks or []), self]
         # A trace of its own, as the user's would hold every rollout's program from then on; none
         # where there is none, as in DSPy.
-        trace = None if dspy.settings.trace is None else []
+        trace: list[Any] | None = None if dspy.settings.trace is None else []
         self.settings = {**settings, ROLLOUT: Within(self), "callbacks": heard, "trace": trace}
         self._guard = threading.Lock()
         self._open: dict[str, OpenCall] = {}

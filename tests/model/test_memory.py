@@ -37,7 +37,7 @@ stats = trainer.advance(rows)
 assert stats.skipped is None and policy.version() != before
 print("step done", trainer.micro_batch_size)
 
-requests = [GenerationRequest((5 + i % 200,) * 480, 3, seed=i) for i in range(128)]
+requests = [GenerationRequest((5 + i % 200,) * 480, 3, seed=i) for i in range(512)]
 generate(policy, requests[:2])
 spare(12)
 print("generate done", len(generate(policy, requests)))
@@ -50,4 +50,4 @@ def test_work_is_halved_until_it_fits(tiny_qwen3, request):
     assert done.returncode == 0, done.stdout + done.stderr
     step, _, generation = done.stdout.partition("step done")
     assert "memory ran out; going on with micro_batch_size=" in step
-    assert "memory ran out on" in generation and "generate done 128" in generation
+    assert "memory ran out on" in generation and "generate done 512" in generation

@@ -2,6 +2,8 @@
 
 A bank keeps a bounded number of successful calls of every predictor. A proposal picks the few that
 cover most: each different answer, then as many words of the inputs as fit the budget of tokens.
+An answer that no rollout has found is shown by a labelled training example, without what only a
+rollout can tell, such as the reasoning.
 Every other proposal for a candidate that has demos takes some away, so that demos which no longer
 help, because the weights have learned what they show, go again.
 """
@@ -9,6 +11,7 @@ help, because the weights have learned what they show, go again.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import random
 import re
@@ -21,10 +24,18 @@ import dspy
 
 from fst_dspy.fast.proposers.protocol import Record, well_formed
 from fst_dspy.student.candidate import (
+<<<<<<< HEAD
     canonical_json,
     decode_demos,
     encode_demos,
     plain_value,
+=======
+    DEMOS,
+    canonical_json,
+    decode_demos,
+    encode_demos,
+    make_candidate,
+>>>>>>> fast
     split_component,
 )
 from fst_dspy.types import Candidate, PredictorTrace, Rollout
@@ -37,6 +48,10 @@ TOP_SHARE = 0.25
 """A rollout succeeds if its reward lies in this top share of the range of rewards seen."""
 SHORT_ANSWER = 6
 """Outputs of at most this many words are answers to be covered one by one; others are prose."""
+LABELLED = 512
+"""Labelled examples to choose from, the first."""
+NOT_SUPPLIED = "Not supplied for this particular example."
+"""What DSPy's adapters write for a field that a demo lacks."""
 ANSWER_WEIGHT = 4.0
 """What covering another answer counts for, where another input word counts for 1."""
 
@@ -71,6 +86,13 @@ class DemoProposer:
         self._bank: dict[str, list[BankedCall]] = {}
         self._rewards: list[float] = []  # the lowest and the highest seen
         self._turns: dict[str, int] = {}
+        self._fields: dict[str, list[list[str]]] = {}  # of predictors: inputs, and outputs
+        self._examples: Mapping[str, dspy.Example] = {}
+        self._labels: dict[str, list[BankedCall]] = {}
+
+    def study(self, examples: Mapping[str, dspy.Example]) -> None:
+        """Take training examples by id, whose labels may be shown."""
+        self._examples, self._labels = examples, {}
 
     def bank(self, rollouts: Sequence[Rollout]) -> None:
         """Keep the calls of training rollouts that the metric scored. Never pass validation ones.
@@ -78,6 +100,10 @@ class DemoProposer:
         Calls whose fields JSON cannot hold, such as images, are left out.
         """
         for rollout in rollouts:
+            for trace in rollout.traces:
+                if trace.outputs is not None:
+                    fields = [list(trace.inputs), list(trace.outputs)]
+                    self._fields.setdefault(trace.predictor, fields)
             if rollout.failure is not None:
                 continue
             self._rewards = [
@@ -85,13 +111,15 @@ class DemoProposer:
                 max([*self._rewards, rollout.reward]),
             ]
             for trace in rollout.traces:
-                call = _banked(trace, rollout)
+                call = _banked(trace, rollout.example_id, rollout.reward)
                 if call is not None:
                     self._keep(trace.predictor, call)
 
     def ready(self, component: str) -> bool:
-        """Whether there is a successful call of the component's predictor to show."""
-        return any(map(self._succeeded, self._bank.get(split_component(component)[0], [])))
+        """Whether there is a call of the component's predictor, or a label, to show."""
+        predictor, _ = split_component(component)
+        calls = self._bank.get(predictor, [])
+        return any(map(self._succeeded, calls)) or bool(self._labelled(predictor))
 
     def propose(
         self,
@@ -115,6 +143,7 @@ class DemoProposer:
             },
             "rewards": list(self._rewards),
             "turns": dict(self._turns),
+            "fields": {name: [list(f) for f in both] for name, both in self._fields.items()},
         }
 
     def load_state(self, state: Mapping[str, Any]) -> None:
@@ -124,6 +153,8 @@ class DemoProposer:
         }
         self._rewards = list(state["rewards"])
         self._turns = dict(state["turns"])
+        self._fields = {name: list(both) for name, both in state.get("fields", {}).items()}
+        self._labels = {}
 
     def _keep(self, predictor: str, call: BankedCall) -> None:
         key = (call.inputs, call.outputs)
@@ -147,24 +178,45 @@ class DemoProposer:
         if learned and turn % 2 == 0:
             return encode_demos([*own, *learned[: len(learned) // 2]])
         shown = {record["example_id"] for record in records}
-        calls = [
-            call
-            for call in self._bank.get(split_component(component)[0], [])
-            if self._succeeded(call) and call.example_id not in shown
-        ]
+        predictor, _ = split_component(component)
+        calls = [call for call in self._bank.get(predictor, []) if self._succeeded(call)]
+        found = {_answer(call) for call in calls}
+        calls += [call for call in self._labelled(predictor) if _answer(call) not in found]
+        calls = [call for call in calls if call.example_id not in shown]
         failed = set().union(*(_words(r["Inputs"]) for r in records if self._is_low(r["score"])))
-        room = self.demo_tokens - sum(self._tokens(demo) for demo in own)
-        chosen = self._cover(calls, failed, room, random.Random(f"{component}|{turn}"))
+        room = self.demo_tokens - sum(self._tokens(demo, predictor) for demo in own)
+        rng = random.Random(f"{component}|{turn}")
+        chosen = self._cover(predictor, calls, failed, room, rng)
         return encode_demos([*own, *map(_demo, chosen)]) if chosen else text
 
     def _is_low(self, reward: float) -> bool:
         return not self._rewards or reward < self._rewards[1]
 
+    def _labelled(self, predictor: str) -> list[BankedCall]:
+        """Labelled examples as calls of a predictor, where it is given what they hold."""
+        if predictor in self._labels or predictor not in self._fields:
+            return self._labels.get(predictor, [])
+        inputs, outputs = self._fields[predictor]
+        calls = []
+        for ident, example in itertools.islice(self._examples.items(), LABELLED):
+            given, labels = dict(example.inputs()), dict(example.labels())
+            told = {name: labels[name] for name in outputs if name in labels}
+            if told and set(inputs) <= given.keys():
+                trace = PredictorTrace(predictor, {name: given[name] for name in inputs}, told, "")
+                calls.append(_banked(trace, ident, 0.0))
+        self._labels[predictor] = [call for call in calls if call is not None]
+        return self._labels[predictor]
+
     def _cover(
-        self, calls: Sequence[BankedCall], failed: set[str], room: int, rng: random.Random
+        self,
+        predictor: str,
+        calls: Sequence[BankedCall],
+        failed: set[str],
+        room: int,
+        rng: random.Random,
     ) -> list[BankedCall]:
         """Greedy budgeted cover: the most not yet shown for its tokens, again and again."""
-        cost = [self._tokens(_demo(call)) for call in calls]
+        cost = [self._tokens(_demo(call), predictor) for call in calls]
         common = Counter(word for call in calls for word in _words(call.inputs))
         weights: list[dict[str, float]] = []
         for call in calls:
@@ -188,9 +240,11 @@ class DemoProposer:
             covered |= weights[best].keys()
             room -= cost[best]
 
-    def _tokens(self, demo: dspy.Example) -> int:
+    def _tokens(self, demo: dspy.Example, predictor: str = "") -> int:
         """Tokens that a demo takes in a prompt, as ChatAdapter marks its fields."""
         fields = {name: value for name, value in demo.toDict().items() if name != SOURCE}
+        missing = [n for both in self._fields.get(predictor, []) for n in both if n not in fields]
+        fields |= dict.fromkeys(missing, NOT_SUPPLIED)
         lines = [f"[[ ## {name} ## ]]\n{value}\n" for name, value in fields.items()]
         text = "\n".join([*lines, "[[ ## completed ## ]]\n"])
         return max(1, self.count_tokens(well_formed(text)))
@@ -217,7 +271,23 @@ def shown_examples(candidate: Candidate) -> frozenset[str]:
     )
 
 
-def _banked(trace: PredictorTrace, rollout: Rollout) -> BankedCall | None:
+def without_answer(candidate: Candidate, example_id: str | None) -> Candidate:
+    """The candidate without the learned demos of one training example, if it shows any.
+
+    That is another candidate, of another id, whose parent is the one given.
+    """
+    if example_id is None or example_id not in shown_examples(candidate):
+        return candidate
+    texts = {
+        name: encode_demos(d for d in decode_demos(text) if d.get(SOURCE) != example_id)
+        if split_component(name)[1] == DEMOS
+        else text
+        for name, text in candidate.components.items()
+    }
+    return make_candidate(texts, [candidate.id], candidate.cycle, candidate.source)
+
+
+def _banked(trace: PredictorTrace, example_id: str, reward: float) -> BankedCall | None:
     if trace.outputs is None:
         return None
     try:
@@ -227,7 +297,7 @@ def _banked(trace: PredictorTrace, rollout: Rollout) -> BankedCall | None:
         json.dumps([inputs, outputs], ensure_ascii=False).encode()
     except (TypeError, ValueError):  # what JSON or Unicode cannot hold
         return None
-    return BankedCall(inputs, outputs, rollout.example_id, rollout.reward)
+    return BankedCall(inputs, outputs, example_id, reward)
 
 
 def _demo(call: BankedCall) -> dspy.Example:

@@ -3,7 +3,8 @@
 Feedback often says in so many words what the model did not know ("Lesson: visa tickets go to
 silver."). Such sentences are collected over all training rollouts of a run, counted by the examples
 they came from, and appended to the instruction, one a line. Feedback without any such marker is
-searched for sentences that hold beyond their own example.
+searched for sentences that hold beyond their own example. Where it only names the right answers,
+rules are read off the examples' inputs and labels (``fst_dspy.fast.proposers.labels``).
 """
 
 from __future__ import annotations
@@ -11,11 +12,14 @@ from __future__ import annotations
 import dataclasses
 import random
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from fst_dspy.fast.proposers.protocol import Record, well_formed
+import dspy
+
+from fst_dspy.fast.proposers.labels import Rule, read_rules
+from fst_dspy.fast.proposers.protocol import Findings, Record, well_formed
 from fst_dspy.student.candidate import INSTRUCTIONS, split_component
 
 MARKER = re.compile(r"\b(?:lesson|rule|hint|note|remember|tip)s?\s*:\s*", re.IGNORECASE)
@@ -53,6 +57,9 @@ class Lesson:
         first, last: When it was first and last stated, on the proposer's clock.
         live: Nothing newer contradicts it.
         revived: Times it was stated again after something contradicted it.
+        template: Its key with the answers of its example left out; empty where there are none.
+        verdict: Other examples have the same sentence with other answers, whatever their inputs:
+            it says what was right there, and no more.
     """
 
     text: str
@@ -65,6 +72,8 @@ class Lesson:
     failed_ids: list[str] = field(default_factory=list)
     live: bool = True
     revived: int = 0
+    template: str = ""
+    verdict: bool = False
 
     @property
     def rank(self) -> tuple[int, int, int]:
@@ -74,7 +83,26 @@ class Lesson:
     @property
     def usable(self) -> bool:
         """Whether it may go into an instruction."""
-        return self.live and (self.general or len(self.example_ids) >= 2)
+        known = self.general or len(self.example_ids) >= 2
+        return self.live and known and not self.verdict
+
+
+@dataclass
+class Template:
+    """A sentence without the answers of its example, as several examples have it.
+
+    Attributes:
+        answers: Different answers it was stated with, up to two.
+        subject: Words of it that all the examples' inputs hold.
+    """
+
+    answers: list[str]
+    subject: list[str]
+
+    @property
+    def is_verdict(self) -> bool:
+        """Whether nothing in the inputs decides which of the answers it is."""
+        return len(self.answers) > 1 and not self.subject
 
 
 class LessonProposer:
@@ -96,6 +124,12 @@ class LessonProposer:
         self._memory: dict[str, dict[str, Lesson]] = {}
         self._orders: dict[str, int] = {}  # orders tried since the lessons last changed
         self._clock = 0
+        self._templates: dict[str, dict[str, Template]] = {}
+        self._outputs: dict[str, list[str]] = {}  # names of the fields that predictors give
+        self._examples: Sequence[dspy.Example] = ()
+        self._rules: dict[str, list[Rule]] = {}
+        self._seen = [0, 0]  # rollouts, and those with feedback
+        self._sample = ""
 
     def propose(
         self,
@@ -114,9 +148,12 @@ class LessonProposer:
 
     def observe(self, component: str, records: Sequence[Record]) -> None:
         """Remember the lessons of some rollouts; to see the same ones again changes nothing."""
+        self._take_fields(component, records)
         told = [r for r in records if r["failure"] in (None, "no_calls") and r["Feedback"]]
+        self._seen = [self._seen[0] + len(records), self._seen[1] + len(told)]
         if not told:
             return
+        self._sample = self._sample or told[0]["Feedback"][:200]
         memory = self._memory.setdefault(component, {})
         before = {key for key, lesson in memory.items() if lesson.usable}
         top = max(record["score"] for record in told)
@@ -130,11 +167,34 @@ class LessonProposer:
             subject = set(words) - everywhere
             for text in lessons if marked else unmarked_sentences(record["Feedback"]):
                 general = marked or not quotes_example(text, record)
-                self._remember(memory, text, record["example_id"], failed, subject, general, marked)
+                lesson = self._remember(
+                    memory, text, record["example_id"], failed, subject, general, marked
+                )
+                if lesson is not None and not marked:
+                    self._compare(component, lesson, record, subject)
         for key in sorted(memory, key=lambda key: memory[key].rank)[: len(memory) - MEMORY_SIZE]:
             del memory[key]
         if before != {key for key, lesson in memory.items() if lesson.usable}:
             self._orders[component] = 0
+
+    def study(self, examples: Mapping[str, dspy.Example]) -> None:
+        """Take training examples, to read rules off their inputs and labels where need be."""
+        self._examples, self._rules = list(examples.values()), {}
+
+    def findings(self) -> Findings:
+        """What there was to learn."""
+        known = sum(len(self.lessons(name)) for name in self._memory)
+        rules = sum(len(self.rules(name)) for name in self._outputs)
+        return Findings(self._seen[0], self._seen[1], known + rules, self._sample)
+
+    def rules(self, component: str) -> list[Rule]:
+        """What labels tell and feedback does not; none where feedback marks its lessons."""
+        memory = self._memory.get(component, {})
+        if any(lesson.marked for lesson in memory.values()):
+            return []
+        stated = " ".join(f" {key} " for key, lesson in memory.items() if lesson.usable)
+        every = self._all_rules(component)
+        return [rule for rule in every if f" {key_of(rule.answer)} " not in stated]
 
     def lessons(self, component: str) -> list[str]:
         """The lessons known for a component, best supported first."""
@@ -146,6 +206,11 @@ class LessonProposer:
         return {
             "clock": self._clock,
             "orders": dict(self._orders),
+            "outputs": {name: list(fields) for name, fields in self._outputs.items()},
+            "templates": {
+                component: {key: dataclasses.asdict(t) for key, t in templates.items()}
+                for component, templates in self._templates.items()
+            },
             "memory": {
                 component: [dataclasses.asdict(lesson) for lesson in memory.values()]
                 for component, memory in self._memory.items()
@@ -156,6 +221,12 @@ class LessonProposer:
         """Take up the memory that :meth:`state` gave."""
         self._clock = int(state["clock"])
         self._orders = dict(state["orders"])
+        self._rules = {}
+        self._outputs = {name: list(fields) for name, fields in state.get("outputs", {}).items()}
+        self._templates = {
+            component: {key: Template(**row) for key, row in rows.items()}
+            for component, rows in state.get("templates", {}).items()
+        }
         self._memory = {
             component: {key_of(row["text"]): Lesson(**row) for row in rows}
             for component, rows in state["memory"].items()
@@ -170,10 +241,10 @@ class LessonProposer:
         subject: set[str],
         general: bool,
         marked: bool,
-    ) -> None:
+    ) -> Lesson | None:
         key = key_of(text)
         if not key:
-            return
+            return None
         self._clock += 1
         lesson = memory.get(key)
         if lesson is None:
@@ -191,32 +262,74 @@ class LessonProposer:
             both_return = lesson.revived > 0 and other.revived > 0
             if other.live and not both_return and contradicts(key, other_key, lesson.subject):
                 other.live = False
+        return lesson
+
+    def _all_rules(self, component: str) -> list[Rule]:
+        if component not in self._outputs:
+            return []
+        if component not in self._rules:
+            self._rules[component] = read_rules(self._examples, self._outputs[component])
+        return self._rules[component]
+
+    def _take_fields(self, component: str, records: Sequence[Record]) -> None:
+        if component not in self._outputs:
+            read = [r["Generated Outputs"] for r in records]
+            fields = [name for outputs in read if isinstance(outputs, Mapping) for name in outputs]
+            if fields:
+                self._outputs[component] = list(dict.fromkeys(fields))
+
+    def _compare(self, component: str, lesson: Lesson, record: Record, subject: set[str]) -> None:
+        """Find out whether a sentence is only a verdict, by the others of its template."""
+        found = template_of(lesson.text, record)
+        if found is None:
+            return
+        lesson.template, answer = found
+        own = sorted(subject & set(lesson.template.split()))
+        templates = self._templates.setdefault(component, {})
+        template = templates.setdefault(lesson.template, Template([answer], own))
+        if answer not in template.answers:
+            template.answers = [*template.answers, answer][:2]
+        template.subject = [word for word in template.subject if word in own]
+        while len(templates) > MEMORY_SIZE:
+            del templates[next(iter(templates))]
+        for other in self._memory[component].values():
+            if other.template == lesson.template:
+                other.verdict = template.is_verdict
 
     def _rewrite(self, component: str, instruction: str) -> str:
-        memory = self._memory.get(component, {})
+        memory, rules = self._memory.get(component, {}), self.rules(component)
         live = {key: lesson for key, lesson in memory.items() if lesson.usable}
-        lines = [line for line in instruction.split("\n") if not _outdated(line, memory, live)]
+        said = {key: lesson.subject for key, lesson in live.items()}
+        said |= {key_of(rule.text): [rule.cue] for rule in rules}
+        stale = {key_of(rule.text) for rule in self._all_rules(component) if rule not in rules}
+        lines = [line for line in instruction.split("\n") if not _outdated(line, memory, said)]
+        lines = [line for line in lines if key_of(line) not in stale]
         present = f" {key_of(' '.join(lines))} "
         missing = _ranked([x for key, x in live.items() if f" {key} " not in present])
         unmarked = [lesson for lesson in missing if not lesson.marked][NEW_UNMARKED:]
         lines += [lesson.text for lesson in missing if lesson not in unmarked]
-        lines = self._shorten(lines, memory)
+        lines += [rule.text for rule in rules if f" {key_of(rule.text)} " not in present]
+        rank = {key: lesson.rank for key, lesson in memory.items()}
+        rank |= {key_of(rule.text): (-1, 0, rule.support) for rule in rules}
+        lines = self._shorten(lines, rank)
         text = "\n".join(lines)
         if text != instruction or self._orders.get(component, 0) >= ORDERS:
             return text
-        self._orders[component] = self._orders.get(component, 0) + 1
-        return self._reordered(lines, memory)
+        turn = self._orders[component] = self._orders.get(component, 0) + 1
+        # Rules of labels stand still while the clock does: each turn has an order of its own.
+        seed = f"{self._clock}|{turn}" if rules else self._clock
+        return self._reordered(lines, rank, random.Random(seed))
 
-    def _reordered(self, lines: list[str], memory: Mapping[str, Lesson]) -> str:
-        places = [i for i, line in enumerate(lines) if key_of(line) in memory]
+    def _reordered(self, lines: list[str], known: Collection[str], rng: random.Random) -> str:
+        places = [i for i, line in enumerate(lines) if key_of(line) in known]
         shuffled = [lines[i] for i in places]
-        random.Random(self._clock).shuffle(shuffled)
+        rng.shuffle(shuffled)
         moved = dict(zip(places, shuffled, strict=True))
         return "\n".join(moved.get(i, line) for i, line in enumerate(lines))
 
-    def _shorten(self, lines: list[str], memory: Mapping[str, Lesson]) -> list[str]:
-        learned = [line for line in lines if key_of(line) in memory]
-        weakest = sorted(learned, key=lambda line: memory[key_of(line)].rank, reverse=True)
+    def _shorten(self, lines: list[str], rank: Mapping[str, tuple[int, int, int]]) -> list[str]:
+        learned = [line for line in lines if key_of(line) in rank]
+        weakest = sorted(learned, key=lambda line: rank[key_of(line)], reverse=True)
         while weakest and self._tokens(lines) > self.instruction_tokens:
             dropped = weakest.pop()
             lines = [line for line in lines if line != dropped]
@@ -274,6 +387,27 @@ def quotes_example(sentence: str, record: Record) -> bool:
     return any(f" {key} " in inside for key in (key_of(str(value)) for value in values) if key)
 
 
+def template_of(sentence: str, record: Record) -> tuple[str, str] | None:
+    """A sentence's key with the answers of its example left out, and these.
+
+    Answers are labels and outputs that the example's inputs do not hold. ``None`` where the
+    sentence names none.
+    """
+    outputs = record["Generated Outputs"]
+    values = [
+        *record["labels"].values(),
+        *(outputs.values() if isinstance(outputs, Mapping) else ()),
+    ]
+    inputs = f" {key_of(' '.join(map(str, record['Inputs'].values())))} "
+    keys = {key_of(str(value)) for value in values}
+    inside = f" {key_of(sentence)} "
+    named = [k for k in sorted(keys, key=lambda k: (-len(k), k)) if k and f" {k} " in inside]
+    named = [key for key in named if f" {key} " not in inputs]
+    for key in named:
+        inside = inside.replace(f" {key} ", " _ ")
+    return (inside.strip(), "|".join(named)) if named else None
+
+
 def contradicts(new: str, old: str, subject: Sequence[str] = ()) -> bool:
     """Whether two keys say different things of the same subject.
 
@@ -305,8 +439,9 @@ def _ranked(lessons: Sequence[Lesson]) -> list[Lesson]:
     return sorted(lessons, key=lambda x: (-len(x.failed_ids), -len(x.example_ids), x.first))
 
 
-def _outdated(line: str, memory: Mapping[str, Lesson], live: Mapping[str, Lesson]) -> bool:
+def _outdated(line: str, memory: Mapping[str, Lesson], said: Mapping[str, Sequence[str]]) -> bool:
+    """Whether a line is no longer true, by what is said now and the subject of each saying."""
     key = key_of(line)
     if key in memory:
-        return not memory[key].live
-    return any(contradicts(other, key, lesson.subject) for other, lesson in live.items())
+        return not memory[key].live or memory[key].verdict
+    return any(contradicts(other, key, subject) for other, subject in said.items())

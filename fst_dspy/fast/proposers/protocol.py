@@ -9,7 +9,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
+
+import dspy
 
 Record = Mapping[str, Any]
 """One rollout as one predictor saw it.
@@ -66,6 +69,39 @@ class LearnsFromRecords(Protocol):
     """A proposer that also learns from rollouts it is not asked to propose from."""
 
     def observe(self, component: str, records: Sequence[Record]) -> None: ...
+
+
+@runtime_checkable
+class StudiesExamples(Protocol):
+    """A proposer that also learns from the inputs and labels of training examples."""
+
+    def study(self, examples: Mapping[str, dspy.Example]) -> None:
+        """Take the training examples, by id; called again where they are others."""
+        ...
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What a proposer found to learn.
+
+    Attributes:
+        rollouts: Rollouts that it was shown.
+        with_feedback: Those whose metric said something.
+        lessons: Lessons that it knows by now, those of labels included.
+        sample: One text of feedback.
+    """
+
+    rollouts: int
+    with_feedback: int
+    lessons: int
+    sample: str
+
+
+@runtime_checkable
+class TellsFindings(Protocol):
+    """A proposer that depends on what feedback states."""
+
+    def findings(self) -> Findings: ...
 
 
 @runtime_checkable

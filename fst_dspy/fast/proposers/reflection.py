@@ -30,6 +30,7 @@ from fst_dspy.fast.proposers.protocol import (
     ProposalError,
     Proposer,
     Record,
+    StudiesExamples,
     well_formed,
 )
 from fst_dspy.student.candidate import INSTRUCTIONS, split_component
@@ -151,6 +152,11 @@ class ReflectionLMProposer:
         """Let the fallback learn, so that it knows all there is when it has to take over."""
         if isinstance(self.fallback, LearnsFromRecords):
             self.fallback.observe(component, records)
+
+    def study(self, examples: Mapping[str, dspy.Example]) -> None:
+        """Let the fallback learn from training examples too."""
+        if isinstance(self.fallback, StudiesExamples):
+            self.fallback.study(examples)
 
     def observe_all(self, records: Mapping[str, Sequence[Record]]) -> None:
         """:meth:`observe` for several components."""

@@ -1,0 +1,346 @@
+"""Feedback that teaches nothing: what is learned from labels instead, and what is said."""
+
+import json
+import logging
+import random
+from collections import Counter
+
+import dspy
+import pytest
+from simulated_loop import ScriptedRunner, simulate
+from test_fast import NAME, QUEUES, SEED, TOPICS, Scripted, run, words
+
+from fst_dspy.config import FastConfig
+from fst_dspy.fast.gepa_adapter import GepaAdapter
+from fst_dspy.fast.phase import FastPhase
+from fst_dspy.fast.population import best, choose
+from fst_dspy.fast.proposers.demos import SOURCE, DemoProposer, shown_examples, without_answer
+from fst_dspy.fast.proposers.labels import read_rules
+from fst_dspy.fast.proposers.lessons import LessonProposer
+from fst_dspy.fast.reflector import Reflector, Trajectory, make_records
+from fst_dspy.fast.trials import TrialPhase
+from fst_dspy.loop.sampling import StepSampler
+from fst_dspy.student.candidate import decode_demos, encode_demos, example_id, make_candidate
+from fst_dspy.types import PredictorTrace, Rollout
+
+DEMOS = "solve.demos"
+CHATTER = ["please help", "any news", "I have waited for two weeks", "it is urgent", "my page"]
+
+
+def routed(count, seed, policy=QUEUES):
+    rng = random.Random(seed)
+    return [
+        dspy.Example(
+            ticket=f"{rng.choice(CHATTER)} {seed}-{n} about {(t := rng.choice(TOPICS))}, hello",
+            queue=policy[t],
+            topic=t,
+        ).with_inputs("ticket")
+        for n in range(count)
+    ]
+
+
+TRAIN, VAL = routed(200, 1), routed(24, 2)
+
+
+def rollout_of(example, answer, feedback, candidate=SEED):
+    trace = PredictorTrace("solve", example.inputs().toDict(), {"queue": answer}, answer)
+    reward = float(answer == example.queue)
+    return Rollout(
+        example_id(example), candidate.id, (), (trace,), reward, feedback, None, policy_version=0
+    )
+
+
+FEEDBACK = {
+    "expected": "Expected {gold}, got {said}.",
+    "should": "The answer {said} was wrong. It should have been {gold}.",
+    "arrow": "{said} -> {gold}",
+    "long": "Please have a look: the ticket you got had to go to {gold}, and not to {said}, sorry.",
+    "none": "",
+}
+
+
+class ColonRunner:
+    """A model that follows ``topic: queue`` and sentences that say as much, and guesses else."""
+
+    def __init__(self, feedback, seed=0):
+        self.feedback, self.seed, self.jobs = feedback, seed, []
+
+    def run(self, jobs, *, channel, salt, version=None):
+        self.jobs += jobs
+        return [self.rollout(job, salt) for job in jobs]
+
+    def rollout(self, job, salt):
+        example = job.example
+        rng = random.Random(f"{self.seed}|{salt}|{example_id(example)}|{job.candidate.id}")
+        known = f"{example.topic}: {example.queue}" in job.candidate.components[NAME]
+        shown = f'"queue": "{example.queue}"' in job.candidate.components.get(DEMOS, "")
+        right = rng.random() < (0.8 if known or shown else 0.06)
+        answer = example.queue if right else rng.choice(list(QUEUES.values()))
+        text = FEEDBACK[self.feedback].format(gold=example.queue, said=answer)
+        return rollout_of(example, answer, text, job.candidate)
+
+
+def phase_on(feedback, iterations=8, demos=None, train=TRAIN, proposer=None):
+    runner = ColonRunner(feedback)
+    phase = FastPhase(FastConfig(), proposer or LessonProposer(256, words), 0, demos=demos)
+    start = choose([SEED], [[0.0] * len(VAL)], [example_id(e) for e in VAL], 4, 0)
+    settings = {"cycle": 1, "iterations": iterations, "policy_version": 0}
+    return phase.run(runner, start, train, VAL, **settings), phase, runner
+
+
+@pytest.mark.parametrize("feedback", FEEDBACK)
+def test_labels_teach_where_feedback_only_names_the_answer(feedback):
+    found, phase, _ = phase_on(feedback)
+    winner = found.candidates[best(found)]
+    text = winner.components[NAME]
+    assert sum(f"{topic}: {queue}" in text for topic, queue in QUEUES.items()) >= 10
+    assert "have been" not in text and "Please have a look" not in text
+    assert phase.stats.accepted >= 1 and "advice" not in phase.report()
+
+
+def test_rules_are_what_the_examples_tell():
+    rules = read_rules(TRAIN, ["queue", "reasoning"])
+    assert {(r.cue, r.answer) for r in rules} == set(QUEUES.items())
+    assert [r.support for r in rules] == sorted((r.support for r in rules), reverse=True)
+    assert rules[0].text == f"{rules[0].cue}: {rules[0].answer}"
+    two = read_rules(TRAIN, ["queue", "topic"])
+    assert any(r.text == "visa: queue silver" for r in two)
+    assert any(r.text == "visa: topic visa" for r in two)
+
+
+def test_chance_is_no_rule():
+    rng = random.Random(0)
+    for count in (8, 30, 200):
+        noise = [
+            dspy.Example(
+                text=" ".join(
+                    rng.choices(
+                        ["a", "b", "c", "d", "e", "f", "g", "h", "i", "j", "k", "l", "m", "n"], k=5
+                    )
+                ),
+                label=rng.choice(["yes", "no"]),
+            ).with_inputs("text")
+            for _ in range(count)
+        ]
+        assert read_rules(noise, ["label"]) == []
+
+
+@pytest.mark.parametrize(
+    "examples",
+    [
+        [],
+        [dspy.Example(q=f"q {n}", a=f"answer {n}").with_inputs("q") for n in range(40)],
+        [dspy.Example(q=f"q {n}", a="the same").with_inputs("q") for n in range(40)],
+        [dspy.Example(q=f"q {n}", a="word " * 20).with_inputs("q") for n in range(40)],
+        [dspy.Example(q="x", a=None).with_inputs("q"), dspy.Example(q=1, a=[2]).with_inputs("q")],
+        [dspy.Example(q="\ud800", a="\ud800").with_inputs("q")] * 9,
+    ],
+)
+def test_examples_that_tell_no_rule(examples):
+    assert read_rules(examples, ["a", "nowhere"]) == []
+
+
+def observed(*pairs, topic_rules=False):
+    """A proposer that has seen feedback on examples, with their training set."""
+    proposer = LessonProposer(256, words)
+    examples = [example for example, _ in pairs]
+    rollouts = [rollout_of(e, "?", text) for e, text in pairs]
+    trajectories = [Trajectory(e, r) for e, r in zip(examples, rollouts, strict=True)]
+    proposer.observe(NAME, make_records(NAME, trajectories))
+    return proposer
+
+
+def test_a_sentence_that_only_names_the_answer_is_no_lesson():
+    pairs = [(e, f"It should have been {e.queue}.") for e in TRAIN[:40]]
+    assert observed(*pairs).lessons(NAME) == []
+    pairs = [(e, f"{e.topic} tickets go to {e.queue}.") for e in TRAIN[:40]]
+    twice = Counter(e.topic for e in TRAIN[:40])  # once is not enough to hold in general
+    assert len(observed(*pairs).lessons(NAME)) == sum(n > 1 for n in twice.values())
+    # A rule that changed is stated with two answers, of one subject.
+    other = dict(zip(QUEUES, reversed(QUEUES.values()), strict=True))
+    pairs += [(e, f"{e.topic} tickets go to {e.queue}.") for e in routed(40, 5, other)]
+    lessons = observed(*pairs).lessons(NAME)
+    assert lessons and all("tickets go to" in lesson for lesson in lessons)
+
+
+def test_what_feedback_states_goes_before_what_labels_tell():
+    proposer = LessonProposer(256, words)
+    proposer.study({example_id(e): e for e in TRAIN})
+    visa = [e for e in TRAIN if e.topic == "visa"][:3]
+    rest = [e for e in TRAIN if e.topic != "visa"][:9]
+    first = [Trajectory(e, rollout_of(e, "?", "")) for e in rest]
+    text = proposer.propose({NAME: "Answer."}, {NAME: make_records(NAME, first)}, [NAME])[NAME]
+    assert "visa: silver" in text
+    told = [Trajectory(e, rollout_of(e, "?", "visa tickets go to silver.")) for e in visa]
+    text = proposer.propose({NAME: text}, {NAME: make_records(NAME, told)}, [NAME])[NAME]
+    assert "visa: silver" not in text and "visa tickets go to silver." in text
+    marked = [Trajectory(e, rollout_of(e, "?", "Lesson: loan goes to amber.")) for e in rest]
+    text = proposer.propose({NAME: text}, {NAME: make_records(NAME, marked)}, [NAME])[NAME]
+    assert "card: cobalt" not in text and "loan goes to amber." in text, "it marks its lessons"
+
+
+def test_labels_that_changed_replace_the_rules_of_before():
+    other = dict(zip(QUEUES, reversed(QUEUES.values()), strict=True))
+    proposer = LessonProposer(256, words)
+    records = {NAME: make_records(NAME, [Trajectory(TRAIN[0], rollout_of(TRAIN[0], "?", ""))])}
+    proposer.study({example_id(e): e for e in TRAIN})
+    text = proposer.propose({NAME: "Answer."}, records, [NAME])[NAME]
+    proposer.study({example_id(e): e for e in routed(200, 6, other)})
+    text = proposer.propose({NAME: text}, records, [NAME])[NAME]
+    assert set(text.split("\n")[1:]) == {f"{topic}: {queue}" for topic, queue in other.items()}
+
+
+def test_a_resumed_phase_continues_identically():
+    _, phase, runner = phase_on("should", iterations=3)
+    saved = json.loads(json.dumps(phase.state()))
+    start = choose([SEED], [[0.0] * len(VAL)], [example_id(e) for e in VAL], 4, 0)
+    settings = {"cycle": 2, "iterations": 4, "policy_version": 3}
+    straight = phase.run(runner, start, TRAIN, VAL, **settings)
+    other = FastPhase(FastConfig(), LessonProposer(256, words), 0)
+    other.load_state(saved)
+    assert other.run(runner, start, TRAIN, VAL, **settings) == straight
+    assert other.state() == phase.state()
+
+
+def test_a_resumed_loop_of_trials_continues_identically():
+    def reward(example, candidate, step, rng):
+        known = f"{example.topic}: {example.queue}" in candidate.components[NAME]
+        right = rng.random() < (0.7 if known else 0.06)
+        return float(right), f"It should have been {example.queue}."
+
+    def looped(after=lambda phase: phase):
+        demos = DemoProposer(120, words)
+        phase = TrialPhase(
+            FastConfig(), LessonProposer(256, words), 0, steps_per_cycle=6, demos=demos
+        )
+        return simulate(phase, ScriptedRunner(reward, 0), SEED, TRAIN, VAL, cycles=2, after=after)
+
+    def resumed(phase):
+        demos = DemoProposer(120, words)
+        other = TrialPhase(
+            FastConfig(), LessonProposer(256, words), 0, steps_per_cycle=6, demos=demos
+        )
+        other.load_state(json.loads(json.dumps(phase.state(), default=vars)))
+        return other
+
+    assert looped() == looped(resumed)
+
+
+# Where nothing can be learned
+
+
+NOTHING = [dspy.Example(ticket=f"ticket {n}", queue=f"q{n}", topic="visa").with_inputs("ticket")
+           for n in range(60)]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("feedback", "said"),
+    [("expected", "such as 'Expected q"), ("should", "such as"), ("none", "gave no feedback")],
+)
+def test_it_is_said_once_where_there_was_nothing_to_learn(feedback, said, caplog):
+    with caplog.at_level(logging.WARNING):
+        found, phase, runner = phase_on(feedback, train=NOTHING)
+    (warning,) = [r.getMessage() for r in caplog.records if "accepted" in r.getMessage()]
+    assert warning.startswith(f"0 of {phase.stats.proposals} proposals were accepted")
+    assert said in warning and "'visa tickets go to amber.'" in warning
+    assert phase.report()["advice"] == warning
+    caplog.clear()
+    other = FastPhase(FastConfig(), LessonProposer(256, words), 0)
+    other.load_state(json.loads(json.dumps(phase.state())))
+    assert other.report() == phase.report(), "a resumed run says so too"
+    other.run(runner, found, NOTHING, VAL, cycle=2, iterations=2, policy_version=0)
+    assert not [r for r in caplog.records if "accepted" in r.getMessage()]
+
+
+def test_a_proposer_of_ones_own_is_not_advised():
+    _, phase, _ = phase_on("none", train=NOTHING, proposer=Scripted(lambda *_: {}))
+    assert "advice" not in phase.report()
+
+
+# Labelled demos
+
+
+def test_labels_are_shown_where_no_rollout_succeeded():
+    demos = DemoProposer(60, words)
+    found, _, runner = phase_on("none", demos=demos, proposer=Scripted(lambda *_: {}))
+    shown = [c for c in found.candidates if shown_examples(c)]
+    assert shown and all(c.source == "demos" for c in shown)
+    (demo, *_) = decode_demos(shown[0].components[DEMOS])
+    assert set(demo.toDict()) == {"ticket", "queue", SOURCE}
+    assert shown_examples(shown[0]) <= {example_id(e) for e in TRAIN}
+    # No rollout had its own answer in the prompt.
+    assert not any(example_id(j.example) in shown_examples(j.candidate) for j in runner.jobs)
+
+
+def test_a_labelled_demo_costs_what_is_written_for_the_fields_it_lacks():
+    demos = DemoProposer(1000, words)
+    demos.study({example_id(e): e for e in TRAIN[:3]})
+    trace = PredictorTrace("solve", {"ticket": "t"}, {"reasoning": "so", "queue": "?"}, "")
+    wrong = Rollout("x", SEED.id, (), (trace,), 0.0, "", None, 0)
+    assert not demos.ready(DEMOS)
+    demos.bank([wrong])
+    assert demos.ready(DEMOS) and not demos.ready("other.demos")
+    text = demos.propose({DEMOS: "[]"}, {DEMOS: []}, [DEMOS])[DEMOS]
+    (demo, *_) = decode_demos(text)
+    assert "reasoning" not in demo and "topic" not in demo
+    assert demos._tokens(demo, "solve") > demos._tokens(demo) + 5
+    # What a rollout has found is not shown as a label too.
+    good = PredictorTrace(
+        "solve", {"ticket": "t"}, {"reasoning": "w " * 9, "queue": TRAIN[0].queue}, ""
+    )
+    demos.bank([Rollout("y", SEED.id, (), (good,), 1.0, "", None, 0)])
+    text = demos.propose({DEMOS: "[]"}, {DEMOS: []}, [DEMOS])[DEMOS]
+    queues = [demo.queue for demo in decode_demos(text)]
+    assert queues.count(TRAIN[0].queue) == 1
+
+
+def showing(*examples):
+    demos = [{**e.inputs().toDict(), "queue": e.queue, SOURCE: example_id(e)} for e in examples]
+    return make_candidate({**SEED.components, DEMOS: encode_demos(demos)})
+
+
+def test_a_problem_is_not_rolled_out_under_its_own_answer():
+    one, two, three = TRAIN[:3]
+    candidate = showing(one, two)
+    assert without_answer(candidate, example_id(three)) is candidate
+    assert without_answer(candidate, None) is candidate
+    left = without_answer(candidate, example_id(one))
+    assert shown_examples(left) == {example_id(two)} and left.id != candidate.id
+    assert left.parent_ids == (candidate.id,)
+    start = choose([candidate, SEED], [[1.0], [0.9]], ["x"], 2, 0)
+    for phase in (
+        FastPhase(FastConfig(population_size=2), Scripted(lambda *_: {}), 0),
+        TrialPhase(FastConfig(population_size=2), Scripted(lambda *_: {}), 0, steps_per_cycle=6),
+    ):
+        assert [c.id for c in phase.lineup(start, 4)] == [candidate.id, SEED.id] * 2
+        slots = phase.lineup(start, 4, example_id(one))
+        assert [c.id for c in slots] == [left.id, SEED.id] * 2
+    runner = ColonRunner("none")
+    adapter = GepaAdapter(runner, Reflector(Scripted(lambda *_: {}), set()), 1)
+    adapter.evaluate([one, two, three], candidate.components, capture_traces=True)
+    shown = [len(shown_examples(job.candidate)) for job in runner.jobs]
+    assert shown == [1, 1, 2]
+
+
+def test_the_slow_phase_asks_for_each_problem():
+    from fst_dspy.config import SlowConfig
+    from fst_dspy.loop.problems import ProblemStream
+
+    candidate = showing(*TRAIN[:4])
+    runner = ColonRunner("none")
+    phase = FastPhase(FastConfig(population_size=1), Scripted(lambda *_: {}), 0)
+    config = SlowConfig(group_size=2, problems_per_step=6)
+    sampler = StepSampler(runner, phase, config, TRAIN[:6], 0)
+    start = choose([candidate], [[1.0]], ["x"], 1, 0)
+    groups, _ = sampler.sample(start, 1, ProblemStream())
+    assert len(groups) == 6 and len(runner.jobs) == 12
+    assert not any(example_id(j.example) in shown_examples(j.candidate) for j in runner.jobs)
+
+
+def test_marked_lessons_are_as_they_were():
+    from test_fast import RuleRunner, lesson_phase, scored
+
+    runner = RuleRunner()
+    phase = lesson_phase()
+    run(phase, runner, scored(runner, SEED))
+    assert phase.proposer.rules(NAME) == [] and phase.stats.accepted > 0
