@@ -24,18 +24,12 @@ import dspy
 
 from fst_dspy.fast.proposers.protocol import Record, well_formed
 from fst_dspy.student.candidate import (
-<<<<<<< HEAD
-    canonical_json,
-    decode_demos,
-    encode_demos,
-    plain_value,
-=======
     DEMOS,
     canonical_json,
     decode_demos,
     encode_demos,
     make_candidate,
->>>>>>> fast
+    plain_value,
     split_component,
 )
 from fst_dspy.types import Candidate, PredictorTrace, Rollout
