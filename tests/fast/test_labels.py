@@ -7,8 +7,8 @@ from collections import Counter
 
 import dspy
 import pytest
+from rule_runner import NAME, QUEUES, SEED, TOPICS, Scripted, run, words
 from simulated_loop import ScriptedRunner, simulate
-from test_fast import NAME, QUEUES, SEED, TOPICS, Scripted, run, words
 
 from fst_dspy.config import FastConfig
 from fst_dspy.fast.gepa_adapter import GepaAdapter
