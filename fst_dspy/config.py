@@ -286,7 +286,8 @@ class SamplingConfig:
         temperature: Sampling temperature of every rollout, above 0.
         top_p: Nucleus mass, in (0, 1].
         max_tokens: Longest completion of one call, in tokens; ``None`` takes the LM's own limit.
-        failure_score: Reward of a rollout that could not be scored.
+        failure_score: Reward of a rollout that could not be scored; where the metric has given less
+            than that, the least it has given in the run: to fail must never pay.
         rollout_timeout: Seconds a program may run between two model calls, and a metric may take,
             before the rollout is given up; ``None`` waits for ever. Generation does not count.
         max_calls: Model calls one rollout may make; a program that loops ends there.

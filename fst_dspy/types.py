@@ -18,7 +18,10 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
 Arm = Literal["fst", "rl_only", "gepa_only", "fst_distill"]
-FailureKind = Literal["parse", "empty", "truncated", "program", "metric", "no_calls", "timeout"]
+FailureKind = Literal[
+    "parse", "empty", "truncated", "program", "metric", "no_calls", "timeout", "infrastructure"
+]
+"""Why a rollout failed; one lost to the infrastructure says nothing of the model."""
 
 
 @dataclass(frozen=True)
@@ -199,6 +202,11 @@ class Rollout:
     policy_version: int
     feedback_by_predictor: Mapping[str, str] = field(default_factory=dict)
 
+    @property
+    def is_lost(self) -> bool:
+        """Whether it was lost to what it ran on: its reward means nothing, nothing is learned."""
+        return self.failure is not None and self.failure.kind == "infrastructure"
+
 
 @dataclass(frozen=True)
 class Group:
@@ -336,6 +344,9 @@ class CycleRecord:
         proposals: What became of the fast channel's proposals from the start of the run, and what
             reflection cost (``FastPhase.report``).
         failure_messages: The first message of each kind of failure in the cycle.
+        early_batches: Batches, from the start of the run, that were generated without a rollout
+            which waited for something else than the model; where there are any, repeats of the run
+            may differ in rounding, and so from there on.
         reward_range: Lowest and highest reward of the cycle's rollouts that are learned from;
             ``None`` where there were none.
     """
@@ -359,3 +370,4 @@ class CycleRecord:
     proposals: Mapping[str, Any] = field(default_factory=dict)
     failure_messages: Mapping[str, str] = field(default_factory=dict)
     reward_range: tuple[float, float] | None = None
+    early_batches: int = 0

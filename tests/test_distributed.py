@@ -151,8 +151,8 @@ def fsdp_run(tiny_qwen3, tmp_path_factory):
 
 
 def best_weights(folder):
-    (path,) = (folder / "versions").glob("*.safetensors")
-    return load_file(path)
+    best = json.loads((folder / "result.json").read_text())["best"]["version"]
+    return load_file(folder / "versions" / f"{best.rsplit('@')[-1]}.safetensors")
 
 
 @pytest.mark.slow

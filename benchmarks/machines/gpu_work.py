@@ -18,6 +18,7 @@ from fst_dspy.config import SlowConfig
 from fst_dspy.embedded import tokenizer as tokenizer_lib
 from fst_dspy.embedded.training import Recipe, make_model
 from fst_dspy.model.policy import Policy
+from fst_dspy.slow.learning_rate import with_learning_rate
 from fst_dspy.types import TrainingRow
 
 PLAIN_ROWS = (32, 128)  # rows of one pass of the plain loop; the faster counts
@@ -170,6 +171,7 @@ class PlainLoop:
     """
 
     def __init__(self, policy: Policy, slow: SlowConfig) -> None:
+        slow = with_learning_rate(slow, policy.model)
         self.model, self.device, self.slow = policy.model.train(), policy.device, slow
         fused = self.device.type == "cuda"
         self.optimizer = torch.optim.AdamW(

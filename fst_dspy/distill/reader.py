@@ -17,6 +17,7 @@ from fst_dspy.lm.requests import no_streaming, prompt_ids
 from fst_dspy.model.policy import Policy
 from fst_dspy.student.adapter import strict_adapter
 from fst_dspy.student.candidate import bind
+from fst_dspy.student.modules import every_predictor
 from fst_dspy.types import Call, Candidate, Rollout, TrainingRow
 
 logger = logging.getLogger(__name__)
@@ -54,7 +55,7 @@ class ContextReader:
             num_retries=0,
         )
         self._adapter = strict_adapter(dspy.settings.adapter)
-        self._predictors = dict(bind(program, context).named_predictors())
+        self._predictors = every_predictor(bind(program, context))
 
     def read(self, rollouts: Sequence[Rollout]) -> list[Reading]:
         """One reading for each call of the rollouts, failed ones included.
@@ -86,7 +87,9 @@ class ContextReader:
     def prompt_ids(self, predictor: str, inputs: dict[str, Any]) -> tuple[int, ...] | None:
         """The prompt of one predictor's call under the context; ``None`` if it cannot be made."""
         self._engine.ids = None
-        module = self._predictors[predictor]
+        module = self._predictors.get(predictor)
+        if module is None:  # made as the program ran: there is no other text of it
+            return None
         # The engine stops the call once it has seen the prompt.
         with (
             dspy.context(adapter=self._adapter, callbacks=[], trace=None, disable_history=True),

@@ -1,13 +1,15 @@
 """The DSPy engine of ``LocalLM``: whatever calls arrive together, from threads or coroutines, are
 generated together.
 
-Rollouts have an engine of their own, ``fst_dspy.rollouts.barrier``, whose batches do not depend on
-timing.
+Within a rollout a call goes to the rollout instead, whichever language model object makes it: to
+``fst_dspy.rollouts.scheduler``, whose batches do not depend on timing. Which rollout that is stands
+in DSPy's settings, which DSPy hands on to the threads and tasks that it starts.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import secrets
 import threading
 import time
@@ -15,8 +17,9 @@ import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from operator import methodcaller
-from typing import Any
+from typing import Any, Protocol
 
+import dspy
 from dspy import lm15
 
 from fst_dspy.errors import ModelError
@@ -24,6 +27,27 @@ from fst_dspy.lm.requests import Pending, no_streaming, prepare, run_batch
 from fst_dspy.model.policy import Policy
 
 GATHER_SECONDS = 0.004  # how long the first of some concurrent calls waits for the others
+ROLLOUT = "fst_rollout"
+"""The DSPy setting that holds the rollout that is running."""
+
+
+class Server(Protocol):
+    """A rollout, as an engine sees it: it answers the calls that are made in it."""
+
+    @property
+    def policy(self) -> Policy:
+        """The policy whose calls it answers."""
+        ...
+
+    def complete(self, request: lm15.Request) -> lm15.Response:
+        """As ``LocalEngine.complete``, whatever weights the request names."""
+        ...
+
+
+def serving(policy: Policy) -> Server | None:
+    """The rollout of a policy that the caller is in, if it is in one."""
+    rollout = dspy.settings.get(ROLLOUT)
+    return rollout if rollout is not None and rollout.policy is policy else None
 
 
 class LocalEngine:
@@ -63,6 +87,8 @@ class LocalEngine:
             lm15.UnsupportedModelError: The weights that ``request.model`` names are not at hand.
             lm15.UnsupportedFeatureError: Images, tools or another thing a local model lacks.
         """
+        if (rollout := serving(self.policy)) is not None:
+            return rollout.complete(request)
         pending = prepare(self.policy, request, secrets.randbits(63))
         with self._guard:
             self._waiting.append(pending)
@@ -132,9 +158,10 @@ class AsyncLocalEngine:
         """As ``LocalEngine.complete``."""
         # A pool of the loop's would cap the batch at its size, so every call has its own thread.
         pool = ThreadPoolExecutor(max_workers=1)
+        here = contextvars.copy_context()  # the thread is to see the same settings
         try:
             return await asyncio.get_running_loop().run_in_executor(
-                pool, self.engine.complete, request
+                pool, here.run, self.engine.complete, request
             )
         finally:
             pool.shutdown(wait=False)

@@ -10,11 +10,13 @@ import torch
 from dspy.clients.provider import Provider
 
 from fst_dspy.errors import ModelError
-from fst_dspy.lm.engine import AsyncLocalEngine, LocalEngine
+from fst_dspy.lm.engine import AsyncLocalEngine, LocalEngine, serving
 from fst_dspy.lm.in_use import over_base, remember
 from fst_dspy.lm.requests import DEFAULT_MAX_TOKENS
 from fst_dspy.model.policy import Policy
 
+COMPILED_LM = "fst_lm"
+"""The attribute of a compiled program's modules that holds the LM they were compiled for."""
 _ANSWERS_WITH = "answers_with"  # in a pickle: the version id, also where ``model`` is the live one
 
 
@@ -115,16 +117,52 @@ class LocalLM(dspy.LM):
         """
         state = dict(state)
         version, engine = state.pop(_ANSWERS_WITH), state["_local"]
-        serving = _serving(engine, version)
-        if serving is not engine and state["_engine_spec"] is engine:
-            state["_engine_spec"] = serving
-            state["_async_engine_spec"] = AsyncLocalEngine(serving)
-        state["_local"] = serving
-        _must_have(serving.policy, version)
+        found = _serving(engine, version)
+        if found is not engine and state["_engine_spec"] is engine:
+            state["_engine_spec"] = found
+            state["_async_engine_spec"] = AsyncLocalEngine(found)
+        state["_local"] = found
+        _must_have(found.policy, version)
         super().__setstate__(state)
         if "provider" not in state:
             self.provider = self.infer_provider()
         remember(self)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return super(LocalLM, self._within_program()).__call__(*args, **kwargs)
+
+    async def acall(self, *args: Any, **kwargs: Any) -> Any:
+        return await super(LocalLM, self._within_program()).acall(*args, **kwargs)
+
+    def _within_program(self) -> LocalLM:
+        """This LM, or what stands for it in the compiled program that calls it.
+
+        Predictors that a program makes as it runs have no LM of their own; DSPy sends them to the
+        one in its settings, which may name other weights than the program was compiled for.
+        """
+        modules = dspy.settings.caller_modules or ()
+        if not modules or getattr(modules[-1], "lm", None) is self:
+            return self
+        for module in reversed(modules):
+            compiled = vars(module).get(COMPILED_LM)
+            if isinstance(compiled, LocalLM) and compiled.stands_for(self, module):
+                found = compiled.copy(cache=self.cache, callbacks=self.callbacks)
+                found.kwargs, found.history = self.kwargs, self.history
+                return found
+        return self
+
+    def stands_for(self, other: LocalLM, program: dspy.Module) -> bool:
+        """Whether calls of another LM are meant for this one, within a program compiled for it."""
+        if other.policy.base_version != self.policy.base_version or serving(other.policy):
+            return False
+        own = [p.lm for p in program.predictors() if isinstance(p.lm, LocalLM)]
+        # One that was given to another LM since (``set_lm``, a later optimizer) is that one's.
+        return all(lm.model == self.model for lm in own if lm.policy is self.policy)
+
+    @property
+    def _cache_responses(self) -> bool:
+        """DSPy's switch: no answer in a rollout is taken from the cache, nor kept there."""
+        return serving(self.policy) is None
 
     @property
     def policy(self) -> Policy:

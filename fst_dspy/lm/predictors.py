@@ -1,25 +1,43 @@
-"""Which of a program's predictors call the local model."""
+"""Which of a program's predictors call the local model, and with what settings.
+
+Which language model a predictor calls is for DSPy to say: its own, or that of the settings.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import dspy
 
+from fst_dspy.config import SamplingConfig
 from fst_dspy.errors import ProgramError
-from fst_dspy.lm.local_lm import LocalLM
+from fst_dspy.lm.local_lm import COMPILED_LM, LocalLM
+from fst_dspy.lm.requests import DEFAULT_MAX_TOKENS
+from fst_dspy.model.policy import Policy
 from fst_dspy.student.candidate import bind, predictor_names
+from fst_dspy.student.modules import every_module, every_predictor
 from fst_dspy.types import Candidate
+
+SAMPLED = ("temperature", "top_p", "max_tokens")
+"""Settings of a language model that ``SamplingConfig`` has as well."""
+
+
+def resolved_lm(predictor: dspy.Predict) -> Any:
+    """The language model that DSPy sends a predictor's calls to; ``None`` where there is none."""
+    return predictor.lm or dspy.settings.lm
 
 
 def trained_predictors(program: dspy.Module, lm: LocalLM) -> list[str]:
-    """Names of the predictors that call the trained policy."""
-    own = {name: predictor.lm for name, predictor in program.named_predictors()}
-    return [
-        name
-        for name in predictor_names(program)
-        if own[name] is None or shares_policy(own[name], lm.policy)
-    ]
+    """Names of the predictors that call the trained policy, or nothing as yet."""
+    predictors = every_predictor(program)
+    return [name for name in predictor_names(program) if is_trained(predictors[name], lm.policy)]
+
+
+def is_trained(predictor: dspy.Predict, policy: Policy) -> bool:
+    """Whether a predictor calls a policy, or nothing as yet."""
+    lm = resolved_lm(predictor)
+    return lm is None or shares_policy(lm, policy)
 
 
 def shares_policy(lm: Any, policy: Any) -> bool:
@@ -31,12 +49,10 @@ def find_local_lm(program: dspy.Module) -> LocalLM:
     """The one ``LocalLM`` that the program's predictors call.
 
     Raises:
-        ProgramError: There is none, or predictors call local models of several policies.
+        ProgramError: There is none, or predictors call local models of several policies, or one
+            policy with several weights.
     """
-    used = [
-        predictor.lm if predictor.lm is not None else dspy.settings.lm
-        for _, predictor in program.named_predictors()
-    ]
+    used = [resolved_lm(predictor) for predictor in every_predictor(program).values()]
     local = [lm for lm in used if isinstance(lm, LocalLM)]
     if not local:
         named = sorted({str(getattr(lm, "model", lm)) for lm in used if lm is not None})
@@ -50,16 +66,89 @@ def find_local_lm(program: dspy.Module) -> LocalLM:
             "the program's predictors call several local models; FST trains one: give them the "
             "same LocalLM"
         )
-    assert trained_predictors(program, local[0])
+    if versions := {lm.version for lm in local} - {local[0].version}:
+        raise ProgramError(
+            f"the program's predictors call one model with several weights, {local[0].version} and "
+            f"{', '.join(sorted(versions))}; training starts from one: call program.set_lm(...)"
+        )
     return local[0]
 
 
+class RolloutLMs:
+    """The language models of a program's rollouts: its own, but live, uncached, and sampled.
+
+    A language model that the program shares with others keeps being shared, as one copy; so
+    ``module.get_lm()`` answers as before. Those of other policies stay as they are.
+
+    Temperature, ``top_p`` and ``max_tokens`` are the run's where an LM leaves them to the default,
+    which is what the LM of DSPy's settings says, or one that all predictors agree with, or else
+    what a new ``LocalLM`` says. What an LM says otherwise holds, as does a predictor's ``config``.
+
+    Args:
+        program: The student.
+        lm: The local model that is trained.
+        sampling: The run's own settings.
+    """
+
+    def __init__(self, program: dspy.Module, lm: LocalLM, sampling: SamplingConfig) -> None:
+        self.policy = lm.policy
+        self._run = {"temperature": sampling.temperature, "top_p": sampling.top_p}
+        if sampling.max_tokens is not None:
+            self._run["max_tokens"] = sampling.max_tokens
+        self._default = self._default_of(program)
+        self._made: dict[int, tuple[LocalLM, LocalLM]] = {}  # with the original: ids are reused
+        settings_lm = dspy.settings.lm
+        self.settings_lm = lm if settings_lm is None else settings_lm
+
+    def of(self, lm: Any) -> Any:
+        """What stands for a language model in rollouts; the same every time."""
+        if not shares_policy(lm, self.policy):
+            return lm
+        if id(lm) not in self._made:
+            self._made[id(lm)] = (lm, self._copy(lm))
+        return self._made[id(lm)][1]
+
+    def _copy(self, lm: LocalLM) -> LocalLM:
+        left = {
+            name: value
+            for name, value in self._run.items()
+            if lm.kwargs.get(name) == self._default.get(name)
+        }
+        return lm.live().copy(num_retries=0, **left)
+
+    def _default_of(self, program: dspy.Module) -> Mapping[str, Any]:
+        if shares_policy(dspy.settings.lm, self.policy):
+            return dspy.settings.lm.kwargs
+        used = [p.lm for p in every_predictor(program).values() if shares_policy(p.lm, self.policy)]
+        said = [{name: lm.kwargs.get(name) for name in SAMPLED} for lm in used]
+        if said and all(row == said[0] for row in said):
+            return said[0]
+        limit = min(DEFAULT_MAX_TOKENS, self.policy.context_length // 8)
+        return {"temperature": 1.0, "max_tokens": limit}
+
+
 def bound_to(student: dspy.Module, candidate: Candidate, lm: LocalLM) -> dspy.Module:
-    """A compiled copy of a program: a candidate's texts in it, its trained predictors on ``lm``."""
+    """A compiled copy of a program: a candidate's texts in it, its trained predictors on ``lm``.
+
+    Each keeps the settings of the LM that it called before, and those that shared one go on sharing
+    one. Predictors that the program makes as it runs follow, by the mark on its modules (see
+    ``LocalLM``); those that DSPy sends to other models are left alone.
+    """
     compiled = bind(student, candidate)
-    names = trained_predictors(student, lm)
-    for name, predictor in compiled.named_predictors():
-        if name in names:
+    bound: dict[int, LocalLM] = {}
+    for predictor in every_predictor(compiled).values():
+        own = resolved_lm(predictor)
+        if own is None:
             predictor.lm = lm
+        elif shares_policy(own, lm.policy):
+            predictor.lm = bound.setdefault(id(own), own.copy(model=lm.model))
+    mark_compiled(compiled, lm)
     compiled._compiled = True
     return compiled
+
+
+def mark_compiled(program: dspy.Module, lm: LocalLM) -> None:
+    """Say on a program's modules which LM it was compiled for."""
+    for module in every_module(program):
+        if not isinstance(module, dspy.Predict):
+            setattr(module, COMPILED_LM, lm)

@@ -14,6 +14,7 @@ import logging
 import time
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 from fst_dspy import distributed
 from fst_dspy.errors import TrainingError
@@ -111,8 +112,7 @@ class Run:
             population=population,
             phase="slow" if parts.learner is not None and not opening else "validate",
             fast_state=parts.fast.state(),
-            counts=self.runner.counts,
-            tally=self.runner.tally,
+            **self._counted(),
             seconds=_add_seconds(state.seconds, "fast", started),
         )
 
@@ -141,8 +141,7 @@ class Run:
             phase="validate" if done + 1 == steps_per_cycle else "slow",
             stream=stream.after(groups_P),
             fast_state=parts.fast.state(),
-            counts=self.runner.counts,
-            tally=self.runner.tally,
+            **self._counted(),
             seconds=_add_seconds(seconds, "fast", started),
         )
 
@@ -184,8 +183,7 @@ class Run:
             steps=(),
             best=best,
             peak_V=max(filter(None, (found.score_V, state.peak_V)), key=mean),
-            counts=self.runner.counts,
-            tally=self.runner.tally,
+            **self._counted(),
             seconds=seconds,
         )
 
@@ -205,8 +203,11 @@ class Run:
             return None
         found = checkpoint.restore(self.policy, parts.learner)
         parts.fast.load_state(found.fast_state)
-        self.runner.counts, self.runner.tally = found.counts, found.tally
-        self.runner.tokens = dict(found.tokens)
+        runner = self.runner
+        runner.counts, runner.tally, runner.tokens = found.counts, found.tally, dict(found.tokens)
+        runner.early_batches = found.early_batches
+        if found.lowest_score is not None:
+            runner.lowest_score = found.lowest_score
         return found
 
     def _finished(self, state: LoopState) -> bool:
@@ -249,6 +250,15 @@ class Run:
             folder.checkpoint(replace(state, tokens=dict(self.runner.tokens)), learner)
         elif due and learner is not None:
             learner.save(None)  # under FSDP every process has its part of the optimizer
+
+    def _counted(self) -> dict[str, Any]:
+        """What the runner has counted so far, as the state keeps it."""
+        return {
+            "counts": self.runner.counts,
+            "tally": self.runner.tally,
+            "lowest_score": self.runner.lowest_score,
+            "early_batches": self.runner.early_batches,
+        }
 
     # --- telling ------------------------------------------------------------------------------
 

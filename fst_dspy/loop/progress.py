@@ -9,10 +9,9 @@ from typing import Any, Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-from rich.text import Text
 
 from fst_dspy.config import BudgetConfig
-from fst_dspy.display import Terminal
+from fst_dspy.display import Terminal, as_text
 from fst_dspy.rollouts.health import told_failures
 from fst_dspy.types import CycleRecord, RolloutCounts
 
@@ -96,7 +95,7 @@ class RichProgress:
         )
 
     def cycle_done(self, record: CycleRecord) -> None:
-        self.console.print(Text(cycle_line(record)))
+        self.console.print(as_text(cycle_line(record)))
 
     def end(self) -> None:
         self._bar.stop()

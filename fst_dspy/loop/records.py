@@ -61,6 +61,7 @@ def cycle_record(
         weights_version=parts.policy.version(),
         proposals=parts.fast.report(),
         failure_messages=dict(tally.messages),
+        early_batches=parts.runner.early_batches,
         reward_range=None if tally.low is None or tally.high is None else (tally.low, tally.high),
     )
 

@@ -11,7 +11,7 @@ from fst_dspy.fast.channel import FastChannel
 from fst_dspy.loop.problems import ProblemStream
 from fst_dspy.rollouts.jobs import RolloutJob
 from fst_dspy.rollouts.runner import RolloutRunner
-from fst_dspy.slow.advantage import by_candidate
+from fst_dspy.slow.advantage import by_candidate, without_lost
 from fst_dspy.student.candidate import example_id
 from fst_dspy.types import Group, Population, Rollout
 
@@ -71,7 +71,7 @@ class StepSampler:
         """A group shares one advantage: the whole of a problem, or a candidate's part of it."""
         size = self.config.group_size
         groups_P = [
-            Group(example_id(example), tuple(rollouts[p * size : (p + 1) * size]))
+            without_lost(Group(example_id(example), tuple(rollouts[p * size : (p + 1) * size])))
             for p, example in enumerate(problems_P)
         ]
         return tuple(groups_P if self.config.advantage == "problem" else by_candidate(groups_P))

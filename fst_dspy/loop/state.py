@@ -51,6 +51,8 @@ class LoopState:
         counts: Rollouts so far.
         tally: What became of those of the cycle under way.
         tokens: Prompt and completion tokens so far.
+        lowest_score: The least that the metric has given; ``None`` before there is any.
+        early_batches: As ``CycleRecord.early_batches``.
         seconds: Wall time so far, by channel.
         fast_state: What the fast phase remembers: plain values, and rollouts.
         stream: The problems that come next.
@@ -66,6 +68,8 @@ class LoopState:
     peak_V: tuple[float, ...] = ()
     counts: RolloutCounts = field(default_factory=RolloutCounts)
     tally: Tally = field(default_factory=Tally)
+    lowest_score: float | None = None
+    early_batches: int = 0
     tokens: Mapping[str, int] = field(default_factory=dict)
     seconds: Mapping[str, float] = field(default_factory=dict)
     fast_state: Mapping[str, Any] = field(default_factory=dict)
@@ -102,6 +106,8 @@ def state_from_json(plain: Mapping[str, Any]) -> LoopState:
         peak_V=tuple(plain["peak_V"]),
         counts=RolloutCounts(**plain["counts"]),
         tally=Tally(**plain.get("tally", {})),
+        lowest_score=plain.get("lowest_score"),
+        early_batches=plain.get("early_batches", 0),
         tokens=plain["tokens"],
         seconds=plain["seconds"],
         fast_state=plain["fast_state"],

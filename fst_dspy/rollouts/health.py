@@ -27,6 +27,8 @@ ADVICE: Mapping[str, str] = {
     "timeout": "raise rollout_timeout, or make what the program waits for faster",
     "metric": "the metric fails on real predictions: run it on one",
     "program": "the program fails: run it once on a training example",
+    "infrastructure": "what the program runs on fails: a connection, a pool or a service; such "
+    "rollouts are not trained on",
     "no_calls": "the program does not call the local model: check its LM with "
     "program.named_predictors()",
 }

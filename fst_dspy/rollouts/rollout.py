@@ -6,29 +6,28 @@ import asyncio
 import contextvars
 import logging
 import threading
-import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
 import dspy
-from dspy.utils.callback import BaseCallback
-from dspy.utils.exceptions import AdapterParseError
+from dspy import lm15
+from dspy.utils.exceptions import AdapterParseError, is_retryable_lm_error
 
 from fst_dspy.config import SamplingConfig
 from fst_dspy.errors import MetricError
-from fst_dspy.lm.local_lm import LocalLM
-from fst_dspy.lm.predictors import shares_policy
-from fst_dspy.rollouts.barrier import BarrierBatcher, Slot
+from fst_dspy.model.policy import Policy
+from fst_dspy.rollouts.inputs import own_inputs
 from fst_dspy.rollouts.jobs import RolloutJob
+from fst_dspy.rollouts.quiet import OwnTime
+from fst_dspy.rollouts.scheduler import RolloutEnded, Scheduler, Slot
+from fst_dspy.rollouts.session import OpenCall, Session, in_rollout
 from fst_dspy.student.candidate import example_id
-from fst_dspy.student.metric import Score, ask_about_predictor, call_metric
-from fst_dspy.types import Failure, PredictorTrace, Rollout
+from fst_dspy.student.metric import Score, call_metric, read_score
+from fst_dspy.types import Call, Failure, FailureKind, Rollout
 
 logger = logging.getLogger(__name__)
-
-
-_in_rollout: contextvars.ContextVar[bool] = contextvars.ContextVar("in_rollout", default=False)
 
 
 @dataclass(frozen=True)
@@ -38,17 +37,15 @@ class Setting:
     Attributes:
         metric: See ``fst_dspy.student.metric``.
         sampling: Limits and the failure score.
-        lm: The language model of a rollout, but for its engine.
-        adapter: What the program runs with.
-        version: The weights to sample from; ``None`` means the live ones.
+        settings: DSPy's settings that a rollout has of its own, such as the language model.
+        version: The weights to sample from.
         ask_predictors: Ask the metric about each predictor too.
     """
 
     metric: Callable[..., Any]
     sampling: SamplingConfig
-    lm: LocalLM
-    adapter: dspy.Adapter
-    version: str | None
+    settings: Mapping[str, Any]
+    version: str
     ask_predictors: bool
 
 
@@ -57,26 +54,35 @@ class RolloutThread:
 
     Args:
         setting: What it has in common with others.
-        make_program: Gives the program with the candidate's texts in it, for this rollout alone.
+        make_program: Gives the program with the candidate's texts in it, for this rollout alone,
+            and its predictors by name.
         job: The example and the candidate.
-        slot, batcher: Its place among those that generate together.
+        slot, scheduler: Its place among those that generate together.
+
+    Attributes:
+        done: Set once it has ended.
+        interrupt: What ends the whole run, if the program or metric raised it: Ctrl-C.
     """
 
     def __init__(
         self,
         setting: Setting,
-        make_program: Callable[[], dspy.Module],
+        make_program: Callable[[], tuple[dspy.Module, dict[str, dspy.Predict]]],
         job: RolloutJob,
         slot: Slot,
-        batcher: BarrierBatcher,
+        scheduler: Scheduler,
     ) -> None:
         self.setting, self.make_program = setting, make_program
-        self.job, self.slot, self.batcher = job, slot, batcher
+        self.job, self.slot, self.scheduler = job, slot, scheduler
         self.predictors: dict[str, dspy.Predict] = {}
-        self.policy_version = batcher.policy.step
-        self.recorder = TraceRecorder(slot)
+        self.policy_version = scheduler.policy.step
+        self.session = Session(self, setting.settings)
         self.done = threading.Event()
-        self.clock = Clock()
+        self.interrupt: KeyboardInterrupt | None = None
+        self.time = OwnTime()
+        self._given_up = False
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._calls_under_way = self._calls_begun = 0
         self._lock = threading.Lock()
         self._rollout: Rollout | None = None
 
@@ -84,80 +90,117 @@ class RolloutThread:
         context = contextvars.copy_context()
         threading.Thread(target=context.run, args=(self._work,), daemon=True).start()
 
-    def give_up_if_stuck(self, timeout: float | None) -> None:
-        if self.done.is_set() or timeout is None:
-            return
-        if self.clock.seconds() > timeout:
+    @property
+    def is_outside(self) -> bool:
+        """Whether it runs, and is in no call of the model."""
+        return not self.done.is_set() and not self._calls_under_way
+
+    def give_up_if_stuck(self, timeout: float) -> None:
+        """End it where it has used up its time outside the model."""
+        if self.is_outside and self.time.seconds > timeout:
             self.give_up(f"no answer within {timeout:g} s outside the model")
 
-    def give_up(self, message: str) -> None:
-        self.clock.given_up = True
-        self._finish(self._failed("timeout", message))
-        self.batcher.leave(self.slot)
+    def give_up(self, message: str, kind: FailureKind = "timeout") -> None:
+        """End it for others; its thread ends at its next call of the model."""
+        self._given_up = True
+        self._finish(self._failed(kind, message))
+        self.scheduler.leave(self.slot)
+
+    def wake(self) -> None:
+        """Let its event loop, if it has one, look at what is ready.
+
+        What several loops share (the places of ``dspy.asyncify``, anyio's limiter) tells the next
+        in turn without waking its loop, which would sleep on.
+        """
+        if self._loop is not None and not self.done.is_set():
+            with suppress(RuntimeError):  # it is closed by now
+                self._loop.call_soon_threadsafe(lambda: None)
 
     def result(self) -> Rollout:
         assert self._rollout is not None
         return self._rollout
+
+    # --- the calls of the local model that the program makes -----------------------------------
+
+    @property
+    def policy(self) -> Policy:
+        return self.scheduler.policy
+
+    @property
+    def calls(self) -> list[Call]:
+        return self.slot.calls
+
+    def complete(self, predictor: str, request: lm15.Request) -> tuple[lm15.Response, Call]:
+        """Answer a call; the clock stands still meanwhile."""
+        limit = self.setting.sampling.max_calls
+        with self._lock:
+            if self._given_up:
+                raise RolloutEnded("this rollout was given up")
+            if self._calls_begun >= limit:
+                raise RuntimeError(f"the program made more than max_calls={limit} model calls")
+            self._calls_begun += 1
+            self._calls_under_way += 1
+        try:
+            return self.scheduler.complete(self.slot, predictor, request, self.setting.version)
+        finally:
+            with self._lock:
+                self._calls_under_way -= 1
+            self.time.restart()
+
+    # --- its thread ---------------------------------------------------------------------------
 
     def _finish(self, rollout: Rollout) -> None:
         # The thread and the watchdog may both end a rollout; the first one counts.
         with self._lock:
             if self._rollout is None:
                 self._rollout = rollout
+        if threading.get_native_id() == self.slot.thread:
+            self.time.end()
         self.done.set()
 
     def _work(self) -> None:
-        _in_rollout.set(True)
+        self.slot.thread = threading.get_native_id()
+        self.time.begin()
         try:
             try:
                 prediction = self._run_program()
             finally:
-                self.batcher.leave(self.slot)
-            self.clock.restart()
+                self.scheduler.leave(self.slot)
+            self.time.restart()
             self._finish(self._score(prediction))
         except AdapterParseError as error:
             self._finish(self._parse_failure(error))
         except MetricError as error:
             self._finish(self._failed("metric", str(error)))
-        except Exception as error:
-            self._finish(self._failed("program", f"{type(error).__name__}: {error}"))
+        except KeyboardInterrupt as error:
+            self.interrupt = error
+            self._finish(self._failed("infrastructure", "interrupted"))
+        except BaseException as error:  # SystemExit and CancelledError among them
+            kind: FailureKind = "infrastructure" if is_infrastructure(error) else "program"
+            self._finish(self._failed(kind, f"{type(error).__name__}: {error}"))
 
     def _run_program(self) -> Any:
-        program = self.make_program()
-        self.predictors = dict(program.named_predictors())
-        self.recorder.names = {id(predictor): name for name, predictor in self.predictors.items()}
-        for name, predictor in self.predictors.items():
-            # On the predictors, not in the settings: those would hear adapter and LM as well, at a
-            # quarter of what DSPy takes for a call.
-            predictor.callbacks = [*predictor.callbacks, self.recorder]
-            if predictor.lm is None or shares_policy(predictor.lm, self.batcher.policy):
-                predictor.lm = self._slot_lm(name)
-        with dspy.context(
-            lm=self._slot_lm("unnamed"),
-            adapter=self.setting.adapter,
-            trace=[],
-            disable_history=True,
-        ):
-            inputs = self.job.example.inputs().toDict()
+        program, self.predictors = self.make_program()
+        for predictor in self.predictors.values():
+            # DSPy's settings, where it listens as well, do not reach a program's own threads.
+            predictor.callbacks = [*predictor.callbacks, self.session]
+        with self.session.context():
+            inputs = own_inputs(self.job.example)
             kind = type(program)  # asking the instance for forward makes DSPy warn
             if hasattr(kind, "aforward") and not hasattr(kind, "forward"):
-                return asyncio.run(program.acall(**inputs))
+                return asyncio.run(self._acall(program, inputs))
             return program(**inputs)
 
-    def _slot_lm(self, predictor: str) -> dspy.LM:
-        engine = self.batcher.engine_for(self.slot, predictor, version=self.setting.version)
-        limit = self.setting.sampling.max_calls
-        return self.setting.lm.copy(
-            engine=WatchedEngine(engine, self.clock, self.slot, limit),
-            async_engine=WatchedAsyncEngine(engine.async_engine, self.clock, self.slot, limit),
-        )
+    async def _acall(self, program: dspy.Module, inputs: Mapping[str, Any]) -> Any:
+        self._loop = asyncio.get_running_loop()
+        return await program.acall(**inputs)
 
     def _score(self, prediction: Any) -> Rollout:
         try:
             score = call_metric(self.setting.metric, self.job.example, prediction)
-        except MetricError:
+        except (MetricError, KeyboardInterrupt):
             raise
-        except Exception as error:
+        except BaseException as error:
             raise MetricError(f"the metric raised {type(error).__name__}: {error}") from error
         rollout = self._rollout_with(score)
         if self.setting.ask_predictors:
@@ -173,9 +216,9 @@ class RolloutThread:
         The scores it gives with that are not used: the reward is the rollout's.
         """
         trace = [
-            (self.predictors[t.predictor], dict(t.inputs), dspy.Prediction(**t.outputs))
-            for t in self.recorder.traces
-            if t.outputs is not None and t.predictor in self.predictors
+            (self.predictors[run.predictor], run.inputs, run.prediction)
+            for run in self.session.runs()
+            if run.prediction is not None and run.predictor in self.predictors
         ]
         said = {}
         for name, predictor in self.predictors.items():
@@ -183,9 +226,8 @@ class RolloutThread:
             if not own:
                 continue
             try:
-                feedback = ask_about_predictor(
-                    self.setting.metric, self.job.example, prediction, trace, name, own[-1:]
-                ).feedback
+                result = self.setting.metric(self.job.example, prediction, trace, name, own[-1:])
+                feedback = read_score(result).feedback
             except Exception as error:  # the rollout has its reward; only the hint is lost
                 logger.debug("the metric raised %s about predictor %s", error, name)
                 continue
@@ -206,7 +248,7 @@ class RolloutThread:
             return self._failed("empty", f"The answer was empty; expected the fields {fields}.")
         return self._failed("parse", f"The answer did not state the fields {fields} as asked.")
 
-    def _failed(self, kind: Any, message: str) -> Rollout:
+    def _failed(self, kind: FailureKind, message: str) -> Rollout:
         score = Score(self.setting.sampling.failure_score, message)
         return replace(self._rollout_with(score), failure=Failure(kind, message))
 
@@ -215,7 +257,7 @@ class RolloutThread:
             example_id=example_id(self.job.example),
             candidate_id=self.job.candidate.id,
             calls=tuple(self.slot.calls),
-            traces=tuple(self.recorder.traces),
+            traces=tuple(map(OpenCall.trace, self.session.runs())),
             reward=score.reward,
             feedback=score.feedback,
             failure=None,
@@ -223,90 +265,27 @@ class RolloutThread:
         )
 
 
-class Clock:
-    """Seconds a rollout has run outside the model: generation is not its fault."""
+def is_infrastructure(error: BaseException) -> bool:
+    """Whether a rollout was lost to what it runs on, and says nothing of the program or the model.
 
-    def __init__(self) -> None:
-        self.given_up = False
-        self._inside = 0
-        self._since = time.monotonic()
-
-    def restart(self) -> None:
-        self._since = time.monotonic()
-
-    def enter(self, slot: Slot, max_calls: int) -> None:
-        if self.given_up:
-            raise RuntimeError("this rollout was given up")
-        if len(slot.calls) >= max_calls:
-            raise RuntimeError(f"the program made more than max_calls={max_calls} model calls")
-        self._inside += 1
-
-    def leave(self) -> None:
-        self._inside -= 1
-        self.restart()
-
-    def seconds(self) -> float:
-        return 0.0 if self._inside else time.monotonic() - self._since
-
-
-class WatchedEngine:
-    """The slot's engine, with the clock stopped while it generates."""
-
-    def __init__(self, engine: Any, clock: Clock, slot: Slot, max_calls: int) -> None:
-        self.engine, self.clock, self.slot, self.max_calls = engine, clock, slot, max_calls
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> WatchedEngine:
-        return self
-
-    def complete(self, request: Any) -> Any:
-        self.clock.enter(self.slot, self.max_calls)
-        try:
-            return self.engine.complete(request)
-        finally:
-            self.clock.leave()
-
-
-class WatchedAsyncEngine(WatchedEngine):
-    async def complete(self, request: Any) -> Any:
-        self.clock.enter(self.slot, self.max_calls)
-        try:
-            return await self.engine.complete(request)
-        finally:
-            self.clock.leave()
-
-
-class TraceRecorder(BaseCallback):
-    """Keeps what each of the program's predictors was given and what was parsed, also in vain."""
-
-    def __init__(self, slot: Slot) -> None:
-        self.slot = slot
-        self.names: Mapping[int, str] = {}
-        self.traces: list[PredictorTrace] = []
-        self._open: dict[str, tuple[str, dict[str, Any], int]] = {}
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> TraceRecorder:
-        return self  # a program may copy its predictors
-
-    def on_module_start(self, call_id: str, instance: Any, inputs: dict[str, Any]) -> None:
-        given = inputs.get("kwargs", {})
-        fields = {k: v for k, v in given.items() if k in instance.signature.input_fields}
-        name = self.names.get(id(instance), "unnamed")
-        self._open[call_id] = (name, fields, len(self.slot.calls))
-
-    def on_module_end(
-        self, call_id: str, outputs: Any | None, exception: BaseException | None = None
-    ) -> None:
-        if call_id not in self._open:
-            return
-        name, inputs, first_call = self._open.pop(call_id)
-        texts = [call.text for call in self.slot.calls[first_call:] if call.predictor == name]
-        parsed = outputs.toDict() if isinstance(outputs, dspy.Prediction) else None
-        self.traces.append(PredictorTrace(name, inputs, parsed, texts[-1] if texts else ""))
+    A connection that broke, a pool or a service that did not answer in time, another model's
+    provider that refused for now.
+    """
+    causes: list[BaseException] = []
+    cause: BaseException | None = error
+    while cause is not None and cause not in causes:
+        causes.append(cause)
+        cause = cause.__cause__
+    return any(
+        isinstance(e, ConnectionError | TimeoutError | MemoryError | RolloutEnded)
+        or (isinstance(e, Exception) and is_retryable_lm_error(e))
+        for e in causes
+    )
 
 
 def _outside_rollouts(record: logging.LogRecord) -> bool:
     """DSPy warns of every truncated answer; in a rollout that is data, and counted."""
-    return not _in_rollout.get()
+    return not in_rollout()
 
 
 logging.getLogger("dspy.clients.lm").addFilter(_outside_rollouts)

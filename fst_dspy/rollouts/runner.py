@@ -3,49 +3,73 @@
 A rollout that fails is data: it is scored with the failure score, and its text and the reason stay
 with it. Nothing that a program, a metric or the model does wrong to one rollout ends the others.
 
-Every rollout runs in a thread of its own over its own copy of the program. Generation happens when
-all of them are blocked on a model call (``fst_dspy.rollouts.barrier``): the largest possible batch,
-and the same one however the threads were scheduled, so the same seed gives the same rollouts.
+Every rollout runs in a thread of its own over its own copy of the program's modules, with DSPy's
+settings and language models as they are where the run was started. Generation happens when all of
+them wait for the model (``fst_dspy.rollouts.scheduler``): the largest possible batch, and the same
+one however the threads were scheduled, so the same seed gives the same rollouts.
+
+A rollout that is lost to what it runs on (failure kind ``"infrastructure"``) says nothing of the
+model and is not to be trained on; an engine that fails ends the whole run.
 """
 
 from __future__ import annotations
 
 import hashlib
+import pickle
+import time
+from collections import Counter
 from collections.abc import Callable, Sequence
-from functools import partial
+from dataclasses import replace
 from typing import Any
 
 import dspy
 
 from fst_dspy import distributed
 from fst_dspy.config import SamplingConfig
+from fst_dspy.errors import ModelError, TrainingError
 from fst_dspy.lm.local_lm import LocalLM
-from fst_dspy.rollouts.barrier import BarrierBatcher, Slot
+from fst_dspy.lm.predictors import RolloutLMs
 from fst_dspy.rollouts.health import Tally
 from fst_dspy.rollouts.jobs import Channel, RolloutJob
 from fst_dspy.rollouts.rollout import RolloutThread, Setting
+from fst_dspy.rollouts.scheduler import POLL_SECONDS, Scheduler, Slot
+from fst_dspy.rollouts.session import NAME
 from fst_dspy.student.adapter import BOUND_PROGRAMS, strict_adapter
-from fst_dspy.student.candidate import bind, example_id, predictor_names
+from fst_dspy.student.candidate import bind, example_id, plain_value, predictor_names
 from fst_dspy.student.metric import gives_predictor_feedback
-from fst_dspy.types import Candidate, Rollout, RolloutCounts
+from fst_dspy.student.modules import ProgramCopier, every_predictor
+from fst_dspy.types import Candidate, PredictorTrace, Rollout, RolloutCounts
 
 WATCH_SECONDS = 0.25
-"""How often rollouts that are not done are looked at, for one that is stuck."""
+"""How often rollouts that are not done are looked at, for one that is stuck, at most."""
+WATCHES = 20
+"""How often they are looked at within their time limit."""
+
+WAKE_SECONDS = 0.1
+"""How often event loops are woken while nothing runs, at most."""
 
 
 class RolloutRunner:
     """Runs rollouts of one program on the live weights of one ``LocalLM``.
 
     Args:
-        program: The student. Each predictor that has no LM of its own, or a ``LocalLM`` over the
-            same policy, is sampled from the live weights; another LM is left as it is.
+        program: The student. Calls that DSPy sends to a ``LocalLM`` over the same policy, whichever
+            it is, are sampled from the live weights; others go where DSPy sends them.
         metric: See ``fst_dspy.student.metric``.
-        lm: The local model; its ``max_tokens`` holds where ``sampling.max_tokens`` is ``None``.
-        sampling: Temperature, limits and the failure score.
+        lm: The local model.
+        sampling: Temperature, limits and the failure score. What a predictor or its LM says of
+            temperature, ``top_p`` and ``max_tokens`` itself wins (``RolloutLMs``).
         seed: Seed of every rollout, together with its job, channel and salt.
         predictor_feedback: Ask the metric about each predictor too, as ``dspy.GEPA`` does, at one
             more call of it a predictor. Only for programs of several predictors and metrics that
             take ``pred_name``, and not on channel ``eval``, from which nothing is learned.
+
+    Attributes:
+        counts, tokens: What has been run so far, by channel and by kind.
+        lowest_score: The least that the metric has given so far, and at most the failure score.
+        early_batches: Batches that were generated while some rollout waited for something else
+            than the model (a lock, a slow tool). Where there are any, repeats of the run may differ
+            in rounding, and so from there on; otherwise they are bit-identical.
     """
 
     def __init__(
@@ -70,9 +94,15 @@ class RolloutRunner:
         self.counts = RolloutCounts()
         self.tally = Tally()  # since the last record
         self.tokens: dict[str, int] = {"prompt": 0, "completion": 0}
-        self._lm = lm.live().copy(num_retries=0, **_sampling_kwargs(sampling))
-        self._adapter = strict_adapter(dspy.settings.adapter)
-        self._bound: dict[str, dspy.Module] = {}
+        self.lowest_score = sampling.failure_score
+        self.early_batches = 0
+        self._lms = RolloutLMs(program, lm, sampling)
+        self._settings = {
+            "lm": self._lms.of(self._lms.settings_lm),
+            "adapter": strict_adapter(dspy.settings.adapter),
+            "disable_history": True,
+        }
+        self._bound: dict[str, ProgramCopier] = {}
 
     def run(
         self,
@@ -92,14 +122,20 @@ class RolloutRunner:
             version: The weights to sample from; ``None`` means the live ones.
         """
 
-        def run_own(own: list[RolloutJob]) -> list[Rollout]:
+        if version is not None and not self.policy.has(version):
+            raise ModelError(f"the weights {version} are not at hand")
+
+        def run_own(own: list[tuple[RolloutJob, int]]) -> list[Rollout]:
             size = self.sampling.num_threads
             rollouts: list[Rollout] = []
             for start in range(0, len(own), size):
-                rollouts += self._run_part(own[start : start + size], channel, salt, version)
-            return rollouts
+                rollouts += self._run_part(own[start : start + size], channel, version)
+            return list(map(_portable, rollouts)) if distributed.processes() > 1 else rollouts
 
-        rollouts = distributed.spread(run_own, list(jobs))
+        seeds = self._slot_seeds(jobs, channel, salt)
+        rollouts = self._no_better_failed(
+            distributed.spread(run_own, list(zip(jobs, seeds, strict=True)))
+        )
         for rollout in rollouts:
             for call in rollout.calls:
                 self.tokens["prompt"] += len(call.prompt_ids_T)
@@ -108,56 +144,133 @@ class RolloutRunner:
         self.tally = self.tally.plus(rollouts, learned_from=channel != "eval")
         return rollouts
 
-    def _run_part(
-        self, jobs: Sequence[RolloutJob], channel: Channel, salt: int, version: str | None
-    ) -> list[Rollout]:
-        slots = [
-            Slot(key=(number,), seed=self._slot_seed(job, channel, salt))
-            for number, job in enumerate(jobs)
+    def _no_better_failed(self, rollouts: Sequence[Rollout]) -> list[Rollout]:
+        """No rollout that failed has a higher reward than one that the metric has scored."""
+        failed = [r.failure is not None and r.failure.kind != "no_calls" for r in rollouts]
+        scored = [r.reward for r, out in zip(rollouts, failed, strict=True) if not out]
+        self.lowest_score = min([self.lowest_score, *scored])
+        return [
+            replace(r, reward=min(r.reward, self.lowest_score)) if out else r
+            for r, out in zip(rollouts, failed, strict=True)
         ]
-        batcher = BarrierBatcher(self.policy, slots)
+
+    def _run_part(
+        self, jobs: Sequence[tuple[RolloutJob, int]], channel: Channel, version: str | None
+    ) -> list[Rollout]:
+        slots = [Slot(key=(number,), seed=seed) for number, (_, seed) in enumerate(jobs)]
+        scheduler = Scheduler(self.policy, slots)
         setting = Setting(
             self.metric,
             self.sampling,
-            self._lm,
-            self._adapter,
-            version,
+            self._settings,
+            version or self.policy.live_id,
             ask_predictors=self.predictor_feedback and channel != "eval",
         )
         runs = [
-            RolloutThread(setting, partial(self.bound, job.candidate), job, slot, batcher)
-            for job, slot in zip(jobs, slots, strict=True)
+            RolloutThread(setting, self._copier(job.candidate), job, slot, scheduler)
+            for (job, _), slot in zip(jobs, slots, strict=True)
         ]
         try:
             for run in runs:
                 run.start()
-            for run in runs:
-                while not run.done.wait(timeout=WATCH_SECONDS):
-                    for other in runs:
-                        other.give_up_if_stuck(self.sampling.rollout_timeout)
+            self._watch(runs, scheduler)
         except BaseException:
             for run in runs:
-                run.give_up("interrupted")
+                run.give_up("interrupted", "infrastructure")
             raise
+        self.early_batches += scheduler.early
         return [run.result() for run in runs]
+
+    def _watch(self, runs: Sequence[RolloutThread], scheduler: Scheduler) -> None:
+        """Wait for the rollouts to end; end those that are stuck, and all if the engine fails."""
+        timeout = self.sampling.rollout_timeout
+        watch = _Watch(runs, scheduler, timeout) if timeout is not None else None
+        woken = 0.0
+        for run in runs:
+            while not run.done.wait(timeout=POLL_SECONDS):
+                _stop_if_failed(runs, scheduler)
+                if scheduler.poll() and time.monotonic() - woken > WAKE_SECONDS:
+                    woken = time.monotonic()
+                    for other in runs:
+                        other.wake()
+                if watch is not None:
+                    watch.look()
+        _stop_if_failed(runs, scheduler)
 
     def bound(self, candidate: Candidate) -> dspy.Module:
         """A fresh copy of the program with a candidate's texts in it."""
+        return self._copier(candidate)()[0]
+
+    def _copier(self, candidate: Candidate) -> ProgramCopier:
+        """Makes the programs of a candidate's rollouts."""
         if candidate.id not in self._bound:
             # Putting texts in builds new signature classes, which costs more than the copy.
             if len(self._bound) >= BOUND_PROGRAMS:
                 self._bound.clear()
-            self._bound[candidate.id] = bind(self.program, candidate)
-        return self._bound[candidate.id].deepcopy()
+            program = bind(self.program, candidate)
+            for name, predictor in every_predictor(program).items():
+                predictor.lm = self._lms.of(predictor.lm)
+                setattr(predictor, NAME, name)
+            self._bound[candidate.id] = ProgramCopier(program)
+        return self._bound[candidate.id]
 
-    def _slot_seed(self, job: RolloutJob, channel: str, salt: int) -> int:
-        parts = (self.seed, channel, salt, example_id(job.example), job.candidate.id, job.index)
-        digest = hashlib.sha256("|".join(map(str, parts)).encode()).digest()
-        return int.from_bytes(digest[:8], "big") >> 1
+    def _slot_seeds(self, jobs: Sequence[RolloutJob], channel: str, salt: int) -> list[int]:
+        """A seed for each job; where one occurs again, as problems do in small sets, another."""
+        before: Counter[tuple[Any, ...]] = Counter()
+        seeds = []
+        for job in jobs:
+            parts = (self.seed, channel, salt, example_id(job.example), job.candidate.id, job.index)
+            again = (before[parts],) if before[parts] else ()
+            before[parts] += 1
+            digest = hashlib.sha256("|".join(map(str, (*parts, *again))).encode()).digest()
+            seeds.append(int.from_bytes(digest[:8], "big") >> 1)
+        return seeds
 
 
-def _sampling_kwargs(sampling: SamplingConfig) -> dict[str, Any]:
-    kwargs: dict[str, Any] = {"temperature": sampling.temperature, "top_p": sampling.top_p}
-    if sampling.max_tokens is not None:
-        kwargs["max_tokens"] = sampling.max_tokens
-    return kwargs
+def _stop_if_failed(runs: Sequence[RolloutThread], scheduler: Scheduler) -> None:
+    """Raise what ends all rollouts: Ctrl-C, or an engine that fails."""
+    if interrupt := next((run.interrupt for run in runs if run.interrupt), None):
+        raise interrupt
+    if (error := scheduler.failure) is not None:
+        raise TrainingError(
+            f"generation failed ({type(error).__name__}: {error}); what the run has saved stands, "
+            "so it can be resumed once the cause is mended"
+        ) from error
+
+
+class _Watch:
+    """Keeps account of the rollouts' own time, and ends those that have used it up."""
+
+    def __init__(self, runs: Sequence[RolloutThread], scheduler: Scheduler, timeout: float) -> None:
+        self.runs, self.scheduler, self.timeout = runs, scheduler, timeout
+        self._every = max(WATCH_SECONDS, timeout / WATCHES)
+        self._looked, self._generated = time.monotonic(), scheduler.generated()
+
+    def look(self) -> None:
+        """Add the time since the look before to everyone's own, if it is long enough ago."""
+        if time.monotonic() - self._looked < self._every:
+            return
+        # Those that have ended were busy for a part of the time, too.
+        times = [run.time.since() for run in self.runs]
+        now, generated = time.monotonic(), self.scheduler.generated()
+        passed, busy = now - self._looked, generated - self._generated
+        self._looked, self._generated = now, generated
+        busy += sum(found.busy for found in times)
+        for run, own in zip(self.runs, times, strict=True):
+            if not run.done.is_set():
+                run.time.add(passed, own.ran, busy - own.busy)
+                run.give_up_if_stuck(self.timeout)
+
+
+def _portable(rollout: Rollout) -> Rollout:
+    """The rollout, with what cannot be sent to another process as plain values."""
+    try:
+        pickle.dumps(rollout.traces)
+        return rollout
+    except Exception:
+        return replace(rollout, traces=tuple(map(_plain_trace, rollout.traces)))
+
+
+def _plain_trace(trace: PredictorTrace) -> PredictorTrace:
+    outputs = None if trace.outputs is None else plain_value(trace.outputs)
+    return replace(trace, inputs=plain_value(trace.inputs), outputs=outputs)

@@ -34,6 +34,7 @@ from filelock import FileLock, Timeout
 from fst_dspy.config import without_removed
 from fst_dspy.errors import StoreError
 from fst_dspy.files import flush, read_json, read_jsonl, write_atomically, writing_to
+from fst_dspy.student.candidate import plain_value
 
 logger = logging.getLogger(__name__)
 
@@ -283,11 +284,14 @@ def _line(row: Any) -> bytes:
     try:
         return orjson.dumps(row, default=_fields_or_repr, option=_OPTIONS)
     except TypeError:  # halves of surrogate pairs, whole numbers of over 64 bits, odd keys
-        return json.dumps(_without_classes(row), default=repr).encode() + b"\n"
+        return json.dumps(_without_classes(row), default=_fields_or_repr).encode() + b"\n"
 
 
 def _fields_or_repr(value: Any) -> Any:
-    return vars(value) if dataclasses.is_dataclass(value) else repr(value)
+    if dataclasses.is_dataclass(value):
+        return vars(value)
+    plain = plain_value(value)  # a trace holds the objects that the program was given
+    return repr(value) if plain is value else plain
 
 
 def _without_classes(value: Any) -> Any:

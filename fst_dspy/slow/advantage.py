@@ -44,6 +44,12 @@ def by_candidate(groups_P: Sequence[Group]) -> list[Group]:
     ]
 
 
+def without_lost(group: Group) -> Group:
+    """The group without rollouts that were lost to what they ran on (``Rollout.is_lost``)."""
+    kept_G = tuple(rollout for rollout in group.rollouts_G if not rollout.is_lost)
+    return group if len(kept_G) == len(group.rollouts_G) else Group(group.example_id, kept_G)
+
+
 def group_advantages(group: Group, divisor: float | None = None) -> list[float]:
     """The advantage of each rollout of a group: ``(r - mean) / divisor``.
 
@@ -68,13 +74,15 @@ def group_rows(groups_P: Sequence[Group], scale_rewards: Scale) -> list[Training
 
     A call without completion tokens has nothing to learn from and gives no row, and neither does a
     greedy one, which was not drawn from the policy; their rollouts count in the advantages all the
-    same. Rows with advantage 0 are kept: they count in the loss's normaliser.
+    same. Rows with advantage 0 are kept: they count in the loss's normaliser. A rollout that was
+    lost to what it ran on gives no row, and the others of its group are not compared with it.
 
     Args:
         groups_P: The problems of the step with their rollouts.
         scale_rewards: ``"group"`` divides by the group's standard deviation, ``"batch"`` by that
             of all rewards of the step, ``"none"`` by nothing.
     """
+    groups_P = [without_lost(group) for group in groups_P]
     return [
         TrainingRow(
             call.prompt_ids_T,

@@ -1,7 +1,7 @@
 """TRL's GRPOTrainer, advanced one optimizer step at a time on rows that are given to it.
 
 This is the one file that leans on private parts of TRL 1.16 and transformers 5.17 to 5.24, but for
-their caches (``fst_dspy.model.cache_layers``). The test ``tests/test_trl_contract.py`` holds it to
+their caches (``fst_dspy.model.cache_layers``). The test ``test_trl_contract`` holds it to
 the stock trainer, bit for bit on small batches and to rounding on large ones. They are:
 
 - ``GRPOTrainer._compute_loss(model, inputs)`` and the keys of ``inputs`` it reads;

@@ -40,9 +40,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import dspy
+from pydantic import BaseModel
 
 from fst_dspy.errors import ConfigError
 from fst_dspy.files import plain_json
+from fst_dspy.student.modules import copy_program
 from fst_dspy.types import Candidate, Population
 
 INSTRUCTIONS = "instructions"
@@ -52,7 +54,7 @@ DEMOS = "demos"
 def canonical_json(value: Any) -> str:
     """JSON with sorted keys and no spaces; what JSON cannot hold is written as its ``repr``."""
     return json.dumps(
-        _plain(value), sort_keys=True, ensure_ascii=False, separators=(",", ":"), default=repr
+        plain_value(value), sort_keys=True, ensure_ascii=False, separators=(",", ":"), default=repr
     )
 
 
@@ -182,14 +184,16 @@ def _check_savable(predictor: str, demos: Sequence[Any]) -> None:
 
 
 def bind(program: dspy.Module, candidate: Candidate) -> dspy.Module:
-    """A deep copy of ``program`` with the candidate's instructions and demos put in.
+    """A copy of ``program`` with the candidate's instructions and demos put in.
+
+    Modules and predictors are its own; all else it shares (``fst_dspy.student.modules``).
 
     Components the candidate lacks keep the program's own value; ``program`` is left as it was.
 
     Raises:
         ConfigError: A component names no predictor of the program, or its demos do not parse.
     """
-    bound = program.deepcopy()
+    bound = copy_program(program)
     predictors = dict(bound.named_predictors())
     for component, text in candidate.components.items():
         name, kind = split_component(component)
@@ -258,12 +262,21 @@ def population_from_json(data: Mapping[str, Any]) -> Population:
     )
 
 
-def _plain(value: Any) -> Any:
+def plain_value(value: Any) -> Any:
+    """A field's value as JSON would have it, as far as it can; what JSON cannot hold stays.
+
+    Pydantic models and examples become dicts of their fields, as ``dspy.Example.toDict`` makes
+    them.
+    """
     # Mixed key types cannot be sorted, and sets have no order: both would make the hash unstable.
+    if isinstance(value, BaseModel):
+        value = value.model_dump()
+    elif isinstance(value, dspy.Example):
+        value = value.toDict()
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): plain_value(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [plain_value(item) for item in value]
     if isinstance(value, set | frozenset):
         return sorted(canonical_json(item) for item in value)
     return value

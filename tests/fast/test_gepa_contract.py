@@ -1,4 +1,4 @@
-"""What we rely on of gepa's insides, thing by thing: the list is in ``fst_dspy/fast.py``.
+"""What we rely on of gepa's insides, listed in ``fst_dspy/fast/phase.py``.
 
 Each test is named after, or names, what is missing or otherwise. Only gepa is called.
 """

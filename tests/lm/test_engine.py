@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import random
-import threading
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 from dspy import lm15
-from helpers import wait_for
 
 import fst_dspy.lm.engine as engine_module
 import fst_dspy.lm.requests as calls_module
@@ -22,7 +18,6 @@ from fst_dspy.errors import ModelError
 from fst_dspy.lm.engine import AsyncLocalEngine, LocalEngine
 from fst_dspy.lm.requests import prompt_ids
 from fst_dspy.model.policy import Policy
-from fst_dspy.rollouts.barrier import BarrierBatcher, Slot
 
 
 @pytest.fixture
@@ -206,178 +201,3 @@ def test_a_saved_engine_loads_once_and_only_with_its_own_weights(tiny_lfm2: Path
     assert AsyncLocalEngine.load_state(AsyncLocalEngine(engine).dump_state()).engine is first
     with pytest.raises(ModelError, match="now hold"):
         LocalEngine.load_state({**state, "base_version": "tiny-lfm2@000000000000"})
-
-
-# --- the barrier ----------------------------------------------------------------------------------
-
-
-def run_slots(
-    policy: Policy,
-    programs: list[Callable[[Any], None]],
-    jitter: random.Random | None = None,
-) -> tuple[BarrierBatcher, list[Slot], list[BaseException | None]]:
-    """Run one program a slot in its thread, as the rollout runner does."""
-    slots = [Slot((i,), seed=100 + i) for i in range(len(programs))]
-    batcher = BarrierBatcher(policy, slots)
-    errors: list[BaseException | None] = [None] * len(programs)
-
-    def work(place: int) -> None:
-        try:
-            if jitter is not None:
-                time.sleep(jitter.random() * 0.02)
-            programs[place](batcher.engine_for(slots[place], "solve"))
-        except Exception as error:
-            errors[place] = error
-        finally:
-            batcher.leave(slots[place])
-
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(len(programs))]
-    random.Random(len(programs)).shuffle(threads)
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(timeout=60)
-        assert not thread.is_alive()
-    return batcher, slots, errors
-
-
-def steps(policy: Policy, count: int, jitter: random.Random) -> Callable[[Any], None]:
-    def program(engine: Any) -> None:
-        text = "start"
-        for _ in range(count):
-            text = engine.complete(ask(policy, f"say more: {text!r}")).text or ""
-            time.sleep(jitter.random() * 0.005)
-
-    return program
-
-
-def test_the_barrier_gives_the_same_calls_however_threads_run(policy: Policy) -> None:
-    counts = [1, 3, 2, 3, 1, 2]
-    runs = []
-    for repeat in range(3):
-        jitter = random.Random(repeat)
-        batcher, slots, errors = run_slots(
-            policy, [steps(policy, n, jitter) for n in counts], jitter
-        )
-        assert errors == [None] * len(counts)
-        # One batch a round: nobody generates before all live rollouts are blocked.
-        assert batcher.batches == max(counts)
-        assert [len(slot.calls) for slot in slots] == counts
-        runs.append([slot.calls for slot in slots])
-    assert runs[0] == runs[1] == runs[2]
-    first = [calls[0] for calls in runs[0]]
-    assert len({call.completion_ids_T for call in first}) == len(first)  # own seeds
-    assert {call.predictor for call in first} == {"solve"}
-
-
-def test_a_bad_call_or_a_crash_fails_only_its_own_rollout(policy: Policy) -> None:
-    def too_long(engine: Any) -> None:
-        engine.complete(ask(policy, "x" * 2000))
-
-    def crash(engine: Any) -> None:
-        engine.complete(ask(policy, "hi"))
-        raise ZeroDivisionError
-
-    quiet = random.Random(0)
-    batcher, slots, errors = run_slots(
-        policy, [steps(policy, 2, quiet), too_long, crash, lambda engine: None]
-    )
-    assert [type(e).__name__ for e in errors] == [
-        "NoneType",
-        "ContextLengthError",
-        "ZeroDivisionError",
-        "NoneType",
-    ]
-    assert [len(slot.calls) for slot in slots] == [2, 0, 1, 0]
-    assert batcher.batches == 2
-
-
-def test_a_failing_batch_reaches_all_in_it_and_the_next_one_works(
-    policy: Policy, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    real, failures = calls_module.generate, iter([True])
-
-    def sometimes(*args: Any) -> Any:
-        if next(failures, False):
-            raise RuntimeError("out of memory")
-        return real(*args)
-
-    monkeypatch.setattr(calls_module, "generate", sometimes)
-
-    def twice(engine: Any) -> None:
-        assert str(_error_of(engine, ask(policy, "hi"))) == "out of memory"
-        engine.complete(ask(policy, "hi"))
-
-    _, slots, errors = run_slots(policy, [twice] * 3)
-    assert errors == [None] * 3 and [len(slot.calls) for slot in slots] == [1, 1, 1]
-
-
-def test_a_rollout_given_up_frees_the_others_and_its_own_blocked_call(policy: Policy) -> None:
-    slots = [Slot((i,), seed=i) for i in range(3)]
-    batcher = BarrierBatcher(policy, slots)
-    outcomes: dict[int, Any] = {}
-
-    def call(place: int) -> None:
-        engine = batcher.engine_for(slots[place], "solve")
-        outcomes[place] = _error_of(engine, ask(policy, "hi"))
-
-    threads = [threading.Thread(target=call, args=(i,)) for i in (0, 1)]
-    for thread in threads:
-        thread.start()
-    wait_for(lambda: len(batcher._blocked) == 2)
-    assert batcher.batches == 0 and not outcomes  # slot 2 has not called yet
-    batcher.leave(slots[1])
-    threads[1].join(timeout=30)
-    assert "has ended" in str(outcomes[1]) and 0 not in outcomes
-    batcher.leave(slots[2])
-    batcher.leave(slots[2])
-    threads[0].join(timeout=30)
-    assert outcomes[0] is None and len(slots[0].calls) == 1 and not slots[1].calls
-    call(1)
-    assert "has ended" in str(outcomes[1])
-
-
-def test_rollouts_may_be_async_and_call_at_once(policy: Policy) -> None:
-    def program(engine: Any) -> None:
-        async def gather() -> None:
-            asked = [ask(policy, text) for text in ("one", "two", "two", "three")]
-            await asyncio.gather(*(engine.async_engine.complete(a) for a in asked))
-
-        asyncio.run(gather())
-
-    runs = []
-    for _ in range(3):
-        _, slots, errors = run_slots(policy, [program] * 3)
-        assert errors == [None] * 3
-        # Which of a rollout's own calls share a batch is up to the loop; the samples are not.
-        runs.append([sorted(call.completion_ids_T for call in slot.calls) for slot in slots])
-    assert runs[0] == runs[1] == runs[2]
-    # The same prompt asked twice by one rollout is sampled twice.
-    assert all(len(set(completions)) == 4 for completions in runs[0])
-
-
-def test_a_slot_engine_can_be_bound_to_a_version_and_ignores_a_shared_seed(
-    policy: Policy,
-) -> None:
-    base = LocalEngine(policy).complete(ask(policy, "hi", temperature=0)).text
-    move(policy)
-    slots = [Slot((i,), seed=i) for i in range(2)]
-    batcher = BarrierBatcher(policy, slots)
-    threads = [
-        threading.Thread(
-            target=batcher.engine_for(slot, "solve", version=policy.base_version).complete,
-            args=(ask(policy, "hi", temperature=0),),
-        )
-        for slot in slots
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(timeout=30)
-    assert [slot.calls[0].text for slot in slots] == [base, base]
-
-    def seeded(engine: Any) -> None:
-        engine.complete(ask(policy, "hi", seed=7))
-
-    _, slots, _ = run_slots(policy, [seeded] * 2)
-    assert slots[0].calls[0].completion_ids_T != slots[1].calls[0].completion_ids_T

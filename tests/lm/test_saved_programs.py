@@ -128,7 +128,7 @@ def test_a_pickled_language_model_is_whole(lm):
 
 
 def test_files_that_changed_are_noticed_by_a_pickle(lm, tiny_qwen3, tmp_path):
-    from conftest import save_model
+    from tiny_models import save_model
 
     model = save_model(tmp_path / "model", "qwen3")
     dumped = pickle.dumps(LocalLM(str(model)))

@@ -114,3 +114,17 @@ def test_a_killed_run_counts_its_failures_once(tiny_qwen3, tmp_path, monkeypatch
     for one, other in zip(whole.records, resumed.records, strict=True):
         assert one.failure_shares == other.failure_shares
         assert one.reward_range == other.reward_range
+
+
+@pytest.mark.parametrize("score", [-2.0, 0.25])
+def test_to_fail_never_pays(tiny_qwen3, score):
+    """Of a metric below zero a failure gets the least it has given; of others 0, as ever."""
+
+    def half_fail(gold, pred, trace=None):
+        if int(gold.question.split()[-1]) % 2:
+            raise ValueError("no number")
+        return score
+
+    result = compiled(tiny_qwen3, half_fail, max_cycles=1)
+    assert result.records[-1].reward_range == (min(score, 0.0), max(score, min(score, 0.0)))
+    assert result.records[0].val_score == pytest.approx((score + min(score, 0.0)) / 2)

@@ -219,7 +219,7 @@ def test_steps_whose_groups_are_all_constant_are_skipped(tiny_qwen3):
     def flat(gold, pred, trace=None):
         return 0.5
 
-    fst = FST(flat, track_stats=True, **SETTINGS)
+    fst = FST(flat, track_stats=True, on_no_signal="warn", **SETTINGS)
     with dspy.context(lm=LocalLM(str(tiny_qwen3))):
         result = fst.compile(Echo(), trainset=questions(6)).detailed_results
     assert result.weights_version == result.base_version

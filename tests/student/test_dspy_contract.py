@@ -1,4 +1,4 @@
-"""What we rely on of DSPy's insides, thing by thing: the list is in ``fst_dspy/candidate.py``.
+"""What we rely on of DSPy's insides, listed in ``fst_dspy/student/candidate.py``.
 
 Each test is named after, or names, what is missing or otherwise. Only DSPy is called.
 """

@@ -20,7 +20,13 @@ from typing import Any
 import dspy
 
 from fst_dspy.fast.proposers.protocol import Record, well_formed
-from fst_dspy.student.candidate import canonical_json, decode_demos, encode_demos, split_component
+from fst_dspy.student.candidate import (
+    canonical_json,
+    decode_demos,
+    encode_demos,
+    plain_value,
+    split_component,
+)
 from fst_dspy.types import Candidate, PredictorTrace, Rollout
 
 SOURCE = "from_example"
@@ -215,7 +221,9 @@ def _banked(trace: PredictorTrace, rollout: Rollout) -> BankedCall | None:
     if trace.outputs is None:
         return None
     try:
-        inputs, outputs = (json.loads(json.dumps(dict(x))) for x in (trace.inputs, trace.outputs))
+        inputs, outputs = (
+            json.loads(json.dumps(plain_value(x))) for x in (trace.inputs, trace.outputs)
+        )
         json.dumps([inputs, outputs], ensure_ascii=False).encode()
     except (TypeError, ValueError):  # what JSON or Unicode cannot hold
         return None
