@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any, NotRequired
 
 from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError, with_config
-from typing_extensions import TypedDict  # comes with pydantic, which wants it before Python 3.12
+from typing_extensions import TypedDict
 
 from fst_dspy.errors import StoreError
 from fst_dspy.files import read_json, read_jsonl
