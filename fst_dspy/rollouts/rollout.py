@@ -61,6 +61,7 @@ class RolloutThread:
 
     Attributes:
         done: Set once it has ended.
+        error: What the program or the metric raised, if it ended by that.
         interrupt: What ends the whole run, if the program or metric raised it: Ctrl-C.
     """
 
@@ -79,6 +80,7 @@ class RolloutThread:
         self.session = Session(self, setting.settings)
         self.done = threading.Event()
         self.interrupt: KeyboardInterrupt | None = None
+        self.error: BaseException | None = None
         self.time = OwnTime()
         self._given_up = False
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -171,11 +173,13 @@ class RolloutThread:
         except AdapterParseError as error:
             self._finish(self._parse_failure(error))
         except MetricError as error:
+            self.error = error.__cause__ or error
             self._finish(self._failed("metric", str(error)))
         except KeyboardInterrupt as error:
             self.interrupt = error
             self._finish(self._failed("infrastructure", "interrupted"))
         except BaseException as error:  # SystemExit and CancelledError among them
+            self.error = error
             kind: FailureKind = "infrastructure" if is_infrastructure(error) else "program"
             self._finish(self._failed(kind, f"{type(error).__name__}: {error}"))
 

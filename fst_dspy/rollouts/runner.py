@@ -15,6 +15,7 @@ model and is not to be trained on; an engine that fails ends the whole run.
 from __future__ import annotations
 
 import hashlib
+import logging
 import pickle
 import time
 from collections import Counter
@@ -40,6 +41,8 @@ from fst_dspy.student.candidate import bind, example_id, plain_value, predictor_
 from fst_dspy.student.metric import gives_predictor_feedback
 from fst_dspy.student.modules import ProgramCopier, every_predictor
 from fst_dspy.types import Candidate, PredictorTrace, Rollout, RolloutCounts
+
+logger = logging.getLogger(__name__)
 
 WATCH_SECONDS = 0.25
 """How often rollouts that are not done are looked at, for one that is stuck, at most."""
@@ -97,6 +100,7 @@ class RolloutRunner:
         self.tokens: dict[str, int] = {"prompt": 0, "completion": 0}
         self.lowest_score = sampling.failure_score
         self.early_batches = 0
+        self._shown: set[str] = set()  # kinds of failure whose traceback was logged
         self._lms = RolloutLMs(program, lm, sampling)
         self._settings = {
             "lm": self._lms.of(self._lms.settings_lm),
@@ -180,7 +184,21 @@ class RolloutRunner:
                 run.give_up("interrupted", "infrastructure")
             raise
         self.early_batches += scheduler.early
-        return [run.result() for run in runs]
+        rollouts = [run.result() for run in runs]
+        self._show_first_errors(runs, rollouts)
+        return rollouts
+
+    def _show_first_errors(
+        self, runs: Sequence[RolloutThread], rollouts: Sequence[Rollout]
+    ) -> None:
+        """Log the traceback of the first failure of each kind: the message alone names no line."""
+        for run, rollout in zip(runs, rollouts, strict=True):
+            if run.error is None or rollout.failure is None:
+                continue
+            kind = rollout.failure.kind
+            if kind not in self._shown:
+                self._shown.add(kind)
+                logger.warning("a rollout failed (%s)", kind, exc_info=run.error)
 
     def _watch(self, runs: Sequence[RolloutThread], scheduler: Scheduler) -> None:
         """Wait for the rollouts to end; end those that are stuck, and all if the engine fails."""

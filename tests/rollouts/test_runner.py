@@ -207,9 +207,23 @@ def test_the_second_try_through_json_is_switched_off_on_a_copy():
 
 
 def test_the_users_trace_holds_nothing_of_rollouts(tiny_qwen3):
-    program = Echo()
-    runner = RolloutRunner(program, vowels, LocalLM(str(tiny_qwen3)), SamplingConfig(), 0)
-    with dspy.context(trace=[]):
+    program, lm = Echo(), LocalLM(str(tiny_qwen3))
+    with dspy.context(lm=lm, adapter=RawAdapter(), trace=[]):
+        runner = RolloutRunner(program, vowels, lm, SamplingConfig(), 0)
         jobs = [RolloutJob(e, seed_candidate(program)) for e in questions(2)]
         runner.run(jobs, channel="eval", salt=0)
         assert dspy.settings.trace == []
+
+
+def test_the_first_traceback_of_a_kind_is_shown_once(tiny_qwen3, caplog):
+    def broken(gold, pred, trace=None):
+        return {}["no such label"]
+
+    program, lm = Echo(), LocalLM(str(tiny_qwen3))
+    with dspy.context(lm=lm, adapter=RawAdapter()):
+        runner = RolloutRunner(program, broken, lm, SamplingConfig(), 0)
+        jobs = [RolloutJob(e, seed_candidate(program)) for e in questions(3)]
+        runner.run(jobs, channel="eval", salt=0)
+        runner.run(jobs, channel="eval", salt=1)
+    assert caplog.text.count("Traceback") == 1
+    assert 'return {}["no such label"]' in caplog.text
