@@ -12,7 +12,6 @@ with the LM that they were compiled for. ``LocalLM`` reads the marks. Copies kee
 from __future__ import annotations
 
 import inspect
-import weakref
 from collections.abc import Iterable
 from typing import Any
 
@@ -51,16 +50,11 @@ def follows(predictor: dspy.Predict) -> bool:
 class Entry:
     """A compiled program's ``forward``, which notes the settings' LM and runs the class's own.
 
-    As an attribute of the program, whose class stays the student's. It does not hold the program:
-    one that nobody holds any more is to be gone at once, and with it what it keeps of weights.
+    As an attribute of the program, whose class stays the student's.
     """
 
     def __init__(self, program: dspy.Module | None, name: str) -> None:
-        self._program, self.name = None if program is None else weakref.ref(program), name
-
-    @property
-    def program(self) -> dspy.Module | None:
-        return None if self._program is None else self._program()
+        self.program, self.name = program, name
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         # DSPy copies attribute by attribute where a program cannot be copied whole; then it does
@@ -75,12 +69,6 @@ class Entry:
     async def _awaited(self, run: Any, program: dspy.Module, *args: Any, **kwargs: Any) -> Any:
         with dspy.context(**{ENTERED_WITH: (dspy.settings.lm,)}):
             return await run(program, *args, **kwargs)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"program": self.program, "name": self.name}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        Entry.__init__(self, **state)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Entry:
         return Entry(memo.get(id(self.program)), self.name)

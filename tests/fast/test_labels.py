@@ -338,7 +338,7 @@ def test_the_slow_phase_asks_for_each_problem():
 
 
 def test_marked_lessons_are_as_they_were():
-    from test_fast import RuleRunner, lesson_phase, scored
+    from rule_runner import RuleRunner, lesson_phase, scored
 
     runner = RuleRunner()
     phase = lesson_phase()
