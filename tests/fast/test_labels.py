@@ -338,9 +338,9 @@ def test_the_slow_phase_asks_for_each_problem():
 
 
 def test_marked_lessons_are_as_they_were():
-    from rule_runner import RuleRunner, lesson_phase, scored
+    from rule_runner import RuleRunner, scored
 
     runner = RuleRunner()
-    phase = lesson_phase()
+    phase = FastPhase(FastConfig(), LessonProposer(256, words), 0)
     run(phase, runner, scored(runner, SEED))
     assert phase.proposer.rules(NAME) == [] and phase.stats.accepted > 0
