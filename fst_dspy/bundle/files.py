@@ -7,7 +7,6 @@ the package writes itself. Code, pickles, links and anything unknown are refused
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -19,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from fst_dspy.errors import StoreError
-from fst_dspy.files import flush, writing_to
+from fst_dspy.files import flush, sha256, writing_to
 
 MANIFEST = "manifest.json"
 MAX_JSON_BYTES = 64 * 2**20  # read, it takes up to 25 times as much
@@ -168,12 +167,6 @@ def read_plain_json(path: Path) -> Any:
         if isinstance(error, StoreError):
             raise
         raise StoreError(f"cannot read {path}: {error}") from error
-
-
-def sha256(path: Path) -> str:
-    """Hex SHA-256 of a file."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_folder(

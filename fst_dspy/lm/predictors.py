@@ -16,7 +16,7 @@ from fst_dspy.lm.compiled import follows, mark_compiled
 from fst_dspy.lm.local_lm import LocalLM
 from fst_dspy.lm.requests import DEFAULT_MAX_TOKENS
 from fst_dspy.model.policy import Policy
-from fst_dspy.student.candidate import bind, predictor_names
+from fst_dspy.student.candidate import bind
 from fst_dspy.student.modules import every_predictor
 from fst_dspy.types import Candidate
 
@@ -27,12 +27,6 @@ SAMPLED = ("temperature", "top_p", "max_tokens")
 def resolved_lm(predictor: dspy.Predict) -> Any:
     """The language model that DSPy sends a predictor's calls to; ``None`` where there is none."""
     return predictor.lm or dspy.settings.lm
-
-
-def trained_predictors(program: dspy.Module, lm: LocalLM) -> list[str]:
-    """Names of the predictors that call the trained policy, or nothing as yet."""
-    predictors = every_predictor(program)
-    return [name for name in predictor_names(program) if is_trained(predictors[name], lm.policy)]
 
 
 def is_trained(predictor: dspy.Predict, policy: Policy) -> bool:

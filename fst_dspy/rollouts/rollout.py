@@ -24,7 +24,7 @@ from fst_dspy.rollouts.quiet import OwnTime
 from fst_dspy.rollouts.scheduler import RolloutEnded, Scheduler, Slot
 from fst_dspy.rollouts.session import OpenCall, Session, in_rollout
 from fst_dspy.student.candidate import example_id
-from fst_dspy.student.metric import Score, call_metric, read_score
+from fst_dspy.student.metric import Score, ask_about_predictor, call_metric
 from fst_dspy.types import Call, Failure, FailureKind, Rollout
 
 logger = logging.getLogger(__name__)
@@ -230,8 +230,8 @@ class RolloutThread:
             if not own:
                 continue
             try:
-                result = self.setting.metric(self.job.example, prediction, trace, name, own[-1:])
-                feedback = read_score(result).feedback
+                asked = (self.setting.metric, self.job.example, prediction)
+                feedback = ask_about_predictor(*asked, trace, name, own[-1:]).feedback
             except Exception as error:  # the rollout has its reward; only the hint is lost
                 logger.debug("the metric raised %s about predictor %s", error, name)
                 continue

@@ -17,7 +17,6 @@ resuming cuts them back to that length, so nothing is recorded twice.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import importlib.metadata
 import json
 import logging
@@ -33,7 +32,7 @@ from filelock import FileLock, Timeout
 
 from fst_dspy.config import without_removed
 from fst_dspy.errors import StoreError
-from fst_dspy.files import flush, read_json, read_jsonl, write_atomically, writing_to
+from fst_dspy.files import flush, read_json, read_jsonl, sha256, write_atomically, writing_to
 
 logger = logging.getLogger(__name__)
 
@@ -154,7 +153,7 @@ class RunStore:
             whole = {**state, "lengths": self._lengths()}
             text = json.dumps(whole, default=_fields, check_circular=False)
             (temporary / "state.json").write_text(text)
-            names = {str(p.relative_to(temporary)): _digest(p) for p in _files_in(temporary)}
+            names = {str(p.relative_to(temporary)): sha256(p) for p in _files_in(temporary)}
             (temporary / HASHES).write_text(json.dumps(names))
             for path in (*sorted(temporary.rglob("*")), temporary):
                 flush(path)
@@ -204,7 +203,7 @@ class RunStore:
         Raises:
             StoreError: A file is missing, or is not as it was written, or a log is too short.
         """
-        hashes, own = folder / HASHES, {path: _digest(path) for path in _files_in(folder)}
+        hashes, own = folder / HASHES, {path: sha256(path) for path in _files_in(folder)}
         if hashes.exists():  # versions before did not write them
             wanted = read_json(hashes)
             del own[hashes]
@@ -309,11 +308,6 @@ def _fields(value: Any) -> dict[str, Any]:
 
 def _files_in(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.is_file())
-
-
-def _digest(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _refuse_links(folder: Path) -> None:
