@@ -127,6 +127,22 @@ class Population:
 
 
 @dataclass(frozen=True)
+class Grammar:
+    """What an answer is held to: at each token, only those that the grammar lets follow are drawn.
+
+    The policy is then ``p(t) / Z`` over the tokens allowed, which is also what is trained.
+
+    Attributes:
+        text: In llguidance's variant of Lark.
+        after: Token ids that end a thought; the grammar begins after them, and before them anything
+            may be said but the end. Empty where it begins at once.
+    """
+
+    text: str
+    after: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
 class Call:
     """One call of the local model, recorded as sampled: never re-tokenised.
 
@@ -135,10 +151,15 @@ class Call:
         prompt_ids_T: Token ids of the rendered prompt.
         completion_ids_T: Sampled token ids, with the end token where one was sampled.
         logprobs_T: Log-probability (nats) of each completion token under the temperature-scaled
-            softmax over the whole vocabulary; the same length as ``completion_ids_T``.
+            softmax over the whole vocabulary, or over what the grammar allowed; the same length as
+            ``completion_ids_T``.
         text: The decoded completion, without special tokens.
         finish_reason: ``"stop"``, or ``"length"`` when ``max_tokens`` cut it off.
         temperature: The temperature it was sampled at; 0 means greedy.
+        grammar: What the answer was held to; ``None`` where it was free.
+        allowed_logprob: How probable what the grammar allows was to the model by itself: the log of
+            its share (nats, at most 0), mean over the tokens for which the model was asked.
+            ``None`` without a grammar, and where the model was never asked.
     """
 
     predictor: str
@@ -148,6 +169,8 @@ class Call:
     text: str
     finish_reason: Literal["stop", "length"]
     temperature: float
+    grammar: Grammar | None = None
+    allowed_logprob: float | None = None
 
 
 @dataclass(frozen=True)
@@ -225,6 +248,7 @@ class TrainingRow:
         logprobs_T: Sampling log-probabilities, the length of ``completion_ids_T``.
         advantage: The advantage of the call's rollout, computed once per problem over all G.
         temperature: The temperature it was sampled at, above 0.
+        grammar: What it was held to as it was sampled, and is when it is trained on.
     """
 
     prompt_ids_T: tuple[int, ...]
@@ -232,6 +256,7 @@ class TrainingRow:
     logprobs_T: tuple[float, ...]
     advantage: float
     temperature: float = 1.0
+    grammar: Grammar | None = None
 
 
 @dataclass(frozen=True)

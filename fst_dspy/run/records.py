@@ -8,7 +8,15 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from fst_dspy.student.candidate import canonical_json, plain_value
-from fst_dspy.types import Call, CycleRecord, Failure, PredictorTrace, Rollout, RolloutCounts
+from fst_dspy.types import (
+    Call,
+    CycleRecord,
+    Failure,
+    Grammar,
+    PredictorTrace,
+    Rollout,
+    RolloutCounts,
+)
 
 
 def cycle_record(row: Mapping[str, Any]) -> CycleRecord:
@@ -22,18 +30,22 @@ def cycle_record(row: Mapping[str, Any]) -> CycleRecord:
 
 def rollout_from_json(row: Mapping[str, Any]) -> Rollout:
     """A rollout from a JSON object with the fields of the dataclass."""
-    sequences = ("prompt_ids_T", "completion_ids_T", "logprobs_T")
-    calls = [
-        Call(**call | {name: tuple(call[name]) for name in sequences}) for call in row["calls"]
-    ]
     return Rollout(
         **{
             **row,
-            "calls": tuple(calls),
+            "calls": tuple(map(_call, row["calls"])),
             "traces": tuple(PredictorTrace(**trace) for trace in row["traces"]),
             "failure": Failure(**row["failure"]) if row["failure"] else None,
         }
     )
+
+
+def _call(row: Mapping[str, Any]) -> Call:
+    sequences = ("prompt_ids_T", "completion_ids_T", "logprobs_T")
+    own: dict[str, Any] = {name: tuple(row[name]) for name in sequences}
+    if row.get("grammar") is not None:
+        own["grammar"] = Grammar(row["grammar"]["text"], tuple(row["grammar"]["after"]))
+    return Call(**{**row, **own})
 
 
 def with_plain_traces(rollout: Rollout) -> Rollout:

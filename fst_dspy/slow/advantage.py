@@ -90,6 +90,7 @@ def group_rows(groups_P: Sequence[Group], scale_rewards: Scale) -> list[Training
             call.logprobs_T,
             advantage,
             call.temperature,
+            call.grammar,
         )
         for group, advantages_G in zip(
             groups_P, step_advantages(groups_P, scale_rewards), strict=True
