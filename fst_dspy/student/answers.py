@@ -225,7 +225,7 @@ class _Xml(_Plain):
             annotation = _annotated(signature.output_fields[name])
             if self.value(annotation, annotation, "\n") is None and not is_text(annotation):
                 schema = _schema(annotation, by_alias=False)
-                piece = schema and NestedXml(self, schema).element(name, schema)
+                piece = schema and NestedXml(self, schema).element(name, schema, top=True)
                 if piece:
                     nested[name] = piece
         texts = self.template.texts

@@ -44,12 +44,18 @@ class NestedXml:
         self._rules: dict[tuple[str, str], str] = {}
 
     def element(
-        self, tag: str, schema: Mapping[str, Any], opening: str | None = None
+        self,
+        tag: str,
+        schema: Mapping[str, Any],
+        opening: str | None = None,
+        *,
+        top: bool = False,
     ) -> str | None:
         """The element of a value; ``None`` where XML as DSPy reads it cannot hold to the schema.
 
         Args:
             opening: The piece of the opening tag, where it has more in it than its name.
+            top: It is a field's own, and not within another.
         """
         if reference := schema.get("$ref"):
             return self._rule(tag, reference.rsplit("/", 1)[-1], opening)
@@ -57,7 +63,9 @@ class NestedXml:
         if choices := schema.get("anyOf"):
             # DSPy reads what there is as the first of them.
             kinds = [choice for choice in choices if choice.get("type") != "null"]
-            piece = self.element(tag, kinds[0], opening) if kinds else None
+            if not kinds or not (top or self._needs_no_schema(kinds[0])):
+                return None
+            piece = self.element(tag, kinds[0], opening)
             if piece is None or len(kinds) == len(choices):
                 return piece
             return f"({begin} {end} | {piece})"
@@ -79,6 +87,17 @@ class NestedXml:
             return f"{begin} ({' | '.join(values)}) {end}"
         inner = self._items(schema) if kind == "array" else self._properties(schema)
         return None if inner is None else f"{begin} {inner} {end}"
+
+    def _needs_no_schema(self, schema: Mapping[str, Any]) -> bool:
+        """Whether DSPy, which does not look up what a choice refers to, reads it all the same."""
+        if "$ref" not in schema:
+            return True
+        own = self.named[schema["$ref"].rsplit("/", 1)[-1]]
+        inner = own.get("properties", {}).values()
+        return bool(inner) and not any(
+            part.keys() & {"$ref", "anyOf"} or part.get("type") in ("array", "object")
+            for part in inner
+        )
 
     def _rule(self, tag: str, name: str, opening: str | None) -> str | None:
         """A rule of its own, to which the value itself may refer again."""
