@@ -17,7 +17,7 @@ from dspy.clients.utils_finetune import TrainDataFormat
 
 from fst_dspy.config import as_lora
 from fst_dspy.errors import ConfigError, DataError
-from fst_dspy.model.generate import eos_ids
+from fst_dspy.model.endings import eos_ids
 from fst_dspy.model.policy import Policy
 
 ROLES = ("system", "user", "assistant")
