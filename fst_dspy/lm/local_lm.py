@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from typing import Any
 
 import dspy
@@ -12,7 +13,8 @@ from dspy.clients.provider import Provider
 from fst_dspy.errors import ModelError
 from fst_dspy.lm.engine import AsyncLocalEngine, LocalEngine, serving
 from fst_dspy.lm.in_use import over_base, remember
-from fst_dspy.lm.requests import DEFAULT_MAX_TOKENS
+from fst_dspy.lm.requests import DEFAULT_MAX_TOKENS, EXTRA, OWN
+from fst_dspy.lm.templates import check_options, thinks
 from fst_dspy.model.policy import Policy
 
 COMPILED_LM = "fst_lm"
@@ -40,10 +42,18 @@ class LocalLM(dspy.LM):
         dtype: Defaults to bfloat16 on CUDA and float32 elsewhere.
         trust_remote_code: Run Python code that comes with the model.
         cache: Keep answers in DSPy's cache.
-        **kwargs: As for ``dspy.LM``, such as ``top_p``, ``stop`` and ``seed``.
+        chat_template_kwargs: Variables of the model's chat template, such as
+            ``{"enable_thinking": False}``.
+        **kwargs: As for ``dspy.LM``, such as ``top_p``, ``top_k``, ``stop``, ``seed``,
+            ``frequency_penalty``, ``presence_penalty`` and ``reasoning_effort``; and
+            ``repetition_penalty``, as in transformers.
+
+    All but the model's own (``device``, ``dtype``, ``trust_remote_code``) may be given with a call
+    as well, or as a predictor's ``config``, and are saved with a program.
 
     Raises:
         ModelError: The model cannot be loaded.
+        ConfigError: The chat template does not read a variable in ``chat_template_kwargs``.
     """
 
     # DSPy writes this name into saved programs, so it must not tell where the code lies.
@@ -61,6 +71,7 @@ class LocalLM(dspy.LM):
         cache: bool = True,
         engine: LocalEngine | None = None,
         async_engine: AsyncLocalEngine | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
         if engine is not None:  # a saved state: the engine was loaded, ``model`` is the version id
@@ -78,6 +89,8 @@ class LocalLM(dspy.LM):
             )
             engine, version = LocalEngine(policy), policy.version()
         self._local = engine
+        if chat_template_kwargs is not None:
+            kwargs["chat_template_kwargs"] = check_options(engine.policy, chat_template_kwargs)
         super().__init__(
             version,
             temperature=temperature,
@@ -134,13 +147,43 @@ class LocalLM(dspy.LM):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         lm = self._within_program()
-        return super().__call__(*args, **kwargs) if lm is self else lm(*args, **kwargs)
+        if lm is not self:
+            return lm(*args, **kwargs)
+        return super().__call__(*args, **self._carried(kwargs))
 
     async def acall(self, *args: Any, **kwargs: Any) -> Any:
         lm = self._within_program()
         if lm is self:
-            return await super().acall(*args, **kwargs)
+            return await super().acall(*args, **self._carried(kwargs))
         return await lm.acall(*args, **kwargs)
+
+    def _carried(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Put the settings that DSPy's requests have no field for where there is room for them.
+
+        As ``metadata``, which goes through unread; the cache's keys take it in.
+        """
+        own = {name: kwargs.get(name, self.kwargs.get(name)) for name in OWN}
+        own = {name: value for name, value in own.items() if value is not None}
+        if not own:
+            return kwargs
+        metadata = kwargs.get("metadata", self.kwargs.get("metadata")) or {}
+        # None keeps those of ``self.kwargs`` out of the request.
+        return {**kwargs, **dict.fromkeys(own), "metadata": {**metadata, EXTRA: own}}
+
+    @property
+    def supports_reasoning(self) -> bool:
+        """Whether it thinks before it answers; so that ``dspy.Reasoning`` is its thought."""
+        return thinks(self.policy.tokenizer, self.kwargs.get("chat_template_kwargs") or {})
+
+    def finetune(
+        self, train_data: Any, train_data_format: Any, train_kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """As ``dspy.LM.finetune``, on prompts that are rendered as this LM's are."""
+        train_kwargs = dict(train_kwargs or self.train_kwargs)
+        options = self.kwargs.get("chat_template_kwargs")
+        if options:
+            train_kwargs.setdefault("chat_template_kwargs", options)
+        return super().finetune(train_data, train_data_format, train_kwargs)
 
     def _within_program(self) -> Any:
         """This LM, or what stands for it in the compiled program that calls it.

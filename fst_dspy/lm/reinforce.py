@@ -133,7 +133,10 @@ class LocalReinforceJob(ReinforceJob):
                     f"{self.job_id} left the weights at {self._version}, but "
                     f"{self._policy.version()} are live; run one training at a time on a model"
                 )
-            groups_P = [encode_group(self._policy, group, self._temperature) for group in fresh]
+            options = self.lm.kwargs.get("chat_template_kwargs")
+            groups_P = [
+                encode_group(self._policy, group, self._temperature, options) for group in fresh
+            ]
             rows = group_rows(groups_P, self._trainer.slow.scale_rewards)
             if not rows:
                 raise DataError(
@@ -267,15 +270,21 @@ def _read_answer(where: str, answer: Any) -> AnswerData:
     )
 
 
-def encode_group(policy: Policy, group: GroupData, temperature: float = 1.0) -> Group:
+def encode_group(
+    policy: Policy,
+    group: GroupData,
+    temperature: float = 1.0,
+    options: Mapping[str, Any] | None = None,
+) -> Group:
     """A group in tokens; an answer whose prompt fills the context window has no call.
 
     Args:
         temperature: That the answers were sampled at.
+        options: Variables of the chat template.
     """
     rollouts = []
     for answer in group:
-        turn = encode_turn(policy, answer.messages, answer.text, policy.context_length)
+        turn = encode_turn(policy, answer.messages, answer.text, policy.context_length, options)
         call = turn and Call(
             predictor="",
             prompt_ids_T=turn.prompt_ids_T,

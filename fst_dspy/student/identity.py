@@ -10,6 +10,7 @@ from typing import Any
 
 import dspy
 
+from fst_dspy.student.adapter import default_adapter
 from fst_dspy.student.candidate import content_hash
 
 
@@ -45,7 +46,7 @@ def lm_identity(lm: Any) -> dict[str, Any] | None:
 
 def adapter_identity(adapter: dspy.Adapter | None) -> dict[str, Any]:
     """The adapter's class and its plain settings; DSPy's default for ``None``."""
-    adapter = adapter or dspy.ChatAdapter()
+    adapter = adapter or default_adapter()
     plain = {
         name: value
         for name, value in vars(adapter).items()
