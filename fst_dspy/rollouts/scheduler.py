@@ -90,6 +90,8 @@ class _Blocked:
                 text=result.text,
                 finish_reason=result.finish_reason,
                 temperature=generation.temperature,
+                grammar=generation.grammar,
+                allowed_logprob=result.allowed_logprob,
             )
             self.slot.calls.append(self.call)
 
