@@ -136,10 +136,13 @@ class Grammar:
         text: In llguidance's variant of Lark.
         after: Token ids that end a thought; the grammar begins after them, and before them anything
             may be said but the end. Empty where it begins at once.
+        takes_runs: Whether text that alone can follow is taken as the tokenizer writes it, as the
+            built-in engine does; else the model chooses among the ways to write it, as in vLLM.
     """
 
     text: str
     after: tuple[int, ...] = ()
+    takes_runs: bool = True
 
 
 @dataclass(frozen=True)

@@ -57,8 +57,7 @@ def grammar_of_caller(policy: Policy, messages: Any) -> str | None:
     for own in dict.fromkeys((adapter, _json)):
         for signature in _variants(ensure_signature(predictor.signature)):
             if _wants(own, signature) in asked:
-                spell = vocabulary(policy).spell
-                return _grammar(own, signature, spell)
+                return _grammar(own, signature, vocabulary(policy).spell)
     return None
 
 
@@ -88,21 +87,24 @@ def held_to(
     """
     if text is None:
         return None
+    takes_runs = policy.generator is None
     marks = chat_format(policy.tokenizer).thought
     if marks is None or not (opens_thought(policy, ids_T) or thinks(policy.tokenizer, options)):
-        return Grammar(text)
+        return Grammar(text, takes_runs=takes_runs)
     closing = policy.tokenizer(marks[1], add_special_tokens=False)["input_ids"]
-    return Grammar(text, tuple(closing))
+    return Grammar(text, tuple(closing), takes_runs)
 
 
 @functools.lru_cache(KNOWN)
-def _wants(adapter: Any, signature: type[dspy.Signature]) -> str:
+def _wants(adapter: Any, signature: Any) -> str:
     """The adapter's own words for the answer that it wants."""
     say = getattr(adapter, "user_message_output_requirements", None)
     return (say(signature) if say is not None else None) or adapter.format_system_message(signature)
 
 
-_grammar = functools.lru_cache(KNOWN)(grammar_of_answer)
+@functools.lru_cache(KNOWN)
+def _grammar(adapter: Any, signature: Any, spell: Any) -> str | None:
+    return grammar_of_answer(adapter, signature, spell)
 
 
 @functools.lru_cache(KNOWN)

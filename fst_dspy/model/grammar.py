@@ -8,9 +8,9 @@ on Linux, macOS and Windows, and is among vLLM's own backends.
 **What is forced.** Where only one text can follow, llguidance gives its tokens as the tokenizer
 itself would write them, as far as these cannot change with what comes after it
 (``compute_ff_tokens``). Such a run is taken as it is: the policy there is sure, with
-log-probability 0 and no gradient. Everywhere else every token that begins a text which may follow is
-allowed. Both depend on the tokens before alone, so reading a completion again (``Walk``, from its
-beginning) gives the very distributions that it was sampled from.
+log-probability 0 and no gradient. Everywhere else every token that begins a text which may follow
+is allowed. Both depend on the tokens before alone, so reading a completion again (``Walk``, from
+its beginning) gives the very distributions that it was sampled from.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import logging
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -113,7 +113,8 @@ class Vocabulary:
         if GLUE not in json.dumps(normalizer, ensure_ascii=False):
             return from_tokenizer(tokenizer, n_vocab=self.size, eos_token=eos)
         self.spell = functools.partial(_spelled, backend.normalizer)
-        return LLTokenizer(_Glued(tokenizer, self.size), n_vocab=self.size, eos_token=eos)
+        glued: Any = _Glued(tokenizer, self.size)
+        return LLTokenizer(glued, n_vocab=self.size, eos_token=eos)
 
 
 class Walk:
@@ -126,7 +127,7 @@ class Walk:
     def __init__(self, vocabulary: Vocabulary, grammar: Grammar) -> None:
         self._vocabulary = vocabulary
         self._matcher = vocabulary.matcher(grammar.text)
-        self._after = grammar.after
+        self._after, self._takes_runs = grammar.after, grammar.takes_runs
         self._said: deque[int] = deque(maxlen=max(1, len(grammar.after)))
         self._queue: deque[int] = deque()
         self._free = False  # it has left the grammar, as tokens that others chose may
@@ -190,7 +191,7 @@ class Walk:
             self._refill()
 
     def _refill(self) -> None:
-        tokens = self._matcher.compute_ff_tokens()
+        tokens = self._matcher.compute_ff_tokens() if self._takes_runs else []
         if tokens:
             self._matcher.consume_tokens(tokens)
             self._queue.extend(tokens)
@@ -252,9 +253,9 @@ def unpacked(bits_NW: Tensor, size: int) -> Tensor:
 
 def single(bits_NW: Tensor) -> Tensor:
     """Where exactly one token is allowed, (N,)."""
-    # One number that is not 0, and in it one bit: it and the one below it have none in common.
+    # One number that is not 0, and one bit in it: then it has none in common with the one below.
     wide = bits_NW.long() & 0xFFFFFFFF
-    return ((wide != 0).sum(-1) == 1) & ((wide & (wide - 1)) == 0).logical_or(wide == 0).all(-1)
+    return ((wide != 0).sum(-1) == 1) & ((wide & (wide - 1)) == 0).all(-1)
 
 
 def _bit(token: int) -> np.int32:
@@ -262,11 +263,8 @@ def _bit(token: int) -> np.int32:
 
 
 def _spelled(normalizer: Any, text: str, before: str) -> str:
-    """A text as the tokenizer's normalizer writes it after another, with the glue as a character."""
+    """A text as the normalizer writes it behind another, with a character for the glue."""
     whole, start = (normalizer.normalize_str(part) for part in (before + text, before))
-    written = whole[len(start) :].replace(GLUE, "")
-    if whole[len(start) :].count(GLUE) == 0:
-        return _decoded(written).decode()
     parts = whole[len(start) :].split(GLUE)
     return SPELLED_GLUE.join(_decoded(part).decode() for part in parts)
 
@@ -312,9 +310,3 @@ class _Glued:
     def __call__(self, text: str | bytes) -> list[int]:
         text = text.decode() if isinstance(text, bytes) else text
         return self._as_spelled.encode(text, add_special_tokens=False).ids
-
-
-def counts_of(results: Iterable[float | None]) -> float | None:
-    """The mean of what there is; ``None`` where there is nothing."""
-    found = [value for value in results if value is not None]
-    return sum(found) / len(found) if found else None

@@ -44,7 +44,7 @@ def _call(row: Mapping[str, Any]) -> Call:
     sequences = ("prompt_ids_T", "completion_ids_T", "logprobs_T")
     own: dict[str, Any] = {name: tuple(row[name]) for name in sequences}
     if row.get("grammar") is not None:
-        own["grammar"] = Grammar(row["grammar"]["text"], tuple(row["grammar"]["after"]))
+        own["grammar"] = Grammar(**{**row["grammar"], "after": tuple(row["grammar"]["after"])})
     return Call(**{**row, **own})
 
 

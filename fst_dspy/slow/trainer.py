@@ -26,6 +26,7 @@ from torch import Tensor
 from fst_dspy import distributed
 from fst_dspy.config import SamplingConfig, SlowConfig
 from fst_dspy.errors import ModelError, StoreError, TrainingError
+from fst_dspy.model.grammar import allowed_tokens
 from fst_dspy.model.graph_decode import release
 from fst_dspy.model.hardware import cudnn_attention, is_out_of_memory, tokens_that_fit
 from fst_dspy.model.policy import Policy
@@ -282,7 +283,7 @@ class SlowTrainer:
             parts += self._cut([row for row in rows if row.temperature == temperature])
         self._most_rows = max(map(len, parts), default=0)
         pad_id, device = self.policy.tokenizer.pad_token_id, self.policy.device
-        return [collate(part, pad_id, device) for part in parts]
+        return [collate(part, pad_id, device, allowed_tokens(self.policy, part)) for part in parts]
 
     def _cut(self, rows: Sequence[TrainingRow]) -> list[list[TrainingRow]]:
         """At least one row, in parts that are not too large."""

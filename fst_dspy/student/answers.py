@@ -9,6 +9,7 @@ first place where the text that must follow it does.
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -161,8 +162,8 @@ class _Plain:
         if written := options(bare, whole, self.spellings):
             return " | ".join(self.fixed(self.dumped(value), before) for value in written)
         if (pattern := number(bare)) is not None:
-            held = json_piece(_schema(annotation) or {}, COMPACT) if bare is not annotation else None
-            return held or regex(pattern)
+            bounded = _schema(annotation) if bare is not annotation else None
+            return (bounded and json_piece(bounded, COMPACT)) or regex(pattern)
         if (pattern := moment(bare)) is not None:
             return regex(self.quoted(pattern))
         if parts := [self.value(part, whole, before) for part in members(bare)]:
@@ -182,7 +183,8 @@ class _Plain:
 
     def spellings(self, value: Any) -> list[Any]:
         # An adapter reads a value without the white space around it.
-        return [t for t in texts_of(value) if t == t.strip() and not (self.mark or "\n\n\n") in t]
+        texts = [text for text in texts_of(value) if text == text.strip()]
+        return [text for text in texts if self.mark is None or self.mark not in text]
 
     def dumped(self, value: Any) -> str:
         return value
@@ -282,7 +284,7 @@ class _Json(_Plain):
         return json_values_of(value)
 
     def dumped(self, value: Any) -> str:
-        return _dumps(value)
+        return json.dumps(value, ensure_ascii=False)
 
     def quoted(self, pattern: str) -> str:
         return f'"{pattern}"'
@@ -291,12 +293,6 @@ class _Json(_Plain):
         schema = None if self.spell is not None else _schema(annotation)
         # What cannot be held to is a text in JSON: DSPy reads a structure from it, if it is one.
         return (schema and json_piece(schema, INDENTED)) or regex(STRING)
-
-
-def _dumps(value: Any) -> str:
-    import json
-
-    return json.dumps(value, ensure_ascii=False)
 
 
 def _annotated(info: FieldInfo) -> Any:

@@ -1,8 +1,8 @@
 """How the value of a field is written in an answer: types as pieces of a grammar.
 
 A piece is an expression in llguidance's variant of Lark. Whatever it lets through, DSPy's
-``parse_value`` must take for the type; so options (of Literals, enums and bools) are asked of it one
-by one, and a type that cannot be written so has no piece and is left as free text.
+``parse_value`` must take for the type; so options (of Literals, enums and bools) are asked of it
+one by one, and a type that cannot be written so has no piece and is left as free text.
 """
 
 from __future__ import annotations
@@ -71,8 +71,9 @@ def literal(text: str) -> str:
 def escaped(text: str) -> str:
     """A text as a regular expression that matches it alone."""
     marks = r"\.+*?()|[]{}^$"
-    return "".join({"\n": r"\n", "\t": r"\t", "\r": r"\r"}.get(c, f"\\{c}" if c in marks else c)
-                   for c in text)
+    return "".join(
+        {"\n": r"\n", "\t": r"\t", "\r": r"\r"}.get(c, f"\\{c}" if c in marks else c) for c in text
+    )
 
 
 def is_text(annotation: Any) -> bool:

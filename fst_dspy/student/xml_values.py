@@ -9,9 +9,7 @@ from typing import Any, Protocol
 from fst_dspy.student.values import FLOAT, INT, escaped, is_valid, json_piece, literal, regex
 
 # "<" and "&" begin something else, control characters cannot be in XML at all.
-TEXT = (
-    r"(?:[^<&\x00-\x08\x0b\x0c\x0e-\x1f\x{FFFE}\x{FFFF}]|&(?:amp|lt|gt|quot|apos);)*"
-)
+TEXT = r"(?:[^<&\x00-\x08\x0b\x0c\x0e-\x1f\x{FFFE}\x{FFFF}]|&(?:amp|lt|gt|quot|apos);)*"
 KEY = r'(?:[^<&"\x00-\x1f\x{FFFE}\x{FFFF}]|&(?:amp|lt|gt|quot|apos);)+'
 _BOUNDS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf")
 
