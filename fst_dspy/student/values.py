@@ -176,19 +176,13 @@ class _Schema(GenerateJsonSchema):
 
     def dict_schema(self, schema: Any) -> dict[str, Any]:
         keys = schema.get("keys_schema", {})
-        kind = keys.get("type")
-        if kind == "int":
-            pattern = INT
-        elif kind == "literal":
-            pattern = "|".join(escaped(str(value)) for value in keys["expected"])
-        else:
-            return super().dict_schema(schema)
         values = self.generate_inner(schema["values_schema"]) if "values_schema" in schema else {}
-        return {
-            "type": "object",
-            "patternProperties": {f"^(?:{pattern})$": values},
-            "additionalProperties": False,
-        }
+        own: dict[str, Any] = {"type": "object", "additionalProperties": False}
+        if keys.get("type") == "int":
+            return own | {"patternProperties": {f"^(?:{INT})$": values}}
+        if keys.get("type") == "literal":
+            return own | {"properties": {str(value): values for value in keys["expected"]}}
+        return super().dict_schema(schema)
 
 
 def _with_own_formats(part: Any) -> Any:

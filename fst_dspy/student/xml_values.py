@@ -137,7 +137,11 @@ class NestedXml:
     def _properties(self, schema: Mapping[str, Any]) -> str | None:
         pieces = []
         for name, own in schema.get("properties", {}).items():
-            piece = self.element(name, own)
+            piece = (
+                self.element(name, own)
+                if name.isidentifier()
+                else self.element("entry", own, self._entry(escaped(name)))
+            )
             if piece is None:
                 return None
             pieces.append(piece if name in schema.get("required", ()) else f"({piece})?")
@@ -148,8 +152,10 @@ class NestedXml:
         if values is None:
             more = schema.get("additionalProperties", True)
             values = more if isinstance(more, dict) else {}
-        opening = " ".join(
-            (self.writer.fixed("<entry key="), literal('"'), regex(keys[1:-1]), literal('">'))
-        )
-        entry = self.element("entry", values, opening)
+        entry = self.element("entry", values, self._entry(keys[1:-1]))
         return None if entry is None else f"({entry})*"
+
+    def _entry(self, key: str) -> str:
+        """The opening tag of a value whose key is no name, or one of many."""
+        begin = self.writer.fixed("<entry key=")
+        return " ".join((begin, literal('"'), regex(key), literal('">')))

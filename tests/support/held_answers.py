@@ -49,3 +49,19 @@ def all_answers(
             yield ids
         else:
             yield from all_answers(policy, grammar, ids)
+
+
+def drawn_answer(policy: Policy, grammar: Grammar, seed: int, limit: int = 400) -> str | None:
+    """An answer of a model to which all tokens are alike, but that likes to come to an end."""
+    own, walk, said = vocabulary(policy), Walk(vocabulary(policy), grammar), []
+    rng, bits = np.random.default_rng(seed), np.zeros(own.words, dtype=np.int32)
+    while len(said) < limit:
+        walk.allowed_into(bits)
+        may = unpacked(torch.from_numpy(bits)[None], own.size)[0].nonzero().flatten().tolist()
+        ending = [t for t in may if set(policy.tokenizer.decode([t])) & set('\n<"]}')]
+        pool = ending if ending and rng.random() < 0.3 else may
+        said.append(int(rng.choice(pool)))
+        walk.advance(said[-1])
+        if walk.ended:
+            return policy.tokenizer.decode(said, skip_special_tokens=True)
+    return None
