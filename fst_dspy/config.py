@@ -104,6 +104,12 @@ class FastConfig:
         max_reflection_cost: US dollars that the reflection LM may cost, by litellm's price list;
             then the run goes on without it. ``None`` sets no limit.
         max_reflection_tokens: Prompt and completion tokens of the reflection LM, likewise.
+        cold_start_demos: Where the first validation shows nothing to learn from, as many labelled
+            training examples are shown as demos in a candidate beside the student's own; 0 for
+            none.
+        format_feedback: Where it does after all, or where answers cannot be read, what is told of
+            such an answer says what was wrong with it and what was wanted, so that instructions
+            can be written against it.
     """
 
     population_size: int = 4
@@ -128,6 +134,8 @@ class FastConfig:
     reuse_window: int | None = None
     max_reflection_cost: float | None = None
     max_reflection_tokens: int | None = None
+    cold_start_demos: int = 4
+    format_feedback: bool = True
 
     def __post_init__(self) -> None:
         for name in ("population_size", "minibatch_size", "instruction_tokens", "reuse_window"):
@@ -140,6 +148,7 @@ class FastConfig:
             "merge_iterations",
             "max_reflection_cost",
             "max_reflection_tokens",
+            "cold_start_demos",
         ):
             value = getattr(self, name)
             _require(value is None or value >= 0, f"{name} must not be negative, got {value}")
@@ -293,6 +302,10 @@ class SamplingConfig:
         max_calls: Model calls one rollout may make; a program that loops ends there.
         num_threads: Rollouts alive at once, each in its thread; the largest generation batch.
         val_size: V, validation examples scored each cycle; the rest of the set is not used.
+        structured: Whether answers are held to the format that the adapter reads; they are then
+            trained as they were sampled, over what the format allows. ``"auto"`` does it where more
+            than a tenth of the first validation's answers cannot be read. ``False`` leaves what the
+            ``LocalLM`` says.
     """
 
     temperature: float = 1.0
@@ -303,6 +316,7 @@ class SamplingConfig:
     max_calls: int = 64
     num_threads: int = 128
     val_size: int = 48
+    structured: Literal["auto"] | bool = "auto"
 
     def __post_init__(self) -> None:
         _require(
@@ -322,6 +336,10 @@ class SamplingConfig:
         for name in ("max_calls", "num_threads", "val_size"):
             value = getattr(self, name)
             _require(value >= 1, f"{name} must be at least 1, got {value}")
+        _require(
+            self.structured == "auto" or isinstance(self.structured, bool),
+            f"structured must be 'auto', True or False, got {self.structured!r}",
+        )
 
 
 @dataclass(frozen=True)
@@ -561,14 +579,20 @@ ELSEWHERE = {
 }
 """Names of TRL, GEPA and DSPy that are no settings of ours, and what there is instead."""
 
-SINCE: dict[str, Any] = {
-    "candidate_selection_strategy": "pareto",
-    "acceptance_criterion": "strict_improvement",
-    "skip_perfect_score": False,
-    "perfect_score": 1.0,
-    "reflection_prompt_template": None,
+SINCE: dict[str, dict[str, Any]] = {
+    "fast": {
+        "candidate_selection_strategy": "pareto",
+        "acceptance_criterion": "strict_improvement",
+        "skip_perfect_score": False,
+        "perfect_score": 1.0,
+        "reflection_prompt_template": None,
+        "cold_start_demos": 4,
+        "format_feedback": True,
+    },
+    "sampling": {"structured": "auto"},
 }
-"""Settings of the fast channel that earlier versions did not have, with what they did."""
+"""Settings that earlier versions did not have, with what goes on with their runs: what they did
+themselves, or what only the first validation asks, which is behind them."""
 
 REMOVED: dict[str, Any] = {"off_policy_steps": 0, "resample_constant": 0}
 """Settings of earlier versions, with the values at which they changed nothing."""
@@ -580,7 +604,7 @@ def without_removed(config: Mapping[str, Any]) -> dict[str, Any]:
     Those that have come since have the value that says what was done before.
     """
     return {
-        part: (SINCE if part == "fast" else {})
+        part: SINCE.get(part, {})
         | {k: v for k, v in values.items() if k not in REMOVED or v != REMOVED[k]}
         for part, values in config.items()
     }

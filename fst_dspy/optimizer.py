@@ -214,7 +214,8 @@ class FST(Teleprompter):
             parts.close()
         best = result.best
         parts.policy.restore(best.version)
-        compiled = bound_to(student, best.candidate, parts.lm.at(best.version))
+        lm = parts.lm.at(best.version)
+        compiled = bound_to(student, best.candidate, lm, structured=parts.runner.structured)
         if self.track_stats:
             compiled.detailed_results = result
         make_savable(compiled, result)

@@ -377,6 +377,10 @@ class CycleRecord:
             may differ in rounding, and so from there on.
         reward_range: Lowest and highest reward of the cycle's rollouts that are learned from;
             ``None`` where there were none.
+        format_share: How much of the model's own probability the format that answers are held to
+            allows, 0 to 1, geometric mean over the tokens it was asked for and the calls; near 1
+            the model keeps to the format by itself. ``None`` where answers are free.
+        cold_start: What was done as the first validation showed nothing to learn from, in words.
     """
 
     cycle: int
@@ -399,3 +403,5 @@ class CycleRecord:
     failure_messages: Mapping[str, str] = field(default_factory=dict)
     reward_range: tuple[float, float] | None = None
     early_batches: int = 0
+    format_share: float | None = None
+    cold_start: tuple[str, ...] = ()

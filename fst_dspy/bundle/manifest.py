@@ -279,4 +279,5 @@ _LM_SETTINGS: dict[str, Callable[[Any], bool]] = {
     "n": lambda v: _is_int(v) and 1 <= v <= 1000,
     "rollout_id": _is_int,
     "cache": lambda v: isinstance(v, bool),
+    "structured": lambda v: v is None or isinstance(v, bool),
 }

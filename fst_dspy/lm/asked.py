@@ -56,7 +56,7 @@ def grammar_of_caller(policy: Policy, messages: Any) -> str | None:
     adapter = dspy.settings.adapter or _default
     for own in dict.fromkeys((adapter, _json)):
         for signature in _variants(ensure_signature(predictor.signature)):
-            if _wants(own, signature) in asked:
+            if wanted_format(own, signature) in asked:
                 return _grammar(own, signature, vocabulary(policy).spell)
     return None
 
@@ -96,7 +96,7 @@ def held_to(
 
 
 @functools.lru_cache(KNOWN)
-def _wants(adapter: Any, signature: Any) -> str:
+def wanted_format(adapter: Any, signature: Any) -> str:
     """The adapter's own words for the answer that it wants."""
     say = getattr(adapter, "user_message_output_requirements", None)
     return (say(signature) if say is not None else None) or adapter.format_system_message(signature)
@@ -112,7 +112,7 @@ def _schema_grammar(schema: str) -> str | None:
     return grammar_of_json_schema(json.loads(schema))
 
 
-def _variants(signature: type[dspy.Signature]) -> Iterator[type[dspy.Signature]]:
+def _variants(signature: Any) -> Iterator[Any]:
     """A signature, and what is left of it where fields go by ways of the model's own."""
     yield signature
     fields = signature.output_fields.items()

@@ -19,6 +19,7 @@ from typing import Any
 from fst_dspy import distributed
 from fst_dspy.errors import TrainingError
 from fst_dspy.fast.population import mean
+from fst_dspy.loop.cold_start import warmed_up
 from fst_dspy.loop.interrupt import Interrupt
 from fst_dspy.loop.parts import Parts
 from fst_dspy.loop.progress import StopRun
@@ -165,6 +166,8 @@ class Run:
         cycle = 0 if first else state.cycle + 1
         self._tell(cycle, "validation")
         found = score(parts, state)
+        if first:  # where it shows nothing to learn from, give it something
+            state, found = warmed_up(parts, state, found)
         seconds = _add_seconds(state.seconds, "eval", started)
         record = cycle_record(parts, state, cycle, found, seconds)
         # Processes that no longer agree would only be noticed by their results.
@@ -208,6 +211,8 @@ class Run:
         runner.early_batches = found.early_batches
         if found.lowest_score is not None:
             runner.lowest_score = found.lowest_score
+        runner.structured = runner.structured or found.structured
+        runner.explains_format = found.explains_format
         return found
 
     def _finished(self, state: LoopState) -> bool:
@@ -258,6 +263,8 @@ class Run:
             "tally": self.runner.tally,
             "lowest_score": self.runner.lowest_score,
             "early_batches": self.runner.early_batches,
+            "structured": self.runner.structured,
+            "explains_format": self.runner.explains_format,
         }
 
     # --- telling ------------------------------------------------------------------------------

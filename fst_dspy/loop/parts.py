@@ -233,7 +233,7 @@ def _with_opening(parts: Parts) -> Parts:
 
 
 def _make_fast(spec: RunSpec, policy: Policy, *, reuse: bool) -> FastChannel:
-    config, count = spec.config.fast, partial(_count_tokens, policy)
+    config, count = spec.config.fast, partial(count_tokens, policy)
     proposer = _make_proposer(spec, count)
     demos = DemoProposer(config.demo_tokens, count) if config.demo_tokens else None
     if reuse:
@@ -267,7 +267,8 @@ def _make_proposer(spec: RunSpec, count_tokens: Callable[[str], int]) -> Propose
     )
 
 
-def _count_tokens(policy: Policy, text: str) -> int:
+def count_tokens(policy: Policy, text: str) -> int:
+    """Tokens of a text under the policy's tokenizer."""
     return len(policy.tokenizer(text, add_special_tokens=False)["input_ids"])
 
 

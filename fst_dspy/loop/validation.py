@@ -13,7 +13,7 @@ from fst_dspy.results.result import Best
 from fst_dspy.rollouts.evaluate import evaluate
 from fst_dspy.rollouts.health import check_first_rollouts
 from fst_dspy.rollouts.jobs import Channel
-from fst_dspy.types import Population
+from fst_dspy.types import Population, Rollout
 
 KL_CALLS = 64
 """Validation calls that the KL to the base model is measured on."""
@@ -26,12 +26,14 @@ class Validation:
     Attributes:
         score_V, val_score: Of the best candidate, by example and their mean.
         kl_to_base: Of the weights, on the best candidate's calls, nats a token.
+        rollouts: Of the best candidate, where it was scored just now.
     """
 
     population: Population
     score_V: tuple[float, ...]
     val_score: float
     kl_to_base: float
+    rollouts: tuple[Rollout, ...] = ()
 
 
 def score(parts: Parts, state: LoopState) -> Validation:
@@ -60,7 +62,8 @@ def score(parts: Parts, state: LoopState) -> Validation:
         check_first_rollouts(scored.rollouts_K[k])
     if step > 0 or parts.lm.version != parts.policy.base_version:
         kl = kl_to_base(parts.policy, spread_calls(scored.rollouts_K[k], KL_CALLS, parts.spec.seed))
-    return Validation(population, scored.score_K_V[k], scored.mean_K[k], kl)
+    rollouts = tuple(scored.rollouts_K[k])
+    return Validation(population, scored.score_K_V[k], scored.mean_K[k], kl, rollouts)
 
 
 def better_of(parts: Parts, state: LoopState, found: Validation, cycle: int) -> Best:

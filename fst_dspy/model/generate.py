@@ -153,7 +153,7 @@ def generate(policy: Policy, requests: Sequence[GenerationRequest]) -> list[Gene
 
 
 def _started(policy: Policy, request: GenerationRequest) -> GenerationRequest | GenerationResult:
-    """The request with what its grammar forces at the beginning as said; or that is all there is."""
+    """The request, with what its grammar forces at the beginning said; or that is all of it."""
     if request.grammar is None:
         return request
     own, room = vocabulary(policy), room_for(policy, request)

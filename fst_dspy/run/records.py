@@ -23,6 +23,7 @@ def cycle_record(row: Mapping[str, Any]) -> CycleRecord:
     """A cycle record from a line of ``cycles.jsonl``."""
     counts = {name: RolloutCounts(**row[name]) for name in ("rollouts", "total_rollouts")}
     lists = {name: tuple(row[name]) for name in ("candidate_ids", "val_scores")}
+    lists["cold_start"] = tuple(row.get("cold_start", ()))
     if row.get("reward_range") is not None:
         lists["reward_range"] = tuple(row["reward_range"])
     return CycleRecord(**{**row, **counts, **lists})

@@ -47,7 +47,7 @@ logger = logging.getLogger(__name__)
 
 HEADER = "%llguidance {}"
 """The first line, by which others than llguidance know whose grammar it is."""
-CHAT_MARK = "[[ ## "
+CHAT_MARK = "[[ ##"
 """What ChatAdapter takes for the beginning of a field, also of one that was not asked for."""
 ANY_TEXT = "(?s:.*)"
 

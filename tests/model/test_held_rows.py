@@ -132,7 +132,9 @@ def test_limits_hold_wherever_they_fall(tiny_llama: Path, limit: int) -> None:
     policy = Policy.load(tiny_llama)
     request = GenerationRequest(encode(policy, "abc"), 60, grammar=SMALL, seed=5)
     (whole,) = generate(policy, [request])
-    (cut,) = generate(policy, [GenerationRequest(request.prompt_ids_T, limit, seed=5, grammar=SMALL)])
+    (cut,) = generate(
+        policy, [GenerationRequest(request.prompt_ids_T, limit, seed=5, grammar=SMALL)]
+    )
     assert cut.completion_ids_T == whole.completion_ids_T[:limit]
     assert len(cut.logprobs_T) == len(cut.completion_ids_T)
     ended = limit >= len(whole.completion_ids_T)

@@ -127,7 +127,9 @@ def test_steps_on_sampled_answers_are_on_policy(
         ]
         results = generate(policy, requests)
         rows = [
-            TrainingRow(q.prompt_ids_T, r.completion_ids_T, r.logprobs_T, (-1.0) ** n, 1.0, q.grammar)
+            TrainingRow(
+                q.prompt_ids_T, r.completion_ids_T, r.logprobs_T, (-1.0) ** n, 1.0, q.grammar
+            )
             for n, (q, r) in enumerate(zip(requests, results, strict=True))
         ]
         stats = trainer.advance(rows)

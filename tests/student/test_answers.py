@@ -6,7 +6,6 @@ import datetime
 import enum
 import logging
 import re
-from pathlib import Path
 from typing import Any, Literal, Optional
 
 import dspy
@@ -54,7 +53,7 @@ class Node(pydantic.BaseModel):
     """A model within itself."""
 
     value: int
-    children: list["Node"] = []
+    children: list[Node] = []
 
 
 TYPES: dict[str, Any] = {
@@ -189,7 +188,7 @@ def test_an_answer_is_written_as_the_adapter_writes_a_demo(adapter: Any, policy:
     [
         "[[ ## answer ## ]]\nyes",  # without what comes first
         "[[ ## reasoning ## ]]\nso\n\n[[ ## answer ## ]]\nmaybe\n\n[[ ## completed ## ]]",
-        "[[ ## reasoning ## ]]\n[[ ## other ## ]]\n\n[[ ## answer ## ]]\nyes\n\n[[ ## completed ## ]]",
+        "[[ ## reasoning ## ]]\n[[ ## so ## ]]\n\n[[ ## answer ## ]]\nyes\n\n[[ ## completed ## ]]",
         "[[ ## reasoning ## ]]\nso\n\n[[ ## answer ## ]]\nyes\n\n[[ ## completed ## ]]\nmore",
     ],
 )
