@@ -22,7 +22,6 @@ from fst_dspy import distributed
 from fst_dspy.config import SamplingConfig, SlowConfig
 from fst_dspy.distill.reader import Reading
 from fst_dspy.model.divergence import CHUNK_BYTES
-from fst_dspy.model.grammar import allowed_tokens
 from fst_dspy.model.hardware import is_out_of_memory
 from fst_dspy.model.logprobs import (
     completion_logprobs,
@@ -34,6 +33,7 @@ from fst_dspy.model.logprobs import (
     with_output_layer,
 )
 from fst_dspy.model.policy import Policy
+from fst_dspy.model.sampling import allowed_tokens
 from fst_dspy.slow.trainer import MICRO_BATCH_ROWS, SlowTrainer
 from fst_dspy.slow.trl_stepper import Gradients
 from fst_dspy.types import StepStats

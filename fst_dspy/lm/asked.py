@@ -19,12 +19,12 @@ import dspy
 from dspy.adapters.types.tool import ToolCalls
 from dspy.signatures.signature import ensure_signature
 
+from fst_dspy.grammar.answers import grammar_of_answer, grammar_of_json_schema
 from fst_dspy.lm.answers import opens_thought
 from fst_dspy.lm.templates import chat_format, thinks
-from fst_dspy.model.grammar import vocabulary
 from fst_dspy.model.policy import Policy
+from fst_dspy.model.sampling import vocabulary
 from fst_dspy.student.adapter import default_adapter
-from fst_dspy.student.answers import grammar_of_answer, grammar_of_json_schema
 from fst_dspy.types import Grammar
 
 KNOWN = 256

@@ -67,12 +67,12 @@ def warmed_up(parts: Parts, state: LoopState, found: Validation) -> tuple[LoopSt
 
 def _held(parts: Parts, state: LoopState, found: Validation) -> tuple[LoopState, Validation]:
     """Answers held to their format; as before, where they are read no better."""
-    before = unread_share(found.rollouts)
+    before, tally = unread_share(found.rollouts), parts.runner.tally
     parts.runner.structured = True
     held = _again(parts, state)
     after = unread_share(held.rollouts)
     if after >= before:
-        parts.runner.structured = False
+        parts.runner.structured, parts.runner.tally = False, tally
         text = (
             f"{before:.0%} of the answers cannot be read, and {after:.0%} where they are held to "
             "the adapter's format: left free (structured)"
@@ -87,11 +87,17 @@ def _held(parts: Parts, state: LoopState, found: Validation) -> tuple[LoopState,
 
 def _shown(parts: Parts, state: LoopState, found: Validation) -> tuple[LoopState, Validation]:
     """A candidate with labelled demos beside the student's own."""
-    candidate = _with_labels(parts)
+    candidate, tally = _with_labels(parts), parts.runner.tally
     if candidate is None:
         return state, found
     population = replace(state.population, candidates=(*state.population.candidates, candidate))
     shown = _again(parts, replace(state, population=population))
+    failed = Tally().plus(shown.latest, learned_from=False)
+    if sum(failed.failures.values()) > sum(r.failure is not None for r in found.rollouts):
+        parts.runner.tally = tally
+        first = next(iter(failed.messages.values()))
+        text = f"labelled demos made answers fail, and were left out (cold_start_demos): {first}"
+        return _told(state, text), found
     reward = found.val_score
     demos = sum(
         len(decode_demos(text)) for name, text in candidate.components.items() if DEMOS in name

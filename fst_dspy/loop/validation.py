@@ -27,6 +27,7 @@ class Validation:
         score_V, val_score: Of the best candidate, by example and their mean.
         kl_to_base: Of the weights, on the best candidate's calls, nats a token.
         rollouts: Of the best candidate, where it was scored just now.
+        latest: Of the last candidate, likewise.
     """
 
     population: Population
@@ -34,6 +35,7 @@ class Validation:
     val_score: float
     kl_to_base: float
     rollouts: tuple[Rollout, ...] = ()
+    latest: tuple[Rollout, ...] = ()
 
 
 def score(parts: Parts, state: LoopState) -> Validation:
@@ -62,8 +64,8 @@ def score(parts: Parts, state: LoopState) -> Validation:
         check_first_rollouts(scored.rollouts_K[k])
     if step > 0 or parts.lm.version != parts.policy.base_version:
         kl = kl_to_base(parts.policy, spread_calls(scored.rollouts_K[k], KL_CALLS, parts.spec.seed))
-    rollouts = tuple(scored.rollouts_K[k])
-    return Validation(population, scored.score_K_V[k], scored.mean_K[k], kl, rollouts)
+    own, latest = tuple(scored.rollouts_K[k]), tuple(scored.rollouts_K[-1])
+    return Validation(population, scored.score_K_V[k], scored.mean_K[k], kl, own, latest)
 
 
 def better_of(parts: Parts, state: LoopState, found: Validation, cycle: int) -> Best:

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from fst_dspy.errors import DataError
-from fst_dspy.model.grammar import allowed_tokens
 from fst_dspy.model.logprobs import (
     completion_states,
     logprobs_of,
@@ -23,6 +22,7 @@ from fst_dspy.model.logprobs import (
     with_output_layer,
 )
 from fst_dspy.model.policy import Policy
+from fst_dspy.model.sampling import allowed_tokens
 from fst_dspy.types import Call, Rollout
 
 CHUNK_BYTES = 2**29

@@ -17,13 +17,12 @@ import torch
 from torch import Tensor
 
 from fst_dspy.errors import ModelError, PromptTooLongError
+from fst_dspy.grammar.tokens import Walk
 from fst_dspy.model.cache_layers import CHANGED, left_out, obstacle, refuse
 from fst_dspy.model.endings import End, closing_tokens, eos_ids, kept_tokens, texts_of
-from fst_dspy.model.grammar import Walk, vocabulary
 from fst_dspy.model.graph_decode import GraphDecode, begin, release
 from fst_dspy.model.growing_decode import GrowingDecode, forward
 from fst_dspy.model.hardware import cudnn_attention, is_out_of_memory
-from fst_dspy.model.held_rows import HeldRows
 from fst_dspy.model.policy import Policy
 from fst_dspy.model.prefixes import (
     backbone_of,
@@ -35,7 +34,7 @@ from fst_dspy.model.prefixes import (
     worthwhile_prefixes,
 )
 from fst_dspy.model.prompt_cache import CannotShare, can_share, make_room, share
-from fst_dspy.model.sampling import Penalties, draw, uniforms
+from fst_dspy.model.sampling import HeldRows, Penalties, draw, uniforms, vocabulary
 from fst_dspy.types import Grammar
 
 logger = logging.getLogger(__name__)

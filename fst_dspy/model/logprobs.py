@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from fst_dspy.grammar.tokens import single, unpacked
 from fst_dspy.model.cache_layers import cache_name
-from fst_dspy.model.grammar import allowed_tokens, single, unpacked
 from fst_dspy.model.policy import Policy
 from fst_dspy.model.prefixes import (
     backbone_of,
@@ -28,6 +28,7 @@ from fst_dspy.model.prefixes import (
     right_padded,
     worthwhile_prefixes,
 )
+from fst_dspy.model.sampling import allowed_tokens
 from fst_dspy.types import Grammar
 
 Ids = Sequence[int]

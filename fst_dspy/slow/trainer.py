@@ -26,11 +26,11 @@ from torch import Tensor
 from fst_dspy import distributed
 from fst_dspy.config import SamplingConfig, SlowConfig
 from fst_dspy.errors import ModelError, StoreError, TrainingError
-from fst_dspy.model.grammar import allowed_tokens
 from fst_dspy.model.graph_decode import release
 from fst_dspy.model.hardware import cudnn_attention, is_out_of_memory, tokens_that_fit
 from fst_dspy.model.policy import Policy
 from fst_dspy.model.prefixes import worthwhile_prefixes
+from fst_dspy.model.sampling import allowed_tokens
 from fst_dspy.slow.learning_rate import with_learning_rate
 from fst_dspy.slow.master_weights import PREFIX as MASTERS
 from fst_dspy.slow.trl_stepper import Gradients, SteppedGRPOTrainer, collate

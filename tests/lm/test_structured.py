@@ -1,4 +1,4 @@
-"""``LocalLM(structured=True)``: plain calls, saved programs, threads, schemas, and what stays free."""
+"""``LocalLM(structured=True)``: plain calls, saved programs, threads, schemas; what stays free."""
 
 from __future__ import annotations
 

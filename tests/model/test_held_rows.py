@@ -11,10 +11,11 @@ import torch
 from held_answers import DESKS, FREE, SMALL, encode
 
 import fst_dspy.model.graph_decode as static
+from fst_dspy.grammar.tokens import single, unpacked
 from fst_dspy.model.generate import GenerationRequest, GenerationResult, generate
-from fst_dspy.model.grammar import allowed_tokens, single, unpacked
 from fst_dspy.model.logprobs import completion_logprobs
 from fst_dspy.model.policy import Policy
+from fst_dspy.model.sampling import allowed_tokens
 from fst_dspy.types import Grammar, TrainingRow
 
 SMALL_FORM = re.compile(rf"to: ({'|'.join(DESKS)})\.\n\nend")

@@ -32,11 +32,12 @@ ORDER = {
     "distributed": BASE,
     "files": BASE,
     "tasks": f"{BASE} types config distributed files",
+    "grammar": TOP,
     "student": TOP,
-    "model": TOP,
+    "model": f"{TOP} grammar",
     "slow": f"{TOP} model",
     "run": STUDENT,
-    "lm": f"{STUDENT} model slow",
+    "lm": f"{STUDENT} grammar model slow",
     "rollouts": f"{STUDENT} model lm",
     "results": f"{STUDENT} run",
     "bundle": f"{STUDENT} model run lm results",
@@ -60,7 +61,7 @@ ORDER = {
 SAVED = {"local_lm": "lm", "engine": "lm"}
 """Files of one line, whose paths programs hold that were saved by earlier versions."""
 
-BARE = "student model slow run lm rollouts results bundle fast fast/proposers loop distill"
+BARE = "grammar student model slow run lm rollouts results bundle fast fast/proposers loop distill"
 BARE += " continual experiments/findings"
 """Folders whose ``__init__.py`` is a docstring: to import one file of theirs imports that one."""
 

@@ -7,8 +7,9 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-from fst_dspy.model.grammar import Walk, unpacked, vocabulary
+from fst_dspy.grammar.tokens import Walk, unpacked
 from fst_dspy.model.policy import Policy
+from fst_dspy.model.sampling import vocabulary
 from fst_dspy.types import Grammar
 
 DESKS = ("silver", "gold", "sand")

@@ -10,8 +10,9 @@ import torch
 from held_answers import DESKS, SMALL, all_answers, allowed_after, encode
 
 from fst_dspy.errors import ModelError
-from fst_dspy.model.grammar import Walk, allowed_tokens, single, unpacked, vocabulary
+from fst_dspy.grammar.tokens import Walk, single, unpacked
 from fst_dspy.model.policy import Policy
+from fst_dspy.model.sampling import allowed_tokens, vocabulary
 from fst_dspy.types import Grammar, TrainingRow
 
 ANSWERS = [f"to: {desk}.\n\nend" for desk in DESKS]

@@ -2,7 +2,7 @@
 
 The adapter writes an answer with a placeholder for each output field. What it puts around them is
 fixed text, so subclasses with other markers are held to their own; in the places of the fields
-stands what their types let through (``fst_dspy.student.values``): plainly for ChatAdapter, as
+stands what their types let through (``fst_dspy.grammar.values``): plainly for ChatAdapter, as
 escaped text and nested elements for XMLAdapter, as JSON for JSONAdapter. Free text goes on to the
 first place where the text that must follow it does.
 """
@@ -21,7 +21,7 @@ from dspy.adapters.json_adapter import JSONAdapter
 from dspy.adapters.xml_adapter import XMLAdapter
 from pydantic.fields import FieldInfo
 
-from fst_dspy.student.values import (
+from fst_dspy.grammar.values import (
     COMPACT,
     INDENTED,
     STRING,
@@ -40,8 +40,8 @@ from fst_dspy.student.values import (
     schema_of,
     texts_of,
 )
-from fst_dspy.student.xml_values import TEXT as XML_TEXT
-from fst_dspy.student.xml_values import NestedXml, xml_escaped
+from fst_dspy.grammar.xml_values import TEXT as XML_TEXT
+from fst_dspy.grammar.xml_values import NestedXml, xml_escaped
 
 logger = logging.getLogger(__name__)
 

@@ -55,7 +55,7 @@ INDENTED = {"whitespace_pattern": "\\n {0,24}| "}
 """As it writes it with ``indent=2``, or in one line; whitespace that cannot go on for ever."""
 
 Spell = Callable[[str, str], str]
-"""A text as the tokenizer spells it (``fst_dspy.model.grammar``), and what stands before it."""
+"""A text as the tokenizer spells it (``fst_dspy.grammar.tokens``), and what stands before it."""
 
 
 def regex(pattern: str) -> str:

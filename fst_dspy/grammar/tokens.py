@@ -19,10 +19,9 @@ import functools
 import json
 import logging
 import threading
-import weakref
 from collections import deque
-from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,8 +29,6 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from fst_dspy.errors import ConfigError, ModelError
-from fst_dspy.model.endings import eos_ids
-from fst_dspy.model.policy import Policy
 from fst_dspy.types import Grammar
 
 logger = logging.getLogger(__name__)
@@ -44,18 +41,11 @@ GLUE, SPELLED_GLUE = "\u00ff", "\ue0ff"
 tokenizers (the embedded model's) put it where a word begins without a space."""
 
 
-class Row(Protocol):
-    """A completion and what it was held to, as ``Call`` and ``TrainingRow`` have them."""
-
-    @property
-    def completion_ids_T(self) -> tuple[int, ...]: ...
-
-    @property
-    def grammar(self) -> Grammar | None: ...
-
-
 class Vocabulary:
-    """A policy's tokens, as llguidance looks at them; made once for each policy.
+    """A model's tokens, as llguidance looks at them; made once for each model.
+
+    Raises:
+        ConfigError: The tokenizer is none of the tokenizers library.
 
     Attributes:
         size: Logits that the model gives.
@@ -65,11 +55,9 @@ class Vocabulary:
         spell: How texts are spelled for it, and what stands before them; ``None`` for as they are.
     """
 
-    def __init__(self, policy: Policy) -> None:
-        tokenizer = policy.tokenizer
-        self.size = int(policy.model.get_output_embeddings().weight.shape[0])
-        self.words = -(-self.size // WORD_BITS)
-        self.eos = frozenset(eos_ids(policy))
+    def __init__(self, tokenizer: Any, size: int, eos: Iterable[int]) -> None:
+        self.size, self.eos = size, frozenset(eos)
+        self.words = -(-size // WORD_BITS)
         own = tokenizer.eos_token_id
         self.end = own if own in self.eos else min(self.eos)
         self.spell: Callable[[str, str], str] | None = None
@@ -205,44 +193,6 @@ class Walk:
         # what was sampled.
         self._free = True
         logger.debug("an answer left its grammar: %s", self._matcher.get_error()[:500])
-
-
-_vocabularies: weakref.WeakKeyDictionary[Policy, Vocabulary] = weakref.WeakKeyDictionary()
-_making = threading.Lock()
-
-
-def vocabulary(policy: Policy) -> Vocabulary:
-    """The policy's tokens for grammars; about 0.3 s of work the first time, for 50,000 of them.
-
-    Raises:
-        ConfigError: The tokenizer is none of the tokenizers library.
-    """
-    with _making:
-        if policy not in _vocabularies:
-            _vocabularies[policy] = Vocabulary(policy)
-        return _vocabularies[policy]
-
-
-def allowed_tokens(policy: Policy, rows: Sequence[Row]) -> Tensor | None:
-    """Which tokens were allowed at each of the N completion tokens of some rows, row by row.
-
-    Returns:
-        Packed, 32 tokens a number: int32 of shape (N, V / 32, rounded up), on the CPU. ``None``
-        where no row has a grammar.
-    """
-    if all(row.grammar is None for row in rows):
-        return None
-    own = vocabulary(policy)
-    bits_NW = np.full((sum(len(row.completion_ids_T) for row in rows), own.words), ALL)
-    place = 0
-    for row in rows:
-        if row.grammar is not None:
-            walk = Walk(own, row.grammar)
-            for offset, token in enumerate(row.completion_ids_T):
-                walk.allowed_into(bits_NW[place + offset])
-                walk.advance(token)
-        place += len(row.completion_ids_T)
-    return torch.from_numpy(bits_NW)
 
 
 def unpacked(bits_NW: Tensor, size: int) -> Tensor:

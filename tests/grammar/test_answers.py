@@ -16,10 +16,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import save_model
 
+from fst_dspy.grammar.answers import grammar_of_answer, grammar_of_json_schema
 from fst_dspy.model.generate import GenerationRequest, generate
-from fst_dspy.model.grammar import vocabulary
 from fst_dspy.model.policy import Policy
-from fst_dspy.student.answers import grammar_of_answer, grammar_of_json_schema
+from fst_dspy.model.sampling import vocabulary
 from fst_dspy.types import Grammar
 
 ADAPTERS = [dspy.ChatAdapter(), dspy.XMLAdapter(), dspy.JSONAdapter()]

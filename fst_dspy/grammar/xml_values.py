@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, Protocol
 
-from fst_dspy.student.values import FLOAT, INT, escaped, is_valid, json_piece, literal, regex
+from fst_dspy.grammar.values import FLOAT, INT, escaped, is_valid, json_piece, literal, regex
 
 # "<" and "&" begin something else, control characters cannot be in XML at all.
 TEXT = r"(?:[^<&\x00-\x08\x0b\x0c\x0e-\x1f\x{FFFE}\x{FFFF}]|&(?:amp|lt|gt|quot|apos);)*"
