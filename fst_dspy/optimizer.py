@@ -37,7 +37,7 @@ from gepa.core.adapter import ProposalFn
 from fst_dspy.bundle.saving import make_savable
 from fst_dspy.config import Auto, FSTConfig
 from fst_dspy.errors import ConfigError
-from fst_dspy.fast.plugins import read_plugins
+from fst_dspy.fast.gepa.plugins import read_plugins
 from fst_dspy.fast.proposers.protocol import Proposer
 from fst_dspy.lm.predictors import bound_to
 from fst_dspy.loop.joint import Run

@@ -20,17 +20,17 @@ from gepa.proposer.reflective_mutation.reflective_mutation import ReflectiveMuta
 
 from fst_dspy.config import FastConfig
 from fst_dspy.errors import ConfigError, DataError
-from fst_dspy.fast.gepa_adapter import GepaAdapter
-from fst_dspy.fast.judge import Judge
-from fst_dspy.fast.memory import Memory
-from fst_dspy.fast.reflector import Reflector, candidate_of
-from fst_dspy.fast.scores import Scores
-from fst_dspy.fast.strategies import (
+from fst_dspy.fast.gepa.adapter import GepaAdapter
+from fst_dspy.fast.gepa.strategies import (
     Strategies,
     batch_sampler,
     candidate_selector,
     component_selector,
 )
+from fst_dspy.fast.judge import Judge
+from fst_dspy.fast.memory import Memory
+from fst_dspy.fast.reflector import Reflector, candidate_of
+from fst_dspy.fast.scores import Scores
 from fst_dspy.student.candidate import instructions_in
 from fst_dspy.types import Candidate, Population
 

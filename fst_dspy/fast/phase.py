@@ -47,7 +47,8 @@ from fst_dspy.config import FastConfig
 from fst_dspy.errors import DataError
 from fst_dspy.fast import population as populations
 from fst_dspy.fast.acceptance import ProposalStats, proposal_of
-from fst_dspy.fast.gepa_adapter import GepaAdapter
+from fst_dspy.fast.gepa.adapter import GepaAdapter
+from fst_dspy.fast.gepa.strategies import NAMED, Strategies, acceptance_criterion
 from fst_dspy.fast.iterations import Iterations, check_instructions
 from fst_dspy.fast.judge import Judge
 from fst_dspy.fast.memory import Memory
@@ -55,7 +56,6 @@ from fst_dspy.fast.merge import merge
 from fst_dspy.fast.proposers.demos import DemoProposer, without_answer
 from fst_dspy.fast.proposers.protocol import Proposer
 from fst_dspy.fast.scores import Scores, ValidationScores
-from fst_dspy.fast.strategies import NAMED, Strategies, acceptance_criterion
 from fst_dspy.rollouts.jobs import Runner
 from fst_dspy.types import Candidate, Population, Rollout
 

@@ -7,7 +7,7 @@ from typing import Protocol
 
 import dspy
 
-from fst_dspy.fast.gepa_adapter import GepaAdapter
+from fst_dspy.fast.gepa.adapter import GepaAdapter
 from fst_dspy.fast.pool import RolloutPool, score_table
 from fst_dspy.types import Candidate, Population, Rollout
 

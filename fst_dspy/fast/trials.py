@@ -37,7 +37,14 @@ from fst_dspy import distributed
 from fst_dspy.config import FastConfig
 from fst_dspy.fast import population as populations
 from fst_dspy.fast.acceptance import ProposalStats, proposal_of
-from fst_dspy.fast.gepa_adapter import GepaAdapter
+from fst_dspy.fast.gepa.adapter import GepaAdapter
+from fst_dspy.fast.gepa.strategies import (
+    NAMED,
+    Strategies,
+    acceptance_criterion,
+    candidate_selector,
+    component_selector,
+)
 from fst_dspy.fast.iterations import Iterations, check_instructions
 from fst_dspy.fast.judge import Judge
 from fst_dspy.fast.memory import Memory
@@ -47,13 +54,6 @@ from fst_dspy.fast.proposers.demos import DemoProposer, without_answer
 from fst_dspy.fast.proposers.protocol import Proposer
 from fst_dspy.fast.reflector import Reflector, Trajectory, candidate_of, make_records
 from fst_dspy.fast.scores import PooledScores
-from fst_dspy.fast.strategies import (
-    NAMED,
-    Strategies,
-    acceptance_criterion,
-    candidate_selector,
-    component_selector,
-)
 from fst_dspy.rollouts.jobs import Runner
 from fst_dspy.student.candidate import candidate_from_json, candidate_to_json
 from fst_dspy.types import Candidate, Population, Rollout

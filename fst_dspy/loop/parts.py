@@ -15,12 +15,12 @@ from fst_dspy import distributed
 from fst_dspy.config import BudgetConfig, FSTConfig, LoraConfig
 from fst_dspy.errors import ConfigError
 from fst_dspy.fast.channel import FastChannel
+from fst_dspy.fast.gepa.strategies import NAMED, Strategies
 from fst_dspy.fast.phase import FastPhase
 from fst_dspy.fast.proposers.demos import DemoProposer
 from fst_dspy.fast.proposers.lessons import LessonProposer
 from fst_dspy.fast.proposers.protocol import Proposer
 from fst_dspy.fast.proposers.reflection import ReflectionLMProposer
-from fst_dspy.fast.strategies import NAMED, Strategies
 from fst_dspy.fast.trials import TrialPhase
 from fst_dspy.lm.local_lm import LocalLM
 from fst_dspy.loop.folder import RunFolder

@@ -31,14 +31,14 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from fst_dspy.config import FastConfig, SamplingConfig
 from fst_dspy.errors import ConfigError, DataError
-from fst_dspy.fast.gepa_adapter import GepaAdapter
+from fst_dspy.fast.gepa.adapter import GepaAdapter
+from fst_dspy.fast.gepa.strategies import Strategies, WorstFirstComponentSelector
 from fst_dspy.fast.phase import FastPhase, ProposalStats
 from fst_dspy.fast.population import best, choose
 from fst_dspy.fast.proposers.demos import DemoProposer
 from fst_dspy.fast.proposers.lessons import LessonProposer
 from fst_dspy.fast.proposers.protocol import ProposalError
 from fst_dspy.fast.reflector import Reflector, Trajectory, make_records
-from fst_dspy.fast.strategies import Strategies, WorstFirstComponentSelector
 from fst_dspy.lm.local_lm import LocalLM
 from fst_dspy.rollouts.evaluate import evaluate
 from fst_dspy.rollouts.jobs import RolloutJob

@@ -16,9 +16,9 @@ from gepa.strategies.acceptance import AcceptanceCriterion
 
 from fst_dspy.config import ALIASES
 from fst_dspy.errors import ConfigError
+from fst_dspy.fast.gepa.strategies import Strategies
 from fst_dspy.fast.proposers.proposal_fn import ProposalFnProposer, is_proposal_fn, is_proposer
 from fst_dspy.fast.proposers.protocol import Proposer
-from fst_dspy.fast.strategies import Strategies
 from fst_dspy.student.metric import check_metric
 
 
