@@ -57,7 +57,7 @@ def columns(
 
     Args:
         frontier: ``"instance"``, an example a column; ``"objective"``, an objective's mean over the
-            examples; ``"hybrid"``, both; ``"cartesian"``, an objective on an example.
+            examples; ``"hybrid"``, both, with equal weight; ``"cartesian"``, an objective on an example.
         score_K_V: Scores.
         objective_K_V: Scores by objective, all with the same ones; where it is empty, the front is
             over examples.
@@ -70,7 +70,9 @@ def columns(
     means = [[mean([cell[name] for cell in row]) for name in names] for row in objective_K_V]
     if frontier == "objective":
         return means
-    return [[*scores, *own] for scores, own in zip(score_K_V, means, strict=True)]
+    # As many columns as there are examples: among these, a few objectives would count for nothing.
+    times = max(1, len(score_K_V[0]) // len(names))
+    return [[*scores, *own * times] for scores, own in zip(score_K_V, means, strict=True)]
 
 
 def choose(
