@@ -206,6 +206,7 @@ class FST(Teleprompter):
         valset: list[dspy.Example] | None,
     ) -> CheckedInput:
         """What can be checked without running the model; errors are those of ``compile``."""
+        fast_on = self.arm in ("fst", "gepa_only")
         return check_input(
             student,
             self.metric,
@@ -213,7 +214,7 @@ class FST(Teleprompter):
             valset,
             seed=self.seed,
             val_size=self.config.sampling.val_size,
-            frontier=self.config.fast.frontier_type if self.arm != "rl_only" else "instance",
+            frontier=self.config.fast.frontier_type if fast_on else "instance",
         )
 
     def spec(self) -> RunSpec:

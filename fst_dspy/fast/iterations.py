@@ -188,6 +188,8 @@ class Iterations:
             population: Its scores are those of the validation where ``val_ids`` are its own.
             val_ids, score_V: Length V, the scores of its best candidate.
         """
+        if not self.events.heard:
+            return
         k = best(population)
         state = self.gepa_state(
             population.candidates, population.score_K_V, population.objective_K_V
@@ -204,6 +206,8 @@ class Iterations:
 
     def end(self, population: Population) -> None:
         """Tell that the run ends."""
+        if not self.events.heard:
+            return
         state = self.gepa_state(
             population.candidates, population.score_K_V, population.objective_K_V
         )

@@ -57,7 +57,8 @@ def columns(
 
     Args:
         frontier: ``"instance"``, an example a column; ``"objective"``, an objective's mean over the
-            examples; ``"hybrid"``, both, with equal weight; ``"cartesian"``, an objective on an example.
+            examples; ``"hybrid"``, both, with equal weight; ``"cartesian"``, an objective on an
+            example.
         score_K_V: Scores.
         objective_K_V: Scores by objective, all with the same ones; where it is empty, the front is
             over examples.

@@ -63,7 +63,7 @@ def score(parts: Parts, state: LoopState) -> Validation:
     k = 0 if best_only else populations.best(population)
     if first:
         check_first_rollouts(scored.rollouts_K[k])
-        if parts.config.fast.frontier_type != "instance":
+        if parts.fast_on and parts.config.fast.frontier_type != "instance":
             check_objectives(scored.rollouts_K[k], parts.config.fast.frontier_type)
     if step > 0 or parts.lm.version != parts.policy.base_version:
         kl = kl_to_base(parts.policy, spread_calls(scored.rollouts_K[k], KL_CALLS, parts.spec.seed))

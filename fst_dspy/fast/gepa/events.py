@@ -71,6 +71,11 @@ class Events:
         self.stopped: str | None = None
         self._begun = False
 
+    @property
+    def heard(self) -> bool:
+        """Whether there is anybody to tell or ask."""
+        return bool(self.callbacks or self.stoppers)
+
     def stop(self, state: GEPAState) -> bool:
         """Whether a stop callback ends the run; once one does, it has ended.
 
