@@ -605,7 +605,7 @@ SINCE: dict[str, dict[str, Any]] = {
         "reflection_prompt_template": None,
         "reflection_context": "step",
         "frontier_type": "instance",
-        "copy_guard": False,
+        "copy_guard": True,  # there was none; a run of before goes on with it all the same
     },
     "budget": {"max_full_evals": None},
 }

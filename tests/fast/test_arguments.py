@@ -102,10 +102,8 @@ def test_what_to_do_without_signal_is_no_limit():
     assert FST(metric, on_no_signal="warn").config.budget.max_cycles == 6
 
 
-def test_a_config_of_before_does_what_it_did():
+def test_a_config_of_before_is_read_and_its_run_goes_on():
     now = FSTConfig.make().to_dict()
     new = {"reflection_context", "frontier_type", "copy_guard", "max_full_evals"}
     old = {part: {k: v for k, v in row.items() if k not in new} for part, row in now.items()}
-    read = without_removed(old)
-    assert read["fast"] == now["fast"] | {"copy_guard": False}
-    assert read["budget"] == now["budget"]
+    assert without_removed(old) == now
