@@ -1,7 +1,7 @@
 """FrozenLake (gymnasium): cross a frozen lake to the gift without falling into a hole.
 
-Small enough for a laptop: 4 by 4 fields, four actions, the way told by words alone. Every example is
-a lake of its own, drawn from its seed. The environment's reward is 1 at the gift and 0 otherwise.
+Small enough for a laptop: 4 by 4 fields, four actions, the way told by words alone. Every example
+is a lake of its own, drawn from its seed. The environment's reward is 1 at the gift, otherwise 0.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def load(seed: int, train: int = 200, val: int = 48, test: int = 100, max_turns:
         valset=lakes[train : train + val],
         testset=lakes[train + val :],
         ideal_instructions={
-            "act": "Step right or down towards the gift where it says ice; never step where it says "
-            "hole; where both are holes, go another way round."
+            "act": "Step right or down towards the gift where it says ice; never step where it "
+            "says hole; where both are holes, go another way round."
         },
     )

@@ -1,8 +1,8 @@
 """Actions: what the model writes, and the call of a tool that it means.
 
-Three forms, by the tools of the environment: a single tool with a single argument is called with the
-answer itself, of the argument's type; tools without arguments are called by their names; anything
-else is written as a call, ``move(steps=2)``, with literals for arguments.
+Three forms, by the tools of the environment: a single tool with a single argument is called with
+the answer itself, of the argument's type; tools without arguments are called by their names;
+anything else is written as a call, ``move(steps=2)``, with literals for arguments.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from typing import Any, Literal
 from pydantic import TypeAdapter, ValidationError
 
 from fst_dspy.errors import FSTError
-
 
 Tool = Callable[..., Any]
 """A method of an environment, with a docstring and typed arguments."""

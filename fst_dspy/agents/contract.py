@@ -1,8 +1,8 @@
 """What an environment is: TRL's contract (``environment_factory`` of TRL's ``GRPOTrainer``).
 
-A factory makes an environment. ``reset(**fields)`` begins an episode on the fields of an example and
-returns the first observation, or ``None``; every other public method of its class is a tool, which
-the model calls and whose return value it reads. Where the class has ``get_reward()``, the episode's
+A factory makes an environment. ``reset(**fields)`` begins an episode on the fields of an example
+and returns the first observation, or ``None``; every other public method of its class is a tool,
+which the model calls and whose return value it reads. Where the class has ``get_reward()``, the episode's
 reward is its own. Three attributes are optional, by the custom of TRL's and OpenEnv's examples:
 ``done``, true once the episode is over; ``reward``, the reward so far; ``feedback``, a text about
 how it went. An environment may have ``close()``.
@@ -143,13 +143,11 @@ def factory_for(factories: Factory | Mapping[str, Factory], name: str | None) ->
     """
     if not isinstance(factories, Mapping):
         return factories
+    known = ", ".join(map(repr, factories))
+    if name is None:
+        raise ProgramError(f"each example needs a field 'environment' that names one of {known}")
     if name not in factories:
-        known = ", ".join(map(repr, factories))
-        raise ProgramError(
-            f"the field environment={name!r} of an example must name one of {known}"
-            if name is not None
-            else f"each example needs a field 'environment' that names one of {known}"
-        )
+        raise ProgramError(f"the field environment={name!r} of an example must name one of {known}")
     return factories[name]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import dspy
@@ -64,6 +65,7 @@ class Env(dspy.Module):
         self.max_turns = max_turns
         self._forms = {name: self._probe(name) for name in self._names}
         signature = ensure_signature(signature)
+        assert not isinstance(signature, str)
         if agent is not None:
             tools = list(_dispatching(self._forms.values()))
             setattr(self, AGENT, agent(signature, tools=tools, max_iters=max_turns))
@@ -149,11 +151,9 @@ class Env(dspy.Module):
         if "observation" in self._inputs:
             inputs = {**inputs, "observation": contract.as_text(episode.observation)}
         outputs: dict[str, Any] = {}
-        with dspy.context(**{EPISODE: episode}):
-            try:
-                outputs = dict(getattr(self, AGENT)(**inputs).items())
-            except EpisodeOver:
-                pass  # the environment is done, and needs no answer
+        # An environment that is done needs no answer.
+        with dspy.context(**{EPISODE: episode}), suppress(EpisodeOver):
+            outputs = dict(getattr(self, AGENT)(**inputs).items())
         return episode.prediction(**{k: v for k, v in outputs.items() if k not in _PREDICTED})
 
     # --- environments -------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import inspect
 import os
 import struct
 import sys
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 import cloudpickle
 
@@ -20,14 +20,14 @@ ATTRIBUTES = ("done", "reward", "feedback")
 _LENGTH = struct.Struct(">Q")
 
 
-def send(stream: BinaryIO, value: Any) -> None:
+def send(stream: IO[bytes], value: Any) -> None:
     """Write one message."""
     data = cloudpickle.dumps(value)
     stream.write(_LENGTH.pack(len(data)) + data)
     stream.flush()
 
 
-def receive(stream: BinaryIO) -> Any:
+def receive(stream: IO[bytes]) -> Any:
     """Read one message.
 
     Raises:
@@ -69,7 +69,7 @@ def serve() -> None:
             send(answers, (kind, contract.said_of(error), _attributes(environment)))
 
 
-def _read(stream: BinaryIO, length: int) -> bytes:
+def _read(stream: IO[bytes], length: int) -> bytes:
     data = stream.read(length)
     if len(data) < length:
         raise EOFError

@@ -156,7 +156,7 @@ class _Worker:
             env={**os.environ, "PYTHONPATH": path},
         )
         self._answers: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        # A read of a pipe cannot be given up on every platform; waiting for a thread that reads can.
+        # A read of a pipe cannot be given up on every platform; waiting for a thread can.
         threading.Thread(target=self._read, daemon=True).start()
 
     def ask(self, question: Any, timeout: float | None) -> Any:

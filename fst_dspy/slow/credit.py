@@ -45,7 +45,7 @@ def centred_returns(group: Group, discount: float) -> list[list[float]]:
     """What each rollout gained from each turn on, less the mean of those that came to the turn."""
     return_G_T = [turn_returns(rollout, discount) for rollout in group.rollouts_G]
     longest = max(map(len, return_G_T), default=0)
-    means = []
+    means: list[float] = []
     for turn in range(longest):
         came_to_it = [return_T[turn] for return_T in return_G_T if len(return_T) > turn]
         means.append(_mean(came_to_it) if len(came_to_it) > 1 or not means else means[0])
