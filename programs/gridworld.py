@@ -90,6 +90,8 @@ def room(rule: dict[str, str], kind: str, seed: int) -> Any:
             for thing in things:
                 self.place_obj(thing, max_tries=100)
             self.place_agent()
+            while self.grid.get(*self.front_pos) in things:  # there would be nothing to do
+                self.place_agent()
 
     return Room()
 

@@ -2,10 +2,10 @@
 
 A factory makes an environment. ``reset(**fields)`` begins an episode on the fields of an example
 and returns the first observation, or ``None``; every other public method of its class is a tool,
-which the model calls and whose return value it reads. Where the class has ``get_reward()``, the episode's
-reward is its own. Three attributes are optional, by the custom of TRL's and OpenEnv's examples:
-``done``, true once the episode is over; ``reward``, the reward so far; ``feedback``, a text about
-how it went. An environment may have ``close()``.
+which the model calls and whose return value it reads. Where the class has ``get_reward()``, the
+episode's reward is its own. Three attributes are optional, by the custom of TRL's and OpenEnv's
+examples: ``done``, true once the episode is over; ``reward``, the reward so far; ``feedback``, a
+text about how it went. An environment may have ``close()``.
 """
 
 from __future__ import annotations

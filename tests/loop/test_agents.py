@@ -71,7 +71,10 @@ def test_a_killed_run_goes_on_to_the_same_turns(tiny_qwen3, tmp_path, monkeypatc
             compile_hall(tiny_qwen3, tmp_path / "killed")
     again = compile_hall(tiny_qwen3, tmp_path / "killed")
     for before, after in zip(whole.records, again.records, strict=True):
-        assert (before.turns.steps, before.turns.invalid) == (after.turns.steps, after.turns.invalid)
+        assert (before.turns.steps, before.turns.invalid) == (
+            after.turns.steps,
+            after.turns.invalid,
+        )
         assert before.weights_version == after.weights_version
     rollouts = (tmp_path / "killed" / "rollouts.jsonl").read_text().splitlines()
     assert json.loads(rollouts[-1])["turns"][0]["observation"] == "you stand in a hall"
