@@ -267,6 +267,7 @@ class RolloutThread:
             failure=None,
             policy_version=self.policy_version,
             objective_scores=score.objectives,
+            turns=tuple(self.session.turns),
         )
 
 

@@ -104,6 +104,7 @@ def test_what_to_do_without_signal_is_no_limit():
 
 def test_a_config_of_before_is_read_and_its_run_goes_on():
     now = FSTConfig.make().to_dict()
-    new = {"reflection_context", "frontier_type", "copy_guard", "max_full_evals"}
+    budget = {"max_full_evals", "max_env_steps"}
+    new = {"reflection_context", "frontier_type", "copy_guard", *budget}
     old = {part: {k: v for k, v in row.items() if k not in new} for part, row in now.items()}
     assert without_removed(old) == now
