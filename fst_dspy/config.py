@@ -624,7 +624,8 @@ SINCE: dict[str, dict[str, Any]] = {
         "frontier_type": "instance",
         "copy_guard": True,  # there was none; a run of before goes on with it all the same
     },
-    "budget": {"max_full_evals": None, "max_env_steps": None},
+    "slow": {"credit": "rollout", "discount": 1.0},
+    "budget": {"max_full_evals": None, "max_env_steps": None, "on_no_signal": "stop"},
 }
 """Settings that earlier versions did not have, by part, with what they did."""
 
