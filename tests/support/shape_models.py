@@ -45,10 +45,14 @@ ANSWERS: dict[str, Any] = {
     "reasoning": "so it is", "rationale": "thus", "answer": "jade", "draft": "a draft",
     "place": {"city": "Rome", "zip": 7}, "places": [{"city": "Oslo", "zip": 1}], "kind": "warm",
     "day": "2024-02-03", "score": 0.5, "count": 3, "flag": True, "tags": ["a", "b"],
-    "next_thought": "I look", "next_tool_args": {"word": "x"}, "choice": "left",
+    "next_thought": "I look", "choice": "left",
     "advice": {"self": "N/A", "a": "shorter"}, "discussion": "hm", "query": "what",
-    "generated_code": "1", "code_output": "1", "maybe": "yes", "table": {"x": 1},
+    "generated_code": "SUBMIT({'answer': 'jade'})", "finished": True, "code_output": "1",
+    "code": "print(llm_query('which stone?'))\nSUBMIT(answer='jade')", "maybe": "yes",
+    "table": {"x": 1}, "kinds": ["warm", "cold"], "by_name": {"a": {"city": "Bern", "zip": 3}},
+    "either": 7, "both": ["x", 1], "point": {"x": 1.5, "y": 2}, "amount": "12.50",
 }  # fmt: skip
+LOOK: dict[str, Any] = {"name": "look", "args": {"word": "x"}}
 
 
 def answer_to(prompt: str) -> str:
@@ -57,10 +61,14 @@ def answer_to(prompt: str) -> str:
     names = re.findall(r"^\d+\. `(\w+)`", listed[1], re.M) if listed else []
     if not names:  # the first step of a TwoStepAdapter, or a plain call
         return "it is jade, in Rome, at zip 7"
-    tool = "finish" if "observation_0" in prompt else "look"
-    values = {name: tool if name == "next_tool_name" else ANSWERS[name] for name in names}
-    if tool == "finish" and "next_tool_args" in values:
-        values["next_tool_args"] = {}
+    done = "observation_0" in prompt or "is jade" in prompt
+    submit = {"name": "submit", "args": {"answer": "jade"}}
+    steps = {
+        "next_tool_name": "finish" if done else "look",
+        "next_tool_args": {} if done else LOOK["args"],
+        "tool_calls": {"tool_calls": [submit if done else LOOK]},
+    }
+    values = {name: steps.get(name, ANSWERS.get(name)) for name in names}
     texts = {n: v if isinstance(v, str) else json.dumps(v) for n, v in values.items()}
     if "[[ ## completed ## ]]" in prompt and "JSON object in the following order" not in prompt:
         rows = [f"[[ ## {name} ## ]]\n{text}" for name, text in texts.items()]
