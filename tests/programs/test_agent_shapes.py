@@ -39,6 +39,8 @@ from shape_models import (
 )
 from typing_extensions import TypedDict
 
+from fst_dspy import FST
+from fst_dspy.errors import ProgramError
 from fst_dspy.student.modules import copy_program, every_predictor
 
 QA, DRAFT, QUESTION = "question -> answer", "question -> draft", {"question": "where?"}
@@ -691,3 +693,55 @@ def test_a_predictor_is_named_and_copied_wherever_it_lies(models: Models, name: 
     assert first.startswith("parts") and last == "b"
     assert own not in list(every_predictor(copy_program(program)).values())
     assert not own.callbacks and own.lm is None
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_tool_call_that_an_adapter_keeps_apart_is_read_as_text(models: Models) -> None:
+    with dspy.context(lm=models.local(), adapter=dspy.JSONAdapter()):
+        found = dspy.ReActV2(QA, [look], max_iters=3)(**QUESTION)
+    assert found.termination_reason == "submit"
+    (prompt,) = (one[1] for one in models.take() if "is jade" in one[1])
+    assert '{"name": "look", "args": {"word": "x"}}<|im_end|>' in prompt
+    assert "<|im_start|>user\nlook: x is jade<|im_end|>" in prompt
+
+
+class Pictured(dspy.Module):
+    """Shows its model an image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = dspy.Predict("picture: dspy.Image -> answer")
+
+    def forward(self, picture: dspy.Image) -> Any:
+        assert isinstance(picture, dspy.Image)
+        return self.a(picture=picture)
+
+
+PIXEL = dspy.Image("data:image/png;base64,iVBORw0KGgo=")
+
+
+def test_an_image_reaches_program_and_remote_model_as_it_is(models: Models) -> None:
+    def forward(self, picture):
+        self.keep(picture)
+        return self.b(question=self.a(picture=picture).answer)
+
+    seen: list[Any] = []
+    program = module(forward, a=Pictured().a, b=dspy.Predict(QA), keep=seen.append)
+    program.a.lm = models.remote()
+    with dspy.context(lm=models.local()):
+        roll(program, {"picture": PIXEL}, count=2)
+    assert [type(one) for one in seen] == [dspy.Image] * 2
+    assert [one[0] for one in models.take()] == ["local", "local", "remote", "remote"]
+    assert models.parts == {"text", "image"}
+
+
+def test_a_picture_for_a_model_of_texts_is_refused_before_training(models: Models) -> None:
+    data = [dspy.Example(picture=PIXEL, answer=w).with_inputs("picture") for w in "abcdef"]
+    with (
+        dspy.context(lm=models.local()),
+        pytest.raises(ProgramError, match="reads text only, not image"),
+    ):
+        FST(metric=lambda gold, pred, trace=None: 1.0, max_cycles=1).compile(
+            Pictured(), trainset=data
+        )
+    assert not models.take()

@@ -84,6 +84,7 @@ class Models:
 
     policy: Policy
     asked: list[tuple[Any, ...]] = field(default_factory=list)
+    parts: set[str] = field(default_factory=set)
 
     def generate(self, policy: Policy, requests: list[GenerationRequest]) -> list[GenerationResult]:
         return [self._answer(request) for request in requests]
@@ -101,8 +102,9 @@ class Models:
         """The remote one's."""
         texts = [
             request.system or "",
-            *("".join(p.text for p in m.parts) for m in request.messages),
+            *("".join(getattr(p, "text", p.type) for p in m.parts) for m in request.messages),
         ]
+        self.parts |= {part.type for message in request.messages for part in message.parts}
         prompt = "\n".join(t if isinstance(t, str) else t[0].text for t in texts)
         self.asked.append(("remote", prompt, request.config.max_tokens, request.config.temperature))
         return lm15.Response(
