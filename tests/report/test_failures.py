@@ -25,11 +25,11 @@ def section(folder, tmp_path):
 def test_kinds_have_their_shares_and_first_messages(tmp_path):
     write_run(tmp_path / "run", cycles=2)
     rows = list(read_jsonl(tmp_path / "run" / "cycles.jsonl"))
-    rows[0] |= {
+    rows[-2] |= {
         "failure_shares": {"parse": 0.9, "program": 0.02},
         "failure_messages": {"program": f"KeyError: {HOSTILE}", "parse": "no field 'queue'"},
     }
-    rows[1] |= {"failure_shares": {"parse": 0.25}, "failure_messages": {"parse": "another"}}
+    rows[-1] |= {"failure_shares": {"parse": 0.25}, "failure_messages": {"parse": "another"}}
     text = "".join(json.dumps(row) + "\n" for row in rows)
     (tmp_path / "run" / "cycles.jsonl").write_text(text)
     found = section(tmp_path / "run", tmp_path)
