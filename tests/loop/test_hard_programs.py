@@ -125,3 +125,16 @@ def test_an_engine_that_breaks_ends_the_run_which_is_not_finished(
     ):
         fst.compile(Program(), trainset=questions(6), valset=questions(2, 6))
     assert not (tmp_path / "run" / "result.json").exists()
+
+
+def test_a_cycles_tokens_are_those_of_its_own_rollouts(tiny_qwen3: Any) -> None:
+    found = []
+    for cycles in (1, 3):
+        fst = FST(vowels, track_stats=True, **(SETTINGS | {"max_cycles": cycles}))
+        with dspy.context(lm=LocalLM(str(tiny_qwen3)), adapter=RawAdapter()):
+            compiled = fst.compile(Program(), trainset=questions(6), valset=questions(2, 6))
+        found.append(list(compiled.detailed_results.records))
+    short, long = found
+    assert len(short) < len(long)
+    for one, other in zip(short, long, strict=False):
+        assert (one.tokens, one.rollouts) == (other.tokens, other.rollouts)
