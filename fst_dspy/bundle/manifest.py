@@ -277,6 +277,12 @@ _LM_SETTINGS: dict[str, Callable[[Any], bool]] = {
         or (isinstance(v, list | tuple) and all(isinstance(s, str) for s in v))
     ),
     "n": lambda v: _is_int(v) and 1 <= v <= 1000,
+    "top_k": lambda v: v is None or (_is_int(v) and v >= 1),
+    "frequency_penalty": lambda v: v is None or (_is_number(v) and -2 <= v <= 2),
+    "presence_penalty": lambda v: v is None or (_is_number(v) and -2 <= v <= 2),
+    "repetition_penalty": lambda v: v is None or (_is_number(v) and 0 < v <= 100),
+    "reasoning_effort": lambda v: v is None or _is_text(v),
+    "chat_template_kwargs": lambda v: v is None or (isinstance(v, dict) and all(map(_is_text, v))),
     "rollout_id": _is_int,
     "cache": lambda v: isinstance(v, bool),
 }

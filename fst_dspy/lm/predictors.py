@@ -11,10 +11,10 @@ from typing import Any
 import dspy
 
 from fst_dspy.config import SamplingConfig
-from fst_dspy.errors import ProgramError
+from fst_dspy.errors import ConfigError, ProgramError
 from fst_dspy.lm.compiled import follows, mark_compiled
 from fst_dspy.lm.local_lm import LocalLM
-from fst_dspy.lm.requests import DEFAULT_MAX_TOKENS
+from fst_dspy.lm.requests import DEFAULT_MAX_TOKENS, penalty_in
 from fst_dspy.model.policy import Policy
 from fst_dspy.student.candidate import bind
 from fst_dspy.student.modules import every_predictor
@@ -67,6 +67,28 @@ def find_local_lm(program: dspy.Module) -> LocalLM:
             f"{', '.join(sorted(versions))}; training starts from one: call program.set_lm(...)"
         )
     return local[0]
+
+
+def check_trained(program: dspy.Module, policy: Policy) -> None:
+    """Refuse to train predictors that sample from another distribution than the policy's own.
+
+    ``top_p`` and ``top_k`` cut the policy's distribution, and the loss takes the whole of it, as
+    TRL does. Penalties move it from token to token, and the loss would know nothing of it.
+
+    Raises:
+        ConfigError: A predictor's LM, or its own ``config``, has penalties.
+    """
+    for name, predictor in every_predictor(program).items():
+        lm = resolved_lm(predictor)
+        if not shares_policy(lm, policy):
+            continue
+        said = {**lm.kwargs, **(getattr(predictor, "config", None) or {})}
+        if penalty := penalty_in(said):
+            raise ConfigError(
+                f"the predictor {name!r} samples with {penalty}={said[penalty]}, and what is "
+                "sampled so cannot be trained on: leave it out, and set it on the compiled "
+                "program's LM if you need it there"
+            )
 
 
 class RolloutLMs:

@@ -6,7 +6,7 @@ Raises lm15 errors, which DSPy turns into its own and, for these kinds, does not
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,6 +21,7 @@ from fst_dspy.lm.templates import (
     call_of,
     chat_format,
     check_options,
+    cut_thought_advice,
     render,
     thinks,
 )
@@ -39,6 +40,16 @@ ROLLOUT = "fst_rollout"
 """The DSPy setting that holds the rollout that is running."""
 OWN = ("chat_template_kwargs", "repetition_penalty")
 """Settings of a ``LocalLM`` that no field of a request is for."""
+
+PENALTIES = {"frequency_penalty": 0.0, "presence_penalty": 0.0, "repetition_penalty": 1.0}
+"""Settings that sample from another distribution than the policy's, and what leaves them out."""
+
+
+def penalty_in(settings: Mapping[str, Any]) -> str | None:
+    """The first penalty that some settings of a language model have."""
+    return next(
+        (n for n, none in PENALTIES.items() if settings.get(n, none) not in (none, None)), None
+    )
 
 
 @dataclass
@@ -342,8 +353,13 @@ def _response(pending: Pending, answer: Answer) -> lm15.Response:
     parts: list[Any] = [] if answer.thought is None else [lm15.ThinkingPart(answer.thought)]
     parts += [lm15.TextPart(answer.text)] if answer.text or not calls else []
     parts += tool_call_parts(prompt_ids_T, calls)
-    if answer.in_thought and result.finish_reason == "length":
-        _tell_cut_thought(len(result.completion_ids_T))
+    cut_off = answer.in_thought and result.finish_reason == "length"
+    if cut_off and dspy.settings.get(ROLLOUT) is None:  # in a rollout it is data, and counted
+        logger.warning(
+            "the answer was cut off after %d tokens, %s",
+            len(result.completion_ids_T),
+            cut_thought_advice(policy.tokenizer),
+        )
     scored = zip(result.completion_ids_T, result.logprobs_T, strict=True)
     return lm15.Response(
         id=None,
@@ -360,15 +376,3 @@ def _response(pending: Pending, answer: Answer) -> lm15.Response:
             for token, logprob in scored
         ),
     )
-
-
-CUT_THOUGHT = (
-    "in the middle of its thought; raise max_tokens, or set "
-    "LocalLM(..., chat_template_kwargs={'enable_thinking': False})"
-)
-"""What to do about answers that never come, as the thought before them is cut off."""
-
-
-def _tell_cut_thought(tokens: int) -> None:
-    if dspy.settings.get(ROLLOUT) is None:  # where it is data, and counted
-        logger.warning("the answer was cut off after %d tokens, %s", tokens, CUT_THOUGHT)
