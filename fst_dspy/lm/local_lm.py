@@ -15,6 +15,7 @@ from fst_dspy.lm.engine import AsyncLocalEngine, LocalEngine, serving
 from fst_dspy.lm.in_use import over_base, remember
 from fst_dspy.lm.requests import DEFAULT_MAX_TOKENS, EXTRA, OWN
 from fst_dspy.lm.templates import check_options, thinks
+from fst_dspy.model.hardware import device_named, dtype_named
 from fst_dspy.model.policy import Policy
 
 COMPILED_LM = "fst_lm"
@@ -38,8 +39,8 @@ class LocalLM(dspy.LM):
             ``Policy`` to share.
         temperature: In [0, 2]; 0 is greedy.
         max_tokens: Longest answer, in tokens; by default an eighth of the context, at most 512.
-        device: Defaults to CUDA where there is one.
-        dtype: Defaults to bfloat16 on CUDA and float32 elsewhere.
+        device: ``"cpu"``, ``"cuda"`` or ``"gpu"``, ...; defaults to CUDA where there is one.
+        device: Such as ``"cpu"``, ``"cuda"`` or ``"gpu"``; CUDA by default, where there is one.
         trust_remote_code: Run Python code that comes with the model.
         cache: Keep answers in DSPy's cache.
         chat_template_kwargs: Variables of the model's chat template, such as
@@ -52,7 +53,7 @@ class LocalLM(dspy.LM):
     as well, or as a predictor's ``config``, and are saved with a program.
 
     Raises:
-        ModelError: The model cannot be loaded.
+        ModelError: The model cannot be loaded, or there is no such device or dtype.
         ConfigError: The chat template does not read a variable in ``chat_template_kwargs``.
     """
 
@@ -84,7 +85,10 @@ class LocalLM(dspy.LM):
                 model
                 if isinstance(model, Policy)
                 else Policy.load(
-                    model, device=device, dtype=dtype, trust_remote_code=trust_remote_code
+                    model,
+                    device=device_named(device),
+                    dtype=dtype_named(dtype),
+                    trust_remote_code=trust_remote_code,
                 )
             )
             engine, version = LocalEngine(policy), policy.version()
@@ -166,6 +170,8 @@ class LocalLM(dspy.LM):
         own = {name: value for name, value in own.items() if value is not None}
         if not own:
             return kwargs
+        if "chat_template_kwargs" in own:
+            check_options(self.policy, own["chat_template_kwargs"])
         metadata = kwargs.get("metadata", self.kwargs.get("metadata")) or {}
         # None keeps those of ``self.kwargs`` out of the request.
         return {**kwargs, **dict.fromkeys(own), "metadata": {**metadata, EXTRA: own}}
