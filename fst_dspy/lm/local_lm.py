@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+import logging
+import weakref
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import dspy
@@ -17,6 +19,9 @@ from fst_dspy.lm.requests import DEFAULT_MAX_TOKENS, EXTRA, OWN
 from fst_dspy.lm.templates import check_options, thinks
 from fst_dspy.model.hardware import device_named, dtype_named
 from fst_dspy.model.policy import Policy
+from fst_dspy.student.identity import adapter_identity, shown_adapter
+
+logger = logging.getLogger(__name__)
 
 COMPILED_LM = "fst_lm"
 """The attribute of a compiled program's modules that holds the LM they were compiled for."""
@@ -24,6 +29,8 @@ FOLLOWS = "fst_follows"
 """The attribute of a compiled predictor that holds its LM, where it had none of its own before."""
 ENTERED_WITH = "fst_entered_with"
 """The DSPy setting, in a tuple, that holds the settings' LM as a compiled program was entered."""
+COMPILED_ADAPTER = "fst_adapter"
+"""The attribute of a compiled program that says which adapter it was compiled under."""
 _ANSWERS_WITH = "answers_with"  # in a pickle: the version id, also where ``model`` is the live one
 
 
@@ -200,6 +207,8 @@ class LocalLM(dspy.LM):
         modules = dspy.settings.caller_modules or ()
         if not modules:
             return self
+        if serving(self.policy) is None:
+            _check_adapter(modules)
         caller = vars(modules[-1])
         if caller.get("lm") is self:
             entered = dspy.settings.get(ENTERED_WITH)
@@ -254,6 +263,28 @@ class LocalLM(dspy.LM):
     def live(self) -> LocalLM:
         """A copy that follows the live weights, without the cache."""
         return self.copy(model=self.policy.live_id, cache=False)
+
+
+def _check_adapter(modules: Iterable[dspy.Module]) -> None:
+    """Say so, once, where a compiled program is called under another adapter."""
+    for module in modules:
+        compiled = vars(module).get(COMPILED_ADAPTER)
+        if compiled is None or module in _told:
+            continue
+        here = adapter_identity(dspy.settings.adapter)
+        if here != compiled:
+            _told.add(module)
+            logger.warning(
+                "%s was compiled under the adapter %s and is called under %s, so that its prompts "
+                "are others than those it was trained on; set the former with "
+                "dspy.configure(adapter=...)",
+                type(module).__name__,
+                shown_adapter(compiled),
+                shown_adapter(here),
+            )
+
+
+_told: weakref.WeakSet[dspy.Module] = weakref.WeakSet()
 
 
 def _serving(engine: LocalEngine, version: str) -> LocalEngine:

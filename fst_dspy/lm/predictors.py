@@ -17,6 +17,7 @@ from fst_dspy.lm.local_lm import LocalLM
 from fst_dspy.lm.requests import DEFAULT_MAX_TOKENS, penalty_in
 from fst_dspy.model.policy import Policy
 from fst_dspy.student.candidate import bind
+from fst_dspy.student.identity import adapter_identity
 from fst_dspy.student.modules import every_predictor
 from fst_dspy.types import Candidate
 
@@ -161,6 +162,6 @@ def bound_to(student: dspy.Module, candidate: Candidate, lm: LocalLM) -> dspy.Mo
         if follows(predictor):
             following.append(predictor)
         predictor.lm = lm if own is None else bound.setdefault(id(own), own.copy(model=lm.model))
-    mark_compiled(compiled, lm, following)
+    mark_compiled(compiled, lm, following, adapter_identity(dspy.settings.adapter))
     compiled._compiled = True
     return compiled
