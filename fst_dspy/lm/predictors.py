@@ -10,9 +10,10 @@ from typing import Any
 
 import dspy
 
-from fst_dspy.config import SamplingConfig
+from fst_dspy.config import LoraConfig, SamplingConfig
 from fst_dspy.errors import ConfigError, ProgramError
 from fst_dspy.lm.compiled import follows, mark_compiled
+from fst_dspy.lm.kept_weights import refuse_quantized
 from fst_dspy.lm.local_lm import LocalLM
 from fst_dspy.lm.requests import DEFAULT_MAX_TOKENS, penalty_in
 from fst_dspy.model.policy import Policy
@@ -70,15 +71,17 @@ def find_local_lm(program: dspy.Module) -> LocalLM:
     return local[0]
 
 
-def check_trained(program: dspy.Module, policy: Policy) -> None:
-    """Refuse to train predictors that sample from another distribution than the policy's own.
+def check_trained(program: dspy.Module, policy: Policy, lora: LoraConfig | None = None) -> None:
+    """Refuse to train what cannot be: a quantized model's weights, and some ways of sampling.
 
     ``top_p`` and ``top_k`` cut the policy's distribution, and the loss takes the whole of it, as
     TRL does. Penalties move it from token to token, and the loss would know nothing of it.
 
     Raises:
-        ConfigError: A predictor's LM, or its own ``config``, has penalties.
+        ConfigError: The model is quantized and no adapters are trained, or a predictor's LM, or its
+            own ``config``, has penalties.
     """
+    refuse_quantized(policy, lora)
     for name, predictor in every_predictor(program).items():
         lm = resolved_lm(predictor)
         if not shares_policy(lm, policy):

@@ -158,7 +158,7 @@ def make_parts(spec: RunSpec, student: dspy.Module, checked: CheckedInput, start
     main, slow_on = distributed.is_main(), spec.arm != "gepa_only"
     fast_on = spec.arm in ("fst", "gepa_only")
     if slow_on:
-        check_trained(student, lm.policy)
+        check_trained(student, lm.policy, slow.lora)
     valset = sample(checked.valset, config.sampling.val_size, seed)
     val_ids = tuple(example_id(example) for example in valset)
     own = seed_candidate(student)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import dspy
 import pytest
-import torch
+import transformers
 from chat_families import FAMILIES, save_family
 from dspy import lm15
 from helpers import Echo
@@ -14,6 +14,9 @@ from helpers import Echo
 import fst_dspy
 from fst_dspy import LocalLM
 from fst_dspy.config import LoraConfig, SamplingConfig, SlowConfig
+from fst_dspy.errors import ConfigError
+from fst_dspy.lm.kept_weights import KeptWeights
+from fst_dspy.lm.predictors import check_trained
 from fst_dspy.lm.requests import prompt_ids
 from fst_dspy.model.endings import eos_ids
 from fst_dspy.slow.trainer import SlowTrainer
@@ -119,5 +122,33 @@ def test_a_program_runs_on_each_under_dspys_adapters(name: str, folder_of) -> No
             dspy.Predict("question -> answer")(question="where?")
 
 
-def test_dtype_float32_by_default(folder_of) -> None:
-    assert LocalLM(str(folder_of("qwen3"))).policy.model.dtype == torch.float32
+def test_a_quantized_model_is_trained_by_adapters_alone(folder_of) -> None:
+    program = Echo()
+    program.set_lm(LocalLM(str(folder_of("qwen3"))))
+    policy = program.say.lm.policy
+    policy.model.is_quantized = True
+    with pytest.raises(ConfigError, match="quantized.*lora=True"):
+        check_trained(program, policy)
+    check_trained(program, policy, LoraConfig(rank=2))
+    with pytest.raises(ConfigError, match="quantized.*lora=True"):
+        KeptWeights(policy).start(policy.base_version, None, 0)
+
+
+def test_adapters_over_a_model_in_eight_bits(folder_of, tmp_path: Path) -> None:
+    quantization = pytest.importorskip("torchao.quantization")
+    config = transformers.TorchAoConfig(quantization.Int8WeightOnlyConfig())
+    source = folder_of("qwen3")
+    coarse = transformers.AutoModelForCausalLM.from_pretrained(source, quantization_config=config)
+    coarse.save_pretrained(tmp_path / "int8")
+    transformers.AutoTokenizer.from_pretrained(source).save_pretrained(tmp_path / "int8")
+    lm = LocalLM(str(tmp_path / "int8"), temperature=0.0, max_tokens=6)
+    assert lm.policy.model.is_quantized
+    assert LocalLM(str(tmp_path / "int8")).model == lm.model
+    before, lora = lm("where?"), LoraConfig(rank=2)
+    lm.policy.add_lora(lora, seed=0)
+    slow = SlowConfig(learning_rate=1e-2, lora=lora)
+    trainer = SlowTrainer(lm.policy, slow, SamplingConfig(), total_steps=1, seed=0)
+    rows = [TrainingRow((5, 6, 7), (8, 9, n), (-5.0,) * 3, 1.0 - n % 2 * 2) for n in (10, 11)]
+    trainer.advance(rows)
+    assert lm.live()("where?") != before
+    assert lm("where?", cache=False) == before
