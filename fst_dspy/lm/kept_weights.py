@@ -37,7 +37,7 @@ class KeptWeights:
         Without ``lora``, what the weights have is trained: adapters, or else all of them.
 
         Raises:
-            ConfigError: The weights have adapters of other settings, or are quantized and have none.
+            ConfigError: They have adapters of other settings, or are quantized and have none.
             ModelError: The version is not at hand, or adapters are wanted on weights that are not
                 the base.
         """

@@ -127,10 +127,10 @@ def test_a_quantized_model_is_trained_by_adapters_alone(folder_of) -> None:
     program.set_lm(LocalLM(str(folder_of("qwen3"))))
     policy = program.say.lm.policy
     policy.model.is_quantized = True
-    with pytest.raises(ConfigError, match="quantized.*lora=True"):
+    with pytest.raises(ConfigError, match=r"quantized.*lora=True"):
         check_trained(program, policy)
     check_trained(program, policy, LoraConfig(rank=2))
-    with pytest.raises(ConfigError, match="quantized.*lora=True"):
+    with pytest.raises(ConfigError, match=r"quantized.*lora=True"):
         KeptWeights(policy).start(policy.base_version, None, 0)
 
 
