@@ -16,7 +16,7 @@ import logging
 import re
 import threading
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -470,7 +470,10 @@ def _plain(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The weights, those that are made of several tensors (torchao's quantized) as these."""
     plain: dict[str, Tensor] = {}
     for name, weight in weights.items():
-        parts = getattr(weight.detach(), "__tensor_flatten__", lambda: ([], None))()[0]
+        parts: Sequence[str] = ()
+        flatten = getattr(weight.detach(), "__tensor_flatten__", None)
+        if flatten is not None:
+            parts = flatten()[0]
         plain |= _plain({f"{name}.{part}": getattr(weight, part) for part in parts})
         if not parts:
             plain[name] = weight
