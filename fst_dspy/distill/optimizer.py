@@ -129,7 +129,7 @@ class FSTDistill(FST):
         Raises:
             ConfigError: The teacher has the student's own prompt, or is another program.
             ProgramError: The teacher calls another local model than the student.
-            Else as ``FST.compile``.
+            FSTError: Else as ``FST.compile``.
         """
         lm = self.check(student, trainset, valset).lm
         bare, start, search = seed_candidate(student), Start(), None
