@@ -3,12 +3,11 @@
     OMP_NUM_THREADS=1 python benchmarks/quality/feedback.py
 
 Triage on the embedded model, without a reflection LM; every run has the same tickets, policy, score
-and budget, and the feedback is worded in another way. ``gepa_only`` runs for one cycle, so that what
-is seen is what the prompts learn from the text. Each wording runs twice: on 200 training examples,
-where rules can also be read off the labels, and on 24, two a topic, which are too few for that.
-Written to
-``benchmarks/results/feedback.json`` and, as a table, to ``feedback.md`` beside it; what has run is
-not run again.
+and budget, and the feedback is worded in another way. ``gepa_only`` runs for one cycle, so that
+what is seen is what the prompts learn from the text. Each wording runs twice: on 200 training
+examples, where rules can also be read off the labels, and on 24, two a topic, which are too few for
+that. Written to ``benchmarks/results/feedback.json`` and, as a table, to ``feedback.md`` beside it;
+what has run is not run again.
 """
 
 from __future__ import annotations
@@ -117,24 +116,20 @@ def run(name: str, train: int, seed: int) -> dict[str, Any]:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """The wordings as a Markdown table, in the order of ``WORDINGS``; means over seeds."""
+    """The wordings as a Markdown table, in the order of ``WORDINGS``: sums and means over seeds."""
     heads = ["feedback", "for example"]
-    for train in (MANY, FEW):
-        heads += [f"accepted of proposed, {train} examples", f"test, {train} examples"]
+    for train in (FEW, MANY):
+        heads += [f"{train} examples: accepted", "test"]
     lines = ["| " + " | ".join(heads) + " |", "| --- " * len(heads) + "|"]
     for name in WORDINGS:
-        cells = [name]
-        for train in (MANY, FEW):
+        cells = [name, ""]
+        for train in (FEW, MANY):
             group = [r for r in rows if r["wording"] == name and r["train"] == train]
-            if len(cells) == 1:
-                cells.append(f"{group[0]['sample']}" if group[0]["sample"] else "(none)")
-            accepted = sum(r["proposals"].get("accepted", 0) for r in group)
-            proposed = sum(r["proposals"].get("proposals", 0) for r in group)
-            scores = ", ".join(f"{r['test']:.2f}" for r in group)
-            cells += [
-                f"{accepted} of {proposed}",
-                f"{fmean(r['test'] for r in group):.2f} ({scores})",
-            ]
+            accepted, made = (
+                sum(r["proposals"][kind] for r in group) for kind in ("accepted", "proposals")
+            )
+            cells[1] = group[0]["sample"] or "(none)"
+            cells += [f"{accepted} of {made}", f"{fmean(r['test'] for r in group):.2f}"]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
