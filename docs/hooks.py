@@ -137,6 +137,14 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     return with_site_links(markdown, f"docs/{page.file.src_uri}", page.file.src_uri)
 
 
+def on_page_content(html: str, **_: Any) -> str:
+    return re.sub(r"<th( [^>]*)?></th>", r"<td\1></td>", html)  # an empty cell heads nothing
+
+
+def on_post_page(output: str, **_: Any) -> str:
+    return output.replace('role="dialog">', 'role="dialog" aria-label="Search">')
+
+
 def on_post_build(config: Any) -> None:
     from mkdocs.exceptions import PluginError
 
