@@ -33,6 +33,8 @@ class BudgetConfig:
         max_rollouts: Rollouts to run over all channels (fast, slow and eval), or ``None``. The
             cycle under way when it is reached is finished.
         max_seconds: Wall time of the compile, or ``None``. Likewise.
+        max_env_steps: Tool calls of agents in their environments (``fst_dspy.env``), or ``None``.
+            Likewise.
         on_no_signal: What to do after a full cycle all of whose rollouts had the same reward, from
             which neither channel can learn: ``"stop"`` ends the run (with an error where all of
             them failed), ``"warn"`` says so and goes on.
@@ -41,15 +43,16 @@ class BudgetConfig:
     max_cycles: int | None = None
     max_rollouts: int | None = None
     max_seconds: float | None = None
+    max_env_steps: int | None = None
     on_no_signal: Literal["stop", "warn"] = "stop"
 
     def __post_init__(self) -> None:
-        limits = (self.max_cycles, self.max_rollouts, self.max_seconds)
+        names = ("max_cycles", "max_rollouts", "max_seconds", "max_env_steps")
         _require(
-            any(limit is not None for limit in limits),
+            any(getattr(self, name) is not None for name in names),
             "set at least one of max_cycles, max_rollouts and max_seconds, or auto",
         )
-        for name in ("max_cycles", "max_rollouts", "max_seconds"):
+        for name in names:
             value = getattr(self, name)
             _require(value is None or value > 0, f"{name} must be positive or None, got {value}")
         _require(
@@ -199,6 +202,11 @@ class SlowConfig:
         epsilon_high: TRL's upper clip. With CISPO it is the cap on the importance weight itself
             (ScaleRL: 5.0); TRL's own default would scale every gradient by 0.2.
         scale_rewards: TRL's scaling of the advantage: ``"group"``, ``"batch"`` or ``"none"``.
+        credit: What of an agent's rollout a call is credited with: ``"rollout"``, the whole reward,
+            or ``"turn"``, what it gained from the call's turn on, compared with what the others of
+            the group gained from that turn on (``fst_dspy.slow.advantage``).
+        discount: Of rewards of later turns, in (0, 1], with ``credit="turn"``: what is gained k
+            turns later counts for ``discount ** k``.
         advantage: What a rollout's reward is compared with: ``"problem"``, all G rollouts of the
             problem, as in the paper, or ``"candidate"``, those under the same candidate alone.
         beta: Weight of TRL's KL penalty to the base model; 0 switches it off.
@@ -232,6 +240,8 @@ class SlowConfig:
     epsilon_high: float = 5.0
     scale_rewards: Literal["group", "batch", "none"] = "group"
     advantage: Literal["problem", "candidate"] = "problem"
+    credit: Literal["rollout", "turn"] = "rollout"
+    discount: float = 1.0
     beta: float = 0.0
     entropy_coef: float = 0.0
     micro_batch_size: int | None = None
@@ -271,6 +281,13 @@ class SlowConfig:
         _require(
             self.scale_rewards in ("group", "batch", "none"),
             f"scale_rewards is 'group', 'batch' or 'none', not {self.scale_rewards!r}",
+        )
+        _require(
+            self.credit in ("rollout", "turn"),
+            f"credit must be 'rollout' or 'turn', got {self.credit!r}",
+        )
+        _require(
+            0 < self.discount <= 1, f"discount must be above 0 and at most 1, got {self.discount}"
         )
         _require(
             self.advantage in ("problem", "candidate"),

@@ -7,7 +7,7 @@ Shape suffixes name the axes of nested sequences, outermost first:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -167,6 +167,33 @@ class PredictorTrace:
     text: str
 
 
+TurnStatus = Literal["ok", "invalid", "error"]
+"""What became of an action: done, no action at all, or a tool that failed."""
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One turn of an agent in an environment (``fst_dspy.agents``).
+
+    Attributes:
+        observation: What the agent saw before it, as text.
+        action: What it did, as it said it.
+        result: What it was shown then; of an invalid action, what was wrong with it.
+        reward: What the environment's reward grew by.
+        status: ``"invalid"`` where the environment never saw the action.
+        seconds: Time that the environment took.
+        calls: Calls of the local model that the rollout had made by the end of the turn.
+    """
+
+    observation: str
+    action: str
+    result: str
+    reward: float
+    status: TurnStatus
+    seconds: float
+    calls: int
+
+
 @dataclass(frozen=True)
 class Failure:
     """Why a rollout is scored without, or in spite of, the metric's word."""
@@ -190,6 +217,7 @@ class Rollout:
         policy_version: Optimizer steps taken when it was sampled.
         feedback_by_predictor: The metric's text for a predictor by name, where it was asked for
             one (``pred_name``) and it differs from ``feedback``.
+        turns: Those of an agent, in order; empty for other programs.
     """
 
     example_id: str
@@ -201,6 +229,7 @@ class Rollout:
     failure: Failure | None
     policy_version: int
     feedback_by_predictor: Mapping[str, str] = field(default_factory=dict)
+    turns: tuple[Turn, ...] = ()
 
     @property
     def is_lost(self) -> bool:
@@ -297,6 +326,36 @@ class RolloutCounts:
 
 
 @dataclass(frozen=True)
+class TurnCounts:
+    """What agents did, over many rollouts.
+
+    Attributes:
+        turns: Turns taken.
+        steps: Of these, calls of an environment's tools: environment steps.
+        invalid: Turns whose action was none, which the environment never saw.
+        errors: Steps in which the tool failed.
+        seconds: Time that environments took.
+    """
+
+    turns: int = 0
+    steps: int = 0
+    invalid: int = 0
+    errors: int = 0
+    seconds: float = 0.0
+
+    def plus(self, turns: Sequence[Turn]) -> TurnCounts:
+        """With some more turns."""
+        invalid = sum(turn.status == "invalid" for turn in turns)
+        return TurnCounts(
+            turns=self.turns + len(turns),
+            steps=self.steps + len(turns) - invalid,
+            invalid=self.invalid + invalid,
+            errors=self.errors + sum(turn.status == "error" for turn in turns),
+            seconds=self.seconds + sum(turn.seconds for turn in turns),
+        )
+
+
+@dataclass(frozen=True)
 class StepRecord:
     """One optimizer step, as written to ``steps.jsonl``.
 
@@ -349,6 +408,7 @@ class CycleRecord:
             may differ in rounding, and so from there on.
         reward_range: Lowest and highest reward of the cycle's rollouts that are learned from;
             ``None`` where there were none.
+        turns: What agents did, from the start of the run; all 0 for other programs.
     """
 
     cycle: int
@@ -371,3 +431,4 @@ class CycleRecord:
     failure_messages: Mapping[str, str] = field(default_factory=dict)
     reward_range: tuple[float, float] | None = None
     early_batches: int = 0
+    turns: TurnCounts = field(default_factory=TurnCounts)

@@ -205,7 +205,7 @@ class Run:
         parts.fast.load_state(found.fast_state)
         runner = self.runner
         runner.counts, runner.tally, runner.tokens = found.counts, found.tally, dict(found.tokens)
-        runner.early_batches = found.early_batches
+        runner.early_batches, runner.turns = found.early_batches, found.turns
         if found.lowest_score is not None:
             runner.lowest_score = found.lowest_score
         return found
@@ -219,6 +219,9 @@ class Run:
             return True
         rollouts = state.records[-1].total_rollouts.total
         if budget.max_rollouts is not None and rollouts >= budget.max_rollouts:
+            return True
+        steps = state.records[-1].turns.steps
+        if budget.max_env_steps is not None and steps >= budget.max_env_steps:
             return True
         # On a resume as well: it is a matter of the last record.
         reason = without_signal(self.parts, state.records[-1])
@@ -258,6 +261,7 @@ class Run:
             "tally": self.runner.tally,
             "lowest_score": self.runner.lowest_score,
             "early_batches": self.runner.early_batches,
+            "turns": self.runner.turns,
         }
 
     # --- telling ------------------------------------------------------------------------------

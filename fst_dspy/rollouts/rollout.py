@@ -266,6 +266,7 @@ class RolloutThread:
             feedback=score.feedback,
             failure=None,
             policy_version=self.policy_version,
+            turns=tuple(self.session.turns),
         )
 
 
