@@ -82,6 +82,7 @@ class Run:
                     self._checkpoint(state)
                     stopped = self._tell_cycle(state)
                     interrupt.stop_if_requested()
+                parts.fast.end(state.population)
         finally:
             parts.progress.end()
         return state
@@ -166,6 +167,7 @@ class Run:
         self._tell(cycle, "validation")
         found = score(parts, state)
         seconds = _add_seconds(state.seconds, "eval", started)
+        parts.fast.validated(found.population, parts.val_ids, found.score_V)
         record = cycle_record(parts, state, cycle, found, seconds)
         # Processes that no longer agree would only be noticed by their results.
         facts = (record.weights_version, record.val_scores, record.candidate_ids)
@@ -217,6 +219,10 @@ class Run:
             return False
         if budget.max_cycles is not None and state.cycle >= budget.max_cycles:
             return True
+        stopped = state.records[-1].proposals.get("stopped")
+        if stopped and self.parts.spec.strategies.stop_callbacks:
+            logger.info("the run ends: %s", stopped)
+            return True
         rollouts = state.records[-1].total_rollouts.total
         if budget.max_rollouts is not None and rollouts >= budget.max_rollouts:
             return True
@@ -251,6 +257,7 @@ class Run:
         due = distributed.from_main(lambda: folder is not None and (now or folder.is_old()))
         if due and folder is not None:
             folder.checkpoint(replace(state, tokens=dict(self.runner.tokens)), learner)
+            self.parts.fast.events.saved(str(folder.path))
         elif due and learner is not None:
             learner.save(None)  # under FSDP every process has its part of the optimizer
 
