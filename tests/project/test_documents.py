@@ -8,7 +8,7 @@ import pytest
 from places import ROOT
 
 DOCUMENTS = ["README.md", "CONTRIBUTING.md", "benchmarks/RESULTS.md"]
-DOCUMENTS += sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").glob("*.md"))
+DOCUMENTS += [f"docs/{page.name}" for page in sorted((ROOT / "docs").glob("*.md"))]
 BEGINNINGS = ["", "fst_dspy/", "tests/", "benchmarks/"]
 OF_A_USER = {"my_program.py", "path/to/file.py"}
 
