@@ -14,10 +14,8 @@ from typing import Annotated
 
 import typer
 
-from fst_dspy.smollm2.training import Recipe, Trainer
-
-LOW_PRIORITY = 10
-"""How much the process yields to others, in the steps of ``nice``."""
+from fst_dspy.pretrained import smollm2
+from fst_dspy.smollm2.training import LOW_PRIORITY, Recipe, Trainer
 
 
 def train(base: Path, work: Path, recipe: Recipe, threads: int, every: int, held_out: int) -> Path:
@@ -51,7 +49,6 @@ def train(base: Path, work: Path, recipe: Recipe, threads: int, every: int, held
 
 
 def main(
-    base: Annotated[Path, typer.Option(help="The folder of SmolLM2 as it comes.")],
     work: Annotated[Path, typer.Option(help="Checkpoint, log, adapter.")] = Path("runs/smollm2"),
     seed: Annotated[int, typer.Option(help="Of weights and exercises.")] = Recipe.seed,
     steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = Recipe.steps,
@@ -61,7 +58,14 @@ def main(
 ) -> None:
     """Train the adapter, or go on with a run that was killed."""
     os.nice(LOW_PRIORITY)
-    train(base, work, Recipe(seed=seed, steps=steps), threads, every, held_out)
+    train(
+        smollm2.fetch(smollm2.AS_IT_COMES),
+        work,
+        Recipe(seed=seed, steps=steps),
+        threads,
+        every,
+        held_out,
+    )
 
 
 if __name__ == "__main__":

@@ -28,6 +28,8 @@ from fst_dspy.smollm2.corpus import SHARES, SKILLS
 from fst_dspy.smollm2.corpus.render import ADAPTERS, render
 from fst_dspy.smollm2.trees import Row, answer_losses, encode
 
+LOW_PRIORITY = 10
+"""How much the process yields to others, in the steps of ``nice``."""
 ADAPTER_SHARES = {"chat": 0.5, "xml": 0.35, "json": 0.15}
 
 

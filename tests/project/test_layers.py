@@ -20,7 +20,7 @@ PACKAGE = ROOT / "fst_dspy"
 NAME = PACKAGE.name
 
 BASE = "errors display embedded"
-TOP = f"{BASE} types config distributed files tasks"
+TOP = f"{BASE} types config distributed files tasks pretrained"
 STUDENT = f"{TOP} student"
 
 ORDER = {
@@ -31,9 +31,11 @@ ORDER = {
     "config": BASE,
     "distributed": BASE,
     "files": BASE,
+    "pretrained": f"{BASE} files",
     "tasks": f"{BASE} types config distributed files",
     "student": TOP,
     "model": TOP,
+    "smollm2": TOP,
     "slow": f"{TOP} model",
     "run": STUDENT,
     "lm": f"{STUDENT} model slow",
@@ -61,7 +63,7 @@ SAVED = {"local_lm": "lm", "engine": "lm"}
 """Files of one line, whose paths programs hold that were saved by earlier versions."""
 
 BARE = "student model slow run lm rollouts results bundle fast fast/proposers loop distill"
-BARE += " continual experiments/findings"
+BARE += " continual experiments/findings pretrained smollm2"
 """Folders whose ``__init__.py`` is a docstring: to import one file of theirs imports that one."""
 
 FILES_AT_THE_TOP = 13

@@ -45,7 +45,8 @@ def prompt(
 def render(exercise: Exercise, adapter: Adapter) -> Tree:
     """The chats of an exercise; what they have in common is said once."""
     signature = exercise.signature
-    branches, stem = [], ()
+    branches: list[tuple[Message, ...]] = []
+    stem: tuple[Message, ...] = ()
     for turn in exercise.turns:
         *before, last = [
             Message(each["role"], each["content"], taught=each["role"] == "assistant")

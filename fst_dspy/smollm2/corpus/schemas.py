@@ -23,7 +23,12 @@ HELD_OUT_TEXTS = (
     "We promised {name} {count} {size} {item}s; the van leaves for {town} on {day}.{gift}",
     "{town}, {day}. {name} still waits for {count} {item}s in size {size}.{gift}",
 )
-TASKS = ("Read the order.", "Extract the fields from the text.", "Fill in the form.", "Note it down.")
+TASKS = (
+    "Read the order.",
+    "Extract the fields from the text.",
+    "Fill in the form.",
+    "Note it down.",
+)
 
 
 @dataclass(frozen=True)

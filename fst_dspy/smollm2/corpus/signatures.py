@@ -33,7 +33,7 @@ def make_signature(
     for kinds, make in ((inputs, dspy.InputField), (outputs, dspy.OutputField)):
         for name, kind in kinds.items():
             fields[name] = (kind, make(desc=told[name]) if name in told else make())
-    signature = dspy.Signature(fields, instructions)  # type: ignore[arg-type]
+    signature = dspy.Signature(fields, instructions)
     return dspy.ChainOfThought(signature).predict.signature if reasoning else signature
 
 

@@ -31,7 +31,8 @@ KINDS = (
     _Kind("send", "Sends a {w} to a person.", {"name": str},
           ("Let {name} have a {w}.", "{name} should receive the {w}.")),
     _Kind("move", "Moves the {w} to a town, in some days.", {"town": str, "days": int},
-          ("Bring the {w} to {town} within {days} days.", "The {w} goes to {town} in {days} days.")),
+          ("Bring the {w} to {town} within {days} days.",
+           "The {w} goes to {town} in {days} days.")),
     _Kind("ask", "Asks a person about the {w}.", {"name": str},
           ("What does {name} think of the {w}?", "Check with {name} about the {w}.")),
 )  # fmt: skip

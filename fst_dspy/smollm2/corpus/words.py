@@ -92,7 +92,9 @@ def message(rng: Random, key: str, others: Sequence[str], held_out: bool) -> str
         return " ".join(chosen)
     text = rng.choice(pool).format(k=key, w=rng.choice(others))
     if not held_out and rng.random() < 0.25:
-        more = rng.choice(("Hello.", "Hi team,", "Thanks!", "Kind regards", "Please advise.", "FYI."))
+        more = rng.choice(
+            ("Hello.", "Hi team,", "Thanks!", "Kind regards", "Please advise.", "FYI.")
+        )
         text = f"{more} {text}" if rng.random() < 0.5 else f"{text} {more}"
     return text[0].upper() + text[1:] if rng.random() < 0.9 else text
 
