@@ -20,10 +20,10 @@ SKILLS: Mapping[str, Skill] = {
     "tools": tools,
 }
 SHARES: Mapping[str, float] = {
-    "rules": 0.55,
-    "topics": 0.16,
-    "strategies": 0.14,
-    "schemas": 0.1,
-    "tools": 0.05,
+    "rules": 0.65,
+    "topics": 0.14,
+    "strategies": 0.12,
+    "schemas": 0.06,
+    "tools": 0.03,
 }
 """How often each is drawn."""

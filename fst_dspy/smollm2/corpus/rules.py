@@ -94,13 +94,6 @@ def _state(
     return _Stated(glue.join([*lead, *listed]), quotes)
 
 
-def _thought(rng_style: int, key: str, quote: str, value: str) -> str:
-    return (
-        f"It is about {key}. {quote}",
-        f"It mentions {key}. {quote} So the answer is {value}.",
-    )[rng_style]
-
-
 def rules(rng: Random, held_out: bool, reasoning: bool) -> Exercise:
     """Key words and labels; satisfies ``Skill``."""
     names = field_names(rng)
@@ -113,7 +106,6 @@ def rules(rng: Random, held_out: bool, reasoning: bool) -> Exercise:
         values = rng.choices(values[: max(2, count // 2)], k=count)
     table = dict(zip(keys, values, strict=True))
     stated = _state(rng, table, names, held_out)
-    style = rng.randrange(2)
     options = list(dict.fromkeys(values))
     text, cases = stated.text, [(key, table[key], stated.quotes[key]) for key in keys]
     extra = rng.random()
@@ -157,7 +149,7 @@ def rules(rng: Random, held_out: bool, reasoning: bool) -> Exercise:
         given = {names[0]: content}
         if in_field:
             given["rules"] = text
-        answer = {"reasoning": _thought(style, key, quote, value)} if reasoning else {}
+        answer = {"reasoning": f"It is about {key}. {quote}"} if reasoning else {}
         return Turn(given, {**answer, names[1]: value})
 
     if shown == "demos":

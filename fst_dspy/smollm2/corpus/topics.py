@@ -155,6 +155,11 @@ def topics(rng: Random, held_out: bool, reasoning: bool) -> Exercise:
     wording = rng.choice(HELD_OUT_LINES if held_out else LINES)
     lines = [wording.format(v=v, d=d) for v, d in zip(values, described, strict=True)]
     lines = [line[0].upper() + line[1:] if line.endswith(".") else line for line in lines]
+    # As rules are: a sentence is quoted as it stands, an entry of a table as a sentence.
+    quotes = [
+        line if line.endswith(".") else f"{d} goes to {v}."
+        for line, v, d in zip(lines, values, described, strict=True)
+    ]
     kind: Any = Literal[tuple(rng.sample(values, len(values)))] if rng.random() < 0.6 else str
     task = rng.choice(TASKS).format(i=names[0], o=names[1])
     signature = make_signature(
@@ -163,8 +168,8 @@ def topics(rng: Random, held_out: bool, reasoning: bool) -> Exercise:
 
     def turn() -> Turn:
         place = rng.randrange(len(chosen))
-        thought = f"The {names[0]} is about {described[place]}, so the {names[1]} is "
-        answer = {"reasoning": f"{thought}{values[place]}."} if reasoning else {}
+        thought = f"It is about {described[place]}. {quotes[place]}"
+        answer = {"reasoning": thought} if reasoning else {}
         content = rng.choice(chosen[place].messages)
         return Turn({names[0]: content}, {**answer, names[1]: values[place]})
 

@@ -102,7 +102,7 @@ def message(rng: Random, key: str, others: Sequence[str], held_out: bool) -> str
 def labels(rng: Random, count: int, held_out: bool, taken: Sequence[str] = ()) -> list[str]:
     """Different labels of one style: words, capitals, two words, teams, codes."""
     pool = [word for word in words(held_out) if word not in taken]
-    style = rng.choice(("plain", "plain", "plain", "title", "pair", "team", "code", "upper"))
+    style = rng.choice((*("plain",) * 5, "title", "pair", "team", "code", "upper"))
     if style == "code":
         letter = rng.choice("ABCDEFGHKLMNPQRSTXZ")
         return [f"{letter}{n}" for n in rng.sample(range(1, 40), count)]
