@@ -37,7 +37,8 @@ class LocalLM(dspy.LM):
         temperature: In [0, 2]; 0 is greedy.
         max_tokens: Longest answer, in tokens; by default an eighth of the context, at most 512.
         device: Defaults to CUDA where there is one.
-        dtype: Defaults to bfloat16 on CUDA and float32 elsewhere.
+        dtype: By default bfloat16 on CUDA and, for models of over 30 million parameters, on CPUs
+            that multiply it (AMX, AVX512-BF16), else float32.
         trust_remote_code: Run Python code that comes with the model.
         cache: Keep answers in DSPy's cache.
         **kwargs: As for ``dspy.LM``, such as ``top_p``, ``stop`` and ``seed``.

@@ -33,8 +33,8 @@ from fst_dspy import distributed
 from fst_dspy.config import LoraConfig
 from fst_dspy.embedded import path as embedded_path
 from fst_dspy.errors import ModelError
-from fst_dspy.model.hardware import fuse_norms
-from fst_dspy.model.sizes import check_claims
+from fst_dspy.model.hardware import default_dtype, fuse_norms
+from fst_dspy.model.sizes import check_claims, described, parameter_count
 
 DEFAULT_CHAT_TEMPLATE = (
     "{% for message in messages %}{{ message['role'] + ': ' + message['content'] + '\n\n' }}"
@@ -123,7 +123,8 @@ class Policy:
         Args:
             name_or_path: ``"embedded"`` for the model in the package, a folder, or a hub id.
             device: Defaults to CUDA where there is one; of several processes, each has its own.
-            dtype: A torch dtype or its name; defaults to bfloat16 on CUDA and float32 elsewhere.
+            dtype: A torch dtype or its name; by default bfloat16 on CUDA and, for large models, on
+                CPUs that multiply it, else float32 (``fst_dspy.model.hardware.default_dtype``).
             trust_remote_code: Run Python code that comes with the model. Off unless asked for.
             name: First half of the version ids; defaults to the last part of ``name_or_path``.
 
@@ -137,15 +138,18 @@ class Policy:
         """
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         distributed.join(device.type)
-        if dtype is None:
-            dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
         where = _where(name_or_path)
         try:
             # Before the tokenizer, which reads the configuration too. Code that is trusted may
             # build what it likes.
             if str(name_or_path) != "embedded" and not trust_remote_code:
                 check_claims(Path(where))
+            if dtype is None:
+                dtype = default_dtype(
+                    device,
+                    lambda: parameter_count(described(where, trust_remote_code=trust_remote_code)),
+                )
+            dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
             tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=trust_remote_code)
             model = _read_model(where, dtype, trust_remote_code).to(device)
             if device.type == "cuda":

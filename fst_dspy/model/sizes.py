@@ -56,8 +56,7 @@ def check_claims(folder: Path) -> None:
         for pattern, limit in MAX_COUNTED.items():
             if re.fullmatch(pattern, name) and number > limit:
                 raise ModelError(f"{path} asks for {name}={number:g}; at most {limit} are made")
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+    model = described(folder)
     values = sum(weight.numel() for weight in model.parameters())
     room = stored * (_VALUES_A_BYTE if "quantization_config" in plain else 1) + SPARE_VALUES
     if values > room:
@@ -67,6 +66,23 @@ def check_claims(folder: Path) -> None:
     constants = sum(buffer.numel() * buffer.element_size() for buffer in model.buffers())
     if constants > stored + SPARE_BUFFER_BYTES:
         raise ModelError(f"{path} asks for {constants:,} bytes of constants")
+
+
+def described(where: str | Path, *, trust_remote_code: bool = False) -> Any:
+    """The causal language model that a ``config.json`` describes, without memory for its weights.
+
+    Args:
+        where: A folder with ``config.json``, or a hub id; weights and tokenizer are not needed.
+        trust_remote_code: Run Python code that comes with the model.
+    """
+    config = AutoConfig.from_pretrained(where, trust_remote_code=trust_remote_code)
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+
+
+def parameter_count(model: Any) -> int:
+    """Parameters of a model, those that it uses twice counted once, without adapters."""
+    return sum(w.numel() for name, w in model.named_parameters() if "lora_" not in name)
 
 
 def _numbers(value: Any, name: str = "") -> Iterator[tuple[str, float]]:
