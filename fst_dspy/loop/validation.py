@@ -15,8 +15,9 @@ from fst_dspy.rollouts.health import check_first_rollouts
 from fst_dspy.rollouts.jobs import Channel
 from fst_dspy.types import Population
 
-KL_CALLS = 64
-"""Validation calls that the KL to the base model is measured on."""
+KL_TOKENS = 32_768
+"""Prompt and completion tokens of the validation calls that the KL to the base model is measured
+on. Their hidden states are held while the base is in the model, which is swapped in once."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,8 @@ def score(parts: Parts, state: LoopState) -> Validation:
     if first:
         check_first_rollouts(scored.rollouts_K[k])
     if step > 0 or parts.lm.version != parts.policy.base_version:
-        kl = kl_to_base(parts.policy, spread_calls(scored.rollouts_K[k], KL_CALLS, parts.spec.seed))
+        calls = spread_calls(scored.rollouts_K[k], KL_TOKENS, parts.spec.seed)
+        kl = kl_to_base(parts.policy, calls)
     return Validation(population, scored.score_K_V[k], scored.mean_K[k], kl)
 
 
