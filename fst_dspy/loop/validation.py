@@ -78,6 +78,4 @@ def better_of(parts: Parts, state: LoopState, found: Validation, cycle: int) -> 
     version = policy.keep()
     if best is not None and best.version not in (version, parts.lm.version):
         policy.forget(best.version)
-    if parts.folder is not None:
-        parts.folder.keep_version(version, policy)
     return Best(version, candidate, found.val_score, cycle)

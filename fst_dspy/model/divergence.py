@@ -91,7 +91,8 @@ def spread_calls(rollouts: Sequence[Rollout], tokens: int, seed: int) -> list[Ca
         if call.completion_ids_T:  # others cannot be measured on
             drawn.append((turns_of[row], rng.random(), place))
             turns_of[row] += 1
-    taken, used = [], 0
+    taken: list[int] = []
+    used = 0
     for *_, place in sorted(drawn):
         used += _length(calls[place][1])
         if taken and used > tokens:

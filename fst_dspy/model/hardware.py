@@ -9,6 +9,7 @@ from types import MethodType
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 from torch import Tensor
 from torch.nn.functional import rms_norm
@@ -97,13 +98,20 @@ def cudnn_attention(device: torch.device, use: bool) -> Iterator[None]:
         torch.backends.cuda.enable_cudnn_sdp(enabled)
 
 
+def free_memory(device: torch.device | str = "cpu") -> int:
+    """Bytes that are free on a device; on a GPU, what torch holds and does not use counted in."""
+    device = torch.device(device)
+    if device.type != "cuda":
+        return psutil.virtual_memory().available
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + unused
+
+
 def tokens_that_fit(model: Any, device: torch.device) -> int:
     """About how many tokens half of a GPU's free memory holds the activations of, at least 1024."""
     config = model.config.get_text_config()
-    free = torch.cuda.mem_get_info(device)[0]
-    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     each = ACTIVATION_BYTES * config.hidden_size * config.num_hidden_layers
-    return max(1024, free // 2 // each)
+    return max(1024, free_memory(device) // 2 // each)
 
 
 _SIGNS = (

@@ -200,10 +200,26 @@ class Policy:
             return True
         return version == self.version()
 
-    def trainable_state(self) -> dict[str, Tensor]:
-        """Copies on the CPU of the weights that training changes (adapters only under LoRA)."""
+    def trainable_state(self, *, copy: bool = True) -> dict[str, Tensor]:
+        """The weights that training changes (adapters only under LoRA), on the CPU.
+
+        Args:
+            copy: Give copies also where the weights are on the CPU, so that no step changes them.
+        """
         with self.lock:
-            return {name: _copy(weight) for name, weight in self._trainable().items()}
+            return {
+                name: weight.detach().to("cpu", copy=copy)
+                for name, weight in self._trainable().items()
+            }
+
+    def kept_state(self, version: str) -> Mapping[str, Tensor]:
+        """The weights of a kept version, on the CPU; they are not changed any more.
+
+        Raises:
+            ModelError: The version is not kept.
+        """
+        with self.lock:
+            return self._find(version).tensors
 
     def load_trainable_state(self, state: Mapping[str, Tensor]) -> None:
         """Put back what ``trainable_state`` gave.
@@ -444,10 +460,6 @@ def _wrap(model: Any, cfg: LoraConfig, name: str) -> Any:
 def _adapter(model: Any, name: str) -> dict[str, torch.nn.Parameter]:
     found = model.named_parameters()
     return {k.replace(f".{name}.", "."): v for k, v in found if f".{name}." in k}
-
-
-def _copy(weight: Tensor) -> Tensor:
-    return weight.detach().to("cpu", copy=True)
 
 
 @torch.no_grad()

@@ -67,7 +67,7 @@ def test_small_updates_of_fine_tuning_arrive(tiny_qwen3, monkeypatch):
 def test_a_saved_run_goes_on_bit_for_bit(tiny_qwen3, tmp_path):
     policy, trainer = make(tiny_qwen3)
     trainer.advance(ROWS)
-    trainer.save(tmp_path)
+    trainer.state().write(tmp_path)
     other, resumed = make(tiny_qwen3)
     resumed.load(tmp_path)
     for each in (trainer, resumed):
