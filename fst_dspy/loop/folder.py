@@ -23,6 +23,7 @@ from fst_dspy.model.policy import Policy
 from fst_dspy.results.result import FSTResult
 from fst_dspy.run.background import BackgroundWriter
 from fst_dspy.run.records import with_plain_traces
+from fst_dspy.run.rollout_log import pack
 from fst_dspy.run.store import RunStore, environment
 from fst_dspy.slow.advantage import Scale, step_advantages
 from fst_dspy.slow.training_state import TrainingState
@@ -80,10 +81,15 @@ class Checkpoint:
 
 
 class RunFolder:
-    """The run folder of one joint loop, locked until ``close``."""
+    """The run folder of one joint loop, locked until ``close``.
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    Args:
+        path: Of the folder.
+        log_rollouts: Whether training rollouts are logged.
+    """
+
+    def __init__(self, path: Path, *, log_rollouts: bool = True) -> None:
+        self.path, self.log_rollouts = path, log_rollouts
         self.store = RunStore(path)
         self._writer = BackgroundWriter()
         self._best: list[str] = []
@@ -113,16 +119,17 @@ class RunFolder:
     def record_step(
         self, record: StepRecord, groups_P: Sequence[Group], scale_rewards: Scale
     ) -> None:
-        """Log an optimizer step and its rollouts."""
+        """Log an optimizer step and, unless that is off, its rollouts."""
         self.store.append("steps", [record])
-        rows = []
-        advantages_P_G = step_advantages(groups_P, scale_rewards)
-        for group, advantages_G in zip(groups_P, advantages_P_G, strict=True):
-            for rollout, advantage in zip(group.rollouts_G, advantages_G, strict=True):
-                rows.append(
-                    {"step": record.step, "cycle": record.cycle, "advantage": advantage}
-                    | vars(with_plain_traces(rollout))
-                )
+        if not self.log_rollouts:
+            return
+        advantages = [a for row in step_advantages(groups_P, scale_rewards) for a in row]
+        rollouts = [with_plain_traces(r) for group in groups_P for r in group.rollouts_G]
+        step = {"step": record.step, "cycle": record.cycle}
+        rows = [
+            {**step, "advantage": advantage, **row}
+            for advantage, row in zip(advantages, pack(rollouts), strict=True)
+        ]
         self.store.append("rollouts", rows)
 
     def record_cycle(self, record: CycleRecord, population: Population) -> None:
