@@ -14,9 +14,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import rms_norm
 
-ACTIVATION_BYTES = 128
-"""A layer keeps about so much for the gradient, times its width, of a token in bfloat16."""
-
 LARGE = 30_000_000
 """Parameters above which a model is in bfloat16 on a CPU that multiplies such."""
 
@@ -107,11 +104,12 @@ def free_memory(device: torch.device | str = "cpu") -> int:
     return torch.cuda.mem_get_info(device)[0] + unused
 
 
-def tokens_that_fit(model: Any, device: torch.device) -> int:
-    """About how many tokens half of a GPU's free memory holds the activations of, at least 1024."""
-    config = model.config.get_text_config()
-    each = ACTIVATION_BYTES * config.hidden_size * config.num_hidden_layers
-    return max(1024, free_memory(device) // 2 // each)
+def total_memory(device: torch.device | str = "cpu") -> int:
+    """Bytes of memory that a device has."""
+    device = torch.device(device)
+    if device.type != "cuda":
+        return psutil.virtual_memory().total
+    return torch.cuda.mem_get_info(device)[1]
 
 
 _SIGNS = (

@@ -25,9 +25,10 @@ from fst_dspy import distributed
 from fst_dspy.config import SamplingConfig, SlowConfig
 from fst_dspy.errors import ModelError, StoreError, TrainingError
 from fst_dspy.model.graph_decode import release
-from fst_dspy.model.hardware import cudnn_attention, is_out_of_memory, tokens_that_fit
+from fst_dspy.model.hardware import cudnn_attention, free_memory, is_out_of_memory
 from fst_dspy.model.policy import Policy
 from fst_dspy.model.prefixes import worthwhile_prefixes
+from fst_dspy.model.sizes import training_tokens
 from fst_dspy.slow.learning_rate import with_learning_rate
 from fst_dspy.slow.master_weights import PREFIX as MASTERS
 from fst_dspy.slow.training_state import SCHEMA_VERSION, TrainingState
@@ -37,8 +38,8 @@ from fst_dspy.types import StepStats, TrainingRow
 logger = logging.getLogger(__name__)
 
 MICRO_BATCH_TOKENS, CUDA_MICRO_BATCH_TOKENS = 16_384, 65_536
-"""Most tokens of a micro-batch, padding included; fewer rows than ``micro_batch_size`` where they
-are long."""
+"""Most tokens of a micro-batch, padding included, where memory holds them; fewer rows than
+``micro_batch_size`` where they are long."""
 MICRO_BATCH_ROWS = 16
 """Rows of a micro-batch, unless ``micro_batch_size`` says otherwise or a GPU holds more."""
 DRIFT_LIMIT = 0.1
@@ -78,11 +79,16 @@ class SlowTrainer:
         slow = with_learning_rate(slow, policy.model)
         self.policy, self.slow, self.seed = policy, slow, seed
         self.bad_steps = 0
-        self._most_tokens, rows = MICRO_BATCH_TOKENS, MICRO_BATCH_ROWS
-        if policy.device.type == "cuda":
-            fit = tokens_that_fit(policy.model, policy.device)
-            self._most_tokens = rows = min(CUDA_MICRO_BATCH_TOKENS, fit)
-        self.micro_batch_size = slow.micro_batch_size or rows
+        cuda = policy.device.type == "cuda"
+        self._most_tokens = training_tokens(
+            policy.model.config,
+            policy.model.dtype.itemsize,
+            free_memory(policy.device),
+            CUDA_MICRO_BATCH_TOKENS if cuda else MICRO_BATCH_TOKENS,
+        )
+        self.micro_batch_size = slow.micro_batch_size or (
+            self._most_tokens if cuda else MICRO_BATCH_ROWS
+        )
         self._most_rows = self.micro_batch_size  # of the micro-batches that were made last
         self._all_count = bool(slow.beta or slow.entropy_coef)
         with policy.lock:
@@ -93,9 +99,9 @@ class SlowTrainer:
             if slow.beta and policy.lora is None and policy.version() == policy.base_version:
                 policy.keep()  # the reference, so that it need not be read again
         self._rng = {"cpu": torch.Generator().manual_seed(seed).get_state()}
-        if policy.device.type == "cuda":
-            cuda = torch.Generator(policy.device).manual_seed(seed)
-            self._rng["cuda"] = cuda.get_state()
+        if cuda:
+            generator = torch.Generator(policy.device).manual_seed(seed)
+            self._rng["cuda"] = generator.get_state()
 
     def advance(self, rows: Sequence[TrainingRow]) -> StepStats:
         """Take exactly one optimizer step on the rows.
