@@ -7,7 +7,7 @@ Shape suffixes name the axes of nested sequences, outermost first:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -88,12 +88,15 @@ class Population:
         val_ids: Length V, the examples' ids.
         score_K_V: Scores in the metric's own range, one row a candidate.
         policy_version: Optimizer steps taken when the scores were measured.
+        objective_K_V: Scores by objective, a mapping for each in ``score_K_V``, all with the same
+            objectives; empty where the metric gives none.
     """
 
     candidates: tuple[Candidate, ...]
     val_ids: tuple[str, ...]
     score_K_V: tuple[tuple[float, ...], ...]
     policy_version: int
+    objective_K_V: tuple[tuple[Mapping[str, float], ...], ...] = ()
 
     @property
     def ranked(self) -> list[tuple[Candidate, float | None, int]]:
@@ -167,6 +170,33 @@ class PredictorTrace:
     text: str
 
 
+TurnStatus = Literal["ok", "invalid", "error"]
+"""What became of an action: done, no action at all, or a tool that failed."""
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One turn of an agent in an environment (``fst_dspy.agents``).
+
+    Attributes:
+        observation: What the agent saw before it, as text.
+        action: What it did, as it said it.
+        result: What it was shown then; of an invalid action, what was wrong with it.
+        reward: What the environment's reward grew by.
+        status: ``"invalid"`` where the environment never saw the action.
+        seconds: Time that the environment took.
+        calls: Calls of the local model that the rollout had made by the end of the turn.
+    """
+
+    observation: str
+    action: str
+    result: str
+    reward: float
+    status: TurnStatus
+    seconds: float
+    calls: int
+
+
 @dataclass(frozen=True)
 class Failure:
     """Why a rollout is scored without, or in spite of, the metric's word."""
@@ -190,6 +220,8 @@ class Rollout:
         policy_version: Optimizer steps taken when it was sampled.
         feedback_by_predictor: The metric's text for a predictor by name, where it was asked for
             one (``pred_name``) and it differs from ``feedback``.
+        objective_scores: The metric's scores by objective, where it gives some.
+        turns: Those of an agent, in order; empty for other programs.
     """
 
     example_id: str
@@ -201,6 +233,8 @@ class Rollout:
     failure: Failure | None
     policy_version: int
     feedback_by_predictor: Mapping[str, str] = field(default_factory=dict)
+    objective_scores: Mapping[str, float] = field(default_factory=dict)
+    turns: tuple[Turn, ...] = ()
 
     @property
     def is_lost(self) -> bool:
@@ -297,6 +331,36 @@ class RolloutCounts:
 
 
 @dataclass(frozen=True)
+class TurnCounts:
+    """What agents did, over many rollouts.
+
+    Attributes:
+        turns: Turns taken.
+        steps: Of these, calls of an environment's tools: environment steps.
+        invalid: Turns whose action was none, which the environment never saw.
+        errors: Steps in which the tool failed.
+        seconds: Time that environments took.
+    """
+
+    turns: int = 0
+    steps: int = 0
+    invalid: int = 0
+    errors: int = 0
+    seconds: float = 0.0
+
+    def plus(self, turns: Sequence[Turn]) -> TurnCounts:
+        """With some more turns."""
+        invalid = sum(turn.status == "invalid" for turn in turns)
+        return TurnCounts(
+            turns=self.turns + len(turns),
+            steps=self.steps + len(turns) - invalid,
+            invalid=self.invalid + invalid,
+            errors=self.errors + sum(turn.status == "error" for turn in turns),
+            seconds=self.seconds + sum(turn.seconds for turn in turns),
+        )
+
+
+@dataclass(frozen=True)
 class StepRecord:
     """One optimizer step, as written to ``steps.jsonl``.
 
@@ -342,13 +406,15 @@ class CycleRecord:
         seconds: Wall time from the start of the run, by channel: ``fast``, ``slow``, ``eval``.
         weights_version: Version id of the weights at the end of the cycle.
         proposals: What became of the fast channel's proposals from the start of the run, and what
-            reflection cost (``FastPhase.report``).
+            reflection cost (``FastPhase.report``); ``"stopped"`` says which stop callback has ended
+            the run.
         failure_messages: The first message of each kind of failure in the cycle.
         early_batches: Batches, from the start of the run, that were generated without a rollout
             which waited for something else than the model; where there are any, repeats of the run
             may differ in rounding, and so from there on.
         reward_range: Lowest and highest reward of the cycle's rollouts that are learned from;
             ``None`` where there were none.
+        turns: What agents did, from the start of the run; all 0 for other programs.
     """
 
     cycle: int
@@ -371,3 +437,4 @@ class CycleRecord:
     failure_messages: Mapping[str, str] = field(default_factory=dict)
     reward_range: tuple[float, float] | None = None
     early_batches: int = 0
+    turns: TurnCounts = field(default_factory=TurnCounts)

@@ -83,6 +83,7 @@ class Run:
                     stopped = self._tell_cycle(state)
                     interrupt.stop_if_requested()
                 self._checkpoint(state, now=True)
+                parts.fast.end(state.population)
         finally:
             parts.progress.end()
         return state
@@ -167,6 +168,7 @@ class Run:
         self._tell(cycle, "validation")
         found = score(parts, state)
         seconds = _add_seconds(state.seconds, "eval", started)
+        parts.fast.validated(found.population, parts.val_ids, found.score_V)
         record = cycle_record(parts, state, cycle, found, seconds)
         # Processes that no longer agree would only be noticed by their results.
         facts = (record.weights_version, record.val_scores, record.candidate_ids)
@@ -206,7 +208,7 @@ class Run:
         parts.fast.load_state(found.fast_state)
         runner = self.runner
         runner.counts, runner.tally, runner.tokens = found.counts, found.tally, dict(found.tokens)
-        runner.early_batches = found.early_batches
+        runner.early_batches, runner.turns = found.early_batches, found.turns
         if found.lowest_score is not None:
             runner.lowest_score = found.lowest_score
         self._saved = found
@@ -219,8 +221,15 @@ class Run:
             return False
         if budget.max_cycles is not None and state.cycle >= budget.max_cycles:
             return True
+        stopped = state.records[-1].proposals.get("stopped")
+        if stopped and self.parts.spec.strategies.stop_callbacks:
+            logger.info("the run ends: %s", stopped)
+            return True
         rollouts = state.records[-1].total_rollouts.total
         if budget.max_rollouts is not None and rollouts >= budget.max_rollouts:
+            return True
+        steps = state.records[-1].turns.steps
+        if budget.max_env_steps is not None and steps >= budget.max_env_steps:
             return True
         # On a resume as well: it is a matter of the last record.
         reason = without_signal(self.parts, state.records[-1])
@@ -259,6 +268,7 @@ class Run:
         if due and folder is not None:
             folder.checkpoint(replace(state, tokens=dict(self.runner.tokens)), learner, self.policy)
             self._saved = state
+            self.parts.fast.events.saved(str(folder.path))
             if now:
                 folder.settle()
         elif due and learner is not None:
@@ -271,6 +281,7 @@ class Run:
             "tally": self.runner.tally,
             "lowest_score": self.runner.lowest_score,
             "early_batches": self.runner.early_batches,
+            "turns": self.runner.turns,
         }
 
     # --- telling ------------------------------------------------------------------------------

@@ -47,14 +47,16 @@ class GRPOLearner:
     learns_from_rewards = True
 
     def __init__(self, policy: Policy, config: FSTConfig, seed: int) -> None:
-        self._scale_rewards = config.slow.scale_rewards
+        self._slow = config.slow
         self._trainer = SlowTrainer(
             policy, config.slow, config.sampling, schedule_steps(config), seed
         )
 
     def advance(self, groups_P: Sequence[Group]) -> StepStats:
         """See :meth:`Learner.advance`."""
-        return self._trainer.advance(group_rows(groups_P, self._scale_rewards))
+        slow = self._slow
+        rows = group_rows(groups_P, slow.scale_rewards, credit=slow.credit, discount=slow.discount)
+        return self._trainer.advance(rows)
 
     @property
     def bad_steps(self) -> int:

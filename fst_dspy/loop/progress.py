@@ -13,7 +13,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from fst_dspy.config import BudgetConfig
 from fst_dspy.display import Terminal, as_text
 from fst_dspy.rollouts.health import told_failures
-from fst_dspy.types import CycleRecord, RolloutCounts
+from fst_dspy.types import CycleRecord, RolloutCounts, TurnCounts
 
 logger = logging.getLogger(__name__)
 
@@ -182,6 +182,14 @@ class _Pace:
         return min(1.0, max(shares))
 
 
+def _acted(turns: TurnCounts) -> str:
+    """What agents did so far; nothing for other programs."""
+    if not turns.turns:
+        return ""
+    invalid = f", {turns.invalid / turns.turns:.0%} of actions invalid" if turns.invalid else ""
+    return f"  environment steps {turns.steps:,}{invalid}"
+
+
 def cycle_line(record: CycleRecord) -> str:
     """One line that says how a cycle ended, and what failed."""
     failed = told_failures(record.failure_shares, record.failure_messages, advice=False)
@@ -189,5 +197,6 @@ def cycle_line(record: CycleRecord) -> str:
     return (
         f"cycle {record.cycle:>3}  step {record.step:>4}  reward {reward}  "
         f"validation {record.val_score:.3f}  KL {record.kl_to_base:.4f}  "
-        f"rollouts {record.total_rollouts.total:,}" + "".join(f"\n  {text}" for text in failed)
+        f"rollouts {record.total_rollouts.total:,}{_acted(record.turns)}"
+        + "".join(f"\n  {text}" for text in failed)
     )

@@ -62,6 +62,7 @@ def cycle_record(
         proposals=parts.fast.report(),
         failure_messages=dict(tally.messages),
         early_batches=parts.runner.early_batches,
+        turns=parts.runner.turns,
         reward_range=None if tally.low is None or tally.high is None else (tally.low, tally.high),
     )
 

@@ -25,6 +25,7 @@ from fst_dspy.types import (
     RolloutCounts,
     StepRecord,
     StepStats,
+    TurnCounts,
 )
 
 
@@ -62,6 +63,7 @@ class LoopState:
         tokens: Prompt and completion tokens so far.
         lowest_score: The least that the metric has given; ``None`` before there is any.
         early_batches: As ``CycleRecord.early_batches``.
+        turns: What agents did so far.
         seconds: Wall time so far, by channel.
         fast_state: What the fast phase remembers: plain values, and rollouts.
         stream: The problems that come next.
@@ -79,6 +81,7 @@ class LoopState:
     tally: Tally = field(default_factory=Tally)
     lowest_score: float | None = None
     early_batches: int = 0
+    turns: TurnCounts = field(default_factory=TurnCounts)
     tokens: Mapping[str, int] = field(default_factory=dict)
     seconds: Mapping[str, float] = field(default_factory=dict)
     fast_state: Mapping[str, Any] = field(default_factory=dict)
@@ -125,6 +128,7 @@ def state_from_json(plain: Mapping[str, Any]) -> LoopState:
         tally=Tally(**plain.get("tally", {})),
         lowest_score=plain.get("lowest_score"),
         early_batches=plain.get("early_batches", 0),
+        turns=TurnCounts(**plain.get("turns", {})),
         tokens=plain["tokens"],
         seconds=plain["seconds"],
         fast_state=plain["fast_state"],

@@ -212,6 +212,17 @@ class Policy:
                 for name, weight in self._trainable().items()
             }
 
+    def lora_of(self, version: str) -> LoraConfig | None:
+        """The adapters' settings of a version, if it has any.
+
+        Raises:
+            ModelError: The version is not kept.
+        """
+        with self.lock:
+            if version == self.base_version:
+                return None
+            return self._lora if version == self.version() else self._find(version).lora
+
     def kept_state(self, version: str) -> Mapping[str, Tensor]:
         """The weights of a kept version, on the CPU; they are not changed any more.
 

@@ -55,5 +55,5 @@ def with_learning_rate(slow: SlowConfig, model: Any) -> SlowConfig:
     """
     if slow.learning_rate is not None:
         return slow
-    rate = default_learning_rate(parameter_count(model), lora=slow.lora is not None)
+    rate = default_learning_rate(parameter_count(model), lora=slow.adapters is not None)
     return replace(slow, learning_rate=rate)
