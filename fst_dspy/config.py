@@ -257,7 +257,8 @@ class SlowConfig:
             rows have.
         max_bad_steps: Steps in a row with a loss or gradient that is not finite, after which the
             run stops; each of them is dropped.
-        lora: Adapter settings, or ``None`` for full fine-tuning.
+        lora: Adapter settings, or ``None`` for full fine-tuning; ``FST`` has ``"auto"`` besides,
+            its default: adapters where training all weights would not fit in the machine's memory.
     """
 
     steps_per_cycle: int = 6
@@ -281,7 +282,17 @@ class SlowConfig:
     revisit_constant: float = 0.5
     damp_constant: bool = True
     max_bad_steps: int = 5
-    lora: LoraConfig | None = None
+    lora: LoraConfig | Literal["auto"] | None = None
+
+    @property
+    def adapters(self) -> LoraConfig | None:
+        """Settings of the adapters that are trained, once that is decided.
+
+        Raises:
+            ConfigError: It is left to the machine, and nobody has asked it.
+        """
+        _require(self.lora != "auto", "lora='auto' is for FST; give True, False or a LoraConfig")
+        return None if self.lora == "auto" else self.lora
 
     def __post_init__(self) -> None:
         for name in ("steps_per_cycle", "problems_per_step", "micro_batch_size", "max_bad_steps"):
@@ -433,8 +444,7 @@ class FSTConfig:
             )
             settings = {**AUTO[auto], **settings}
         settings = _derive(settings)
-        if "lora" in settings:
-            settings["lora"] = as_lora(settings["lora"])
+        settings["lora"] = as_lora(settings.get("lora", "auto"))
         owner = _owners()
         values: dict[str, dict[str, Any]] = {name: {} for name in PARTS}
         for name, value in settings.items():
@@ -535,8 +545,10 @@ def _unknown_setting(name: str) -> ConfigError:
     return ConfigError(f"unknown setting {name!r}{hint}")
 
 
-def as_lora(value: Any) -> LoraConfig | None:
+def as_lora(value: Any) -> LoraConfig | Literal["auto"] | None:
     """Adapter settings from what users write: ``True``, a dict, a ``LoraConfig``, or none of it."""
+    if value == "auto":
+        return "auto"
     if value is True:
         return LoraConfig()
     if value is False or value is None:

@@ -72,6 +72,7 @@ class FST(Teleprompter):
         seed: Seed of everything random.
         log_dir: Run folder. A compile that was killed goes on when started again with the same
             folder, settings and data.
+        log_rollouts: Keep the rollouts of training in ``log_dir``, which the report shows.
         track_stats: Put an ``FSTResult`` on the compiled program as ``detailed_results``.
         instruction_proposer: A proposer of your own in place of both: ``fst_dspy.Proposer``, or
             what ``dspy.GEPA`` takes, which is called under the ``reflection_lm`` if there is one.
@@ -104,6 +105,7 @@ class FST(Teleprompter):
         arm: Arm = "fst",
         seed: int = 0,
         log_dir: str | os.PathLike[str] | None = None,
+        log_rollouts: bool = True,
         track_stats: bool = False,
         instruction_proposer: Proposer | ProposalFn | dspy.Module | None = None,
         callbacks: Sequence[Any] | None = None,
@@ -133,6 +135,7 @@ class FST(Teleprompter):
         self.arm: Arm = arm
         self.seed = seed
         self.log_dir = Path(log_dir) if log_dir is not None else None
+        self.log_rollouts = log_rollouts
         self.track_stats = track_stats
         self.instruction_proposer = plugins.proposer
         self.report_to = tracker_names(report_to)
@@ -228,6 +231,7 @@ class FST(Teleprompter):
             instruction_proposer=self.instruction_proposer,
             strategies=self.strategies,
             log_dir=self.log_dir,
+            log_rollouts=self.log_rollouts,
             report_to=self.report_to,
             progress=self.progress,
         )

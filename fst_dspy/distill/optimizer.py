@@ -39,6 +39,7 @@ from fst_dspy.loop.state import Start
 from fst_dspy.model.policy import Policy
 from fst_dspy.optimizer import FST
 from fst_dspy.results.result import FSTResult
+from fst_dspy.slow.training_state import TrainingState
 from fst_dspy.student.candidate import bind, seed_candidate
 from fst_dspy.types import Candidate, Group, StepStats
 
@@ -210,9 +211,9 @@ class DistillLearner:
         """See ``Learner.bad_steps``."""
         return self._trainer.bad_steps
 
-    def save(self, folder: Path | None) -> None:
-        """See ``Learner.save``."""
-        self._trainer.save(folder)
+    def state(self) -> TrainingState:
+        """See ``Learner.state``."""
+        return self._trainer.state()
 
     def load(self, folder: Path) -> None:
         """See ``Learner.load``."""

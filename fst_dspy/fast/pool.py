@@ -17,6 +17,7 @@ from typing import Any
 from fst_dspy.fast.proposers.demos import shown_examples
 from fst_dspy.rollouts.evaluate import objectives_in, score_of
 from fst_dspy.run.records import as_read_back, rollout_from_json, with_fields
+from fst_dspy.run.rollout_log import unpack
 from fst_dspy.types import Candidate, Rollout
 
 SWEEPS = 50
@@ -49,8 +50,8 @@ class RolloutPool:
 
 
 def pool_from_json(rows: Sequence[Mapping[str, Any]]) -> RolloutPool:
-    """A pool from its rollouts as JSON objects, of which each has the fields of a dataclass."""
-    return RolloutPool(tuple(map(rollout_from_json, rows)))
+    """A pool from its rollouts as ``fst_dspy.run.rollout_log`` packs them, for JSON."""
+    return RolloutPool(tuple(map(rollout_from_json, unpack(rows))))
 
 
 @dataclass(frozen=True)

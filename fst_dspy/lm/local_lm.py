@@ -48,8 +48,9 @@ class LocalLM(dspy.LM):
             to share.
         temperature: In [0, 2]; 0 is greedy.
         max_tokens: Longest answer, in tokens; by default an eighth of the context, at most 512.
-        device: ``"cpu"``, ``"cuda"`` or ``"gpu"``, ...; defaults to CUDA where there is one.
         device: Such as ``"cpu"``, ``"cuda"`` or ``"gpu"``; CUDA by default, where there is one.
+        dtype: By default bfloat16 on CUDA and, for models of over 30 million parameters, on CPUs
+            that multiply it (AMX, AVX512-BF16), else float32.
         trust_remote_code: Run Python code that comes with the model.
         cache: Keep answers in DSPy's cache.
         chat_template_kwargs: Variables of the model's chat template, such as

@@ -96,7 +96,7 @@ class LocalReinforceJob(ReinforceJob):
         slow, sampling, total_steps, seed = reinforce_settings(self.lm, self.train_kwargs)
         self._temperature = sampling.temperature
         with self._policy.lock:
-            self._kept.start(self.lm.model, slow.lora, seed)
+            self._kept.start(self.lm.model, slow.adapters, seed)
             self._trainer = SlowTrainer(self._policy, slow, sampling, total_steps, seed)
             self._version = self._policy.version()
         self._ask_for_groups()

@@ -38,6 +38,7 @@ class Run:
 
     def __init__(self, parts: Parts) -> None:
         self.parts, self.policy, self.runner = parts, parts.policy, parts.runner
+        self._saved: LoopState | None = None  # what the last checkpoint holds
 
     def loop(self) -> LoopState:
         """Cycles until the budget is spent, from the start or from the last checkpoint.
@@ -64,7 +65,7 @@ class Run:
                         state = self._fast_phase(state)
                         # A fast phase may have cost minutes of a reflection LM; steps that follow
                         # are saved when a while has passed.
-                        self._checkpoint(state, now=False)
+                        self._checkpoint(state)
                     # Then weights, under the prompts that were found; each step's rollouts try and
                     # score the prompts as well.
                     while state.phase == "slow":
@@ -78,10 +79,10 @@ class Run:
                     # Both together, as they are now: this is what is kept, and what is told.
                     state = self._validate(state)
                     interrupt.requested = distributed.any_process(interrupt.requested)
-                    # Saved before it is told: a listener may end the run.
-                    self._checkpoint(state)
+                    self._checkpoint(state, now=interrupt.requested, closes=True)
                     stopped = self._tell_cycle(state)
                     interrupt.stop_if_requested()
+                self._checkpoint(state, now=True)
                 parts.fast.end(state.population)
         finally:
             parts.progress.end()
@@ -210,6 +211,7 @@ class Run:
         runner.early_batches, runner.turns = found.early_batches, found.turns
         if found.lowest_score is not None:
             runner.lowest_score = found.lowest_score
+        self._saved = found
         return found
 
     def _finished(self, state: LoopState) -> bool:
@@ -251,15 +253,26 @@ class Run:
             " (or max_grad_norm), or float32"
         )
 
-    def _checkpoint(self, state: LoopState, *, now: bool = True) -> None:
-        """Save everything the loop needs to go on; what takes no time does so at intervals."""
+    def _checkpoint(self, state: LoopState, *, now: bool = False, closes: bool = False) -> None:
+        """Save everything the loop needs to go on, if it is time to or ``now``; then wait for it.
+
+        Checkpoints take a share of the time at most, so that some steps and, of large models, some
+        cycles are not saved: a run that is killed takes these again.
+        """
+        if self._saved is state:
+            return
         folder, learner = self.parts.folder, self.parts.learner
-        due = distributed.from_main(lambda: folder is not None and (now or folder.is_old()))
+        due = distributed.from_main(
+            lambda: folder is not None and (now or folder.is_due(closes=closes))
+        )
         if due and folder is not None:
-            folder.checkpoint(replace(state, tokens=dict(self.runner.tokens)), learner)
+            folder.checkpoint(replace(state, tokens=dict(self.runner.tokens)), learner, self.policy)
+            self._saved = state
             self.parts.fast.events.saved(str(folder.path))
+            if now:
+                folder.settle()
         elif due and learner is not None:
-            learner.save(None)  # under FSDP every process has its part of the optimizer
+            learner.state()  # under FSDP every process has its part of the optimizer
 
     def _counted(self) -> dict[str, Any]:
         """What the runner has counted so far, as the state keeps it."""

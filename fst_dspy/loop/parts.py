@@ -55,6 +55,7 @@ class RunSpec:
         reflection_lm, instruction_proposer: What proposes instructions; both ``None`` for lessons.
         strategies: gepa's strategies, in place of those that ``config`` names.
         log_dir: The run folder, or ``None``.
+        log_rollouts: Whether training rollouts are logged there.
         report_to: Names of trackers.
         progress: Hears what goes on; ``None`` for the default.
         make_learner: Makes what learns from a step's groups.
@@ -69,6 +70,7 @@ class RunSpec:
     instruction_proposer: Proposer | None = None
     strategies: Strategies = NAMED
     log_dir: Path | None = None
+    log_rollouts: bool = True
     report_to: Sequence[str] = ()
     progress: ProgressListener | None = None
     make_learner: Callable[[Policy, FSTConfig, int], Learner] = GRPOLearner
@@ -169,7 +171,7 @@ def make_parts(spec: RunSpec, student: dspy.Module, checked: CheckedInput, start
     # The folder first: a run that belongs to another one must not touch weights or model.
     identity = _identity(spec, student, checked, own, val_ids, start)
     opened: list[RunFolder] = []
-    distributed.from_main(partial(_open_folder, spec.log_dir, identity, opened))
+    distributed.from_main(partial(_open_folder, spec, identity, opened))
     folder = opened[0] if opened else None
     trackers = Trackers(
         spec.report_to if main else (),
@@ -287,9 +289,9 @@ def _count_tokens(policy: Policy, text: str) -> int:
     return len(policy.tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
-def _open_folder(path: Path | None, identity: Mapping[str, Any], opened: list[RunFolder]) -> None:
-    if path is not None:
-        opened.append(RunFolder(path))
+def _open_folder(spec: RunSpec, identity: Mapping[str, Any], opened: list[RunFolder]) -> None:
+    if spec.log_dir is not None:
+        opened.append(RunFolder(spec.log_dir, log_rollouts=spec.log_rollouts))
         try:
             opened[0].begin(identity)
         except BaseException:

@@ -10,6 +10,7 @@ from fst_dspy.loop.problems import ProblemStream
 from fst_dspy.results.result import Best
 from fst_dspy.rollouts.health import Tally
 from fst_dspy.run.records import cycle_record
+from fst_dspy.run.rollout_log import pack
 from fst_dspy.student.candidate import (
     candidate_from_json,
     candidate_to_json,
@@ -20,6 +21,7 @@ from fst_dspy.types import (
     Candidate,
     CycleRecord,
     Population,
+    Rollout,
     RolloutCounts,
     StepRecord,
     StepStats,
@@ -91,11 +93,19 @@ def state_to_json(state: LoopState) -> dict[str, Any]:
     best = state.best
     return {
         **vars(state),
+        "fast_state": {
+            name: pack(value) if _are_rollouts(value) else value
+            for name, value in state.fast_state.items()
+        },
         "population": population_to_json(state.population),
         "best": None
         if best is None
         else {**asdict(best), "candidate": candidate_to_json(best.candidate)},
     }
+
+
+def _are_rollouts(value: Any) -> bool:
+    return isinstance(value, tuple) and bool(value) and isinstance(value[0], Rollout)
 
 
 def state_from_json(plain: Mapping[str, Any]) -> LoopState:

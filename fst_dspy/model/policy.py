@@ -33,8 +33,8 @@ from fst_dspy import distributed
 from fst_dspy.config import LoraConfig
 from fst_dspy.embedded import path as embedded_path
 from fst_dspy.errors import ModelError
-from fst_dspy.model.hardware import fuse_norms
-from fst_dspy.model.sizes import check_claims
+from fst_dspy.model.hardware import default_dtype, fuse_norms
+from fst_dspy.model.sizes import check_claims, described, parameter_count
 from fst_dspy.pretrained import smollm2
 from fst_dspy.pretrained.gguf import SUFFIX, find_gguf, read_from, read_gguf
 
@@ -127,7 +127,8 @@ class Policy:
                 that is fetched once (see ``fst_dspy.pretrained.smollm2``), a folder, a GGUF file
                 or a folder with one, which is unpacked, or a hub id.
             device: Defaults to CUDA where there is one; of several processes, each has its own.
-            dtype: A torch dtype or its name; defaults to bfloat16 on CUDA and float32 elsewhere.
+            dtype: A torch dtype or its name; by default bfloat16 on CUDA and, for large models, on
+                CPUs that multiply it, else float32 (``fst_dspy.model.hardware.default_dtype``).
             trust_remote_code: Run Python code that comes with the model. Off unless asked for.
             name: First half of the version ids; defaults to the last part of ``name_or_path``.
 
@@ -141,9 +142,6 @@ class Policy:
         """
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         distributed.join(device.type)
-        if dtype is None:
-            dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
         where = _where(name_or_path)
         try:
             named, more = read_from(where)
@@ -151,6 +149,12 @@ class Policy:
             # build what it likes.
             if str(name_or_path) != "embedded" and not trust_remote_code:
                 check_claims(Path(where))
+            if dtype is None:
+                dtype = default_dtype(
+                    device,
+                    lambda: parameter_count(described(where, trust_remote_code=trust_remote_code)),
+                )
+            dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
             tokenizer = AutoTokenizer.from_pretrained(
                 named, trust_remote_code=trust_remote_code, **more
             )
@@ -205,10 +209,37 @@ class Policy:
             return True
         return version == self.version()
 
-    def trainable_state(self) -> dict[str, Tensor]:
-        """Copies on the CPU of the weights that training changes (adapters only under LoRA)."""
+    def trainable_state(self, *, copy: bool = True) -> dict[str, Tensor]:
+        """The weights that training changes (adapters only under LoRA), on the CPU.
+
+        Args:
+            copy: Give copies also where the weights are on the CPU, so that no step changes them.
+        """
         with self.lock:
-            return {name: _copy(weight) for name, weight in self._trainable().items()}
+            return {
+                name: weight.detach().to("cpu", copy=copy)
+                for name, weight in self._trainable().items()
+            }
+
+    def lora_of(self, version: str) -> LoraConfig | None:
+        """The adapters' settings of a version, if it has any.
+
+        Raises:
+            ModelError: The version is not kept.
+        """
+        with self.lock:
+            if version == self.base_version:
+                return None
+            return self._lora if version == self.version() else self._find(version).lora
+
+    def kept_state(self, version: str) -> Mapping[str, Tensor]:
+        """The weights of a kept version, on the CPU; they are not changed any more.
+
+        Raises:
+            ModelError: The version is not kept.
+        """
+        with self.lock:
+            return self._find(version).tensors
 
     def load_trainable_state(self, state: Mapping[str, Tensor]) -> None:
         """Put back what ``trainable_state`` gave.
@@ -456,10 +487,6 @@ def _wrap(model: Any, cfg: LoraConfig, name: str) -> Any:
 def _adapter(model: Any, name: str) -> dict[str, torch.nn.Parameter]:
     found = model.named_parameters()
     return {k.replace(f".{name}.", "."): v for k, v in found if f".{name}." in k}
-
-
-def _copy(weight: Tensor) -> Tensor:
-    return weight.detach().to("cpu", copy=True)
 
 
 @torch.no_grad()

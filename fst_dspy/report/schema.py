@@ -133,18 +133,21 @@ class _Call(TypedDict):
     completion_ids_T: list[int]
     text: str
     finish_reason: str
+    prompt_of: NotRequired[Count]
+    prompt_shared: NotRequired[Count]
 
 
 @with_config(ConfigDict(strict=True))
 class _Trace(TypedDict):
     predictor: str
-    inputs: dict[str, Any]
+    inputs: NotRequired[dict[str, Any]]
+    inputs_of: NotRequired[Count]
     outputs: dict[str, Any] | None
 
 
 @with_config(ConfigDict(strict=True))
 class RolloutRow(TypedDict):
-    """A row of ``rollouts.jsonl``: ``types.Rollout``, with its step and advantage."""
+    """A row of ``rollouts.jsonl``: ``types.Rollout`` as packed, with its step and advantage."""
 
     step: Count
     cycle: Count

@@ -24,6 +24,7 @@ import os
 import platform
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -143,6 +144,20 @@ class RunStore:
             state: Plain values and dataclasses of such; kept in ``state.json``.
             write_weights: Called with an empty folder that becomes part of the checkpoint.
         """
+        self.prepared(state)(write_weights)
+
+    def prepared(self, state: Mapping[str, Any]) -> Callable[[Callable[[Path], None]], None]:
+        """A checkpoint of the state and the logs as they are now, to be written while they go on.
+
+        Returns:
+            What writes it, as ``checkpoint``; from another thread if need be, but one at a time.
+        """
+        with writing_to(self.folder):
+            whole = {**state, "lengths": self._lengths()}
+            text = json.dumps(whole, default=_fields, check_circular=False)
+        return partial(self._write_checkpoint, text)
+
+    def _write_checkpoint(self, text: str, write_weights: Callable[[Path], None]) -> None:
         number = max(self._checkpoints(), default=-1) + 1
         root = self.folder / "checkpoints"
         temporary = root / f"{number}.tmp"
@@ -150,8 +165,6 @@ class RunStore:
             shutil.rmtree(temporary, ignore_errors=True)
             (temporary / "weights").mkdir(parents=True)
             write_weights(temporary / "weights")
-            whole = {**state, "lengths": self._lengths()}
-            text = json.dumps(whole, default=_fields, check_circular=False)
             (temporary / "state.json").write_text(text)
             names = {str(p.relative_to(temporary)): sha256(p) for p in _files_in(temporary)}
             (temporary / HASHES).write_text(json.dumps(names))

@@ -22,7 +22,9 @@ from fst_dspy.errors import (
 )
 from fst_dspy.files import read_jsonl
 from fst_dspy.loop import validation
+from fst_dspy.report import write_report
 from fst_dspy.rollouts.evaluate import evaluate
+from fst_dspy.run.rollout_log import unpack
 
 pytestmark = pytest.mark.slow
 
@@ -88,8 +90,18 @@ def test_a_program_whose_fields_are_not_json_goes_on_after_a_kill(
         compile_tiny(tiny_qwen3, Dated(), log_dir=tmp_path)
     result = compile_tiny(tiny_qwen3, Dated(), log_dir=tmp_path)[2]
     assert steps == [0, 1, 2, 2, 3] and result.records[-1].step == 4
-    rows = read_jsonl(tmp_path / "rollouts.jsonl")
+    rows = unpack(read_jsonl(tmp_path / "rollouts.jsonl"))
     assert {row["traces"][0]["inputs"]["day"] for row in rows} == {repr(datetime.date(2020, 1, 2))}
+
+
+def test_rollouts_are_not_logged_where_that_is_off(tiny_qwen3, tmp_path):
+    logged = compile_tiny(tiny_qwen3, log_dir=tmp_path / "on")[2]
+    unlogged = compile_tiny(tiny_qwen3, log_dir=tmp_path / "off", log_rollouts=False)[2]
+    assert unlogged.weights_version == logged.weights_version
+    assert (tmp_path / "on" / "rollouts.jsonl").exists()
+    assert not (tmp_path / "off" / "rollouts.jsonl").exists()
+    write_report([tmp_path / "off"], tmp_path / "page.html")
+    assert (tmp_path / "page.html").stat().st_size > 1000
 
 
 def test_the_student_is_left_as_it_was(tiny_qwen3):

@@ -11,9 +11,9 @@ import pytest
 import torch
 from helpers import full_logprobs, sampled_logprobs
 
-import fst_dspy.model.generate as generate_module
 from fst_dspy.config import LoraConfig
 from fst_dspy.errors import ModelError, PromptTooLongError
+from fst_dspy.model import sizes as model_sizes
 from fst_dspy.model.endings import End
 from fst_dspy.model.generate import GenerationRequest, generate
 from fst_dspy.model.policy import Policy
@@ -169,7 +169,7 @@ def test_large_batches_are_split_without_changing_any_row(
     policy = Policy.load(tiny_model)
     requests = [GenerationRequest(encode(policy, w), 12, seed=s) for s, w in enumerate(WORDS * 3)]
     whole = generate(policy, requests)
-    monkeypatch.setattr(generate_module, "MAX_BATCH_TOKENS", 100)
+    monkeypatch.setattr(model_sizes, "MAX_CPU_TOKENS", 100)
     sizes: list[int] = []
     handle = policy.model.register_forward_pre_hook(
         lambda _, __, kwargs: sizes.append(kwargs["input_ids"].numel()), with_kwargs=True

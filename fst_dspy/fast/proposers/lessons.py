@@ -14,6 +14,7 @@ import random
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import dspy
@@ -162,6 +163,9 @@ class LessonProposer:
             return
         self._sample = self._sample or told[0]["Feedback"][:200]
         memory = self._memory.setdefault(component, {})
+        alike: dict[tuple[int, str], list[str]] = {}
+        for key in memory:
+            alike.setdefault(opening(key), []).append(key)
         before = {key for key, lesson in memory.items() if lesson.usable}
         top = max(record["score"] for record in told)
         worst = min(record["score"] for record in told)
@@ -175,7 +179,7 @@ class LessonProposer:
             for text in lessons if marked else unmarked_sentences(record["Feedback"]):
                 general = marked or not quotes_example(text, record)
                 lesson = self._remember(
-                    memory, text, record["example_id"], failed, subject, general, marked
+                    memory, alike, text, record["example_id"], failed, subject, general, marked
                 )
                 if lesson is not None and not marked:
                     self._compare(component, lesson, record, subject)
@@ -244,6 +248,7 @@ class LessonProposer:
     def _remember(
         self,
         memory: dict[str, Lesson],
+        alike: dict[tuple[int, str], list[str]],
         text: str,
         example: str,
         failed: bool,
@@ -259,6 +264,7 @@ class LessonProposer:
         if lesson is None:
             own = sorted(subject & set(key.split()))
             lesson = memory[key] = Lesson(text, general, marked, own, self._clock, self._clock)
+            alike.setdefault(opening(key), []).append(key)
         lesson.last = self._clock
         lesson.general |= general
         lesson.revived += not lesson.live
@@ -266,7 +272,9 @@ class LessonProposer:
         for ids, counts in ((lesson.example_ids, True), (lesson.failed_ids, failed)):
             if counts and example not in ids:
                 ids.append(example)
-        for other_key, other in memory.items() if lesson.usable else ():
+        # Only those that open alike can contradict; to try all would take seconds a step.
+        for other_key in alike[opening(key)] if lesson.usable else ():
+            other = memory[other_key]
             # Two that keep coming back after each other do not contradict: both hold.
             both_return = lesson.revived > 0 and other.revived > 0
             if other.live and not both_return and contradicts(key, other_key, lesson.subject):
@@ -437,6 +445,13 @@ def contradicts(new: str, old: str, subject: Sequence[str] = ()) -> bool:
     return 2 * differ[0] >= len(new_words)
 
 
+def opening(key: str) -> tuple[int, str]:
+    """What two keys must have in common for one to contradict the other."""
+    words = key.split()
+    return len(words), " ".join(words[: (len(words) + 1) // 2])
+
+
+@lru_cache(maxsize=1024)  # an input's text is compared with every sentence about it
 def key_of(text: str) -> str:
     """A text's words in lower case: texts with equal keys say the same."""
     return " ".join(_words(text))

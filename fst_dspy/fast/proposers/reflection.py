@@ -150,8 +150,8 @@ class ReflectionLMProposer:
             return {name: future.result() for name, future in zip(names, futures, strict=True)}
 
     def observe(self, component: str, records: Sequence[Record]) -> None:
-        """Let the fallback learn, so that it knows all there is when it has to take over."""
-        if isinstance(self.fallback, LearnsFromRecords):
+        """Let the fallback learn, once it has had to take over: as a rule it never has to."""
+        if self.usage.fallbacks and isinstance(self.fallback, LearnsFromRecords):
             self.fallback.observe(component, records)
 
     def study(self, examples: Mapping[str, dspy.Example]) -> None:
