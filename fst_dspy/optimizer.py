@@ -28,7 +28,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import dspy
 from dspy.teleprompt import Teleprompter
@@ -48,6 +48,8 @@ from fst_dspy.loop.state import Start
 from fst_dspy.results.result import FSTResult
 from fst_dspy.rollouts.checks import CheckedInput, check_input
 from fst_dspy.run.trackers import tracker_names
+from fst_dspy.settings import Settings
+from fst_dspy.settings_help import settings_text
 from fst_dspy.student.candidate import bind
 from fst_dspy.types import Arm
 
@@ -96,13 +98,13 @@ class FST(Teleprompter):
         instruction_proposer: Proposer | ProposalFn | dspy.Module | None = None,
         report_to: str | Sequence[str] | None = None,
         progress: ProgressListener | None = None,
-        **settings: Any,
+        **settings: Unpack[Settings],
     ) -> None:
         super().__init__()
         if arm not in ("fst", "rl_only", "gepa_only"):
             raise ConfigError(f"arm must be 'fst', 'rl_only' or 'gepa_only', got {arm!r}")
         if arm == "rl_only":
-            settings = {**settings, "population_size": 1}
+            settings["population_size"] = 1
         plugins = read_plugins(metric, reflection_lm, instruction_proposer, settings)
         self.metric = metric
         self.reflection_lm, self.strategies = plugins.reflection_lm, plugins.strategies
@@ -219,3 +221,7 @@ class FST(Teleprompter):
             compiled.detailed_results = result
         make_savable(compiled, result)
         return compiled
+
+
+if FST.__doc__:  # none under ``python -OO``
+    FST.__doc__ += f"\n    {settings_text().replace(chr(10), chr(10) + '    ')}\n"

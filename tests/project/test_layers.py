@@ -19,16 +19,19 @@ from places import ROOT
 PACKAGE = ROOT / "fst_dspy"
 NAME = PACKAGE.name
 
-BASE = "errors display embedded"
-TOP = f"{BASE} types config distributed files tasks"
+BASE = "errors kinds display embedded"
+TOP = f"{BASE} types config settings settings_help distributed files tasks"
 STUDENT = f"{TOP} student"
 
 ORDER = {
     "errors": "",
+    "kinds": "errors",
     "display": "",
     "embedded": "",
     "types": BASE,
     "config": BASE,
+    "settings": f"{BASE} config",
+    "settings_help": f"{BASE} config",
     "distributed": BASE,
     "files": BASE,
     "tasks": f"{BASE} types config distributed files",
