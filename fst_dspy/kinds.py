@@ -37,23 +37,19 @@ def check_kinds(config: Any, label: str = "", but: Iterable[str] = ()) -> None:
     Raises:
         ConfigError: Names field, kind and value.
     """
-    for name, annotation in _annotations(type(config)).items():
+    kind: Any = type(config)
+    for name, annotation in _annotations(kind).items():
         if name in but:
             continue
         value = getattr(config, name)
-        plain = _plain(value)
-        if not _is_a(annotation, plain):
-            whole = (
-                isinstance(plain, float) and plain.is_integer() and _is_a(annotation, int(plain))
+        fitting = [reading for reading in _readings(value) if _is_a(annotation, reading)]
+        if not fitting:
+            raise ConfigError(
+                f"{label}{name} must be {in_words(annotation)}, got {value!r} "
+                f"({type(value).__name__})"
             )
-            if not whole:
-                raise ConfigError(
-                    f"{label}{name} must be {in_words(annotation)}, got {value!r} "
-                    f"({type(value).__name__})"
-                )
-            plain = int(plain)
-        if plain is not value:
-            object.__setattr__(config, name, plain)
+        if fitting[0] is not value:
+            object.__setattr__(config, name, fitting[0])
 
 
 def in_words(annotation: Any) -> str:

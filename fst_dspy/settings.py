@@ -38,8 +38,8 @@ class Settings(TypedDict, total=False):
     component_selector: Literal["round_robin", "worst_first", "all"] | Callable[..., list[str]]
     """Default 'round_robin'. Which component the next proposal rewrites: ``"round_robin"``,
     ``"worst_first"``, the predictor that fares worst on the minibatch, or ``"all"``. All
-    instructions at once while the minibatch scores alike, which does not tell who is at fault.
-    ``FST`` takes an object of gepa's protocol here too, which is ``"custom"``."""
+    instructions at once while the minibatch scores alike, which does not tell who is at
+    fault. ``FST`` takes an object of gepa's protocol here too, which is ``"custom"``."""
     candidate_selection_strategy: (
         Literal["pareto", "current_best", "epsilon_greedy", "top_k_pareto"] | CandidateSelector
     )
@@ -55,21 +55,21 @@ class Settings(TypedDict, total=False):
     perfect_score: float
     """Default 1.0. The best score there is."""
     reflection_prompt_template: str | Mapping[str, str] | None
-    """Default None. Prompt of the reflection LM (gepa), with ``<curr_param>`` and ``<side_info>``;
-    or such prompts by predictor. ``None`` means gepa's own."""
+    """Default None. Prompt of the reflection LM (gepa), with ``<curr_param>`` and
+    ``<side_info>``; or such prompts by predictor. ``None`` means gepa's own."""
     merge_iterations: int
-    """Default 1. Merges of complementary candidates tried after the iterations of a fast phase (or,
-    with ``reuse``, after as many trials); 0 switches them off."""
+    """Default 1. Merges of complementary candidates tried after the iterations of a fast phase
+    (or, with ``reuse``, after as many trials); 0 switches them off."""
     reuse: bool
-    """Default True. Score, reflect on and try candidates within the slow phase's own rollouts, from
-    the first slow phase on. ``False`` is the paper's way: separate rollouts for GEPA. Without a
-    slow phase it has no effect."""
+    """Default True. Score, reflect on and try candidates within the slow phase's own rollouts,
+    from the first slow phase on. ``False`` is the paper's way: separate rollouts for GEPA.
+    Without a slow phase it has no effect."""
     reuse_window: int | None
     """Default None. Optimizer steps for which a slow rollout counts; ``None`` means
     ``steps_per_cycle``."""
     max_reflection_cost: float | None
-    """Default None. US dollars that the reflection LM may cost, by litellm's price list; then the
-    run goes on without it. ``None`` sets no limit."""
+    """Default None. US dollars that the reflection LM may cost, by litellm's price list; then
+    the run goes on without it. ``None`` sets no limit."""
     max_reflection_tokens: int | None
     """Default None. Prompt and completion tokens of the reflection LM, likewise."""
     steps_per_cycle: int
@@ -101,15 +101,15 @@ class Settings(TypedDict, total=False):
     scale_rewards: Literal["group", "batch", "none"]
     """Default 'group'. TRL's scaling of the advantage: ``"group"``, ``"batch"`` or ``"none"``."""
     advantage: Literal["problem", "candidate"]
-    """Default 'problem'. What a rollout's reward is compared with: ``"problem"``, all G rollouts of
-    the problem, as in the paper, or ``"candidate"``, those under the same candidate alone."""
+    """Default 'problem'. What a rollout's reward is compared with: ``"problem"``, all G rollouts
+    of the problem, as in the paper, or ``"candidate"``, those under the same candidate alone."""
     credit: Literal["rollout", "turn"]
     """Default 'rollout'. What of an agent's rollout a call is credited with: ``"rollout"``, the
-    whole reward, or ``"turn"``, what it gained from the call's turn on, compared with what the
-    others of the group gained from that turn on (``fst_dspy.slow.advantage``)."""
+    whole reward, or ``"turn"``, what it gained from the call's turn on, compared with what
+    the others of the group gained from that turn on (``fst_dspy.slow.advantage``)."""
     discount: float
-    """Default 1.0. Of rewards of later turns, in (0, 1], with ``credit="turn"``: what is gained k
-    turns later counts for ``discount ** k``."""
+    """Default 1.0. Of rewards of later turns, in (0, 1], with ``credit="turn"``: what is gained
+    k turns later counts for ``discount ** k``."""
     beta: float
     """Default 0.0. Weight of TRL's KL penalty to the base model; 0 switches it off."""
     entropy_coef: float
@@ -119,8 +119,8 @@ class Settings(TypedDict, total=False):
     GPU as many as memory seems to hold."""
     revisit_constant: float
     """Default 0.5. Probability, in (0, 1], that a problem's turn is taken after its latest group
-    had a constant reward (no gradient); to the power of such groups in a row, but at least 1/16.
-    1 takes every turn. See ``fst_dspy.loop.problems``."""
+    had a constant reward (no gradient); to the power of such groups in a row, but at least
+    1/16. 1 takes every turn. See ``fst_dspy.loop.problems``."""
     damp_constant: bool
     """Default True. Multiply the learning rate of a step by the square root of the share of its
     rows that have an advantage, as for a smaller batch (Malladi et al. 2022, "On the SDEs and
@@ -137,7 +137,8 @@ class Settings(TypedDict, total=False):
     top_p: float
     """Default 1.0. Nucleus mass, in (0, 1]."""
     max_tokens: int | None
-    """Default None. Longest completion of one call, in tokens; ``None`` takes the LM's own limit."""
+    """Default None. Longest completion of one call, in tokens; ``None`` takes the LM's own
+    limit."""
     failure_score: float
     """Default 0.0. Reward of a rollout that could not be scored; where the metric has given less
     than that, the least it has given in the run: to fail must never pay."""
@@ -154,20 +155,20 @@ class Settings(TypedDict, total=False):
     """Default 6. Cycles to run, at least 1, or ``None``; the opening one, which has no optimizer
     steps (``fst_dspy.optimizer``), does not count."""
     max_rollouts: int | None
-    """Default None. Rollouts to run over all channels (fast, slow and eval), or ``None``. The cycle
-    under way when it is reached is finished."""
+    """Default None. Rollouts to run over all channels (fast, slow and eval), or ``None``. The
+    cycle under way when it is reached is finished."""
     max_seconds: float | None
     """Default None. Wall time of the compile, or ``None``. Likewise."""
     max_env_steps: int | None
     """Default None. Tool calls of agents in their environments (``fst_dspy.env``), or ``None``.
     Likewise."""
     on_no_signal: Literal["stop", "warn"]
-    """Default 'stop'. What to do after a full cycle all of whose rollouts had the same reward, from
-    which neither channel can learn: ``"stop"`` ends the run (with an error where all of them
-    failed), ``"warn"`` says so and goes on."""
+    """Default 'stop'. What to do after a full cycle all of whose rollouts had the same reward,
+    from which neither channel can learn: ``"stop"`` ends the run (with an error where all of
+    them failed), ``"warn"`` says so and goes on."""
     rollouts_per_candidate: int
-    """Rollouts a problem under each candidate: group_size is this times population_size. In place
-    of group_size."""
+    """Rollouts a problem under each candidate: group_size is this times population_size. In
+    place of group_size."""
     lora_rank: int
     """Rank of adapters whose alpha is twice that; 0 for none. In place of lora."""
     batch_sampler: Literal["epoch_shuffled"] | BatchSampler[Any, Any]

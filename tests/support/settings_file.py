@@ -45,7 +45,7 @@ class Settings(TypedDict, total=False):
 
 
 def entry(name, kind, meaning):
-    text = textwrap.fill(meaning, 92).replace("\n", "\n    ")
+    text = textwrap.fill(meaning, 90).replace("\n", "\n    ")
     return f'    {name}: {kind}\n    """{text}"""\n'
 
 
