@@ -407,7 +407,8 @@ def check_setting(name: str, value: Any) -> None:
     owner = _owners()
     if name not in owner:
         raise _unknown_setting(name)
-    PARTS[owner[name]](**{name: as_lora(value) if name == "lora" else value})
+    needed = {"max_cycles": 1} if owner[name] == "budget" else {}  # there must be some limit
+    PARTS[owner[name]](**{**needed, name: as_lora(value) if name == "lora" else value})
 
 
 def _check_derived(name: str, value: Any) -> None:

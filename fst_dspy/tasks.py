@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import ast
 import difflib
 import importlib.util
 import inspect
 import json
 import re
 import sys
-from collections.abc import Callable, Mapping
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from fst_dspy.errors import ProgramError
+from fst_dspy.errors import FSTError, ProgramError
 from fst_dspy.types import Task
+
+NO_LOAD = (
+    "{} has no function load(seed) -> fst_dspy.Task; `fst init` writes a file that has one, to "
+    "fill in"
+)
 
 
 def programs_folder() -> Path:
@@ -30,6 +38,11 @@ def find_program(name_or_path: str) -> Path:
     """
     path = Path(name_or_path)
     if path.is_file():
+        if path.suffix != ".py":
+            raise ProgramError(
+                f"{path} is no Python file; a program is a .py file with "
+                "load(seed) -> fst_dspy.Task"
+            )
         return path.resolve()
     packaged = programs_folder() / f"{path.stem}.py"
     if packaged.is_file() and (path.parent == Path(".") or path.parent.name == "programs"):
@@ -42,6 +55,31 @@ def find_program(name_or_path: str) -> Path:
     )
 
 
+def check_program(program: str) -> None:
+    """Check what can be seen of a program without running it: the file, and that it has a ``load``.
+
+    Raises:
+        ProgramError: There is no such file, it is not Python, or nothing in it is named ``load``.
+    """
+    path = find_program(split_arguments(program)[0])
+    try:
+        tree = ast.parse(path.read_bytes(), str(path))
+    except (SyntaxError, ValueError, OSError) as error:
+        raise ProgramError(f"{path} cannot be read as Python: {error}") from error
+    if not any(_binds_load(node) for node in ast.walk(tree)):
+        raise ProgramError(NO_LOAD.format(path))
+
+
+def _binds_load(node: ast.AST) -> bool:
+    if isinstance(node, ast.FunctionDef | ast.ClassDef):
+        return node.name == "load"
+    if isinstance(node, ast.ImportFrom | ast.Import):
+        return any((name.asname or name.name) in ("load", "*") for name in node.names)
+    if isinstance(node, ast.Name):
+        return node.id == "load" and isinstance(node.ctx, ast.Store)
+    return isinstance(node, ast.Constant) and node.value == "load"  # setattr, globals()["load"]
+
+
 def load_task(program: str, seed: int = 0) -> Task:
     """Import a program's file and call its ``load(seed)``. This runs the file's code.
 
@@ -52,8 +90,8 @@ def load_task(program: str, seed: int = 0) -> Task:
         seed: Seed of the task.
 
     Raises:
-        ProgramError: There is no such file, it has no ``load``, ``load`` does not take the
-            arguments, or it returns no ``Task``.
+        ProgramError: There is no such file, it cannot be imported, it has no ``load``, ``load``
+            does not take the arguments, fails, or returns no ``Task``.
     """
     name, arguments = split_arguments(program)
     path = find_program(name)
@@ -61,15 +99,32 @@ def load_task(program: str, seed: int = 0) -> Task:
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # classes defined in the file can be found again by name
-    spec.loader.exec_module(module)
+    with _told(f"{path} cannot be imported", path):
+        spec.loader.exec_module(module)
     load = getattr(module, "load", None)
     if not callable(load):
-        raise ProgramError(f"{path} has no function load(seed) -> fst_dspy.Task")
+        raise ProgramError(NO_LOAD.format(path))
     _check_arguments(load, arguments, path)
-    task = load(seed, **arguments)
+    with _told(f"load({seed}) in {path} failed", path):
+        task = load(seed, **arguments)
     if not isinstance(task, Task):
         raise ProgramError(f"load(seed) in {path} must return a fst_dspy.Task, got {task!r}")
     return task
+
+
+@contextmanager
+def _told(what: str, path: Path) -> Iterator[None]:
+    """Say where in the user's file something went wrong; our own errors say it themselves."""
+    try:
+        yield
+    except FSTError:
+        raise
+    except Exception as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [frame.lineno for frame in frames if frame.filename == str(path)]
+        line = error.lineno if isinstance(error, SyntaxError) else lines[-1] if lines else None
+        where = f", line {line}" if line else ""
+        raise ProgramError(f"{what}{where}: {type(error).__name__}: {error}") from error
 
 
 def split_arguments(program: str) -> tuple[str, dict[str, Any]]:

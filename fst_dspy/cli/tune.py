@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 from fst_dspy import distributed
+from fst_dspy.cli.checks import check_arguments
 from fst_dspy.cli.options import (
     ArmOption,
     Model,
@@ -39,7 +40,10 @@ def tune(
     at_least: Annotated[
         list[str] | None, typer.Option(help="Lower limit, such as score=0.5; repeat for more.")
     ] = None,
-    pruner: Annotated[str, typer.Option(help="median, asha, hyperband or none.")] = "median",
+    pruner: Annotated[
+        Literal["median", "asha", "hyperband", "none"],
+        typer.Option(help="What ends trials that do badly."),
+    ] = "median",
     space: Annotated[Path | None, typer.Option(help="YAML file of the search space.")] = None,
     storage: Annotated[
         str | None,
@@ -55,6 +59,8 @@ def tune(
     if distributed.processes() > 1:
         raise typer.BadParameter("a study starts its own processes: use --workers, not torchrun")
     with errors_told(f"interrupted; start it again with --out {out} to go on"):
+        fixed = parse_settings(settings)
+        check_arguments([program], model, fixed, arm=arm, reflection_lm=reflection_lm, out=out)
         with console.status("loading"):
             import dspy
 
@@ -79,6 +85,6 @@ def tune(
             study_name=study_name,
             seed=seed,
             arm=arm,
-            fixed=parse_settings(settings),
+            fixed=fixed,
             reflection_lm=dspy.LM(reflection_lm) if reflection_lm else None,
         )
