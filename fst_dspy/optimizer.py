@@ -36,6 +36,7 @@ from gepa.core.adapter import ProposalFn
 
 from fst_dspy.bundle.saving import make_savable
 from fst_dspy.config import Auto, FSTConfig
+from fst_dspy.display import on_a_screen
 from fst_dspy.errors import ConfigError
 from fst_dspy.fast.plugins import read_plugins
 from fst_dspy.fast.proposers.protocol import Proposer
@@ -45,8 +46,10 @@ from fst_dspy.loop.parts import Parts, RunSpec, make_parts
 from fst_dspy.loop.progress import ProgressListener
 from fst_dspy.loop.records import result_of
 from fst_dspy.loop.state import Start
-from fst_dspy.results.result import FSTResult
+from fst_dspy.results.result import FSTResult, Tester
 from fst_dspy.rollouts.checks import CheckedInput, check_input
+from fst_dspy.rollouts.evaluate import Quadrants, quadrants
+from fst_dspy.rollouts.runner import RolloutRunner
 from fst_dspy.run.trackers import tracker_names
 from fst_dspy.settings import Settings
 from fst_dspy.settings_help import settings_text
@@ -103,6 +106,11 @@ class FST(Teleprompter):
         super().__init__()
         if arm not in ("fst", "rl_only", "gepa_only"):
             raise ConfigError(f"arm must be 'fst', 'rl_only' or 'gepa_only', got {arm!r}")
+        if type(seed) is not int or not 0 <= seed < 2**32:
+            raise ConfigError(
+                f"seed must be a whole number from 0 to 2**32 - 1, got {seed!r} "
+                f"({type(seed).__name__})"
+            )
         if arm == "rl_only":
             settings["population_size"] = 1
         plugins = read_plugins(metric, reflection_lm, instruction_proposer, settings)
@@ -214,6 +222,7 @@ class FST(Teleprompter):
                 parts.folder.finish(result)
         finally:
             parts.close()
+        result = result.with_tester(_tester(parts, student, result))
         best = result.best
         parts.policy.restore(best.version)
         compiled = bound_to(student, best.candidate, parts.lm.at(best.version))
@@ -221,6 +230,37 @@ class FST(Teleprompter):
             compiled.detailed_results = result
         make_savable(compiled, result)
         return compiled
+
+    def __repr__(self) -> str:
+        usual, own = FSTConfig.make().to_dict(), self.config.to_dict()
+        changed = (
+            f"{name}={value!r}"
+            for part, values in own.items()
+            for name, value in values.items()
+            if value != usual[part][name]
+        )
+        metric = getattr(self.metric, "__name__", type(self.metric).__name__)
+        about = (f"metric={metric}", f"arm={self.arm!r}", f"seed={self.seed}")
+        folder = () if self.log_dir is None else (f"log_dir={str(self.log_dir)!r}",)
+        return on_a_screen([f"{type(self).__name__}({', '.join((*about, *folder, *changed))})"])
+
+
+def _tester(parts: Parts, student: dspy.Module, result: FSTResult) -> Tester:
+    """Tests the result's texts and weights with what they were found with."""
+
+    def test(testset: Sequence[dspy.Example], samples: int) -> Quadrants:
+        sampling, seed = parts.config.sampling, parts.spec.seed
+        return quadrants(
+            RolloutRunner(student, parts.spec.metric, parts.lm, sampling, seed),
+            result.seed_candidate,
+            result.best.candidate,
+            testset,
+            base_version=result.base_version,
+            trained_version=result.best.version,
+            samples=samples,
+        )
+
+    return test
 
 
 if FST.__doc__:  # none under ``python -OO``

@@ -77,8 +77,6 @@ def _run(program: str, model: str, options: dict[str, Any]) -> tuple[Task, FSTRe
         from fst_dspy.lm.local_lm import LocalLM
         from fst_dspy.loop.progress import RichProgress
         from fst_dspy.optimizer import FST
-        from fst_dspy.rollouts.evaluate import quadrants
-        from fst_dspy.rollouts.runner import RolloutRunner
         from fst_dspy.tasks import load_task
 
         seed = options["seed"]
@@ -91,15 +89,7 @@ def _run(program: str, model: str, options: dict[str, Any]) -> tuple[Task, FSTRe
         compiled = fst.compile(task.program, trainset=task.trainset, valset=task.valset)
         result = compiled.detailed_results
         with console.status(f"testing on {len(task.testset)} examples"):
-            runner = RolloutRunner(task.program, task.metric, lm, fst.config.sampling, seed)
-            tested = quadrants(
-                runner,
-                result.seed_candidate,
-                result.best.candidate,
-                task.testset,
-                base_version=result.base_version,
-                trained_version=result.best.version,
-            )
+            tested = result.quadrants(task.testset)
     return task, result, tested
 
 

@@ -311,14 +311,19 @@ def test_ctrl_c_in_a_fast_phase_is_not_held_back_for_the_steps_after_it(
 
 
 def test_a_budget_says_that_it_is_reached_and_what_is_done(tiny_qwen3, tmp_path):
-    listener, budget = Heard(), {"max_cycles": None, "max_rollouts": 20, "log_dir": tmp_path}
-    result = compile_tiny(tiny_qwen3, progress=listener, **budget)[2]
+    _, opening, first, *_ = compile_tiny(tiny_qwen3)[2].records
+    limit = opening.total_rollouts.total + 1  # is reached by the first step
+    listener = Heard()
+    budget = {"max_cycles": None, "max_rollouts": limit, "log_dir": tmp_path, "progress": listener}
+    result = compile_tiny(tiny_qwen3, **budget)[2]
+    spent = first.total_rollouts.total
+    assert result.rollouts.total == spent
     (said,) = listener.said
-    assert re.fullmatch(r"(\d+) of 20 rollouts reached; finishing the cycle", said)
-    assert 20 <= int(said.split()[0]) < result.rollouts.total
-    compile_tiny(tiny_qwen3, progress=listener, **budget)
-    ended = f"this run had ended, after {result.rollouts.total} of 20 rollouts; a higher limit"
-    assert listener.said[1].startswith(ended)
+    assert re.fullmatch(rf"(\d+) of {limit} rollouts reached; finishing the cycle", said)
+    assert limit <= int(said.split()[0]) < spent
+    compile_tiny(tiny_qwen3, **budget)
+    ended = f"this run had ended, after {spent} of {limit} rollouts; a higher limit lets it go on"
+    assert listener.said[1:] == [ended]
 
 
 def test_reused_rollouts_leave_the_fast_channel_its_first_phase_alone(tiny_qwen3):
