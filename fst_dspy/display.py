@@ -148,8 +148,7 @@ def on_a_screen(lines: Iterable[str]) -> str:
     broken = [
         part
         for line in lines
-        for part in textwrap.wrap(line, WIDTH, subsequent_indent="  ", drop_whitespace=False)
-        or [""]
+        for part in textwrap.wrap(line, WIDTH, subsequent_indent="  ") or [""]
     ]
     return "\n".join(broken if len(broken) <= HEIGHT else [*broken[: HEIGHT - 1], "  …"])
 

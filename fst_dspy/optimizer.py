@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from numbers import Integral
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -106,7 +107,7 @@ class FST(Teleprompter):
         super().__init__()
         if arm not in ("fst", "rl_only", "gepa_only"):
             raise ConfigError(f"arm must be 'fst', 'rl_only' or 'gepa_only', got {arm!r}")
-        if type(seed) is not int or not 0 <= seed < 2**32:
+        if isinstance(seed, bool) or not isinstance(seed, Integral) or not 0 <= seed < 2**32:
             raise ConfigError(
                 f"seed must be a whole number from 0 to 2**32 - 1, got {seed!r} "
                 f"({type(seed).__name__})"
@@ -118,7 +119,7 @@ class FST(Teleprompter):
         self.reflection_lm, self.strategies = plugins.reflection_lm, plugins.strategies
         self.config = FSTConfig.make(auto, **plugins.settings)
         self.arm: Arm = arm
-        self.seed = seed
+        self.seed = int(seed)
         self.log_dir = Path(log_dir) if log_dir is not None else None
         self.track_stats = track_stats
         self.instruction_proposer = plugins.proposer
