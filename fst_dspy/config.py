@@ -24,6 +24,10 @@ def _require(condition: bool, message: str) -> None:
         raise ConfigError(message)
 
 
+LIMITS = ("max_cycles", "max_rollouts", "max_seconds", "max_full_evals", "max_env_steps")
+"""The limits of a run, of which there must be one."""
+
+
 @dataclass(frozen=True)
 class BudgetConfig:
     """When the joint loop stops: at whichever limit is reached first.
@@ -34,6 +38,8 @@ class BudgetConfig:
         max_rollouts: Rollouts to run over all channels (fast, slow and eval), or ``None``. The
             cycle under way when it is reached is finished.
         max_seconds: Wall time of the compile, or ``None``. Likewise.
+        max_full_evals: ``max_rollouts`` in runs over all examples, those of training and of
+            validation together, as ``dspy.GEPA`` counts; or ``None``. One of the two.
         max_env_steps: Tool calls of agents in their environments (``fst_dspy.env``), or ``None``.
             Likewise.
         on_no_signal: What to do after a full cycle all of whose rollouts had the same reward, from
@@ -44,19 +50,30 @@ class BudgetConfig:
     max_cycles: int | None = None
     max_rollouts: int | None = None
     max_seconds: float | None = None
+    max_full_evals: int | None = None
     max_env_steps: int | None = None
     on_no_signal: Literal["stop", "warn"] = "stop"
 
     def __post_init__(self) -> None:
         check_kinds(self)
-        names = ("max_cycles", "max_rollouts", "max_seconds", "max_env_steps")
         _require(
-            any(getattr(self, name) is not None for name in names),
+            any(getattr(self, name) is not None for name in LIMITS),
             "set at least one of max_cycles, max_rollouts and max_seconds, or auto",
         )
-        for name in names:
+        _require(
+            self.max_full_evals is None or self.max_rollouts is None,
+            "max_full_evals and max_rollouts (max_metric_calls) are one budget: give one of them",
+        )
+        for name in LIMITS:
             value = getattr(self, name)
             _require(value is None or value > 0, f"{name} must be positive or None, got {value}")
+
+    def over(self, examples: int) -> BudgetConfig:
+        """The budget in rollouts, for so many training and validation examples."""
+        if self.max_full_evals is None:
+            return self
+        rollouts = self.max_full_evals * examples
+        return dataclasses.replace(self, max_full_evals=None, max_rollouts=rollouts)
 
 
 STRATEGIES = {
@@ -95,6 +112,14 @@ class FastConfig:
         perfect_score: The best score there is.
         reflection_prompt_template: Prompt of the reflection LM (gepa), with ``<curr_param>`` and
             ``<side_info>``; or such prompts by predictor. ``None`` means gepa's own.
+        reflection_context: What a proposer is shown of a rollout: ``"step"``, the inputs and
+            outputs of the predictor whose text is rewritten, or ``"trajectory"``, besides these all
+            steps of the program in their order (``"Program Trajectory"`` in its records).
+        frontier_type: On what candidates of the Pareto front are best (gepa): ``"instance"``, an
+            example; ``"objective"``, one of the metric's ``objective_scores`` over all examples;
+            ``"hybrid"``, either; ``"cartesian"``, an objective on an example.
+        copy_guard: Refuse an instruction that copies what training examples have for inputs
+            (``fst_dspy.fast.proposers.copying``).
         merge_iterations: Merges of complementary candidates tried after the iterations of a fast
             phase (or, with ``reuse``, after as many trials); 0 switches them off.
         reuse: Score, reflect on and try candidates within the slow phase's own rollouts, from the
@@ -124,6 +149,9 @@ class FastConfig:
     skip_perfect_score: bool = False
     perfect_score: float = 1.0
     reflection_prompt_template: str | Mapping[str, str] | None = None
+    reflection_context: Literal["step", "trajectory"] = "step"
+    frontier_type: Literal["instance", "objective", "hybrid", "cartesian"] = "instance"
+    copy_guard: bool = True
     merge_iterations: int = 1
     reuse: bool = True
     reuse_window: int | None = None
@@ -376,11 +404,14 @@ class FSTConfig:
             ConfigError: An unknown setting (the nearest name is suggested) or a bad value.
         """
         settings = _without_aliases(settings)
-        limits = [f.name for f in dataclasses.fields(BudgetConfig)]
-        if auto is None and not any(settings.get(name) is not None for name in limits):
+        if auto is None and not any(settings.get(name) is not None for name in LIMITS):
             auto = "light"
         if auto is not None:
             _require(auto in AUTO, f"auto must be one of {sorted(AUTO)}, got {auto!r}")
+            _require(
+                settings.get("max_full_evals") is None,
+                "give auto or max_full_evals: both say how long the run is",
+            )
             settings = {**AUTO[auto], **settings}
         settings = _derive(settings)
         if "lora" in settings:
@@ -539,7 +570,6 @@ ELSEWHERE = {
     "output_dir": "the run folder is log_dir",
     "run_dir": "the run folder is log_dir",
     "save_steps": "a run with log_dir saves itself at every cycle, and of steps what is due",
-    "max_full_evals": "say how long with max_rollouts (or max_cycles), validation included",
     "breadth": "this is population_size",
     "num_candidates": "this is population_size",
     "use_merge": "give merge_iterations, the merges tried in a fast phase; 0 for none",
@@ -552,12 +582,12 @@ ELSEWHERE = {
     "sampling_strategy": "an iteration draws one parent; see candidate_selection_strategy",
     "selection_strategy": "every accepted child is kept; see population_size",
     "val_evaluation_policy": "val_size validation examples are scored",
-    "stop_callbacks": "raise fst_dspy.loop.progress.StopRun in a progress listener",
-    "callbacks": "give a progress listener, progress=",
+    "stop_callbacks": "give it to FST itself",
+    "callbacks": "give it to FST itself",
+    "gepa_kwargs": "give it to FST itself",
     "track_best_outputs": "the run folder (log_dir) keeps all training rollouts",
     "use_wandb": "give report_to='wandb'",
     "use_mlflow": "give report_to='mlflow'",
-    "gepa_kwargs": "give gepa's settings by name, such as batch_sampler=",
     "max_bootstrapped_demos": "give demo_tokens, the room for a predictor's demos",
     "max_labeled_demos": "give demo_tokens, the room for a predictor's demos",
     "max_errors": "a rollout that fails gets failure_score",
@@ -565,14 +595,21 @@ ELSEWHERE = {
 }
 """Names of TRL, GEPA and DSPy that are no settings of ours, and what there is instead."""
 
-SINCE: dict[str, Any] = {
-    "candidate_selection_strategy": "pareto",
-    "acceptance_criterion": "strict_improvement",
-    "skip_perfect_score": False,
-    "perfect_score": 1.0,
-    "reflection_prompt_template": None,
+SINCE: dict[str, dict[str, Any]] = {
+    "fast": {
+        "candidate_selection_strategy": "pareto",
+        "acceptance_criterion": "strict_improvement",
+        "skip_perfect_score": False,
+        "perfect_score": 1.0,
+        "reflection_prompt_template": None,
+        "reflection_context": "step",
+        "frontier_type": "instance",
+        "copy_guard": True,  # there was none; a run of before goes on with it all the same
+    },
+    "slow": {"credit": "rollout", "discount": 1.0},
+    "budget": {"max_full_evals": None, "max_env_steps": None, "on_no_signal": "stop"},
 }
-"""Settings of the fast channel that earlier versions did not have, with what they did."""
+"""Settings that earlier versions did not have, by part, with what they did."""
 
 REMOVED: dict[str, Any] = {"off_policy_steps": 0, "resample_constant": 0}
 """Settings of earlier versions, with the values at which they changed nothing."""
@@ -584,7 +621,7 @@ def without_removed(config: Mapping[str, Any]) -> dict[str, Any]:
     Those that have come since have the value that says what was done before.
     """
     return {
-        part: (SINCE if part == "fast" else {})
+        part: SINCE.get(part, {})
         | {k: v for k, v in values.items() if k not in REMOVED or v != REMOVED[k]}
         for part, values in config.items()
     }

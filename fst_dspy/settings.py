@@ -57,6 +57,17 @@ class Settings(TypedDict, total=False):
     reflection_prompt_template: str | Mapping[str, str] | None
     """Default None. Prompt of the reflection LM (gepa), with ``<curr_param>`` and
     ``<side_info>``; or such prompts by predictor. ``None`` means gepa's own."""
+    reflection_context: Literal["step", "trajectory"]
+    """Default 'step'. What a proposer is shown of a rollout: ``"step"``, the inputs and outputs
+    of the predictor whose text is rewritten, or ``"trajectory"``, besides these all steps of
+    the program in their order (``"Program Trajectory"`` in its records)."""
+    frontier_type: Literal["instance", "objective", "hybrid", "cartesian"]
+    """Default 'instance'. On what candidates of the Pareto front are best (gepa):
+    ``"instance"``, an example; ``"objective"``, one of the metric's ``objective_scores`` over
+    all examples; ``"hybrid"``, either; ``"cartesian"``, an objective on an example."""
+    copy_guard: bool
+    """Default True. Refuse an instruction that copies what training examples have for inputs
+    (``fst_dspy.fast.proposers.copying``)."""
     merge_iterations: int
     """Default 1. Merges of complementary candidates tried after the iterations of a fast phase
     (or, with ``reuse``, after as many trials); 0 switches them off."""
@@ -159,6 +170,9 @@ class Settings(TypedDict, total=False):
     cycle under way when it is reached is finished."""
     max_seconds: float | None
     """Default None. Wall time of the compile, or ``None``. Likewise."""
+    max_full_evals: int | None
+    """Default None. ``max_rollouts`` in runs over all examples, those of training and of
+    validation together, as ``dspy.GEPA`` counts; or ``None``. One of the two."""
     max_env_steps: int | None
     """Default None. Tool calls of agents in their environments (``fst_dspy.env``), or ``None``.
     Likewise."""

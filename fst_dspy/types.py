@@ -92,12 +92,15 @@ class Population:
         val_ids: Length V, the examples' ids.
         score_K_V: Scores in the metric's own range, one row a candidate.
         policy_version: Optimizer steps taken when the scores were measured.
+        objective_K_V: Scores by objective, a mapping for each in ``score_K_V``, all with the same
+            objectives; empty where the metric gives none.
     """
 
     candidates: tuple[Candidate, ...]
     val_ids: tuple[str, ...]
     score_K_V: tuple[tuple[float, ...], ...]
     policy_version: int
+    objective_K_V: tuple[tuple[Mapping[str, float], ...], ...] = ()
 
     @property
     def ranked(self) -> list[tuple[Candidate, float | None, int]]:
@@ -232,6 +235,7 @@ class Rollout:
         policy_version: Optimizer steps taken when it was sampled.
         feedback_by_predictor: The metric's text for a predictor by name, where it was asked for
             one (``pred_name``) and it differs from ``feedback``.
+        objective_scores: The metric's scores by objective, where it gives some.
         turns: Those of an agent, in order; empty for other programs.
     """
 
@@ -246,6 +250,7 @@ class Rollout:
     failure: Failure | None
     policy_version: int
     feedback_by_predictor: Mapping[str, str] = field(default_factory=dict)
+    objective_scores: Mapping[str, float] = field(default_factory=dict)
     turns: tuple[Turn, ...] = ()
 
     @property
@@ -424,7 +429,8 @@ class CycleRecord:
         seconds: Wall time from the start of the run, by channel: ``fast``, ``slow``, ``eval``.
         weights_version: Version id of the weights at the end of the cycle.
         proposals: What became of the fast channel's proposals from the start of the run, and what
-            reflection cost (``FastPhase.report``).
+            reflection cost (``FastPhase.report``); ``"stopped"`` says which stop callback has ended
+            the run.
         failure_messages: The first message of each kind of failure in the cycle.
         early_batches: Batches, from the start of the run, that were generated without a rollout
             which waited for something else than the model; where there are any, repeats of the run

@@ -5,7 +5,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fst_dspy.config import AUTO, PARTS, BudgetConfig, FSTConfig, LoraConfig
+from fst_dspy.config import (
+    AUTO,
+    PARTS,
+    REMOVED,
+    BudgetConfig,
+    FSTConfig,
+    LoraConfig,
+    without_removed,
+)
 from fst_dspy.errors import ConfigError
 
 
@@ -82,3 +90,30 @@ def test_every_setting_is_checked_for_its_type(part):
     for field in dataclasses.fields(part):
         with pytest.raises(ConfigError, match=field.name):
             part(**{**needed, field.name: object()})
+
+
+FIRST = {
+    "fast": "population_size first_cycle_iterations cycle_iterations minibatch_size "
+    "instruction_tokens first_phase demo_tokens component_selector merge_iterations reuse "
+    "reuse_window max_reflection_cost max_reflection_tokens",
+    "slow": "steps_per_cycle group_size problems_per_step learning_rate lr_scheduler_type "
+    "warmup_steps max_grad_norm weight_decay loss_type epsilon epsilon_high scale_rewards "
+    "advantage beta entropy_coef micro_batch_size resample_constant revisit_constant "
+    "damp_constant off_policy_steps max_bad_steps lora",
+    "sampling": "temperature top_p max_tokens failure_score rollout_timeout max_calls "
+    "num_threads val_size",
+    "budget": "max_cycles max_rollouts max_seconds",
+}
+"""The settings of the first run folders, which are still gone on with."""
+
+
+def test_a_setting_that_came_later_says_what_was_done_before_it():
+    now = FSTConfig.make().to_dict()
+    first = {
+        part: {name: now[part].get(name, REMOVED.get(name)) for name in names.split()}
+        for part, names in FIRST.items()
+    }
+    read = without_removed(first)
+    assert {part: set(values) for part, values in read.items()} == {
+        part: set(values) for part, values in now.items()
+    }

@@ -5,6 +5,7 @@ Raises lm15 errors, which DSPy turns into its own and, for these kinds, does not
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -93,16 +94,26 @@ def _messages(request: lm15.Request) -> Messages:
     return tuple(messages)
 
 
-_ROLES = {"developer": "system"}
+_ROLES = {"developer": "system", "tool": "user"}
 
 
 def _text_of(parts: Sequence[Any]) -> str:
-    kinds = {part.type for part in parts} - {"text"}
+    kinds = {part.type for part in parts} - _READ.keys()
     if kinds:
         raise lm15.UnsupportedFeatureError(
             f"a local model reads text only, not {', '.join(sorted(kinds))}", feature="messages"
         )
-    return "".join(part.text for part in parts)
+    apart = "\n" if any(part.type != "text" for part in parts) else ""
+    return apart.join(_READ[part.type](part) for part in parts)
+
+
+# JSONAdapter writes the calls of tools that a conversation has had as parts of their own, also for
+# models that it asks to write theirs as text.
+_READ: dict[str, Callable[[Any], str]] = {
+    "text": lambda part: part.text,
+    "tool_call": lambda part: json.dumps({"name": part.name, "args": dict(part.input)}),
+    "tool_result": lambda part: f"{part.name or part.id}: {_text_of(part.content)}",
+}
 
 
 def prepare(

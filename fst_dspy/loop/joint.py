@@ -90,6 +90,7 @@ class Run:
                     self._checkpoint(state)
                     stopped = self._tell_cycle(state)
                     interrupt.stop_if_requested()
+                parts.fast.end(state.population)
         finally:
             parts.progress.end()
         return state
@@ -174,6 +175,7 @@ class Run:
         self._tell(cycle, "validation")
         found = score(parts, state)
         seconds = _add_seconds(state.seconds, "eval", started)
+        parts.fast.validated(found.population, parts.val_ids, found.score_V)
         record = cycle_record(parts, state, cycle, found, seconds)
         # Processes that no longer agree would only be noticed by their results.
         facts = (record.weights_version, record.val_scores, record.candidate_ids)
@@ -225,6 +227,10 @@ class Run:
             return False
         if cycles_spent(parts, state) or recorded_spent(parts, state.records[-1]):
             return True
+        stopped = state.records[-1].proposals.get("stopped")
+        if stopped and parts.spec.strategies.stop_callbacks:
+            logger.info("the run ends: %s", stopped)
+            return True
         # On a resume as well: it is a matter of the last record.
         reason = without_signal(self.parts, state.records[-1])
         if reason is not None:
@@ -252,6 +258,7 @@ class Run:
         due = distributed.from_main(lambda: folder is not None and (now or folder.is_old()))
         if due and folder is not None:
             folder.checkpoint(replace(state, tokens=dict(self.runner.tokens)), learner)
+            self.parts.fast.events.saved(str(folder.path))
         elif due and learner is not None:
             learner.save(None)  # under FSDP every process has its part of the optimizer
 

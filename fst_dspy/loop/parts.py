@@ -15,12 +15,14 @@ from fst_dspy import distributed
 from fst_dspy.config import BudgetConfig, FSTConfig, LoraConfig
 from fst_dspy.errors import ConfigError
 from fst_dspy.fast.channel import FastChannel
+from fst_dspy.fast.gepa.events import Events
+from fst_dspy.fast.gepa.strategies import NAMED, Strategies
 from fst_dspy.fast.phase import FastPhase
+from fst_dspy.fast.proposers.copying import CopyGuard
 from fst_dspy.fast.proposers.demos import DemoProposer
 from fst_dspy.fast.proposers.lessons import LessonProposer
 from fst_dspy.fast.proposers.protocol import Proposer
 from fst_dspy.fast.proposers.reflection import ReflectionLMProposer
-from fst_dspy.fast.strategies import NAMED, Strategies
 from fst_dspy.fast.trials import TrialPhase
 from fst_dspy.lm.local_lm import LocalLM
 from fst_dspy.loop.folder import RunFolder
@@ -152,7 +154,8 @@ def make_parts(spec: RunSpec, student: dspy.Module, checked: CheckedInput, start
     seed, lm = spec.seed, checked.lm
     # What depends on the model is settled first, so that the folder says what was used.
     slow = with_learning_rate(spec.config.slow, lm.policy.model)
-    spec = replace(spec, config=replace(spec.config, slow=slow))
+    budget = spec.config.budget.over(len(checked.trainset) + len(checked.valset))
+    spec = replace(spec, config=replace(spec.config, slow=slow, budget=budget))
     config = spec.config
     main, slow_on = distributed.is_main(), spec.arm != "gepa_only"
     fast_on = spec.arm in ("fst", "gepa_only")
@@ -179,7 +182,14 @@ def make_parts(spec: RunSpec, student: dspy.Module, checked: CheckedInput, start
     runner = RolloutRunner(
         student, spec.metric, lm, config.sampling, seed, predictor_feedback=fast_on
     )
-    fast = _make_fast(spec, lm.policy, reuse=config.fast.reuse and fast_on and slow_on)
+    own_strategies = spec.strategies
+    events = Events(
+        own_strategies.callbacks,
+        own_strategies.stop_callbacks,
+        calls=lambda: runner.counts.total,
+        max_calls=config.budget.max_rollouts,
+    )
+    fast = _make_fast(spec, lm.policy, events, reuse=config.fast.reuse and fast_on and slow_on)
     parts = Parts(
         spec=spec,
         start=start,
@@ -232,28 +242,31 @@ def _with_opening(parts: Parts) -> Parts:
     return replace(parts, budget=replace(parts.budget, max_cycles=cycles + 1))
 
 
-def _make_fast(spec: RunSpec, policy: Policy, *, reuse: bool) -> FastChannel:
+def _make_fast(spec: RunSpec, policy: Policy, events: Events, *, reuse: bool) -> FastChannel:
     config, count = spec.config.fast, partial(_count_tokens, policy)
     proposer = _make_proposer(spec, count)
     demos = DemoProposer(config.demo_tokens, count) if config.demo_tokens else None
-    if reuse:
-        steps = spec.config.slow.steps_per_cycle
-        return TrialPhase(
-            config,
-            proposer,
-            spec.seed,
-            steps_per_cycle=steps,
-            demos=demos,
-            strategies=spec.strategies,
+    if not reuse:
+        return FastPhase(
+            config, proposer, spec.seed, demos=demos, strategies=spec.strategies, events=events
         )
-    return FastPhase(config, proposer, spec.seed, demos=demos, strategies=spec.strategies)
+    return TrialPhase(
+        config,
+        proposer,
+        spec.seed,
+        steps_per_cycle=spec.config.slow.steps_per_cycle,
+        demos=demos,
+        strategies=spec.strategies,
+        events=events,
+    )
 
 
 def _make_proposer(spec: RunSpec, count_tokens: Callable[[str], int]) -> Proposer:
     if spec.instruction_proposer is not None:
         return spec.instruction_proposer
     config = spec.config.fast
-    lessons = LessonProposer(config.instruction_tokens, count_tokens)
+    guard = CopyGuard() if config.copy_guard else None
+    lessons = LessonProposer(config.instruction_tokens, count_tokens, guard)
     if spec.reflection_lm is None:
         return lessons
     return ReflectionLMProposer(

@@ -66,6 +66,7 @@ class Cycle(TypedDict):
     entropy: Diagnostic | None
     constant_group_share: Number
     failure_shares: dict[str, Number]
+    failure_messages: NotRequired[dict[str, str]]
     rollouts: _Counts
     total_rollouts: _Counts
     tokens: dict[str, Count]

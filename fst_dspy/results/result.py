@@ -143,6 +143,11 @@ class FSTResult:
     log_dir: str | None
 
     @property
+    def stopped(self) -> str | None:
+        """Which stop callback ended the run; ``None`` where a budget did."""
+        return self.records[-1].proposals.get("stopped")
+
+    @property
     def rollouts(self) -> RolloutCounts:
         """Every rollout of the run, by channel."""
         return self.records[-1].total_rollouts

@@ -115,6 +115,26 @@ def check_first_rollouts(rollouts: Sequence[Rollout]) -> None:
     raise ProgramError(f"the program failed on every validation example: {_most(messages)}")
 
 
+def check_objectives(rollouts: Sequence[Rollout], frontier: str) -> None:
+    """Stop where a front over objectives is asked for, and the metric gives none.
+
+    Raises:
+        MetricError: It has scored predictions, none of them by objective.
+    """
+    scored = [rollout for rollout in rollouts if rollout.failure is None]
+    if scored and not any(rollout.objective_scores for rollout in scored):
+        raise no_objectives(frontier)
+
+
+def no_objectives(frontier: str) -> MetricError:
+    """The error of a metric without the objectives that a front is to be made over."""
+    return MetricError(
+        f"frontier_type={frontier!r} needs the metric's objective_scores: return "
+        "dspy.Prediction(score=, feedback=, objective_scores={name: number}), or leave "
+        "frontier_type at 'instance'"
+    )
+
+
 def _most(messages: Iterable[str]) -> str:
     """The message that occurs most often, of equals the first."""
     counts: dict[str, int] = {}

@@ -266,6 +266,7 @@ class RolloutThread:
             feedback=score.feedback,
             failure=None,
             policy_version=self.policy_version,
+            objective_scores=score.objectives,
             turns=tuple(self.session.turns),
         )
 

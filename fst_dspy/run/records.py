@@ -63,8 +63,10 @@ def _is_text(trace: PredictorTrace) -> bool:
 def as_read_back(rollout: Rollout) -> Rollout:
     """The rollout as a resumed run would read it from a checkpoint."""
     traces = tuple(with_fields(trace, _plain) for trace in rollout.traces)
-    feedback = dict(rollout.feedback_by_predictor)
-    return dataclasses.replace(rollout, traces=traces, feedback_by_predictor=feedback)
+    feedback, objectives = dict(rollout.feedback_by_predictor), dict(rollout.objective_scores)
+    return dataclasses.replace(
+        rollout, traces=traces, feedback_by_predictor=feedback, objective_scores=objectives
+    )
 
 
 def with_fields(

@@ -472,3 +472,22 @@ def test_the_prompt_may_be_ones_own(server: tuple[Script, str]) -> None:
     for own in (template, template["solve"]):
         proposer_of(url, template=own).propose(SEED.components, {NAME: []}, [NAME])
     assert all("REWRITE Answer the question." in prompt for prompt in script.prompts)
+
+
+def test_the_prompt_shows_the_whole_trajectory_where_it_is_asked_for(
+    server: tuple[Script, str],
+) -> None:
+    script, url = server
+    example = EXAMPLES[0]
+    traces = (
+        PredictorTrace("search", {"q": "the question"}, {"found": "a far page"}, ""),
+        PredictorTrace("solve", {"found": "a far page"}, {"a": "red"}, ""),
+    )
+    rollout = Rollout(example_id(example), SEED.id, (), traces, 0.0, "Wrong.", None, 0)
+    for context in ("step", "trajectory"):
+        records = make_records(NAME, [Trajectory(example, rollout)], context)
+        proposer_of(url).propose(SEED.components, {NAME: records}, [NAME])
+    step, trajectory = script.prompts
+    assert "Program Trajectory" not in step and "1 of 2: search" not in step
+    for part in ("Program Trajectory", "1 of 2: search", "the question", "2 of 2: solve"):
+        assert part in trajectory

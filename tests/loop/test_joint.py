@@ -245,10 +245,10 @@ def test_a_loss_that_stays_non_finite_ends_the_run_at_the_best_weights(tiny_qwen
 
     real = learner.group_rows
 
-    def poisoned(groups, scale):
+    def poisoned(groups, scale, **credit):
         return [
             TrainingRow(r.prompt_ids_T, r.completion_ids_T, r.logprobs_T, float("nan"))
-            for r in real(groups, scale)
+            for r in real(groups, scale, **credit)
         ]
 
     monkeypatch.setattr(learner, "group_rows", poisoned)

@@ -64,8 +64,8 @@ ORDER = {
 SAVED = {"local_lm": "lm", "engine": "lm"}
 """Files of one line, whose paths programs hold that were saved by earlier versions."""
 
-BARE = "student model slow run lm rollouts agents results bundle fast fast/proposers loop distill"
-BARE += " continual experiments/findings"
+BARE = "student model slow run lm rollouts agents results bundle fast fast/gepa fast/proposers loop"
+BARE += " distill continual experiments/findings"
 """Folders whose ``__init__.py`` is a docstring: to import one file of theirs imports that one."""
 
 FILES_AT_THE_TOP = 13

@@ -18,6 +18,7 @@ from typing import Any
 
 import dspy
 
+from fst_dspy.fast.proposers.copying import CopyGuard
 from fst_dspy.fast.proposers.labels import Rule, read_rules
 from fst_dspy.fast.proposers.protocol import Findings, Record, well_formed
 from fst_dspy.student.candidate import INSTRUCTIONS, split_component
@@ -116,10 +117,16 @@ class LessonProposer:
     Args:
         instruction_tokens: Longest instruction to propose.
         count_tokens: Counts the tokens of a text, best with the local model's tokenizer.
+        guard: Lessons that copy a training example's inputs are left out; ``None`` for none.
     """
 
-    def __init__(self, instruction_tokens: int, count_tokens: Callable[[str], int]) -> None:
-        self.instruction_tokens = instruction_tokens
+    def __init__(
+        self,
+        instruction_tokens: int,
+        count_tokens: Callable[[str], int],
+        guard: CopyGuard | None = None,
+    ) -> None:
+        self.instruction_tokens, self.guard = instruction_tokens, guard
         self.count_tokens = count_tokens
         self._memory: dict[str, dict[str, Lesson]] = {}
         self._orders: dict[str, int] = {}  # orders tried since the lessons last changed
@@ -180,6 +187,8 @@ class LessonProposer:
     def study(self, examples: Mapping[str, dspy.Example]) -> None:
         """Take training examples, to read rules off their inputs and labels where need be."""
         self._examples, self._rules = list(examples.values()), {}
+        if self.guard is not None:
+            self.guard.study(self._examples)
 
     def findings(self) -> Findings:
         """What there was to learn."""
@@ -299,6 +308,8 @@ class LessonProposer:
     def _rewrite(self, component: str, instruction: str) -> str:
         memory, rules = self._memory.get(component, {}), self.rules(component)
         live = {key: lesson for key, lesson in memory.items() if lesson.usable}
+        if self.guard is not None:  # else no proposal with such a lesson in it would pass
+            live = {k: v for k, v in live.items() if not self.guard.copied(v.text, instruction)}
         said = {key: lesson.subject for key, lesson in live.items()}
         said |= {key_of(rule.text): [rule.cue] for rule in rules}
         stale = {key_of(rule.text) for rule in self._all_rules(component) if rule not in rules}

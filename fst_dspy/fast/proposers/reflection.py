@@ -25,6 +25,7 @@ from gepa.strategies.instruction_proposal import InstructionProposalSignature
 
 from fst_dspy.display import visible
 from fst_dspy.fast.proposers.protocol import (
+    TRAJECTORY,
     HasState,
     LearnsFromRecords,
     ProposalError,
@@ -37,7 +38,7 @@ from fst_dspy.student.candidate import INSTRUCTIONS, split_component
 
 logger = logging.getLogger(__name__)
 
-PROMPT_KEYS = ("Inputs", "Generated Outputs", "Feedback", "score")
+PROMPT_KEYS = ("Inputs", "Generated Outputs", TRAJECTORY, "Feedback", "score")
 RETRIED = frozenset({"rate_limit", "server", "timeout", "transport", "garbled", "no_text"})
 """Kinds of failure that may pass; others, such as a wrong key, come back the same."""
 GARBLED = re.compile(r"is not JSON|Expecting value|is not a list|JSONDecodeError")
@@ -218,7 +219,7 @@ class ReflectionLMProposer:
             {
                 "current_instruction_doc": instruction,
                 "dataset_with_feedback": [
-                    {key: record[key] for key in PROMPT_KEYS} for record in records
+                    {key: record[key] for key in PROMPT_KEYS if key in record} for record in records
                 ],
                 "prompt_template": self.prompt_template(name),
             }
