@@ -2,6 +2,7 @@
 
 ``FSTConfig`` nests one frozen dataclass a channel. ``FSTConfig.make(...)`` takes the settings
 flat, by their unique names, which is how ``fst_dspy.FST(**settings)`` and studies pass them.
+``settings.py``, for editors, is made of this file: ``tests/support/settings_file.py`` writes it.
 """
 
 from __future__ import annotations

@@ -26,6 +26,7 @@ from fst_dspy.cli.options import (
     results_as_json,
 )
 from fst_dspy.display import as_text, panel, table
+from fst_dspy.errors import DataError
 
 if TYPE_CHECKING:
     from fst_dspy.results.result import FSTResult
@@ -81,6 +82,11 @@ def _run(program: str, model: str, options: dict[str, Any]) -> tuple[Task, FSTRe
 
         seed = options["seed"]
         task = load_task(program, seed)
+        if not task.testset:
+            raise DataError(
+                f"{task.name} has no testset, on which the result is tested: leave some examples "
+                "out of the trainset"
+            )
         fst = FST(task.metric, track_stats=True, progress=RichProgress(console), **options)
         lm = LocalLM(model)
     about = f" on {lm.model}, arm {fst.arm}, seed {seed}"

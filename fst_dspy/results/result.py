@@ -25,7 +25,7 @@ from fst_dspy.display import (
     panel,
     score_text,
 )
-from fst_dspy.errors import ConfigError
+from fst_dspy.errors import ConfigError, DataError
 from fst_dspy.files import read_jsonl
 from fst_dspy.results import plots
 from fst_dspy.results.cycles import cycle_html, cycle_table, records_frame
@@ -239,6 +239,7 @@ class FSTResult:
         Raises:
             ConfigError: This is not the result that the compile returned, but one read from a
                 folder or a pickle, which has no program: ``fst_dspy.quadrants`` takes one.
+            DataError: There are no examples.
         """
         tester: Tester | None = vars(self).get("_tester")
         if tester is None:
@@ -247,6 +248,8 @@ class FSTResult:
                 "fst_dspy.quadrants with a RolloutRunner, or compile again with the same log_dir, "
                 "which returns at once"
             )
+        if not testset:
+            raise DataError("the testset is empty; give examples that nothing was learned on")
         return tester(testset, samples)
 
     def with_tester(self, tester: Tester) -> Self:
