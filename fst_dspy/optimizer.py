@@ -299,10 +299,13 @@ def _read_seed(given: Any) -> int:
 def _tester(parts: Parts, student: dspy.Module, result: FSTResult) -> Tester:
     """Tests the result's texts and weights with what they were found with."""
 
+    # Of the parts these alone: the optimizer's state is large, and a result may live long.
+    metric, lm = parts.spec.metric, parts.lm
+    sampling, seed = parts.config.sampling, parts.spec.seed
+
     def test(testset: Sequence[dspy.Example], samples: int) -> Quadrants:
-        sampling, seed = parts.config.sampling, parts.spec.seed
         return quadrants(
-            RolloutRunner(student, parts.spec.metric, parts.lm, sampling, seed),
+            RolloutRunner(student, metric, lm, sampling, seed),
             result.seed_candidate,
             result.best.candidate,
             testset,

@@ -10,7 +10,7 @@ import json
 import re
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -56,18 +56,48 @@ def find_program(name_or_path: str) -> Path:
 
 
 def check_program(program: str) -> None:
-    """Check what can be seen of a program without running it: the file, and that it has a ``load``.
+    """Check what can be seen of a program without running it.
+
+    That is its file, that there is a ``load`` in it, and, where this is a plain function, whether
+    it takes the arguments.
 
     Raises:
-        ProgramError: There is no such file, it is not Python, or nothing in it is named ``load``.
+        ProgramError: There is no such file, it is not Python, or what else is wrong.
     """
-    path = find_program(split_arguments(program)[0])
+    name, arguments = split_arguments(program)
+    path = find_program(name)
     try:
         tree = ast.parse(path.read_bytes(), str(path))
     except (SyntaxError, ValueError, OSError) as error:
         raise ProgramError(f"{path} cannot be read as Python: {error}") from error
-    if not any(_binds_load(node) for node in ast.walk(tree)):
+    binding = [node for node in ast.walk(tree) if _binds_load(node)]
+    if not binding:
         raise ProgramError(NO_LOAD.format(path))
+    (first, *others) = binding
+    if isinstance(first, ast.FunctionDef) and not (others or first.decorator_list):
+        _check_arguments(_parameters(first.args), arguments, path)
+
+
+def _parameters(written: ast.arguments) -> list[inspect.Parameter]:
+    """The parameters of a function that was not run; defaults that are no literals are left out."""
+    plain = [*written.posonlyargs, *written.args]
+    missing: list[ast.expr | None] = [None] * (len(plain) - len(written.defaults))
+    defaults = [*missing, *written.defaults, *written.kw_defaults]
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD  # it matters here only that they have names
+    found = [
+        inspect.Parameter(argument.arg, kind, default=_literal(default))
+        for argument, default in zip([*plain, *written.kwonlyargs], defaults, strict=True)
+    ]
+    if written.kwarg is not None:
+        found.append(inspect.Parameter(written.kwarg.arg, inspect.Parameter.VAR_KEYWORD))
+    return found
+
+
+def _literal(default: ast.expr | None) -> Any:
+    try:
+        return inspect.Parameter.empty if default is None else ast.literal_eval(default)
+    except ValueError:
+        return inspect.Parameter.empty
 
 
 def _binds_load(node: ast.AST) -> bool:
@@ -104,7 +134,7 @@ def load_task(program: str, seed: int = 0) -> Task:
     load = getattr(module, "load", None)
     if not callable(load):
         raise ProgramError(NO_LOAD.format(path))
-    _check_arguments(load, arguments, path)
+    _check_arguments(list(inspect.signature(load).parameters.values()), arguments, path)
     with _told(f"load({seed}) in {path} failed", path):
         task = load(seed, **arguments)
     if not isinstance(task, Task):
@@ -147,9 +177,10 @@ def read_value(text: str) -> Any:
         return text
 
 
-def _check_arguments(load: Callable[..., Any], arguments: Mapping[str, Any], path: Path) -> None:
+def _check_arguments(
+    parameters: Sequence[inspect.Parameter], arguments: Mapping[str, Any], path: Path
+) -> None:
     """Check names, and types where a default tells them, before any work is done."""
-    parameters = list(inspect.signature(load).parameters.values())
     if not parameters:
         raise ProgramError(f"load in {path} must take the seed: load(seed) -> fst_dspy.Task")
     seed, *others = parameters
@@ -168,5 +199,5 @@ def _check_arguments(load: Callable[..., Any], arguments: Mapping[str, Any], pat
         if default is None or default is inspect.Parameter.empty or isinstance(value, wanted):
             continue
         raise ProgramError(
-            f"load in {path}: {name} must be a {type(default).__name__}, got {value!r}"
+            f"load in {path}: {name} must be of type {type(default).__name__}, got {value!r}"
         )

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from fst_dspy.cli.checks import check_source
 from fst_dspy.cli.compiling import compile
 from fst_dspy.cli.experiments import ablate, compare, experiments
 from fst_dspy.cli.init import init
@@ -63,6 +64,8 @@ def export(
     ] = None,
 ) -> None:
     """Write the trained model as a plain folder that transformers and vLLM load."""
+    with errors_told():
+        check_source(source)
     with errors_told(), console.status("exporting"):
         from fst_dspy.bundle.saving import export as write_model_folder
 

@@ -105,6 +105,22 @@ def check_model(model: str) -> None:
         )
 
 
+def check_source(source: Path) -> None:
+    """That a folder is a bundle, or the run folder of a compile that has ended.
+
+    Raises:
+        StoreError: It is neither.
+    """
+    if any((source / name).is_file() for name in ("manifest.json", "result.json")):
+        return
+    if (source / "config.json").is_file():
+        raise StoreError(f"the run in {source} has not ended: start it again to go on with it")
+    raise StoreError(
+        f"{source} is neither a bundle nor a run folder; give what save() wrote, or "
+        "fst compile --out"
+    )
+
+
 def check_out(out: Path) -> None:
     """That a folder can be written to, or made.
 

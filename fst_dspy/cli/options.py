@@ -102,6 +102,8 @@ ARM_NAMES = ("fst", "rl_only", "gepa_only", "sequential", "sequential_reverse", 
 """Arms of experiments, here as well so that telling a mistake imports nothing heavy."""
 AXIS_NAMES = ("K", "T", "advantage", "reuse", "first", "demos", "weights")
 """Axes of ``fst ablate``, likewise."""
+MEASURE_NAMES = ("score", "kl_to_base", "rollouts")
+"""What ``fst tune`` measures, likewise."""
 
 
 def completed(names: Sequence[str]) -> Callable[[str], list[str]]:

@@ -14,11 +14,19 @@ from typer.testing import CliRunner
 
 import fst_dspy
 from fst_dspy.cli import app
-from fst_dspy.cli.options import ARM_NAMES, AXIS_NAMES, Tracker, completed, parse_settings
+from fst_dspy.cli.options import (
+    ARM_NAMES,
+    AXIS_NAMES,
+    MEASURE_NAMES,
+    Tracker,
+    completed,
+    parse_settings,
+)
 from fst_dspy.display import Terminal, visible
 from fst_dspy.errors import ProgramError
 from fst_dspy.experiments import ARMS, AXES
 from fst_dspy.run.tracker_kinds import KINDS
+from fst_dspy.study.objective import DIRECTIONS
 from fst_dspy.tasks import load_task
 
 pytestmark = pytest.mark.slow
@@ -145,6 +153,7 @@ def test_ctrl_c_is_answered_at_once_and_says_how_to_go_on(program, tiny_qwen3, t
 def test_names_that_are_written_twice_are_the_same():
     assert tuple(ARMS) == ARM_NAMES and tuple(AXES) == AXIS_NAMES
     assert set(Tracker) == set(KINDS)
+    assert tuple(DIRECTIONS) == MEASURE_NAMES
 
 
 def test_the_last_of_several_names_is_completed():

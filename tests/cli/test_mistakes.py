@@ -66,6 +66,17 @@ EARLY = {
         "openai/gpt-5-mini",
     ),
     "store": ("experiments show empty", "no store of experiments", "give the --out"),
+    "argument of load": (
+        "compile triage:polcy=1",
+        "takes no argument 'polcy'",
+        "mean 'policy'",
+    ),
+    "type of an argument": ("compile triage:policy=x", "policy must be of type int", "got 'x'"),
+    "limit": ("tune triage --at-most kl_to_base=low", "--at-most kl_to_base", "must be a number"),
+    "measure": ("tune triage --objective scor", "no measure 'scor'", "mean 'score'"),
+    "search space": ("tune triage --space nosuch.yaml", "no file nosuch.yaml", "YAML"),
+    "nothing to export": ("export empty there", "neither a bundle nor a run", "fst compile --out"),
+    "nothing to report": ("report empty", "empty is not a run folder", "Give the log_dir"),
     "name of a new program": ("init 3x", "'3x' is no name", "letters, digits"),
 }
 """Mistakes that text and files tell: the command, the cause, and what to do."""
