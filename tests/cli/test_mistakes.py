@@ -76,7 +76,6 @@ EARLY = {
     "measure": ("tune triage --objective scor", "no measure 'scor'", "mean 'score'"),
     "search space": ("tune triage --space nosuch.yaml", "no file nosuch.yaml", "YAML"),
     "nothing to export": ("export empty there", "neither a bundle nor a run", "fst compile --out"),
-    "nothing to report": ("report empty", "empty is not a run folder", "Give the log_dir"),
     "name of a new program": ("init 3x", "'3x' is no name", "letters, digits"),
 }
 """Mistakes that text and files tell: the command, the cause, and what to do."""
@@ -128,6 +127,13 @@ def test_a_folder_that_may_not_be_written_to_is_told(folder):
     (folder / "empty").chmod(0o500)
     message = told("compile triage --out empty/run")
     assert "no right to write in empty" in message and "another --out" in message
+
+
+@pytest.mark.usefixtures("folder")
+@pytest.mark.parametrize("command", ["report empty", "watch empty"])
+def test_a_folder_without_a_run_is_told(command):
+    message = told(command)
+    assert "empty is not a run folder" in message and "Give the log_dir" in message
 
 
 @pytest.mark.usefixtures("folder")
