@@ -10,12 +10,12 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from fst_dspy.errors import ConfigError
-from fst_dspy.kinds import check_kinds
+from fst_dspy.kinds import wrong_kind
 
 Auto = Literal["light", "medium", "heavy"]
 
@@ -23,6 +23,11 @@ Auto = Literal["light", "medium", "heavy"]
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise ConfigError(message)
+
+
+def _check_kinds(config: Any, label: str = "", but: Iterable[str] = ()) -> None:
+    message = wrong_kind(config, label, but)
+    _require(message is None, message or "")
 
 
 LIMITS = ("max_cycles", "max_rollouts", "max_seconds", "max_full_evals", "max_env_steps")
@@ -56,7 +61,7 @@ class BudgetConfig:
     on_no_signal: Literal["stop", "warn"] = "stop"
 
     def __post_init__(self) -> None:
-        check_kinds(self)
+        _check_kinds(self)
         _require(
             any(getattr(self, name) is not None for name in LIMITS),
             "set at least one of max_cycles, max_rollouts and max_seconds, or auto",
@@ -160,7 +165,7 @@ class FastConfig:
     max_reflection_tokens: int | None = None
 
     def __post_init__(self) -> None:
-        check_kinds(self, but=(*STRATEGIES, "reflection_prompt_template"))
+        _check_kinds(self, but=(*STRATEGIES, "reflection_prompt_template"))
         for name in ("population_size", "minibatch_size", "instruction_tokens", "reuse_window"):
             value = getattr(self, name)
             _require(value is None or value >= 1, f"{name} must be at least 1, got {value}")
@@ -199,7 +204,7 @@ class LoraConfig:
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
-        check_kinds(self, "LoRA ")
+        _check_kinds(self, "LoRA ")
         _require(self.rank >= 1, f"LoRA rank must be at least 1, got {self.rank}")
         _require(self.alpha > 0, f"LoRA alpha must be positive, got {self.alpha}")
         _require(0 <= self.dropout < 1, f"LoRA dropout must be in [0, 1), got {self.dropout}")
@@ -276,7 +281,7 @@ class SlowConfig:
     lora: LoraConfig | None = None
 
     def __post_init__(self) -> None:
-        check_kinds(self)
+        _check_kinds(self)
         for name in ("steps_per_cycle", "problems_per_step", "micro_batch_size", "max_bad_steps"):
             value = getattr(self, name)
             _require(value is None or value >= 1, f"{name} must be at least 1, got {value}")
@@ -336,7 +341,7 @@ class SamplingConfig:
     val_size: int = 48
 
     def __post_init__(self) -> None:
-        check_kinds(self)
+        _check_kinds(self)
         _require(
             self.temperature > 0,
             f"temperature must be above 0 (greedy groups are constant), got {self.temperature}",

@@ -10,8 +10,6 @@ from collections.abc import Iterable, Mapping
 from functools import cache
 from typing import Any, Literal, Union
 
-from fst_dspy.errors import ConfigError
-
 WORDS = {
     int: "a whole number",
     float: "a number",
@@ -23,8 +21,8 @@ WORDS = {
 """What people read for the types of settings."""
 
 
-def check_kinds(config: Any, label: str = "", but: Iterable[str] = ()) -> None:
-    """Check every field of a frozen dataclass; for use in its ``__post_init__``.
+def wrong_kind(config: Any, label: str = "", but: Iterable[str] = ()) -> str | None:
+    """What is wrong with a field of a frozen dataclass; for use in its ``__post_init__``.
 
     A number of another library, such as numpy's, becomes Python's, and a whole number that was
     written as ``6.0`` becomes ``6`` where one is wanted.
@@ -34,8 +32,8 @@ def check_kinds(config: Any, label: str = "", but: Iterable[str] = ()) -> None:
         label: Stands before the field's name in a message.
         but: Fields that are checked elsewhere.
 
-    Raises:
-        ConfigError: Names field, kind and value.
+    Returns:
+        A message that names field, kind and value; ``None`` where all is right.
     """
     kind: Any = type(config)
     for name, annotation in _annotations(kind).items():
@@ -44,12 +42,13 @@ def check_kinds(config: Any, label: str = "", but: Iterable[str] = ()) -> None:
         value = getattr(config, name)
         fitting = [reading for reading in _readings(value) if _is_a(annotation, reading)]
         if not fitting:
-            raise ConfigError(
+            return (
                 f"{label}{name} must be {in_words(annotation)}, got {value!r} "
                 f"({type(value).__name__})"
             )
         if fitting[0] is not value:
             object.__setattr__(config, name, fitting[0])
+    return None
 
 
 def in_words(annotation: Any) -> str:

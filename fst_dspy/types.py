@@ -150,7 +150,8 @@ class Call:
             softmax over the whole vocabulary; the same length as ``completion_ids_T``.
         text: The decoded completion, without special tokens.
         finish_reason: ``"stop"``, or ``"length"`` when ``max_tokens`` cut it off.
-        temperature: The temperature it was sampled at; 0 means greedy.
+        temperature: The temperature it was sampled at; 0 means greedy, or drawn with penalties:
+            not from the policy, and so not learned from.
     """
 
     __repr__ = display.brief

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import logging
+import weakref
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import dspy
@@ -12,8 +15,13 @@ from dspy.clients.provider import Provider
 from fst_dspy.errors import ModelError
 from fst_dspy.lm.engine import AsyncLocalEngine, LocalEngine, serving
 from fst_dspy.lm.in_use import over_base, remember
-from fst_dspy.lm.requests import DEFAULT_MAX_TOKENS
+from fst_dspy.lm.requests import DEFAULT_MAX_TOKENS, EXTRA, OWN
+from fst_dspy.lm.templates import check_options, thinks
+from fst_dspy.model.hardware import device_named, dtype_named
 from fst_dspy.model.policy import Policy
+from fst_dspy.student.identity import adapter_identity, shown_adapter
+
+logger = logging.getLogger(__name__)
 
 COMPILED_LM = "fst_lm"
 """The attribute of a compiled program's modules that holds the LM they were compiled for."""
@@ -21,6 +29,8 @@ FOLLOWS = "fst_follows"
 """The attribute of a compiled predictor that holds its LM, where it had none of its own before."""
 ENTERED_WITH = "fst_entered_with"
 """The DSPy setting, in a tuple, that holds the settings' LM as a compiled program was entered."""
+COMPILED_ADAPTER = "fst_adapter"
+"""The attribute of a compiled program that says which adapter it was compiled under."""
 _ANSWERS_WITH = "answers_with"  # in a pickle: the version id, also where ``model`` is the live one
 
 
@@ -36,14 +46,22 @@ class LocalLM(dspy.LM):
             ``Policy`` to share.
         temperature: In [0, 2]; 0 is greedy.
         max_tokens: Longest answer, in tokens; by default an eighth of the context, at most 512.
-        device: Defaults to CUDA where there is one.
-        dtype: Defaults to bfloat16 on CUDA and float32 elsewhere.
+        device: ``"cpu"``, ``"cuda"`` or ``"gpu"``, ...; defaults to CUDA where there is one.
+        device: Such as ``"cpu"``, ``"cuda"`` or ``"gpu"``; CUDA by default, where there is one.
         trust_remote_code: Run Python code that comes with the model.
         cache: Keep answers in DSPy's cache.
-        **kwargs: As for ``dspy.LM``, such as ``top_p``, ``stop`` and ``seed``.
+        chat_template_kwargs: Variables of the model's chat template, such as
+            ``{"enable_thinking": False}``.
+        **kwargs: As for ``dspy.LM``, such as ``top_p``, ``top_k``, ``stop``, ``seed``,
+            ``frequency_penalty``, ``presence_penalty`` and ``reasoning_effort``; and
+            ``repetition_penalty``, as in transformers.
+
+    All but the model's own (``device``, ``dtype``, ``trust_remote_code``) may be given with a call
+    as well, or as a predictor's ``config``, and are saved with a program.
 
     Raises:
-        ModelError: The model cannot be loaded.
+        ModelError: The model cannot be loaded, or there is no such device or dtype.
+        ConfigError: The chat template does not read a variable in ``chat_template_kwargs``.
     """
 
     # DSPy writes this name into saved programs, so it must not tell where the code lies.
@@ -61,6 +79,7 @@ class LocalLM(dspy.LM):
         cache: bool = True,
         engine: LocalEngine | None = None,
         async_engine: AsyncLocalEngine | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
         if engine is not None:  # a saved state: the engine was loaded, ``model`` is the version id
@@ -73,11 +92,16 @@ class LocalLM(dspy.LM):
                 model
                 if isinstance(model, Policy)
                 else Policy.load(
-                    model, device=device, dtype=dtype, trust_remote_code=trust_remote_code
+                    model,
+                    device=device_named(device),
+                    dtype=dtype_named(dtype),
+                    trust_remote_code=trust_remote_code,
                 )
             )
             engine, version = LocalEngine(policy), policy.version()
         self._local = engine
+        if chat_template_kwargs is not None:
+            kwargs["chat_template_kwargs"] = check_options(engine.policy, chat_template_kwargs)
         super().__init__(
             version,
             temperature=temperature,
@@ -143,13 +167,45 @@ class LocalLM(dspy.LM):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         lm = self._within_program()
-        return super().__call__(*args, **kwargs) if lm is self else lm(*args, **kwargs)
+        if lm is not self:
+            return lm(*args, **kwargs)
+        return super().__call__(*args, **self._carried(kwargs))
 
     async def acall(self, *args: Any, **kwargs: Any) -> Any:
         lm = self._within_program()
         if lm is self:
-            return await super().acall(*args, **kwargs)
+            return await super().acall(*args, **self._carried(kwargs))
         return await lm.acall(*args, **kwargs)
+
+    def _carried(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Put the settings that DSPy's requests have no field for where there is room for them.
+
+        As ``metadata``, which goes through unread; the cache's keys take it in.
+        """
+        own = {name: kwargs.get(name, self.kwargs.get(name)) for name in OWN}
+        own = {name: value for name, value in own.items() if value is not None}
+        if not own:
+            return kwargs
+        if "chat_template_kwargs" in own:
+            check_options(self.policy, own["chat_template_kwargs"])
+        metadata = kwargs.get("metadata", self.kwargs.get("metadata")) or {}
+        # None keeps those of ``self.kwargs`` out of the request.
+        return {**kwargs, **dict.fromkeys(own), "metadata": {**metadata, EXTRA: own}}
+
+    @property
+    def supports_reasoning(self) -> bool:
+        """Whether it thinks before it answers; so that ``dspy.Reasoning`` is its thought."""
+        return thinks(self.policy.tokenizer, self.kwargs.get("chat_template_kwargs") or {})
+
+    def finetune(
+        self, train_data: Any, train_data_format: Any, train_kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """As ``dspy.LM.finetune``, on prompts that are rendered as this LM's are."""
+        train_kwargs = dict(train_kwargs or self.train_kwargs)
+        options = self.kwargs.get("chat_template_kwargs")
+        if options:
+            train_kwargs.setdefault("chat_template_kwargs", options)
+        return super().finetune(train_data, train_data_format, train_kwargs)
 
     def _within_program(self) -> Any:
         """This LM, or what stands for it in the compiled program that calls it.
@@ -160,6 +216,8 @@ class LocalLM(dspy.LM):
         modules = dspy.settings.caller_modules or ()
         if not modules:
             return self
+        if serving(self.policy) is None:
+            _check_adapter(modules)
         caller = vars(modules[-1])
         if caller.get("lm") is self:
             entered = dspy.settings.get(ENTERED_WITH)
@@ -214,6 +272,28 @@ class LocalLM(dspy.LM):
     def live(self) -> LocalLM:
         """A copy that follows the live weights, without the cache."""
         return self.copy(model=self.policy.live_id, cache=False)
+
+
+def _check_adapter(modules: Iterable[dspy.Module]) -> None:
+    """Say so, once, where a compiled program is called under another adapter."""
+    for module in modules:
+        compiled = vars(module).get(COMPILED_ADAPTER)
+        if compiled is None or module in _told:
+            continue
+        here = adapter_identity(dspy.settings.adapter)
+        if here != compiled:
+            _told.add(module)
+            logger.warning(
+                "%s was compiled under the adapter %s and is called under %s, so that its prompts "
+                "are others than those it was trained on; set the former with "
+                "dspy.configure(adapter=...)",
+                type(module).__name__,
+                shown_adapter(compiled),
+                shown_adapter(here),
+            )
+
+
+_told: weakref.WeakSet[dspy.Module] = weakref.WeakSet()
 
 
 def _serving(engine: LocalEngine, version: str) -> LocalEngine:

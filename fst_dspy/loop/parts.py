@@ -25,6 +25,7 @@ from fst_dspy.fast.proposers.protocol import Proposer
 from fst_dspy.fast.proposers.reflection import ReflectionLMProposer
 from fst_dspy.fast.trials import TrialPhase
 from fst_dspy.lm.local_lm import LocalLM
+from fst_dspy.lm.predictors import check_trained
 from fst_dspy.loop.folder import RunFolder
 from fst_dspy.loop.learner import GRPOLearner, Learner
 from fst_dspy.loop.progress import ProgressListener, SilentProgress, default_progress
@@ -148,7 +149,7 @@ def make_parts(spec: RunSpec, student: dspy.Module, checked: CheckedInput, start
         start: What the run begins with.
 
     Raises:
-        ConfigError, ModelError: Adapters that do not go with the weights.
+        ConfigError, ModelError: Adapters that do not go with the weights, or no training of them.
         StoreError: The run folder cannot be used.
     """
     seed, lm = spec.seed, checked.lm
@@ -159,6 +160,8 @@ def make_parts(spec: RunSpec, student: dspy.Module, checked: CheckedInput, start
     config = spec.config
     main, slow_on = distributed.is_main(), spec.arm != "gepa_only"
     fast_on = spec.arm in ("fst", "gepa_only")
+    if slow_on:
+        check_trained(student, lm.policy, slow.lora)
     valset = sample(checked.valset, config.sampling.val_size, seed)
     val_ids = tuple(example_id(example) for example in valset)
     own = seed_candidate(student)

@@ -16,7 +16,7 @@ import logging
 import re
 import threading
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -316,7 +316,7 @@ class Policy:
 
     def _fingerprint(self) -> Any:
         """Changes whenever the weights may have: spares hashing a large model at every call."""
-        weights = list(self._trainable().values())
+        weights = list(_plain(self._trainable()).values())
         sample = torch.cat([weight.detach().reshape(-1)[:4].float() for weight in weights])
         counters = tuple((weight.data_ptr(), weight._version) for weight in weights)
         return self._lora, self.step, counters, tuple(sample.tolist())
@@ -466,8 +466,22 @@ def _swapped(weights: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> Iter
         _fill(weights, own)
 
 
+def _plain(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights, those that are made of several tensors (torchao's quantized) as these."""
+    plain: dict[str, Tensor] = {}
+    for name, weight in weights.items():
+        parts: Sequence[str] = ()
+        flatten = getattr(weight.detach(), "__tensor_flatten__", None)
+        if flatten is not None:
+            parts = flatten()[0]
+        plain |= _plain({f"{name}.{part}": getattr(weight, part) for part in parts})
+        if not parts:
+            plain[name] = weight
+    return plain
+
+
 def _hash(weights: Mapping[str, Tensor], salt: str = "") -> str:
-    digest = hashlib.sha256(salt.encode())
+    digest, weights = hashlib.sha256(salt.encode()), _plain(weights)
     with ThreadPoolExecutor() as threads:
         for name in sorted(weights):
             weight = weights[name].detach().cpu().contiguous()

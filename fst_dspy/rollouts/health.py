@@ -34,6 +34,13 @@ ADVICE: Mapping[str, str] = {
 }
 """What to do about a kind of failure."""
 
+IN_THOUGHT = "in the middle of its thought"
+THOUGHT_ADVICE = (
+    "the model's thoughts are cut off: raise max_tokens, or have it answer at once with "
+    "LocalLM(..., chat_template_kwargs={'enable_thinking': False})"
+)
+"""Of an answer that was cut off, where, and what to do about it."""
+
 
 @dataclass(frozen=True)
 class Tally:
@@ -90,8 +97,10 @@ def told_failures(
     texts = []
     for kind, share in sorted(shares.items(), key=lambda item: -item[1]):
         if share >= TOLD_SHARE:
-            text = f"{kind} {share:.0%}: {visible(_first_line(messages.get(kind, '')))}"
-            texts.append(f"{text} ({ADVICE[kind]})" if advice and kind in ADVICE else text)
+            message = messages.get(kind, "")
+            text = f"{kind} {share:.0%}: {visible(_first_line(message))}"
+            what_to_do = THOUGHT_ADVICE if IN_THOUGHT in message else ADVICE.get(kind)
+            texts.append(f"{text} ({what_to_do})" if advice and what_to_do else text)
     return texts
 
 

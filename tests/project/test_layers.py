@@ -7,6 +7,7 @@ one has to know to read a file.
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -25,7 +26,7 @@ STUDENT = f"{TOP} student"
 
 ORDER = {
     "errors": "",
-    "kinds": "errors",
+    "kinds": "",
     "display": "",
     "embedded": "",
     "types": BASE,
@@ -232,3 +233,17 @@ def test_a_folder_is_imported_at_no_cost(folder: str) -> None:
 def test_what_is_heavy_is_imported_where_it_is_used(module: str, heavy: str) -> None:
     code = f"import sys, {module}; sys.exit({heavy!r} in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+def test_a_row_of_the_drawing_of_folders_imports_from_rows_above_it_alone() -> None:
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    rows = re.findall(r"^ ?\d+ {2,}(.*)$", page, re.MULTILINE)
+    row_of = {
+        name: number
+        for number, row in enumerate(rows)
+        for name in re.findall(r"(\w+)(?:\.py|/)", row)
+    }
+    assert row_of.keys() == ORDER.keys() - {"__main__"}
+    for name, imported in ORDER.items():
+        if name != "__main__":
+            assert [one for one in imported.split() if row_of[one] >= row_of[name]] == [], name
