@@ -41,8 +41,9 @@ class BaseRecord:
     """The model that was trained.
 
     Attributes:
-        source: ``"embedded"``, ``"hub"``, or ``"folder"`` for a local one, whose place is not told.
-        id: ``"embedded"``, the hub id, or the folder's name.
+        source: ``"embedded"``; ``"hub"`` for one that its name finds on any machine, on the hub or
+            as SmolLM2 is found; or ``"folder"`` for a local one, whose place is not told.
+        id: ``"embedded"``, the hub id or name, or the folder's or GGUF file's name.
         version: Version id of its weights, ``"<name>@<12 hex digits>"``: a content hash.
     """
 

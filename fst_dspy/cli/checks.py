@@ -101,7 +101,7 @@ def check_model(model: str) -> None:
     elif not path.exists() and not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", model):
         raise ModelError(
             f"there is no model folder {str(path)!r}, and no model on the Hugging Face hub has "
-            'such a name; give "embedded", a folder or an id such as Qwen/Qwen3-0.6B'
+            'such a name; give "embedded", "smollm2", a folder or an id such as Qwen/Qwen3-0.6B'
         )
 
 

@@ -31,7 +31,9 @@ Program = Annotated[
         show_default=False,
     ),
 ]
-Model = Annotated[str, typer.Option(help='"embedded", a model folder or a hub id.')]
+Model = Annotated[
+    str, typer.Option(help='"embedded", "smollm2", a model folder, a GGUF file or a hub id.')
+]
 Out = Annotated[
     Path | None,
     typer.Option(

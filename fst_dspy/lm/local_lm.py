@@ -42,8 +42,10 @@ class LocalLM(dspy.LM):
     policy's live weights on, but not this LM: ``live()`` follows them, ``at()`` names others.
 
     Args:
-        model: ``"embedded"`` for the model in the package, a folder, a hub id, or a loaded
-            ``Policy`` to share.
+        model: ``"embedded"`` for the model in the package; ``"smollm2"`` for a real model of 135
+            million weights that is fetched once, under the adapter in the package
+            (``"smollm2-base"``: without); a folder, a GGUF file, a hub id, or a loaded ``Policy``
+            to share.
         temperature: In [0, 2]; 0 is greedy.
         max_tokens: Longest answer, in tokens; by default an eighth of the context, at most 512.
         device: ``"cpu"``, ``"cuda"`` or ``"gpu"``, ...; defaults to CUDA where there is one.

@@ -35,6 +35,8 @@ from fst_dspy.embedded import path as embedded_path
 from fst_dspy.errors import ModelError
 from fst_dspy.model.hardware import fuse_norms
 from fst_dspy.model.sizes import check_claims
+from fst_dspy.pretrained import smollm2
+from fst_dspy.pretrained.gguf import SUFFIX, find_gguf, read_from, read_gguf
 
 DEFAULT_CHAT_TEMPLATE = (
     "{% for message in messages %}{{ message['role'] + ': ' + message['content'] + '\n\n' }}"
@@ -121,7 +123,9 @@ class Policy:
         """Load a model.
 
         Args:
-            name_or_path: ``"embedded"`` for the model in the package, a folder, or a hub id.
+            name_or_path: ``"embedded"`` for the model in the package, ``"smollm2"`` for a real one
+                that is fetched once (see ``fst_dspy.pretrained.smollm2``), a folder, a GGUF file
+                or a folder with one, which is unpacked, or a hub id.
             device: Defaults to CUDA where there is one; of several processes, each has its own.
             dtype: A torch dtype or its name; defaults to bfloat16 on CUDA and float32 elsewhere.
             trust_remote_code: Run Python code that comes with the model. Off unless asked for.
@@ -142,19 +146,23 @@ class Policy:
         dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
         where = _where(name_or_path)
         try:
+            named, more = read_from(where)
             # Before the tokenizer, which reads the configuration too. Code that is trusted may
             # build what it likes.
             if str(name_or_path) != "embedded" and not trust_remote_code:
                 check_claims(Path(where))
-            tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=trust_remote_code)
+            tokenizer = AutoTokenizer.from_pretrained(
+                named, trust_remote_code=trust_remote_code, **more
+            )
             model = _read_model(where, dtype, trust_remote_code).to(device)
             if device.type == "cuda":
                 fuse_norms(model)
         except Exception as error:
             raise ModelError(
                 f"cannot load the model {str(name_or_path)!r} ({type(error).__name__}: {error}); "
-                'give "embedded", a folder with config.json, weights and tokenizer, or the id of a '
-                "model on the Hugging Face hub that this machine can reach"
+                'give "embedded", "smollm2", a folder with config.json, weights and tokenizer, a '
+                "GGUF file, or the id of a model on the Hugging Face hub that this machine can "
+                "reach"
             ) from error
         if tokenizer.chat_template is None:
             tokenizer.chat_template = DEFAULT_CHAT_TEMPLATE
@@ -165,7 +173,8 @@ class Policy:
             "dtype": str(dtype).removeprefix("torch."),
             "trust_remote_code": trust_remote_code,
         }
-        return cls(model, tokenizer, name or Path(str(name_or_path).rstrip("/")).name, source)
+        short = Path(str(name_or_path).rstrip("/")).name.removesuffix(SUFFIX)
+        return cls(model, tokenizer, name or short, source)
 
     # --- which weights ----------------------------------------------------------------------------
 
@@ -389,14 +398,21 @@ class Policy:
 def _where(name_or_path: str | Path) -> str:
     if str(name_or_path) == "embedded":
         return str(embedded_path())
+    if str(name_or_path) in smollm2.NAMES:
+        return str(smollm2.fetch(str(name_or_path)))
     path = Path(name_or_path).expanduser()
     looks_like_path = isinstance(name_or_path, Path) or str(name_or_path)[:1] in ("/", ".", "~")
-    if looks_like_path and not path.is_dir():
-        raise ModelError(f"there is no model folder {str(path)!r}")
+    found = find_gguf(path)
+    if found is not None:
+        return str(found)
+    if (looks_like_path or path.suffix == SUFFIX) and not path.is_dir():
+        raise ModelError(f"there is no model folder or GGUF file {str(path)!r}")
     return str(path) if path.is_dir() else str(name_or_path)
 
 
 def _read_model(where: str, dtype: torch.dtype, trust_remote_code: bool) -> Any:
+    if where.endswith(SUFFIX):  # takes long enough for its bar
+        return read_gguf(Path(where), dtype)
     # A bar for a second's work is noise, and so is the hint to install a CUDA kernel on a CPU.
     logging.getLogger("transformers.integrations.hub_kernels").addFilter(_no_kernel_hint)
     showed_bars = hf_logging.is_progress_bar_enabled()

@@ -21,7 +21,7 @@ PACKAGE = ROOT / "fst_dspy"
 NAME = PACKAGE.name
 
 BASE = "errors kinds display embedded"
-TOP = f"{BASE} types config settings settings_help distributed files tasks"
+TOP = f"{BASE} types config settings settings_help distributed files tasks pretrained"
 STUDENT = f"{TOP} student"
 
 ORDER = {
@@ -36,8 +36,10 @@ ORDER = {
     "settings": f"{BASE} config",
     "settings_help": f"{BASE} config",
     "tasks": f"{BASE} types config distributed files",
+    "pretrained": f"{BASE} files",
     "student": TOP,
     "model": TOP,
+    "smollm2": TOP,
     "slow": f"{TOP} model",
     "run": STUDENT,
     "lm": f"{STUDENT} model slow",
@@ -66,7 +68,7 @@ SAVED = {"local_lm": "lm", "engine": "lm"}
 """Files of one line, whose paths programs hold that were saved by earlier versions."""
 
 BARE = "student model slow run lm rollouts agents results bundle fast fast/gepa fast/proposers loop"
-BARE += " distill continual experiments/findings"
+BARE += " distill continual experiments/findings pretrained smollm2"
 """Folders whose ``__init__.py`` is a docstring: to import one file of theirs imports that one."""
 
 FILES_AT_THE_TOP = 13
