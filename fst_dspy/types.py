@@ -72,6 +72,10 @@ class Candidate:
         parents = f" from {', '.join(self.parent_ids)}" if self.parent_ids else ""
         return f"{self.id} · {self.source}, cycle {self.cycle}{parents}"
 
+    def __repr__(self) -> str:
+        texts = [f"  {name}: {' '.join(t.split())}" for name, t in self.components.items()]
+        return display.on_a_screen([f"Candidate {self.origin}", *(text[:100] for text in texts)])
+
     def _repr_html_(self) -> str:
         return display.texts_html(self.origin, self.components)
 
@@ -122,6 +126,11 @@ class Population:
         )
         return title, [(mean, wins, c.origin, c.components) for c, mean, wins in self.ranked]
 
+    def __repr__(self) -> str:
+        title, rows = self._shown()
+        lines = (f"  {display.score_text(mean)}  {origin}" for mean, _, origin, _ in rows)
+        return display.on_a_screen([title, *lines])
+
     def _repr_html_(self) -> str:
         return display.population_html(*self._shown())
 
@@ -145,6 +154,8 @@ class Call:
             not from the policy, and so not learned from.
     """
 
+    __repr__ = display.brief
+
     predictor: str
     prompt_ids_T: tuple[int, ...]
     completion_ids_T: tuple[int, ...]
@@ -164,6 +175,8 @@ class PredictorTrace:
         outputs: Its parsed output fields; ``None`` when parsing failed.
         text: The completion it was parsed from (empty when no local model was called).
     """
+
+    __repr__ = display.brief
 
     predictor: str
     inputs: Mapping[str, Any]
@@ -188,6 +201,8 @@ class Turn:
         seconds: Time that the environment took.
         calls: Calls of the local model that the rollout had made by the end of the turn.
     """
+
+    __repr__ = display.brief
 
     observation: str
     action: str
@@ -225,6 +240,8 @@ class Rollout:
         turns: Those of an agent, in order; empty for other programs.
     """
 
+    __repr__ = display.brief
+
     example_id: str
     candidate_id: str
     calls: tuple[Call, ...]
@@ -247,6 +264,8 @@ class Rollout:
 class Group:
     """The G rollouts of one problem, spread over the candidates of the population."""
 
+    __repr__ = display.brief
+
     example_id: str
     rollouts_G: tuple[Rollout, ...]
 
@@ -261,6 +280,8 @@ class TrainingRow:
         advantage: The advantage of the call's rollout, computed once per problem over all G.
         temperature: The temperature it was sampled at, above 0.
     """
+
+    __repr__ = display.brief
 
     prompt_ids_T: tuple[int, ...]
     completion_ids_T: tuple[int, ...]
@@ -375,6 +396,8 @@ class StepRecord:
         stats: What the optimizer did.
     """
 
+    __repr__ = display.brief
+
     cycle: int
     step: int
     reward: float
@@ -417,6 +440,8 @@ class CycleRecord:
             ``None`` where there were none.
         turns: What agents did, from the start of the run; all 0 for other programs.
     """
+
+    __repr__ = display.brief
 
     cycle: int
     step: int

@@ -124,6 +124,15 @@ class LocalLM(dspy.LM):
 
         return LocalProvider(self.policy)
 
+    def __repr__(self) -> str:
+        policy, sampling = self.policy, self.kwargs
+        size = sum(weight.numel() for weight in policy.model.parameters())
+        return (
+            f"LocalLM({self.model!r}, {size:,} weights in {str(policy.model.dtype)[6:]} on "
+            f"{policy.device}, temperature={sampling.get('temperature')}, "
+            f"max_tokens={sampling.get('max_tokens')}, context of {policy.context_length:,} tokens)"
+        )
+
     def __copy__(self) -> LocalLM:
         return remember(super().__copy__())
 

@@ -53,12 +53,23 @@ class SilentProgress:
 
     def end(self) -> None: ...
 
+    def say(self, text: str) -> None: ...
+
 
 class LogProgress(SilentProgress):
     """A log line a cycle, on level INFO; what went wrong the loop logs by itself, as warnings."""
 
     def cycle_done(self, record: CycleRecord) -> None:
         logger.info("%s", cycle_line(record))
+
+    def say(self, text: str) -> None:
+        logger.warning("%s", text)
+
+
+def tell(listener: ProgressListener, text: str) -> None:
+    """Have a listener say what concerns the whole run; one without ``say`` has it logged."""
+    say = getattr(listener, "say", None) or LogProgress().say
+    say(text)
 
 
 class RichProgress:
@@ -95,10 +106,13 @@ class RichProgress:
         )
 
     def cycle_done(self, record: CycleRecord) -> None:
-        self.console.print(as_text(cycle_line(record)))
+        self.say(cycle_line(record))
 
     def end(self) -> None:
         self._bar.stop()
+
+    def say(self, text: str) -> None:
+        self.console.print(as_text(text))
 
 
 class NotebookProgress:
@@ -125,11 +139,15 @@ class NotebookProgress:
         self._show("  ·  ".join(part for part in parts if part))
 
     def cycle_done(self, record: CycleRecord) -> None:
-        self._lines.append(cycle_line(record))
-        self._show()
+        self.say(cycle_line(record))
 
     def end(self) -> None:
         self._show()
+
+    def say(self, text: str) -> None:
+        self._lines.append(text)
+        if self._output is not None:
+            self._show()
 
     def _show(self, *under_way: str) -> None:
         self._output.update({"text/plain": "\n".join([*self._lines, *under_way])}, raw=True)

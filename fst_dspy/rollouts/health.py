@@ -120,8 +120,13 @@ def check_first_rollouts(rollouts: Sequence[Rollout]) -> None:
         return
     messages = [f"{f.kind}: {f.message}" for f in failures if f and f.kind not in NOT_ANSWERED]
     if "metric" in kinds:
-        raise MetricError(f"the metric failed on every validation example: {_most(messages)}")
-    raise ProgramError(f"the program failed on every validation example: {_most(messages)}")
+        raise MetricError(
+            f"the metric failed on every validation example: {_most(messages)}; {ADVICE['metric']}"
+        )
+    advice = ADVICE["no_calls" if kinds == {"no_calls"} else "program"]
+    raise ProgramError(
+        f"the program failed on every validation example: {_most(messages)}; {advice}"
+    )
 
 
 def check_objectives(rollouts: Sequence[Rollout], frontier: str) -> None:

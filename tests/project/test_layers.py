@@ -20,18 +20,21 @@ from places import ROOT
 PACKAGE = ROOT / "fst_dspy"
 NAME = PACKAGE.name
 
-BASE = "errors display embedded"
-TOP = f"{BASE} types config distributed files tasks pretrained"
+BASE = "errors kinds display embedded"
+TOP = f"{BASE} types config settings settings_help distributed files tasks pretrained"
 STUDENT = f"{TOP} student"
 
 ORDER = {
     "errors": "",
+    "kinds": "",
     "display": "",
     "embedded": "",
     "types": BASE,
     "config": BASE,
     "distributed": BASE,
     "files": BASE,
+    "settings": f"{BASE} config",
+    "settings_help": f"{BASE} config",
     "tasks": f"{BASE} types config distributed files",
     "pretrained": f"{BASE} files",
     "student": TOP,
