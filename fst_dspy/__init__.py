@@ -10,7 +10,10 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fst_dspy import measures
+    from fst_dspy import measures, report
+    from fst_dspy.agents.gym import gym_factory
+    from fst_dspy.agents.metric import env_reward
+    from fst_dspy.agents.module import env
     from fst_dspy.bundle.saving import export, load, save
     from fst_dspy.config import FSTConfig, LoraConfig
     from fst_dspy.continual.learner import ContinualFST
@@ -40,14 +43,17 @@ _HOME = {
     "Proposer": "fst_dspy.fast.proposers.protocol",
     "Task": "fst_dspy.types",
     "TunedFST": "fst_dspy.study",
+    "env": "fst_dspy.agents.module",
+    "env_reward": "fst_dspy.agents.metric",
     "export": "fst_dspy.bundle.saving",
+    "gym_factory": "fst_dspy.agents.gym",
     "load": "fst_dspy.bundle.saving",
     "quadrants": "fst_dspy.rollouts.evaluate",
     "save": "fst_dspy.bundle.saving",
     "use_vllm": "fst_dspy.model.vllm_engine",
 }
 
-_MODULES = ("measures",)
+_MODULES = ("measures", "report")
 
 __all__ = [
     "FST",
@@ -62,10 +68,14 @@ __all__ = [
     "Proposer",
     "Task",
     "TunedFST",
+    "env",
+    "env_reward",
     "export",
+    "gym_factory",
     "load",
     "measures",
     "quadrants",
+    "report",
     "save",
     "use_vllm",
 ]

@@ -2,6 +2,7 @@
 
 ``FSTConfig`` nests one frozen dataclass a channel. ``FSTConfig.make(...)`` takes the settings
 flat, by their unique names, which is how ``fst_dspy.FST(**settings)`` and studies pass them.
+``settings.py``, for editors, is made of this file: ``tests/support/settings_file.py`` writes it.
 """
 
 from __future__ import annotations
@@ -9,11 +10,12 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from fst_dspy.errors import ConfigError
+from fst_dspy.kinds import wrong_kind
 
 Auto = Literal["light", "medium", "heavy"]
 
@@ -21,6 +23,15 @@ Auto = Literal["light", "medium", "heavy"]
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise ConfigError(message)
+
+
+def _check_kinds(config: Any, label: str = "", but: Iterable[str] = ()) -> None:
+    message = wrong_kind(config, label, but)
+    _require(message is None, message or "")
+
+
+LIMITS = ("max_cycles", "max_rollouts", "max_seconds", "max_full_evals", "max_env_steps")
+"""The limits of a run, of which there must be one."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +44,10 @@ class BudgetConfig:
         max_rollouts: Rollouts to run over all channels (fast, slow and eval), or ``None``. The
             cycle under way when it is reached is finished.
         max_seconds: Wall time of the compile, or ``None``. Likewise.
+        max_full_evals: ``max_rollouts`` in runs over all examples, those of training and of
+            validation together, as ``dspy.GEPA`` counts; or ``None``. One of the two.
+        max_env_steps: Tool calls of agents in their environments (``fst_dspy.env``), or ``None``.
+            Likewise.
         on_no_signal: What to do after a full cycle all of whose rollouts had the same reward, from
             which neither channel can learn: ``"stop"`` ends the run (with an error where all of
             them failed), ``"warn"`` says so and goes on.
@@ -41,21 +56,30 @@ class BudgetConfig:
     max_cycles: int | None = None
     max_rollouts: int | None = None
     max_seconds: float | None = None
+    max_full_evals: int | None = None
+    max_env_steps: int | None = None
     on_no_signal: Literal["stop", "warn"] = "stop"
 
     def __post_init__(self) -> None:
-        limits = (self.max_cycles, self.max_rollouts, self.max_seconds)
+        _check_kinds(self)
         _require(
-            any(limit is not None for limit in limits),
+            any(getattr(self, name) is not None for name in LIMITS),
             "set at least one of max_cycles, max_rollouts and max_seconds, or auto",
         )
-        for name in ("max_cycles", "max_rollouts", "max_seconds"):
+        _require(
+            self.max_full_evals is None or self.max_rollouts is None,
+            "max_full_evals and max_rollouts (max_metric_calls) are one budget: give one of them",
+        )
+        for name in LIMITS:
             value = getattr(self, name)
             _require(value is None or value > 0, f"{name} must be positive or None, got {value}")
-        _require(
-            self.on_no_signal in ("stop", "warn"),
-            f"on_no_signal must be 'stop' or 'warn', got {self.on_no_signal!r}",
-        )
+
+    def over(self, examples: int) -> BudgetConfig:
+        """The budget in rollouts, for so many training and validation examples."""
+        if self.max_full_evals is None:
+            return self
+        rollouts = self.max_full_evals * examples
+        return dataclasses.replace(self, max_full_evals=None, max_rollouts=rollouts)
 
 
 STRATEGIES = {
@@ -94,6 +118,14 @@ class FastConfig:
         perfect_score: The best score there is.
         reflection_prompt_template: Prompt of the reflection LM (gepa), with ``<curr_param>`` and
             ``<side_info>``; or such prompts by predictor. ``None`` means gepa's own.
+        reflection_context: What a proposer is shown of a rollout: ``"step"``, the inputs and
+            outputs of the predictor whose text is rewritten, or ``"trajectory"``, besides these all
+            steps of the program in their order (``"Program Trajectory"`` in its records).
+        frontier_type: On what candidates of the Pareto front are best (gepa): ``"instance"``, an
+            example; ``"objective"``, one of the metric's ``objective_scores`` over all examples;
+            ``"hybrid"``, either; ``"cartesian"``, an objective on an example.
+        copy_guard: Refuse an instruction that copies what training examples have for inputs
+            (``fst_dspy.fast.proposers.copying``).
         merge_iterations: Merges of complementary candidates tried after the iterations of a fast
             phase (or, with ``reuse``, after as many trials); 0 switches them off.
         reuse: Score, reflect on and try candidates within the slow phase's own rollouts, from the
@@ -129,6 +161,9 @@ class FastConfig:
     skip_perfect_score: bool = False
     perfect_score: float = 1.0
     reflection_prompt_template: str | Mapping[str, str] | None = None
+    reflection_context: Literal["step", "trajectory"] = "step"
+    frontier_type: Literal["instance", "objective", "hybrid", "cartesian"] = "instance"
+    copy_guard: bool = True
     merge_iterations: int = 1
     reuse: bool = True
     reuse_window: int | None = None
@@ -138,6 +173,7 @@ class FastConfig:
     format_feedback: bool = True
 
     def __post_init__(self) -> None:
+        _check_kinds(self, but=(*STRATEGIES, "reflection_prompt_template"))
         for name in ("population_size", "minibatch_size", "instruction_tokens", "reuse_window"):
             value = getattr(self, name)
             _require(value is None or value >= 1, f"{name} must be at least 1, got {value}")
@@ -160,10 +196,6 @@ class FastConfig:
                 f"gepa's protocol given to FST; got {value!r}",
             )
         _require_templates(self.reflection_prompt_template)
-        _require(
-            self.first_phase in ("fast", "slow"),
-            f"first_phase must be 'fast' or 'slow', got {self.first_phase!r}",
-        )
 
 
 @dataclass(frozen=True)
@@ -181,6 +213,7 @@ class LoraConfig:
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
+        _check_kinds(self, "LoRA ")
         _require(self.rank >= 1, f"LoRA rank must be at least 1, got {self.rank}")
         _require(self.alpha > 0, f"LoRA alpha must be positive, got {self.alpha}")
         _require(0 <= self.dropout < 1, f"LoRA dropout must be in [0, 1), got {self.dropout}")
@@ -208,6 +241,11 @@ class SlowConfig:
         epsilon_high: TRL's upper clip. With CISPO it is the cap on the importance weight itself
             (ScaleRL: 5.0); TRL's own default would scale every gradient by 0.2.
         scale_rewards: TRL's scaling of the advantage: ``"group"``, ``"batch"`` or ``"none"``.
+        credit: What of an agent's rollout a call is credited with: ``"rollout"``, the whole reward,
+            or ``"turn"``, what it gained from the call's turn on, compared with what the others of
+            the group gained from that turn on (``fst_dspy.slow.advantage``).
+        discount: Of rewards of later turns, in (0, 1], with ``credit="turn"``: what is gained k
+            turns later counts for ``discount ** k``.
         advantage: What a rollout's reward is compared with: ``"problem"``, all G rollouts of the
             problem, as in the paper, or ``"candidate"``, those under the same candidate alone.
         beta: Weight of TRL's KL penalty to the base model; 0 switches it off.
@@ -225,7 +263,8 @@ class SlowConfig:
             rows have.
         max_bad_steps: Steps in a row with a loss or gradient that is not finite, after which the
             run stops; each of them is dropped.
-        lora: Adapter settings, or ``None`` for full fine-tuning.
+        lora: Adapter settings, or ``None`` for full fine-tuning; ``FST`` has ``"auto"`` besides,
+            its default: adapters where training all weights would not fit in the machine's memory.
     """
 
     steps_per_cycle: int = 6
@@ -241,15 +280,28 @@ class SlowConfig:
     epsilon_high: float = 5.0
     scale_rewards: Literal["group", "batch", "none"] = "group"
     advantage: Literal["problem", "candidate"] = "problem"
+    credit: Literal["rollout", "turn"] = "rollout"
+    discount: float = 1.0
     beta: float = 0.0
     entropy_coef: float = 0.0
     micro_batch_size: int | None = None
     revisit_constant: float = 0.5
     damp_constant: bool = True
     max_bad_steps: int = 5
-    lora: LoraConfig | None = None
+    lora: LoraConfig | Literal["auto"] | None = None
+
+    @property
+    def adapters(self) -> LoraConfig | None:
+        """Settings of the adapters that are trained, once that is decided.
+
+        Raises:
+            ConfigError: It is left to the machine, and nobody has asked it.
+        """
+        _require(self.lora != "auto", "lora='auto' is for FST; give True, False or a LoraConfig")
+        return None if self.lora == "auto" else self.lora
 
     def __post_init__(self) -> None:
+        _check_kinds(self)
         for name in ("steps_per_cycle", "problems_per_step", "micro_batch_size", "max_bad_steps"):
             value = getattr(self, name)
             _require(value is None or value >= 1, f"{name} must be at least 1, got {value}")
@@ -278,12 +330,7 @@ class SlowConfig:
         )
         _require(self.epsilon_high > 0, f"epsilon_high must be positive, got {self.epsilon_high}")
         _require(
-            self.scale_rewards in ("group", "batch", "none"),
-            f"scale_rewards is 'group', 'batch' or 'none', not {self.scale_rewards!r}",
-        )
-        _require(
-            self.advantage in ("problem", "candidate"),
-            f"advantage must be 'problem' or 'candidate', got {self.advantage!r}",
+            0 < self.discount <= 1, f"discount must be above 0 and at most 1, got {self.discount}"
         )
 
 
@@ -319,6 +366,7 @@ class SamplingConfig:
     structured: Literal["auto"] | bool = "auto"
 
     def __post_init__(self) -> None:
+        _check_kinds(self)
         _require(
             self.temperature > 0,
             f"temperature must be above 0 (greedy groups are constant), got {self.temperature}",
@@ -391,25 +439,24 @@ class FSTConfig:
             ConfigError: An unknown setting (the nearest name is suggested) or a bad value.
         """
         settings = _without_aliases(settings)
-        limits = [f.name for f in dataclasses.fields(BudgetConfig)]
-        if auto is None and not any(settings.get(name) is not None for name in limits):
+        if auto is None and not any(settings.get(name) is not None for name in LIMITS):
             auto = "light"
         if auto is not None:
             _require(auto in AUTO, f"auto must be one of {sorted(AUTO)}, got {auto!r}")
+            _require(
+                settings.get("max_full_evals") is None,
+                "give auto or max_full_evals: both say how long the run is",
+            )
             settings = {**AUTO[auto], **settings}
         settings = _derive(settings)
-        if "lora" in settings:
-            settings["lora"] = as_lora(settings["lora"])
+        settings["lora"] = as_lora(settings.get("lora", "auto"))
         owner = _owners()
         values: dict[str, dict[str, Any]] = {name: {} for name in PARTS}
         for name, value in settings.items():
             if name not in owner:
                 raise _unknown_setting(name)
             values[owner[name]][name] = value
-        try:
-            return cls(**{name: PARTS[name](**values[name]) for name in PARTS})
-        except TypeError as error:
-            raise ConfigError(f"a setting has the wrong type: {error}") from error
+        return cls(**{name: PARTS[name](**values[name]) for name in PARTS})
 
 
 def check_setting(name: str, value: Any) -> None:
@@ -425,10 +472,8 @@ def check_setting(name: str, value: Any) -> None:
     owner = _owners()
     if name not in owner:
         raise _unknown_setting(name)
-    try:
-        PARTS[owner[name]](**{name: as_lora(value) if name == "lora" else value})
-    except TypeError as error:
-        raise ConfigError(f"{name} has the wrong type: {error}") from error
+    needed = {"max_cycles": 1} if owner[name] == "budget" else {}  # there must be some limit
+    PARTS[owner[name]](**{**needed, name: as_lora(value) if name == "lora" else value})
 
 
 def _check_derived(name: str, value: Any) -> None:
@@ -500,13 +545,21 @@ def _unknown_setting(name: str) -> ConfigError:
     return ConfigError(f"unknown setting {name!r}{hint}")
 
 
-def as_lora(value: Any) -> LoraConfig | None:
+def as_lora(value: Any) -> LoraConfig | Literal["auto"] | None:
     """Adapter settings from what users write: ``True``, a dict, a ``LoraConfig``, or none of it."""
+    if value == "auto":
+        return "auto"
     if value is True:
         return LoraConfig()
     if value is False or value is None:
         return None
     if isinstance(value, dict):
+        known = [f.name for f in dataclasses.fields(LoraConfig)]
+        unknown = [name for name in value if name not in known]
+        _require(
+            not unknown,
+            f"lora has no {', '.join(map(repr, unknown))}; it takes: {', '.join(known)}",
+        )
         return LoraConfig(**value)
     _require(isinstance(value, LoraConfig), f"lora must be a LoraConfig or a bool, got {value!r}")
     return value
@@ -553,7 +606,6 @@ ELSEWHERE = {
     "output_dir": "the run folder is log_dir",
     "run_dir": "the run folder is log_dir",
     "save_steps": "a run with log_dir saves itself at every cycle, and of steps what is due",
-    "max_full_evals": "say how long with max_rollouts (or max_cycles), validation included",
     "breadth": "this is population_size",
     "num_candidates": "this is population_size",
     "use_merge": "give merge_iterations, the merges tried in a fast phase; 0 for none",
@@ -566,12 +618,12 @@ ELSEWHERE = {
     "sampling_strategy": "an iteration draws one parent; see candidate_selection_strategy",
     "selection_strategy": "every accepted child is kept; see population_size",
     "val_evaluation_policy": "val_size validation examples are scored",
-    "stop_callbacks": "raise fst_dspy.loop.progress.StopRun in a progress listener",
-    "callbacks": "give a progress listener, progress=",
+    "stop_callbacks": "give it to FST itself",
+    "callbacks": "give it to FST itself",
+    "gepa_kwargs": "give it to FST itself",
     "track_best_outputs": "the run folder (log_dir) keeps all training rollouts",
     "use_wandb": "give report_to='wandb'",
     "use_mlflow": "give report_to='mlflow'",
-    "gepa_kwargs": "give gepa's settings by name, such as batch_sampler=",
     "max_bootstrapped_demos": "give demo_tokens, the room for a predictor's demos",
     "max_labeled_demos": "give demo_tokens, the room for a predictor's demos",
     "max_errors": "a rollout that fails gets failure_score",
@@ -588,11 +640,16 @@ SINCE: dict[str, dict[str, Any]] = {
         "reflection_prompt_template": None,
         "cold_start_demos": 4,
         "format_feedback": True,
+        "reflection_context": "step",
+        "frontier_type": "instance",
+        "copy_guard": True,  # there was none; a run of before goes on with it all the same
     },
+    "slow": {"credit": "rollout", "discount": 1.0},
     "sampling": {"structured": "auto"},
+    "budget": {"max_full_evals": None, "max_env_steps": None, "on_no_signal": "stop"},
 }
-"""Settings that earlier versions did not have, with what goes on with their runs: what they did
-themselves, or what only the first validation asks, which is behind them."""
+"""Settings that earlier versions did not have, by part, with what they did, or with what only the
+first validation asks, which is behind their runs."""
 
 REMOVED: dict[str, Any] = {"off_policy_steps": 0, "resample_constant": 0}
 """Settings of earlier versions, with the values at which they changed nothing."""

@@ -69,19 +69,29 @@ def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
 
 def write_atomically(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
     """Write a file under a temporary name, flush it to disk and rename it into place."""
+
+    def opened(temporary: Path) -> None:
+        with open(temporary, "wb") as file:
+            write(file)
+
+    write_through(path, opened)
+
+
+def write_through(path: Path, write: Callable[[Path], Any]) -> None:
+    """As ``write_atomically``, where a library writes the file under the name it is given."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
+    write(temporary)
+    flush(temporary)
     os.replace(temporary, path)
     flush(path.parent)
 
 
 def flush(path: Path) -> int:
     """Flush a file or folder to disk, and return its length in bytes."""
-    descriptor = os.open(path, os.O_RDONLY)
+    if os.name == "nt" and path.is_dir():  # Windows opens no folders
+        return 0
+    descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
     try:
         os.fsync(descriptor)
         return os.fstat(descriptor).st_size

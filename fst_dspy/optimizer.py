@@ -25,19 +25,22 @@ Example::
 
 from __future__ import annotations
 
+import operator
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import dspy
 from dspy.teleprompt import Teleprompter
 from gepa.core.adapter import ProposalFn
+from gepa.utils import StopperProtocol
 
 from fst_dspy.bundle.saving import make_savable
 from fst_dspy.config import Auto, FSTConfig
+from fst_dspy.display import on_a_screen
 from fst_dspy.errors import ConfigError
-from fst_dspy.fast.plugins import read_plugins
+from fst_dspy.fast.gepa.plugins import read_plugins
 from fst_dspy.fast.proposers.protocol import Proposer
 from fst_dspy.lm.predictors import bound_to
 from fst_dspy.loop.joint import Run
@@ -45,10 +48,15 @@ from fst_dspy.loop.parts import Parts, RunSpec, make_parts
 from fst_dspy.loop.progress import ProgressListener
 from fst_dspy.loop.records import result_of
 from fst_dspy.loop.state import Start
-from fst_dspy.results.result import FSTResult
+from fst_dspy.results.result import FSTResult, Tester
 from fst_dspy.rollouts.checks import CheckedInput, check_input
+from fst_dspy.rollouts.evaluate import Quadrants, quadrants
+from fst_dspy.rollouts.runner import RolloutRunner
 from fst_dspy.run.trackers import tracker_names
+from fst_dspy.settings import Settings
+from fst_dspy.settings_help import settings_text
 from fst_dspy.student.candidate import bind
+from fst_dspy.student.seeds import read_seeds
 from fst_dspy.types import Arm
 
 
@@ -59,6 +67,8 @@ class FST(Teleprompter):
         metric: ``metric(gold, pred, trace=None, pred_name=None, pred_trace=None)`` returning a
             number or ``dspy.Prediction(score=, feedback=)``. The fast channel learns from the
             feedback text, so say what is right as a general rule ("visa tickets go to amber.").
+            ``objective_scores={name: number}`` beside these are kept with every rollout, and can
+            make the Pareto front (``frontier_type``).
         reflection_lm: The ``dspy.LM`` that rewrites instructions, or its name. Without one, the
             lessons in the feedback are distilled into the instruction by a proposer that needs
             no LM.
@@ -68,16 +78,25 @@ class FST(Teleprompter):
         seed: Seed of everything random.
         log_dir: Run folder. A compile that was killed goes on when started again with the same
             folder, settings and data.
+        log_rollouts: Keep the rollouts of training in ``log_dir``, which the report shows.
         track_stats: Put an ``FSTResult`` on the compiled program as ``detailed_results``.
         instruction_proposer: A proposer of your own in place of both: ``fst_dspy.Proposer``, or
             what ``dspy.GEPA`` takes, which is called under the ``reflection_lm`` if there is one.
+        callbacks: gepa's callbacks, objects with methods such as ``on_candidate_accepted(event)``.
+            They hear of fast phases and trials (``fst_dspy.fast.gepa.events``).
+        stop_callbacks: gepa's stop callbacks, one or several: once one returns true for gepa's
+            state, the cycle under way is the last. They are asked before each iteration and trial,
+            and at the end of a cycle; which one it was is the result's ``stopped``.
+        gepa_kwargs: What ``dspy.GEPA`` passes on to ``gepa.optimize``: taken for our settings where
+            there are such, and answered with what to use instead where there are not.
         report_to: ``"tensorboard"``, ``"wandb"`` or ``"mlflow"``, or several; each logs to the run
             folder, and nowhere else unless told to. See ``fst_dspy.run.trackers``.
         progress: Hears what goes on; by default a live line on the terminal, and nothing where
             there is none.
         **settings: Any setting of ``fst_dspy.config``, flat: ``learning_rate=1e-4``,
             ``population_size=8``, ``lora=True``, ``max_rollouts=5000``, ... Where gepa has objects
-            for one, such as ``component_selector``, these are taken too.
+            for one, such as ``component_selector``, these are taken too, and names that DSPy, GEPA
+            and TRL have for a setting (``max_metric_calls``, ``max_full_evals``).
 
     Raises:
         ConfigError: A setting that is unknown or cannot work.
@@ -92,24 +111,37 @@ class FST(Teleprompter):
         arm: Arm = "fst",
         seed: int = 0,
         log_dir: str | os.PathLike[str] | None = None,
+        log_rollouts: bool = True,
         track_stats: bool = False,
         instruction_proposer: Proposer | ProposalFn | dspy.Module | None = None,
+        callbacks: Sequence[Any] | None = None,
+        stop_callbacks: StopperProtocol | Sequence[StopperProtocol] | None = None,
+        gepa_kwargs: Mapping[str, Any] | None = None,
         report_to: str | Sequence[str] | None = None,
         progress: ProgressListener | None = None,
-        **settings: Any,
+        **settings: Unpack[Settings],
     ) -> None:
         super().__init__()
         if arm not in ("fst", "rl_only", "gepa_only"):
             raise ConfigError(f"arm must be 'fst', 'rl_only' or 'gepa_only', got {arm!r}")
         if arm == "rl_only":
-            settings = {**settings, "population_size": 1}
-        plugins = read_plugins(metric, reflection_lm, instruction_proposer, settings)
+            settings["population_size"] = 1
+        plugins = read_plugins(
+            metric,
+            reflection_lm,
+            instruction_proposer,
+            settings,
+            callbacks=callbacks,
+            stop_callbacks=stop_callbacks,
+            gepa_kwargs=gepa_kwargs,
+        )
         self.metric = metric
         self.reflection_lm, self.strategies = plugins.reflection_lm, plugins.strategies
         self.config = FSTConfig.make(auto, **plugins.settings)
         self.arm: Arm = arm
-        self.seed = seed
+        self.seed = _read_seed(seed)
         self.log_dir = Path(log_dir) if log_dir is not None else None
+        self.log_rollouts = log_rollouts
         self.track_stats = track_stats
         self.instruction_proposer = plugins.proposer
         self.report_to = tracker_names(report_to)
@@ -122,6 +154,7 @@ class FST(Teleprompter):
         trainset: list[dspy.Example],
         teacher: dspy.Module | None = None,
         valset: list[dspy.Example] | None = None,
+        seed_candidates: Sequence[Mapping[str, str] | dspy.Module] | None = None,
     ) -> dspy.Module:
         """Tune a copy of the student and return it.
 
@@ -132,6 +165,10 @@ class FST(Teleprompter):
             teacher: Not used by FST; must be ``None``.
             valset: Examples to choose the best weights and candidate on, at most ``val_size`` of
                 them. Without one, a fifth of the training set, drawn with the seed.
+            seed_candidates: Other texts to begin with, besides the student's own: for each
+                candidate a dict of instructions by predictor (gepa's ``seed_candidate``), or a
+                program of the student's shape, such as one that was compiled before. All are
+                scored in the first validation.
 
         Returns:
             A copy of the student with the best candidate's instructions and demos, its predictors
@@ -146,7 +183,11 @@ class FST(Teleprompter):
         """
         if teacher is not None:
             raise ConfigError("FST has no use for a teacher; pass the student alone")
-        return self.compile_from(Start(), student, trainset=trainset, valset=valset)
+        start = Start()
+        if seed_candidates is not None:
+            self.check(student, trainset, valset)
+            start = Start(read_seeds(student, seed_candidates))
+        return self.compile_from(start, student, trainset=trainset, valset=valset)
 
     def compile_from(
         self,
@@ -174,8 +215,16 @@ class FST(Teleprompter):
         valset: list[dspy.Example] | None,
     ) -> CheckedInput:
         """What can be checked without running the model; errors are those of ``compile``."""
-        size = self.config.sampling.val_size
-        return check_input(student, self.metric, trainset, valset, seed=self.seed, val_size=size)
+        fast_on = self.arm in ("fst", "gepa_only")
+        return check_input(
+            student,
+            self.metric,
+            trainset,
+            valset,
+            seed=self.seed,
+            val_size=self.config.sampling.val_size,
+            frontier=self.config.fast.frontier_type if fast_on else "instance",
+        )
 
     def spec(self) -> RunSpec:
         """What this optimizer asks of the joint loop."""
@@ -188,6 +237,7 @@ class FST(Teleprompter):
             instruction_proposer=self.instruction_proposer,
             strategies=self.strategies,
             log_dir=self.log_dir,
+            log_rollouts=self.log_rollouts,
             report_to=self.report_to,
             progress=self.progress,
         )
@@ -212,6 +262,7 @@ class FST(Teleprompter):
                 parts.folder.finish(result)
         finally:
             parts.close()
+        result = result.with_tester(_tester(parts, student, result))
         best = result.best
         parts.policy.restore(best.version)
         lm = parts.lm.at(best.version)
@@ -220,3 +271,56 @@ class FST(Teleprompter):
             compiled.detailed_results = result
         make_savable(compiled, result)
         return compiled
+
+    def __repr__(self) -> str:
+        usual, own = FSTConfig.make().to_dict(), self.config.to_dict()
+        changed = (
+            f"{name}={value!r}"
+            for part, values in own.items()
+            for name, value in values.items()
+            if value != usual[part][name]
+        )
+        metric = getattr(self.metric, "__name__", type(self.metric).__name__)
+        about = (f"metric={metric}", f"arm={self.arm!r}", f"seed={self.seed}")
+        folder = () if self.log_dir is None else (f"log_dir={str(self.log_dir)!r}",)
+        return on_a_screen([f"{type(self).__name__}({', '.join((*about, *folder, *changed))})"])
+
+
+def _read_seed(given: Any) -> int:
+    """The seed as Python's own number; libraries take no others.
+
+    Raises:
+        ConfigError: It is none, or out of numpy's range.
+    """
+    number = operator.index(given) if hasattr(given, "__index__") else -1
+    if isinstance(given, bool) or not 0 <= number < 2**32:
+        raise ConfigError(
+            f"seed must be a whole number from 0 to 2**32 - 1, got {given!r} "
+            f"({type(given).__name__})"
+        )
+    return number
+
+
+def _tester(parts: Parts, student: dspy.Module, result: FSTResult) -> Tester:
+    """Tests the result's texts and weights with what they were found with."""
+
+    # Of the parts these alone: the optimizer's state is large, and a result may live long.
+    metric, lm = parts.spec.metric, parts.lm
+    sampling, seed = parts.config.sampling, parts.spec.seed
+
+    def test(testset: Sequence[dspy.Example], samples: int) -> Quadrants:
+        return quadrants(
+            RolloutRunner(student, metric, lm, sampling, seed),
+            result.seed_candidate,
+            result.best.candidate,
+            testset,
+            base_version=result.base_version,
+            trained_version=result.best.version,
+            samples=samples,
+        )
+
+    return test
+
+
+if FST.__doc__:  # none under ``python -OO``
+    FST.__doc__ += f"\n    {settings_text().replace(chr(10), chr(10) + '    ')}\n"

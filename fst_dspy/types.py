@@ -7,7 +7,7 @@ Shape suffixes name the axes of nested sequences, outermost first:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -72,6 +72,10 @@ class Candidate:
         parents = f" from {', '.join(self.parent_ids)}" if self.parent_ids else ""
         return f"{self.id} · {self.source}, cycle {self.cycle}{parents}"
 
+    def __repr__(self) -> str:
+        texts = [f"  {name}: {' '.join(t.split())}" for name, t in self.components.items()]
+        return display.on_a_screen([f"Candidate {self.origin}", *(text[:100] for text in texts)])
+
     def _repr_html_(self) -> str:
         return display.texts_html(self.origin, self.components)
 
@@ -88,12 +92,15 @@ class Population:
         val_ids: Length V, the examples' ids.
         score_K_V: Scores in the metric's own range, one row a candidate.
         policy_version: Optimizer steps taken when the scores were measured.
+        objective_K_V: Scores by objective, a mapping for each in ``score_K_V``, all with the same
+            objectives; empty where the metric gives none.
     """
 
     candidates: tuple[Candidate, ...]
     val_ids: tuple[str, ...]
     score_K_V: tuple[tuple[float, ...], ...]
     policy_version: int
+    objective_K_V: tuple[tuple[Mapping[str, float], ...], ...] = ()
 
     @property
     def ranked(self) -> list[tuple[Candidate, float | None, int]]:
@@ -118,6 +125,11 @@ class Population:
             f"{self.policy_version} optimizer steps"
         )
         return title, [(mean, wins, c.origin, c.components) for c, mean, wins in self.ranked]
+
+    def __repr__(self) -> str:
+        title, rows = self._shown()
+        lines = (f"  {display.score_text(mean)}  {origin}" for mean, _, origin, _ in rows)
+        return display.on_a_screen([title, *lines])
 
     def _repr_html_(self) -> str:
         return display.population_html(*self._shown())
@@ -158,12 +170,15 @@ class Call:
             ``completion_ids_T``.
         text: The decoded completion, without special tokens.
         finish_reason: ``"stop"``, or ``"length"`` when ``max_tokens`` cut it off.
-        temperature: The temperature it was sampled at; 0 means greedy.
+        temperature: The temperature it was sampled at; 0 means greedy, or drawn with penalties:
+            not from the policy, and so not learned from.
         grammar: What the answer was held to; ``None`` where it was free.
         allowed_logprob: How probable what the grammar allows was to the model by itself: the log of
             its share (nats, at most 0), mean over the tokens for which the model was asked.
             ``None`` without a grammar, and where the model was never asked.
     """
+
+    __repr__ = display.brief
 
     predictor: str
     prompt_ids_T: tuple[int, ...]
@@ -187,10 +202,41 @@ class PredictorTrace:
         text: The completion it was parsed from (empty when no local model was called).
     """
 
+    __repr__ = display.brief
+
     predictor: str
     inputs: Mapping[str, Any]
     outputs: Mapping[str, Any] | None
     text: str
+
+
+TurnStatus = Literal["ok", "invalid", "error"]
+"""What became of an action: done, no action at all, or a tool that failed."""
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One turn of an agent in an environment (``fst_dspy.agents``).
+
+    Attributes:
+        observation: What the agent saw before it, as text.
+        action: What it did, as it said it.
+        result: What it was shown then; of an invalid action, what was wrong with it.
+        reward: What the environment's reward grew by.
+        status: ``"invalid"`` where the environment never saw the action.
+        seconds: Time that the environment took.
+        calls: Calls of the local model that the rollout had made by the end of the turn.
+    """
+
+    __repr__ = display.brief
+
+    observation: str
+    action: str
+    result: str
+    reward: float
+    status: TurnStatus
+    seconds: float
+    calls: int
 
 
 @dataclass(frozen=True)
@@ -216,7 +262,11 @@ class Rollout:
         policy_version: Optimizer steps taken when it was sampled.
         feedback_by_predictor: The metric's text for a predictor by name, where it was asked for
             one (``pred_name``) and it differs from ``feedback``.
+        objective_scores: The metric's scores by objective, where it gives some.
+        turns: Those of an agent, in order; empty for other programs.
     """
+
+    __repr__ = display.brief
 
     example_id: str
     candidate_id: str
@@ -227,6 +277,8 @@ class Rollout:
     failure: Failure | None
     policy_version: int
     feedback_by_predictor: Mapping[str, str] = field(default_factory=dict)
+    objective_scores: Mapping[str, float] = field(default_factory=dict)
+    turns: tuple[Turn, ...] = ()
 
     @property
     def is_lost(self) -> bool:
@@ -237,6 +289,8 @@ class Rollout:
 @dataclass(frozen=True)
 class Group:
     """The G rollouts of one problem, spread over the candidates of the population."""
+
+    __repr__ = display.brief
 
     example_id: str
     rollouts_G: tuple[Rollout, ...]
@@ -253,6 +307,8 @@ class TrainingRow:
         temperature: The temperature it was sampled at, above 0.
         grammar: What it was held to as it was sampled, and is when it is trained on.
     """
+
+    __repr__ = display.brief
 
     prompt_ids_T: tuple[int, ...]
     completion_ids_T: tuple[int, ...]
@@ -325,6 +381,36 @@ class RolloutCounts:
 
 
 @dataclass(frozen=True)
+class TurnCounts:
+    """What agents did, over many rollouts.
+
+    Attributes:
+        turns: Turns taken.
+        steps: Of these, calls of an environment's tools: environment steps.
+        invalid: Turns whose action was none, which the environment never saw.
+        errors: Steps in which the tool failed.
+        seconds: Time that environments took.
+    """
+
+    turns: int = 0
+    steps: int = 0
+    invalid: int = 0
+    errors: int = 0
+    seconds: float = 0.0
+
+    def plus(self, turns: Sequence[Turn]) -> TurnCounts:
+        """With some more turns."""
+        invalid = sum(turn.status == "invalid" for turn in turns)
+        return TurnCounts(
+            turns=self.turns + len(turns),
+            steps=self.steps + len(turns) - invalid,
+            invalid=self.invalid + invalid,
+            errors=self.errors + sum(turn.status == "error" for turn in turns),
+            seconds=self.seconds + sum(turn.seconds for turn in turns),
+        )
+
+
+@dataclass(frozen=True)
 class StepRecord:
     """One optimizer step, as written to ``steps.jsonl``.
 
@@ -337,6 +423,8 @@ class StepRecord:
         rollouts: Rollouts it used.
         stats: What the optimizer did.
     """
+
+    __repr__ = display.brief
 
     cycle: int
     step: int
@@ -370,7 +458,8 @@ class CycleRecord:
         seconds: Wall time from the start of the run, by channel: ``fast``, ``slow``, ``eval``.
         weights_version: Version id of the weights at the end of the cycle.
         proposals: What became of the fast channel's proposals from the start of the run, and what
-            reflection cost (``FastPhase.report``).
+            reflection cost (``FastPhase.report``); ``"stopped"`` says which stop callback has ended
+            the run.
         failure_messages: The first message of each kind of failure in the cycle.
         early_batches: Batches, from the start of the run, that were generated without a rollout
             which waited for something else than the model; where there are any, repeats of the run
@@ -381,7 +470,10 @@ class CycleRecord:
             allows, 0 to 1, geometric mean over the tokens it was asked for and the calls; near 1
             the model keeps to the format by itself. ``None`` where answers are free.
         cold_start: What was done as the first validation showed nothing to learn from, in words.
+        turns: What agents did, from the start of the run; all 0 for other programs.
     """
+
+    __repr__ = display.brief
 
     cycle: int
     step: int
@@ -405,3 +497,4 @@ class CycleRecord:
     early_batches: int = 0
     format_share: float | None = None
     cold_start: tuple[str, ...] = ()
+    turns: TurnCounts = field(default_factory=TurnCounts)

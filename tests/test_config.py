@@ -1,8 +1,19 @@
+import dataclasses
+
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fst_dspy.config import AUTO, FSTConfig, LoraConfig
+from fst_dspy.config import (
+    AUTO,
+    PARTS,
+    REMOVED,
+    BudgetConfig,
+    FSTConfig,
+    LoraConfig,
+    without_removed,
+)
 from fst_dspy.errors import ConfigError
 
 
@@ -34,7 +45,13 @@ def test_light_is_the_default_budget_and_names_win_over_a_preset():
         ({"lora": {"rank": 0}}, "rank"),
         ({"auto": "tiny"}, "auto must be one of"),
         ({"lr_scheduler_type": "cosine", "max_rollouts": 10}, "decays over max_cycles"),
-        ({"steps_per_cycle": "six"}, "wrong type"),
+        ({"steps_per_cycle": "six"}, r"steps_per_cycle must be a whole number, got 'six' \(str\)"),
+        ({"max_seconds": "1h"}, "max_seconds must be a number or None, got '1h'"),
+        ({"reuse": "no"}, "reuse must be True or False, got 'no'"),
+        ({"first_phase": "both"}, "first_phase must be 'fast' or 'slow', got 'both'"),
+        ({"group_size": True}, r"group_size must be a whole number, got True \(bool\)"),
+        ({"lora": {"rnk": 3}}, "lora has no 'rnk'; it takes: rank, alpha, dropout"),
+        ({"lora": {"alpha": "8"}}, "LoRA alpha must be a number, got '8'"),
         ({"component_selector": "best_first"}, "round_robin"),
         ({"demo_tokens": -1}, "not be negative"),
         ({"reuse_window": 0}, "at least 1"),
@@ -59,3 +76,44 @@ def test_group_size_is_a_multiple_of_the_population_or_refused(population_size, 
     if population_size > 1:
         with pytest.raises(ConfigError):
             FSTConfig.make(population_size=population_size, group_size=group_size + 1)
+
+
+def test_numbers_of_other_libraries_become_pythons_own():
+    config = FSTConfig.make(max_cycles=np.int64(3), temperature=np.float32(0.5), val_size=6.0)
+    found = config.budget.max_cycles, config.sampling.temperature, config.sampling.val_size
+    assert found == (3, 0.5, 6) and [type(value) for value in found] == [int, float, int]
+
+
+@pytest.mark.parametrize("part", [*PARTS.values(), LoraConfig])
+def test_every_setting_is_checked_for_its_type(part):
+    needed = {"max_cycles": 1} if part is BudgetConfig else {}
+    for field in dataclasses.fields(part):
+        with pytest.raises(ConfigError, match=field.name):
+            part(**{**needed, field.name: object()})
+
+
+FIRST = {
+    "fast": "population_size first_cycle_iterations cycle_iterations minibatch_size "
+    "instruction_tokens first_phase demo_tokens component_selector merge_iterations reuse "
+    "reuse_window max_reflection_cost max_reflection_tokens",
+    "slow": "steps_per_cycle group_size problems_per_step learning_rate lr_scheduler_type "
+    "warmup_steps max_grad_norm weight_decay loss_type epsilon epsilon_high scale_rewards "
+    "advantage beta entropy_coef micro_batch_size resample_constant revisit_constant "
+    "damp_constant off_policy_steps max_bad_steps lora",
+    "sampling": "temperature top_p max_tokens failure_score rollout_timeout max_calls "
+    "num_threads val_size",
+    "budget": "max_cycles max_rollouts max_seconds",
+}
+"""The settings of the first run folders, which are still gone on with."""
+
+
+def test_a_setting_that_came_later_says_what_was_done_before_it():
+    now = FSTConfig.make().to_dict()
+    first = {
+        part: {name: now[part].get(name, REMOVED.get(name)) for name in names.split()}
+        for part, names in FIRST.items()
+    }
+    read = without_removed(first)
+    assert {part: set(values) for part, values in read.items()} == {
+        part: set(values) for part, values in now.items()
+    }

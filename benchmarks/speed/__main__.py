@@ -26,6 +26,7 @@ PARTS = {
     "d": "growth",
     "e": "startup",
     "f": "dspy_grpo_step",
+    "g": "large_step",
 }
 RESULTS = Path(__file__).parent.parent / "results" / "speed.json"
 REPORT = Path(__file__).parent.parent / "RESULTS.md"
@@ -34,7 +35,7 @@ console = Console()
 
 
 def main(
-    parts: Annotated[str, typer.Option(help="Letters of the parts to run.")] = "abcdef",
+    parts: Annotated[str, typer.Option(help="Letters of the parts to run.")] = "abcdefg",
     quick: Annotated[bool, typer.Option(help="Toy sizes, to see whether it runs.")] = False,
     out: Annotated[Path, typer.Option(help="JSON file; parts not run are kept.")] = RESULTS,
     cpu: Annotated[bool, typer.Option(help="CPU seconds: for a machine with other work.")] = False,

@@ -41,7 +41,7 @@ class Row:
     """One figure.
 
     Attributes:
-        part: Letter of the part, ``"a"`` to ``"f"``.
+        part: Letter of the part, ``"a"`` to ``"g"``.
         what: What is measured.
         unit: Of the values: ``"x"`` for a ratio, ``"s"``, ``"%"``, ...
         median, low, high: Over the repeats.

@@ -39,6 +39,7 @@ from fst_dspy.loop.state import Start
 from fst_dspy.model.policy import Policy
 from fst_dspy.optimizer import FST
 from fst_dspy.results.result import FSTResult
+from fst_dspy.slow.training_state import TrainingState
 from fst_dspy.student.candidate import bind, seed_candidate
 from fst_dspy.types import Candidate, Group, StepStats
 
@@ -112,6 +113,7 @@ class FSTDistill(FST):
         trainset: list[dspy.Example],
         teacher: dspy.Module | None = None,
         valset: list[dspy.Example] | None = None,
+        seed_candidates: Sequence[Mapping[str, str] | dspy.Module] | None = None,
     ) -> dspy.Module:
         """Train a copy of the student's weights to do without the teacher's context.
 
@@ -122,19 +124,25 @@ class FSTDistill(FST):
                 are the teacher's, and what the student's start from. What it has cost is not
                 counted here. By default it is searched for.
             valset: As for ``FST.compile``.
+            seed_candidates: As for ``FST.compile``; what the search for a teacher begins with.
 
         Returns:
             A copy of the student with its own prompt, bound to the best distilled weights.
 
         Raises:
-            ConfigError: The teacher has the student's own prompt, or is another program.
+            ConfigError: The teacher has the student's own prompt, or is another program; or there
+                is one, and seed candidates to search from.
             ProgramError: The teacher calls another local model than the student.
-            Else as ``FST.compile``.
+            FSTError: Else as ``FST.compile``.
         """
+        if teacher is not None and seed_candidates is not None:
+            raise ConfigError("seed_candidates are for the search for a teacher: give one of both")
         lm = self.check(student, trainset, valset).lm
         bare, start, search = seed_candidate(student), Start(), None
         if teacher is None:
-            teacher = self._search.compile(student, trainset=trainset, valset=valset)
+            teacher = self._search.compile(
+                student, trainset=trainset, valset=valset, seed_candidates=seed_candidates
+            )
             search = teacher.detailed_results
             last = search.records[-1]
             start = Start((), last.total_rollouts, last.tokens, last.seconds)
@@ -203,9 +211,9 @@ class DistillLearner:
         """See ``Learner.bad_steps``."""
         return self._trainer.bad_steps
 
-    def save(self, folder: Path | None) -> None:
-        """See ``Learner.save``."""
-        self._trainer.save(folder)
+    def state(self) -> TrainingState:
+        """See ``Learner.state``."""
+        return self._trainer.state()
 
     def load(self, folder: Path) -> None:
         """See ``Learner.load``."""

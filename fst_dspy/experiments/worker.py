@@ -16,23 +16,22 @@ from pathlib import Path
 import dspy
 
 from fst_dspy.bundle.weights import read_run
-from fst_dspy.experiments.jobs import Job, Outcome, read_job, write_outcome
+from fst_dspy.experiments.jobs import ADAPTERS, Job, Outcome, read_job, write_outcome
 from fst_dspy.experiments.process import locked, work
 from fst_dspy.experiments.runner import revision
 from fst_dspy.experiments.stages import compile_stages, load_job_task
 from fst_dspy.lm.local_lm import LocalLM
 from fst_dspy.measures import forgetting, ideal_candidate, scores_by_example
-from fst_dspy.model.divergence import kl_to_base, token_entropy
+from fst_dspy.model.divergence import kl_to_base, spread_calls, token_entropy
 from fst_dspy.results.result import FSTResult
 from fst_dspy.rollouts.evaluate import evaluate
-from fst_dspy.rollouts.jobs import calls_of
 from fst_dspy.rollouts.runner import RolloutRunner
 from fst_dspy.student.candidate import seed_candidate
 from fst_dspy.tasks import load_task
 from fst_dspy.types import Candidate, Rollout, RolloutCounts, Task
 
-MEASURED_CALLS = 256
-"""Calls of the test rollouts that KL and entropy are measured on."""
+MEASURED_TOKENS = 131_072
+"""Prompt and completion tokens of the test rollouts' calls that KL and entropy are measured on."""
 
 
 def run_job(folder: Path) -> Outcome:
@@ -46,11 +45,16 @@ def run_job(folder: Path) -> Outcome:
     others = [load_task(name, job.seed) for name in job.forget_on]
     for other in others:
         ideal_candidate(other)  # a program without one is refused before the work
-    with locked(folder), dspy.context(lm=load_lm(folder, job)):
+    with locked(folder), dspy.context(lm=load_lm(folder, job), **adapter_of(job)):
         results = compile_stages(folder, job, task)
         outcome = measure(job, task, others, results)
         write_outcome(folder, outcome)
     return outcome
+
+
+def adapter_of(job: Job) -> dict[str, dspy.Adapter]:
+    """DSPy's setting for the adapter that a job names; none for DSPy's default."""
+    return {} if job.adapter is None else {"adapter": getattr(dspy, ADAPTERS[job.adapter])()}
 
 
 def load_lm(folder: Path, job: Job) -> LocalLM:
@@ -96,7 +100,7 @@ def measure(job: Job, task: Task, others: Sequence[Task], results: Sequence[FSTR
         if pair not in known:  # arms with one channel off have fewer quadrants
             known[pair] = scores_by_example(test(candidate, version))
         scores[quadrant] = known[pair]
-    calls = calls_of(rollouts)[:MEASURED_CALLS]
+    calls = spread_calls(rollouts, MEASURED_TOKENS, job.seed)
     kl, entropy = kl_to_base(lm.policy, calls), token_entropy(lm.policy, calls)
     lost = forgetting(
         [replace(other, testset=other.testset[: job.test_size]) for other in others],

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 import dspy
 
+from fst_dspy.fast.gepa.events import Events
 from fst_dspy.rollouts.jobs import Runner
 from fst_dspy.types import Candidate, Population, Rollout
 
@@ -17,6 +18,11 @@ class FastChannel(Protocol):
     @property
     def reuses(self) -> bool:
         """Whether candidates are scored on the slow phase's rollouts, not on validation ones."""
+        ...
+
+    @property
+    def events(self) -> Events:
+        """Whom it tells what happens, and asks whether to go on."""
         ...
 
     def run(
@@ -94,6 +100,21 @@ class FastChannel(Protocol):
             trainset: The training examples that the rollouts were run on, and maybe others.
             rollouts: Such as those of the slow phase.
         """
+        ...
+
+    def validated(
+        self, population: Population, val_ids: Sequence[str], score_V: Sequence[float]
+    ) -> None:
+        """Hear of a validation, at the end of a cycle; stop callbacks are asked.
+
+        Args:
+            population: As it is then.
+            val_ids, score_V: Length V, the scores of its best candidate.
+        """
+        ...
+
+    def end(self, population: Population) -> None:
+        """Hear of the end of the run."""
         ...
 
     def report(self) -> dict[str, Any]:

@@ -7,6 +7,7 @@ proposers' memory, the judge, and whose turn it is to be rewritten.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import random
 from collections.abc import Mapping, Sequence
@@ -14,23 +15,26 @@ from typing import Any, cast
 
 import dspy
 from gepa.core.adapter import GEPAAdapter
-from gepa.core.state import GEPAState, ValsetEvaluation
+from gepa.core.state import FrontierType, GEPAState, ValsetEvaluation
 from gepa.logging.experiment_tracker import ExperimentTracker
+from gepa.proposer.base import CandidateProposal
 from gepa.proposer.reflective_mutation.reflective_mutation import ReflectiveMutationProposer
 
 from fst_dspy.config import FastConfig
 from fst_dspy.errors import ConfigError, DataError
-from fst_dspy.fast.gepa_adapter import GepaAdapter
-from fst_dspy.fast.judge import Judge
-from fst_dspy.fast.memory import Memory
-from fst_dspy.fast.reflector import Reflector, candidate_of
-from fst_dspy.fast.scores import Scores
-from fst_dspy.fast.strategies import (
+from fst_dspy.fast.gepa.adapter import GepaAdapter
+from fst_dspy.fast.gepa.events import Events
+from fst_dspy.fast.gepa.strategies import (
     Strategies,
     batch_sampler,
     candidate_selector,
     component_selector,
 )
+from fst_dspy.fast.judge import Judge
+from fst_dspy.fast.memory import Memory
+from fst_dspy.fast.population import best, mean
+from fst_dspy.fast.reflector import Reflector, candidate_of
+from fst_dspy.fast.scores import PooledScores, Scores, ValidationScores
 from fst_dspy.student.candidate import instructions_in
 from fst_dspy.types import Candidate, Population
 
@@ -46,6 +50,7 @@ class Iterations:
         memory: What proposes.
         judge: Who is accepted.
         own: The user's own strategies, in place of those that ``config`` names.
+        events: Whom to tell what happens, and whom to ask whether to go on.
 
     Attributes:
         turn: Components updated so far, over all phases.
@@ -59,9 +64,10 @@ class Iterations:
         memory: Memory,
         judge: Judge,
         own: Strategies,
+        events: Events,
     ) -> None:
         self.config, self.seed, self.memory, self.judge = config, seed, memory, judge
-        self.own = own
+        self.own, self.events = own, events
         self.turn = 0
         self.advice: str | None = None
 
@@ -87,16 +93,27 @@ class Iterations:
         members, reflector = list(population.candidates), adapter.reflector
         self.memory.study(trainset)
         self.judge.remember(members)
+        if isinstance(scores, PooledScores) and len(members) > 1:
+            self._compare(adapter, members, trainset, cycle)
         reflection = self._reflection(adapter, trainset, cycle)
         for number in range(iterations):
-            state = self.gepa_state(members, scores.rows(members))
-            state.i = number
+            state = self.gepa_state(members, scores.rows(members), scores.objectives(members))
+            if self.events.stop(state):
+                break
+            self.judge.count(iterations=1)
+            self.events.begin_iteration(self.judge.stats.iterations, state, trainset)
+            state.i = number  # by which minibatches are drawn, anew in every phase
             state.full_program_trace.append({"i": number})
             outcome = reflector.outcomes.copy(), reflector.errors.copy()
             proposals = reflection.propose(state)
-            adapter.raise_fault()
+            try:
+                adapter.raise_fault()
+            except Exception as error:
+                self.events.failed(error)
+                raise
             if not proposals and outcome == (reflector.outcomes, reflector.errors):
                 reflector.outcomes["empty"] += 1  # nothing was asked: the minibatch was perfect
+            before = len(members)
             for proposal in proposals:
                 (parent,) = (members[k] for k in proposal.parent_program_ids)
                 child = candidate_of(proposal.candidate, parent, cycle)
@@ -104,12 +121,97 @@ class Iterations:
                     trajectories = proposal.eval_after.trajectories or []
                     reflector.learn(child.components, trajectories)
                 reflector.known_ids.add(child.id)
-                if self.judge.accepts(child, [parent], proposal, state):
-                    scores.add(child)
-                    members.append(child)
+                if self.accepts(child, [parent], proposal, state):
+                    self.add(child, members, scores, state, proposal)
             self.turn += 1
-        self.judge.count(iterations=iterations)
+            self.events.end_iteration(state, len(members) > before)
         return members
+
+    def accepts(
+        self,
+        child: Candidate,
+        parents: Sequence[Candidate],
+        proposal: CandidateProposal,
+        state: GEPAState,
+    ) -> bool:
+        """Whether the judge accepts a child; callbacks hear it where it does not."""
+        accepted = self.judge.accepts(child, parents, proposal, state)
+        if not accepted:
+            reason = self.judge.reason(proposal, state)
+            self.events.judged(proposal, accepted=False, index=-1, why=reason)
+        return accepted
+
+    def add(
+        self,
+        child: Candidate,
+        members: list[Candidate],
+        scores: Scores,
+        state: GEPAState,
+        proposal: CandidateProposal,
+    ) -> None:
+        """Score an accepted child, put it to the members, and tell."""
+        scores.add(child)
+        members.append(child)
+        if not self.events.callbacks:
+            return
+        state.increment_evals(max(0, self.events.calls() - state.total_num_evals))
+        rows = scores.rows(members)
+        after = self.gepa_state(members, rows, scores.objectives(members))
+        self.events.front(state, after)
+        if isinstance(scores, ValidationScores):
+            means = list(map(mean, rows))
+            self.events.validated(
+                len(members) - 1,
+                child.components,
+                dict(zip(scores.val_ids, rows[-1], strict=True)),
+                is_best=means[-1] == max(means),
+                parents=proposal.parent_program_ids,
+            )
+        self.events.judged(proposal, accepted=True, index=len(members) - 1, why="")
+
+    def begin(
+        self,
+        population: Population,
+        trainset: Sequence[dspy.Example],
+        valset: Sequence[dspy.Example],
+    ) -> None:
+        """Tell that the fast channel begins, the first time."""
+        seed, config = population.candidates[0].components, dataclasses.asdict(self.config)
+        self.events.begin(seed, len(trainset), len(valset), config)
+
+    def validated(
+        self, population: Population, val_ids: Sequence[str], score_V: Sequence[float]
+    ) -> None:
+        """Hear of a validation; stop callbacks are asked whether the run goes on.
+
+        Args:
+            population: Its scores are those of the validation where ``val_ids`` are its own.
+            val_ids, score_V: Length V, the scores of its best candidate.
+        """
+        if not self.events.heard:
+            return
+        k = best(population)
+        state = self.gepa_state(
+            population.candidates, population.score_K_V, population.objective_K_V
+        )
+        rows = dict(enumerate(population.score_K_V))
+        if tuple(val_ids) != population.val_ids:  # the others have scores on other examples
+            rows = {k: tuple(score_V)}
+            state.prog_candidate_val_subscores[k] = dict(enumerate(score_V))
+        for index, row in rows.items():
+            texts = population.candidates[index].components
+            scores = dict(zip(val_ids, row, strict=True))
+            self.events.validated(index, texts, scores, is_best=index == k)
+        self.events.stop(state)
+
+    def end(self, population: Population) -> None:
+        """Tell that the run ends."""
+        if not self.events.heard:
+            return
+        state = self.gepa_state(
+            population.candidates, population.score_K_V, population.objective_K_V
+        )
+        self.events.end(state, best(population))
 
     def count_reflection(self, reflector: Reflector) -> None:
         """Count what became of a reflector's proposals."""
@@ -120,16 +222,30 @@ class Iterations:
         )
 
     def gepa_state(
-        self, members: Sequence[Candidate], score_K: Sequence[Sequence[float]]
+        self,
+        members: Sequence[Candidate],
+        score_K: Sequence[Sequence[float]],
+        objective_K: Sequence[Sequence[Mapping[str, float]]] = (),
     ) -> GEPAState:
-        """gepa's state, as if it had found all the members by itself."""
+        """gepa's state, as if it had found all the members by itself.
+
+        Where there are no objectives (yet), its front is over examples.
+        """
+        frontier: FrontierType = self.config.frontier_type if objective_K else "instance"
         evaluations: list[ValsetEvaluation] = [
-            ValsetEvaluation({}, dict(enumerate(row))) for row in score_K
+            ValsetEvaluation(
+                {},
+                dict(enumerate(row)),
+                {v: dict(cell) for v, cell in enumerate(objective_K[k])} if objective_K else None,
+            )
+            for k, row in enumerate(score_K)
         ]
-        state: GEPAState = GEPAState(dict(members[0].components), evaluations[0])
+        state: GEPAState = GEPAState(
+            dict(members[0].components), evaluations[0], frontier_type=frontier
+        )
         for member, evaluation in zip(members[1:], evaluations[1:], strict=True):
             state.update_state_with_new_program([], dict(member.components), evaluation, None, 0)
-        state.total_num_evals = 0
+        state.total_num_evals = self.events.calls()
         names = self.memory.ready(members[0].components)
         state.list_of_named_predictors = names
         state.named_predictor_id_to_update_next_for_program_candidate = [
@@ -146,10 +262,11 @@ class Iterations:
     def report(self) -> dict[str, Any]:
         """What became of the proposals, and what the reflection LM cost, for JSON.
 
-        ``"advice"`` is there where there is any.
+        ``"advice"`` is there where there is any, ``"stopped"`` where a stop callback ended the run.
         """
-        advice = {"advice": self.advice} if self.advice is not None else {}
-        return {**self.judge.stats.to_dict(), "reflection": self.memory.usage(), **advice}
+        told = {"advice": self.advice, "stopped": self.events.stopped}
+        said = {name: text for name, text in told.items() if text is not None}
+        return {**self.judge.stats.to_dict(), "reflection": self.memory.usage(), **said}
 
     def state(self) -> dict[str, Any]:
         """All there is to resume from, for JSON."""
@@ -161,6 +278,21 @@ class Iterations:
         self.memory.load_state(state)
         self.judge.load_state(state)
         self.turn, self.advice = state["turn"], state.get("advice")
+        self.events.iteration = self.judge.stats.iterations
+
+    def _compare(
+        self,
+        adapter: GepaAdapter,
+        members: Sequence[Candidate],
+        trainset: Sequence[dspy.Example],
+        cycle: int,
+    ) -> None:
+        """Run several first candidates on one minibatch: unscored, they would be dropped."""
+        rng = random.Random(f"{self.seed}|{cycle}|first candidates")
+        batch = rng.sample(list(trainset), min(len(trainset), self.config.minibatch_size))
+        for member in members:
+            found = adapter.evaluate(batch, member.components, capture_traces=True)
+            adapter.reflector.learn(member.components, found.trajectories or [])
 
     def _reflection(
         self, adapter: GepaAdapter, trainset: Sequence[dspy.Example], cycle: int
@@ -177,6 +309,7 @@ class Iterations:
             perfect_score=self.config.perfect_score,
             skip_perfect_score=self.config.skip_perfect_score,
             experiment_tracker=ExperimentTracker(),
+            callbacks=self.events.for_gepa,
         )
 
 

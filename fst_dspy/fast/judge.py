@@ -60,6 +60,14 @@ class Judge:
             self.remember([child])
         return accepted
 
+    def reason(self, proposal: CandidateProposal, state: GEPAState) -> str:
+        """Why a child was not accepted: what the criterion says, or its scores."""
+        own = getattr(self.acceptance, "reject_reason", None)
+        if own is not None:
+            return str(own(proposal, state))
+        before, after = proposal.subsample_scores_before, proposal.subsample_scores_after
+        return f"scores {sum(after or []):g} on the minibatch, its parent {sum(before or []):g}"
+
     def count(self, **counts: Any) -> None:
         """Add to the fields of ``stats``."""
         self.stats = self.stats.plus(ProposalStats(**counts))

@@ -8,7 +8,9 @@ from typing import Any
 
 import dspy
 
+from fst_dspy.config import FastConfig
 from fst_dspy.fast.acceptance import ProposalStats
+from fst_dspy.fast.proposers.copying import CopyGuard
 from fst_dspy.fast.proposers.demos import DemoProposer
 from fst_dspy.fast.proposers.protocol import (
     HasState,
@@ -28,16 +30,24 @@ class Memory:
     Args:
         proposer: Proposes instructions; see ``fst_dspy.fast.proposers.protocol``.
         demos: Proposes demos; ``None`` leaves them alone.
+        config: What a proposer is shown, and what is refused.
     """
 
-    def __init__(self, proposer: Proposer, demos: DemoProposer | None = None) -> None:
-        self.proposer, self.demos = proposer, demos
+    def __init__(
+        self,
+        proposer: Proposer,
+        demos: DemoProposer | None = None,
+        config: FastConfig | None = None,
+    ) -> None:
+        self.proposer, self.demos, self.config = proposer, demos, config or FastConfig()
+        self.guard = CopyGuard() if self.config.copy_guard else None
         self._studied: Sequence[dspy.Example] | None = None
         self._indexed: tuple[Sequence[dspy.Example], dict[str, dspy.Example]] = ((), {})
 
     def reflector(self, known_ids: Iterable[str]) -> Reflector:
         """What turns rollouts into new texts, none of which makes a candidate of ``known_ids``."""
-        return Reflector(self.proposer, set(known_ids), self.demos)
+        context = self.config.reflection_context
+        return Reflector(self.proposer, set(known_ids), self.demos, context, self.guard)
 
     def observe(
         self,
@@ -63,6 +73,8 @@ class Memory:
         if self._studied is trainset:
             return
         self._studied = trainset
+        if self.guard is not None:
+            self.guard.study(trainset)
         for proposer in (self.proposer, self.demos):
             if isinstance(proposer, StudiesExamples):
                 proposer.study(self.by_id(trainset))

@@ -28,6 +28,10 @@ What the package relies on of gepa's insides, here and elsewhere; ran with 0.1.4
   ``ReflectionComponentSelector`` is given;
 - ``StrictImprovementAcceptance`` and ``ImprovementOrEqualAcceptance``: ``should_accept`` reads the
   proposal's minibatch scores alone, so that there need not be a state;
+- ``notify_callbacks``, the events of ``gepa.core.callbacks`` and their fields, and that the
+  proposer tells of an iteration's parts; ``GEPAState(frontier_type=)`` and its
+  ``get_pareto_front_mapping``, ``add_budget_hook``, ``increment_evals`` and
+  ``prog_candidate_val_subscores``; that stop callbacks are called with the state;
 - ``ExperimentTracker()``, which without arguments keeps nothing;
 - ``gepa.proposer.merge.sample_and_attempt_merge_programs_by_common_predictors``, which gives the
   texts, both parents and the ancestor, or ``None``;
@@ -47,7 +51,9 @@ from fst_dspy.config import FastConfig
 from fst_dspy.errors import DataError
 from fst_dspy.fast import population as populations
 from fst_dspy.fast.acceptance import ProposalStats, proposal_of
-from fst_dspy.fast.gepa_adapter import GepaAdapter
+from fst_dspy.fast.gepa.adapter import GepaAdapter
+from fst_dspy.fast.gepa.events import Events
+from fst_dspy.fast.gepa.strategies import NAMED, Strategies, acceptance_criterion
 from fst_dspy.fast.iterations import Iterations, check_instructions
 from fst_dspy.fast.judge import Judge
 from fst_dspy.fast.memory import Memory
@@ -55,7 +61,6 @@ from fst_dspy.fast.merge import merge
 from fst_dspy.fast.proposers.demos import DemoProposer, without_answer
 from fst_dspy.fast.proposers.protocol import Proposer
 from fst_dspy.fast.scores import Scores, ValidationScores
-from fst_dspy.fast.strategies import NAMED, Strategies, acceptance_criterion
 from fst_dspy.rollouts.jobs import Runner
 from fst_dspy.types import Candidate, Population, Rollout
 
@@ -69,6 +74,7 @@ class FastPhase:
         seed: Seed of the draws of parents and minibatches, together with the cycle.
         demos: Proposes demos; ``None`` leaves them alone.
         strategies: gepa's strategies, in place of those that ``config`` names.
+        events: gepa's callbacks, and who may end the run; ``None`` for none.
     """
 
     reuses = False
@@ -82,11 +88,13 @@ class FastPhase:
         *,
         demos: DemoProposer | None = None,
         strategies: Strategies = NAMED,
+        events: Events | None = None,
     ) -> None:
         self.config, self.proposer, self.seed = config, proposer, seed
-        self.memory = Memory(proposer, demos)
+        self.events = events or Events()
+        self.memory = Memory(proposer, demos, config)
         self.judge = Judge(acceptance_criterion(config, strategies))
-        self.iterations = Iterations(config, seed, self.memory, self.judge, strategies)
+        self.iterations = Iterations(config, seed, self.memory, self.judge, strategies, self.events)
 
     @property
     def stats(self) -> ProposalStats:
@@ -116,15 +124,16 @@ class FastPhase:
         if iterations < 1:
             return population
         _check(population, trainset, valset)
+        self.iterations.begin(population, trainset, valset)
         first = self.stats.iterations == 0
         reflector = self.memory.reflector(c.id for c in population.candidates)
         adapter = GepaAdapter(runner, reflector, cycle, (self.memory.bank,))
         scores = ValidationScores(population, adapter, valset)
         members = self.iterations.run(adapter, scores, population, trainset, cycle, iterations)
         for number in range(self.config.merge_iterations):
-            rng = random.Random(f"{self.seed}|{cycle}|merge {number}")
-            child = self._merge_on(adapter, scores, members, valset, cycle, rng)
-            members += [child] if child is not None else []
+            if self.events.stopped is None:
+                rng = random.Random(f"{self.seed}|{cycle}|merge {number}")
+                self._merge_on(adapter, scores, members, trainset, valset, cycle, rng)
         self.iterations.count_reflection(reflector)
         if first:
             self.iterations.advise()
@@ -134,6 +143,8 @@ class FastPhase:
             population.val_ids,
             self.config.population_size,
             policy_version,
+            objective_K_V=scores.objectives(members),
+            frontier=self.config.frontier_type,
         )
 
     def lineup(
@@ -156,6 +167,7 @@ class FastPhase:
 
         Arguments are those of ``FastChannel.after_step``.
         """
+        self.events.budget(self.events.calls(), len(rollouts))
         self.observe(list(population.candidates[0].components), trainset, rollouts)
         return population
 
@@ -180,36 +192,49 @@ class FastPhase:
         """Take up the state that :meth:`state` gave."""
         self.iterations.load_state(state)
 
+    def validated(
+        self, population: Population, val_ids: Sequence[str], score_V: Sequence[float]
+    ) -> None:
+        """Hear of a validation; see ``FastChannel``."""
+        self.iterations.validated(population, val_ids, score_V)
+
+    def end(self, population: Population) -> None:
+        """Hear of the end of the run."""
+        self.iterations.end(population)
+
     def _merge_on(
         self,
         adapter: GepaAdapter,
         scores: Scores,
-        members: Sequence[Candidate],
+        members: list[Candidate],
+        trainset: Sequence[dspy.Example],
         valset: Sequence[dspy.Example],
         cycle: int,
         rng: random.Random,
-    ) -> Candidate | None:
-        """A merged child that does as well as both parents on a draw of validation examples."""
+    ) -> None:
+        """Add a merged child that does as well as both parents on a draw of validation examples."""
         rows = scores.rows(members)
         means = [populations.mean(row) for row in rows]
         known = adapter.reflector.known_ids
         child = merge(members, means, self.judge.ancestors, known, cycle, rng)
         if child is None:
-            return None
+            return
+        state = self.iterations.gepa_state(members, rows, scores.objectives(members))
         self.judge.count(iterations=1)
+        self.events.begin_iteration(self.stats.iterations, state, trainset)
         known.add(child.id)
         parents = [m for m in members if m.id in child.parent_ids]
+        indices = [members.index(parent) for parent in parents]
+        self.events.merging(indices, child.components)
         size = min(len(valset), self.config.minibatch_size)
         columns = sorted(rng.sample(range(len(valset)), size))
         after = adapter.evaluate([valset[v] for v in columns], child.components).scores
-        indices = [members.index(parent) for parent in parents]
         before = [[rows[k][v] for v in columns] for k in indices]
         proposal = proposal_of(child, before, after, indices)
-        state = self.iterations.gepa_state(members, rows)
-        if not self.judge.accepts(child, parents, proposal, state):
-            return None
-        scores.add(child)
-        return child
+        accepted = self.iterations.accepts(child, parents, proposal, state)
+        if accepted:
+            self.iterations.add(child, members, scores, state, proposal)
+        self.events.end_iteration(state, accepted)
 
 
 def _check(

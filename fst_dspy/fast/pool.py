@@ -15,7 +15,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from fst_dspy.fast.proposers.demos import shown_examples
+from fst_dspy.rollouts.evaluate import objectives_in, score_of
 from fst_dspy.run.records import as_read_back, rollout_from_json, with_fields
+from fst_dspy.run.rollout_log import unpack
 from fst_dspy.types import Candidate, Rollout
 
 SWEEPS = 50
@@ -48,8 +50,8 @@ class RolloutPool:
 
 
 def pool_from_json(rows: Sequence[Mapping[str, Any]]) -> RolloutPool:
-    """A pool from its rollouts as JSON objects, of which each has the fields of a dataclass."""
-    return RolloutPool(tuple(map(rollout_from_json, rows)))
+    """A pool from its rollouts as ``fst_dspy.run.rollout_log`` packs them, for JSON."""
+    return RolloutPool(tuple(map(rollout_from_json, unpack(rows))))
 
 
 @dataclass(frozen=True)
@@ -60,11 +62,13 @@ class ScoreTable:
         candidates: Those of which there is at least one score, in the order given.
         problem_ids: Length P, the columns.
         score_K_P: Mean reward; where a candidate has not run on a problem, the fitted value.
+        objective_K_P: The same for each of the metric's objectives; empty where it has none.
     """
 
     candidates: tuple[Candidate, ...]
     problem_ids: tuple[str, ...]
     score_K_P: tuple[tuple[float, ...], ...]
+    objective_K_P: tuple[tuple[Mapping[str, float], ...], ...] = ()
 
 
 def score_table(pool: RolloutPool, candidates: Sequence[Candidate]) -> ScoreTable:
@@ -76,16 +80,38 @@ def score_table(pool: RolloutPool, candidates: Sequence[Candidate]) -> ScoreTabl
     problems = tuple(sorted({problem for row in means for problem in row}))
     known = [(c, row) for c, row in zip(candidates, means, strict=True) if row]
     gaps_K_P = [[row.get(problem) for problem in problems] for _, row in known]
-    return ScoreTable(tuple(c for c, _ in known), problems, fill(gaps_K_P))
+    there = tuple(candidate for candidate, _ in known)
+    return ScoreTable(there, problems, fill(gaps_K_P), _objectives(pool, there, problems))
 
 
-def problem_means(pool: RolloutPool, candidate: Candidate) -> dict[str, float]:
-    """Mean reward of a candidate on each problem it has run on, but for those its demos show."""
+def _objectives(
+    pool: RolloutPool, candidates: Sequence[Candidate], problems: Sequence[str]
+) -> tuple[tuple[Mapping[str, float], ...], ...]:
+    names = objectives_in(pool.rollouts)
+    filled = {}
+    for name in names:
+        rows = [problem_means(pool, candidate, name) for candidate in candidates]
+        filled[name] = fill([[row.get(problem) for problem in problems] for row in rows])
+    if not names:
+        return ()
+    return tuple(
+        tuple({name: filled[name][k][p] for name in names} for p in range(len(problems)))
+        for k in range(len(candidates))
+    )
+
+
+def problem_means(
+    pool: RolloutPool, candidate: Candidate, objective: str | None = None
+) -> dict[str, float]:
+    """Mean reward of a candidate on each problem it has run on, but for those its demos show.
+
+    Of the metric's objectives, where one is named, the mean score.
+    """
     shown = shown_examples(candidate)
     rewards: dict[str, list[float]] = defaultdict(list)
     for rollout in pool.of(candidate.id):
         if rollout.example_id not in shown:
-            rewards[rollout.example_id].append(rollout.reward)
+            rewards[rollout.example_id].append(score_of(rollout, objective))
     return {problem: sum(values) / len(values) for problem, values in rewards.items()}
 
 

@@ -12,7 +12,7 @@ weights to do without the context.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import comb
 
 from fst_dspy.errors import ConfigError
@@ -48,20 +48,51 @@ def pareto_front(score_K_V: Sequence[Sequence[float]]) -> tuple[int, ...]:
     return tuple(sorted(front))
 
 
+def columns(
+    frontier: str,
+    score_K_V: Sequence[Sequence[float]],
+    objective_K_V: Sequence[Sequence[Mapping[str, float]]],
+) -> Sequence[Sequence[float]]:
+    """What the front is made over, a row a candidate, for one of gepa's ``frontier_type``.
+
+    Args:
+        frontier: ``"instance"``, an example a column; ``"objective"``, an objective's mean over the
+            examples; ``"hybrid"``, both, with equal weight; ``"cartesian"``, an objective on an
+            example.
+        score_K_V: Scores.
+        objective_K_V: Scores by objective, all with the same ones; where it is empty, the front is
+            over examples.
+    """
+    if frontier == "instance" or not objective_K_V or not objective_K_V[0]:
+        return score_K_V
+    names = sorted(objective_K_V[0][0])
+    if frontier == "cartesian":
+        return [[cell[name] for cell in row for name in names] for row in objective_K_V]
+    means = [[mean([cell[name] for cell in row]) for name in names] for row in objective_K_V]
+    if frontier == "objective":
+        return means
+    # As many columns as there are examples: among these, a few objectives would count for nothing.
+    times = max(1, len(score_K_V[0]) // len(names))
+    return [[*scores, *own * times] for scores, own in zip(score_K_V, means, strict=True)]
+
+
 def choose(
     candidates: Sequence[Candidate],
     score_K_V: Sequence[Sequence[float]],
     val_ids: Sequence[str],
     k: int,
     policy_version: int,
+    *,
+    objective_K_V: Sequence[Sequence[Mapping[str, float]]] = (),
+    frontier: str = "instance",
 ) -> Population:
     """The ``k`` candidates that cover the front.
 
-    First the best mean; then, again and again, the one on the front with the most examples on
-    which it beats all those chosen (ties: higher mean, then id). Where the front holds fewer than
-    ``k``, the best means of the others follow. One that is clearly worse than the best is only
-    taken for a niche of its own, so that there may be fewer than ``k``. The result depends on no
-    order of the arguments.
+    First the best mean; then, again and again, the one on the front with the most examples (or
+    other :func:`columns`) on which it beats all those chosen (ties: higher mean, then id). Where
+    the front holds fewer than ``k``, the best means of the others follow. One that is clearly worse
+    than the best is only taken for a niche of its own, so that there may be fewer than ``k``. The
+    result depends on no order of the arguments.
 
     Args:
         candidates: At least one; of equal ids the first is taken.
@@ -69,39 +100,42 @@ def choose(
         val_ids: Length V.
         k: Candidates to keep, at least 1.
         policy_version: Optimizer steps taken when the scores were measured.
+        objective_K_V, frontier: As for :func:`columns`.
 
     Raises:
         ConfigError: No candidates, or ``k`` below 1.
     """
     if not candidates or k < 1:
         raise ConfigError(f"cannot choose {k} of {len(candidates)} candidates")
-    scores: dict[str, tuple[float, ...]] = {}
-    by_id: dict[str, Candidate] = {}
-    for candidate, score_V in zip(candidates, score_K_V, strict=True):
-        if candidate.id not in by_id:
-            by_id[candidate.id] = candidate
-            scores[candidate.id] = tuple(score_V)
-    ids = sorted(by_id, key=lambda i: (-mean(scores[i]), i))
-    front = {ids[index] for index in pareto_front([scores[i] for i in ids])}
+    row_of: dict[str, int] = {}
+    for index, candidate in enumerate(candidates):
+        row_of.setdefault(candidate.id, index)
+    scores = {i: tuple(score_K_V[row]) for i, row in row_of.items()}
+    column_rows = columns(frontier, score_K_V, objective_K_V)
+    fronts = {i: column_rows[row] for i, row in row_of.items()}
+    ids = sorted(row_of, key=lambda i: (-mean(scores[i]), i))
+    front = {ids[index] for index in pareto_front([fronts[i] for i in ids])}
     chosen = [ids[0]]
     rest = ids[1:]
     while rest and len(chosen) < k:
-        best_V = [max(column) for column in zip(*(scores[i] for i in chosen), strict=True)]
+        best_C = [max(column) for column in zip(*(fronts[i] for i in chosen), strict=True)]
         gain = {
-            i: sum(s > b for s, b in zip(scores[i], best_V, strict=True)) if i in front else -1
+            i: sum(s > b for s, b in zip(fronts[i], best_C, strict=True)) if i in front else -1
             for i in rest
         }
         pick = max(rest, key=lambda i: gain[i])  # the first of equals: rest is sorted by mean, id
         rest.remove(pick)
-        if gain[pick] >= NICHE * len(best_V) or not worse_by_sign_test(
+        if gain[pick] >= NICHE * len(best_C) or not worse_by_sign_test(
             scores[pick], scores[ids[0]]
         ):
             chosen.append(pick)
+    rows = [row_of[i] for i in chosen]
     return Population(
-        candidates=tuple(by_id[i] for i in chosen),
+        candidates=tuple(candidates[row] for row in rows),
         val_ids=tuple(val_ids),
         score_K_V=tuple(scores[i] for i in chosen),
         policy_version=policy_version,
+        objective_K_V=tuple(tuple(objective_K_V[row]) for row in rows) if objective_K_V else (),
     )
 
 

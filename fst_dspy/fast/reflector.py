@@ -13,8 +13,10 @@ import dspy
 
 from fst_dspy import distributed
 from fst_dspy.display import visible
+from fst_dspy.fast.proposers.copying import CopyGuard
 from fst_dspy.fast.proposers.demos import DemoProposer
 from fst_dspy.fast.proposers.protocol import (
+    TRAJECTORY,
     CountsFaults,
     LearnsFromRecords,
     ProposalError,
@@ -41,6 +43,10 @@ PROGRAMMING_ERRORS = (
 """What a proposer raises because it is wrong, not because there is no proposal to be had."""
 MAX_TEXT = 4000
 """Characters of one field that go into a record; longer texts lose their middle."""
+STEP_TEXT = 1000
+"""Characters of one field of a step in a trajectory."""
+MAX_STEPS = 24
+"""Steps of a trajectory that go into a record, half of them the first and half the last."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +65,8 @@ class Reflector:
         proposer: Proposes instructions; what it raises is counted and gives no texts, but for
             ``PROGRAMMING_ERRORS``.
         demos: Proposes demos, or ``None``.
+        context: ``FastConfig.reflection_context``.
+        guard: Refuses copies of training examples, or ``None``.
         known_ids: Ids of candidates that were tried, so that none is proposed and paid for twice.
         errors: Failures by kind.
         outcomes: ``"empty"`` and ``"duplicate"`` proposals.
@@ -67,6 +75,8 @@ class Reflector:
     proposer: Proposer
     known_ids: set[str]
     demos: DemoProposer | None = None
+    context: str = "step"
+    guard: CopyGuard | None = None
     errors: Counter[str] = field(default_factory=Counter)
     outcomes: Counter[str] = field(default_factory=Counter)
 
@@ -83,6 +93,9 @@ class Reflector:
         """
         try:
             texts = self._texts(components, records, names)
+            changed = {name: text for name, text in texts.items() if text != components[name]}
+            if self.guard is not None:
+                self.guard.check(changed, components)
         except PROGRAMMING_ERRORS as error:
             error.add_note(f"raised by the proposer {type(self.proposer).__name__}")
             raise
@@ -94,7 +107,6 @@ class Reflector:
         finally:
             if isinstance(self.proposer, CountsFaults):
                 self.errors.update(self.proposer.take_faults())
-        changed = {name: text for name, text in texts.items() if text != components[name]}
         if not changed:
             self.outcomes["empty"] += 1
             return {}
@@ -102,6 +114,10 @@ class Reflector:
             self.outcomes["duplicate"] += 1
             return {}
         return changed
+
+    def records(self, component: str, trajectories: Sequence[Trajectory]) -> list[Record]:
+        """What a proposer is shown for a component: see :func:`make_records`."""
+        return make_records(component, trajectories, self.context)
 
     def learn(self, components: Iterable[str], trajectories: Sequence[Trajectory]) -> None:
         """Let a proposer of instructions that can learn from these rollouts."""
@@ -148,11 +164,41 @@ def checked_texts(
     return said
 
 
-def make_records(component: str, trajectories: Sequence[Trajectory]) -> list[Record]:
-    """One record a rollout, from the traces of the component's predictor."""
+def make_records(
+    component: str, trajectories: Sequence[Trajectory], context: str = "step"
+) -> list[Record]:
+    """One record a rollout, from the traces of the component's predictor.
+
+    Args:
+        component: What is to be rewritten.
+        trajectories: The rollouts.
+        context: ``"trajectory"`` adds all steps of the program.
+    """
     predictor, _ = split_component(component)
     fields = _output_fields(predictor, trajectories)
-    return [_record(predictor, fields, trajectory) for trajectory in trajectories]
+    records = [_record(predictor, fields, trajectory) for trajectory in trajectories]
+    if context != "trajectory":
+        return records
+    return [
+        {**record, TRAJECTORY: _steps(trajectory.rollout)}
+        for record, trajectory in zip(records, trajectories, strict=True)
+    ]
+
+
+def _steps(rollout: Rollout) -> list[dict[str, Any]]:
+    """All steps of a program, in order; of very many, those in the middle are left out."""
+    steps = [
+        {
+            "Step": f"{number} of {len(rollout.traces)}: {trace.predictor}",
+            "Inputs": {name: _clip(value, STEP_TEXT) for name, value in trace.inputs.items()},
+            "Generated Outputs": _outputs(trace, STEP_TEXT),
+        }
+        for number, trace in enumerate(rollout.traces, 1)
+    ]
+    if len(steps) <= MAX_STEPS:
+        return steps
+    half = MAX_STEPS // 2
+    return [*steps[:half], *steps[-half:]]
 
 
 def _record(predictor: str, fields: Sequence[str], trajectory: Trajectory) -> Record:
@@ -174,12 +220,12 @@ def _record(predictor: str, fields: Sequence[str], trajectory: Trajectory) -> Re
     }
 
 
-def _outputs(trace: PredictorTrace | None) -> dict[str, str] | str:
+def _outputs(trace: PredictorTrace | None, limit: int = MAX_TEXT) -> dict[str, str] | str:
     if trace is None:
         return "(this step was not reached)"
     if trace.outputs is None:
-        return f"(could not be read) {_clip(trace.text)}"
-    return {name: _clip(value) for name, value in trace.outputs.items()}
+        return f"(could not be read) {_clip(trace.text, limit)}"
+    return {name: _clip(value, limit) for name, value in trace.outputs.items()}
 
 
 def _feedback(
@@ -203,11 +249,11 @@ def _output_fields(predictor: str, trajectories: Sequence[Trajectory]) -> list[s
     return []
 
 
-def _clip(value: Any) -> str:
+def _clip(value: Any, limit: int = MAX_TEXT) -> str:
     text = well_formed(value if isinstance(value, str) else str(value))
-    if len(text) <= MAX_TEXT:
+    if len(text) <= limit:
         return text
-    half = MAX_TEXT // 2
+    half = limit // 2
     return f"{text[:half]}\n[... {len(text) - 2 * half} characters left out ...]\n{text[-half:]}"
 
 

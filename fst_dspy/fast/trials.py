@@ -26,34 +26,36 @@ import dataclasses
 import random
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import dspy
 from gepa.core.adapter import EvaluationBatch
+from gepa.core.state import GEPAState
 
 from fst_dspy import distributed
 from fst_dspy.config import FastConfig
 from fst_dspy.fast import population as populations
 from fst_dspy.fast.acceptance import ProposalStats, proposal_of
-from fst_dspy.fast.gepa_adapter import GepaAdapter
-from fst_dspy.fast.iterations import Iterations, check_instructions
-from fst_dspy.fast.judge import Judge
-from fst_dspy.fast.memory import Memory
-from fst_dspy.fast.merge import merge
-from fst_dspy.fast.pool import RolloutPool, minibatch, paired, pool_from_json, score_table
-from fst_dspy.fast.proposers.demos import DemoProposer, without_answer
-from fst_dspy.fast.proposers.protocol import Proposer
-from fst_dspy.fast.reflector import Reflector, Trajectory, candidate_of, make_records
-from fst_dspy.fast.scores import PooledScores
-from fst_dspy.fast.strategies import (
+from fst_dspy.fast.gepa.adapter import GepaAdapter
+from fst_dspy.fast.gepa.events import Events, Told, proposed, reflecting, selected
+from fst_dspy.fast.gepa.strategies import (
     NAMED,
     Strategies,
     acceptance_criterion,
     candidate_selector,
     component_selector,
 )
+from fst_dspy.fast.iterations import Iterations, check_instructions
+from fst_dspy.fast.judge import Judge
+from fst_dspy.fast.lineup import Trial, lineup
+from fst_dspy.fast.memory import Memory
+from fst_dspy.fast.merge import merge
+from fst_dspy.fast.pool import RolloutPool, minibatch, paired, pool_from_json, score_table
+from fst_dspy.fast.proposers.demos import DemoProposer, without_answer
+from fst_dspy.fast.proposers.protocol import Proposer
+from fst_dspy.fast.reflector import Reflector, Trajectory, candidate_of
+from fst_dspy.fast.scores import PooledScores
 from fst_dspy.rollouts.jobs import Runner
 from fst_dspy.student.candidate import candidate_from_json, candidate_to_json
 from fst_dspy.types import Candidate, Population, Rollout
@@ -64,25 +66,9 @@ TRIED = 256
 """Candidates remembered by id, the latest, so that none is tried twice."""
 
 
-@dataclass(frozen=True)
-class Trial:
-    """A candidate that is being tried in the slow phase.
-
-    Attributes:
-        child: The candidate.
-        parents: What it was made from: one candidate, or two for a merge.
-        since: Optimizer steps taken when the trial began; earlier rollouts do not count.
-        steps_left: Optimizer steps it still runs in.
-    """
-
-    child: Candidate
-    parents: tuple[Candidate, ...]
-    since: int
-    steps_left: int
-
-
-Made = tuple[Candidate | None, Reflector]
-"""A new candidate, if there is one to be had, and the account of how it was made."""
+Made = tuple[Candidate | None, Reflector, list[Told]]
+"""A new candidate, if there is one to be had, and the account of how it was made, with what
+callbacks are to hear of it once its iteration has begun."""
 
 
 class TrialPhase:
@@ -91,7 +77,7 @@ class TrialPhase:
     Args:
         config, proposer, seed: As for :class:`~fst_dspy.fast.phase.FastPhase`.
         steps_per_cycle: T, optimizer steps a cycle.
-        demos, strategies: As for :class:`~fst_dspy.fast.phase.FastPhase`.
+        demos, strategies, events: As for :class:`~fst_dspy.fast.phase.FastPhase`.
 
     Attributes:
         trial: The candidate on trial, if one is.
@@ -109,11 +95,13 @@ class TrialPhase:
         steps_per_cycle: int,
         demos: DemoProposer | None = None,
         strategies: Strategies = NAMED,
+        events: Events | None = None,
     ) -> None:
         self.config, self.proposer, self.seed = config, proposer, seed
-        self.strategies, self.memory = strategies, Memory(proposer, demos)
+        self.strategies, self.memory = strategies, Memory(proposer, demos, config)
+        self.events = events or Events()
         self.judge = Judge(acceptance_criterion(config, strategies))
-        self.iterations = Iterations(config, seed, self.memory, self.judge, strategies)
+        self.iterations = Iterations(config, seed, self.memory, self.judge, strategies, self.events)
         self.scores = PooledScores()
         self.trial_steps = max(1, steps_per_cycle // max(1, config.cycle_iterations))
         self.window = max(self.trial_steps, config.reuse_window or steps_per_cycle)
@@ -154,6 +142,7 @@ class TrialPhase:
             return population
         self._trainset = trainset
         self.memory.study(trainset)
+        self.iterations.begin(population, trainset, valset)
         members = list(population.candidates)
         if not self.pool.rollouts:
             check_instructions(population, trainset)
@@ -210,6 +199,7 @@ class TrialPhase:
         """
         self._trainset = trainset
         self.memory.study(trainset)
+        self.events.budget(self.events.calls(), len(rollouts))
         made = self._take_up(population)  # it knows nothing of what is observed now
         self.observe(list(population.candidates[0].components), trainset, rollouts)
         recent = self.pool.since(policy_version - self.window)
@@ -218,8 +208,7 @@ class TrialPhase:
         if self.trial is not None:
             self.trial = dataclasses.replace(self.trial, steps_left=self.trial.steps_left - 1)
             if self.trial.steps_left == 0:
-                passed = self._passed(self.trial, population)
-                members += [self.trial.child] if passed else []
+                members += self._judge(self.trial, population)
                 self.trial = None
         population = self._choose(members, population, policy_version)
         if self.trial is None:
@@ -236,6 +225,16 @@ class TrialPhase:
         """Let the proposers learn from rollouts, and keep these for scores; see ``FastChannel``."""
         self.memory.observe(components, trainset, rollouts)
         self.scores.keep(rollouts)
+
+    def validated(
+        self, population: Population, val_ids: Sequence[str], score_V: Sequence[float]
+    ) -> None:
+        """Hear of a validation; see ``FastChannel``."""
+        self.iterations.validated(population, val_ids, score_V)
+
+    def end(self, population: Population) -> None:
+        """Hear of the end of the run."""
+        self.iterations.end(population)
 
     def report(self) -> dict[str, Any]:
         """What became of the proposals, and what the reflection LM cost, for JSON."""
@@ -291,16 +290,27 @@ class TrialPhase:
             table.problem_ids,
             self.config.population_size,
             policy_version,
+            objective_K_V=table.objective_K_P,
+            frontier=self.config.frontier_type,
         )
 
-    def _passed(self, trial: Trial, population: Population) -> bool:
+    def _judge(self, trial: Trial, population: Population) -> list[Candidate]:
+        """The child, if it did better than its parents."""
         before, after = paired(self.pool.since(trial.since), trial.child, trial.parents)
         by_id = {c.id: c for c in (*population.candidates, *trial.parents)}
         members = list(by_id.values())
-        state = self.iterations.gepa_state(members, self.scores.rows(members))
+        state = self._state(members)
         indices = [list(by_id).index(parent.id) for parent in trial.parents]
         proposal = proposal_of(trial.child, before, after, indices)
-        return self.judge.accepts(trial.child, trial.parents, proposal, state)
+        accepted = self.iterations.accepts(trial.child, trial.parents, proposal, state)
+        if accepted:
+            self.iterations.add(trial.child, members, self.scores, state, proposal)
+        self.events.end_iteration(state, accepted)
+        return [trial.child] if accepted else []
+
+    def _state(self, members: Sequence[Candidate]) -> GEPAState:
+        rows, objectives = self.scores.rows(members), self.scores.objectives(members)
+        return self.iterations.gepa_state(members, rows, objectives)
 
     def _begin_trial(
         self,
@@ -313,19 +323,30 @@ class TrialPhase:
         """Put a new candidate on trial, one made before or now, if there is one to be had."""
         if self.config.cycle_iterations < 1 or not self.pool.rollouts:
             return
+        state = self._state(population.candidates)
+        if self.events.stop(state):
+            return
         members = {candidate.id: candidate for candidate in population.candidates}
-        child, reflector = made or self._make_child(population, trainset, cycle, policy_version)
+        make = partial(self._make_child, population, trainset, cycle, policy_version)
+        child, reflector, told = made or make()
         self.judge.count(iterations=1)
+        self.events.begin_iteration(self.stats.iterations, state, trainset)
         self.iterations.count_reflection(reflector)
         if child is not None and made is not None and not members.keys() >= set(child.parent_ids):
             # A parent has left since, and there would be nothing to compare it with.
-            child, reflector = self._make_child(population, trainset, cycle, policy_version)
+            child, reflector, told = make()
             self.iterations.count_reflection(reflector)
-        if child is not None:
-            self._trials += 1
-            self._tried = [*self._tried, child.id][-TRIED:]
-            parents = tuple(members[parent] for parent in members if parent in child.parent_ids)
-            self.trial = Trial(child, parents, policy_version, self.trial_steps)
+        self.events.tell_all(told)
+        if child is None:
+            self.events.end_iteration(state, accepted=False)
+            return
+        self._trials += 1
+        self._tried = [*self._tried, child.id][-TRIED:]
+        parents = tuple(members[parent] for parent in members if parent in child.parent_ids)
+        self.trial = Trial(child, parents, policy_version, self.trial_steps)
+        if child.source == "merge":
+            indices = [list(members).index(parent.id) for parent in parents]
+            self.events.merging(indices, child.components)
 
     def _ask_ahead(self, cycle: int, policy_version: int) -> None:
         """Have the next candidate made during the next step, where that is the trial's last."""
@@ -353,13 +374,13 @@ class TrialPhase:
         known = {c.id for c in population.candidates} | set(self._tried)
         reflector = self.memory.reflector(known)
         merging = self._trials % (self.config.cycle_iterations + self.config.merge_iterations)
-        child = None
+        child, told = None, list[Told]()
         if merging >= self.config.cycle_iterations:
             means = [populations.mean(row) for row in population.score_K_V]
             child = merge(population.candidates, means, self.judge.ancestors, known, cycle, rng)
         if child is None:
-            child = self._reflect(reflector, population, trainset, cycle, rng)
-        return child, reflector
+            child = self._reflect(reflector, population, trainset, cycle, rng, told)
+        return child, reflector, told
 
     def _reflect(
         self,
@@ -368,9 +389,12 @@ class TrialPhase:
         trainset: Sequence[dspy.Example],
         cycle: int,
         rng: random.Random,
+        told: list[Told],
     ) -> Candidate | None:
         """A child of a parent drawn from the front, from the parent's rollouts in the pool."""
-        state = self.iterations.gepa_state(population.candidates, population.score_K_V)
+        state = self.iterations.gepa_state(
+            population.candidates, population.score_K_V, population.objective_K_V
+        )
         k = candidate_selector(self.config, self.strategies, rng).select_candidate_idx(state)
         parent = population.candidates[k]
         examples = self.memory.by_id(trainset)
@@ -378,6 +402,7 @@ class TrialPhase:
         trajectories = [Trajectory(examples[r.example_id], r) for r in rollouts]
         batch = EvaluationBatch(rollouts, [r.reward for r in rollouts], trajectories)
         texts = dict(parent.components)
+        told.append(selected(k, texts, state))
         best = self.config.perfect_score if self.config.skip_perfect_score else None
         if best is not None and all(score >= best for score in batch.scores):
             reflector.outcomes["empty"] += 1
@@ -385,28 +410,10 @@ class TrialPhase:
         selector = component_selector(self.config, self.strategies)
         names = selector(state, trajectories, batch.scores, k, texts)
         self.iterations.turn += 1
-        records = {name: make_records(name, trajectories) for name in names}
+        records = {name: reflector.records(name, trajectories) for name in names}
+        told += reflecting(k, texts, names, records)
         changed = reflector.propose(texts, records, names)
-        return candidate_of({**texts, **changed}, parent, cycle) if changed else None
-
-
-def lineup(population: Population, trial: Trial, group_size: int, k: int) -> tuple[Candidate, ...]:
-    """The candidate of each of a group's G rollouts while one is on trial.
-
-    It takes the slots of the weakest candidate. Its parents, with which it is compared, keep
-    theirs, and so does the best, as long as there are enough slots.
-
-    Args:
-        population: Scored, at least one candidate; of more than ``k`` the best ``k`` are used.
-        trial: Its parents belong to the population.
-        group_size: G, at least 2.
-        k: K, candidates to spread the group over.
-    """
-    order = list(populations.ranked(population)[:k])
-    parents = {parent.id for parent in trial.parents}
-    spare = [c for c in reversed(order) if c.id not in parents]
-    weakest = next((c for c in spare if c.id != order[0].id or len(order) == group_size), None)
-    if len(order) == k and weakest is not None:
-        order.remove(weakest)
-    order.append(trial.child)
-    return tuple(order[slot % len(order)] for slot in range(group_size))
+        if not changed:
+            return None
+        told.append(proposed(changed))
+        return candidate_of({**texts, **changed}, parent, cycle)

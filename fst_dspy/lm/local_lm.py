@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+import logging
+import weakref
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import dspy
@@ -16,7 +18,11 @@ from fst_dspy.lm.engine import AsyncLocalEngine, LocalEngine, serving
 from fst_dspy.lm.in_use import over_base, remember
 from fst_dspy.lm.requests import DEFAULT_MAX_TOKENS, EXTRA, OWN
 from fst_dspy.lm.templates import check_options, thinks
+from fst_dspy.model.hardware import device_named, dtype_named
 from fst_dspy.model.policy import Policy
+from fst_dspy.student.identity import adapter_identity, shown_adapter
+
+logger = logging.getLogger(__name__)
 
 COMPILED_LM = "fst_lm"
 """The attribute of a compiled program's modules that holds the LM they were compiled for."""
@@ -24,6 +30,8 @@ FOLLOWS = "fst_follows"
 """The attribute of a compiled predictor that holds its LM, where it had none of its own before."""
 ENTERED_WITH = "fst_entered_with"
 """The DSPy setting, in a tuple, that holds the settings' LM as a compiled program was entered."""
+COMPILED_ADAPTER = "fst_adapter"
+"""The attribute of a compiled program that says which adapter it was compiled under."""
 _ANSWERS_WITH = "answers_with"  # in a pickle: the version id, also where ``model`` is the live one
 
 
@@ -35,12 +43,15 @@ class LocalLM(dspy.LM):
     policy's live weights on, but not this LM: ``live()`` follows them, ``at()`` names others.
 
     Args:
-        model: ``"embedded"`` for the model in the package, a folder, a hub id, or a loaded
-            ``Policy`` to share.
+        model: ``"embedded"`` for the model in the package; ``"smollm2"`` for a real model of 135
+            million weights that is fetched once, under the adapter in the package
+            (``"smollm2-base"``: without); a folder, a GGUF file, a hub id, or a loaded ``Policy``
+            to share.
         temperature: In [0, 2]; 0 is greedy.
         max_tokens: Longest answer, in tokens; by default an eighth of the context, at most 512.
-        device: Defaults to CUDA where there is one.
-        dtype: Defaults to bfloat16 on CUDA and float32 elsewhere.
+        device: Such as ``"cpu"``, ``"cuda"`` or ``"gpu"``; CUDA by default, where there is one.
+        dtype: By default bfloat16 on CUDA and, for models of over 30 million parameters, on CPUs
+            that multiply it (AMX, AVX512-BF16), else float32.
         trust_remote_code: Run Python code that comes with the model.
         cache: Keep answers in DSPy's cache.
         chat_template_kwargs: Variables of the model's chat template, such as
@@ -55,7 +66,7 @@ class LocalLM(dspy.LM):
     as well, or as a predictor's ``config``, and are saved with a program.
 
     Raises:
-        ModelError: The model cannot be loaded.
+        ModelError: The model cannot be loaded, or there is no such device or dtype.
         ConfigError: The chat template does not read a variable in ``chat_template_kwargs``.
     """
 
@@ -88,7 +99,10 @@ class LocalLM(dspy.LM):
                 model
                 if isinstance(model, Policy)
                 else Policy.load(
-                    model, device=device, dtype=dtype, trust_remote_code=trust_remote_code
+                    model,
+                    device=device_named(device),
+                    dtype=dtype_named(dtype),
+                    trust_remote_code=trust_remote_code,
                 )
             )
             engine, version = LocalEngine(policy), policy.version()
@@ -115,6 +129,15 @@ class LocalLM(dspy.LM):
         from fst_dspy.lm.provider import LocalProvider
 
         return LocalProvider(self.policy)
+
+    def __repr__(self) -> str:
+        policy, sampling = self.policy, self.kwargs
+        size = sum(weight.numel() for weight in policy.model.parameters())
+        return (
+            f"LocalLM({self.model!r}, {size:,} weights in {str(policy.model.dtype)[6:]} on "
+            f"{policy.device}, temperature={sampling.get('temperature')}, "
+            f"max_tokens={sampling.get('max_tokens')}, context of {policy.context_length:,} tokens)"
+        )
 
     def __copy__(self) -> LocalLM:
         return remember(super().__copy__())
@@ -175,6 +198,8 @@ class LocalLM(dspy.LM):
         own = {name: value for name, value in own.items() if value is not None}
         if not own:
             return kwargs
+        if "chat_template_kwargs" in own:
+            check_options(self.policy, own["chat_template_kwargs"])
         metadata = kwargs.get("metadata", self.kwargs.get("metadata")) or {}
         # None keeps those of ``self.kwargs`` out of the request.
         return {**kwargs, **dict.fromkeys(own), "metadata": {**metadata, EXTRA: own}}
@@ -208,6 +233,8 @@ class LocalLM(dspy.LM):
         modules = dspy.settings.caller_modules or ()
         if not modules:
             return self
+        if serving(self.policy) is None:
+            _check_adapter(modules)
         caller = vars(modules[-1])
         if caller.get("lm") is self:
             entered = dspy.settings.get(ENTERED_WITH)
@@ -262,6 +289,28 @@ class LocalLM(dspy.LM):
     def live(self) -> LocalLM:
         """A copy that follows the live weights, without the cache."""
         return self.copy(model=self.policy.live_id, cache=False)
+
+
+def _check_adapter(modules: Iterable[dspy.Module]) -> None:
+    """Say so, once, where a compiled program is called under another adapter."""
+    for module in modules:
+        compiled = vars(module).get(COMPILED_ADAPTER)
+        if compiled is None or module in _told:
+            continue
+        here = adapter_identity(dspy.settings.adapter)
+        if here != compiled:
+            _told.add(module)
+            logger.warning(
+                "%s was compiled under the adapter %s and is called under %s, so that its prompts "
+                "are others than those it was trained on; set the former with "
+                "dspy.configure(adapter=...)",
+                type(module).__name__,
+                shown_adapter(compiled),
+                shown_adapter(here),
+            )
+
+
+_told: weakref.WeakSet[dspy.Module] = weakref.WeakSet()
 
 
 def _serving(engine: LocalEngine, version: str) -> LocalEngine:

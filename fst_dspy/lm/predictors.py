@@ -10,13 +10,15 @@ from typing import Any
 
 import dspy
 
-from fst_dspy.config import SamplingConfig
-from fst_dspy.errors import ProgramError
+from fst_dspy.config import LoraConfig, SamplingConfig
+from fst_dspy.errors import ConfigError, ProgramError
 from fst_dspy.lm.compiled import follows, mark_compiled
+from fst_dspy.lm.kept_weights import refuse_quantized
 from fst_dspy.lm.local_lm import LocalLM
-from fst_dspy.lm.requests import DEFAULT_MAX_TOKENS
+from fst_dspy.lm.requests import DEFAULT_MAX_TOKENS, penalty_in
 from fst_dspy.model.policy import Policy
 from fst_dspy.student.candidate import bind
+from fst_dspy.student.identity import adapter_identity
 from fst_dspy.student.modules import every_predictor
 from fst_dspy.types import Candidate
 
@@ -67,6 +69,30 @@ def find_local_lm(program: dspy.Module) -> LocalLM:
             f"{', '.join(sorted(versions))}; training starts from one: call program.set_lm(...)"
         )
     return local[0]
+
+
+def check_trained(program: dspy.Module, policy: Policy, lora: LoraConfig | None = None) -> None:
+    """Refuse to train what cannot be: a quantized model's weights, and some ways of sampling.
+
+    ``top_p`` and ``top_k`` cut the policy's distribution, and the loss takes the whole of it, as
+    TRL does. Penalties move it from token to token, and the loss would know nothing of it.
+
+    Raises:
+        ConfigError: The model is quantized and no adapters are trained, or a predictor's LM, or its
+            own ``config``, has penalties.
+    """
+    refuse_quantized(policy, lora)
+    for name, predictor in every_predictor(program).items():
+        lm = resolved_lm(predictor)
+        if not shares_policy(lm, policy):
+            continue
+        said = {**lm.kwargs, **(getattr(predictor, "config", None) or {})}
+        if penalty := penalty_in(said):
+            raise ConfigError(
+                f"the predictor {name!r} samples with {penalty}={said[penalty]}, and what is "
+                "sampled so cannot be trained on: leave it out, and set it on the compiled "
+                "program's LM if you need it there"
+            )
 
 
 class RolloutLMs:
@@ -155,6 +181,6 @@ def bound_to(
         predictor.lm = (
             lm if own is None else bound.setdefault(id(own), own.copy(model=lm.model, **held))
         )
-    mark_compiled(compiled, lm, following)
+    mark_compiled(compiled, lm, following, adapter_identity(dspy.settings.adapter))
     compiled._compiled = True
     return compiled

@@ -20,6 +20,7 @@ from dspy.clients.utils_finetune import GRPOStatus, TrainDataFormat, TrainingSta
 from fst_dspy.config import SamplingConfig, SlowConfig
 from fst_dspy.errors import ConfigError, DataError, TrainingError
 from fst_dspy.lm.kept_weights import KeptWeights
+from fst_dspy.lm.requests import penalty_in
 from fst_dspy.lm.train_input import (
     check_format,
     check_message,
@@ -95,7 +96,7 @@ class LocalReinforceJob(ReinforceJob):
         slow, sampling, total_steps, seed = reinforce_settings(self.lm, self.train_kwargs)
         self._temperature = sampling.temperature
         with self._policy.lock:
-            self._kept.start(self.lm.model, slow.lora, seed)
+            self._kept.start(self.lm.model, slow.adapters, seed)
             self._trainer = SlowTrainer(self._policy, slow, sampling, total_steps, seed)
             self._version = self._policy.version()
         self._ask_for_groups()
@@ -335,8 +336,8 @@ def reinforce_settings(
         Settings of the trainer and of sampling, ``max_steps`` and the seed.
 
     Raises:
-        ConfigError: An unknown name, a bad value, a temperature other than the LM's, or a schedule
-            that decays without ``max_steps``.
+        ConfigError: An unknown name, a bad value, a temperature not the LM's, a penalty, or a
+            schedule that decays without ``max_steps``.
     """
     fields = field_names(SlowConfig)
     names = [*(f for f in fields if f not in LOOP_FIELDS), *OWN_KWARGS]
@@ -347,6 +348,11 @@ def reinforce_settings(
         raise ConfigError(
             f"temperature={own['temperature']} in train_kwargs, but the rollouts are sampled at "
             f"the LM's {sampled_at}; make it LocalLM(..., temperature={own['temperature']})"
+        )
+    if penalty := penalty_in(lm.kwargs):
+        raise ConfigError(
+            f"the LM samples with {penalty}={lm.kwargs[penalty]}, and what is sampled so cannot be "
+            "trained on: leave it out"
         )
     if own.get("num_generations", 2) < 2:
         raise ConfigError(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,6 +23,7 @@ from fst_dspy.lm.templates import (
     call_of,
     chat_format,
     check_options,
+    cut_thought_advice,
     render,
     thinks,
 )
@@ -42,6 +43,16 @@ ROLLOUT = "fst_rollout"
 """The DSPy setting that holds the rollout that is running."""
 OWN = ("chat_template_kwargs", "repetition_penalty", "structured")
 """Settings of a ``LocalLM`` that no field of a request is for."""
+
+PENALTIES = {"frequency_penalty": 0.0, "presence_penalty": 0.0, "repetition_penalty": 1.0}
+"""Settings that sample from another distribution than the policy's, and what leaves them out."""
+
+
+def penalty_in(settings: Mapping[str, Any]) -> str | None:
+    """The first penalty that some settings of a language model have."""
+    return next(
+        (n for n, none in PENALTIES.items() if settings.get(n, none) not in (none, None)), None
+    )
 
 
 @dataclass
@@ -117,8 +128,8 @@ def prompt_of(policy: Policy, request: lm15.Request) -> Prompt:
     """A request's conversation as chat templates take it; errors as ``prompt_ids``."""
     found = chat_format(policy.tokenizer)
     tools = _tools(request)
-    messages = [message for m in request.messages for message in _messages_of(m)]
-    if (tools or any("tool_calls" in m for m in messages)) and not found.tools:
+    messages = [message for m in request.messages for message in _messages_of(m, found.tools)]
+    if tools and not found.tools:
         raise lm15.UnsupportedFeatureError(
             f"{policy.name} has no tools: its chat template does not show them, or how it calls "
             "them is not known; leave use_native_function_calling=False on the adapter, which "
@@ -131,20 +142,22 @@ def prompt_of(policy: Policy, request: lm15.Request) -> Prompt:
     return Prompt.of(messages, tools, _options(policy, request))
 
 
-_ROLES = {"developer": "system"}
+_ROLES = {"developer": "system", "tool": "user"}
 
 
-def _messages_of(message: lm15.Message) -> Iterator[dict[str, Any]]:
-    if message.role == "tool":
+def _messages_of(message: lm15.Message, tools: bool) -> Iterator[dict[str, Any]]:
+    """A message as chat templates take it; calls of tools as text where a template has none."""
+    if tools and message.role == "tool":
         for part in message.parts:
             text = _text_of(part.content)
             yield {"role": "tool", "tool_call_id": part.id, "content": text} | (
                 {"name": part.name} if part.name else {}
             )
         return
-    calls = [call_of(p.id, p.name, dict(p.input)) for p in message.parts if p.type == "tool_call"]
+    called = [part for part in message.parts if part.type == "tool_call"] if tools else []
+    calls = [call_of(part.id, part.name, dict(part.input)) for part in called]
     thoughts = [part.text for part in message.parts if part.type == "thinking"]
-    said = [part for part in message.parts if part.type not in ("tool_call", "thinking")]
+    said = [part for part in message.parts if part.type != "thinking" and part not in called]
     rendered: dict[str, Any] = {
         "role": _ROLES.get(message.role, message.role),
         "content": _text_of(said),
@@ -157,12 +170,22 @@ def _messages_of(message: lm15.Message) -> Iterator[dict[str, Any]]:
 
 
 def _text_of(parts: Sequence[Any]) -> str:
-    kinds = {part.type for part in parts} - {"text"}
+    kinds = {part.type for part in parts} - _READ.keys()
     if kinds:
         raise lm15.UnsupportedFeatureError(
             f"a local model reads text only, not {', '.join(sorted(kinds))}", feature="messages"
         )
-    return "".join(part.text for part in parts)
+    apart = "\n" if any(part.type != "text" for part in parts) else ""
+    return apart.join(_READ[part.type](part) for part in parts)
+
+
+# JSONAdapter writes the calls of tools that a conversation has had as parts of their own, also for
+# models that it asks to write theirs as text.
+_READ: dict[str, Callable[[Any], str]] = {
+    "text": lambda part: part.text,
+    "tool_call": lambda part: json.dumps({"name": part.name, "args": dict(part.input)}),
+    "tool_result": lambda part: f"{part.name or part.id}: {_text_of(part.content)}",
+}
 
 
 def _tools(request: lm15.Request) -> list[dict[str, Any]]:
@@ -363,8 +386,13 @@ def _response(pending: Pending, answer: Answer) -> lm15.Response:
     parts: list[Any] = [] if answer.thought is None else [lm15.ThinkingPart(answer.thought)]
     parts += [lm15.TextPart(answer.text)] if answer.text or not calls else []
     parts += tool_call_parts(prompt_ids_T, calls)
-    if answer.in_thought and result.finish_reason == "length":
-        _tell_cut_thought(len(result.completion_ids_T))
+    cut_off = answer.in_thought and result.finish_reason == "length"
+    if cut_off and dspy.settings.get(ROLLOUT) is None:  # in a rollout it is data, and counted
+        logger.warning(
+            "the answer was cut off after %d tokens, %s",
+            len(result.completion_ids_T),
+            cut_thought_advice(policy.tokenizer),
+        )
     scored = zip(result.completion_ids_T, result.logprobs_T, strict=True)
     return lm15.Response(
         id=None,
@@ -381,15 +409,3 @@ def _response(pending: Pending, answer: Answer) -> lm15.Response:
             for token, logprob in scored
         ),
     )
-
-
-CUT_THOUGHT = (
-    "in the middle of its thought; raise max_tokens, or set "
-    "LocalLM(..., chat_template_kwargs={'enable_thinking': False})"
-)
-"""What to do about answers that never come, as the thought before them is cut off."""
-
-
-def _tell_cut_thought(tokens: int) -> None:
-    if dspy.settings.get(ROLLOUT) is None:  # where it is data, and counted
-        logger.warning("the answer was cut off after %d tokens, %s", tokens, CUT_THOUGHT)

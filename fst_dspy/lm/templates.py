@@ -43,11 +43,10 @@ _TOOL = {
     },
 }
 # Of models whose template TRL does not know. Each call is an object, or a list of objects.
-_PLAIN_CALL = {"type": "function", "function": "{content}"}
 _TOOL_SYNTAX: dict[str, dict[str, Any]] = {
     "[ARGS]": {
         "open_pattern": r"\[TOOL_CALLS\]\s*(?P<name>[^\s\[]+)\s*\[ARGS\]",
-        "close_pattern": r"(?=\[TOOL_CALLS\])|$",
+        "close_pattern": r"(?=\[TOOL_CALLS\])",
         "repeats": True,
         "content": "json",
         "transform": {"function": {"name": "{name}", "arguments": "{content}"}},
@@ -55,7 +54,7 @@ _TOOL_SYNTAX: dict[str, dict[str, Any]] = {
     "[TOOL_CALLS]": {"open": "[TOOL_CALLS]", "content": "json"},
     "<|tool_call|>": {
         "open": "<|tool_call|>",
-        "close_pattern": r"<\|/tool_call\|>|$",
+        "close_pattern": r"<\|/tool_call\|>",
         "content": "json",
     },
     "<tool_call>": {
@@ -229,7 +228,7 @@ def _find_format(tokenizer: Any, template: str) -> ChatFormat:
         alternates=_shows(tokenizer, [user, answer], _A)
         and not _shows(tokenizer, [user, user, answer], _A),
         thought=_find_marks(template),
-        switch=next((name for name in SWITCHES if _reads(template, name)), None),
+        switch=next((name for name in SWITCHES if _switches(tokenizer, template, name)), None),
         syntax=syntax,
         tools=has_calls and _shows(tokenizer, [user], _NAME, [_TOOL]) and _takes_calls(tokenizer),
         takes_effort=_reads(template, EFFORT),
@@ -245,6 +244,14 @@ def _reads(template: str, name: str) -> bool:
     return re.search(rf"\b{re.escape(name)}\b", template) is not None
 
 
+def _switches(tokenizer: Any, template: str, name: str) -> bool:
+    try:
+        both = {generation_prompt(tokenizer, {name: on}) for on in (True, False)}
+    except Exception:
+        return False
+    return _reads(template, name) and len(both) == 2
+
+
 def _find_thinks(tokenizer: Any, found: ChatFormat, options: Mapping[str, Any]) -> bool:
     if found.thought is None and thought_field(found) is None:
         return False
@@ -256,6 +263,13 @@ def _find_thinks(tokenizer: Any, found: ChatFormat, options: Mapping[str, Any]) 
     return shown != generation_prompt(tokenizer, {**options, found.switch: False})
 
 
+def cut_thought_advice(tokenizer: Any) -> str:
+    """What to do where answers do not come, for their thoughts are cut off."""
+    switch = chat_format(tokenizer).switch
+    off = f", or set LocalLM(..., chat_template_kwargs={{{switch!r}: False}})" if switch else ""
+    return f"in the middle of its thought; raise max_tokens{off}"
+
+
 def thought_field(found: ChatFormat) -> str | None:
     """The name under which ``parse_response`` gives a thought."""
     fields = found.syntax["fields"] if found.syntax is not None else ()
@@ -263,18 +277,14 @@ def thought_field(found: ChatFormat) -> str | None:
 
 
 def _takes_calls(tokenizer: Any) -> bool:
-    # TRL tries whether calls and results are shown, which many templates drop in silence.
-    from trl.chat_template_utils import supports_tool_calling
-
-    try:
-        return bool(supports_tool_calling(tokenizer))
-    except Exception:  # such as one for call ids of another form
-        turns: list[dict[str, Any]] = [
-            {"role": "user", "content": _A},
-            {"role": "assistant", "content": "", "tool_calls": [call_of("q4x8r2m6k", _A, {})]},
-            {"role": "tool", "name": _A, "tool_call_id": "q4x8r2m6k", "content": _B},
-        ]
-        return _shows(tokenizer, turns, _B)
+    """Whether calls and their results are shown, which many templates drop in silence."""
+    number = "q4x8r2m6k"  # nine letters and digits, as Mistral's wants them
+    turns: list[dict[str, Any]] = [
+        {"role": "user", "content": "?"},
+        {"role": "assistant", "content": "", "tool_calls": [call_of(number, _NAME, {"a": _A})]},
+        {"role": "tool", "name": _NAME, "tool_call_id": number, "content": _B},
+    ]
+    return all(_shows(tokenizer, turns, wanted) for wanted in (_NAME, _A, _B))
 
 
 def call_of(number: str, name: str, arguments: Any) -> dict[str, Any]:
@@ -299,9 +309,11 @@ def _syntax(tokenizer: Any, template: str) -> Mapping[str, Any] | None:
     mark = next((mark for mark in _TOOL_SYNTAX if mark in template), None)
     if mark is None:
         return None
-    call = {"transform": _PLAIN_CALL, "transform_each": True, **_TOOL_SYNTAX[mark]}
-    if "repeats" in call:
-        del call["transform_each"]
+    call = dict(_TOOL_SYNTAX[mark])
+    # Some close what they call with the end of the answer.
+    ends = [call["close_pattern"]] if "close_pattern" in call else []
+    ends += [re.escape(tokenizer.eos_token)] if tokenizer.eos_token else []
+    call["close_pattern"] = "|".join([*ends, "$"])
     return {
         "defaults": {"role": "assistant"},
         "start_anchor": "\0",

@@ -2,27 +2,32 @@
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from fst_dspy import distributed
 from fst_dspy.errors import StoreError
-from fst_dspy.files import read_json, reading, write_atomically, writing_to
+from fst_dspy.files import read_json, reading, write_through, writing_to
 from fst_dspy.loop.learner import Learner
 from fst_dspy.loop.state import LoopState, state_from_json, state_to_json
+from fst_dspy.model.hardware import free_memory
 from fst_dspy.model.policy import Policy
 from fst_dspy.results.result import FSTResult
+from fst_dspy.run.background import BackgroundWriter
 from fst_dspy.run.records import with_plain_traces
+from fst_dspy.run.rollout_log import pack
 from fst_dspy.run.store import RunStore, environment
 from fst_dspy.slow.advantage import Scale, step_advantages
-from fst_dspy.student.candidate import (
-    population_to_json,
-)
+from fst_dspy.slow.training_state import TrainingState
+from fst_dspy.student.candidate import population_to_json
 from fst_dspy.types import (
     CycleRecord,
     Group,
@@ -30,8 +35,14 @@ from fst_dspy.types import (
     StepRecord,
 )
 
+logger = logging.getLogger(__name__)
+
 CHECKPOINT_SECONDS = 20.0
-"""Steps are checkpointed when this long has passed; phases and cycles always are."""
+"""Steps and phases are checkpointed when this long has passed since the last checkpoint."""
+CHECKPOINT_SHARE = 0.05
+"""Of the time, that checkpoints may take: after one that took a second the next is due in 20."""
+CHEAP_SECONDS = 1.0
+"""A checkpoint that takes less is made after every cycle."""
 
 
 @dataclass(frozen=True)
@@ -70,12 +81,17 @@ class Checkpoint:
 
 
 class RunFolder:
-    """The run folder of one joint loop, locked until ``close``."""
+    """The run folder of one joint loop, locked until ``close``.
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    Args:
+        path: Of the folder.
+        log_rollouts: Whether training rollouts are logged.
+    """
+
+    def __init__(self, path: Path, *, log_rollouts: bool = True) -> None:
+        self.path, self.log_rollouts = path, log_rollouts
         self.store = RunStore(path)
-        self._saved_at = time.monotonic()
+        self._writer = BackgroundWriter()
         self._best: list[str] = []
 
     def begin(self, identity: Mapping[str, Any]) -> None:
@@ -92,22 +108,28 @@ class RunFolder:
         self.store.begin({**identity, **several, "environment": environment()})
 
     def close(self) -> None:
-        """Let go of the folder."""
-        self.store.close()
+        """Let go of the folder, once what was begun is written."""
+        try:
+            self.settle()
+        except StoreError as error:
+            logger.warning("the last checkpoint is not whole, the one before stands: %s", error)
+        finally:
+            self.store.close()
 
     def record_step(
         self, record: StepRecord, groups_P: Sequence[Group], scale_rewards: Scale
     ) -> None:
-        """Log an optimizer step and its rollouts."""
+        """Log an optimizer step and, unless that is off, its rollouts."""
         self.store.append("steps", [record])
-        rows = []
-        advantages_P_G = step_advantages(groups_P, scale_rewards)
-        for group, advantages_G in zip(groups_P, advantages_P_G, strict=True):
-            for rollout, advantage in zip(group.rollouts_G, advantages_G, strict=True):
-                rows.append(
-                    {"step": record.step, "cycle": record.cycle, "advantage": advantage}
-                    | vars(with_plain_traces(rollout))
-                )
+        if not self.log_rollouts:
+            return
+        advantages = [a for row in step_advantages(groups_P, scale_rewards) for a in row]
+        rollouts = [with_plain_traces(r) for group in groups_P for r in group.rollouts_G]
+        step = {"step": record.step, "cycle": record.cycle}
+        rows = [
+            {**step, "advantage": advantage, **row}
+            for advantage, row in zip(advantages, pack(rollouts), strict=True)
+        ]
         self.store.append("rollouts", rows)
 
     def record_cycle(self, record: CycleRecord, population: Population) -> None:
@@ -115,28 +137,74 @@ class RunFolder:
         self.store.append("cycles", [record])
         self.store.append("population", [{"cycle": record.cycle, **population_to_json(population)}])
 
-    def keep_version(self, version: str, policy: Policy) -> None:
-        """Keep the live weights as the best ones, and no others."""
-        path = self.store.version_path(version)
-        if not path.exists():
-            data = save({k: v.contiguous() for k, v in policy.trainable_state().items()})
+    def is_due(self, *, closes: bool) -> bool:
+        """Whether there should be another checkpoint by now.
+
+        Args:
+            closes: A cycle has just ended; such moments are saved where that takes no time.
+        """
+        if self._writer.busy:
+            return False
+        seconds = self._writer.seconds
+        least = 0.0 if closes else CHECKPOINT_SECONDS
+        if closes and seconds < CHEAP_SECONDS:
+            return True
+        return time.monotonic() - self._writer.ended_at >= max(least, seconds / CHECKPOINT_SHARE)
+
+    def checkpoint(self, state: LoopState, learner: Learner | None, policy: Policy) -> None:
+        """Begin to write a checkpoint, with the best weights, which the policy keeps.
+
+        The run goes on meanwhile where there is memory for a copy of the trainer's tensors; else it
+        waits. Errors of the writing are raised at the next checkpoint, or by ``settle``.
+        """
+        self.settle()
+        begun = time.monotonic()
+        finish = self.store.prepared(state_to_json(state))
+        training = learner.state() if learner is not None else None
+        if training is not None and 2 * training.bytes < free_memory():
+            training = training.copied()
+        best = self._best_weights(state, policy)
+        self._writer.start(partial(self._write, finish, training, *best), begun)
+        if training is not None and training.live:
+            self.settle()
+
+    def settle(self) -> None:
+        """Wait until the checkpoint that was begun is written.
+
+        Raises:
+            StoreError: It could not be.
+        """
+        self._writer.wait()
+
+    def _best_weights(
+        self, state: LoopState, policy: Policy
+    ) -> tuple[str | None, Mapping[str, Tensor] | None]:
+        """The best version, and its weights where they must be written."""
+        if state.best is None:
+            return None, None
+        version = state.best.version
+        # The base is read from where it came.
+        there = version == policy.base_version or self.store.version_path(version).exists()
+        return version, None if there else policy.kept_state(version)
+
+    def _write(
+        self,
+        finish: Callable[[Callable[[Path], None]], None],
+        training: TrainingState | None,
+        best: str | None,
+        weights: Mapping[str, Tensor] | None,
+    ) -> None:
+        if best is not None and weights is not None:
+            whole = {name: tensor.contiguous() for name, tensor in weights.items()}
             with writing_to(self.path):
-                write_atomically(path, lambda file: file.write(data))
-
-    def is_old(self) -> bool:
-        """Whether the last checkpoint is old enough for another one."""
-        return time.monotonic() - self._saved_at >= CHECKPOINT_SECONDS
-
-    def checkpoint(self, state: LoopState, learner: Learner | None) -> None:
-        """Write a checkpoint."""
-        self.store.checkpoint(
-            state_to_json(state), learner.save if learner is not None else lambda folder: None
-        )
-        if state.best is not None:
+                write_through(
+                    self.store.version_path(best), lambda temporary: save_file(whole, temporary)
+                )
+        finish(training.write if training is not None else lambda folder: None)
+        if best is not None:
             # Those of the checkpoint before as well, should this one be found damaged.
-            self.store.keep_versions([*self._best, state.best.version])
-            self._best = [state.best.version]
-        self._saved_at = time.monotonic()
+            self.store.keep_versions([*self._best, best])
+            self._best = [best]
 
     def latest(self) -> Checkpoint | None:
         """The newest checkpoint; ``None``, and no logs, when there is none."""

@@ -14,15 +14,17 @@ import logging
 import time
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from fst_dspy import distributed
 from fst_dspy.errors import TrainingError
 from fst_dspy.fast.population import mean
+from fst_dspy.loop.budget import counts_spent, cycles_spent, recorded_spent, time_spent
 from fst_dspy.loop.cold_start import warmed_up
 from fst_dspy.loop.interrupt import Interrupt
 from fst_dspy.loop.parts import Parts
-from fst_dspy.loop.progress import StopRun
+from fst_dspy.loop.progress import StopRun, tell
 from fst_dspy.loop.records import cycle_record, rollouts_of, step_record
 from fst_dspy.loop.signal import troubles, without_signal
 from fst_dspy.loop.state import LoopState
@@ -39,6 +41,8 @@ class Run:
 
     def __init__(self, parts: Parts) -> None:
         self.parts, self.policy, self.runner = parts, parts.policy, parts.runner
+        self._saved: LoopState | None = None  # what the last checkpoint holds
+        self._told_spent = False
 
     def loop(self) -> LoopState:
         """Cycles until the budget is spent, from the start or from the last checkpoint.
@@ -52,8 +56,9 @@ class Run:
         state = self._resume() or self._start()
         parts.progress.begin(parts.budget)
         try:
+            self._tell_ended(state)
             folder = parts.folder.path if parts.folder else None
-            with parts.trackers, Interrupt(folder) as interrupt:
+            with parts.trackers, Interrupt(folder, partial(tell, parts.progress)) as interrupt:
                 # The student as it came: what everything after is compared with, and the first
                 # sight of a program or metric that fails.
                 if not state.records:
@@ -65,13 +70,17 @@ class Run:
                         state = self._fast_phase(state)
                         # A fast phase may have cost minutes of a reflection LM; steps that follow
                         # are saved when a while has passed.
-                        self._checkpoint(state, now=False)
+                        self._tell_spent(state)
+                        interrupt.requested = distributed.any_process(interrupt.requested)
+                        self._checkpoint(state, now=interrupt.requested)
+                        interrupt.stop_if_requested()
                     # Then weights, under the prompts that were found; each step's rollouts try and
                     # score the prompts as well.
                     while state.phase == "slow":
                         state = self._slow_step(state)
                         parts.trackers.step(state.steps[-1], state.counts.total)
                         self._stop_if_diverged(state)
+                        self._tell_spent(state)
                         # Ctrl-C reaches one process; the step is the last one for all of them.
                         interrupt.requested = distributed.any_process(interrupt.requested)
                         self._checkpoint(state, now=interrupt.requested)
@@ -79,10 +88,11 @@ class Run:
                     # Both together, as they are now: this is what is kept, and what is told.
                     state = self._validate(state)
                     interrupt.requested = distributed.any_process(interrupt.requested)
-                    # Saved before it is told: a listener may end the run.
-                    self._checkpoint(state)
+                    self._checkpoint(state, now=interrupt.requested, closes=True)
                     stopped = self._tell_cycle(state)
                     interrupt.stop_if_requested()
+                self._checkpoint(state, now=True)
+                parts.fast.end(state.population)
         finally:
             parts.progress.end()
         return state
@@ -169,6 +179,7 @@ class Run:
         if first:  # where it shows nothing to learn from, give it something
             state, found = warmed_up(parts, state, found)
         seconds = _add_seconds(state.seconds, "eval", started)
+        parts.fast.validated(found.population, parts.val_ids, found.score_V)
         record = cycle_record(parts, state, cycle, found, seconds)
         # Processes that no longer agree would only be noticed by their results.
         facts = (record.weights_version, record.val_scores, record.candidate_ids)
@@ -208,31 +219,32 @@ class Run:
         parts.fast.load_state(found.fast_state)
         runner = self.runner
         runner.counts, runner.tally, runner.tokens = found.counts, found.tally, dict(found.tokens)
-        runner.early_batches = found.early_batches
+        runner.early_batches, runner.turns = found.early_batches, found.turns
         if found.lowest_score is not None:
             runner.lowest_score = found.lowest_score
         runner.structured = runner.structured or found.structured
         runner.explains_format = found.explains_format
+        self._saved = found
         return found
 
     def _finished(self, state: LoopState) -> bool:
         """Whether the budget is spent; a cycle that was begun is ended first."""
-        budget = self.parts.budget
+        parts = self.parts
         if state.phase != "fast":
             return False
-        if budget.max_cycles is not None and state.cycle >= budget.max_cycles:
+        if cycles_spent(parts, state) or recorded_spent(parts, state.records[-1]):
             return True
-        rollouts = state.records[-1].total_rollouts.total
-        if budget.max_rollouts is not None and rollouts >= budget.max_rollouts:
+        stopped = state.records[-1].proposals.get("stopped")
+        if stopped and parts.spec.strategies.stop_callbacks:
+            logger.info("the run ends: %s", stopped)
             return True
         # On a resume as well: it is a matter of the last record.
         reason = without_signal(self.parts, state.records[-1])
         if reason is not None:
             logger.warning("%s", reason)
-            if budget.on_no_signal == "stop":
+            if parts.budget.on_no_signal == "stop":
                 return True
-        late = budget.max_seconds is not None and sum(state.seconds.values()) >= budget.max_seconds
-        return distributed.any_process(late)  # their clocks differ
+        return distributed.any_process(time_spent(parts, state) is not None)  # clocks differ
 
     def _stop_if_diverged(self, state: LoopState) -> None:
         """Stop where step after step gives no finite gradient; the last checkpoint stands."""
@@ -247,14 +259,26 @@ class Run:
             " (or max_grad_norm), or float32"
         )
 
-    def _checkpoint(self, state: LoopState, *, now: bool = True) -> None:
-        """Save everything the loop needs to go on; what takes no time does so at intervals."""
+    def _checkpoint(self, state: LoopState, *, now: bool = False, closes: bool = False) -> None:
+        """Save everything the loop needs to go on, if it is time to or ``now``; then wait for it.
+
+        Checkpoints take a share of the time at most, so that some steps and, of large models, some
+        cycles are not saved: a run that is killed takes these again.
+        """
+        if self._saved is state:
+            return
         folder, learner = self.parts.folder, self.parts.learner
-        due = distributed.from_main(lambda: folder is not None and (now or folder.is_old()))
+        due = distributed.from_main(
+            lambda: folder is not None and (now or folder.is_due(closes=closes))
+        )
         if due and folder is not None:
-            folder.checkpoint(replace(state, tokens=dict(self.runner.tokens)), learner)
+            folder.checkpoint(replace(state, tokens=dict(self.runner.tokens)), learner, self.policy)
+            self._saved = state
+            self.parts.fast.events.saved(str(folder.path))
+            if now:
+                folder.settle()
         elif due and learner is not None:
-            learner.save(None)  # under FSDP every process has its part of the optimizer
+            learner.state()  # under FSDP every process has its part of the optimizer
 
     def _counted(self) -> dict[str, Any]:
         """What the runner has counted so far, as the state keeps it."""
@@ -265,12 +289,30 @@ class Run:
             "early_batches": self.runner.early_batches,
             "structured": self.runner.structured,
             "explains_format": self.runner.explains_format,
+            "turns": self.runner.turns,
         }
 
     # --- telling ------------------------------------------------------------------------------
 
     def _tell(self, cycle: int, name: str) -> None:
         self.parts.progress.phase(cycle, name, self.runner.counts)
+
+    def _tell_spent(self, state: LoopState) -> None:
+        """Say once that a limit was reached within a cycle, which is finished all the same."""
+        counts = self.runner.counts.total, self.runner.turns.steps
+        spent = counts_spent(self.parts, *counts) or time_spent(self.parts, state)
+        if spent and not self._told_spent:
+            tell(self.parts.progress, f"{spent} reached; finishing the cycle")
+            self._told_spent = True
+
+    def _tell_ended(self, state: LoopState) -> None:
+        """Say of a run that had ended before why nothing happens, and how it is extended."""
+        if not state.records or state.phase != "fast":
+            return
+        spent = cycles_spent(self.parts, state) or recorded_spent(self.parts, state.records[-1])
+        if spent:
+            words = f"this run had ended, after {spent}; a higher limit lets it go on"
+            tell(self.parts.progress, words)
 
     def _tell_cycle(self, state: LoopState) -> bool:
         """Tell that a cycle has ended; whether the listener wants the run to end with it."""

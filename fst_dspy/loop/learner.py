@@ -10,6 +10,7 @@ from fst_dspy.config import FSTConfig
 from fst_dspy.model.policy import Policy
 from fst_dspy.slow.advantage import group_rows
 from fst_dspy.slow.trainer import SlowTrainer
+from fst_dspy.slow.training_state import TrainingState
 from fst_dspy.types import Group, StepStats
 
 
@@ -31,12 +32,12 @@ class Learner(Protocol):
         """Exactly one optimizer step on the groups of P problems, or a word why there was none."""
         ...
 
-    def save(self, folder: Path | None) -> None:
-        """Write all there is to go on from; ``None`` in processes that write nothing."""
+    def state(self) -> TrainingState:
+        """All there is to go on from; every process takes part."""
         ...
 
     def load(self, folder: Path) -> None:
-        """Go on from what ``save`` wrote, bit for bit."""
+        """Go on from what ``state().write`` wrote, bit for bit."""
         ...
 
 
@@ -46,23 +47,25 @@ class GRPOLearner:
     learns_from_rewards = True
 
     def __init__(self, policy: Policy, config: FSTConfig, seed: int) -> None:
-        self._scale_rewards = config.slow.scale_rewards
+        self._slow = config.slow
         self._trainer = SlowTrainer(
             policy, config.slow, config.sampling, schedule_steps(config), seed
         )
 
     def advance(self, groups_P: Sequence[Group]) -> StepStats:
         """See :meth:`Learner.advance`."""
-        return self._trainer.advance(group_rows(groups_P, self._scale_rewards))
+        slow = self._slow
+        rows = group_rows(groups_P, slow.scale_rewards, credit=slow.credit, discount=slow.discount)
+        return self._trainer.advance(rows)
 
     @property
     def bad_steps(self) -> int:
         """See :meth:`Learner.bad_steps`."""
         return self._trainer.bad_steps
 
-    def save(self, folder: Path | None) -> None:
-        """See :meth:`Learner.save`."""
-        self._trainer.save(folder)
+    def state(self) -> TrainingState:
+        """See :meth:`Learner.state`."""
+        return self._trainer.state()
 
     def load(self, folder: Path) -> None:
         """See :meth:`Learner.load`."""

@@ -15,14 +15,17 @@ from fst_dspy import distributed
 from fst_dspy.config import BudgetConfig, FSTConfig, LoraConfig
 from fst_dspy.errors import ConfigError
 from fst_dspy.fast.channel import FastChannel
+from fst_dspy.fast.gepa.events import Events
+from fst_dspy.fast.gepa.strategies import NAMED, Strategies
 from fst_dspy.fast.phase import FastPhase
+from fst_dspy.fast.proposers.copying import CopyGuard
 from fst_dspy.fast.proposers.demos import DemoProposer
 from fst_dspy.fast.proposers.lessons import LessonProposer
 from fst_dspy.fast.proposers.protocol import Proposer
 from fst_dspy.fast.proposers.reflection import ReflectionLMProposer
-from fst_dspy.fast.strategies import NAMED, Strategies
 from fst_dspy.fast.trials import TrialPhase
 from fst_dspy.lm.local_lm import LocalLM
+from fst_dspy.lm.predictors import check_trained
 from fst_dspy.loop.folder import RunFolder
 from fst_dspy.loop.learner import GRPOLearner, Learner
 from fst_dspy.loop.progress import ProgressListener, SilentProgress, default_progress
@@ -52,6 +55,7 @@ class RunSpec:
         reflection_lm, instruction_proposer: What proposes instructions; both ``None`` for lessons.
         strategies: gepa's strategies, in place of those that ``config`` names.
         log_dir: The run folder, or ``None``.
+        log_rollouts: Whether training rollouts are logged there.
         report_to: Names of trackers.
         progress: Hears what goes on; ``None`` for the default.
         make_learner: Makes what learns from a step's groups.
@@ -66,6 +70,7 @@ class RunSpec:
     instruction_proposer: Proposer | None = None
     strategies: Strategies = NAMED
     log_dir: Path | None = None
+    log_rollouts: bool = True
     report_to: Sequence[str] = ()
     progress: ProgressListener | None = None
     make_learner: Callable[[Policy, FSTConfig, int], Learner] = GRPOLearner
@@ -146,16 +151,19 @@ def make_parts(spec: RunSpec, student: dspy.Module, checked: CheckedInput, start
         start: What the run begins with.
 
     Raises:
-        ConfigError, ModelError: Adapters that do not go with the weights.
+        ConfigError, ModelError: Adapters that do not go with the weights, or no training of them.
         StoreError: The run folder cannot be used.
     """
     seed, lm = spec.seed, checked.lm
     # What depends on the model is settled first, so that the folder says what was used.
     slow = with_learning_rate(spec.config.slow, lm.policy.model)
-    spec = replace(spec, config=replace(spec.config, slow=slow))
+    budget = spec.config.budget.over(len(checked.trainset) + len(checked.valset))
+    spec = replace(spec, config=replace(spec.config, slow=slow, budget=budget))
     config = spec.config
     main, slow_on = distributed.is_main(), spec.arm != "gepa_only"
     fast_on = spec.arm in ("fst", "gepa_only")
+    if slow_on:
+        check_trained(student, lm.policy, slow.lora)
     valset = sample(checked.valset, config.sampling.val_size, seed)
     val_ids = tuple(example_id(example) for example in valset)
     own = seed_candidate(student)
@@ -163,7 +171,7 @@ def make_parts(spec: RunSpec, student: dspy.Module, checked: CheckedInput, start
     # The folder first: a run that belongs to another one must not touch weights or model.
     identity = _identity(spec, student, checked, own, val_ids, start)
     opened: list[RunFolder] = []
-    distributed.from_main(partial(_open_folder, spec.log_dir, identity, opened))
+    distributed.from_main(partial(_open_folder, spec, identity, opened))
     folder = opened[0] if opened else None
     trackers = Trackers(
         spec.report_to if main else (),
@@ -179,7 +187,14 @@ def make_parts(spec: RunSpec, student: dspy.Module, checked: CheckedInput, start
     runner = RolloutRunner(
         student, spec.metric, lm, config.sampling, seed, predictor_feedback=fast_on
     )
-    fast = _make_fast(spec, lm.policy, reuse=config.fast.reuse and fast_on and slow_on)
+    own_strategies = spec.strategies
+    events = Events(
+        own_strategies.callbacks,
+        own_strategies.stop_callbacks,
+        calls=lambda: runner.counts.total,
+        max_calls=config.budget.max_rollouts,
+    )
+    fast = _make_fast(spec, lm.policy, events, reuse=config.fast.reuse and fast_on and slow_on)
     parts = Parts(
         spec=spec,
         start=start,
@@ -232,28 +247,31 @@ def _with_opening(parts: Parts) -> Parts:
     return replace(parts, budget=replace(parts.budget, max_cycles=cycles + 1))
 
 
-def _make_fast(spec: RunSpec, policy: Policy, *, reuse: bool) -> FastChannel:
+def _make_fast(spec: RunSpec, policy: Policy, events: Events, *, reuse: bool) -> FastChannel:
     config, count = spec.config.fast, partial(count_tokens, policy)
     proposer = _make_proposer(spec, count)
     demos = DemoProposer(config.demo_tokens, count) if config.demo_tokens else None
-    if reuse:
-        steps = spec.config.slow.steps_per_cycle
-        return TrialPhase(
-            config,
-            proposer,
-            spec.seed,
-            steps_per_cycle=steps,
-            demos=demos,
-            strategies=spec.strategies,
+    if not reuse:
+        return FastPhase(
+            config, proposer, spec.seed, demos=demos, strategies=spec.strategies, events=events
         )
-    return FastPhase(config, proposer, spec.seed, demos=demos, strategies=spec.strategies)
+    return TrialPhase(
+        config,
+        proposer,
+        spec.seed,
+        steps_per_cycle=spec.config.slow.steps_per_cycle,
+        demos=demos,
+        strategies=spec.strategies,
+        events=events,
+    )
 
 
 def _make_proposer(spec: RunSpec, count_tokens: Callable[[str], int]) -> Proposer:
     if spec.instruction_proposer is not None:
         return spec.instruction_proposer
     config = spec.config.fast
-    lessons = LessonProposer(config.instruction_tokens, count_tokens)
+    guard = CopyGuard() if config.copy_guard else None
+    lessons = LessonProposer(config.instruction_tokens, count_tokens, guard)
     if spec.reflection_lm is None:
         return lessons
     return ReflectionLMProposer(
@@ -272,9 +290,9 @@ def count_tokens(policy: Policy, text: str) -> int:
     return len(policy.tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
-def _open_folder(path: Path | None, identity: Mapping[str, Any], opened: list[RunFolder]) -> None:
-    if path is not None:
-        opened.append(RunFolder(path))
+def _open_folder(spec: RunSpec, identity: Mapping[str, Any], opened: list[RunFolder]) -> None:
+    if spec.log_dir is not None:
+        opened.append(RunFolder(spec.log_dir, log_rollouts=spec.log_rollouts))
         try:
             opened[0].begin(identity)
         except BaseException:

@@ -10,13 +10,23 @@ from fst_dspy.loop.problems import ProblemStream
 from fst_dspy.results.result import Best
 from fst_dspy.rollouts.health import Tally
 from fst_dspy.run.records import cycle_record
+from fst_dspy.run.rollout_log import pack
 from fst_dspy.student.candidate import (
     candidate_from_json,
     candidate_to_json,
     population_from_json,
     population_to_json,
 )
-from fst_dspy.types import Candidate, CycleRecord, Population, RolloutCounts, StepRecord, StepStats
+from fst_dspy.types import (
+    Candidate,
+    CycleRecord,
+    Population,
+    Rollout,
+    RolloutCounts,
+    StepRecord,
+    StepStats,
+    TurnCounts,
+)
 
 
 @dataclass(frozen=True)
@@ -53,6 +63,7 @@ class LoopState:
         tokens: Prompt and completion tokens so far.
         lowest_score: The least that the metric has given; ``None`` before there is any.
         early_batches: As ``CycleRecord.early_batches``.
+        turns: What agents did so far.
         seconds: Wall time so far, by channel.
         fast_state: What the fast phase remembers: plain values, and rollouts.
         stream: The problems that come next.
@@ -72,6 +83,7 @@ class LoopState:
     tally: Tally = field(default_factory=Tally)
     lowest_score: float | None = None
     early_batches: int = 0
+    turns: TurnCounts = field(default_factory=TurnCounts)
     tokens: Mapping[str, int] = field(default_factory=dict)
     seconds: Mapping[str, float] = field(default_factory=dict)
     fast_state: Mapping[str, Any] = field(default_factory=dict)
@@ -86,11 +98,19 @@ def state_to_json(state: LoopState) -> dict[str, Any]:
     best = state.best
     return {
         **vars(state),
+        "fast_state": {
+            name: pack(value) if _are_rollouts(value) else value
+            for name, value in state.fast_state.items()
+        },
         "population": population_to_json(state.population),
         "best": None
         if best is None
         else {**asdict(best), "candidate": candidate_to_json(best.candidate)},
     }
+
+
+def _are_rollouts(value: Any) -> bool:
+    return isinstance(value, tuple) and bool(value) and isinstance(value[0], Rollout)
 
 
 def state_from_json(plain: Mapping[str, Any]) -> LoopState:
@@ -113,6 +133,7 @@ def state_from_json(plain: Mapping[str, Any]) -> LoopState:
         tally=Tally(**plain.get("tally", {})),
         lowest_score=plain.get("lowest_score"),
         early_batches=plain.get("early_batches", 0),
+        turns=TurnCounts(**plain.get("turns", {})),
         tokens=plain["tokens"],
         seconds=plain["seconds"],
         fast_state=plain["fast_state"],

@@ -11,12 +11,13 @@ from fst_dspy.loop.state import LoopState
 from fst_dspy.model.divergence import kl_to_base, spread_calls
 from fst_dspy.results.result import Best
 from fst_dspy.rollouts.evaluate import evaluate
-from fst_dspy.rollouts.health import check_first_rollouts
+from fst_dspy.rollouts.health import check_first_rollouts, check_objectives
 from fst_dspy.rollouts.jobs import Channel
 from fst_dspy.types import Population, Rollout
 
-KL_CALLS = 64
-"""Validation calls that the KL to the base model is measured on."""
+KL_TOKENS = 32_768
+"""Prompt and completion tokens of the validation calls that the KL to the base model is measured
+on. Their hidden states are held while the base is in the model, which is swapped in once."""
 
 
 @dataclass(frozen=True)
@@ -58,12 +59,20 @@ def score(parts: Parts, state: LoopState) -> Validation:
     channel: Channel = "fast" if parts.fast_on and not parts.fast.reuses else "eval"
     scored = evaluate(parts.runner, candidates, parts.valset, channel=channel, salt=step)
     if not best_only:
-        population = replace(population, score_K_V=scored.score_K_V, policy_version=step)
+        population = replace(
+            population,
+            score_K_V=scored.score_K_V,
+            policy_version=step,
+            objective_K_V=scored.objective_K_V,
+        )
     k = 0 if best_only else populations.best(population)
     if first:
         check_first_rollouts(scored.rollouts_K[k])
+        if parts.fast_on and parts.config.fast.frontier_type != "instance":
+            check_objectives(scored.rollouts_K[k], parts.config.fast.frontier_type)
     if step > 0 or parts.lm.version != parts.policy.base_version:
-        kl = kl_to_base(parts.policy, spread_calls(scored.rollouts_K[k], KL_CALLS, parts.spec.seed))
+        calls = spread_calls(scored.rollouts_K[k], KL_TOKENS, parts.spec.seed)
+        kl = kl_to_base(parts.policy, calls)
     own, latest = tuple(scored.rollouts_K[k]), tuple(scored.rollouts_K[-1])
     return Validation(population, scored.score_K_V[k], scored.mean_K[k], kl, own, latest)
 
@@ -81,6 +90,4 @@ def better_of(parts: Parts, state: LoopState, found: Validation, cycle: int) -> 
     version = policy.keep()
     if best is not None and best.version not in (version, parts.lm.version):
         policy.forget(best.version)
-    if parts.folder is not None:
-        parts.folder.keep_version(version, policy)
     return Best(version, candidate, found.val_score, cycle)

@@ -66,23 +66,25 @@ def kl_to_base(policy: Policy, calls: Sequence[Call]) -> float:
     return max(0.0, total / count)
 
 
-def spread_calls(rollouts: Sequence[Rollout], count: int, seed: int) -> list[Call]:
+def spread_calls(rollouts: Sequence[Rollout], tokens: int, seed: int) -> list[Call]:
     """Calls to measure on, so that each rollout is represented as far as there is room.
 
-    The rollouts are taken in turn, one call each, until there are enough; which calls of a rollout
-    and, in the last turn, which rollouts is drawn. So agents of many calls are not measured on the
-    beginnings of the first few, and a single long one does not weigh as much as all others.
+    The rollouts are taken in turn, one call each, until the next one would be too much; which calls
+    of a rollout and, in the last turn, which rollouts is drawn. So agents of many calls are not
+    measured on the beginnings of the first few, and a single long one does not weigh as much as all
+    others.
 
     Args:
         rollouts: With any number of calls each.
-        count: Most calls to take, at least 1.
+        tokens: Most prompt and completion tokens of the calls together, which is what a measurement
+            has to read; but one call is always taken.
         seed: Of what is drawn.
 
     Returns:
-        In the order of the rollouts and of their calls; all calls, where there are no more.
+        In the order of the rollouts and of their calls; all calls, where there is room for them.
     """
     calls = [(row, call) for row, rollout in enumerate(rollouts) for call in rollout.calls]
-    if len(calls) <= count:
+    if sum(_length(call) for _, call in calls) <= tokens:
         return [call for _, call in calls]
     rng = random.Random(seed)
     turns_of = [0] * len(rollouts)
@@ -92,7 +94,14 @@ def spread_calls(rollouts: Sequence[Rollout], count: int, seed: int) -> list[Cal
         if call.completion_ids_T:  # others cannot be measured on
             drawn.append((turns_of[row], rng.random(), place))
             turns_of[row] += 1
-    return [calls[place][1] for place in sorted(place for *_, place in sorted(drawn)[:count])]
+    taken: list[int] = []
+    used = 0
+    for *_, place in sorted(drawn):
+        used += _length(calls[place][1])
+        if taken and used > tokens:
+            break
+        taken.append(place)
+    return [calls[place][1] for place in sorted(taken)]
 
 
 def token_entropy(policy: Policy, calls: Sequence[Call]) -> float:
@@ -122,7 +131,7 @@ def _chunks(policy: Policy, calls: Sequence[Call]) -> Iterator[list[Call]]:
     token_bytes = state_bytes(policy)
     chunk: list[Call] = []
     used = 0
-    for call in sorted(whole, key=lambda c: len(c.prompt_ids_T) + len(c.completion_ids_T)):
+    for call in sorted(whole, key=_length):
         size = len(call.completion_ids_T) * token_bytes
         if chunk and used + size > CHUNK_BYTES:
             yield chunk
@@ -130,6 +139,10 @@ def _chunks(policy: Policy, calls: Sequence[Call]) -> Iterator[list[Call]]:
         chunk.append(call)
         used += size
     yield chunk
+
+
+def _length(call: Call) -> int:
+    return len(call.prompt_ids_T) + len(call.completion_ids_T)
 
 
 def _batches(calls: Sequence[Call]) -> Iterator[Sequence[Call]]:

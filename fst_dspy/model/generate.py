@@ -35,11 +35,11 @@ from fst_dspy.model.prefixes import (
 )
 from fst_dspy.model.prompt_cache import CannotShare, can_share, make_room, share
 from fst_dspy.model.sampling import HeldRows, Penalties, draw, uniforms, vocabulary
+from fst_dspy.model.sizes import DecodingRoom
 from fst_dspy.types import Grammar
 
 logger = logging.getLogger(__name__)
 
-MAX_BATCH_TOKENS = 65_536  # prompt and completion tokens of the rows decoded together
 SHARE_TOKENS = 2048  # prompt tokens of all rows, from which on rows share their prompts' cache
 LOOK_FOR_END = {"cpu": 4}
 """Tokens after which rows are looked at for the marker that closes them, by type of device."""
@@ -196,19 +196,27 @@ def _run_chunk(policy: Policy, requests: Sequence[GenerationRequest]) -> list[Ge
 
 
 def _chunks(policy: Policy, requests: Sequence[GenerationRequest]) -> list[list[int]]:
-    """Split requests into batches of alike length that keep to ``MAX_BATCH_TOKENS``."""
+    """Split requests into batches of alike length whose caches fit (``model.sizes``).
+
+    Prompts count once where rows share them, else for each row, padded to the longest.
+    """
     chunks: list[list[int]] = []
     equal_only = not pads_safely(policy.model.config)
+    room, shares = DecodingRoom(policy.model), can_share(policy.model)
     longest_T, longest_new = 0, 0
+    distinct: set[tuple[int, ...]] = set()
     for index in sorted(range(len(requests)), key=lambda i: len(requests[i].prompt_ids_T)):
         request = requests[index]
-        length = len(request.prompt_ids_T)
-        longest_new = max(longest_new, room_for(policy, request))
-        fits = chunks and (len(chunks[-1]) + 1) * (length + longest_new) <= MAX_BATCH_TOKENS
+        length, new = len(request.prompt_ids_T), room_for(policy, request)
+        longest_new = max(longest_new, new)
+        rows = len(chunks[-1]) + 1 if chunks else 1
+        prompts = len(distinct) + (request.prompt_ids_T not in distinct) if shares else rows
+        fits = chunks and room.holds(rows, prompts * length + rows * longest_new)
         if not fits or (equal_only and length != longest_T):
             chunks.append([])
-            longest_new = room_for(policy, request)
+            longest_new, distinct = new, set()
         chunks[-1].append(index)
+        distinct.add(request.prompt_ids_T)
         longest_T = length
     return chunks
 

@@ -1,20 +1,48 @@
-"""What models of transformers gain on a GPU by being run a little differently."""
+"""What a machine can do: its number formats and memory, and how models gain from its kernels."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import MethodType
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 from torch import Tensor
 from torch.nn.functional import rms_norm
 
-ACTIVATION_BYTES = 128
-"""A layer keeps about so much for the gradient, times its width, of a token in bfloat16."""
+from fst_dspy.errors import ModelError
+
+LARGE = 30_000_000
+"""Parameters above which a model is in bfloat16 on a CPU that multiplies such."""
+
+
+def default_dtype(device: torch.device, parameters: Callable[[], int]) -> torch.dtype:
+    """The dtype of a model's weights where none is asked for.
+
+    bfloat16 on CUDA, and for models of over ``LARGE`` parameters on CPUs with instructions for it,
+    AMX or AVX512-BF16, through which oneDNN multiplies matrices: twice to three times as fast as in
+    float32, in half of the memory (``docs/sizes.md`` has what was measured). Else float32. It is a
+    matter of the machine's kind and not of a trial run, which would come out in another way on
+    another day, and with it the weights' version.
+
+    Args:
+        device: Where the model is to be.
+        parameters: Counts the model's parameters; called where that decides.
+    """
+    if device.type == "cuda":
+        return torch.bfloat16
+    large = device.type == "cpu" and multiplies_bfloat16() and parameters() > LARGE
+    return torch.bfloat16 if large else torch.float32
+
+
+def multiplies_bfloat16() -> bool:
+    """Whether the CPU has instructions that multiply bfloat16 matrices."""
+    # torch.cpu.get_capabilities says so too, but not in all versions that are allowed.
+    return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
 
 
 def fuse_norms(model: Any) -> int:
@@ -69,13 +97,21 @@ def cudnn_attention(device: torch.device, use: bool) -> Iterator[None]:
         torch.backends.cuda.enable_cudnn_sdp(enabled)
 
 
-def tokens_that_fit(model: Any, device: torch.device) -> int:
-    """About how many tokens half of a GPU's free memory holds the activations of, at least 1024."""
-    config = model.config.get_text_config()
-    free = torch.cuda.mem_get_info(device)[0]
-    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    each = ACTIVATION_BYTES * config.hidden_size * config.num_hidden_layers
-    return max(1024, free // 2 // each)
+def free_memory(device: torch.device | str = "cpu") -> int:
+    """Bytes that are free on a device; on a GPU, what torch holds and does not use counted in."""
+    device = torch.device(device)
+    if device.type != "cuda":
+        return psutil.virtual_memory().available
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + unused
+
+
+def total_memory(device: torch.device | str = "cpu") -> int:
+    """Bytes of memory that a device has."""
+    device = torch.device(device)
+    if device.type != "cuda":
+        return psutil.virtual_memory().total
+    return torch.cuda.mem_get_info(device)[1]
 
 
 _SIGNS = (
@@ -103,3 +139,55 @@ def global_rng_kept(device: torch.device) -> Iterator[None]:
         finally:
             random.setstate(python)
             np.random.set_state(numpy)
+
+
+DTYPES = {
+    "float32": torch.float32,
+    **dict.fromkeys(("fp32", "f32", "float", "full"), torch.float32),
+    "bfloat16": torch.bfloat16,
+    **dict.fromkeys(("bf16", "bfloat"), torch.bfloat16),
+    "float16": torch.float16,
+    **dict.fromkeys(("fp16", "f16", "half"), torch.float16),
+    **dict.fromkeys(("float64", "fp64", "double"), torch.float64),
+}
+"""Names that people give to torch's dtypes."""
+
+
+def dtype_named(dtype: str | torch.dtype | None) -> torch.dtype | None:
+    """A dtype by one of its names; ``None`` stays ``None``.
+
+    Raises:
+        ModelError: It is no dtype that weights can be trained in.
+    """
+    found = DTYPES.get(dtype.removeprefix("torch.").lower()) if isinstance(dtype, str) else dtype
+    if dtype is not None and found not in DTYPES.values():
+        raise ModelError(
+            f"dtype={dtype!r} is none of bfloat16, float16 and float32, in which weights are "
+            "trained; a model that was saved in fewer bits is loaded as it is, without a dtype"
+        )
+    return found
+
+
+def device_named(device: str | torch.device | None) -> torch.device | None:
+    """A device by its name, ``"gpu"`` among them; ``None`` stays ``None``.
+
+    Raises:
+        ModelError: torch knows no such device, or this machine does not have it.
+    """
+    if device is None:
+        return None
+    name = str(device).lower()
+    name = "cuda" + name.removeprefix("gpu") if name.startswith("gpu") else name
+    try:
+        found = torch.device(name)
+    except RuntimeError as error:
+        raise ModelError(
+            f"there is no device {str(device)!r}: give 'cpu', 'cuda' ('gpu'), 'cuda:1' or 'mps', "
+            "or leave it out"
+        ) from error
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        raise ModelError(
+            f"there is no device {str(device)!r} on this machine: torch sees "
+            f"{torch.cuda.device_count()} GPUs; leave device out for what there is"
+        )
+    return found

@@ -1,4 +1,6 @@
-"""What a model's files claim to be, held against their size before any memory is taken for it.
+"""What a model takes of a machine's memory, and what its files claim, before any is taken for it.
+
+The counts work for models on PyTorch's meta device too, which have no weights; sizes are in bytes.
 
 A ``config.json`` of a kilobyte can ask for any amount of memory: a vocabulary of 10⁹, or 10⁸ names
 of labels. So the numbers that count things made one by one are bounded, and the weights that a
@@ -18,6 +20,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from fst_dspy.errors import ModelError
+from fst_dspy.model.hardware import free_memory, total_memory
+from fst_dspy.pretrained.gguf import SUFFIX, read_from, read_gguf_config
 
 MAX_CONFIG_BYTES = 2**24
 MAX_COUNTED = {
@@ -34,32 +38,56 @@ SPARE_BUFFER_BYTES = 2**28
 _VALUES_A_BYTE = 8  # of a quantized model, at most
 _WEIGHTS = ("*.safetensors", "*.bin")
 
+MAX_CPU_TOKENS = 65_536
+"""Of a batch that is decoded on a CPU, where larger ones are no faster."""
+LEAST_TOKENS = 1024
+"""Of a batch, however little memory there seems to be: what does not fit is halved then."""
+ACTIVATION_BYTES = 128
+"""A layer keeps about so much for the gradient, times its width, of a token in bfloat16."""
+LOGIT_BYTES = 28
+"""For each row and word of the vocabulary while a token is drawn: logits in the model's dtype and
+in float32, log-probabilities, and probabilities and their sums in float64."""
 
-def check_claims(folder: Path) -> None:
-    """Refuse a model folder whose configuration asks for more than its weights can fill.
+
+def check_claims(where: Path) -> None:
+    """Refuse a model whose configuration asks for more than its weights can fill.
 
     Args:
-        folder: Where ``config.json`` and the weights are; without one of them nothing is checked,
-            for then transformers loads nothing.
+        where: A GGUF file, or the folder where ``config.json`` and the weights are; without one of
+            them nothing is checked, for then transformers loads nothing.
 
     Raises:
         ModelError: It asks for more.
     """
-    path = folder / "config.json"
+    if where.suffix == SUFFIX:
+        config = read_gguf_config(where)
+        _check_counts(where, config.to_dict())
+        _check_weights(where, config, where.stat().st_size, _VALUES_A_BYTE)
+        return
+    folder, path = where, where / "config.json"
     stored = sum(file.stat().st_size for kind in _WEIGHTS for file in folder.glob(kind))
     if not path.is_file() or not stored:
         return
     if path.stat().st_size > MAX_CONFIG_BYTES:
         raise ModelError(f"{path} is too large for the configuration of a model")
     plain = json.loads(path.read_bytes())
+    _check_counts(path, plain)
+    values_a_byte = _VALUES_A_BYTE if "quantization_config" in plain else 1
+    _check_weights(path, AutoConfig.from_pretrained(folder), stored, values_a_byte)
+
+
+def _check_counts(path: Path, plain: Any) -> None:
     for name, number in _numbers(plain):
         for pattern, limit in MAX_COUNTED.items():
             if re.fullmatch(pattern, name) and number > limit:
                 raise ModelError(f"{path} asks for {name}={number:g}; at most {limit} are made")
+
+
+def _check_weights(path: Path, config: Any, stored: int, values_a_byte: int) -> None:
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+        model = AutoModelForCausalLM.from_config(config)
     values = sum(weight.numel() for weight in model.parameters())
-    room = stored * (_VALUES_A_BYTE if "quantization_config" in plain else 1) + SPARE_VALUES
+    room = stored * values_a_byte + SPARE_VALUES
     if values > room:
         raise ModelError(
             f"{path} describes a model of {values:,} weights, but its files hold {stored:,} bytes"
@@ -67,6 +95,99 @@ def check_claims(folder: Path) -> None:
     constants = sum(buffer.numel() * buffer.element_size() for buffer in model.buffers())
     if constants > stored + SPARE_BUFFER_BYTES:
         raise ModelError(f"{path} asks for {constants:,} bytes of constants")
+
+
+def described(where: str | Path, *, trust_remote_code: bool = False) -> Any:
+    """The causal language model that a ``config.json`` describes, without memory for its weights.
+
+    Args:
+        where: A folder with ``config.json``, a GGUF file, or a hub id; of a folder, weights and
+            tokenizer are not needed.
+        trust_remote_code: Run Python code that comes with the model.
+    """
+    named, more = read_from(where)
+    config = AutoConfig.from_pretrained(named, trust_remote_code=trust_remote_code, **more)
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+
+
+def parameter_count(model: Any) -> int:
+    """Parameters of a model, those that it uses twice counted once, without adapters."""
+    return sum(w.numel() for name, w in model.named_parameters() if "lora_" not in name)
+
+
+def parameter_bytes(model: Any) -> int:
+    """Size of a model's weights, those that it uses twice counted once."""
+    return sum(weight.numel() * weight.element_size() for weight in model.parameters())
+
+
+def cache_bytes(config: Any, itemsize: int) -> int:
+    """Size of what a layer cache holds of one token: its keys and values, over all layers.
+
+    Args:
+        config: Of the model. Where it tells no heads, hidden states are counted instead.
+        itemsize: Of a value.
+    """
+    config = config.get_text_config()
+    heads = getattr(config, "num_attention_heads", None) or 1
+    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    key_heads = getattr(config, "num_key_value_heads", None) or heads
+    return 2 * config.num_hidden_layers * key_heads * width * itemsize
+
+
+def activation_bytes(config: Any, itemsize: int) -> int:
+    """About what is kept of one token for the gradient, but for the logits."""
+    config = config.get_text_config()
+    each = ACTIVATION_BYTES * itemsize // 2
+    return each * config.hidden_size * config.num_hidden_layers
+
+
+class DecodingRoom:
+    """What memory holds of the rows that are decoded together.
+
+    Their caches may take half of what the weights leave of a quarter of a CPU's memory or of all of
+    a GPU's, or half of what is free where that is less. Rounded down to a power of two: how
+    rollouts are cut into batches should not depend on what else runs, for it decides how sums are
+    rounded.
+    """
+
+    def __init__(self, model: Any) -> None:
+        cpu = model.device.type != "cuda"
+        room = total_memory(model.device) // (4 if cpu else 1) - parameter_bytes(model)
+        self.bytes = power_of_two(min(room, free_memory(model.device)) // 2)
+        self.most_tokens = MAX_CPU_TOKENS if cpu else None
+        self._token = cache_bytes(model.config, model.dtype.itemsize)
+        self._row = LOGIT_BYTES * model.config.get_text_config().vocab_size
+
+    def holds(self, rows: int, tokens: int) -> bool:
+        """Whether there is room for rows with so many tokens in all; always for little enough.
+
+        Args:
+            rows: Rows that a token is drawn for.
+            tokens: That the cache holds, of prompts and completions.
+        """
+        if self.most_tokens is not None and tokens > self.most_tokens:
+            return False
+        return tokens <= LEAST_TOKENS or rows * self._row + tokens * self._token <= self.bytes
+
+
+def training_tokens(config: Any, itemsize: int, free: int, most: int) -> int:
+    """How many tokens of a micro-batch half of the free memory holds the activations of.
+
+    A power of two, for the same reason as in ``decoding_budget``.
+
+    Args:
+        config, itemsize: Of the model that is trained, and of its values.
+        free: Memory that is free, in bytes.
+        most: More tokens are not wanted.
+    """
+    fit = power_of_two(free // 2 // activation_bytes(config, itemsize))
+    return min(most, max(LEAST_TOKENS, fit))
+
+
+def power_of_two(number: int) -> int:
+    """The largest that a number is not below; 0 below 1."""
+    return 2 ** (number.bit_length() - 1) if number > 0 else 0
 
 
 def _numbers(value: Any, name: str = "") -> Iterator[tuple[str, float]]:

@@ -17,6 +17,7 @@ from fst_dspy.errors import StoreError
 from fst_dspy.files import write_atomically
 from fst_dspy.report import sections
 from fst_dspy.report.data import Run, read_runs
+from fst_dspy.report.failures import failures
 from fst_dspy.report.faults import find_faults
 from fst_dspy.report.prompts import find_decoder
 from fst_dspy.report.rollouts import Rollouts, read_rollouts
@@ -93,6 +94,7 @@ def render(runs: Sequence[Run], rollouts: Sequence[Rollouts], refresh: float | N
         blocks = (
             ("lineage", "Candidates", sections.lineage(run)),
             ("pareto", "Scores by example", sections.pareto(run)),
+            ("failures", "Failures", failures(run)),
             ("faults", "Faults", sections.faults(run, found, own.outcomes, failure_score)),
             ("split", "Where time and rollouts went", sections.split(run)),
         )
@@ -108,6 +110,7 @@ def render(runs: Sequence[Run], rollouts: Sequence[Rollouts], refresh: float | N
             for name, word in (
                 ("lineage", "Candidates"),
                 ("pareto", "Examples"),
+                ("failures", "Failures"),
                 ("faults", "Faults"),
                 ("split", "Cost"),
             )

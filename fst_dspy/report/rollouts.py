@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from fst_dspy.report import schema
+from fst_dspy.run.rollout_log import unpack
 
 COLUMNS = (
     "step", "cycle", "reward", "advantage", "example", "candidate", "kind", "message", "feedback",
@@ -116,7 +117,7 @@ def read_rollouts(folder: Path, decode: Decoder | None = None) -> Rollouts:
         return prompts[key]
 
     outcomes = []
-    for row in schema.read_checked_rows(folder / "rollouts.jsonl", schema.ROLLOUT):
+    for row in unpack(schema.read_checked_rows(folder / "rollouts.jsonl", schema.ROLLOUT)):
         failure = row["failure"]
         outcomes.append(_outcome(row))
         values = {

@@ -66,6 +66,7 @@ class Cycle(TypedDict):
     entropy: Diagnostic | None
     constant_group_share: Number
     failure_shares: dict[str, Number]
+    failure_messages: NotRequired[dict[str, str]]
     rollouts: _Counts
     total_rollouts: _Counts
     tokens: dict[str, Count]
@@ -132,18 +133,21 @@ class _Call(TypedDict):
     completion_ids_T: list[int]
     text: str
     finish_reason: str
+    prompt_of: NotRequired[Count]
+    prompt_shared: NotRequired[Count]
 
 
 @with_config(ConfigDict(strict=True))
 class _Trace(TypedDict):
     predictor: str
-    inputs: dict[str, Any]
+    inputs: NotRequired[dict[str, Any]]
+    inputs_of: NotRequired[Count]
     outputs: dict[str, Any] | None
 
 
 @with_config(ConfigDict(strict=True))
 class RolloutRow(TypedDict):
-    """A row of ``rollouts.jsonl``: ``types.Rollout``, with its step and advantage."""
+    """A row of ``rollouts.jsonl``: ``types.Rollout`` as packed, with its step and advantage."""
 
     step: Count
     cycle: Count

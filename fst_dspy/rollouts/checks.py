@@ -14,6 +14,7 @@ from fst_dspy.config import SamplingConfig
 from fst_dspy.errors import DataError, MetricError, ProgramError
 from fst_dspy.lm.local_lm import LocalLM
 from fst_dspy.lm.predictors import find_local_lm
+from fst_dspy.rollouts.health import no_objectives
 from fst_dspy.student.candidate import bind, example_id, predictor_names, seed_candidate
 from fst_dspy.student.metric import call_metric, check_metric
 
@@ -42,6 +43,7 @@ def check_input(
     *,
     seed: int = 0,
     val_size: int = SamplingConfig.val_size,
+    frontier: str = "instance",
 ) -> CheckedInput:
     """Check everything that can be checked without running the model.
 
@@ -52,13 +54,14 @@ def check_input(
     Args:
         seed: Of the split.
         val_size: Validation examples that are scored each cycle, at least 1.
+        frontier: gepa's ``frontier_type``; all but ``"instance"`` need a metric with objectives.
 
     Raises:
         ProgramError: Not a module, no predictors, no LM, or one that cannot be trained.
         DataError: An empty set, things that are not examples, no inputs set, or no training example
             that is not in the validation set.
-        MetricError: The metric cannot be called, or returns no finite number for a prediction
-            made of an example's own labels.
+        MetricError: The metric cannot be called, or returns no finite number, or no objectives
+            where they are needed, for a prediction made of an example's own labels.
     """
     check_metric(metric)
     if not isinstance(student, dspy.Module):
@@ -75,7 +78,7 @@ def check_input(
     else:
         val = _check_examples("valset", valset)
         train = _without(train, val)
-    _check_metric_on(metric, train[0])
+    _check_metric_on(metric, train[0], frontier)
     bind(student, seed_candidate(student))
     return CheckedInput(lm=lm, trainset=train, valset=val)
 
@@ -129,14 +132,17 @@ def _without(train: Sequence[dspy.Example], val: Sequence[dspy.Example]) -> list
     return left
 
 
-def _check_metric_on(metric: Callable[..., Any], example: dspy.Example) -> None:
+def _check_metric_on(metric: Callable[..., Any], example: dspy.Example, frontier: str) -> None:
     labels = example.labels().toDict()
     if not labels:
         return
     try:
-        call_metric(metric, example, dspy.Prediction(**labels))
+        score = call_metric(metric, example, dspy.Prediction(**labels))
     except MetricError:
         raise
     except Exception:
         # It may need fields that only a real prediction has; then the first rollouts tell.
         logger.debug("the metric raised on an example's own labels", exc_info=True)
+        return
+    if frontier != "instance" and not score.objectives:
+        raise no_objectives(frontier)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import dspy
@@ -18,10 +18,12 @@ class Evaluation:
     Attributes:
         score_K_V: Mean score of each candidate on each example.
         rollouts_K: For each candidate its rollouts, V x samples of them, example by example.
+        objective_K_V: Means by objective, likewise; empty where the metric gives none.
     """
 
     score_K_V: tuple[tuple[float, ...], ...]
     rollouts_K: tuple[tuple[Rollout, ...], ...]
+    objective_K_V: tuple[tuple[Mapping[str, float], ...], ...] = ()
 
     @property
     def mean_K(self) -> tuple[float, ...]:
@@ -87,19 +89,43 @@ def evaluation_of(rollouts: Sequence[Rollout], num_candidates: int, samples: int
     """The scores in the rollouts of ``evaluation_jobs``."""
     width = len(rollouts) // num_candidates
     rows = [tuple(rollouts[k * width : (k + 1) * width]) for k in range(num_candidates)]
+    names = objectives_in(rollouts)
+    cells_K_V = [
+        [_kept(row[start : start + samples]) for start in range(0, width, samples)] for row in rows
+    ]
     return Evaluation(
-        score_K_V=tuple(
-            tuple(_mean_of(row[start : start + samples]) for start in range(0, width, samples))
-            for row in rows
-        ),
+        score_K_V=tuple(tuple(_mean(cell) for cell in row) for row in cells_K_V),
         rollouts_K=tuple(rows),
+        objective_K_V=tuple(
+            tuple({name: _mean(cell, name) for name in names} for cell in row) for row in cells_K_V
+        )
+        if names
+        else (),
     )
 
 
-def _mean_of(samples: Sequence[Rollout]) -> float:
-    """The mean reward of an example's rollouts, but for lost ones; where all were, they failed."""
-    kept = [rollout for rollout in samples if not rollout.is_lost] or samples
-    return sum(rollout.reward for rollout in kept) / len(kept)
+def objectives_in(rollouts: Iterable[Rollout]) -> list[str]:
+    """Names of the objectives that the metric has scored in some of the rollouts, sorted."""
+    return sorted({name for rollout in rollouts for name in rollout.objective_scores})
+
+
+def score_of(rollout: Rollout, objective: str | None = None) -> float:
+    """A rollout's reward, or its score for an objective.
+
+    One that the metric could not score has its reward, the failure score, for every objective.
+    """
+    if objective is None:
+        return rollout.reward
+    return rollout.objective_scores.get(objective, rollout.reward)
+
+
+def _kept(samples: Sequence[Rollout]) -> Sequence[Rollout]:
+    """An example's rollouts, but for lost ones; where all were, they failed."""
+    return [rollout for rollout in samples if not rollout.is_lost] or samples
+
+
+def _mean(rollouts: Sequence[Rollout], objective: str | None = None) -> float:
+    return sum(score_of(rollout, objective) for rollout in rollouts) / len(rollouts)
 
 
 def quadrants(

@@ -36,6 +36,13 @@ ADVICE: Mapping[str, str] = {
 }
 """What to do about a kind of failure."""
 
+IN_THOUGHT = "in the middle of its thought"
+THOUGHT_ADVICE = (
+    "the model's thoughts are cut off: raise max_tokens, or have it answer at once with "
+    "LocalLM(..., chat_template_kwargs={'enable_thinking': False})"
+)
+"""Of an answer that was cut off, where, and what to do about it."""
+
 
 @dataclass(frozen=True)
 class Tally:
@@ -111,8 +118,10 @@ def told_failures(
     texts = []
     for kind, share in sorted(shares.items(), key=lambda item: -item[1]):
         if share >= TOLD_SHARE:
-            text = f"{kind} {share:.0%}: {visible(_first_line(messages.get(kind, '')))}"
-            texts.append(f"{text} ({ADVICE[kind]})" if advice and kind in ADVICE else text)
+            message = messages.get(kind, "")
+            text = f"{kind} {share:.0%}: {visible(_first_line(message))}"
+            what_to_do = THOUGHT_ADVICE if IN_THOUGHT in message else ADVICE.get(kind)
+            texts.append(f"{text} ({what_to_do})" if advice and what_to_do else text)
     return texts
 
 
@@ -132,8 +141,33 @@ def check_first_rollouts(rollouts: Sequence[Rollout]) -> None:
         return
     messages = [f"{f.kind}: {f.message}" for f in failures if f and f.kind not in NOT_ANSWERED]
     if "metric" in kinds:
-        raise MetricError(f"the metric failed on every validation example: {_most(messages)}")
-    raise ProgramError(f"the program failed on every validation example: {_most(messages)}")
+        raise MetricError(
+            f"the metric failed on every validation example: {_most(messages)}; {ADVICE['metric']}"
+        )
+    advice = ADVICE["no_calls" if kinds == {"no_calls"} else "program"]
+    raise ProgramError(
+        f"the program failed on every validation example: {_most(messages)}; {advice}"
+    )
+
+
+def check_objectives(rollouts: Sequence[Rollout], frontier: str) -> None:
+    """Stop where a front over objectives is asked for, and the metric gives none.
+
+    Raises:
+        MetricError: It has scored predictions, none of them by objective.
+    """
+    scored = [rollout for rollout in rollouts if rollout.failure is None]
+    if scored and not any(rollout.objective_scores for rollout in scored):
+        raise no_objectives(frontier)
+
+
+def no_objectives(frontier: str) -> MetricError:
+    """The error of a metric without the objectives that a front is to be made over."""
+    return MetricError(
+        f"frontier_type={frontier!r} needs the metric's objective_scores: return "
+        "dspy.Prediction(score=, feedback=, objective_scores={name: number}), or leave "
+        "frontier_type at 'instance'"
+    )
 
 
 def _most(messages: Iterable[str]) -> str:

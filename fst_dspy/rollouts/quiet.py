@@ -17,15 +17,16 @@ RUNNING_SHARE = 0.05
 """Share of the time that threads may run and yet count as waiting: pollers wake now and then."""
 
 
-def run_seconds(native_id: int) -> float | None:
-    """Processor seconds that a thread of this process has taken, as Linux counts them.
+def run_seconds(native_id: int) -> tuple[float, int] | None:
+    """Processor seconds of a thread of this process, and how often it was given a processor.
 
     ``None`` where the thread has ended, or this is not Linux.
     """
     try:
-        return int(_read(f"/proc/self/task/{native_id}/schedstat").split()[0]) / 1e9
-    except (OSError, IndexError, ValueError):
+        ran, _, times = _read(f"/proc/self/task/{native_id}/schedstat").split()[:3]
+    except (OSError, ValueError):
         return None
+    return int(ran) / 1e9, int(times)
 
 
 def is_running(native_id: int) -> bool:
@@ -51,11 +52,20 @@ class Quiet:
 
     Each time they are looked at, the time since the look before counts as waiting if none of them
     is running and together they have hardly run in between.
+
+    Attributes:
+        slept: For how many seconds each of the threads has not been given a processor at all. One
+            that waits for the interpreter's lock asks for it every few milliseconds, and so is
+            given one again and again; one that waits for a tool or another lock is not.
+        running: Whether one of them was running as they were looked at.
     """
 
+    slept: dict[int, float] = field(default_factory=dict)
+    running: bool = False
     _since: float | None = None
     _looked: float = 0.0
-    _before: dict[int, float] = field(default_factory=dict)
+    _before: dict[int, tuple[float, int]] = field(default_factory=dict)
+    _asleep: dict[int, float] = field(default_factory=dict)
     _process: float = 0.0
 
     def reset(self) -> None:
@@ -71,9 +81,14 @@ class Quiet:
         if threads and not self._before:  # they have all ended, or Linux is not there to ask
             ran = self._process - process
         else:
-            ran = sum(s - before.get(thread, 0.0) for thread, s in self._before.items())
-        busy = ran > RUNNING_SHARE * (now - self._looked) or any(map(is_running, self._before))
-        if busy or self._since is None:
+            ran = sum(s - before.get(t, (0.0, 0))[0] for t, (s, _) in self._before.items())
+        self._asleep = {
+            thread: self._asleep[thread] if before.get(thread) == seen else now
+            for thread, seen in self._before.items()
+        }
+        self.slept = {thread: now - since for thread, since in self._asleep.items()}
+        self.running = any(map(is_running, self._before))
+        if ran > RUNNING_SHARE * (now - self._looked) or self.running or self._since is None:
             self._since = now
         self._looked = now
         return now - self._since

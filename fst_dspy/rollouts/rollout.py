@@ -17,8 +17,10 @@ from dspy.utils.exceptions import AdapterParseError, is_retryable_lm_error
 
 from fst_dspy.config import SamplingConfig
 from fst_dspy.errors import MetricError
+from fst_dspy.lm.answers import ends_in_thought
 from fst_dspy.lm.asked import wanted_format
 from fst_dspy.model.policy import Policy
+from fst_dspy.rollouts.health import IN_THOUGHT
 from fst_dspy.rollouts.inputs import own_inputs
 from fst_dspy.rollouts.jobs import RolloutJob
 from fst_dspy.rollouts.quiet import OwnTime
@@ -253,6 +255,8 @@ class RolloutThread:
                 f"The answer was cut off after {len(last.completion_ids_T)} tokens, before it "
                 f"stated the fields {fields}."
             )
+            if ends_in_thought(self.policy, last.prompt_ids_T, last.completion_ids_T):
+                message = message.replace(" tokens, ", f" tokens, {IN_THOUGHT}, ")
             return self._failed("truncated", message)
         if last is not None and not last.text.strip():
             return self._failed("empty", f"The answer was empty; expected the fields {fields}.")
@@ -288,6 +292,8 @@ class RolloutThread:
             feedback=score.feedback,
             failure=None,
             policy_version=self.policy_version,
+            objective_scores=score.objectives,
+            turns=tuple(self.session.turns),
         )
 
 

@@ -40,7 +40,7 @@ from fst_dspy.student.adapter import BOUND_PROGRAMS, strict_adapter
 from fst_dspy.student.candidate import bind, example_id, plain_value, predictor_names
 from fst_dspy.student.metric import gives_predictor_feedback
 from fst_dspy.student.modules import ProgramCopier, every_predictor
-from fst_dspy.types import Candidate, PredictorTrace, Rollout, RolloutCounts
+from fst_dspy.types import Candidate, PredictorTrace, Rollout, RolloutCounts, TurnCounts
 
 logger = logging.getLogger(__name__)
 
@@ -76,6 +76,7 @@ class RolloutRunner:
         early_batches: Batches that were generated while some rollout waited for something else
             than the model (a lock, a slow tool). Where there are any, repeats of the run may differ
             in rounding, and so from there on; otherwise they are bit-identical.
+        turns: What agents did so far.
     """
 
     def __init__(
@@ -102,6 +103,7 @@ class RolloutRunner:
         self.tokens: dict[str, int] = {"prompt": 0, "completion": 0}
         self.lowest_score = sampling.failure_score
         self.early_batches = 0
+        self.turns = TurnCounts()
         self._shown: set[str] = set()  # kinds of failure whose traceback was logged
         self._lms = RolloutLMs(program, lm, sampling)
         self._settings = {
@@ -160,6 +162,7 @@ class RolloutRunner:
             for call in rollout.calls:
                 self.tokens["prompt"] += len(call.prompt_ids_T)
                 self.tokens["completion"] += len(call.completion_ids_T)
+            self.turns = self.turns.plus(rollout.turns)
         self.counts = self.counts.plus(RolloutCounts(**{channel: len(rollouts)}))
         self.tally = self.tally.plus(rollouts, learned_from=channel != "eval")
         return rollouts

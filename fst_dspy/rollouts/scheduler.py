@@ -3,7 +3,8 @@
 A batch is opened as soon as every live rollout waits for the model: the largest possible batch, and
 the same one however the threads were scheduled. A rollout that waits for something else (a lock
 that another holds, a slow tool, a pool without a free place) is not waited for: once nothing has
-been running for ``GRACE`` seconds, the batch is opened without it. Each row is sampled with a seed
+been running for ``GRACE_SECONDS``, or it has slept for as long and nothing runs just now, the batch
+is opened without it. Each row is sampled with a seed
 of its own, so what it says does not depend on the batch but for rounding; ``early`` counts the
 batches of which that may differ from run to run.
 """
@@ -35,8 +36,13 @@ GRACE_SECONDS = 0.05
 PATIENCE_SECONDS = 1.0
 """The same, of the rollouts' own threads, where other threads of the process never rest."""
 
+AWAKE_SECONDS = 0.006
+"""Who waits for the interpreter's lock has a processor at least this often, if only to ask."""
+
 LOOK_SECONDS = 0.2
-"""The threads are looked at this often where the process is at work, or no call waits."""
+"""The threads are looked at this often, at least, where the process is at work or no call waits."""
+LOOK_SHARE = 0.05
+"""Share of the time that looking may take where the process is at work and calls wait."""
 BUSY_SHARE = 0.5
 """Share of one processor that the process takes, above which it is at work."""
 
@@ -89,7 +95,8 @@ class _Blocked:
                 logprobs_T=result.logprobs_T,
                 text=result.text,
                 finish_reason=result.finish_reason,
-                temperature=generation.temperature,
+                # With penalties it was not drawn from the policy, no more than a greedy one.
+                temperature=0.0 if generation.is_penalised else generation.temperature,
                 grammar=generation.grammar,
                 allowed_logprob=result.allowed_logprob,
             )
@@ -137,6 +144,7 @@ class Scheduler:
         self._serving: float | None = None  # since when a batch has been generated
         self._events = 0
         self._own, self._all = Quiet(), Quiet()
+        self._look_took = 0.0
         self._seen_events = -1
         self._polled = self._looked = self._ran = 0.0
         self._strangers = {thread.native_id for thread in threading.enumerate()}
@@ -198,15 +206,18 @@ class Scheduler:
                 self._all.reset()
             if self._serving is not None or self._is_too_early(bool(self._blocked)):
                 return False
-            own, others, events = *self._threads(), self._events
+            (own, others, tools), events = self._threads(), self._events
         own_quiet = self._own.seconds(own)
         quiet = min(own_quiet, self._all.seconds(others))
+        gone = self._are_gone(tools)
+        self._look_took = time.monotonic() - self._looked
         with self._guard:
             if self._events != events or self._serving is not None:
                 return False
             complete = len(self._blocked) == len(self._live)
             wanted = SETTLE_SECONDS if complete else GRACE_SECONDS
-            if not self._blocked or (quiet < wanted and own_quiet < PATIENCE_SECONDS):
+            waits = quiet < wanted and own_quiet < PATIENCE_SECONDS
+            if not self._blocked or (waits and (complete or not gone)):
                 return quiet >= SETTLE_SECONDS
             self.early += not complete
             batch = self._take()
@@ -227,19 +238,44 @@ class Scheduler:
         now, ran = time.monotonic(), time.process_time()
         at_work = ran - self._ran > BUSY_SHARE * (now - self._polled)
         self._polled, self._ran = now, ran
-        if (at_work or not waited_for) and now - self._looked < LOOK_SECONDS:
+        pause = min(LOOK_SECONDS, self._look_took / LOOK_SHARE) if waited_for else LOOK_SECONDS
+        if (at_work or not waited_for) and now - self._looked < pause:
             return True
         self._looked = now
         return False
 
-    def _threads(self) -> tuple[list[int], list[int]]:
-        """The threads that may be about to call: the rollouts' own, and those started since."""
+    def _are_gone(self, tools: Sequence[int]) -> bool:
+        """Whether a rollout waits for something else, and nobody else is about to call.
+
+        Where many have tools, some come back all the time, and so there is hardly ever a time in
+        which nothing runs for long. That some rollout is asleep is then enough: the batch will be
+        without it in any case. Threads other than the rollouts' own may work for them, so none of
+        those may have been awake.
+
+        Args:
+            tools: The rollouts' own threads, of those of which no call waits.
+        """
+        slept = [self._own.slept.get(thread, 0.0) for thread in tools]
+        return (
+            max(slept, default=0.0) >= GRACE_SECONDS
+            and min(slept) >= AWAKE_SECONDS
+            and not self._own.running
+            and min(self._all.slept.values(), default=GRACE_SECONDS) >= GRACE_SECONDS
+        )
+
+    def _threads(self) -> tuple[list[int], list[int], list[int]]:
+        """The threads that may be about to call: the rollouts' own, and those started since.
+
+        As the third those of the rollouts' own of which no call waits.
+        """
         waiting = {blocked.thread for calls in self._blocked.values() for blocked in calls}
         own = {slot.thread for slot in self._live.values() if slot.thread is not None}
         alive = {t.native_id for t in threading.enumerate() if t.native_id is not None}
         started = (alive - self._strangers) | (alive & self._callers)
         started -= {threading.get_native_id()}
-        return sorted(own - waiting), sorted(started - own - waiting)
+        calling = {self._live[key].thread for key in self._blocked}
+        tools = sorted(own - calling)
+        return sorted(own - waiting), sorted(started - own - waiting), tools
 
     def _serve(self, batch: Sequence[_Blocked]) -> None:
         try:

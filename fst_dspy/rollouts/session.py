@@ -20,7 +20,7 @@ from dspy.utils.callback import BaseCallback
 
 from fst_dspy.lm.requests import ROLLOUT
 from fst_dspy.model.policy import Policy
-from fst_dspy.types import Call, PredictorTrace
+from fst_dspy.types import Call, PredictorTrace, Turn
 
 NAME = "fst_predictor"
 """The attribute of a predictor that holds its name; copies of it keep it."""
@@ -113,6 +113,7 @@ class Session(BaseCallback):
         # where there is none, as in DSPy.
         trace: list[Any] | None = None if dspy.settings.trace is None else []
         self.settings = {**settings, ROLLOUT: Within(self), "callbacks": heard, "trace": trace}
+        self.turns: list[Turn] = []
         self._guard = threading.Lock()
         self._open: dict[str, OpenCall] = {}
         self._closed: list[OpenCall] = []
@@ -172,6 +173,18 @@ class Session(BaseCallback):
 def in_rollout() -> bool:
     """Whether the caller is in a rollout."""
     return dspy.settings.get(ROLLOUT) is not None
+
+
+def note_turn(turn: Turn) -> None:
+    """Keep a turn with the rollout that the caller is in, if it is in one."""
+    if (session := _session()) is not None:
+        session.turns.append(turn)
+
+
+def calls_so_far() -> int:
+    """Calls of the local model that the caller's rollout has made; 0 where it is in none."""
+    session = _session()
+    return 0 if session is None else len(session.calls.calls)
 
 
 def _session() -> Session | None:

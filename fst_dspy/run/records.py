@@ -16,6 +16,8 @@ from fst_dspy.types import (
     PredictorTrace,
     Rollout,
     RolloutCounts,
+    Turn,
+    TurnCounts,
 )
 
 
@@ -26,7 +28,8 @@ def cycle_record(row: Mapping[str, Any]) -> CycleRecord:
     lists["cold_start"] = tuple(row.get("cold_start", ()))
     if row.get("reward_range") is not None:
         lists["reward_range"] = tuple(row["reward_range"])
-    return CycleRecord(**{**row, **counts, **lists})
+    turns = TurnCounts(**row.get("turns", {}))
+    return CycleRecord(**{**row, **counts, **lists, "turns": turns})
 
 
 def rollout_from_json(row: Mapping[str, Any]) -> Rollout:
@@ -37,6 +40,7 @@ def rollout_from_json(row: Mapping[str, Any]) -> Rollout:
             "calls": tuple(map(_call, row["calls"])),
             "traces": tuple(PredictorTrace(**trace) for trace in row["traces"]),
             "failure": Failure(**row["failure"]) if row["failure"] else None,
+            "turns": tuple(Turn(**turn) for turn in row.get("turns", ())),
         }
     )
 
@@ -65,8 +69,10 @@ def _is_text(trace: PredictorTrace) -> bool:
 def as_read_back(rollout: Rollout) -> Rollout:
     """The rollout as a resumed run would read it from a checkpoint."""
     traces = tuple(with_fields(trace, _plain) for trace in rollout.traces)
-    feedback = dict(rollout.feedback_by_predictor)
-    return dataclasses.replace(rollout, traces=traces, feedback_by_predictor=feedback)
+    feedback, objectives = dict(rollout.feedback_by_predictor), dict(rollout.objective_scores)
+    return dataclasses.replace(
+        rollout, traces=traces, feedback_by_predictor=feedback, objective_scores=objectives
+    )
 
 
 def with_fields(

@@ -13,12 +13,14 @@ from typing import Literal
 
 import torch
 
+from fst_dspy.slow.credit import centred_returns, turns_of_calls
 from fst_dspy.types import Group, TrainingRow
 
 EPSILON = 1e-4
 """Added to the standard deviation, as in TRL."""
 
 Scale = Literal["group", "batch", "none"]
+Credit = Literal["rollout", "turn"]
 
 
 def is_constant(group: Group) -> bool:
@@ -69,7 +71,13 @@ def group_advantages(group: Group, divisor: float | None = None) -> list[float]:
     return (centred_G / scale).tolist()
 
 
-def group_rows(groups_P: Sequence[Group], scale_rewards: Scale) -> list[TrainingRow]:
+def group_rows(
+    groups_P: Sequence[Group],
+    scale_rewards: Scale,
+    *,
+    credit: Credit = "rollout",
+    discount: float = 1.0,
+) -> list[TrainingRow]:
     """The training rows of a step: one for each call of each rollout, in order.
 
     A call without completion tokens has nothing to learn from and gives no row, and neither does a
@@ -81,8 +89,23 @@ def group_rows(groups_P: Sequence[Group], scale_rewards: Scale) -> list[Training
         groups_P: The problems of the step with their rollouts.
         scale_rewards: ``"group"`` divides by the group's standard deviation, ``"batch"`` by that
             of all rewards of the step, ``"none"`` by nothing.
+        credit: ``"rollout"``: every call has its rollout's advantage; ``"turn"``: that of its turn
+            (``fst_dspy.slow.credit``).
+        discount: With ``credit="turn"``, in (0, 1].
     """
     groups_P = [without_lost(group) for group in groups_P]
+    if credit == "turn":
+        advantages_P = _turn_advantages(groups_P, scale_rewards, discount)
+    else:
+        advantages_P = [
+            [
+                [advantage] * len(rollout.calls)
+                for rollout, advantage in zip(group.rollouts_G, advantages_G, strict=True)
+            ]
+            for group, advantages_G in zip(
+                groups_P, step_advantages(groups_P, scale_rewards), strict=True
+            )
+        ]
     return [
         TrainingRow(
             call.prompt_ids_T,
@@ -92,11 +115,9 @@ def group_rows(groups_P: Sequence[Group], scale_rewards: Scale) -> list[Training
             call.temperature,
             call.grammar,
         )
-        for group, advantages_G in zip(
-            groups_P, step_advantages(groups_P, scale_rewards), strict=True
-        )
-        for rollout, advantage in zip(group.rollouts_G, advantages_G, strict=True)
-        for call in rollout.calls
+        for group, advantages_G in zip(groups_P, advantages_P, strict=True)
+        for rollout, advantages in zip(group.rollouts_G, advantages_G, strict=True)
+        for call, advantage in zip(rollout.calls, advantages, strict=True)
         if call.completion_ids_T and call.temperature > 0
     ]
 
@@ -112,6 +133,34 @@ def step_advantages(groups_P: Sequence[Group], scale_rewards: Scale) -> list[lis
         return [[0.0] * len(group.rollouts_G) for group in groups_P]
     divisor = _spread(torch.tensor(rewards, dtype=torch.float32)).item()
     return [group_advantages(group, divisor) for group in groups_P]
+
+
+def _turn_advantages(
+    groups_P: Sequence[Group], scale_rewards: Scale, discount: float
+) -> list[list[list[float]]]:
+    """The advantage of each call of each of G rollouts of P groups, by its turn."""
+    centred_P = [centred_returns(group, discount) for group in groups_P]
+    divisor_P = [1.0] * len(groups_P)
+    if scale_rewards == "group":
+        divisor_P = [_spread_of(_flat(centred_G)) for centred_G in centred_P]
+    elif scale_rewards == "batch":
+        together = [value for centred_G in centred_P for value in _flat(centred_G)]
+        divisor_P = [_spread_of(together)] * len(groups_P)
+    return [
+        [
+            [centred_T[turn] / divisor for turn in turns_of_calls(rollout)]
+            for rollout, centred_T in zip(group.rollouts_G, centred_G, strict=True)
+        ]
+        for group, centred_G, divisor in zip(groups_P, centred_P, divisor_P, strict=True)
+    ]
+
+
+def _flat(values: Sequence[Sequence[float]]) -> list[float]:
+    return [value for row in values for value in row]
+
+
+def _spread_of(values: Sequence[float]) -> float:
+    return 1.0 if len(values) < 2 else _spread(torch.tensor(values, dtype=torch.float32)).item()
 
 
 def _spread(reward_N: torch.Tensor) -> torch.Tensor:

@@ -23,6 +23,7 @@ from itertools import pairwise
 from typing import Any
 
 from fst_dspy.config import SlowConfig
+from fst_dspy.model.sizes import parameter_count
 
 FULL = ((2e6, 3e-4), (135e6, 5e-5), (7e9, 1e-6))
 LORA = ((2e6, 3e-4), (135e6, 5e-4), (7e9, 1e-5))
@@ -54,6 +55,5 @@ def with_learning_rate(slow: SlowConfig, model: Any) -> SlowConfig:
     """
     if slow.learning_rate is not None:
         return slow
-    sizes = (w.numel() for name, w in model.named_parameters() if "lora_" not in name)
-    rate = default_learning_rate(sum(sizes), lora=slow.lora is not None)
+    rate = default_learning_rate(parameter_count(model), lora=slow.adapters is not None)
     return replace(slow, learning_rate=rate)

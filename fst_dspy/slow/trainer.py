@@ -10,7 +10,6 @@ Optimizer, schedule and random numbers go on from step to step whatever runs bet
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import warnings
@@ -20,34 +19,28 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fst_dspy import distributed
 from fst_dspy.config import SamplingConfig, SlowConfig
 from fst_dspy.errors import ModelError, StoreError, TrainingError
 from fst_dspy.model.graph_decode import release
-from fst_dspy.model.hardware import cudnn_attention, is_out_of_memory, tokens_that_fit
+from fst_dspy.model.hardware import cudnn_attention, free_memory, is_out_of_memory
 from fst_dspy.model.policy import Policy
 from fst_dspy.model.prefixes import worthwhile_prefixes
 from fst_dspy.model.sampling import allowed_tokens
+from fst_dspy.model.sizes import training_tokens
 from fst_dspy.slow.learning_rate import with_learning_rate
 from fst_dspy.slow.master_weights import PREFIX as MASTERS
+from fst_dspy.slow.training_state import SCHEMA_VERSION, TrainingState
 from fst_dspy.slow.trl_stepper import Gradients, SteppedGRPOTrainer, collate
 from fst_dspy.types import StepStats, TrainingRow
 
 logger = logging.getLogger(__name__)
 
-WEIGHTS, OPTIMIZER, RNG, SCALARS = (
-    "weights.safetensors",
-    "optimizer.safetensors",
-    "rng.safetensors",
-    "trainer.json",
-)
-SCHEMA_VERSION = 1
 MICRO_BATCH_TOKENS, CUDA_MICRO_BATCH_TOKENS = 16_384, 65_536
-"""Most tokens of a micro-batch, padding included; fewer rows than ``micro_batch_size`` where they
-are long."""
+"""Most tokens of a micro-batch, padding included, where memory holds them; fewer rows than
+``micro_batch_size`` where they are long."""
 MICRO_BATCH_ROWS = 16
 """Rows of a micro-batch, unless ``micro_batch_size`` says otherwise or a GPU holds more."""
 DRIFT_LIMIT = 0.1
@@ -87,11 +80,16 @@ class SlowTrainer:
         slow = with_learning_rate(slow, policy.model)
         self.policy, self.slow, self.seed = policy, slow, seed
         self.bad_steps = 0
-        self._most_tokens, rows = MICRO_BATCH_TOKENS, MICRO_BATCH_ROWS
-        if policy.device.type == "cuda":
-            fit = tokens_that_fit(policy.model, policy.device)
-            self._most_tokens = rows = min(CUDA_MICRO_BATCH_TOKENS, fit)
-        self.micro_batch_size = slow.micro_batch_size or rows
+        cuda = policy.device.type == "cuda"
+        self._most_tokens = training_tokens(
+            policy.model.config,
+            policy.model.dtype.itemsize,
+            free_memory(policy.device),
+            CUDA_MICRO_BATCH_TOKENS if cuda else MICRO_BATCH_TOKENS,
+        )
+        self.micro_batch_size = slow.micro_batch_size or (
+            self._most_tokens if cuda else MICRO_BATCH_ROWS
+        )
         self._most_rows = self.micro_batch_size  # of the micro-batches that were made last
         self._all_count = bool(slow.beta or slow.entropy_coef)
         with policy.lock:
@@ -102,9 +100,9 @@ class SlowTrainer:
             if slow.beta and policy.lora is None and policy.version() == policy.base_version:
                 policy.keep()  # the reference, so that it need not be read again
         self._rng = {"cpu": torch.Generator().manual_seed(seed).get_state()}
-        if policy.device.type == "cuda":
-            cuda = torch.Generator(policy.device).manual_seed(seed)
-            self._rng["cuda"] = cuda.get_state()
+        if cuda:
+            generator = torch.Generator(policy.device).manual_seed(seed)
+            self._rng["cuda"] = generator.get_state()
 
     def advance(self, rows: Sequence[TrainingRow]) -> StepStats:
         """Take exactly one optimizer step on the rows.
@@ -186,17 +184,14 @@ class SlowTrainer:
             self._trl.model.zero_grad()
             self._trl.model.eval()
 
-    def save(self, folder: Path | None) -> None:
-        """Write trained weights, optimizer, schedule and random state; no pickle.
+    def state(self) -> TrainingState:
+        """Trained weights, optimizer, schedule and random state, not copied where it is not needed.
 
-        The files are not written atomically: the caller makes the folder appear at once.
-
-        Args:
-            folder: An existing folder; ``None`` in processes that write nothing. Under FSDP they
-                take part, as each has its part of the optimizer's state.
+        Under FSDP all processes take part, as each has its part of the optimizer's state. Those
+        that write nothing get a state without tensors.
         """
         with self.policy.lock:
-            optimizer = self._trl.optimizer.state_dict()
+            optimizer, main = self._trl.optimizer.state_dict(), distributed.is_main()
             moments = {
                 f"{index}.{key}": tensor
                 for index, state in optimizer["state"].items()
@@ -205,48 +200,39 @@ class SlowTrainer:
             kept = {}
             for name, tensor in (moments | self._trl.masters.state()).items():
                 put_together = distributed.whole(tensor)
-                if folder is not None:
-                    kept[name] = put_together.cpu()
-            if folder is None:
-                return
-            _write(folder / WEIGHTS, self.policy.trainable_state())
-            _write(folder / OPTIMIZER, kept)
-            _write(folder / RNG, self._rng)
-            scalars = {
-                "schema_version": SCHEMA_VERSION,
-                "step": self.policy.step,
-                "bad_steps": self.bad_steps,
-                "learning_rates": [group["lr"] for group in optimizer["param_groups"]],
-                "scheduler": _plain(self._trl.lr_scheduler.state_dict()),
-            }
-            (folder / SCALARS).write_text(json.dumps(scalars), encoding="utf-8")
+                if main:
+                    kept[name] = put_together.detach().cpu()
+            return TrainingState(
+                weights=self.policy.trainable_state(copy=False) if main else {},
+                optimizer=kept,
+                rng=dict(self._rng),
+                scalars={
+                    "schema_version": SCHEMA_VERSION,
+                    "step": self.policy.step,
+                    "bad_steps": self.bad_steps,
+                    "learning_rates": [group["lr"] for group in optimizer["param_groups"]],
+                    "scheduler": _plain(self._trl.lr_scheduler.state_dict()),
+                },
+                live=self.policy.device.type == "cpu",
+            )
 
     def load(self, folder: Path) -> None:
-        """Go on from what ``save`` wrote, bit for bit, on a trainer made with the same settings.
+        """Go on from what ``state().write`` wrote, bit for bit, on a trainer of the same settings.
 
         Raises:
             StoreError: A file is missing or unreadable, or belongs to another model.
         """
-        try:
-            scalars = json.loads((folder / SCALARS).read_text(encoding="utf-8"))
-            weights, tensors = load_file(folder / WEIGHTS), load_file(folder / OPTIMIZER)
-            rng = load_file(folder / RNG)
-        except Exception as error:
-            raise StoreError(f"cannot read the training state in {folder}: {error}") from error
-        if scalars["schema_version"] != SCHEMA_VERSION:
-            raise StoreError(
-                f"{folder} has training state of version {scalars['schema_version']}, this package "
-                f"reads {SCHEMA_VERSION}; go on with the package that wrote it"
-            )
+        state = TrainingState.read(folder)
+        scalars, tensors = state.scalars, dict(state.optimizer)
         with self.policy.lock:
             try:
-                self.policy.load_trainable_state(weights)
+                self.policy.load_trainable_state(state.weights)
             except ModelError as error:
                 raise StoreError(f"{folder} is of another model: {error}") from error
             self._load_optimizer(tensors, scalars["learning_rates"])
             self._trl.masters.load(tensors)
-            self._trl.lr_scheduler.load_state_dict(scalars["scheduler"])
-            self._rng = rng
+            self._trl.lr_scheduler.load_state_dict(dict(scalars["scheduler"]))
+            self._rng = dict(state.rng)
             self.policy.step = scalars["step"]
             self.bad_steps = scalars.get("bad_steps", 0)  # earlier versions did not count
 
@@ -436,10 +422,6 @@ def _sampled_entropy(rows: Sequence[TrainingRow]) -> float:
     """Mean of ``-log p`` over sampled tokens: unbiased for the entropy of what they came from."""
     logprobs = [logprob for row in rows for logprob in row.logprobs_T]
     return -sum(logprobs) / len(logprobs) if logprobs else 0.0
-
-
-def _write(path: Path, tensors: dict[str, Tensor]) -> None:
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
 
 
 def _plain(state: dict[str, Any]) -> dict[str, Any]:

@@ -240,11 +240,13 @@ def candidate_from_json(data: Mapping[str, Any]) -> Candidate:
 
 def population_to_json(population: Population) -> dict[str, Any]:
     """A population as a plain dict that ``json`` can write."""
+    objectives = [[dict(cell) for cell in row] for row in population.objective_K_V]
     return {
         "candidates": [candidate_to_json(candidate) for candidate in population.candidates],
         "val_ids": list(population.val_ids),
         "score_K_V": [list(score_V) for score_V in population.score_K_V],
         "policy_version": population.policy_version,
+        **({"objective_K_V": objectives} if objectives else {}),
     }
 
 
@@ -259,6 +261,7 @@ def population_from_json(data: Mapping[str, Any]) -> Population:
         val_ids=tuple(data["val_ids"]),
         score_K_V=tuple(tuple(float(s) for s in score_V) for score_V in data["score_K_V"]),
         policy_version=int(data["policy_version"]),
+        objective_K_V=tuple(tuple(map(dict, row)) for row in data.get("objective_K_V", ())),
     )
 
 

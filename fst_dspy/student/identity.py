@@ -55,6 +55,12 @@ def adapter_identity(adapter: dspy.Adapter | None) -> dict[str, Any]:
     return {"class": _name_of(type(adapter)), "settings": plain}
 
 
+def shown_adapter(identity: Mapping[str, Any]) -> str:
+    """An adapter's identity in a line: class and plain settings."""
+    settings = ", ".join(f"{name}={value!r}" for name, value in identity["settings"].items())
+    return f"{identity['class'].rpartition('.')[2]}({settings})"
+
+
 def metric_identity(metric: Callable[..., Any]) -> dict[str, str]:
     """The metric's name, and a hash of its source where there is one."""
     while isinstance(metric, functools.partial):

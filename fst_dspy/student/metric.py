@@ -1,7 +1,8 @@
 """The user's metric: checked before any work, and read the same way everywhere.
 
 A metric follows GEPA's protocol, ``metric(gold, pred, trace=None, pred_name=None,
-pred_trace=None)``, and returns a number or ``dspy.Prediction(score=, feedback=)``. The shorter
+pred_trace=None)``, and returns a number or ``dspy.Prediction(score=, feedback=)``, which may have
+``objective_scores=`` too, a dict of numbers by the names of several objectives. The shorter
 ``metric(gold, pred, trace=None)`` of other DSPy optimizers and ``metric(gold, pred)`` of
 ``dspy.Evaluate`` work too. It may be anything that can be called: a function, a
 ``functools.partial``, an object with ``__call__``, a ``dspy.Module`` such as
@@ -14,8 +15,8 @@ import copy
 import functools
 import inspect
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import dspy
@@ -30,10 +31,15 @@ MAX_SCORE = 1e6
 
 @dataclass(frozen=True)
 class Score:
-    """What the metric said: a finite reward and a text, empty where it gave none."""
+    """What the metric said: a finite reward, a text (empty where it gave none), and objectives.
+
+    Attributes:
+        objectives: Finite scores by objective (``objective_scores``), where it gave some.
+    """
 
     reward: float
     feedback: str
+    objectives: Mapping[str, float] = field(default_factory=dict)
 
 
 def check_metric(metric: Callable[..., Any] | None) -> None:
@@ -129,23 +135,37 @@ def read_score(result: Any) -> Score:
         if inspect.iscoroutine(result):
             result.close()
         raise MetricError("the metric must not be async: it returned something to be awaited")
-    if isinstance(result, dspy.Prediction):
+    if isinstance(result, dspy.Prediction | dict):
         raw, feedback = result.get("score", None), result.get("feedback", "")
-    elif isinstance(result, dict):
-        raw, feedback = result.get("score"), result.get("feedback", "")
+        objectives = result.get("objective_scores", None)
     else:
-        raw, feedback = result, ""
-    try:
-        reward = float(raw)
-    except (TypeError, ValueError):
+        raw, feedback, objectives = result, "", None
+    wanted = "the metric must return a number or dspy.Prediction(score=, feedback=)"
+    reward = _finite(raw, f"{wanted}, got {result!r}")
+    return Score(reward, str(feedback or ""), _objectives(objectives))
+
+
+def _objectives(given: Any) -> dict[str, float]:
+    if given is not None and not isinstance(given, Mapping):
         raise MetricError(
-            f"the metric must return a number or dspy.Prediction(score=, feedback=), got {result!r}"
-        ) from None
-    if not math.isfinite(reward) or abs(reward) > MAX_SCORE:
+            f"a metric's objective_scores must be a dict of numbers by name, got {given!r}"
+        )
+    return {
+        str(name): _finite(raw, f"objective_scores[{name!r}] must be a number, got {raw!r}")
+        for name, raw in (given or {}).items()
+    }
+
+
+def _finite(raw: Any, wanted: str) -> float:
+    try:
+        value = float(raw)
+    except (TypeError, ValueError):
+        raise MetricError(wanted) from None
+    if not math.isfinite(value) or abs(value) > MAX_SCORE:
         raise MetricError(
             f"the metric must return a finite score of at most {MAX_SCORE:g}, got {raw}"
         )
-    return Score(reward=reward, feedback=str(feedback or ""))
+    return value
 
 
 def _arity(metric: Callable[..., Any]) -> int | None:

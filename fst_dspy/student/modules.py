@@ -137,8 +137,8 @@ class ProgramCopier:
 
     def _object(self, item: Any, made: dict[int, Any]) -> Any:
         twin = made[id(item)] = copy.copy(item)
-        for name, value in list(vars(item).items()):
-            vars(twin)[name] = self._copy(value, made)
+        for name, value in _attributes(item).items():
+            object.__setattr__(twin, name, self._copy(value, made))  # also where it is frozen
         return twin
 
 
@@ -236,13 +236,21 @@ def _children(item: Any) -> Iterator[tuple[str, Any]]:
         held = ((f".{name}", cell) for name, cell in cells)
     elif isinstance(item, types.CellType):
         held = iter([("", item.cell_contents)] if _is_filled(item) else [])
-    elif isinstance(item, dspy.BaseLM | dspy.Adapter | dspy.Example) or not hasattr(
-        item, "__dict__"
-    ):
+    elif isinstance(item, dspy.BaseLM | dspy.Adapter | dspy.Example):
         held = iter([])
     else:
-        held = ((f".{name}", value) for name, value in list(vars(item).items()))
+        held = ((f".{name}", value) for name, value in _attributes(item).items())
     return ((label, value) for label, value in held if not isinstance(value, _LEAVES))
+
+
+def _attributes(item: Any) -> dict[str, Any]:
+    """An object's own attributes, those in slots too."""
+    found = dict(getattr(item, "__dict__", {}))
+    for kind in type(item).__mro__:
+        if "__slots__" in vars(kind):
+            slots = [n for n, v in vars(kind).items() if isinstance(v, types.MemberDescriptorType)]
+            found |= {name: getattr(item, name) for name in slots if hasattr(item, name)}
+    return found
 
 
 def _short(items: Any) -> Any:

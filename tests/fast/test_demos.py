@@ -3,6 +3,7 @@
 import json
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import dspy
@@ -23,7 +24,7 @@ from fst_dspy.fast.proposers.demos import (
 )
 from fst_dspy.rollouts.jobs import RolloutJob
 from fst_dspy.student.candidate import bind, decode_demos, encode_demos, example_id, make_candidate
-from fst_dspy.types import Failure, PredictorTrace, Rollout
+from fst_dspy.types import Failure, PredictorTrace, Rollout, Turn
 
 NAME = "solve.demos"
 
@@ -62,6 +63,21 @@ def test_only_success_is_shown() -> None:
     assert not by.ready(NAME)
     by.bank([rollout("e3", "z", "red", 0.9), rollout("e4", "w", "blue", 0.4)])
     assert by.ready(NAME) and [demo[SOURCE] for demo in propose(by)] == ["e3"]
+
+
+def test_of_an_agents_good_episode_the_turns_that_went_wrong_are_not_shown() -> None:
+    def act(seen: str, action: str) -> PredictorTrace:
+        return PredictorTrace("solve", {"ticket": seen}, {"queue": action}, "")
+
+    def turn(action: str, status: Any) -> Turn:
+        return Turn("seen", action, "shown", 0.0, status, 0.0, 1)
+
+    traces = (act("a", "jump"), act("b", "up"), act("c", "left"), act("d", "finish"))
+    turns = (turn("jump", "invalid"), turn("up", "error"), turn("left", "ok"))
+    by = DemoProposer(100, words)
+    by.bank([rollout("bad", "x", "black", 0.0)])
+    by.bank([replace(make_rollout(1.0, example_id="e", traces=traces), turns=turns)])
+    assert {demo.queue for demo in propose(by)} == {"left", "finish"}
 
 
 def test_examples_of_the_minibatch_are_not_shown() -> None:

@@ -18,17 +18,26 @@ pytestmark = pytest.mark.insides
 SEED = {"a.instructions": "A.", "b.instructions": "B."}
 
 NEEDED = {
-    "gepa.core.adapter:EvaluationBatch": ["outputs", "scores", "trajectories"],
+    "gepa.core.adapter:EvaluationBatch": [
+        "outputs", "scores", "trajectories", "objective_scores",
+    ],
     "gepa.core.adapter:GEPAAdapter.evaluate": ["batch", "candidate", "capture_traces"],
     "gepa.core.adapter:GEPAAdapter.make_reflective_dataset": [
         "candidate", "eval_batch", "components_to_update",
     ],
-    "gepa.core.state:GEPAState": ["seed_candidate", "base_evaluation"],
+    "gepa.core.callbacks:notify_callbacks": ["callbacks", "method_name", "event"],
+    "gepa.core.data_loader:ensure_loader": ["data_or_loader"],
+    "gepa.core.state:GEPAState": ["seed_candidate", "base_evaluation", "frontier_type"],
+    "gepa.core.state:GEPAState.add_budget_hook": ["self", "hook"],
+    "gepa.core.state:GEPAState.get_pareto_front_mapping": ["self"],
+    "gepa.core.state:GEPAState.increment_evals": ["self", "count"],
     "gepa.core.state:GEPAState.update_state_with_new_program": [
         "parent_program_idx", "new_program", "valset_evaluation", "run_dir",
         "num_metric_calls_by_discovery_of_new_program",
     ],
-    "gepa.core.state:ValsetEvaluation": ["outputs_by_val_id", "scores_by_val_id"],
+    "gepa.core.state:ValsetEvaluation": [
+        "outputs_by_val_id", "scores_by_val_id", "objective_scores_by_val_id",
+    ],
     "gepa.logging.experiment_tracker:ExperimentTracker": [],
     "gepa.proposer.base:CandidateProposal": [
         "candidate", "parent_program_ids", "subsample_scores_before", "subsample_scores_after",
@@ -43,7 +52,7 @@ NEEDED = {
     ],
     "gepa.proposer.reflective_mutation.reflective_mutation:ReflectiveMutationProposer": [
         "logger", "trainset", "adapter", "candidate_selector", "module_selector", "batch_sampler",
-        "perfect_score", "skip_perfect_score", "experiment_tracker",
+        "perfect_score", "skip_perfect_score", "experiment_tracker", "callbacks",
     ],
     "gepa.strategies.acceptance:AcceptanceCriterion.should_accept": ["proposal", "state"],
     "gepa.strategies.acceptance:ImprovementOrEqualAcceptance": [],
@@ -57,6 +66,7 @@ NEEDED = {
     "gepa.strategies.instruction_proposal:InstructionProposalSignature.output_extractor": [
         "lm_out"
     ],
+    "gepa.utils:StopperProtocol.__call__": ["self", "gepa_state"],
 }  # fmt: skip
 """What is imported, with the parameters that are passed, in this order where by position."""
 

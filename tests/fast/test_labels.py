@@ -11,7 +11,7 @@ from rule_runner import NAME, QUEUES, SEED, TOPICS, Scripted, run, words
 from simulated_loop import ScriptedRunner, simulate
 
 from fst_dspy.config import FastConfig
-from fst_dspy.fast.gepa_adapter import GepaAdapter
+from fst_dspy.fast.gepa.adapter import GepaAdapter
 from fst_dspy.fast.phase import FastPhase
 from fst_dspy.fast.population import best, choose
 from fst_dspy.fast.proposers.demos import SOURCE, DemoProposer, shown_examples, without_answer

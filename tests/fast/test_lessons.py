@@ -1,4 +1,5 @@
 import json
+import random
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,6 +12,7 @@ from fst_dspy.fast.proposers.lessons import (
     contradicts,
     key_of,
     marked_lessons,
+    opening,
     quotes_example,
     unmarked_sentences,
 )
@@ -281,3 +283,13 @@ def test_any_feedback_is_survived(feedback: str, value: str) -> None:
     text = propose(by, [record(feedback, Inputs={"q": value}), record(value, "e2")])
     assert text.startswith(SEED.components[NAME])
     json.dumps(by.state())
+
+
+def test_only_keys_that_open_alike_contradict():
+    rng = random.Random(0)
+    keys = [" ".join(rng.choices("abc", k=rng.randint(1, 5))) for _ in range(300)]
+    pairs = [(a, b) for a in keys for b in keys if contradicts(a, b)]
+    assert len(pairs) > 1000
+    assert all(opening(a) == opening(b) for a, b in pairs)
+    alike = [(a, b) for a in keys for b in keys if opening(a) == opening(b)]
+    assert len(alike) < len(keys) ** 2 / 4

@@ -31,14 +31,14 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from fst_dspy.config import FastConfig, SamplingConfig
 from fst_dspy.errors import ConfigError, DataError
-from fst_dspy.fast.gepa_adapter import GepaAdapter
+from fst_dspy.fast.gepa.adapter import GepaAdapter
+from fst_dspy.fast.gepa.strategies import Strategies, WorstFirstComponentSelector
 from fst_dspy.fast.phase import FastPhase, ProposalStats
 from fst_dspy.fast.population import best, choose
 from fst_dspy.fast.proposers.demos import DemoProposer
 from fst_dspy.fast.proposers.lessons import LessonProposer
 from fst_dspy.fast.proposers.protocol import ProposalError
 from fst_dspy.fast.reflector import Reflector, Trajectory, make_records
-from fst_dspy.fast.strategies import Strategies, WorstFirstComponentSelector
 from fst_dspy.lm.local_lm import LocalLM
 from fst_dspy.rollouts.evaluate import evaluate
 from fst_dspy.rollouts.jobs import RolloutJob
@@ -458,3 +458,58 @@ def test_a_phase_on_the_real_runner(tmp_path: Path) -> None:
     assert [record["failure"] for record in seen] == ["truncated"] * 3
     assert all("could not be read" in record["Generated Outputs"] for record in seen)
     assert all("cut off after 4 tokens" in record["Feedback"] for record in seen)
+
+
+def steps_of(count: int, **more: Any) -> Rollout:
+    traces = [
+        PredictorTrace("ab"[n % 2], {"q": f"q{n}"}, {"x": f"x{n}"} if n else None, f"t{n}")
+        for n in range(count)
+    ]
+    return rollout_of(*traces, **more)
+
+
+def test_a_record_may_show_the_whole_trajectory() -> None:
+    trajectories = [Trajectory(EXAMPLE, steps_of(3)), Trajectory(EXAMPLE, rollout_of())]
+    plain = make_records("b.instructions", trajectories)
+    record, empty = make_records("b.instructions", trajectories, "trajectory")
+    assert {k: v for k, v in record.items() if k != "Program Trajectory"} == plain[0]
+    assert record["Program Trajectory"] == [
+        {"Step": "1 of 3: a", "Inputs": {"q": "q0"}, "Generated Outputs": "(could not be read) t0"},
+        {"Step": "2 of 3: b", "Inputs": {"q": "q1"}, "Generated Outputs": {"x": "x1"}},
+        {"Step": "3 of 3: a", "Inputs": {"q": "q2"}, "Generated Outputs": {"x": "x2"}},
+    ]
+    assert empty["Program Trajectory"] == []
+
+
+def test_a_long_trajectory_is_clipped() -> None:
+    long = PredictorTrace("a", {"q": "w" * 9000}, {"x": "v" * 9000}, "")
+    rollout = rollout_of(*[long] * 100)
+    (record,) = make_records("a.instructions", [Trajectory(EXAMPLE, rollout)], "trajectory")
+    steps = record["Program Trajectory"]
+    assert [steps[0]["Step"], steps[-1]["Step"]] == ["1 of 100: a", "100 of 100: a"]
+    assert len(steps) == 24 and len(str(steps)) < 60_000
+
+
+def test_the_setting_decides_what_a_proposer_is_shown() -> None:
+    seen: list[Mapping[str, Any]] = []
+
+    class Looking:
+        def propose(
+            self,
+            components: Mapping[str, str],
+            records: Mapping[str, Sequence[Any]],
+            names: Sequence[str],
+        ) -> dict[str, str]:
+            seen.extend(records[names[0]])
+            return {}
+
+    for context in ("step", "trajectory"):
+        config, runner = FastConfig(reflection_context=context), RuleRunner()
+        run(FastPhase(config, Looking(), 0), runner, scored(runner, SEED), iterations=1)
+        assert {"Program Trajectory" in record for record in seen} == {context == "trajectory"}
+        seen.clear()
+    config, runner = FastConfig(reflection_context="trajectory"), RuleRunner()
+    shown = FastPhase(config, LessonProposer(256, words), 0)
+    start = scored(runner, SEED)
+    other = RuleRunner()
+    assert run(shown, runner, start) == run(lesson_phase(), other, start), "lessons do not look"

@@ -29,11 +29,11 @@ from fst_dspy.config import (
     without_removed,
 )
 from fst_dspy.errors import ConfigError, MetricError
+from fst_dspy.fast.gepa.strategies import Strategies
 from fst_dspy.fast.phase import FastPhase
 from fst_dspy.fast.population import best, choose
 from fst_dspy.fast.proposers.lessons import LessonProposer
 from fst_dspy.fast.proposers.proposal_fn import ProposalFnProposer
-from fst_dspy.fast.strategies import Strategies
 from fst_dspy.student.candidate import example_id
 
 ALL_RULES = "\n".join(RULES.values())

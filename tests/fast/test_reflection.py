@@ -1,6 +1,7 @@
 """The reflection LM over real HTTP: a scripted OpenAI-compatible server on loopback."""
 
 import contextlib
+import dataclasses
 import json
 import logging
 import os
@@ -472,3 +473,43 @@ def test_the_prompt_may_be_ones_own(server: tuple[Script, str]) -> None:
     for own in (template, template["solve"]):
         proposer_of(url, template=own).propose(SEED.components, {NAME: []}, [NAME])
     assert all("REWRITE Answer the question." in prompt for prompt in script.prompts)
+
+
+class Counting(LessonProposer):
+    """Counts the records that it learns from."""
+
+    seen = 0
+
+    def observe(self, component, records):
+        self.seen += len(records)
+        super().observe(component, records)
+
+
+def test_lessons_are_not_collected_beside_a_reflection_lm_that_works():
+    fallback = Counting(50, words)
+    proposer = ReflectionLMProposer(Says("```\nDo.\n```"), 50, words, fallback=fallback)
+    proposer.observe(NAME, [{}] * 64)  # not even looked at
+    assert fallback.seen == 0
+    proposer.usage = dataclasses.replace(proposer.usage, fallbacks=1)
+    with pytest.raises(KeyError):
+        proposer.observe(NAME, [{}] * 64)
+    assert fallback.seen == 64
+
+
+def test_the_prompt_shows_the_whole_trajectory_where_it_is_asked_for(
+    server: tuple[Script, str],
+) -> None:
+    script, url = server
+    example = EXAMPLES[0]
+    traces = (
+        PredictorTrace("search", {"q": "the question"}, {"found": "a far page"}, ""),
+        PredictorTrace("solve", {"found": "a far page"}, {"a": "red"}, ""),
+    )
+    rollout = Rollout(example_id(example), SEED.id, (), traces, 0.0, "Wrong.", None, 0)
+    for context in ("step", "trajectory"):
+        records = make_records(NAME, [Trajectory(example, rollout)], context)
+        proposer_of(url).propose(SEED.components, {NAME: records}, [NAME])
+    step, trajectory = script.prompts
+    assert "Program Trajectory" not in step and "1 of 2: search" not in step
+    for part in ("Program Trajectory", "1 of 2: search", "the question", "2 of 2: solve"):
+        assert part in trajectory

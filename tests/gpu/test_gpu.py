@@ -166,7 +166,7 @@ def test_training_as_it_is_by_default_goes_on_after_an_interruption(
     whole, trainer = make()
     for step in range(4):
         if step == 2:
-            trainer.save(tmp_path)
+            trainer.state().write(tmp_path)
         trainer.advance(rows_for(step))
     resumed, other = make()
     other.load(tmp_path)
@@ -227,7 +227,7 @@ def test_memory_that_runs_out_halves_the_work(
 def test_a_killed_compile_goes_on(
     lora: Any, tiny_qwen3: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(run_state, "CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr(run_state.RunFolder, "is_due", lambda self, closes: True)
     real, steps = SlowTrainer.advance, []
 
     def advance(self: SlowTrainer, *args: Any, **kwargs: Any) -> Any:

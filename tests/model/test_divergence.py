@@ -134,7 +134,7 @@ def rollout_of(number, calls):
 def test_each_rollout_is_represented_among_the_calls_that_are_measured():
     def texts(sizes, count, seed=0):
         rollouts = [rollout_of(number, size) for number, size in enumerate(sizes)]
-        return [call.text for call in spread_calls(rollouts, count, seed)]
+        return [call.text for call in spread_calls(rollouts, 3 * count, seed)]
 
     def per_rollout(found, sizes):
         return [sum(t.startswith(f"{n}.") for t in found) for n in range(len(sizes))]
@@ -156,4 +156,15 @@ def test_each_rollout_is_represented_among_the_calls_that_are_measured():
 def test_calls_without_a_completion_take_no_ones_place():
     empty = Call("p", (3,), (), (), "empty", "length", 1.0)
     rollouts = [Rollout("e", "c", (empty,), (), 0.0, "", None, 0), rollout_of(1, 3)]
-    assert {call.text for call in spread_calls(rollouts, 2, 0)} < {"1.0", "1.1", "1.2"}
+    assert {call.text for call in spread_calls(rollouts, 6, 0)} < {"1.0", "1.1", "1.2"}
+
+
+def test_long_calls_use_up_what_may_be_read_but_one_is_always_measured():
+    def long(number):
+        call = Call("p", (3,) * 90, (4,) * 10, (0.0,) * 10, str(number), "stop", 1.0)
+        return Rollout("e", "c", (call,), (), 0.0, "", None, 0)
+
+    rollouts = [long(number) for number in range(8)]
+    assert len(spread_calls(rollouts, 350, 0)) == 3
+    assert len(spread_calls(rollouts, 5, 0)) == 1
+    assert len(spread_calls(rollouts, 800, 0)) == 8

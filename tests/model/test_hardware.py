@@ -5,8 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from fst_dspy.model.hardware import fuse_norms
+from fst_dspy.model import hardware
+from fst_dspy.model.hardware import default_dtype, fuse_norms
 from fst_dspy.model.policy import Policy
+from fst_dspy.model.sizes import parameter_count
 
 
 def logits_of(model: torch.nn.Module, dtype: torch.dtype) -> torch.Tensor:
@@ -46,3 +48,37 @@ class OffsetRMSNorm(torch.nn.Module):
 
 def test_norms_of_another_kind_are_left_alone() -> None:
     assert fuse_norms(torch.nn.Sequential(OffsetRMSNorm())) == 0
+
+
+@pytest.mark.parametrize(
+    ("device", "multiplies", "parameters", "dtype"),
+    [
+        ("cuda", False, 10**6, torch.bfloat16),
+        ("cpu", True, 135_000_000, torch.bfloat16),
+        ("cpu", True, 10**6, torch.float32),
+        ("cpu", False, 135_000_000, torch.float32),
+    ],
+)
+def test_large_models_are_in_bfloat16_where_the_cpu_multiplies_it(
+    device: str,
+    multiplies: bool,
+    parameters: int,
+    dtype: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(hardware, "multiplies_bfloat16", lambda: multiplies)
+    assert default_dtype(torch.device(device), lambda: parameters) == dtype
+
+
+def test_the_default_dtype_goes_by_the_size_that_the_configuration_describes(
+    tiny_qwen3: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hardware, "multiplies_bfloat16", lambda: True)
+    small = Policy.load(tiny_qwen3, device="cpu")
+    assert small.model.dtype == torch.float32
+    monkeypatch.setattr(hardware, "LARGE", parameter_count(small.model) - 1)
+    large = Policy.load(tiny_qwen3, device="cpu")
+    assert large.model.dtype == torch.bfloat16
+    assert large.source["dtype"] == "bfloat16"
+    # What was asked for, or saved, stays.
+    assert Policy.load(tiny_qwen3, device="cpu", dtype="float32").base_version == small.base_version

@@ -8,6 +8,7 @@ import dspy
 import pytest
 
 from fst_dspy.embedded.corpus.list_program import OPERATIONS
+from fst_dspy.fast.proposers.copying import CopyGuard
 from fst_dspy.fast.proposers.lessons import marked_lessons
 from fst_dspy.student.candidate import example_id
 from fst_dspy.tasks import load_task
@@ -72,6 +73,14 @@ def test_lessons_of_the_feedback_are_the_ideal_instructions(task: Task) -> None:
         ideal = task.ideal_instructions[name].split("\n")
         assert ideal[0] == predictor.signature.instructions
         assert said == set(ideal[1:])
+
+
+def test_what_is_to_be_learned_is_no_copy_of_an_example(task: Task) -> None:
+    guard = CopyGuard()
+    guard.study(task.trainset)
+    for name, predictor in task.program.named_predictors():
+        bare = {f"{name}.instructions": predictor.signature.instructions}
+        guard.check({f"{name}.instructions": task.ideal_instructions[name]}, bare)
 
 
 def test_star_graph_labels_are_the_only_path() -> None:

@@ -8,138 +8,45 @@ from __future__ import annotations
 
 import asyncio
 import datetime
-import enum
 import functools
 import json
-import re
 import tracemalloc
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any, Literal
 
 import dspy
 import numpy as np
-import pydantic
 import pytest
-from dspy import lm15
 from dspy.predict.aggregation import majority
 from helpers import RawAdapter
+from shape_models import (
+    Kind,
+    Models,
+    Place,
+    models_over,
+    module,
+    one_in_three_ways,
+    plainly,
+    roll,
+)
 
 from fst_dspy import load, save
 from fst_dspy.config import SamplingConfig
 from fst_dspy.errors import ProgramError
 from fst_dspy.lm.local_lm import LocalLM
 from fst_dspy.lm.predictors import bound_to, find_local_lm
-from fst_dspy.model.generate import GenerationRequest, GenerationResult
-from fst_dspy.model.policy import Policy
 from fst_dspy.rollouts.checks import check_input
 from fst_dspy.rollouts.jobs import RolloutJob
 from fst_dspy.rollouts.runner import RolloutRunner
 from fst_dspy.run.records import as_read_back, with_plain_traces
 from fst_dspy.student.candidate import example_id, make_candidate, seed_candidate
-from fst_dspy.types import Rollout
-
-# --- models that answer in any format, and keep what they were asked ------------------------------
-
-
-class Place(pydantic.BaseModel):
-    """A typed value."""
-
-    city: str
-    zip: int
-
-
-class Kind(enum.Enum):
-    """Another."""
-
-    WARM = "warm"
-    COLD = "cold"
-
-
-ANSWERS: dict[str, Any] = {
-    "reasoning": "so it is", "rationale": "thus", "answer": "jade", "draft": "a draft",
-    "place": {"city": "Rome", "zip": 7}, "places": [{"city": "Oslo", "zip": 1}], "kind": "warm",
-    "day": "2024-02-03", "score": 0.5, "count": 3, "flag": True, "tags": ["a", "b"],
-    "next_thought": "I look", "next_tool_args": {"word": "x"}, "choice": "left",
-    "advice": {"self": "N/A", "a": "shorter"}, "discussion": "hm", "query": "what",
-    "generated_code": "1", "code_output": "1", "maybe": "yes", "table": {"x": 1},
-}  # fmt: skip
-
-
-def answer_to(prompt: str) -> str:
-    """An answer in the format that the prompt asks for."""
-    listed = re.search(r"Your output fields are:\n(.*?)\n(?:All|In adhering)", prompt, re.S)
-    names = re.findall(r"^\d+\. `(\w+)`", listed[1], re.M) if listed else []
-    if not names:  # the first step of a TwoStepAdapter, or a plain call
-        return "it is jade, in Rome, at zip 7"
-    tool = "finish" if "observation_0" in prompt else "look"
-    values = {name: tool if name == "next_tool_name" else ANSWERS[name] for name in names}
-    if tool == "finish" and "next_tool_args" in values:
-        values["next_tool_args"] = {}
-    texts = {n: v if isinstance(v, str) else json.dumps(v) for n, v in values.items()}
-    if "[[ ## completed ## ]]" in prompt and "JSON object in the following order" not in prompt:
-        rows = [f"[[ ## {name} ## ]]\n{text}" for name, text in texts.items()]
-        return "\n\n".join([*rows, "[[ ## completed ## ]]"])
-    if f"<{names[0]}>" in prompt:
-        return "\n".join(f"<{name}>\n{text}\n</{name}>" for name, text in texts.items())
-    return json.dumps(values)
-
-
-@dataclass
-class Models:
-    """The local model, a remote one, and what both were asked."""
-
-    policy: Policy
-    asked: list[tuple[Any, ...]] = field(default_factory=list)
-
-    def generate(self, policy: Policy, requests: list[GenerationRequest]) -> list[GenerationResult]:
-        return [self._answer(request) for request in requests]
-
-    def _answer(self, request: GenerationRequest) -> GenerationResult:
-        tokenizer = self.policy.tokenizer
-        prompt = tokenizer.decode(request.prompt_ids_T)
-        kept = (request.max_tokens, request.temperature, request.top_p, request.stop)
-        self.asked.append(("local", prompt, *kept))
-        ids = tuple(tokenizer.encode(answer_to(prompt)))[: request.max_tokens]
-        text = tokenizer.decode(ids)
-        return GenerationResult(ids, (0.0,) * len(ids), text, "stop")
-
-    def complete(self, request: lm15.Request) -> lm15.Response:
-        """The remote one's."""
-        texts = [
-            request.system or "",
-            *("".join(p.text for p in m.parts) for m in request.messages),
-        ]
-        prompt = "\n".join(t if isinstance(t, str) else t[0].text for t in texts)
-        self.asked.append(("remote", prompt, request.config.max_tokens, request.config.temperature))
-        return lm15.Response(
-            id=None, model=request.model, finish_reason="stop",
-            message=lm15.Message.assistant(answer_to(prompt)),
-            usage=lm15.Usage(input_tokens=1, output_tokens=1),
-        )  # fmt: skip
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Models:
-        return self
-
-    def local(self, **settings: Any) -> LocalLM:
-        return LocalLM(self.policy, **{"cache": False, "max_tokens": 700, **settings})
-
-    def remote(self, **settings: Any) -> dspy.LM:
-        return dspy.LM("remote", engine=self, cache=False, num_retries=0, **settings)
-
-    def take(self) -> list[tuple[Any, ...]]:
-        asked, self.asked = self.asked, []
-        return sorted(asked, key=repr)
 
 
 @pytest.fixture
 def models(tiny_qwen3: Any) -> Models:
-    policy = Policy.load(tiny_qwen3)
-    policy.context_length = 20_000
-    found = Models(policy)
-    policy.generator = found.generate
-    return found
+    return models_over(tiny_qwen3)
 
 
 # --- the shapes -----------------------------------------------------------------------------------
@@ -155,16 +62,6 @@ def shape(name: str, **inputs: Any) -> Callable[[Any], Any]:
         return make
 
     return add
-
-
-def module(forward: Callable[..., Any], **parts: Any) -> dspy.Module:
-    """A program of some parts; ``forward`` may be async."""
-    name = "aforward" if asyncio.iscoroutinefunction(forward) else "forward"
-    kind = type("Program", (dspy.Module,), {name: forward})
-    program = kind()
-    for part, value in parts.items():
-        setattr(program, part, value)
-    return program
 
 
 def look(word: str) -> str:
@@ -490,64 +387,13 @@ CASES = [("Chat", name) for name in SHAPES] + [
 ]
 
 
-# --- run three ways -------------------------------------------------------------------------------
-
-
-def plainly(program: dspy.Module, inputs: dict[str, Any]) -> Any:
-    if hasattr(type(program), "aforward") and not hasattr(type(program), "forward"):
-        return asyncio.run(program.acall(**inputs))
-    return program(**inputs)
-
-
-def roll(
-    program: dspy.Module,
-    inputs: dict[str, Any],
-    lm: LocalLM | None = None,
-    count: int = 1,
-    metric: Any = None,
-    sampling: SamplingConfig | None = None,
-    **more: Any,
-) -> tuple[list[Rollout], list[Any]]:
-    given: list[Any] = []
-
-    def keep(gold: Any, pred: Any, *_: Any) -> float:
-        given.append(pred)
-        return 1.0
-
-    example = dspy.Example(**inputs).with_inputs(*inputs)
-    lm = lm or find_local_lm(program)
-    runner = RolloutRunner(program, metric or keep, lm, sampling or SamplingConfig(), 0, **more)
-    jobs = [RolloutJob(example, seed_candidate(program), i) for i in range(count)]
-    return runner.run(jobs, channel="slow", salt=0), given
-
-
-def types_of(prediction: Any) -> dict[str, Any]:
-    return {name: (type(value), str(value)) for name, value in prediction.items()}
-
-
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(("adapter", "name"), CASES, ids=[f"{n}, {a}" for a, n in CASES])
 def test_a_call_a_rollout_and_the_compiled_program_are_one(
     models: Models, adapter: str, name: str
 ) -> None:
     make, inputs = SHAPES[name]
-    lm = models.local()
-    with dspy.context(lm=lm, adapter=ADAPTERS[adapter](models)):
-        program = make(models)
-        expected = plainly(program, inputs)
-        asked = models.take()
-        assert asked and expected is not None
-        (rollout,), (given,) = roll(program, inputs)
-        assert rollout.failure is None, rollout.failure
-        assert models.take() == asked
-        assert types_of(given) == types_of(expected)
-        local = [one for one in asked if one[0] == "local"]
-        assert len(rollout.calls) == len(local)
-        compiled = bound_to(program, seed_candidate(program), lm.at(lm.version))
-        assert types_of(plainly(compiled, inputs)) == types_of(expected)
-        assert models.take() == asked
-        assert types_of(plainly(compiled.deepcopy(), inputs)) == types_of(expected)
-        assert models.take() == asked
+    one_in_three_ways(models, ADAPTERS[adapter](models), make, inputs)
 
 
 # --- objects as they are --------------------------------------------------------------------------

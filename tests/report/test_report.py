@@ -26,6 +26,7 @@ from fst_dspy.report.faults import find_faults, skipped_steps
 from fst_dspy.report.rollouts import COLUMNS, Outcome, read_rollouts
 from fst_dspy.report.svg import Series, line_chart, ticks
 from fst_dspy.report.watch import run_view, watch
+from fst_dspy.run import rollout_log
 from fst_dspy.types import Candidate
 
 pytestmark = pytest.mark.slow
@@ -147,7 +148,7 @@ def test_hostile_text_is_data_wherever_it_stands(tmp_path):
 
 
 def test_packed_rollouts_are_those_of_the_log(run_folder):
-    rows = list(read_jsonl(run_folder / "rollouts.jsonl"))
+    rows = list(rollout_log.unpack(read_jsonl(run_folder / "rollouts.jsonl")))
     found = read_rollouts(run_folder, fake_prompt)
     unpacked = unpack(found.packed)
     assert len(unpacked) == len(rows) == len(found.outcomes) == 768

@@ -226,6 +226,52 @@ def test_one_that_computes_is_waited_for(policy: Policy) -> None:
     assert rollouts.scheduler.early == 0 and rollouts.scheduler.batches == 1
 
 
+def test_one_that_computes_is_waited_for_though_another_sleeps(policy: Policy) -> None:
+    lock, held = threading.Lock(), threading.Event()
+
+    def busy(call: Ask) -> None:
+        with lock:
+            held.set()
+            end = time.thread_time() + 0.3
+            while time.thread_time() < end:
+                pass
+        call("hi")
+
+    def sleeps(call: Ask) -> None:
+        assert held.wait(30)
+        with lock:
+            pass
+        call("hi")
+
+    rollouts = Rollouts(policy, [busy, sleeps, lambda call: [call("hi")]]).run()
+    assert rollouts.scheduler.early == 0 and rollouts.scheduler.batches == 1
+
+
+def test_tools_that_come_back_all_the_time_hold_nobody_up(policy: Policy) -> None:
+    took = []
+
+    def agent(place: int) -> Callable[[Ask], None]:
+        def program(call: Ask) -> None:
+            time.sleep(0.015 * place)
+            for _ in range(9):
+                time.sleep(0.3)
+                end = time.thread_time() + 0.002
+                while time.thread_time() < end:
+                    pass
+
+        return program
+
+    def caller(call: Ask) -> None:
+        time.sleep(0.5)
+        began = time.monotonic()
+        call("hi")
+        took.append(time.monotonic() - began)
+
+    rollouts = Rollouts(policy, [caller, *map(agent, range(20))]).run()
+    assert rollouts.errors == [None] * 21
+    assert took[0] < 1.6  # the agents go on for 2.7
+
+
 # --- in rollouts ----------------------------------------------------------------------------------
 
 

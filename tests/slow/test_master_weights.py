@@ -4,9 +4,11 @@ import pytest
 import torch
 
 import fst_dspy.lm.sft as sft_module
+import fst_dspy.slow.master_weights as masters_module
 from fst_dspy.config import SamplingConfig, SlowConfig
 from fst_dspy.lm.sft import FinetuneConfig, fine_tune
 from fst_dspy.model.policy import Policy
+from fst_dspy.slow.master_weights import MasterWeights
 from fst_dspy.slow.trainer import SlowTrainer
 from fst_dspy.types import TrainingRow
 
@@ -65,7 +67,7 @@ def test_small_updates_of_fine_tuning_arrive(tiny_qwen3, monkeypatch):
 def test_a_saved_run_goes_on_bit_for_bit(tiny_qwen3, tmp_path):
     policy, trainer = make(tiny_qwen3)
     trainer.advance(ROWS)
-    trainer.save(tmp_path)
+    trainer.state().write(tmp_path)
     other, resumed = make(tiny_qwen3)
     resumed.load(tmp_path)
     for each in (trainer, resumed):
@@ -94,3 +96,74 @@ def test_gradients_do_not_outlive_a_step_that_was_dropped(tiny_qwen3):
 
 def test_float32_weights_have_no_copies(tiny_qwen3):
     assert make(tiny_qwen3, "float32")[1]._trl.masters.state() == {}
+
+
+class Watched(torch.optim.AdamW):
+    """Notes how many values have a float32 gradient at once."""
+
+    most = 0
+
+    def step(self, closure=None):
+        params = [p for group in self.param_groups for p in group["params"]]
+        values = sum(p.grad.numel() for p in params if p.grad is not None and p.dim() > 0)
+        self.most = max(self.most, values)
+        return super().step(closure)
+
+
+def test_a_step_in_parts_is_the_step_and_holds_few_gradients_in_float32(monkeypatch):
+    monkeypatch.setattr(masters_module, "PART_VALUES", 100)
+    torch.manual_seed(0)
+    weights = [torch.nn.Parameter(torch.randn(8, 8).bfloat16()) for _ in range(6)]
+    small = torch.nn.Parameter(torch.randn(5))  # in float32, and so its own master
+    references = [torch.nn.Parameter(w.detach().float()) for w in (*weights, small)]
+    watched = Watched([*weights, small], lr=1e-3)
+    MasterWeights(watched)
+    reference = torch.optim.AdamW(references, lr=1e-3)
+    for _ in range(3):
+        for weight, other in zip((*weights, small), references, strict=True):
+            weight.grad = torch.randn_like(weight)
+            other.grad = weight.grad.float()
+        watched.step()
+        reference.step()
+        assert all(weight.grad is None for weight in weights)
+    assert watched.most == 64
+    for weight, other in zip((*weights, small), references, strict=True):
+        assert torch.equal(weight, other.to(weight.dtype))
+    assert not torch.equal(references[0].bfloat16().float(), references[0])
+
+
+def test_weights_are_compared_only_where_they_were_written_to(monkeypatch):
+    weights = [torch.nn.Parameter(torch.ones(4, 4).bfloat16()) for _ in range(2)]
+    optimizer = torch.optim.AdamW(weights, lr=1e-4)
+    masters = MasterWeights(optimizer)
+
+    def step():
+        for weight in weights:
+            weight.grad = torch.ones_like(weight)
+        optimizer.step()
+
+    step()
+    compared = []
+    monkeypatch.setattr(masters_module, "_parts", compared_by(compared, masters_module._parts))
+    step()
+    assert compared[0] == 0
+    exact = masters.state()["master.0"].clone()
+    with torch.no_grad():
+        before = weights[0].clone()
+        weights[0].copy_(torch.zeros(4, 4))  # a visit
+        weights[0].copy_(before)
+        weights[1].fill_(3.0)  # and other weights for good
+    compared.clear()
+    step()
+    assert compared[0] == 2
+    assert (masters.state()["master.0"] - exact).abs().max() < 2e-4  # gone on from all digits
+    assert not torch.equal(exact, exact.bfloat16().float())
+    assert (masters.state()["master.1"] - 3).abs().max() < 1e-3
+
+
+def compared_by(counts, parts):
+    def counted(pairs):
+        counts.append(len(pairs))
+        return parts(pairs)
+
+    return counted

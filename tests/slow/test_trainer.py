@@ -138,7 +138,7 @@ def test_a_decay_completes_whatever_steps_are_constant(skipped, tiny_qwen3, tmp_
         warnings.simplefilter("error")
         for step in range(8):
             if step == 4:  # goes on the same after an interruption
-                trainer.save(tmp_path)
+                trainer.state().write(tmp_path)
                 trainer = make_it()
                 trainer.load(tmp_path)
             advantages = [0.0] * 6 if step in skipped else None
@@ -166,7 +166,7 @@ def test_steps_that_are_not_finite_are_counted_in_a_row(tiny_qwen3, tmp_path):
     trainer.advance(bad)
     trainer.advance(rows_for(1, 6, [0.0] * 6))  # shows nothing
     trainer.advance(bad)
-    trainer.save(tmp_path)
+    trainer.state().write(tmp_path)
     _, resumed = make(tiny_qwen3)
     resumed.load(tmp_path)
     assert trainer.bad_steps == resumed.bad_steps == 2
@@ -189,7 +189,7 @@ def test_interrupted_run_gives_the_same_weights(lora, tiny_lfm2, tmp_path):
     _, first = make(tiny_lfm2, slow)
     for step in range(3):
         first.advance(rows_for(step))
-    first.save(tmp_path)
+    first.state().write(tmp_path)
     torch.manual_seed(99)  # the resumed process has another state of the global generator
     policy, second = make(tiny_lfm2, slow)
     second.load(tmp_path)
@@ -202,7 +202,7 @@ def test_interrupted_run_gives_the_same_weights(lora, tiny_lfm2, tmp_path):
 
 def test_load_before_any_step_and_bad_folders(tiny_qwen3, tiny_llama, tmp_path):
     _, trainer = make(tiny_qwen3)
-    trainer.save(tmp_path)
+    trainer.state().write(tmp_path)
     policy, other = make(tiny_qwen3)
     other.load(tmp_path)
     other.advance(rows_for(0))
@@ -322,7 +322,7 @@ def test_groups_without_spread():
 def test_saved_files_need_no_pickle(tiny_qwen3, tmp_path: Path):
     _, trainer = make(tiny_qwen3)
     trainer.advance(rows_for(0))
-    trainer.save(tmp_path)
+    trainer.state().write(tmp_path)
     assert all(path.read_bytes()[:2] != b"\x80\x04" for path in tmp_path.iterdir())
 
 

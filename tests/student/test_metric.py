@@ -1,11 +1,13 @@
 """Metrics of every kind that Python can call, and what they may do to their arguments."""
 
 import functools
+import math
 import operator
 
 import dspy
 import pytest
 from dspy.evaluate import CompleteAndGrounded, SemanticF1, answer_exact_match
+from dspy.teleprompt.gepa.gepa_utils import ScoreWithFeedback
 
 from fst_dspy.errors import MetricError
 from fst_dspy.student.candidate import example_id
@@ -15,6 +17,7 @@ from fst_dspy.student.metric import (
     check_metric,
     gives_predictor_feedback,
     own_copy,
+    read_score,
 )
 
 GOLD = dspy.Example(question="q", response="a", tags=["x", {"y": 1}]).with_inputs("question")
@@ -194,3 +197,17 @@ def test_other_objects_are_passed_on_as_they_are():
     assert own_copy("text") == "text"
     pred = own_copy(dspy.Prediction.from_completions([{"x": 1}, {"x": 2}]))
     assert isinstance(pred, dspy.Prediction) and len(pred.completions) == 2
+
+
+def test_scores_by_objective_are_read():
+    def scored(objectives):
+        return read_score(dspy.Prediction(score=1, feedback="f", objective_scores=objectives))
+
+    assert scored({"short": True, 5: 0.5}).objectives == {"short": 1.0, "5": 0.5}
+    assert scored(None).objectives == {} == read_score(0.5).objectives
+    assert read_score({"score": 1, "objective_scores": {"x": 2}}).objectives == {"x": 2.0}
+    given = ScoreWithFeedback(score=0.5, feedback="f", objective_scores={"x": 1.0})
+    assert read_score(given).objectives == {"x": 1.0}
+    for bad, message in (([0.5], "a dict"), ({"x": "?"}, "'x'"), ({"x": math.nan}, "finite")):
+        with pytest.raises(MetricError, match=message):
+            scored(bad)

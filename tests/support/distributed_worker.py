@@ -120,7 +120,7 @@ def unlike_rows(model):
 
 def die_in_a_step():
     """Process 0 is killed where an optimizer step would begin; steps are always saved."""
-    run_state.CHECKPOINT_SECONDS = 0.0
+    run_state.RunFolder.is_due = lambda self, closes: True
     step = joint.Run._slow_step
 
     def dying(self, state):

@@ -165,6 +165,7 @@ def _record(
         entropy=1.2 - 0.1 * cycle if rewards else None,
         constant_group_share=0.25,
         failure_shares={"parse": 0.125, "truncated": 0.05} if rewards else {},
+        failure_messages={"parse": f"no field 'queue' in {HOSTILE}"} if rewards else {},
         rollouts=counts.minus(before[-1].total_rollouts) if before else counts,
         total_rollouts=counts,
         tokens={"prompt": 1000 * cycle, "completion": 200 * cycle},

@@ -108,7 +108,10 @@ class DemoProposer:
                 min([*self._rewards, rollout.reward]),
                 max([*self._rewards, rollout.reward]),
             ]
-            for trace in rollout.traces:
+            wrong = _wrong_turns(rollout)
+            for number, trace in enumerate(rollout.traces):
+                if number in wrong:
+                    continue
                 call = _banked(trace, rollout.example_id, rollout.reward)
                 if call is not None:
                     self._keep(trace.predictor, call)
@@ -283,6 +286,23 @@ def without_answer(candidate: Candidate, example_id: str | None) -> Candidate:
         for name, text in candidate.components.items()
     }
     return make_candidate(texts, [candidate.id], candidate.cycle, candidate.source)
+
+
+def _wrong_turns(rollout: Rollout) -> set[int]:
+    """Which traces of an agent's rollout led to no action, or to a tool's error: no examples.
+
+    A predictor that was run once a turn, or once more to end the episode, is the one that acted.
+    """
+    numbers: dict[str, list[int]] = {}
+    for number, trace in enumerate(rollout.traces):
+        numbers.setdefault(trace.predictor, []).append(number)
+    return {
+        number
+        for own in numbers.values()
+        if len(own) - len(rollout.turns) in (0, 1)
+        for number, turn in zip(own, rollout.turns, strict=False)
+        if turn.status != "ok"
+    }
 
 
 def _banked(trace: PredictorTrace, example_id: str, reward: float) -> BankedCall | None:

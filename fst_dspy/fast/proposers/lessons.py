@@ -14,10 +14,12 @@ import random
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import dspy
 
+from fst_dspy.fast.proposers.copying import CopyGuard
 from fst_dspy.fast.proposers.labels import Rule, read_rules
 from fst_dspy.fast.proposers.protocol import Findings, Record, well_formed
 from fst_dspy.student.candidate import INSTRUCTIONS, split_component
@@ -116,10 +118,16 @@ class LessonProposer:
     Args:
         instruction_tokens: Longest instruction to propose.
         count_tokens: Counts the tokens of a text, best with the local model's tokenizer.
+        guard: Lessons that copy a training example's inputs are left out; ``None`` for none.
     """
 
-    def __init__(self, instruction_tokens: int, count_tokens: Callable[[str], int]) -> None:
-        self.instruction_tokens = instruction_tokens
+    def __init__(
+        self,
+        instruction_tokens: int,
+        count_tokens: Callable[[str], int],
+        guard: CopyGuard | None = None,
+    ) -> None:
+        self.instruction_tokens, self.guard = instruction_tokens, guard
         self.count_tokens = count_tokens
         self._memory: dict[str, dict[str, Lesson]] = {}
         self._orders: dict[str, int] = {}  # orders tried since the lessons last changed
@@ -155,6 +163,9 @@ class LessonProposer:
             return
         self._sample = self._sample or told[0]["Feedback"][:200]
         memory = self._memory.setdefault(component, {})
+        alike: dict[tuple[int, str], list[str]] = {}
+        for key in memory:
+            alike.setdefault(opening(key), []).append(key)
         before = {key for key, lesson in memory.items() if lesson.usable}
         top = max(record["score"] for record in told)
         worst = min(record["score"] for record in told)
@@ -168,7 +179,7 @@ class LessonProposer:
             for text in lessons if marked else unmarked_sentences(record["Feedback"]):
                 general = marked or not quotes_example(text, record)
                 lesson = self._remember(
-                    memory, text, record["example_id"], failed, subject, general, marked
+                    memory, alike, text, record["example_id"], failed, subject, general, marked
                 )
                 if lesson is not None and not marked:
                     self._compare(component, lesson, record, subject)
@@ -180,6 +191,8 @@ class LessonProposer:
     def study(self, examples: Mapping[str, dspy.Example]) -> None:
         """Take training examples, to read rules off their inputs and labels where need be."""
         self._examples, self._rules = list(examples.values()), {}
+        if self.guard is not None:
+            self.guard.study(self._examples)
 
     def findings(self) -> Findings:
         """What there was to learn."""
@@ -235,6 +248,7 @@ class LessonProposer:
     def _remember(
         self,
         memory: dict[str, Lesson],
+        alike: dict[tuple[int, str], list[str]],
         text: str,
         example: str,
         failed: bool,
@@ -250,6 +264,7 @@ class LessonProposer:
         if lesson is None:
             own = sorted(subject & set(key.split()))
             lesson = memory[key] = Lesson(text, general, marked, own, self._clock, self._clock)
+            alike.setdefault(opening(key), []).append(key)
         lesson.last = self._clock
         lesson.general |= general
         lesson.revived += not lesson.live
@@ -257,7 +272,9 @@ class LessonProposer:
         for ids, counts in ((lesson.example_ids, True), (lesson.failed_ids, failed)):
             if counts and example not in ids:
                 ids.append(example)
-        for other_key, other in memory.items() if lesson.usable else ():
+        # Only those that open alike can contradict; to try all would take seconds a step.
+        for other_key in alike[opening(key)] if lesson.usable else ():
+            other = memory[other_key]
             # Two that keep coming back after each other do not contradict: both hold.
             both_return = lesson.revived > 0 and other.revived > 0
             if other.live and not both_return and contradicts(key, other_key, lesson.subject):
@@ -299,6 +316,8 @@ class LessonProposer:
     def _rewrite(self, component: str, instruction: str) -> str:
         memory, rules = self._memory.get(component, {}), self.rules(component)
         live = {key: lesson for key, lesson in memory.items() if lesson.usable}
+        if self.guard is not None:  # else no proposal with such a lesson in it would pass
+            live = {k: v for k, v in live.items() if not self.guard.copied(v.text, instruction)}
         said = {key: lesson.subject for key, lesson in live.items()}
         said |= {key_of(rule.text): [rule.cue] for rule in rules}
         stale = {key_of(rule.text) for rule in self._all_rules(component) if rule not in rules}
@@ -426,6 +445,13 @@ def contradicts(new: str, old: str, subject: Sequence[str] = ()) -> bool:
     return 2 * differ[0] >= len(new_words)
 
 
+def opening(key: str) -> tuple[int, str]:
+    """What two keys must have in common for one to contradict the other."""
+    words = key.split()
+    return len(words), " ".join(words[: (len(words) + 1) // 2])
+
+
+@lru_cache(maxsize=1024)  # an input's text is compared with every sentence about it
 def key_of(text: str) -> str:
     """A text's words in lower case: texts with equal keys say the same."""
     return " ".join(_words(text))

@@ -14,7 +14,7 @@ from typing import Any
 import dspy
 from gepa.core.adapter import ProposalFn
 
-from fst_dspy.fast.proposers.protocol import Record
+from fst_dspy.fast.proposers.protocol import TRAJECTORY, Record
 from fst_dspy.student.candidate import (
     INSTRUCTIONS,
     component_name,
@@ -29,8 +29,8 @@ SINGLE = (
     ("current_instruction", "examples_with_feedback"),
 )
 """What a module for one component is given, such as DSPy's multimodal one."""
-RECORD_KEYS = ("Inputs", "Generated Outputs", "Feedback")
-"""What is in dspy.GEPA's reflective examples."""
+RECORD_KEYS = ("Inputs", "Generated Outputs", TRAJECTORY, "Feedback")
+"""What is in dspy.GEPA's reflective examples, and all steps where they are asked for."""
 
 
 class ProposalFnProposer:
@@ -60,7 +60,7 @@ class ProposalFnProposer:
         candidate = {split_component(n)[0]: components[n] for n in instructions_in(components)}
         dataset = {
             name: [
-                {key: record[key] for key in RECORD_KEYS}
+                {key: record[key] for key in RECORD_KEYS if key in record}
                 for record in records[component_name(name, INSTRUCTIONS)]
             ]
             for name in wanted

@@ -18,9 +18,13 @@ Record = Mapping[str, Any]
 """One rollout as one predictor saw it.
 
 ``"Inputs"``, ``"Generated Outputs"``, ``"Feedback"`` and ``"score"`` are for the reader of a
-reflection prompt. ``"example_id"``, ``"labels"`` (the example's, as a dict) and ``"failure"`` (the
-kind, or ``None``) are for programs.
+reflection prompt, and so is ``"Program Trajectory"`` where ``reflection_context`` asks for it: all
+steps of the program, each with ``"Step"``, ``"Inputs"`` and ``"Generated Outputs"``.
+``"example_id"``, ``"labels"`` (the example's, as a dict) and ``"failure"`` (the kind, or ``None``)
+are for programs.
 """
+TRAJECTORY = "Program Trajectory"
+"""The key of all steps in a record."""
 
 
 def well_formed(text: str) -> str:

@@ -25,6 +25,7 @@ from gepa.strategies.instruction_proposal import InstructionProposalSignature
 
 from fst_dspy.display import visible
 from fst_dspy.fast.proposers.protocol import (
+    TRAJECTORY,
     HasState,
     LearnsFromRecords,
     ProposalError,
@@ -37,7 +38,7 @@ from fst_dspy.student.candidate import INSTRUCTIONS, split_component
 
 logger = logging.getLogger(__name__)
 
-PROMPT_KEYS = ("Inputs", "Generated Outputs", "Feedback", "score")
+PROMPT_KEYS = ("Inputs", "Generated Outputs", TRAJECTORY, "Feedback", "score")
 RETRIED = frozenset({"rate_limit", "server", "timeout", "transport", "garbled", "no_text"})
 """Kinds of failure that may pass; others, such as a wrong key, come back the same."""
 GARBLED = re.compile(r"is not JSON|Expecting value|is not a list|JSONDecodeError")
@@ -149,8 +150,8 @@ class ReflectionLMProposer:
             return {name: future.result() for name, future in zip(names, futures, strict=True)}
 
     def observe(self, component: str, records: Sequence[Record]) -> None:
-        """Let the fallback learn, so that it knows all there is when it has to take over."""
-        if isinstance(self.fallback, LearnsFromRecords):
+        """Let the fallback learn, once it has had to take over: as a rule it never has to."""
+        if self.usage.fallbacks and isinstance(self.fallback, LearnsFromRecords):
             self.fallback.observe(component, records)
 
     def study(self, examples: Mapping[str, dspy.Example]) -> None:
@@ -218,7 +219,7 @@ class ReflectionLMProposer:
             {
                 "current_instruction_doc": instruction,
                 "dataset_with_feedback": [
-                    {key: record[key] for key in PROMPT_KEYS} for record in records
+                    {key: record[key] for key in PROMPT_KEYS if key in record} for record in records
                 ],
                 "prompt_template": self.prompt_template(name),
             }

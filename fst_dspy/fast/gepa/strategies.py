@@ -22,6 +22,7 @@ from gepa.strategies.candidate_selector import (
     TopKParetoCandidateSelector,
 )
 from gepa.strategies.component_selector import RoundRobinReflectionComponentSelector
+from gepa.utils import StopperProtocol
 
 from fst_dspy.config import FastConfig
 from fst_dspy.errors import ConfigError
@@ -126,7 +127,7 @@ TOP_K = 5
 
 @dataclass(frozen=True)
 class Strategies:
-    """The user's own strategies, in place of those that ``FastConfig`` names.
+    """The user's own strategies, in place of those that ``FastConfig`` names, and who looks on.
 
     They are called in every process and every phase; what they remember is not in checkpoints.
 
@@ -136,12 +137,16 @@ class Strategies:
         batch_sampler: gepa's protocol; for iterations with rollouts of their own.
         acceptance_criterion: gepa's protocol. A merge, and a child with fewer demos, need not do
             better than its parent, whatever the criterion.
+        callbacks: Objects with methods of gepa's ``GEPACallback``.
+        stop_callbacks: gepa's ``StopperProtocol``: called with gepa's state, they end the run.
     """
 
     component_selector: ReflectionComponentSelector | None = None
     candidate_selector: CandidateSelector | None = None
     batch_sampler: BatchSampler[Any, Any] | None = None
     acceptance_criterion: AcceptanceCriterion | None = None
+    callbacks: tuple[Any, ...] = ()
+    stop_callbacks: tuple[StopperProtocol, ...] = ()
 
 
 NAMED = Strategies()

@@ -7,18 +7,21 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import dspy
+from gepa.core.callbacks import GEPACallback
 from gepa.proposer.reflective_mutation.base import CandidateSelector
 from gepa.strategies.acceptance import AcceptanceCriterion
+from gepa.utils import StopperProtocol
 
 from fst_dspy.config import ALIASES
 from fst_dspy.errors import ConfigError
+from fst_dspy.fast.gepa.arguments import refuse_elsewhere, settings_of
+from fst_dspy.fast.gepa.strategies import Strategies
 from fst_dspy.fast.proposers.proposal_fn import ProposalFnProposer, is_proposal_fn, is_proposer
 from fst_dspy.fast.proposers.protocol import Proposer
-from fst_dspy.fast.strategies import Strategies
 from fst_dspy.student.metric import check_metric
 
 
@@ -44,11 +47,16 @@ def read_plugins(
     reflection_lm: Any,
     instruction_proposer: Any,
     settings: Mapping[str, Any],
+    *,
+    callbacks: Any = None,
+    stop_callbacks: Any = None,
+    gepa_kwargs: Any = None,
 ) -> Plugins:
     """Check what was plugged in, and bring it into the form that the fast channel works with.
 
     Args:
-        metric, reflection_lm, instruction_proposer: As for ``FST``.
+        metric, reflection_lm, instruction_proposer, callbacks, stop_callbacks, gepa_kwargs: As for
+            ``FST``.
         settings: Its other settings, objects among them.
 
     Raises:
@@ -57,7 +65,13 @@ def read_plugins(
     """
     check_metric(metric)
     lm = read_reflection_lm(reflection_lm)
-    strategies, settings = _strategies(settings)
+    refuse_elsewhere(settings)
+    watching = {"callbacks": callbacks, "stop_callbacks": stop_callbacks}
+    more = settings_of(gepa_kwargs, {**settings, **watching})
+    callbacks = read_callbacks(more.pop("callbacks", callbacks))
+    stoppers = read_stoppers(more.pop("stop_callbacks", stop_callbacks))
+    strategies, settings = _strategies({**settings, **more})
+    strategies = replace(strategies, callbacks=callbacks, stop_callbacks=stoppers)
     if settings.get("reflection_prompt_template") is not None and (
         lm is None or instruction_proposer is not None
     ):
@@ -117,6 +131,55 @@ def read_proposer(given: Any, lm: dspy.BaseLM | None) -> Proposer | None:
         "be called as dspy.GEPA's are, (candidate, reflective_dataset, components_to_update) -> "
         f"{{component: text}}, and not be async; got {what}"
     )
+
+
+def read_callbacks(given: Any) -> tuple[Any, ...]:
+    """gepa's callbacks.
+
+    Raises:
+        ConfigError: It is no list, or one of them has none of the methods.
+    """
+    if given is None:
+        return ()
+    if not isinstance(given, list | tuple):
+        raise ConfigError(f"callbacks must be a list of gepa's, got {type(given).__name__}")
+    methods = [name for name in vars(GEPACallback) if name.startswith("on_")]
+    for callback in given:
+        if inspect.isclass(callback) or not any(hasattr(callback, name) for name in methods):
+            raise ConfigError(
+                f"a callback of gepa's is an object with some of {', '.join(methods)}; got "
+                f"{callback!r} (DSPy's own go to dspy.configure(callbacks=[...]))"
+            )
+    return tuple(given)
+
+
+def read_stoppers(given: Any) -> tuple[StopperProtocol, ...]:
+    """gepa's stop callbacks, one or several.
+
+    Raises:
+        ConfigError: One of them cannot be called with a state.
+    """
+    stoppers = () if given is None else given if isinstance(given, list | tuple) else (given,)
+    for stopper in stoppers:
+        if inspect.isclass(stopper) or not _takes_state(stopper):
+            raise ConfigError(
+                "a stop callback is called with gepa's state and returns whether to stop "
+                f"(gepa.utils.StopperProtocol), got {stopper!r}"
+            )
+    return tuple(stoppers)
+
+
+def _takes_state(stopper: Any) -> bool:
+    called = stopper if inspect.isroutine(stopper) else getattr(stopper, "__call__", None)  # noqa: B004
+    if called is None or inspect.iscoroutinefunction(called):
+        return False
+    try:
+        inspect.signature(stopper).bind(None)
+    except TypeError:
+        return False
+    except ValueError:
+        return True
+    return True
 
 
 def _strategies(settings: Mapping[str, Any]) -> tuple[Strategies, dict[str, Any]]:

@@ -11,7 +11,8 @@ from gepa.core.adapter import EvaluationBatch
 
 from fst_dspy.fast.proposers.demos import shown_examples, without_answer
 from fst_dspy.fast.proposers.protocol import Record
-from fst_dspy.fast.reflector import Reflector, Trajectory, make_records
+from fst_dspy.fast.reflector import Reflector, Trajectory
+from fst_dspy.rollouts.evaluate import objectives_in, score_of
 from fst_dspy.rollouts.jobs import RolloutJob, Runner
 from fst_dspy.student.candidate import example_id, make_candidate
 from fst_dspy.types import Rollout
@@ -62,10 +63,16 @@ class GepaAdapter:
         for keep in self.keep if capture_traces else ():
             keep(rollouts)
         trajectories = [Trajectory(e, r) for e, r in zip(batch, rollouts, strict=True)]
+        names = objectives_in(rollouts)
         return EvaluationBatch(
             outputs=rollouts,
             scores=[rollout.reward for rollout in rollouts],
             trajectories=trajectories if capture_traces else None,
+            objective_scores=[
+                {name: score_of(rollout, name) for name in names} for rollout in rollouts
+            ]
+            if names
+            else None,
         )
 
     def make_reflective_dataset(
@@ -76,7 +83,7 @@ class GepaAdapter:
     ) -> dict[str, list[Record]]:
         """For each component, one record a rollout, failures included."""
         trajectories = eval_batch.trajectories or []
-        return {name: make_records(name, trajectories) for name in components_to_update}
+        return {name: self.reflector.records(name, trajectories) for name in components_to_update}
 
     def propose_new_texts(
         self,

@@ -1,0 +1,163 @@
+"""What an environment is: TRL's contract (``environment_factory`` of TRL's ``GRPOTrainer``).
+
+A factory makes an environment. ``reset(**fields)`` begins an episode on the fields of an example
+and returns the first observation, or ``None``; every other public method of its class is a tool,
+which the model calls and whose return value it reads. Where the class has ``get_reward()``, the
+episode's reward is its own. Three attributes are optional, by the custom of TRL's and OpenEnv's
+examples: ``done``, true once the episode is over; ``reward``, the reward so far; ``feedback``, a
+text about how it went. An environment may have ``close()``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import numbers
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from typing import Any
+
+from fst_dspy.errors import ProgramError
+
+NOT_TOOLS = ("reset", "get_reward", "close")
+"""Public methods of an environment that the model does not call."""
+
+Factory = Callable[[], Any]
+"""Makes an environment; a class, as a rule."""
+
+
+LOST = (ConnectionError, TimeoutError, MemoryError)
+"""Errors of what an environment runs on: not the agent's, and nothing to be learned from."""
+
+
+class RemoteError(Exception):
+    """What an environment raised in its own process; the message has the kind of error, too."""
+
+
+class EpisodeOver(BaseException):
+    """Ends an agent's loop once its environment is done; not for an agent's own ``except``."""
+
+
+def tools_of(environment: Any) -> dict[str, Callable[..., Any]]:
+    """The environment's tools by name: the public methods of its class, in their order there.
+
+    Raises:
+        ProgramError: It has no ``reset``, or no tool.
+    """
+    kind = type(environment)
+    own = getattr(environment, "fst_tools", None)
+    if callable(own):  # of one whose class does not say what they are
+        return own()
+    if not callable(getattr(kind, "reset", None)):
+        raise ProgramError(
+            f"the environment {kind.__name__} has no reset(); an environment has reset(**fields) "
+            "-> observation, and its other public methods are the model's tools"
+        )
+    # By the class: asking an instance would evaluate its properties.
+    names = [
+        name
+        for base in reversed(kind.__mro__)
+        for name, member in vars(base).items()
+        if inspect.isfunction(member) and not name.startswith("_") and name not in NOT_TOOLS
+    ]
+    if not names:
+        raise ProgramError(
+            f"the environment {kind.__name__} has no tool: give it a public method with typed "
+            "arguments and a docstring"
+        )
+    return {name: getattr(environment, name) for name in dict.fromkeys(names)}
+
+
+def said_of(error: BaseException) -> str:
+    """An error in a line: its kind and its message."""
+    return str(error) if isinstance(error, RemoteError) else f"{type(error).__name__}: {error}"
+
+
+def reset(environment: Any, fields: Mapping[str, Any]) -> Any:
+    """Begin an episode; ``reset`` is given the fields that it takes."""
+    parameters = inspect.signature(environment.reset).parameters.values()
+    if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters):
+        names = {p.name for p in parameters}
+        fields = {name: value for name, value in fields.items() if name in names}
+    return finished(environment.reset(**fields))
+
+
+def finished(value: Any) -> Any:
+    """What a method returned, awaited where it is to be."""
+    return asyncio.run(_awaited(value)) if inspect.isawaitable(value) else value
+
+
+async def _awaited(value: Any) -> Any:
+    return await value
+
+
+def as_text(observation: Any) -> str:
+    """An observation as the model reads it; of TRL's content blocks, the texts."""
+    if observation is None:
+        return ""
+    if isinstance(observation, list) and all(isinstance(part, dict) for part in observation):
+        texts = [str(part["text"]) for part in observation if part.get("type") == "text"]
+        return "\n".join(texts)
+    return str(observation)
+
+
+def is_done(environment: Any) -> bool:
+    """Whether the episode is over, as far as the environment says."""
+    return bool(getattr(environment, "done", False))
+
+
+def reward_so_far(environment: Any) -> float | None:
+    """The environment's ``reward``; ``None`` where it has none that is a number."""
+    reward = getattr(environment, "reward", None)
+    return float(reward) if isinstance(reward, numbers.Real) else None
+
+
+def final_reward(environment: Any) -> float | None:
+    """The reward of an episode that has ended: ``get_reward()``, or else ``reward``.
+
+    It is asked once an episode: it may be costly.
+    """
+    if callable(getattr(type(environment), "get_reward", None)):
+        reward = finished(environment.get_reward())
+        return None if reward is None else float(reward)
+    return reward_so_far(environment)
+
+
+def feedback_of(environment: Any) -> str:
+    """What the environment says of the episode; empty where it says nothing."""
+    return str(getattr(environment, "feedback", None) or "")
+
+
+def close(environment: Any) -> None:
+    """Close it, whatever state it is in; errors on the way out are of no use to anybody."""
+    if callable(getattr(environment, "close", None)):
+        with suppress(Exception):
+            finished(environment.close())
+
+
+def factory_for(factories: Factory | Mapping[str, Factory], name: str | None) -> Factory:
+    """The factory of an example; among several, that which its field ``environment`` names.
+
+    Raises:
+        ProgramError: The field is missing, or names none of them.
+    """
+    if not isinstance(factories, Mapping):
+        return factories
+    known = ", ".join(map(repr, factories))
+    if name is None:
+        raise ProgramError(f"each example needs a field 'environment' that names one of {known}")
+    if name not in factories:
+        raise ProgramError(f"the field environment={name!r} of an example must name one of {known}")
+    return factories[name]
+
+
+def described(
+    function: Callable[..., Any], name: str, signature: inspect.Signature, doc: str | None
+) -> Callable[..., Any]:
+    """A function that passes for a tool of this name, signature and docstring."""
+    function.__name__, function.__doc__ = name, doc
+    function.__signature__ = signature  # type: ignore[attr-defined]
+    function.__annotations__ = {
+        p.name: p.annotation for p in signature.parameters.values() if p.annotation is not p.empty
+    }
+    return function

@@ -1,0 +1,127 @@
+"""One episode: an environment from its reset to its end, and the turns taken in it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import dspy
+
+from fst_dspy.agents import contract
+from fst_dspy.agents.contract import EpisodeOver
+from fst_dspy.rollouts.session import calls_so_far, note_turn
+from fst_dspy.types import Turn, TurnStatus
+
+EPISODE = "fst_episode"
+"""The DSPy setting that holds the episode in which an agent's tools are called."""
+
+
+class Episode:
+    """An environment that is being acted in. A context manager, which closes it whatever happens.
+
+    Args:
+        environment: As ``fst_dspy.agents.contract`` says.
+        fields: The example's, for ``reset``.
+        max_turns: Turns it may take.
+
+    Attributes:
+        turns: Those taken so far.
+        observation: What the environment showed last, as it gave it.
+        done: Whether it is over.
+    """
+
+    def __init__(self, environment: Any, fields: Mapping[str, Any], max_turns: int) -> None:
+        self.environment, self.max_turns = environment, max_turns
+        self.turns: list[Turn] = []
+        self._began = time.perf_counter()
+        try:
+            self.observation = contract.reset(environment, fields)
+        except BaseException:
+            contract.close(environment)
+            raise
+        self._reward = contract.reward_so_far(environment)
+        self.done = contract.is_done(environment)
+
+    def __enter__(self) -> Episode:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        contract.close(self.environment)
+
+    @property
+    def over(self) -> bool:
+        """Whether no turn is left."""
+        return self.done or len(self.turns) >= self.max_turns
+
+    def step(self, tool: str, arguments: Mapping[str, Any], action: str) -> Any:
+        """Take a turn by calling a tool; its result is the next observation.
+
+        An error of the tool is a result like any other, for the agent to read. One of what the
+        environment runs on is raised.
+
+        Raises:
+            EpisodeOver: No turn was left.
+        """
+        if self.over:
+            raise EpisodeOver
+        began = time.perf_counter()
+        status: TurnStatus = "ok"
+        try:
+            result = contract.finished(getattr(self.environment, tool)(**arguments))
+        except contract.LOST:
+            raise
+        except Exception as error:
+            status, result = "error", contract.said_of(error)
+        self.done = contract.is_done(self.environment)
+        seconds = time.perf_counter() - began
+        self._note(action, result, status, self._gained(), seconds)
+        self.observation = result
+        return result
+
+    def invalid(self, action: str, why: str) -> None:
+        """Take a turn by an action that is none: the environment does not see it."""
+        self._note(action, why, "invalid", 0.0, 0.0)
+
+    def prediction(self, **fields: Any) -> dspy.Prediction:
+        """How it went, once it has ended: see ``fst_dspy.agents.module.Env``."""
+        reward = contract.final_reward(self.environment)
+        return dspy.Prediction(
+            **fields,
+            turns=tuple(self.turns),
+            reward=reward,
+            done=self.done,
+            feedback=contract.feedback_of(self.environment),
+        )
+
+    def _gained(self) -> float:
+        """What the reward has grown by since it was last looked at."""
+        before, self._reward = self._reward, contract.reward_so_far(self.environment)
+        return (self._reward or 0.0) - (before or 0.0)
+
+    def _note(
+        self, action: str, result: Any, status: TurnStatus, reward: float, seconds: float
+    ) -> None:
+        turn = Turn(
+            observation=contract.as_text(self.observation),
+            action=action,
+            result=contract.as_text(result),
+            reward=reward,
+            status=status,
+            seconds=seconds,
+            calls=calls_so_far(),
+        )
+        self.turns.append(turn)
+        note_turn(turn)
+
+
+def current() -> Episode:
+    """The episode in which the caller's tools are called.
+
+    Raises:
+        RuntimeError: There is none: a tool of an environment was called outside its program.
+    """
+    episode = dspy.settings.get(EPISODE)
+    if not isinstance(episode, Episode):
+        raise RuntimeError("this tool belongs to an environment, and no episode is running")
+    return episode

@@ -1,0 +1,298 @@
+"""A compile as it is planned: settings that fit the model, memory, rollouts and time.
+
+Made before any work, from a model's configuration alone if need be. Times are estimates: what a
+step multiplies, by how fast the machine multiplies matrices of the model's width, which is tried
+out for a moment. The first validation shows how fast rollouts really are.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
+
+import torch
+
+from fst_dspy.config import FSTConfig, SlowConfig
+from fst_dspy.model.hardware import multiplies_bfloat16, total_memory
+from fst_dspy.model.sizes import (
+    MAX_CPU_TOKENS,
+    cache_bytes,
+    parameter_count,
+    power_of_two,
+    training_tokens,
+)
+from fst_dspy.plan.memory import USABLE, Memory, fitting_lora, memory_of, trainable_count
+from fst_dspy.plan.prompts import Prompts
+from fst_dspy.slow.learning_rate import with_learning_rate
+from fst_dspy.types import Arm
+
+MICRO_TOKENS = {"cpu": 16_384, "cuda": 65_536}
+MICRO_ROWS = 16
+EFFICIENCY = 0.4
+"""Of the speed of bare matrix products, that a whole model reaches."""
+TRIED_ROWS = 256
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a compile will do and take.
+
+    Attributes:
+        model, device, dtype: The model, where it is, and the dtype of its weights.
+        parameters, trainable: Of the model, and those that are trained.
+        adapters: Rank of the adapters that are trained; ``None`` where all weights are.
+        learning_rate: Peak learning rate.
+        prompt_tokens, max_tokens: Of a call: its prompt's mean length, its longest answer.
+        prompts_counted: Whether a tokenizer counted; else it is an estimate.
+        micro_batch_tokens: Of a forward and backward pass.
+        memory: By what it is for, in bytes.
+        peak_memory, machine_memory: The most at once, and what the device has.
+        steps, rollouts_per_step, rollouts: Of the whole run; a limit in seconds is not looked at.
+        seconds_per_step, seconds: A step with its rollouts, and the whole run.
+        timing: ``"estimated"``, or ``"measured"`` on rollouts of this run.
+        problems: What will not fit or not be right, and what to change; empty where all is well.
+    """
+
+    model: str
+    device: str
+    dtype: str
+    parameters: int
+    trainable: int
+    adapters: int | None
+    learning_rate: float
+    prompt_tokens: int
+    max_tokens: int
+    prompts_counted: bool
+    micro_batch_tokens: int
+    memory: Memory
+    peak_memory: int
+    machine_memory: int
+    steps: int
+    rollouts_per_step: int
+    rollouts: int
+    seconds_per_step: float
+    seconds: float
+    timing: Literal["estimated", "measured"]
+    problems: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return asdict(self)
+
+    def measured(self, seconds: float, rollouts: int) -> Plan:
+        """The plan with times by what some rollouts, a validation's say, have taken.
+
+        An optimizer step reads each rollout's tokens again and goes back through them, which is
+        taken to be as slower as in the estimate.
+        """
+        per_rollout = seconds / max(1, rollouts)
+        estimated = self.seconds_per_step / max(1, self.rollouts_per_step)
+        factor = per_rollout / (estimated * self._sampling_share) if estimated else 1.0
+        return replace(
+            self,
+            seconds_per_step=self.seconds_per_step * factor,
+            seconds=self.seconds * factor,
+            timing="measured",
+        )
+
+    @property
+    def _sampling_share(self) -> float:
+        """Of a step's multiplications, those of sampling: forward, against forward and back."""
+        return 1 / 4
+
+    def lines(self) -> Iterator[tuple[str, str]]:
+        """Name and words of each part, to be shown."""
+        trained = f"adapters of rank {self.adapters}" if self.adapters else "all weights"
+        about = "" if self.prompts_counted else "about "
+        memory = self.memory
+        yield (
+            "model",
+            f"{self.model}: {self.parameters / 1e6:,.4g} M parameters, {self.dtype} on {self.device}",
+        )
+        yield (
+            "trained",
+            f"{trained}, {self.trainable / 1e6:,.4g} M, learning rate {self.learning_rate:.2g}",
+        )
+        parts = ", ".join(f"{name} {_gib(size)}" for name, size in memory.to_dict().items() if size)
+        yield "memory", f"{_gib(self.peak_memory)} of {_gib(self.machine_memory)} at most: {parts}"
+        yield (
+            "a call",
+            f"prompt of {about}{self.prompt_tokens:,} tokens, answer of at most {self.max_tokens:,}; "
+            f"{self.micro_batch_tokens:,} tokens a micro-batch",
+        )
+        yield (
+            "rollouts",
+            f"about {self.rollouts:,}: {self.steps:,} optimizer steps of {self.rollouts_per_step:,}, "
+            "the rest validation and prompts",
+        )
+        yield (
+            "time",
+            f"about {_duration(self.seconds)}, {_duration(self.seconds_per_step)} a step "
+            f"({self.timing}; answers shorter than the longest take less)",
+        )
+        for problem in self.problems:
+            yield "problem", problem
+
+
+def fitted(slow: SlowConfig, model: Any, dtype: torch.dtype, device: torch.device) -> SlowConfig:
+    """The settings with adapters and learning rate that they leave to the model and the machine.
+
+    Args:
+        model: Without adapters; may be on PyTorch's meta device.
+        dtype, device: Of its weights, and where they are to be.
+    """
+    if slow.lora == "auto":
+        lora = fitting_lora(model, dtype, device, total_memory(device))
+        slow = replace(slow, lora=lora)
+    return with_learning_rate(slow, model)
+
+
+def make_plan(
+    model: Any,
+    name: str,
+    config: FSTConfig,
+    prompts: Prompts,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    max_tokens: int,
+    context: int,
+    arm: Arm = "fst",
+    flops: float | None = None,
+) -> Plan:
+    """Plan a compile.
+
+    Args:
+        model: The model, without adapters; may be on PyTorch's meta device.
+        name: To call it.
+        config: The settings.
+        prompts: Of the program.
+        dtype, device: Of the weights, and where they are to be.
+        max_tokens: Longest answer of a call, where the settings do not say.
+        context: Tokens that prompt and answer may have together.
+        arm: As for ``FST``.
+        flops: Multiplications and additions a second that the device does; tried out by default.
+    """
+    slow, total = fitted(config.slow, model, dtype, device), total_memory(device)
+    lora = slow.lora if slow.lora != "auto" else None
+    new = min(config.sampling.max_tokens or max_tokens, max(1, context - prompts.tokens))
+    item, text = dtype.itemsize, model.config.get_text_config()
+    parameters = parameter_count(model)
+    bare = memory_of(model, dtype, lora, micro_tokens=0)
+    room = max(0, total - bare.peak(device))
+    most = MICRO_TOKENS["cuda" if device.type == "cuda" else "cpu"]
+    micro = training_tokens(model.config, item, room, most)
+    length = prompts.tokens + new
+    batch = slow.group_size * slow.problems_per_step
+    rows = max(1, min(micro // max(1, length), slow.micro_batch_size or MICRO_ROWS, batch))
+    alive = min(batch, config.sampling.num_threads)
+    cap = (
+        MAX_CPU_TOKENS
+        if device.type != "cuda"
+        else power_of_two(room // 2) // cache_bytes(text, item)
+    )
+    cached = min(alive * length, max(length, cap))
+    memory = memory_of(
+        model, dtype, lora,
+        micro_tokens=rows * length,
+        trained_tokens=rows * new,
+        rows=min(alive, max(1, cached // max(1, length))),
+        cached_tokens=cached,
+    )  # fmt: skip
+    slow_on = arm != "gepa_only"
+    rollouts, steps = _rollouts(config, batch, slow_on)
+    flops = flops or measured_flops(text.hidden_size, dtype, device)
+    each = prompts.calls * 2 * parameters * length / (flops * EFFICIENCY)
+    step_seconds = batch * each * 4  # sampled, read again, and twice that on the way back
+    plan = Plan(
+        model=name,
+        device=str(device),
+        dtype=str(dtype).removeprefix("torch."),
+        parameters=parameters,
+        trainable=trainable_count(model, lora) if slow_on else 0,
+        adapters=lora.rank if lora is not None else None,
+        learning_rate=slow.learning_rate or 0.0,
+        prompt_tokens=prompts.tokens,
+        max_tokens=new,
+        prompts_counted=prompts.counted,
+        micro_batch_tokens=micro,
+        memory=memory,
+        peak_memory=memory.peak(device),
+        machine_memory=total,
+        steps=steps,
+        rollouts_per_step=batch,
+        rollouts=rollouts,
+        seconds_per_step=step_seconds,
+        seconds=rollouts * each + steps * batch * each * 3,
+        timing="estimated",
+        problems=(),
+    )
+    return replace(plan, problems=tuple(_problems(plan, model, dtype, device, context)))
+
+
+def measured_flops(width: int, dtype: torch.dtype, device: torch.device) -> float:
+    """Multiplications and additions a second, in products of the model's width; takes 0.1 s."""
+    rows = torch.ones(TRIED_ROWS, width, dtype=dtype, device=device)
+    weight = torch.ones(4 * width, width, dtype=dtype, device=device)
+    best, begun = float("inf"), time.perf_counter()
+    while best == float("inf") or time.perf_counter() - begun < 0.1:
+        started = time.perf_counter()
+        torch.nn.functional.linear(rows, weight).sum().item()
+        best = min(best, time.perf_counter() - started)
+    return 2 * TRIED_ROWS * 4 * width * width / best
+
+
+def _rollouts(config: FSTConfig, batch: int, slow_on: bool) -> tuple[int, int]:
+    """Rollouts of the run, and optimizer steps among them."""
+    budget, fast = config.budget, config.fast
+    trained = config.slow.steps_per_cycle * batch if slow_on else 0
+    own = 0 if slow_on and fast.reuse else 2 * fast.cycle_iterations * fast.minibatch_size
+    cycle = trained + config.sampling.val_size + own
+    first = config.sampling.val_size + 2 * fast.first_cycle_iterations * fast.minibatch_size
+    cycles = budget.max_cycles
+    if budget.max_rollouts is not None:
+        needed = max(1, -(-(budget.max_rollouts - first) // max(1, cycle)))
+        cycles = needed if cycles is None else min(cycles, needed)
+    cycles = cycles or 1  # a limit in seconds alone: one cycle is told
+    return first + cycles * cycle, cycles * config.slow.steps_per_cycle if slow_on else 0
+
+
+def _problems(
+    plan: Plan,
+    model: Any,
+    dtype: torch.dtype,
+    device: torch.device,
+    context: int,
+) -> Iterator[str]:
+    room = USABLE * plan.machine_memory
+    if plan.memory.weights > room:
+        yield (
+            f"the weights alone take {_gib(plan.memory.weights)}, {device.type} has "
+            f"{_gib(plan.machine_memory)}: take a smaller model or another machine"
+        )
+    elif plan.peak_memory > room:
+        lighter = fitting_lora(model, dtype, device, plan.machine_memory)
+        if plan.adapters is None and lighter is not None:
+            yield "training all weights does not fit: set lora=True, or leave lora out"
+        else:
+            yield "it may not fit: set a lower max_tokens or micro_batch_size, or a smaller model"
+    if plan.prompt_tokens >= context:
+        yield (
+            f"prompts of {plan.prompt_tokens:,} tokens do not fit the model's {context:,}: shorten "
+            "instructions, demos or inputs"
+        )
+    if dtype != torch.float32 and device.type == "cpu" and not multiplies_bfloat16():
+        yield f"this CPU has no instructions for {plan.dtype}: dtype='float32' is faster"
+
+
+def _gib(size: int) -> str:
+    return f"{size / GIB:.3g} GiB"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.2g} s"
+    return f"{seconds / 60:.3g} min" if seconds < 5400 else f"{seconds / 3600:.3g} h"

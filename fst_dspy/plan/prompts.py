@@ -1,0 +1,62 @@
+"""How long a program's prompts are, before it is run."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import dspy
+
+from fst_dspy.student.adapter import strict_adapter
+
+LOOKED_AT = 8
+"""Examples that are rendered."""
+CHARACTERS_A_TOKEN = 4
+"""Of English, where there is no tokenizer to count with."""
+OPEN_CHARACTERS = 200
+"""Of an input that another predictor makes, which is not known before it is run."""
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """What is known of a program's prompts.
+
+    Attributes:
+        calls: Model calls of a rollout: its predictors, each once.
+        tokens: Of a prompt, the mean over calls.
+        counted: Whether a tokenizer counted them.
+    """
+
+    calls: int
+    tokens: int
+    counted: bool
+
+
+def prompts_of(
+    program: dspy.Module,
+    examples: Sequence[dspy.Example],
+    count: Callable[[str], int] | None = None,
+) -> Prompts:
+    """Render the program's prompts on a few examples.
+
+    Args:
+        program: Its predictors, with their instructions and demos.
+        examples: With inputs set; those whose fields a predictor takes are put in.
+        count: Counts the tokens of a text; without it they are estimated.
+    """
+    adapter = strict_adapter(dspy.settings.adapter)
+    lengths = []
+    predictors = program.predictors()
+    for predictor in predictors:
+        for example in examples[:LOOKED_AT]:
+            given = example.inputs().toDict()
+            inputs = {
+                name: given.get(name, "x" * OPEN_CHARACTERS)
+                for name in predictor.signature.input_fields
+            }
+            messages = adapter.format(predictor.signature, list(predictor.demos), inputs)
+            text = "\n".join(str(message["content"]) for message in messages)
+            lengths.append(count(text) if count else len(text) // CHARACTERS_A_TOKEN)
+    tokens = round(statistics.fmean(lengths)) if lengths else 0
+    return Prompts(len(predictors), tokens, count is not None)

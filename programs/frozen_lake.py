@@ -1,0 +1,100 @@
+"""FrozenLake (gymnasium): cross a frozen lake to the gift without falling into a hole.
+
+Small enough for a laptop: 4 by 4 fields, four actions, the way told by words alone. Every example
+is a lake of its own, drawn from its seed. The environment's reward is 1 at the gift, otherwise 0.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import dspy
+
+import fst_dspy
+from fst_dspy.types import Task
+
+SIZE = 4
+ACTIONS = ("left", "down", "right", "up")
+STEPS = {"left": (0, -1), "down": (1, 0), "right": (0, 1), "up": (-1, 0)}
+INSTRUCTIONS = "Choose the next step across the lake to the gift. Do not step into a hole."
+WORDS = {b"F": "ice", b"S": "ice", b"H": "hole", b"G": "gift"}
+
+
+class Act(dspy.Signature):
+    """Choose the next step across the lake to the gift. Do not step into a hole."""
+
+    observation: str = dspy.InputField()
+    history: str = dspy.InputField()
+    action: str = dspy.OutputField()
+
+
+class FrozenLake:
+    """A lake by TRL's contract of environments; ``seed`` draws it."""
+
+    def __init__(self) -> None:
+        self.done, self.reward, self.feedback = False, 0.0, ""
+        self._lake: Any = None
+
+    def reset(self, seed: int) -> str:
+        """Begin on the lake of a seed."""
+        import gymnasium
+        from gymnasium.envs.toy_text.frozen_lake import generate_random_map
+
+        self.close()
+        lake = generate_random_map(size=SIZE, p=0.75, seed=seed)
+        self._lake = gymnasium.make("FrozenLake-v1", desc=lake, is_slippery=False)
+        place, _ = self._lake.reset(seed=seed)
+        self.done, self.reward, self.feedback = False, 0.0, ""
+        return self._told(place)
+
+    def step(self, direction: str) -> str:
+        """The next step: left, down, right or up."""
+        if direction not in ACTIONS:
+            raise ValueError(
+                f"{direction!r} is no direction; it must be one of {', '.join(ACTIONS)}"
+            )
+        place, reward, terminated, truncated, _ = self._lake.step(ACTIONS.index(direction))
+        self.reward, self.done = float(reward), bool(terminated or truncated)
+        told = self._told(place)
+        if terminated and not reward:
+            self.feedback = f"The step {direction} led into a hole: never step where it says hole."
+            return "You fell into a hole."
+        return told
+
+    def close(self) -> None:
+        """Close it."""
+        if self._lake is not None:
+            self._lake.close()
+
+    def _told(self, place: int) -> str:
+        desc = self._lake.unwrapped.desc
+        row, column = divmod(int(place), SIZE)
+        seen = []
+        for name, (down, right) in STEPS.items():
+            r, c = row + down, column + right
+            inside = 0 <= r < SIZE and 0 <= c < SIZE
+            seen.append(f"{name}: {WORDS[desc[r][c]] if inside else 'shore'}")
+        gift_row, gift_column = SIZE - 1, SIZE - 1
+        way = f"gift: {gift_row - row} down, {gift_column - column} right"
+        return "; ".join([*seen, way])
+
+
+def load(seed: int, train: int = 200, val: int = 48, test: int = 100, max_turns: int = 12) -> Task:
+    """The task: lakes by their seeds, no two sets with one in common."""
+    first = 100_000 * (seed + 1)
+    lakes = [
+        dspy.Example(seed=first + number).with_inputs("seed")
+        for number in range(train + val + test)
+    ]
+    return Task(
+        name="frozen_lake",
+        program=fst_dspy.env(FrozenLake, Act, max_turns=max_turns),
+        metric=fst_dspy.env_reward,
+        trainset=lakes[:train],
+        valset=lakes[train : train + val],
+        testset=lakes[train + val :],
+        ideal_instructions={
+            "act": "Step right or down towards the gift where it says ice; never step where it "
+            "says hole; where both are holes, go another way round."
+        },
+    )

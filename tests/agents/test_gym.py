@@ -1,0 +1,60 @@
+from __future__ import annotations
+
+import dspy
+import pytest
+from dspy.utils import DummyLM
+
+import fst_dspy
+from fst_dspy.errors import ProgramError
+
+gymnasium = pytest.importorskip("gymnasium")
+
+
+def test_an_id_is_enough():
+    program = fst_dspy.env("FrozenLake-v1", max_turns=3)
+    with dspy.context(lm=DummyLM([{"action": "2"}] * 3), adapter=dspy.ChatAdapter()):
+        pred = program(seed=1)
+    assert [turn.action for turn in pred.turns] == ["2"] * len(pred.turns)
+    assert pred.reward == 0.0
+
+
+def test_actions_have_names_and_observations_words():
+    make = fst_dspy.gym_factory(
+        "FrozenLake-v1",
+        actions=("left", "down", "right", "up"),
+        describe=lambda place, environment: f"field {place}",
+        is_slippery=False,
+    )
+    environment = make()
+    assert environment.reset(seed=1) == "field 0"
+    assert [environment.act(step) for step in ("down", "down", "right", "right")] == [
+        "field 4", "field 8", "field 9", "field 10",
+    ]  # fmt: skip
+    environment.act("down")
+    environment.act("right")
+    assert (environment.done, environment.reward) == (True, 1.0)
+    with pytest.raises(ValueError, match="over"):
+        environment.act("right")
+    environment.close()
+
+
+def test_minigrids_own_actions_and_mission_are_used():
+    pytest.importorskip("minigrid")
+    environment = fst_dspy.gym_factory("MiniGrid-GoToDoor-5x5-v0")()
+    environment.reset(seed=1)
+    assert environment.mission.startswith("go to the")
+    assert "forward" in str(environment.fst_tools()["act"].__annotations__["action"])
+    environment.close()
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "said"),
+    [
+        ("NoSuchGame-v9", {}, "cannot make"),
+        ("FrozenLake-v1", {"actions": ("left", "right")}, "has 4 actions"),
+        ("MountainCarContinuous-v0", {}, "not discrete"),
+    ],
+)
+def test_what_does_not_fit_is_told(name, settings, said):
+    with pytest.raises(ProgramError, match=said):
+        fst_dspy.gym_factory(name, **settings)()
