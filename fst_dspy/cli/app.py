@@ -24,6 +24,7 @@ from fst_dspy.cli.options import (
     errors_told,
     parse_settings,
 )
+from fst_dspy.cli.plan import plan
 from fst_dspy.cli.protocols import continual, plasticity
 from fst_dspy.cli.tune import tune
 from fst_dspy.display import as_text, panel, table
@@ -121,6 +122,7 @@ def watch(
         watch_run(run, console, every)
 
 
+app.command()(plan)
 app.command()(tune)
 app.command()(compare)
 app.command()(ablate)

@@ -21,11 +21,12 @@ from fst_dspy.errors import TrainingError
 from fst_dspy.fast.population import mean
 from fst_dspy.loop.interrupt import Interrupt
 from fst_dspy.loop.parts import Parts
-from fst_dspy.loop.progress import StopRun
+from fst_dspy.loop.progress import StopRun, TellsPlan
 from fst_dspy.loop.records import cycle_record, rollouts_of, step_record
 from fst_dspy.loop.signal import troubles, without_signal
 from fst_dspy.loop.state import LoopState
 from fst_dspy.loop.validation import better_of, score
+from fst_dspy.plan.plan import Plan
 from fst_dspy.rollouts.health import Tally
 from fst_dspy.rollouts.jobs import Channel
 from fst_dspy.types import Group, Population, RolloutCounts
@@ -51,6 +52,8 @@ class Run:
         # A run that was stopped goes on where it stood, to the same end as if it had not been.
         state = self._resume() or self._start()
         parts.progress.begin(parts.budget)
+        if not state.records:
+            self._tell_plan(parts.plan)
         try:
             folder = parts.folder.path if parts.folder else None
             with parts.trackers, Interrupt(folder) as interrupt:
@@ -58,6 +61,8 @@ class Run:
                 # sight of a program or metric that fails.
                 if not state.records:
                     state = self._validate(state)
+                    taken = state.seconds.get("eval", 0.0)
+                    self._tell_plan(parts.plan.measured(taken, state.counts.total))
                 stopped = self._tell_cycle(state)
                 while not (stopped or self._finished(state)):
                     # Prompts first: RL under a prompt that gives no reward damages the model.
@@ -288,6 +293,17 @@ class Run:
 
     def _tell(self, cycle: int, name: str) -> None:
         self.parts.progress.phase(cycle, name, self.runner.counts)
+
+    def _tell_plan(self, plan: Plan) -> None:
+        """Tell what the run is expected to take, and what is wrong with that."""
+        if isinstance(self.parts.progress, TellsPlan):
+            self.parts.progress.plan(plan)
+        if self.parts.folder is not None:
+            self.parts.folder.record_plan(plan)
+        for name, words in plan.lines():
+            level = logging.WARNING if name == "problem" else logging.INFO
+            if name != "problem" or plan.timing == "estimated":
+                logger.log(level, "plan: %s: %s", name, words)
 
     def _tell_cycle(self, state: LoopState) -> bool:
         """Tell that a cycle has ended; whether the listener wants the run to end with it."""
