@@ -33,6 +33,7 @@ MICRO_ROWS = 16
 EFFICIENCY = 0.4
 """Of the speed of bare matrix products, that a whole model reaches."""
 TRIED_ROWS = 256
+TRIED_SECONDS = 0.03
 GIB = 2**30
 
 
@@ -103,36 +104,31 @@ class Plan:
         """Of a step's multiplications, those of sampling: forward, against forward and back."""
         return 1 / 4
 
-    def lines(self) -> Iterator[tuple[str, str]]:
-        """Name and words of each part, to be shown."""
-        trained = f"adapters of rank {self.adapters}" if self.adapters else "all weights"
-        about = "" if self.prompts_counted else "about "
-        memory = self.memory
-        yield (
-            "model",
-            f"{self.model}: {self.parameters / 1e6:,.4g} M parameters, {self.dtype} on {self.device}",
-        )
-        yield (
-            "trained",
-            f"{trained}, {self.trainable / 1e6:,.4g} M, learning rate {self.learning_rate:.2g}",
-        )
-        parts = ", ".join(f"{name} {_gib(size)}" for name, size in memory.to_dict().items() if size)
-        yield "memory", f"{_gib(self.peak_memory)} of {_gib(self.machine_memory)} at most: {parts}"
-        yield (
-            "a call",
-            f"prompt of {about}{self.prompt_tokens:,} tokens, answer of at most {self.max_tokens:,}; "
-            f"{self.micro_batch_tokens:,} tokens a micro-batch",
-        )
-        yield (
-            "rollouts",
-            f"about {self.rollouts:,}: {self.steps:,} optimizer steps of {self.rollouts_per_step:,}, "
-            "the rest validation and prompts",
-        )
-        yield (
+    def time_line(self) -> tuple[str, str]:
+        """The line of ``lines`` that tells the time."""
+        return (
             "time",
             f"about {_duration(self.seconds)}, {_duration(self.seconds_per_step)} a step "
             f"({self.timing}; answers shorter than the longest take less)",
         )
+
+    def lines(self) -> Iterator[tuple[str, str]]:
+        """Name and words of each part, to be shown."""
+        trained = f"adapters of rank {self.adapters}" if self.adapters else "all weights"
+        about = "" if self.prompts_counted else "about "
+        size, place = f"{self.parameters / 1e6:,.4g} M parameters", f"{self.dtype} on {self.device}"
+        yield "model", f"{self.model}: {size}, {place}"
+        moved = f"{self.trainable / 1e6:,.4g} M, learning rate {self.learning_rate:.2g}"
+        yield "trained", f"{trained}, {moved}"
+        parts = self.memory.to_dict().items()
+        used = ", ".join(f"{name} {_gib(size)}" for name, size in parts if size)
+        yield "memory", f"{_gib(self.peak_memory)} of {_gib(self.machine_memory)} at most: {used}"
+        answer = f"answer of at most {self.max_tokens:,}"
+        batch = f"{self.micro_batch_tokens:,} tokens a micro-batch"
+        yield "a call", f"prompt of {about}{self.prompt_tokens:,} tokens, {answer}; {batch}"
+        steps = f"{self.steps:,} optimizer steps of {self.rollouts_per_step:,}"
+        yield "rollouts", f"about {self.rollouts:,}: {steps}, the rest validation and prompts"
+        yield self.time_line()
         for problem in self.problems:
             yield "problem", problem
 
@@ -189,11 +185,8 @@ def make_plan(
     batch = slow.group_size * slow.problems_per_step
     rows = max(1, min(micro // max(1, length), slow.micro_batch_size or MICRO_ROWS, batch))
     alive = min(batch, config.sampling.num_threads)
-    cap = (
-        MAX_CPU_TOKENS
-        if device.type != "cuda"
-        else power_of_two(room // 2) // cache_bytes(text, item)
-    )
+    fits = power_of_two(room // 2) // cache_bytes(text, item)
+    cap = min(fits, MAX_CPU_TOKENS) if device.type != "cuda" else fits
     cached = min(alive * length, max(length, cap))
     memory = memory_of(
         model, dtype, lora,
@@ -234,11 +227,11 @@ def make_plan(
 
 
 def measured_flops(width: int, dtype: torch.dtype, device: torch.device) -> float:
-    """Multiplications and additions a second, in products of the model's width; takes 0.1 s."""
+    """Multiplications and additions a second, in products of the model's width; takes a moment."""
     rows = torch.ones(TRIED_ROWS, width, dtype=dtype, device=device)
     weight = torch.ones(4 * width, width, dtype=dtype, device=device)
     best, begun = float("inf"), time.perf_counter()
-    while best == float("inf") or time.perf_counter() - begun < 0.1:
+    while best == float("inf") or time.perf_counter() - begun < TRIED_SECONDS:
         started = time.perf_counter()
         torch.nn.functional.linear(rows, weight).sum().item()
         best = min(best, time.perf_counter() - started)

@@ -48,7 +48,8 @@ ORDER = {
     "results": f"{STUDENT} run",
     "bundle": f"{STUDENT} model run lm results",
     "fast": f"{STUDENT} run rollouts",
-    "loop": f"{STUDENT} model slow run lm rollouts results fast",
+    "plan": f"{STUDENT} model slow",
+    "loop": f"{STUDENT} model slow run lm rollouts results fast plan",
     "optimizer": f"{STUDENT} run lm rollouts results fast bundle loop",
     "measures": f"{STUDENT} model lm rollouts results bundle",
     "litellm_provider": f"{STUDENT} model lm rollouts results bundle",
@@ -59,7 +60,7 @@ ORDER = {
     " measures litellm_provider distill study continual",
     "report": f"{STUDENT} model slow run lm rollouts results bundle fast",
     "cli": f"{STUDENT} model slow run lm rollouts results bundle fast loop optimizer"
-    " measures litellm_provider distill study continual experiments report",
+    " measures litellm_provider distill study continual experiments report plan",
     "__main__": "cli",
 }
 """Files and folders of the package, and what each may import beside itself: nothing from below."""
@@ -68,7 +69,7 @@ SAVED = {"local_lm": "lm", "engine": "lm"}
 """Files of one line, whose paths programs hold that were saved by earlier versions."""
 
 BARE = "student model slow run lm rollouts agents results bundle fast fast/gepa fast/proposers loop"
-BARE += " distill continual experiments/findings pretrained smollm2"
+BARE += " plan distill continual experiments/findings pretrained smollm2"
 """Folders whose ``__init__.py`` is a docstring: to import one file of theirs imports that one."""
 
 FILES_AT_THE_TOP = 13
