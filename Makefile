@@ -10,7 +10,7 @@ TESTS ?= not slow or insides
 LATEST_BUT ?=
 
 .PHONY: install demo test pytest test-fast test-gpu latest test-latest lowest test-lowest lint bench
-.PHONY: wheel clean
+.PHONY: wheel clean real
 
 install: $(VENV)/.installed
 
@@ -64,6 +64,10 @@ lint: install
 
 bench: install
 	$(BIN)/python -m benchmarks.speed --report benchmarks/RESULTS.md
+
+# SmolLM2 is fetched once; what has run is not run again. A job: make real REAL="--limit 1".
+real: install
+	$(BIN)/python benchmarks/real_lm.py $(REAL)
 
 wheel: install
 	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
