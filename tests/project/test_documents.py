@@ -7,7 +7,10 @@ import re
 import pytest
 from places import ROOT
 
-DOCUMENTS = ["README.md", "CONTRIBUTING.md", "docs/architecture.md", "benchmarks/RESULTS.md"]
+DOCUMENTS = [
+    *("README.md", "CONTRIBUTING.md", "benchmarks/RESULTS.md"),
+    *("docs/architecture.md", "docs/smollm2.md"),
+]
 BEGINNINGS = ["", "fst_dspy/", "tests/", "benchmarks/"]
 OF_A_USER = {"my_program.py", "path/to/file.py"}
 
