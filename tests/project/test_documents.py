@@ -12,6 +12,7 @@ DOCUMENTS = [
     "CONTRIBUTING.md",
     "docs/architecture.md",
     "docs/dspy_compatibility.md",
+    "docs/sizes.md",
     "benchmarks/RESULTS.md",
 ]
 BEGINNINGS = ["", "fst_dspy/", "tests/", "benchmarks/"]
