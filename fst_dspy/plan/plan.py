@@ -133,15 +133,22 @@ class Plan:
             yield "problem", problem
 
 
-def fitted(slow: SlowConfig, model: Any, dtype: torch.dtype, device: torch.device) -> SlowConfig:
+def fitted(
+    slow: SlowConfig,
+    model: Any,
+    dtype: torch.dtype,
+    device: torch.device,
+    total: int | None = None,
+) -> SlowConfig:
     """The settings with adapters and learning rate that they leave to the model and the machine.
 
     Args:
         model: Without adapters; may be on PyTorch's meta device.
         dtype, device: Of its weights, and where they are to be.
+        total: Bytes of memory that the device has; asked for by default.
     """
     if slow.lora == "auto":
-        lora = fitting_lora(model, dtype, device, total_memory(device))
+        lora = fitting_lora(model, dtype, device, total or total_memory(device))
         slow = replace(slow, lora=lora)
     return with_learning_rate(slow, model)
 
@@ -158,6 +165,7 @@ def make_plan(
     context: int,
     arm: Arm = "fst",
     flops: float | None = None,
+    total: int | None = None,
 ) -> Plan:
     """Plan a compile.
 
@@ -171,8 +179,10 @@ def make_plan(
         context: Tokens that prompt and answer may have together.
         arm: As for ``FST``.
         flops: Multiplications and additions a second that the device does; tried out by default.
+        total: Bytes of memory that the device has; asked for by default.
     """
-    slow, total = fitted(config.slow, model, dtype, device), total_memory(device)
+    total = total or total_memory(device)
+    slow = fitted(config.slow, model, dtype, device, total)
     lora = slow.lora if slow.lora != "auto" else None
     new = min(config.sampling.max_tokens or max_tokens, max(1, context - prompts.tokens))
     item, text = dtype.itemsize, model.config.get_text_config()
@@ -188,9 +198,11 @@ def make_plan(
     fits = power_of_two(room // 2) // cache_bytes(text, item)
     cap = min(fits, MAX_CPU_TOKENS) if device.type != "cuda" else fits
     cached = min(alive * length, max(length, cap))
+    # A candidate's rollouts of a problem have the same prompt, which is read once.
+    prompts_read = -(-rows * min(slow.group_size, config.fast.population_size) // slow.group_size)
     memory = memory_of(
         model, dtype, lora,
-        micro_tokens=rows * length,
+        micro_tokens=prompts_read * prompts.tokens + rows * new,
         trained_tokens=rows * new,
         rows=min(alive, max(1, cached // max(1, length))),
         cached_tokens=cached,
