@@ -11,7 +11,7 @@ TESTS ?= not slow or insides
 LATEST_BUT ?=
 
 .PHONY: install demo test pytest test-fast test-gpu latest test-latest lowest test-lowest lint bench
-.PHONY: docs wheel clean
+.PHONY: docs wheel clean real
 
 install: $(VENV)/.installed
 
@@ -75,6 +75,10 @@ $(DOCS)/.installed: pyproject.toml
 	$(DOCS)/bin/python -m pip install --quiet --upgrade "pip<26.2"
 	$(DOCS)/bin/python -m pip install --quiet --group docs
 	touch $@
+
+# SmolLM2 is fetched once; what has run is not run again. A job: make real REAL="--limit 1".
+real: install
+	$(BIN)/python benchmarks/real_lm.py $(REAL)
 
 wheel: install
 	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .

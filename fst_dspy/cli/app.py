@@ -13,6 +13,7 @@ from fst_dspy.cli.compiling import compile
 from fst_dspy.cli.experiments import ablate, compare, experiments
 from fst_dspy.cli.init import init
 from fst_dspy.cli.options import Json, Out, Seed, console, errors_told
+from fst_dspy.cli.plan import plan
 from fst_dspy.cli.protocols import continual, plasticity
 from fst_dspy.cli.tune import tune
 
@@ -52,6 +53,7 @@ def demo(out: Out = None, seed: Seed = 0, as_json: Json = False) -> None:
     compile("triage", out=out or Path("runs") / f"demo-{seed}", seed=seed, as_json=as_json)
 
 
+app.command(rich_help_panel=START)(plan)
 app.command(rich_help_panel=START)(init)
 
 

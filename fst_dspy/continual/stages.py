@@ -10,7 +10,7 @@ from typing import Any
 from safetensors.torch import load_file
 from torch import Tensor
 
-from fst_dspy.config import LoraConfig, as_lora
+from fst_dspy.config import LoraConfig
 from fst_dspy.errors import StoreError
 from fst_dspy.model.policy import Policy
 from fst_dspy.results.result import FSTResult, result_from_json
@@ -110,6 +110,6 @@ def stage_from_json(plain: Mapping[str, Any]) -> TaskStage:
     return TaskStage(
         task=plain["task"],
         started_from=plain["started_from"],
-        lora=as_lora(plain["lora"]),
+        lora=LoraConfig(**plain["lora"]) if plain["lora"] else None,
         result=result_from_json(plain["result"]),
     )

@@ -20,6 +20,7 @@ from fst_dspy.loop.learner import Learner
 from fst_dspy.loop.state import LoopState, state_from_json, state_to_json
 from fst_dspy.model.hardware import free_memory
 from fst_dspy.model.policy import Policy
+from fst_dspy.plan.plan import Plan
 from fst_dspy.results.result import FSTResult
 from fst_dspy.run.background import BackgroundWriter
 from fst_dspy.run.records import with_plain_traces
@@ -115,6 +116,10 @@ class RunFolder:
             logger.warning("the last checkpoint is not whole, the one before stands: %s", error)
         finally:
             self.store.close()
+
+    def record_plan(self, plan: Plan) -> None:
+        """Write down what the run is expected to take."""
+        self.store.write_json("plan.json", plan.to_dict())
 
     def record_step(
         self, record: StepRecord, groups_P: Sequence[Group], scale_rewards: Scale

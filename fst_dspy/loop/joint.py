@@ -24,11 +24,12 @@ from fst_dspy.loop.budget import counts_spent, cycles_spent, recorded_spent, tim
 from fst_dspy.loop.cold_start import warmed_up
 from fst_dspy.loop.interrupt import Interrupt
 from fst_dspy.loop.parts import Parts
-from fst_dspy.loop.progress import StopRun, tell
+from fst_dspy.loop.progress import StopRun, TellsPlan, tell
 from fst_dspy.loop.records import cycle_record, rollouts_of, step_record
 from fst_dspy.loop.signal import troubles, without_signal
 from fst_dspy.loop.state import LoopState
 from fst_dspy.loop.validation import better_of, score
+from fst_dspy.plan.plan import Plan
 from fst_dspy.rollouts.health import Tally
 from fst_dspy.rollouts.jobs import Channel
 from fst_dspy.types import Group, Population, RolloutCounts
@@ -55,6 +56,8 @@ class Run:
         # A run that was stopped goes on where it stood, to the same end as if it had not been.
         state = self._resume() or self._start()
         parts.progress.begin(parts.budget)
+        if not state.records:
+            self._tell_plan(parts.plan)
         try:
             self._tell_ended(state)
             folder = parts.folder.path if parts.folder else None
@@ -63,6 +66,8 @@ class Run:
                 # sight of a program or metric that fails.
                 if not state.records:
                     state = self._validate(state)
+                    taken = state.seconds.get("eval", 0.0)
+                    self._tell_plan(parts.plan.measured(taken, state.counts.total))
                 stopped = self._tell_cycle(state)
                 while not (stopped or self._finished(state)):
                     # Prompts first: RL under a prompt that gives no reward damages the model.
@@ -313,6 +318,17 @@ class Run:
         if spent:
             words = f"this run had ended, after {spent}; a higher limit lets it go on"
             tell(self.parts.progress, words)
+
+    def _tell_plan(self, plan: Plan) -> None:
+        """Tell what the run is expected to take, and what is wrong with that."""
+        if isinstance(self.parts.progress, TellsPlan):
+            self.parts.progress.plan(plan)
+        if self.parts.folder is not None:
+            self.parts.folder.record_plan(plan)
+        for name, words in plan.lines():
+            level = logging.WARNING if name == "problem" else logging.INFO
+            if name != "problem" or plan.timing == "estimated":
+                logger.log(level, "plan: %s: %s", name, words)
 
     def _tell_cycle(self, state: LoopState) -> bool:
         """Tell that a cycle has ended; whether the listener wants the run to end with it."""

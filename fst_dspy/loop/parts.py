@@ -12,7 +12,7 @@ from typing import Any
 import dspy
 
 from fst_dspy import distributed
-from fst_dspy.config import BudgetConfig, FSTConfig, LoraConfig
+from fst_dspy.config import BudgetConfig, FSTConfig, LoraConfig, SlowConfig
 from fst_dspy.errors import ConfigError
 from fst_dspy.fast.channel import FastChannel
 from fst_dspy.fast.gepa.events import Events
@@ -32,10 +32,11 @@ from fst_dspy.loop.progress import ProgressListener, SilentProgress, default_pro
 from fst_dspy.loop.sampling import StepSampler
 from fst_dspy.loop.state import Start
 from fst_dspy.model.policy import Policy
+from fst_dspy.plan.plan import Plan, fitted, make_plan
+from fst_dspy.plan.prompts import prompts_of
 from fst_dspy.rollouts.checks import CheckedInput
 from fst_dspy.rollouts.runner import RolloutRunner
 from fst_dspy.run.trackers import Trackers
-from fst_dspy.slow.learning_rate import with_learning_rate
 from fst_dspy.student.candidate import example_id, seed_candidate
 from fst_dspy.student.identity import (
     adapter_identity,
@@ -93,6 +94,7 @@ class Parts:
         sampler: Samples a step's groups.
         learner: The slow channel; ``None`` where it is off.
         budget: The run's, the opening counted in.
+        plan: What the run is expected to take.
         folder, trackers, progress: Where it is written and told.
     """
 
@@ -108,6 +110,7 @@ class Parts:
     sampler: StepSampler
     learner: Learner | None
     budget: BudgetConfig
+    plan: Plan
     folder: RunFolder | None
     trackers: Trackers
     progress: ProgressListener
@@ -156,14 +159,14 @@ def make_parts(spec: RunSpec, student: dspy.Module, checked: CheckedInput, start
     """
     seed, lm = spec.seed, checked.lm
     # What depends on the model is settled first, so that the folder says what was used.
-    slow = with_learning_rate(spec.config.slow, lm.policy.model)
+    slow = _fitted(spec.config.slow, lm)
     budget = spec.config.budget.over(len(checked.trainset) + len(checked.valset))
     spec = replace(spec, config=replace(spec.config, slow=slow, budget=budget))
     config = spec.config
     main, slow_on = distributed.is_main(), spec.arm != "gepa_only"
     fast_on = spec.arm in ("fst", "gepa_only")
     if slow_on:
-        check_trained(student, lm.policy, slow.lora)
+        check_trained(student, lm.policy, slow.adapters)
     valset = sample(checked.valset, config.sampling.val_size, seed)
     val_ids = tuple(example_id(example) for example in valset)
     own = seed_candidate(student)
@@ -179,11 +182,13 @@ def make_parts(spec: RunSpec, student: dspy.Module, checked: CheckedInput, start
         {"arm": spec.arm, "seed": seed, "model": lm.version} | config.to_dict(),
     )
 
+    plan = _plan(spec, student, checked)
+
     # Then the weights, which runner and learner take as they find them.
     lm.policy.restore(lm.version)
     lm.policy.step = 0
-    if slow_on and config.slow.lora is not None:
-        begin_lora(lm.policy, config.slow.lora, seed)
+    if slow_on and config.slow.adapters is not None:
+        begin_lora(lm.policy, config.slow.adapters, seed)
     runner = RolloutRunner(
         student, spec.metric, lm, config.sampling, seed, predictor_feedback=fast_on
     )
@@ -208,11 +213,35 @@ def make_parts(spec: RunSpec, student: dspy.Module, checked: CheckedInput, start
         sampler=StepSampler(runner, fast, config.slow, checked.trainset, seed),
         learner=spec.make_learner(lm.policy, config, seed) if slow_on else None,
         budget=config.budget,
+        plan=plan,
         folder=folder,
         trackers=trackers,
         progress=(spec.progress or default_progress()) if main else SilentProgress(),
     )
     return _with_opening(parts)
+
+
+def _fitted(slow: SlowConfig, lm: LocalLM) -> SlowConfig:
+    """The settings with what they leave to the model, its weights and the machine."""
+    policy = lm.policy
+    if slow.lora == "auto" and lm.version != policy.base_version:
+        slow = replace(slow, lora=policy.lora_of(lm.version))  # what the weights have is trained on
+    return fitted(slow, policy.model, policy.model.dtype, policy.device)
+
+
+def _plan(spec: RunSpec, student: dspy.Module, checked: CheckedInput) -> Plan:
+    policy = checked.lm.policy
+    return make_plan(
+        policy.model,
+        policy.name,
+        spec.config,
+        prompts_of(student, checked.trainset, partial(count_tokens, policy)),
+        dtype=policy.model.dtype,
+        device=policy.device,
+        max_tokens=checked.lm.kwargs["max_tokens"],
+        context=policy.context_length,
+        arm=spec.arm,
+    )
 
 
 def begin_lora(policy: Policy, lora: LoraConfig, seed: int) -> None:

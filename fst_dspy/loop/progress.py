@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 import time
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from fst_dspy.config import BudgetConfig
 from fst_dspy.display import Terminal, as_text
+from fst_dspy.plan.plan import Plan
 from fst_dspy.rollouts.health import told_failures
 from fst_dspy.types import CycleRecord, RolloutCounts, TurnCounts
 
@@ -36,10 +37,18 @@ class ProgressListener(Protocol):
         """A phase of a cycle begins, or another step of it: ``name`` says which."""
 
     def cycle_done(self, record: CycleRecord) -> None:
-        """A cycle has ended and was saved; a resumed run tells of its last cycle again."""
+        """A cycle has ended; a run that goes on tells of those again that were not saved yet."""
 
     def end(self) -> None:
         """The loop has ended, well or not."""
+
+
+@runtime_checkable
+class TellsPlan(Protocol):
+    """A listener that is told the plan as well."""
+
+    def plan(self, plan: Plan) -> None:
+        """Before the first rollout, and once the first validation has shown how fast they are."""
 
 
 class SilentProgress:
@@ -104,6 +113,13 @@ class RichProgress:
             rate=now.rate,
             left=now.left,
         )
+
+    def plan(self, plan: Plan) -> None:
+        lines = plan.lines() if plan.timing == "estimated" else [plan.time_line()]
+        for name, words in lines:
+            self.console.print(
+                as_text(f"{name:>9}  ", "dim").append_text(as_text(words, "not dim"))
+            )
 
     def cycle_done(self, record: CycleRecord) -> None:
         self.say(cycle_line(record))

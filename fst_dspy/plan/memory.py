@@ -61,12 +61,16 @@ def trainable_count(model: Any, lora: LoraConfig | None) -> int:
     """Parameters that are trained: all, or those of adapters on every linear layer but the output.
 
     Args:
-        model: Without adapters; may be on PyTorch's meta device.
+        model: Its own adapters, if it has any, are not counted; may be on PyTorch's meta device.
     """
     if lora is None:
         return parameter_count(model)
     output = model.get_output_embeddings()
-    linear = [m for m in model.modules() if isinstance(m, nn.Linear) and m is not output]
+    linear = [
+        module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and module is not output and "lora_" not in name
+    ]
     return sum(lora.rank * (layer.in_features + layer.out_features) for layer in linear)
 
 

@@ -33,6 +33,7 @@ MICRO_ROWS = 16
 EFFICIENCY = 0.4
 """Of the speed of bare matrix products, that a whole model reaches."""
 TRIED_ROWS = 256
+TRIED_SECONDS = 0.03
 GIB = 2**30
 
 
@@ -103,49 +104,51 @@ class Plan:
         """Of a step's multiplications, those of sampling: forward, against forward and back."""
         return 1 / 4
 
-    def lines(self) -> Iterator[tuple[str, str]]:
-        """Name and words of each part, to be shown."""
-        trained = f"adapters of rank {self.adapters}" if self.adapters else "all weights"
-        about = "" if self.prompts_counted else "about "
-        memory = self.memory
-        yield (
-            "model",
-            f"{self.model}: {self.parameters / 1e6:,.4g} M parameters, {self.dtype} on {self.device}",
-        )
-        yield (
-            "trained",
-            f"{trained}, {self.trainable / 1e6:,.4g} M, learning rate {self.learning_rate:.2g}",
-        )
-        parts = ", ".join(f"{name} {_gib(size)}" for name, size in memory.to_dict().items() if size)
-        yield "memory", f"{_gib(self.peak_memory)} of {_gib(self.machine_memory)} at most: {parts}"
-        yield (
-            "a call",
-            f"prompt of {about}{self.prompt_tokens:,} tokens, answer of at most {self.max_tokens:,}; "
-            f"{self.micro_batch_tokens:,} tokens a micro-batch",
-        )
-        yield (
-            "rollouts",
-            f"about {self.rollouts:,}: {self.steps:,} optimizer steps of {self.rollouts_per_step:,}, "
-            "the rest validation and prompts",
-        )
-        yield (
+    def time_line(self) -> tuple[str, str]:
+        """The line of ``lines`` that tells the time."""
+        return (
             "time",
             f"about {_duration(self.seconds)}, {_duration(self.seconds_per_step)} a step "
             f"({self.timing}; answers shorter than the longest take less)",
         )
+
+    def lines(self) -> Iterator[tuple[str, str]]:
+        """Name and words of each part, to be shown."""
+        trained = f"adapters of rank {self.adapters}" if self.adapters else "all weights"
+        about = "" if self.prompts_counted else "about "
+        size, place = f"{self.parameters / 1e6:,.4g} M parameters", f"{self.dtype} on {self.device}"
+        yield "model", f"{self.model}: {size}, {place}"
+        moved = f"{self.trainable / 1e6:,.4g} M, learning rate {self.learning_rate:.2g}"
+        yield "trained", f"{trained}, {moved}"
+        parts = self.memory.to_dict().items()
+        used = ", ".join(f"{name} {_gib(size)}" for name, size in parts if size)
+        yield "memory", f"{_gib(self.peak_memory)} of {_gib(self.machine_memory)} at most: {used}"
+        answer = f"answer of at most {self.max_tokens:,}"
+        batch = f"{self.micro_batch_tokens:,} tokens a micro-batch"
+        yield "a call", f"prompt of {about}{self.prompt_tokens:,} tokens, {answer}; {batch}"
+        steps = f"{self.steps:,} optimizer steps of {self.rollouts_per_step:,}"
+        yield "rollouts", f"about {self.rollouts:,}: {steps}, the rest validation and prompts"
+        yield self.time_line()
         for problem in self.problems:
             yield "problem", problem
 
 
-def fitted(slow: SlowConfig, model: Any, dtype: torch.dtype, device: torch.device) -> SlowConfig:
+def fitted(
+    slow: SlowConfig,
+    model: Any,
+    dtype: torch.dtype,
+    device: torch.device,
+    total: int | None = None,
+) -> SlowConfig:
     """The settings with adapters and learning rate that they leave to the model and the machine.
 
     Args:
         model: Without adapters; may be on PyTorch's meta device.
         dtype, device: Of its weights, and where they are to be.
+        total: Bytes of memory that the device has; asked for by default.
     """
     if slow.lora == "auto":
-        lora = fitting_lora(model, dtype, device, total_memory(device))
+        lora = fitting_lora(model, dtype, device, total or total_memory(device))
         slow = replace(slow, lora=lora)
     return with_learning_rate(slow, model)
 
@@ -162,6 +165,7 @@ def make_plan(
     context: int,
     arm: Arm = "fst",
     flops: float | None = None,
+    total: int | None = None,
 ) -> Plan:
     """Plan a compile.
 
@@ -175,8 +179,10 @@ def make_plan(
         context: Tokens that prompt and answer may have together.
         arm: As for ``FST``.
         flops: Multiplications and additions a second that the device does; tried out by default.
+        total: Bytes of memory that the device has; asked for by default.
     """
-    slow, total = fitted(config.slow, model, dtype, device), total_memory(device)
+    total = total or total_memory(device)
+    slow = fitted(config.slow, model, dtype, device, total)
     lora = slow.lora if slow.lora != "auto" else None
     new = min(config.sampling.max_tokens or max_tokens, max(1, context - prompts.tokens))
     item, text = dtype.itemsize, model.config.get_text_config()
@@ -189,15 +195,14 @@ def make_plan(
     batch = slow.group_size * slow.problems_per_step
     rows = max(1, min(micro // max(1, length), slow.micro_batch_size or MICRO_ROWS, batch))
     alive = min(batch, config.sampling.num_threads)
-    cap = (
-        MAX_CPU_TOKENS
-        if device.type != "cuda"
-        else power_of_two(room // 2) // cache_bytes(text, item)
-    )
+    fits = power_of_two(room // 2) // cache_bytes(text, item)
+    cap = min(fits, MAX_CPU_TOKENS) if device.type != "cuda" else fits
     cached = min(alive * length, max(length, cap))
+    # A candidate's rollouts of a problem have the same prompt, which is read once.
+    prompts_read = -(-rows * min(slow.group_size, config.fast.population_size) // slow.group_size)
     memory = memory_of(
         model, dtype, lora,
-        micro_tokens=rows * length,
+        micro_tokens=prompts_read * prompts.tokens + rows * new,
         trained_tokens=rows * new,
         rows=min(alive, max(1, cached // max(1, length))),
         cached_tokens=cached,
@@ -234,11 +239,11 @@ def make_plan(
 
 
 def measured_flops(width: int, dtype: torch.dtype, device: torch.device) -> float:
-    """Multiplications and additions a second, in products of the model's width; takes 0.1 s."""
+    """Multiplications and additions a second, in products of the model's width; takes a moment."""
     rows = torch.ones(TRIED_ROWS, width, dtype=dtype, device=device)
     weight = torch.ones(4 * width, width, dtype=dtype, device=device)
     best, begun = float("inf"), time.perf_counter()
-    while best == float("inf") or time.perf_counter() - begun < 0.1:
+    while best == float("inf") or time.perf_counter() - begun < TRIED_SECONDS:
         started = time.perf_counter()
         torch.nn.functional.linear(rows, weight).sum().item()
         best = min(best, time.perf_counter() - started)

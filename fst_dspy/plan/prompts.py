@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import dspy
 
 from fst_dspy.student.adapter import strict_adapter
+
+logger = logging.getLogger(__name__)
 
 LOOKED_AT = 8
 """Examples that are rendered."""
@@ -50,13 +54,19 @@ def prompts_of(
     predictors = program.predictors()
     for predictor in predictors:
         for example in examples[:LOOKED_AT]:
-            given = example.inputs().toDict()
-            inputs = {
-                name: given.get(name, "x" * OPEN_CHARACTERS)
-                for name in predictor.signature.input_fields
-            }
-            messages = adapter.format(predictor.signature, list(predictor.demos), inputs)
-            text = "\n".join(str(message["content"]) for message in messages)
+            text = _rendered(adapter, predictor, dict(example.inputs()))
             lengths.append(count(text) if count else len(text) // CHARACTERS_A_TOKEN)
     tokens = round(statistics.fmean(lengths)) if lengths else 0
     return Prompts(len(predictors), tokens, count is not None)
+
+
+def _rendered(adapter: dspy.Adapter, predictor: dspy.Predict, given: Mapping[str, Any]) -> str:
+    signature = predictor.signature
+    inputs = {name: given.get(name, "x" * OPEN_CHARACTERS) for name in signature.input_fields}
+    try:
+        messages = adapter.format(signature, list(predictor.demos), inputs)
+        return "\n".join(str(message["content"]) for message in messages)
+    except Exception as error:
+        # An input that stands for what is not known yet may have the wrong type for an adapter.
+        logger.debug("a prompt cannot be rendered for the plan: %s", error)
+        return f"{signature.instructions}\n{inputs}"

@@ -29,7 +29,7 @@ from fst_dspy.smollm2.corpus.render import ADAPTERS, prompt
 from fst_dspy.smollm2.training import LOW_PRIORITY
 
 MAX_NEW_TOKENS = 96
-BATCH = 16
+BATCH = 24
 PARAGRAPHS = 40
 
 
@@ -165,7 +165,7 @@ def main(
     out: Annotated[Path, typer.Option(help="The file to write.")] = Path("runs/smollm2.json"),
     questions: Annotated[int, typer.Option(min=1, help="For each setting.")] = 48,
     seed: Annotated[int, typer.Option(help="Of questions and answers.")] = 1,
-    only: Annotated[str, typer.Option(help="Settings whose names hold this.")] = "",
+    which: Annotated[str, typer.Option(help="Comma-separated.")] = "without,with",
     threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 2,
 ) -> None:
     """Measure the model as it comes and under the adapter; goes on where it was stopped."""
@@ -176,17 +176,17 @@ def main(
     model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
     out.parent.mkdir(parents=True, exist_ok=True)
     found: dict[str, Any] = json.loads(out.read_text()) if out.exists() else {"seed": seed}
-    for which in ("without", "with"):
-        if which == "with":
+    for name in which.split(","):
+        if name == "with":
             loaded = peft.PeftModel.from_pretrained(model, adapter or smollm2.adapter())
             model = loaded.merge_and_unload()
-        scores = found.setdefault(which, {})
+        scores = found.setdefault(name, {})
         if "perplexity" not in scores:
             scores["perplexity"] = round(perplexity(model, tokenizer, english()), 3)
         for setting in SETTINGS:
-            if only in str(setting) and str(setting) not in scores:
+            if str(setting) not in scores:
                 scores[str(setting)] = asdict(measure(model, tokenizer, setting, questions, seed))
-                typer.echo(f"{which} adapter: {setting}: {scores[str(setting)]}")
+                typer.echo(f"{name} adapter: {setting}: {scores[str(setting)]}")
             out.write_text(json.dumps(found, indent=2) + "\n")
 
 

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
+import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -40,6 +42,8 @@ def train(base: Path, work: Path, recipe: Recipe, threads: int, every: int, held
         if run.done or run.position.step % every == 0:
             line["held_out"] = asdict(run.held_out(held_out))
             run.write(work / "adapter")
+            made = {**line, "recipe": asdict(recipe), "command": shlex.join(sys.argv)}
+            (work / "adapter" / "training.json").write_text(json.dumps(made, indent=2) + "\n")
         with open(work / "log.jsonl", "a") as log:
             log.write(json.dumps(line) + "\n")
         typer.echo(json.dumps(line))

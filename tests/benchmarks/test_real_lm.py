@@ -63,8 +63,8 @@ def test_jobs_add_up_over_calls_and_none_is_run_twice(tmp_path: Path, small: Non
     overview = (tmp_path / "results" / "overview.md").read_text()
     assert overview in said and "rl_only" in overview
     assert (tmp_path / "results" / f"{name}-xml" / "results.md").exists()
-    asked = (tmp_path / "stores" / f"{name}-xml" / "gepa_only-0").rglob("rollouts.jsonl*")
-    assert any("<letter>" in path.read_text() or "xml" in path.read_text() for path in asked)
+    job = ExperimentStore(outcome.parent.parent).job("gepa_only-0")
+    assert (job.adapter, job.rollouts, job.settings["max_tokens"]) == ("xml", 24, 8)
 
 
 @pytest.mark.slow

@@ -49,7 +49,8 @@ ORDER = {
     "results": f"{STUDENT} run",
     "bundle": f"{STUDENT} model run lm results",
     "fast": f"{STUDENT} run rollouts",
-    "loop": f"{STUDENT} model slow run lm rollouts results fast",
+    "plan": f"{STUDENT} model slow",
+    "loop": f"{STUDENT} model slow run lm rollouts results fast plan",
     "optimizer": f"{STUDENT} run lm rollouts results fast bundle loop",
     "measures": f"{STUDENT} model lm rollouts results bundle",
     "litellm_provider": f"{STUDENT} model lm rollouts results bundle",
@@ -60,7 +61,7 @@ ORDER = {
     " measures litellm_provider distill study continual",
     "report": f"{STUDENT} model slow run lm rollouts results bundle fast",
     "cli": f"{STUDENT} model slow run lm rollouts results bundle fast loop optimizer"
-    " measures litellm_provider distill study continual experiments report",
+    " measures litellm_provider distill study continual experiments report plan",
     "__main__": "cli",
 }
 """Files and folders of the package, and what each may import beside itself: nothing from below."""
@@ -68,10 +69,8 @@ ORDER = {
 SAVED = {"local_lm": "lm", "engine": "lm"}
 """Files of one line, whose paths programs hold that were saved by earlier versions."""
 
-BARE = (
-    "grammar student model slow run lm rollouts agents results bundle fast fast/gepa fast/proposers"
-)
-BARE += " loop distill continual experiments/findings pretrained smollm2"
+BARE = "grammar student model slow run lm rollouts agents results bundle fast fast/gepa"
+BARE += " fast/proposers loop plan distill continual experiments/findings pretrained smollm2"
 """Folders whose ``__init__.py`` is a docstring: to import one file of theirs imports that one."""
 
 FILES_AT_THE_TOP = 13

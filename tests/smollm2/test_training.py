@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 from types import SimpleNamespace
@@ -15,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from fst_dspy.smollm2 import figures
 from fst_dspy.smollm2.corpus import SKILLS
 from fst_dspy.smollm2.corpus.render import ADAPTERS, Tree, render
+from fst_dspy.smollm2.train import train
 from fst_dspy.smollm2.training import Recipe, Trainer
 from fst_dspy.smollm2.trees import STEM, answer_losses, encode
 
@@ -98,6 +101,7 @@ def test_it_learns_and_the_adapter_that_it_writes_says_the_same(base: Path, tmp_
     losses = [trainer.advance() for _ in range(12)]
     assert losses[-1] < losses[0] and trainer.held_out(4).loss < before.loss
     trainer.write(tmp_path / "adapter")
+    assert str(base) not in (tmp_path / "adapter" / "adapter_config.json").read_text()
     plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
     model = PeftModel.from_pretrained(plain, tmp_path / "adapter").merge_and_unload().eval()
     ids_BT = torch.tensor([[5, 6, 7, 8]])
@@ -149,3 +153,15 @@ def test_perplexity_is_that_of_the_texts(tokenizer) -> None:
 
     found = figures.perplexity(knows_nothing, tokenizer, texts[:3])
     assert found == pytest.approx(len(tokenizer))
+
+
+def test_the_command_goes_on_and_writes_what_it_did(base: Path, tmp_path: Path) -> None:
+    for steps in (1, 2):
+        recipe = replace(TINY, steps=steps)
+        folder = train(base, tmp_path, recipe, threads=2, every=1, held_out=2)
+        made = json.loads((folder / "training.json").read_text())
+        assert made["step"] == made["recipe"]["steps"] == steps
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2]
+    assert lines[1]["tokens"] > lines[0]["tokens"] and lines[1]["held_out"] == made["held_out"]
+    assert (folder / "adapter_model.safetensors").exists()

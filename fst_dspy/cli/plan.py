@@ -1,0 +1,56 @@
+"""``fst plan``: what a compile will take, without running it."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import typer
+
+from fst_dspy.cli.options import (
+    ArmOption,
+    Model,
+    Preset,
+    Program,
+    Seed,
+    Settings,
+    console,
+    errors_told,
+    parse_settings,
+)
+from fst_dspy.display import table
+
+
+def plan(
+    program: Program,
+    model: Model = "embedded",
+    seed: Seed = 0,
+    arm: ArmOption = "fst",
+    auto: Preset = None,
+    settings: Settings = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; a GPU if there is one.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead.")] = False,
+) -> None:
+    """Tell memory, time and settings of a compile, from the model's config.json alone."""
+    with errors_told():
+        given = parse_settings(settings)
+        from fst_dspy.config import FSTConfig
+        from fst_dspy.plan.files import plan_of_files
+        from fst_dspy.tasks import load_task
+
+        task = load_task(program, seed)
+        config = FSTConfig.make(auto, **given)
+        found = plan_of_files(
+            model,
+            task.program,
+            task.trainset,
+            config,
+            device=device,
+            arm=arm,
+        )
+        if as_json:
+            typer.echo(json.dumps(found.to_dict(), indent=1))
+        else:
+            console.print(table(("", ""), list(found.lines()), task.name, left=2))
+        if found.problems:
+            raise typer.Exit(1)

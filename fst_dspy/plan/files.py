@@ -1,0 +1,82 @@
+"""A plan from a model's files, of which ``config.json`` is enough; no weights are loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import dspy
+import torch
+from transformers import AutoTokenizer
+
+from fst_dspy.config import FSTConfig
+from fst_dspy.embedded import path as embedded_path
+from fst_dspy.errors import ModelError
+from fst_dspy.model.hardware import default_dtype
+from fst_dspy.model.sizes import described, parameter_count
+from fst_dspy.plan.plan import Plan, make_plan
+from fst_dspy.plan.prompts import prompts_of
+from fst_dspy.types import Arm
+
+MAX_TOKENS = 512
+"""Of an answer, as ``LocalLM`` has by default where an eighth of the context is more."""
+UNKNOWN_CONTEXT = 2048
+
+
+def plan_of_files(
+    model: str | Path,
+    program: dspy.Module,
+    trainset: Sequence[dspy.Example],
+    config: FSTConfig,
+    *,
+    device: str | None = None,
+    arm: Arm = "fst",
+) -> Plan:
+    """Plan a compile of a program on a model that is not loaded.
+
+    Args:
+        model: ``"embedded"``, a folder with ``config.json``, or a hub id.
+        program: The program.
+        trainset: Examples, of which a few are rendered.
+        config, arm: As for ``FST``.
+        device: CUDA where there is one, by default.
+
+    Raises:
+        ModelError: There is no such configuration.
+    """
+    where = str(embedded_path()) if str(model) == "embedded" else str(Path(model).expanduser())
+    name = Path(str(model).rstrip("/")).name
+    try:
+        described_model = described(where)
+    except Exception as error:
+        raise ModelError(
+            f"cannot read the configuration of {str(model)!r} ({type(error).__name__}: {error}); "
+            'give "embedded", a folder with config.json, or a hub id that this machine can reach'
+        ) from error
+    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    dtype = default_dtype(place, lambda: parameter_count(described_model))
+    text = described_model.config.get_text_config()
+    context = getattr(text, "max_position_embeddings", None) or UNKNOWN_CONTEXT
+    return make_plan(
+        described_model,
+        name,
+        config,
+        prompts_of(program, trainset, _counter(where)),
+        dtype=dtype,
+        device=place,
+        max_tokens=min(MAX_TOKENS, context // 8),
+        context=context,
+        arm=arm,
+    )
+
+
+def _counter(where: str) -> Any:
+    """Counts tokens, where there is a tokenizer."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(where)
+    except (
+        Exception
+    ):  # whatever is missing or odd about it: prompts are then estimated, and said so
+        return None
+    return lambda text: len(tokenizer(text, add_special_tokens=False)["input_ids"])

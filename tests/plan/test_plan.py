@@ -1,0 +1,162 @@
+"""Plans against what models really are, and what they advise."""
+
+import json
+from pathlib import Path
+
+import dspy
+import pytest
+import torch
+from transformers import Qwen3Config
+from typer.testing import CliRunner
+
+from fst_dspy.cli.app import app
+from fst_dspy.config import FSTConfig, LoraConfig
+from fst_dspy.errors import ModelError
+from fst_dspy.model import hardware
+from fst_dspy.model.policy import Policy
+from fst_dspy.model.sizes import parameter_count
+from fst_dspy.plan import plan as plan_module
+from fst_dspy.plan.files import plan_of_files
+from fst_dspy.plan.memory import fitting_lora, memory_of, trainable_count
+from fst_dspy.plan.prompts import prompts_of
+
+QWEN = {
+    "hidden_size": 1024,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "vocab_size": 151_936,
+    "max_position_embeddings": 40_960,
+    "tie_word_embeddings": True,
+}
+GIB = 2**30
+EXAMPLES = [
+    dspy.Example(question="where does a visa ticket go? " * 4, answer="x").with_inputs("question")
+]
+
+
+@pytest.fixture
+def qwen(tmp_path: Path) -> Path:
+    Qwen3Config(**QWEN).save_pretrained(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+    return tmp_path
+
+
+def machine(monkeypatch: pytest.MonkeyPatch, gib: float, *, bfloat16: bool = True) -> None:
+    monkeypatch.setattr(plan_module, "total_memory", lambda device: int(gib * GIB))
+    monkeypatch.setattr(hardware, "multiplies_bfloat16", lambda: bfloat16)
+
+
+def planned(folder: Path, **settings: object) -> plan_module.Plan:
+    config = FSTConfig.make(**{"max_cycles": 2, **settings})
+    program = dspy.Predict("question -> answer")
+    return plan_of_files(folder, program, EXAMPLES, config, device="cpu")
+
+
+def test_a_model_of_qwens_size_is_planned_with_all_defaults(
+    qwen: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine(monkeypatch, 64)
+    plan = planned(qwen)
+    assert plan.parameters == plan.trainable == 596_049_920
+    assert (plan.dtype, plan.adapters, plan.problems) == ("bfloat16", None, ())
+    assert plan.learning_rate == pytest.approx(1.1e-5)  # and not the embedded model's
+    memory = plan.memory
+    assert memory.weights == memory.gradients == 2 * plan.parameters
+    assert memory.optimizer == 12 * plan.parameters  # 16 bytes a parameter with the two above
+    assert 10 * GIB < plan.peak_memory < 0.8 * 64 * GIB
+    assert plan.max_tokens == 512 and not plan.prompts_counted
+    assert 60 < plan.prompt_tokens < 400
+    assert plan.steps == 12 and plan.rollouts_per_step == 64
+    assert plan.rollouts > 2 * (6 * 64 + 48)
+    assert plan.seconds > plan.steps * plan.seconds_per_step > 0
+    assert plan.timing == "estimated"
+
+
+def test_adapters_are_trained_where_all_weights_do_not_fit(
+    qwen: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine(monkeypatch, 8)
+    plan = planned(qwen)
+    assert plan.adapters == 16 and plan.problems == ()
+    assert plan.learning_rate > 1e-4  # ten times that of all weights
+    assert plan.trainable < 0.03 * plan.parameters
+    full = planned(qwen, lora=False)
+    assert full.adapters is None and "lora=True" in full.problems[0]
+
+
+def test_what_does_not_fit_at_all_is_told(qwen: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine(monkeypatch, 1)
+    assert "smaller model" in planned(qwen).problems[0]
+
+
+def test_float32_where_the_cpu_has_no_bfloat16(qwen: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine(monkeypatch, 64, bfloat16=False)
+    plan = planned(qwen)
+    assert plan.dtype == "float32" and plan.memory.optimizer == 8 * plan.parameters
+
+
+def test_adapters_are_counted_as_they_are_made(tiny_model: Path) -> None:
+    policy = Policy.load(tiny_model, device="cpu")
+    lora = LoraConfig(rank=4)
+    shapes = policy.adapter_shapes(lora).values()
+    counted = trainable_count(policy.model, lora)
+    assert counted == sum(torch.Size(shape).numel() for shape in shapes)
+    policy.add_lora(lora, 0)
+    assert trainable_count(policy.model, lora) == counted
+    assert trainable_count(policy.model, None) == parameter_count(policy.model)
+
+
+def test_the_choice_of_adapters_is_a_matter_of_size(tiny_qwen3: Path) -> None:
+    model = Policy.load(tiny_qwen3, device="cpu").model
+    cpu = torch.device("cpu")
+    need = memory_of(model, torch.float32, None).peak(cpu)
+    assert fitting_lora(model, torch.float32, cpu, int(need / 0.8) + 1) is None
+    assert fitting_lora(model, torch.float32, cpu, int(need / 0.8) - 9) == LoraConfig()
+
+
+def test_prompts_are_rendered_as_the_adapter_does() -> None:
+    class Two(dspy.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = dspy.Predict("question -> notes")
+            self.second = dspy.Predict("question, notes -> answer")
+
+    found = prompts_of(Two(), EXAMPLES, lambda text: len(text.split()))
+    assert found.calls == 2 and found.counted
+    alone = prompts_of(dspy.Predict("question -> notes"), EXAMPLES, lambda text: len(text.split()))
+    assert alone.calls == 1 and found.tokens > alone.tokens > len(EXAMPLES[0].question.split())
+
+
+def test_measured_times_take_the_place_of_estimates(
+    qwen: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine(monkeypatch, 64)
+    plan = planned(qwen)
+    slower = plan.measured(seconds=96.0, rollouts=48)  # two seconds a rollout
+    assert slower.timing == "measured"
+    assert slower.seconds_per_step == pytest.approx(64 * 2 * 4)
+    assert slower.seconds / plan.seconds == pytest.approx(
+        slower.seconds_per_step / plan.seconds_per_step
+    )
+
+
+def test_the_command_prints_json_and_its_exit_code_tells(qwen: Path) -> None:
+    done = CliRunner().invoke(
+        app, ["plan", "triage", "--model", "embedded", "--device", "cpu", "--json"]
+    )
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout)
+    assert found["learning_rate"] == 3e-4 and found["prompts_counted"]
+    assert found["dtype"] == "float32" and found["adapters"] is None
+    done = CliRunner().invoke(
+        app, ["plan", "triage", "--model", str(qwen), "--device", "cpu", "--set", "lora=true"]
+    )
+    assert "596 M parameters" in " ".join(done.output.split())
+
+
+def test_a_missing_model_is_a_clear_error(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"config\.json"):
+        planned(tmp_path / "none")
