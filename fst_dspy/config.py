@@ -136,6 +136,12 @@ class FastConfig:
         max_reflection_cost: US dollars that the reflection LM may cost, by litellm's price list;
             then the run goes on without it. ``None`` sets no limit.
         max_reflection_tokens: Prompt and completion tokens of the reflection LM, likewise.
+        cold_start_demos: Where the first validation shows nothing to learn from, as many labelled
+            training examples are shown as demos in a candidate beside the student's own; 0 for
+            none.
+        format_feedback: Where it does after all, or where answers cannot be read, what is told of
+            such an answer says what was wrong with it and what was wanted, so that instructions
+            can be written against it.
     """
 
     population_size: int = 4
@@ -163,6 +169,8 @@ class FastConfig:
     reuse_window: int | None = None
     max_reflection_cost: float | None = None
     max_reflection_tokens: int | None = None
+    cold_start_demos: int = 4
+    format_feedback: bool = True
 
     def __post_init__(self) -> None:
         _check_kinds(self, but=(*STRATEGIES, "reflection_prompt_template"))
@@ -176,6 +184,7 @@ class FastConfig:
             "merge_iterations",
             "max_reflection_cost",
             "max_reflection_tokens",
+            "cold_start_demos",
         ):
             value = getattr(self, name)
             _require(value is None or value >= 0, f"{name} must not be negative, got {value}")
@@ -340,6 +349,10 @@ class SamplingConfig:
         max_calls: Model calls one rollout may make; a program that loops ends there.
         num_threads: Rollouts alive at once, each in its thread; the largest generation batch.
         val_size: V, validation examples scored each cycle; the rest of the set is not used.
+        structured: Whether answers are held to the format that the adapter reads; they are then
+            trained as they were sampled, over what the format allows. ``"auto"`` does it where more
+            than a tenth of the first validation's answers cannot be read. ``False`` leaves what the
+            ``LocalLM`` says.
     """
 
     temperature: float = 1.0
@@ -350,6 +363,7 @@ class SamplingConfig:
     max_calls: int = 64
     num_threads: int = 128
     val_size: int = 48
+    structured: Literal["auto"] | bool = "auto"
 
     def __post_init__(self) -> None:
         _check_kinds(self)
@@ -370,6 +384,10 @@ class SamplingConfig:
         for name in ("max_calls", "num_threads", "val_size"):
             value = getattr(self, name)
             _require(value >= 1, f"{name} must be at least 1, got {value}")
+        _require(
+            self.structured == "auto" or isinstance(self.structured, bool),
+            f"structured must be 'auto', True or False, got {self.structured!r}",
+        )
 
 
 @dataclass(frozen=True)
@@ -620,14 +638,18 @@ SINCE: dict[str, dict[str, Any]] = {
         "skip_perfect_score": False,
         "perfect_score": 1.0,
         "reflection_prompt_template": None,
+        "cold_start_demos": 4,
+        "format_feedback": True,
         "reflection_context": "step",
         "frontier_type": "instance",
         "copy_guard": True,  # there was none; a run of before goes on with it all the same
     },
     "slow": {"credit": "rollout", "discount": 1.0},
+    "sampling": {"structured": "auto"},
     "budget": {"max_full_evals": None, "max_env_steps": None, "on_no_signal": "stop"},
 }
-"""Settings that earlier versions did not have, by part, with what they did."""
+"""Settings that earlier versions did not have, by part, with what they did, or with what only the
+first validation asks, which is behind their runs."""
 
 REMOVED: dict[str, Any] = {"off_policy_steps": 0, "resample_constant": 0}
 """Settings of earlier versions, with the values at which they changed nothing."""

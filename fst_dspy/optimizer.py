@@ -265,7 +265,8 @@ class FST(Teleprompter):
         result = result.with_tester(_tester(parts, student, result))
         best = result.best
         parts.policy.restore(best.version)
-        compiled = bound_to(student, best.candidate, parts.lm.at(best.version))
+        lm = parts.lm.at(best.version)
+        compiled = bound_to(student, best.candidate, lm, structured=parts.runner.structured)
         if self.track_stats:
             compiled.detailed_results = result
         make_savable(compiled, result)

@@ -139,6 +139,25 @@ class Population:
 
 
 @dataclass(frozen=True)
+class Grammar:
+    """What an answer is held to: at each token, only those that the grammar lets follow are drawn.
+
+    The policy is then ``p(t) / Z`` over the tokens allowed, which is also what is trained.
+
+    Attributes:
+        text: In llguidance's variant of Lark.
+        after: Token ids that end a thought; the grammar begins after them, and before them anything
+            may be said but the end. Empty where it begins at once.
+        takes_runs: Whether text that alone can follow is taken as the tokenizer writes it, as the
+            built-in engine does; else the model chooses among the ways to write it, as in vLLM.
+    """
+
+    text: str
+    after: tuple[int, ...] = ()
+    takes_runs: bool = True
+
+
+@dataclass(frozen=True)
 class Call:
     """One call of the local model, recorded as sampled: never re-tokenised.
 
@@ -147,11 +166,16 @@ class Call:
         prompt_ids_T: Token ids of the rendered prompt.
         completion_ids_T: Sampled token ids, with the end token where one was sampled.
         logprobs_T: Log-probability (nats) of each completion token under the temperature-scaled
-            softmax over the whole vocabulary; the same length as ``completion_ids_T``.
+            softmax over the whole vocabulary, or over what the grammar allowed; the same length as
+            ``completion_ids_T``.
         text: The decoded completion, without special tokens.
         finish_reason: ``"stop"``, or ``"length"`` when ``max_tokens`` cut it off.
         temperature: The temperature it was sampled at; 0 means greedy, or drawn with penalties:
             not from the policy, and so not learned from.
+        grammar: What the answer was held to; ``None`` where it was free.
+        allowed_logprob: How probable what the grammar allows was to the model by itself: the log of
+            its share (nats, at most 0), mean over the tokens for which the model was asked.
+            ``None`` without a grammar, and where the model was never asked.
     """
 
     __repr__ = display.brief
@@ -163,6 +187,8 @@ class Call:
     text: str
     finish_reason: Literal["stop", "length"]
     temperature: float
+    grammar: Grammar | None = None
+    allowed_logprob: float | None = None
 
 
 @dataclass(frozen=True)
@@ -279,6 +305,7 @@ class TrainingRow:
         logprobs_T: Sampling log-probabilities, the length of ``completion_ids_T``.
         advantage: The advantage of the call's rollout, computed once per problem over all G.
         temperature: The temperature it was sampled at, above 0.
+        grammar: What it was held to as it was sampled, and is when it is trained on.
     """
 
     __repr__ = display.brief
@@ -288,6 +315,7 @@ class TrainingRow:
     logprobs_T: tuple[float, ...]
     advantage: float
     temperature: float = 1.0
+    grammar: Grammar | None = None
 
 
 @dataclass(frozen=True)
@@ -438,6 +466,10 @@ class CycleRecord:
             may differ in rounding, and so from there on.
         reward_range: Lowest and highest reward of the cycle's rollouts that are learned from;
             ``None`` where there were none.
+        format_share: How much of the model's own probability the format that answers are held to
+            allows, 0 to 1, geometric mean over the tokens it was asked for and the calls; near 1
+            the model keeps to the format by itself. ``None`` where answers are free.
+        cold_start: What was done as the first validation showed nothing to learn from, in words.
         turns: What agents did, from the start of the run; all 0 for other programs.
     """
 
@@ -463,4 +495,6 @@ class CycleRecord:
     failure_messages: Mapping[str, str] = field(default_factory=dict)
     reward_range: tuple[float, float] | None = None
     early_batches: int = 0
+    format_share: float | None = None
+    cold_start: tuple[str, ...] = ()
     turns: TurnCounts = field(default_factory=TurnCounts)

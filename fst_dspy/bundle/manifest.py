@@ -305,4 +305,5 @@ _LM_SETTINGS: dict[str, Callable[[Any], bool]] = {
     "chat_template_kwargs": lambda v: v is None or (isinstance(v, dict) and all(map(_is_text, v))),
     "rollout_id": _is_int,
     "cache": lambda v: isinstance(v, bool),
+    "structured": lambda v: v is None or isinstance(v, bool),
 }

@@ -74,7 +74,13 @@ class ContextReader:
                 if ids is None or not call.completion_ids_T or length > self.context_length:
                     logger.debug("a call of %s is left out", call.predictor)
                     continue
-                own = (call.completion_ids_T, call.logprobs_T, 0.0, call.temperature)
+                own = (
+                    call.completion_ids_T,
+                    call.logprobs_T,
+                    0.0,
+                    call.temperature,
+                    call.grammar,
+                )
                 rows = (TrainingRow(prompt, *own) for prompt in (call.prompt_ids_T, ids))
                 readings.append(Reading(*rows))
         if not readings:

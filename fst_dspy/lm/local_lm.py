@@ -13,6 +13,7 @@ import torch
 from dspy.clients.provider import Provider
 
 from fst_dspy.errors import ModelError
+from fst_dspy.lm.asked import grammar_of_caller
 from fst_dspy.lm.engine import AsyncLocalEngine, LocalEngine, serving
 from fst_dspy.lm.in_use import over_base, remember
 from fst_dspy.lm.requests import DEFAULT_MAX_TOKENS, EXTRA, OWN
@@ -55,6 +56,8 @@ class LocalLM(dspy.LM):
         cache: Keep answers in DSPy's cache.
         chat_template_kwargs: Variables of the model's chat template, such as
             ``{"enable_thinking": False}``.
+        structured: Hold the answers that predictors ask for to their signature's format, as the
+            adapter reads it, so that they always parse (``docs/structured.md``).
         **kwargs: As for ``dspy.LM``, such as ``top_p``, ``top_k``, ``stop``, ``seed``,
             ``frequency_penalty``, ``presence_penalty`` and ``reasoning_effort``; and
             ``repetition_penalty``, as in transformers.
@@ -83,6 +86,7 @@ class LocalLM(dspy.LM):
         engine: LocalEngine | None = None,
         async_engine: AsyncLocalEngine | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        structured: bool = False,
         **kwargs: Any,
     ) -> None:
         if engine is not None:  # a saved state: the engine was loaded, ``model`` is the version id
@@ -105,6 +109,8 @@ class LocalLM(dspy.LM):
         self._local = engine
         if chat_template_kwargs is not None:
             kwargs["chat_template_kwargs"] = check_options(engine.policy, chat_template_kwargs)
+        if structured:
+            kwargs["structured"] = True
         super().__init__(
             version,
             temperature=temperature,
@@ -172,20 +178,23 @@ class LocalLM(dspy.LM):
         lm = self._within_program()
         if lm is not self:
             return lm(*args, **kwargs)
-        return super().__call__(*args, **self._carried(kwargs))
+        return super().__call__(*args, **self._carried(args, kwargs))
 
     async def acall(self, *args: Any, **kwargs: Any) -> Any:
         lm = self._within_program()
         if lm is self:
-            return await super().acall(*args, **self._carried(kwargs))
+            return await super().acall(*args, **self._carried(args, kwargs))
         return await lm.acall(*args, **kwargs)
 
-    def _carried(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+    def _carried(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """Put the settings that DSPy's requests have no field for where there is room for them.
 
         As ``metadata``, which goes through unread; the cache's keys take it in.
         """
         own = {name: kwargs.get(name, self.kwargs.get(name)) for name in OWN}
+        if own["structured"]:
+            messages = kwargs.get("messages", args[1] if len(args) > 1 else None)
+            own["grammar"] = grammar_of_caller(self.policy, messages)
         own = {name: value for name, value in own.items() if value is not None}
         if not own:
             return kwargs
@@ -194,6 +203,11 @@ class LocalLM(dspy.LM):
         metadata = kwargs.get("metadata", self.kwargs.get("metadata")) or {}
         # None keeps those of ``self.kwargs`` out of the request.
         return {**kwargs, **dict.fromkeys(own), "metadata": {**metadata, EXTRA: own}}
+
+    @property
+    def supports_response_schema(self) -> bool:
+        """Answers are held to a ``response_format``, whatever the model."""
+        return True
 
     @property
     def supports_reasoning(self) -> bool:

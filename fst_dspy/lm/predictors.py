@@ -120,6 +120,14 @@ class RolloutLMs:
         self._made: dict[int, tuple[LocalLM, LocalLM]] = {}  # with the original: ids are reused
         settings_lm = dspy.settings.lm
         self.settings_lm = lm if settings_lm is None else settings_lm
+        self._structured = False
+
+    def hold(self, structured: bool) -> None:
+        """From here on hold answers to their format, or as each LM says itself."""
+        self._structured = structured
+        for lm, copy in self._made.values():
+            held = structured or lm.kwargs.get("structured")
+            copy.kwargs = {**copy.kwargs, "structured": held}
 
     def of(self, lm: Any) -> Any:
         """What stands for a language model in rollouts; the same every time."""
@@ -135,7 +143,8 @@ class RolloutLMs:
             for name, value in self._run.items()
             if lm.kwargs.get(name) == self._default.get(name)
         }
-        return lm.live().copy(num_retries=0, **left)
+        held = {"structured": True} if self._structured else {}
+        return lm.live().copy(num_retries=0, **left, **held)
 
     def _default_of(self, program: dspy.Module) -> Mapping[str, Any]:
         if shares_policy(dspy.settings.lm, self.policy):
@@ -148,13 +157,18 @@ class RolloutLMs:
         return {"temperature": 1.0, "max_tokens": limit}
 
 
-def bound_to(student: dspy.Module, candidate: Candidate, lm: LocalLM) -> dspy.Module:
+def bound_to(
+    student: dspy.Module, candidate: Candidate, lm: LocalLM, *, structured: bool = False
+) -> dspy.Module:
     """A compiled copy of a program: a candidate's texts in it, its trained predictors on ``lm``.
 
     Each keeps the settings of the LM that it called before, and those that shared one go on sharing
     one. Those that DSPy sends to other models are left alone. What the program does with language
-    models as it runs, it goes on doing (``fst_dspy.lm.compiled``).
+    models as it runs, it goes on doing (``fst_dspy.lm.compiled``). With ``structured`` answers are
+    held to their formats, as they were in training.
     """
+    held = {"structured": True} if structured else {}
+    lm = lm.copy(**held)
     compiled = bind(student, candidate)
     bound: dict[int, LocalLM] = {}
     following = []
@@ -164,7 +178,9 @@ def bound_to(student: dspy.Module, candidate: Candidate, lm: LocalLM) -> dspy.Mo
             continue
         if follows(predictor):
             following.append(predictor)
-        predictor.lm = lm if own is None else bound.setdefault(id(own), own.copy(model=lm.model))
+        predictor.lm = (
+            lm if own is None else bound.setdefault(id(own), own.copy(model=lm.model, **held))
+        )
     mark_compiled(compiled, lm, following, adapter_identity(dspy.settings.adapter))
     compiled._compiled = True
     return compiled

@@ -16,6 +16,7 @@ from dspy import lm15
 
 from fst_dspy.errors import ConfigError, PromptTooLongError
 from fst_dspy.lm.answers import Answer, opens_thought, read_answer, tool_call_parts
+from fst_dspy.lm.asked import grammar_of_format, held_to
 from fst_dspy.lm.templates import (
     EFFORT,
     Prompt,
@@ -30,6 +31,7 @@ from fst_dspy.model.endings import End
 from fst_dspy.model.generate import GenerationRequest, GenerationResult, check_prompt, generate
 from fst_dspy.model.policy import Policy
 from fst_dspy.student.adapter import end_marker
+from fst_dspy.types import Grammar
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +41,7 @@ EXTRA = "fst_dspy"
 """Where a request's ``metadata`` holds what has no field of its own; see ``LocalLM``."""
 ROLLOUT = "fst_rollout"
 """The DSPy setting that holds the rollout that is running."""
-OWN = ("chat_template_kwargs", "repetition_penalty")
+OWN = ("chat_template_kwargs", "repetition_penalty", "structured")
 """Settings of a ``LocalLM`` that no field of a request is for."""
 
 PENALTIES = {"frequency_penalty": 0.0, "presence_penalty": 0.0, "repetition_penalty": 1.0}
@@ -276,6 +278,7 @@ def prepare(
     _refuse_unknown(config)
     prompt = prompt_of(policy, request)
     ids = encode(policy, prompt)
+    grammar = _grammar(policy, request, prompt, ids)
     try:
         check_prompt(policy, ids)
     except PromptTooLongError as error:
@@ -297,9 +300,26 @@ def prepare(
         frequency_penalty=config.frequency_penalty or 0.0,
         presence_penalty=config.presence_penalty or 0.0,
         repetition_penalty=_extra(config).get("repetition_penalty") or 1.0,
-        end=_end(policy, ids),
+        end=_end(policy, ids) if grammar is None else None,
+        grammar=grammar,
     )
     return Pending(policy, request, version, generation)
+
+
+def _grammar(
+    policy: Policy, request: lm15.Request, prompt: Prompt, ids: tuple[int, ...]
+) -> Grammar | None:
+    """What the answer is held to: what the request says, or what its predictor reads.
+
+    Calls of tools are written in the model's own way, which no grammar of ours knows.
+    """
+    try:
+        text = grammar_of_format(request.config.response_format)
+    except ValueError as error:
+        raise lm15.InvalidRequestError(str(error)) from error
+    if text is None and not _tools(request):
+        text = _extra(request.config).get("grammar")
+    return held_to(policy, text, ids, json.loads(prompt.options))
 
 
 def _end(policy: Policy, prompt_ids_T: tuple[int, ...]) -> End | None:
@@ -322,7 +342,7 @@ def _refuse_unknown(config: lm15.Config) -> None:
         raise lm15.UnsupportedFeatureError(
             f"a local model has no {', '.join(wanted)}; it takes temperature, top_p, top_k, "
             "max_tokens, stop, seed, logprobs, frequency_penalty, presence_penalty, "
-            "repetition_penalty, reasoning_effort and chat_template_kwargs",
+            "repetition_penalty, reasoning_effort, response_format and chat_template_kwargs",
             feature=f"config.{wanted[0]}",
         )
     penalty = _extra(config).get("repetition_penalty", 1.0)
@@ -330,7 +350,7 @@ def _refuse_unknown(config: lm15.Config) -> None:
         raise lm15.InvalidRequestError(f"repetition_penalty must be above 0, got {penalty!r}")
 
 
-_UNKNOWN = ("response_format", "probabilities")
+_UNKNOWN = ("probabilities",)
 
 
 def run_batch(policy: Policy, batch: Sequence[Pending]) -> int:

@@ -21,6 +21,7 @@ from fst_dspy import distributed
 from fst_dspy.errors import TrainingError
 from fst_dspy.fast.population import mean
 from fst_dspy.loop.budget import counts_spent, cycles_spent, recorded_spent, time_spent
+from fst_dspy.loop.cold_start import warmed_up
 from fst_dspy.loop.interrupt import Interrupt
 from fst_dspy.loop.parts import Parts
 from fst_dspy.loop.progress import StopRun, TellsPlan, tell
@@ -180,6 +181,8 @@ class Run:
         cycle = 0 if first else state.cycle + 1
         self._tell(cycle, "validation")
         found = score(parts, state)
+        if first:  # where it shows nothing to learn from, give it something
+            state, found = warmed_up(parts, state, found)
         seconds = _add_seconds(state.seconds, "eval", started)
         parts.fast.validated(found.population, parts.val_ids, found.score_V)
         record = cycle_record(parts, state, cycle, found, seconds)
@@ -224,6 +227,8 @@ class Run:
         runner.early_batches, runner.turns = found.early_batches, found.turns
         if found.lowest_score is not None:
             runner.lowest_score = found.lowest_score
+        runner.structured = runner.structured or found.structured
+        runner.explains_format = found.explains_format
         self._saved = found
         return found
 
@@ -287,6 +292,8 @@ class Run:
             "tally": self.runner.tally,
             "lowest_score": self.runner.lowest_score,
             "early_batches": self.runner.early_batches,
+            "structured": self.runner.structured,
+            "explains_format": self.runner.explains_format,
             "turns": self.runner.turns,
         }
 

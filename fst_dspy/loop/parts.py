@@ -235,7 +235,7 @@ def _plan(spec: RunSpec, student: dspy.Module, checked: CheckedInput) -> Plan:
         policy.model,
         policy.name,
         spec.config,
-        prompts_of(student, checked.trainset, partial(_count_tokens, policy)),
+        prompts_of(student, checked.trainset, partial(count_tokens, policy)),
         dtype=policy.model.dtype,
         device=policy.device,
         max_tokens=checked.lm.kwargs["max_tokens"],
@@ -277,7 +277,7 @@ def _with_opening(parts: Parts) -> Parts:
 
 
 def _make_fast(spec: RunSpec, policy: Policy, events: Events, *, reuse: bool) -> FastChannel:
-    config, count = spec.config.fast, partial(_count_tokens, policy)
+    config, count = spec.config.fast, partial(count_tokens, policy)
     proposer = _make_proposer(spec, count)
     demos = DemoProposer(config.demo_tokens, count) if config.demo_tokens else None
     if not reuse:
@@ -314,7 +314,8 @@ def _make_proposer(spec: RunSpec, count_tokens: Callable[[str], int]) -> Propose
     )
 
 
-def _count_tokens(policy: Policy, text: str) -> int:
+def count_tokens(policy: Policy, text: str) -> int:
+    """Tokens of a text under the policy's tokenizer."""
     return len(policy.tokenizer(text, add_special_tokens=False)["input_ids"])
 
 

@@ -227,10 +227,12 @@ def _acted(turns: TurnCounts) -> str:
 def cycle_line(record: CycleRecord) -> str:
     """One line that says how a cycle ended, and what failed."""
     failed = told_failures(record.failure_shares, record.failure_messages, advice=False)
+    told = record.cold_start if record.cycle == 0 else ()
+    held = "" if record.format_share is None else f"  format {record.format_share:.2f}"
     reward = "   —" if record.train_reward is None else f"{record.train_reward:.2f}"
     return (
         f"cycle {record.cycle:>3}  step {record.step:>4}  reward {reward}  "
         f"validation {record.val_score:.3f}  KL {record.kl_to_base:.4f}  "
-        f"rollouts {record.total_rollouts.total:,}{_acted(record.turns)}"
-        + "".join(f"\n  {text}" for text in failed)
+        f"rollouts {record.total_rollouts.total:,}{_acted(record.turns)}{held}"
+        + "".join(f"\n  {text}" for text in (*told, *failed))
     )

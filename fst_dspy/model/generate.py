@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from fst_dspy.errors import ModelError, PromptTooLongError
+from fst_dspy.grammar.tokens import Walk
 from fst_dspy.model.cache_layers import CHANGED, left_out, obstacle, refuse
 from fst_dspy.model.endings import End, closing_tokens, eos_ids, kept_tokens, texts_of
 from fst_dspy.model.graph_decode import GraphDecode, begin, release
@@ -33,8 +34,9 @@ from fst_dspy.model.prefixes import (
     worthwhile_prefixes,
 )
 from fst_dspy.model.prompt_cache import CannotShare, can_share, make_room, share
-from fst_dspy.model.sampling import Penalties, draw, uniforms
+from fst_dspy.model.sampling import HeldRows, Penalties, draw, uniforms, vocabulary
 from fst_dspy.model.sizes import DecodingRoom
+from fst_dspy.types import Grammar
 
 logger = logging.getLogger(__name__)
 
@@ -64,6 +66,9 @@ class GenerationRequest:
         repetition_penalty: Above 0; divides the logits, where above 0, of the tokens of prompt and
             completion, and multiplies those below.
         end: The line that closes the answer; its text is kept, and what is behind it is not.
+        grammar: What the answer is held to; it ends where the grammar does.
+        begun: Of the prompt's last tokens so many are the answer's first. They are given back with
+            it, as certain, and ``max_tokens`` does not count them.
     """
 
     prompt_ids_T: tuple[int, ...]
@@ -77,6 +82,8 @@ class GenerationRequest:
     presence_penalty: float = 0.0
     repetition_penalty: float = 1.0
     end: End | None = None
+    grammar: Grammar | None = None
+    begun: int = 0
 
     @property
     def is_penalised(self) -> bool:
@@ -90,18 +97,21 @@ class GenerationResult:
 
     Attributes:
         completion_ids_T: As sampled, with the end token where there was one.
-        logprobs_T: Of each token, in nats, under the softmax over the whole vocabulary scaled by
-            the temperature (1 for greedy rows), before ``top_p``, ``top_k`` and penalties.
+        logprobs_T: Of each token, in nats, under the softmax over the whole vocabulary, or over
+            what the grammar allows, scaled by the temperature (1 for greedy rows), before
+            ``top_p``, ``top_k`` and penalties.
         text: Decoded, without special tokens, cut before a stop string and behind the line that
             closes the answer, which has one token more among ``completion_ids_T``.
         finish_reason: ``"stop"`` for an end token, stop string or closed answer, else
             ``"length"``.
+        allowed_logprob: See ``fst_dspy.types.Call``.
     """
 
     completion_ids_T: tuple[int, ...]
     logprobs_T: tuple[float, ...]
     text: str
     finish_reason: Literal["stop", "length"]
+    allowed_logprob: float | None = None
 
 
 def check_prompt(policy: Policy, prompt_ids_T: Sequence[int]) -> None:
@@ -122,7 +132,11 @@ def generate(policy: Policy, requests: Sequence[GenerationRequest]) -> list[Gene
     """
     for request in requests:
         check_prompt(policy, request.prompt_ids_T)
-    results: list[GenerationResult | None] = [None] * len(requests)
+    # What a grammar forces at the beginning is read along with the prompt.
+    started = [_started(policy, request) for request in requests]
+    results = [each if isinstance(each, GenerationResult) else None for each in started]
+    requests = [each for each in started if isinstance(each, GenerationRequest)]
+    places = [index for index, result in enumerate(results) if result is None]
     with policy.lock, torch.no_grad(), cudnn_attention(policy.device, False):
         model = policy.model
         was_training = model.training
@@ -131,10 +145,28 @@ def generate(policy: Policy, requests: Sequence[GenerationRequest]) -> list[Gene
             for chunk in _chunks(policy, requests):
                 rows = _run_chunk(policy, [requests[index] for index in chunk])
                 for index, result in zip(chunk, rows, strict=True):
-                    results[index] = result
+                    results[places[index]] = result
         finally:
             model.train(was_training)
     return [result for result in results if result is not None]
+
+
+def _started(policy: Policy, request: GenerationRequest) -> GenerationRequest | GenerationResult:
+    """The request, with what its grammar forces at the beginning said; or that is all of it."""
+    if request.grammar is None:
+        return request
+    own, room = vocabulary(policy), room_for(policy, request)
+    walk = Walk(own, request.grammar)
+    forced = walk.begin()
+    if len(forced) < room and not walk.ended:
+        ids_T = (*request.prompt_ids_T, *forced)
+        return replace(
+            request, prompt_ids_T=ids_T, max_tokens=room - len(forced), begun=len(forced)
+        )
+    ids_T = tuple(forced[:room])
+    (text,) = texts_of(policy, [ids_T], [request.stop])
+    whole = walk.ended and len(forced) <= room
+    return GenerationResult(ids_T, (0.0,) * len(ids_T), text, "stop" if whole else "length")
 
 
 def _run_chunk(policy: Policy, requests: Sequence[GenerationRequest]) -> list[GenerationResult]:
@@ -225,6 +257,8 @@ class _Batch:
         self.look = LOOK_FOR_END.get(device.type, LOOK_SELDOM)
         self.may_close: Tensor | None = None
         self.eos = torch.tensor(sorted(eos_ids(policy)), dtype=torch.long, device=device)
+        held = any(request.grammar is not None for request in requests)
+        self.held = HeldRows(policy, requests, limits) if held else None
 
     def run(self) -> list[GenerationResult]:
         rows = torch.arange(len(self.requests), device=self.policy.device)
@@ -235,6 +269,10 @@ class _Batch:
             next_B, logprob_B = self._sample(logits_BV, rows, step)
             self.ids[rows, step], self.logprobs[rows, step] = next_B, logprob_B
             done = self._update_done(done, rows, next_B, step)
+            if self.held is not None:
+                closed = self.held.advance(next_B, rows, done)
+                self.lengths[rows] = torch.where(closed, step + 1, self.lengths[rows])
+                done = done | closed
             finished = count(done)
             if finished == len(rows):
                 break
@@ -317,6 +355,8 @@ class _Batch:
     def _sample(self, logits_BV: Tensor, rows: Tensor, step: int) -> tuple[Tensor, Tensor]:
         if self.any_scaled:
             logits_BV = logits_BV / self.scale[rows][:, None]
+        if self.held is not None:
+            logits_BV = self.held.masked(logits_BV, rows)
         logprob_BV = drawn_BV = logits_BV.log_softmax(-1)
         if self.penalties is not None:
             drawn_BV = self.penalties.lowered(logits_BV, rows).log_softmax(-1)
@@ -381,6 +421,10 @@ class _Batch:
             )
         lengths, stopped = self.lengths.tolist(), self.stopped.tolist()
         ids = [row[:n] for row, n in zip(self.ids.tolist(), lengths, strict=True)]
+        logprobs = [row[:n] for row, n in zip(self.logprobs.tolist(), lengths, strict=True)]
+        shares: list[float | None] = [None] * len(ids)
+        if self.held is not None:
+            shares = self.held.completed(ids, logprobs, stopped)
         # Where the marker was seen late, by the row's own count alone.
         kept = [
             kept_tokens(self.tokenizer, row, request.end)
@@ -388,7 +432,7 @@ class _Batch:
         ]
         stopped = [e or n < len(row) for e, n, row in zip(stopped, kept, ids, strict=True)]
         ids = [row[:n] for row, n in zip(ids, kept, strict=True)]
-        logprobs = [row[:n] for row, n in zip(self.logprobs.tolist(), kept, strict=True)]
+        logprobs = [row[:n] for row, n in zip(logprobs, kept, strict=True)]
         texts = texts_of(
             self.policy, ids, [r.stop for r in self.requests], [r.end for r in self.requests]
         )
@@ -398,8 +442,11 @@ class _Batch:
                 logprobs_T=tuple(logprobs_T),
                 text=text,
                 finish_reason="stop" if ended else "length",
+                allowed_logprob=share,
             )
-            for ids_T, logprobs_T, text, ended in zip(ids, logprobs, texts, stopped, strict=True)
+            for ids_T, logprobs_T, text, ended, share in zip(
+                ids, logprobs, texts, stopped, shares, strict=True
+            )
         ]
 
 

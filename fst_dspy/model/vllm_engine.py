@@ -111,6 +111,11 @@ class VllmGenerator:
                 raise ConfigError(
                     "vLLM gives log-probabilities after top_p, top_k and penalties; leave them out"
                 )
+            if request.grammar is not None and request.grammar.after:
+                raise ConfigError(
+                    "vLLM holds an answer to its format from its first token on, and this model "
+                    "thinks first; use the built-in engine, or structured=False"
+                )
             if 0 < request.temperature < LOWEST_TEMPERATURE:
                 raise ConfigError(
                     f"vLLM samples at {LOWEST_TEMPERATURE} or above, not at {request.temperature}; "
@@ -150,6 +155,12 @@ class VllmGenerator:
         ]
 
     def _params(self, policy: Policy, request: GenerationRequest) -> Any:
+        held = {}
+        if request.grammar is not None:
+            from vllm.sampling_params import StructuredOutputsParams
+
+            # vLLM's default backend, "auto", leaves what begins with "%llguidance" to llguidance.
+            held["structured_outputs"] = StructuredOutputsParams(grammar=request.grammar.text)
         return self.sampling_params(
             temperature=request.temperature,
             max_tokens=room_for(policy, request),
@@ -158,6 +169,7 @@ class VllmGenerator:
             stop_token_ids=sorted(eos_ids(policy)),
             logprobs=0,  # of the sampled token alone
             detokenize=bool(request.stop or request.end),  # the text is made by ``texts_of``
+            **held,
         )
 
 

@@ -97,6 +97,8 @@ class _Blocked:
                 finish_reason=result.finish_reason,
                 # With penalties it was not drawn from the policy, no more than a greedy one.
                 temperature=0.0 if generation.is_penalised else generation.temperature,
+                grammar=generation.grammar,
+                allowed_logprob=result.allowed_logprob,
             )
             self.slot.calls.append(self.call)
 

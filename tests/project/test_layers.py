@@ -38,11 +38,12 @@ ORDER = {
     "tasks": f"{BASE} types config distributed files",
     "pretrained": f"{BASE} files",
     "student": TOP,
-    "model": TOP,
+    "grammar": TOP,
+    "model": f"{TOP} grammar",
     "smollm2": TOP,
     "slow": f"{TOP} model",
     "run": STUDENT,
-    "lm": f"{STUDENT} model slow",
+    "lm": f"{STUDENT} grammar model slow",
     "rollouts": f"{STUDENT} model lm",
     "agents": f"{STUDENT} rollouts",
     "results": f"{STUDENT} run",
@@ -68,8 +69,8 @@ ORDER = {
 SAVED = {"local_lm": "lm", "engine": "lm"}
 """Files of one line, whose paths programs hold that were saved by earlier versions."""
 
-BARE = "student model slow run lm rollouts agents results bundle fast fast/gepa fast/proposers loop"
-BARE += " plan distill continual experiments/findings pretrained smollm2"
+BARE = "grammar student model slow run lm rollouts agents results bundle fast fast/gepa"
+BARE += " fast/proposers loop plan distill continual experiments/findings pretrained smollm2"
 """Folders whose ``__init__.py`` is a docstring: to import one file of theirs imports that one."""
 
 FILES_AT_THE_TOP = 13
