@@ -38,7 +38,7 @@ ORDER = {
     "tasks": f"{BASE} types config distributed files",
     "pretrained": f"{BASE} files",
     "student": TOP,
-    "grammar": BASE,
+    "grammar": f"{BASE} types",
     "model": f"{TOP} grammar",
     "smollm2": TOP,
     "slow": f"{TOP} model",
