@@ -64,7 +64,7 @@ def read_answer(
         return Answer(text)
     raw = cut_before(tokenizer.decode(completion_ids_T), stop)
     if end is not None:
-        raw = raw[: end.place(raw)]
+        raw = end.cut(raw)
     if found.thought is not None and opens_thought(policy, prompt_ids_T):
         raw = found.thought[0] + raw
     if found.syntax is not None and (tools or found.thought is None):

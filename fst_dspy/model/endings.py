@@ -91,6 +91,11 @@ class End:
             start = at + 1
         return None
 
+    def cut(self, text: str) -> str:
+        """A completion's text up to the marker's end; white space behind it may stay."""
+        place = self.place(text)
+        return text if place is None or not text[place:].strip() else text[:place]
+
 
 def kept_tokens(tokenizer: Any, ids_T: Sequence[int], end: End | None) -> int:
     """How many tokens of a row are its completion: up to the one behind the closing line."""
@@ -142,7 +147,4 @@ def texts_of(
     )
     ends_B = ends_B or [None] * len(texts)
     texts = [cut_before(text, stop) for text, stop in zip(texts, stops_B, strict=True)]
-    return [
-        text if end is None else text[: end.place(text)]
-        for text, end in zip(texts, ends_B, strict=True)
-    ]
+    return [text if end is None else end.cut(text) for text, end in zip(texts, ends_B, strict=True)]

@@ -61,3 +61,9 @@ def test_tokens_that_may_close_it_are_those_with_its_last_letter() -> None:
     may = closing_tokens(tokenizer, MARK, len(tokenizer) + 5)
     assert may.sum() < len(may) / 10 and not may[-5:].any()
     assert may[tokenizer(MARK)["input_ids"][-1]]
+
+
+@pytest.mark.parametrize("behind", ["", "\n", " \n\n"])
+def test_white_space_behind_it_stays_as_a_model_that_ends_there_wrote_it(behind: str) -> None:
+    assert End(MARK).cut(f"silver\n{MARK}{behind}") == f"silver\n{MARK}{behind}"
+    assert End(MARK).cut(f"silver\n{MARK}{behind}But") == f"silver\n{MARK}"
