@@ -141,8 +141,10 @@ class Settings(TypedDict, total=False):
     max_bad_steps: int
     """Default 5. Steps in a row with a loss or gradient that is not finite, after which the run
     stops; each of them is dropped."""
-    lora: LoraConfig | Mapping[str, Any] | bool | None
-    """Default None. Adapter settings, or ``None`` for full fine-tuning."""
+    lora: LoraConfig | Mapping[str, Any] | bool | Literal["auto"] | None
+    """Default 'auto'. Adapter settings, or ``None`` for full fine-tuning; ``FST`` has ``"auto"``
+    besides, its default: adapters where training all weights would not fit in the machine's
+    memory."""
     temperature: float
     """Default 1.0. Sampling temperature of every rollout, above 0."""
     top_p: float

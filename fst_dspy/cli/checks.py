@@ -159,8 +159,13 @@ def check_same_run(out: Path, seed: int, arm: str, auto: Any, settings: Mapping[
         return  # the run itself says what is wrong with the folder
     alone = {"population_size": 1} if arm == "rl_only" else {}
     asked = FSTConfig.make(auto, **{**settings, **alone}).to_dict()
-    if asked["slow"]["learning_rate"] is None:  # the model's own
-        asked["slow"]["learning_rate"] = known["settings"].get("slow", {}).get("learning_rate")
+    # What the model and the data settle is known when they are.
+    slow = known["settings"].get("slow", {})
+    for name, unsettled in (("learning_rate", None), ("lora", "auto")):
+        if asked["slow"][name] == unsettled:
+            asked["slow"][name] = slow.get(name)
+    if asked["budget"].get("max_full_evals") is not None:
+        asked["budget"] = known["settings"].get("budget")
     changed = differences(known, {"arm": arm, "seed": seed, "settings": asked})
     if changed:
         raise another_run(out, changed)

@@ -12,6 +12,7 @@ import dspy
 import torch
 from dspy.clients.provider import Provider
 
+from fst_dspy.display import on_a_screen
 from fst_dspy.errors import ModelError
 from fst_dspy.lm.asked import grammar_of_caller
 from fst_dspy.lm.engine import AsyncLocalEngine, LocalEngine, serving
@@ -133,11 +134,12 @@ class LocalLM(dspy.LM):
     def __repr__(self) -> str:
         policy, sampling = self.policy, self.kwargs
         size = sum(weight.numel() for weight in policy.model.parameters())
-        return (
+        shown = (
             f"LocalLM({self.model!r}, {size:,} weights in {str(policy.model.dtype)[6:]} on "
             f"{policy.device}, temperature={sampling.get('temperature')}, "
             f"max_tokens={sampling.get('max_tokens')}, context of {policy.context_length:,} tokens)"
         )
+        return on_a_screen([shown])
 
     def __copy__(self) -> LocalLM:
         return remember(super().__copy__())

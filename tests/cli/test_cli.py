@@ -92,7 +92,7 @@ def test_settings_are_json_where_they_can_be():
 def test_help_begins_with_what_one_begins_with():
     result = run("--help")
     assert result.exit_code == 0
-    places = [result.output.index(word) for word in (" Start ", " compile ", " demo ", " tune ")]
+    places = [result.output.index(word) for word in ("Start here", "│ compile", "│ demo", "│ tune")]
     assert places == sorted(places)
 
 

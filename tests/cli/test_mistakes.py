@@ -52,6 +52,7 @@ EARLY = {
         "save_pretrained",
     ),
     "a file as model": ("compile triage --model notes.txt", "notes.txt is a file", "the folder"),
+    "plan of no model": ("plan triage --model ./nosuch", "no model folder", 'give "embedded"'),
     "a file as folder": ("compile triage --out notes.txt/run", "cannot write", "another --out"),
     "arm": ("compile triage --arm rl", "'rl' is not one of", "'rl_only'"),
     "arm of an experiment": ("compare triage --arms fst,rl_onl", "no arm 'rl_onl'", "'rl_only'"),
@@ -144,12 +145,14 @@ def test_what_a_programs_own_code_raises_is_told_with_its_line():
 
 def test_a_run_folder_of_other_settings_is_told_at_once(tmp_path):
     config = FST(vowels, max_cycles=1).config.to_dict()
+    config["slow"] |= {"learning_rate": 3e-4, "lora": None}  # as a run settles them
     begun = {"arm": "fst", "seed": 0, "settings": config}
     (tmp_path / "config.json").write_text(json.dumps(begun))
     message = told(f"compile triage --out {tmp_path} --seed 1 --set temperature=0.5")
     assert "seed differs (0 there, 1 here)" in message
     assert "temperature differs (1.0 there, 0.5 here)" in message
     assert "choose another folder" in message
+    assert "learning_rate" not in message and "lora" not in message
 
 
 def raising(gold, pred, trace=None):

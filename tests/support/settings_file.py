@@ -57,7 +57,7 @@ def text():
         if setting.name in STRATEGIES:
             kind = f"{without_custom(kind)} | {OBJECTS[setting.name]}"
         elif setting.name == "lora":
-            kind = "LoraConfig | Mapping[str, Any] | bool | None"
+            kind = 'LoraConfig | Mapping[str, Any] | bool | Literal["auto"] | None'
         kinds[setting.name] = kind
         default = f"Default {setting.default!r}. " if setting.part else ""
         parts.append(entry(setting.name, kind, default + setting.meaning))
