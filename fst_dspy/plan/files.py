@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import dspy
 import torch
@@ -22,6 +21,7 @@ from fst_dspy.types import Arm
 MAX_TOKENS = 512
 """Of an answer, as ``LocalLM`` has by default where an eighth of the context is more."""
 UNKNOWN_CONTEXT = 2048
+SAMPLE = "words"
 
 
 def plan_of_files(
@@ -71,12 +71,13 @@ def plan_of_files(
     )
 
 
-def _counter(where: str) -> Any:
+def _counter(where: str) -> Callable[[str], int] | None:
     """Counts tokens, where there is a tokenizer."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(where)
-    except (
-        Exception
-    ):  # whatever is missing or odd about it: prompts are then estimated, and said so
+        # Of a folder without one transformers makes an empty tokenizer of the model's kind.
+        if SAMPLE not in tokenizer.decode(tokenizer(SAMPLE)["input_ids"]):
+            return None
+    except Exception:  # whatever is odd about it: prompts are then estimated, and said so
         return None
     return lambda text: len(tokenizer(text, add_special_tokens=False)["input_ids"])

@@ -19,7 +19,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import platformdirs
 from filelock import FileLock
 from rich.console import Console
 
@@ -75,6 +74,8 @@ def _folder(name: str) -> Path:
     made_of = MEMBER_SHA256[:8]
     if name == WITH_ADAPTER:
         made_of += "-" + sha256(adapter() / "adapter_model.safetensors")[:8]
+    import platformdirs  # here: its half for Unix needs what only Unix has
+
     return platformdirs.user_cache_path("fst_dspy") / f"{name}-{made_of}"
 
 
