@@ -19,7 +19,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import platformdirs
 from filelock import FileLock
 from rich.console import Console
 
@@ -71,6 +70,8 @@ def fetch(name: str) -> Path:
 
 
 def _folder(name: str) -> Path:
+    import platformdirs  # it asks what it runs on as it is imported
+
     # Named by what it is made of, so that another adapter makes another folder.
     made_of = MEMBER_SHA256[:8]
     if name == WITH_ADAPTER:
