@@ -31,12 +31,11 @@ from transformers.utils import logging as hf_logging
 
 from fst_dspy import distributed
 from fst_dspy.config import LoraConfig
-from fst_dspy.embedded import path as embedded_path
 from fst_dspy.errors import ModelError
 from fst_dspy.model.hardware import default_dtype, fuse_norms
 from fst_dspy.model.sizes import check_claims, described, parameter_count
-from fst_dspy.pretrained import smollm2
-from fst_dspy.pretrained.gguf import SUFFIX, find_gguf, read_from, read_gguf
+from fst_dspy.pretrained.gguf import SUFFIX, read_from, read_gguf
+from fst_dspy.pretrained.places import model_place
 
 DEFAULT_CHAT_TEMPLATE = (
     "{% for message in messages %}{{ message['role'] + ': ' + message['content'] + '\n\n' }}"
@@ -142,7 +141,7 @@ class Policy:
         """
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         distributed.join(device.type)
-        where = _where(name_or_path)
+        where = model_place(name_or_path)
         try:
             named, more = read_from(where)
             # Before the tokenizer, which reads the configuration too. Code that is trusted may
@@ -375,7 +374,7 @@ class Policy:
         if self._lora is not None:
             # Under LoRA the base lies beneath the adapters, unchanged.
             return _Kept(None, self._weights)
-        where = _where(self.source["name_or_path"])
+        where = model_place(self.source["name_or_path"])
         dtype = getattr(torch, self.source["dtype"])
         try:
             model = _read_model(where, dtype, self.source["trust_remote_code"])
@@ -424,21 +423,6 @@ class Policy:
             for weight in self._weights.values():
                 weight.requires_grad_(True)
         self._lora = None
-
-
-def _where(name_or_path: str | Path) -> str:
-    if str(name_or_path) == "embedded":
-        return str(embedded_path())
-    if str(name_or_path) in smollm2.NAMES:
-        return str(smollm2.fetch(str(name_or_path)))
-    path = Path(name_or_path).expanduser()
-    looks_like_path = isinstance(name_or_path, Path) or str(name_or_path)[:1] in ("/", ".", "~")
-    found = find_gguf(path)
-    if found is not None:
-        return str(found)
-    if (looks_like_path or path.suffix == SUFFIX) and not path.is_dir():
-        raise ModelError(f"there is no model folder or GGUF file {str(path)!r}")
-    return str(path) if path.is_dir() else str(name_or_path)
 
 
 def _read_model(where: str, dtype: torch.dtype, trust_remote_code: bool) -> Any:

@@ -10,12 +10,13 @@ import torch
 from transformers import AutoTokenizer
 
 from fst_dspy.config import FSTConfig
-from fst_dspy.embedded import path as embedded_path
 from fst_dspy.errors import ModelError
 from fst_dspy.model.hardware import default_dtype
 from fst_dspy.model.sizes import described, parameter_count
 from fst_dspy.plan.plan import Plan, make_plan
 from fst_dspy.plan.prompts import prompts_of
+from fst_dspy.pretrained.gguf import SUFFIX, read_from
+from fst_dspy.pretrained.places import model_place
 from fst_dspy.types import Arm
 
 MAX_TOKENS = 512
@@ -36,7 +37,8 @@ def plan_of_files(
     """Plan a compile of a program on a model that is not loaded.
 
     Args:
-        model: ``"embedded"``, a folder with ``config.json``, or a hub id.
+        model: ``"embedded"``, ``"smollm2"`` (fetched, if it was not yet), a folder with
+            ``config.json``, a GGUF file, or a hub id.
         program: The program.
         trainset: Examples, of which a few are rendered.
         config, arm: As for ``FST``.
@@ -45,14 +47,15 @@ def plan_of_files(
     Raises:
         ModelError: There is no such configuration.
     """
-    where = str(embedded_path()) if str(model) == "embedded" else str(Path(model).expanduser())
-    name = Path(str(model).rstrip("/")).name
+    name = Path(str(model).rstrip("/")).name.removesuffix(SUFFIX)
     try:
+        where = model_place(model)
         described_model = described(where)
     except Exception as error:
         raise ModelError(
             f"cannot read the configuration of {str(model)!r} ({type(error).__name__}: {error}); "
-            'give "embedded", a folder with config.json, or a hub id that this machine can reach'
+            'give "embedded", "smollm2", a folder with config.json, a GGUF file, or a hub id that '
+            "this machine can reach"
         ) from error
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = default_dtype(place, lambda: parameter_count(described_model))
@@ -74,7 +77,8 @@ def plan_of_files(
 def _counter(where: str) -> Callable[[str], int] | None:
     """Counts tokens, where there is a tokenizer."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(where)
+        named, more = read_from(where)
+        tokenizer = AutoTokenizer.from_pretrained(named, **more)
         # Of a folder without one transformers makes an empty tokenizer of the model's kind.
         if SAMPLE not in tokenizer.decode(tokenizer(SAMPLE)["input_ids"]):
             return None

@@ -70,12 +70,12 @@ def fetch(name: str) -> Path:
 
 
 def _folder(name: str) -> Path:
+    import platformdirs  # it asks what it runs on as it is imported
+
     # Named by what it is made of, so that another adapter makes another folder.
     made_of = MEMBER_SHA256[:8]
     if name == WITH_ADAPTER:
         made_of += "-" + sha256(adapter() / "adapter_model.safetensors")[:8]
-    import platformdirs  # here: its half for Unix needs what only Unix has
-
     return platformdirs.user_cache_path("fst_dspy") / f"{name}-{made_of}"
 
 

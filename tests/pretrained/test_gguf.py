@@ -14,9 +14,10 @@ from tiny_models import make_tokenizer
 from transformers import AutoModelForCausalLM
 
 import fst_dspy
-from fst_dspy.config import LoraConfig
+from fst_dspy.config import FSTConfig, LoraConfig
 from fst_dspy.errors import ModelError
 from fst_dspy.model.policy import Policy
+from fst_dspy.plan.files import plan_of_files
 
 IDS = torch.tensor([[5, 6, 7, 8, 9, 40, 41]])
 
@@ -80,6 +81,16 @@ def test_base_weights_are_read_again_after_training(tmp_path: Path) -> None:
     assert not torch.equal(logits(policy.model), before)
     with policy.at(policy.base_version):
         assert torch.equal(logits(policy.model), before)
+
+
+def test_it_can_be_planned_without_being_loaded(tmp_path: Path) -> None:
+    written = save_gguf(tmp_path / "small.gguf")
+    example = dspy.Example(question="where?", answer="there").with_inputs("question")
+    program = dspy.Predict("question -> answer")
+    config = FSTConfig.make(max_rollouts=64)
+    plan = plan_of_files(tmp_path / "small.gguf", program, [example] * 4, config, device="cpu")
+    assert plan.model.startswith("small")
+    assert plan.parameters == sum(p.numel() for p in written.parameters())
 
 
 def test_a_header_that_claims_too_much_is_refused(tmp_path: Path) -> None:
