@@ -4,13 +4,14 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 LATEST := .venv-latest
 LOWEST := .venv-lowest
+DOCS := .venv-docs
 # Of the tests, those that both ends of the allowed versions run: pytest's markers.
 TESTS ?= not slow or insides
 # What the latest versions are held to besides pyproject.toml: requirements.
 LATEST_BUT ?=
 
 .PHONY: install demo test pytest test-fast test-gpu latest test-latest lowest test-lowest lint bench
-.PHONY: wheel clean
+.PHONY: docs wheel clean real
 
 install: $(VENV)/.installed
 
@@ -65,8 +66,22 @@ lint: install
 bench: install
 	$(BIN)/python -m benchmarks.speed --report benchmarks/RESULTS.md
 
+# The site, in site/. The reference is read off the sources, so that nothing else is installed.
+docs: $(DOCS)/.installed
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/python -m mkdocs build --strict --quiet
+
+$(DOCS)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/python -m pip install --quiet --upgrade "pip<26.2"
+	$(DOCS)/bin/python -m pip install --quiet --group docs
+	touch $@
+
+# SmolLM2 is fetched once; what has run is not run again. A job: make real REAL="--limit 1".
+real: install
+	$(BIN)/python benchmarks/real_lm.py $(REAL)
+
 wheel: install
 	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
 
 clean:
-	rm -rf $(VENV) $(LATEST) $(LOWEST) dist build .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) $(LATEST) $(LOWEST) $(DOCS) site dist build .pytest_cache .ruff_cache .mypy_cache

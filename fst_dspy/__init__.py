@@ -10,7 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fst_dspy import measures
+    from fst_dspy import measures, report
     from fst_dspy.agents.gym import gym_factory
     from fst_dspy.agents.metric import env_reward
     from fst_dspy.agents.module import env
@@ -53,7 +53,7 @@ _HOME = {
     "use_vllm": "fst_dspy.model.vllm_engine",
 }
 
-_MODULES = ("measures",)
+_MODULES = ("measures", "report")
 
 __all__ = [
     "FST",
@@ -75,6 +75,7 @@ __all__ = [
     "load",
     "measures",
     "quadrants",
+    "report",
     "save",
     "use_vllm",
 ]

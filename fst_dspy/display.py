@@ -8,8 +8,11 @@ on (escape sequences, control characters, changes of writing direction) is shown
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
+import reprlib
+import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from difflib import SequenceMatcher
 from html import escape
@@ -118,6 +121,36 @@ def panel(title: str, body: RenderableType, border: str = "none") -> Panel:
     """A titled box for a terminal; a body that is a string is text, not markup."""
     inner = as_text(body) if isinstance(body, str) else body
     return Panel(inner, title=as_text(title), title_align="left", border_style=border)
+
+
+# --- in an interpreter and in logs ----------------------------------------------------------------
+
+WIDTH, HEIGHT = 100, 10
+"""Characters and lines of a ``repr``."""
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring, _SHORT.maxother, _SHORT.maxlevel = 60, 60, 2
+_SHORT.maxtuple = _SHORT.maxlist = _SHORT.maxdict = 4
+
+
+def brief(record: Any) -> str:
+    """A ``repr`` that fits a screen, of a dataclass: long values are cut, and so is a long end."""
+    values = (
+        f"{field.name}={_SHORT.repr(getattr(record, field.name))}"
+        for field in dataclasses.fields(record)
+        if field.repr
+    )
+    return on_a_screen(f"{type(record).__name__}({', '.join(values)})".splitlines())
+
+
+def on_a_screen(lines: Iterable[str]) -> str:
+    """Lines broken to 100 characters; of more than ten the last ones are left out."""
+    broken = [
+        part
+        for line in lines
+        for part in textwrap.wrap(line, WIDTH, subsequent_indent="  ") or [""]
+    ]
+    return "\n".join(broken if len(broken) <= HEIGHT else [*broken[: HEIGHT - 1], "  …"])
 
 
 # --- candidates and populations -------------------------------------------------------------------

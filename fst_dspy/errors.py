@@ -39,3 +39,22 @@ class StoreError(FSTError, OSError):
 
 class TrainingError(FSTError, RuntimeError):
     """Training that cannot go on, such as a loss that stays non-finite."""
+
+
+class CompileInterrupted(KeyboardInterrupt):
+    """Ctrl-C in a compile.
+
+    Attributes:
+        folder: The run folder, which holds what was reached; ``None`` where nothing was saved.
+        at_once: Whether the step under way was given up: the folder holds what was reached at the
+            checkpoint before.
+    """
+
+    def __init__(self, folder: str | None, at_once: bool) -> None:
+        self.folder, self.at_once = folder, at_once
+        how = (
+            f"start it again with log_dir={folder!r} to go on where it was saved"
+            if folder is not None
+            else "without a log_dir nothing was saved; set one to be able to resume"
+        )
+        super().__init__(f"compile interrupted{' at once' * at_once}; {how}")

@@ -89,7 +89,9 @@ def write_through(path: Path, write: Callable[[Path], Any]) -> None:
 
 def flush(path: Path) -> int:
     """Flush a file or folder to disk, and return its length in bytes."""
-    descriptor = os.open(path, os.O_RDONLY)
+    if os.name == "nt" and path.is_dir():  # Windows opens no folders
+        return 0
+    descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
     try:
         os.fsync(descriptor)
         return os.fstat(descriptor).st_size

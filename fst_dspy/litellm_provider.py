@@ -180,7 +180,9 @@ def _fill(response: ModelResponse, model: str, answers: Sequence[lm15.Response])
         Choices(
             index=index,
             finish_reason=answer.finish_reason,
-            message=Message(role="assistant", content=answer.message.parts[0].text),
+            message=Message(
+                role="assistant", content=answer.text or "", reasoning_content=_thought(answer)
+            ),
         )
         for index, answer in enumerate(answers)
     ]
@@ -191,6 +193,11 @@ def _fill(response: ModelResponse, model: str, answers: Sequence[lm15.Response])
     )
     response.usage = usage
     return response
+
+
+def _thought(answer: lm15.Response) -> str | None:
+    thoughts = [part.text for part in answer.message.parts if part.type == "thinking"]
+    return "".join(thoughts) or None
 
 
 def _chunk(response: ModelResponse) -> GenericStreamingChunk:

@@ -25,10 +25,11 @@ Example::
 
 from __future__ import annotations
 
+import operator
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import dspy
 from dspy.teleprompt import Teleprompter
@@ -37,6 +38,7 @@ from gepa.utils import StopperProtocol
 
 from fst_dspy.bundle.saving import make_savable
 from fst_dspy.config import Auto, FSTConfig
+from fst_dspy.display import on_a_screen
 from fst_dspy.errors import ConfigError
 from fst_dspy.fast.gepa.plugins import read_plugins
 from fst_dspy.fast.proposers.protocol import Proposer
@@ -46,9 +48,13 @@ from fst_dspy.loop.parts import Parts, RunSpec, make_parts
 from fst_dspy.loop.progress import ProgressListener
 from fst_dspy.loop.records import result_of
 from fst_dspy.loop.state import Start
-from fst_dspy.results.result import FSTResult
+from fst_dspy.results.result import FSTResult, Tester
 from fst_dspy.rollouts.checks import CheckedInput, check_input
+from fst_dspy.rollouts.evaluate import Quadrants, quadrants
+from fst_dspy.rollouts.runner import RolloutRunner
 from fst_dspy.run.trackers import tracker_names
+from fst_dspy.settings import Settings
+from fst_dspy.settings_help import settings_text
 from fst_dspy.student.candidate import bind
 from fst_dspy.student.seeds import read_seeds
 from fst_dspy.types import Arm
@@ -113,13 +119,13 @@ class FST(Teleprompter):
         gepa_kwargs: Mapping[str, Any] | None = None,
         report_to: str | Sequence[str] | None = None,
         progress: ProgressListener | None = None,
-        **settings: Any,
+        **settings: Unpack[Settings],
     ) -> None:
         super().__init__()
         if arm not in ("fst", "rl_only", "gepa_only"):
             raise ConfigError(f"arm must be 'fst', 'rl_only' or 'gepa_only', got {arm!r}")
         if arm == "rl_only":
-            settings = {**settings, "population_size": 1}
+            settings["population_size"] = 1
         plugins = read_plugins(
             metric,
             reflection_lm,
@@ -133,7 +139,7 @@ class FST(Teleprompter):
         self.reflection_lm, self.strategies = plugins.reflection_lm, plugins.strategies
         self.config = FSTConfig.make(auto, **plugins.settings)
         self.arm: Arm = arm
-        self.seed = seed
+        self.seed = _read_seed(seed)
         self.log_dir = Path(log_dir) if log_dir is not None else None
         self.log_rollouts = log_rollouts
         self.track_stats = track_stats
@@ -256,10 +262,65 @@ class FST(Teleprompter):
                 parts.folder.finish(result)
         finally:
             parts.close()
+        result = result.with_tester(_tester(parts, student, result))
         best = result.best
         parts.policy.restore(best.version)
-        compiled = bound_to(student, best.candidate, parts.lm.at(best.version))
+        lm = parts.lm.at(best.version)
+        compiled = bound_to(student, best.candidate, lm, structured=parts.runner.structured)
         if self.track_stats:
             compiled.detailed_results = result
         make_savable(compiled, result)
         return compiled
+
+    def __repr__(self) -> str:
+        usual, own = FSTConfig.make().to_dict(), self.config.to_dict()
+        changed = (
+            f"{name}={value!r}"
+            for part, values in own.items()
+            for name, value in values.items()
+            if value != usual[part][name]
+        )
+        metric = getattr(self.metric, "__name__", type(self.metric).__name__)
+        about = (f"metric={metric}", f"arm={self.arm!r}", f"seed={self.seed}")
+        folder = () if self.log_dir is None else (f"log_dir={str(self.log_dir)!r}",)
+        return on_a_screen([f"{type(self).__name__}({', '.join((*about, *folder, *changed))})"])
+
+
+def _read_seed(given: Any) -> int:
+    """The seed as Python's own number; libraries take no others.
+
+    Raises:
+        ConfigError: It is none, or out of numpy's range.
+    """
+    number = operator.index(given) if hasattr(given, "__index__") else -1
+    if isinstance(given, bool) or not 0 <= number < 2**32:
+        raise ConfigError(
+            f"seed must be a whole number from 0 to 2**32 - 1, got {given!r} "
+            f"({type(given).__name__})"
+        )
+    return number
+
+
+def _tester(parts: Parts, student: dspy.Module, result: FSTResult) -> Tester:
+    """Tests the result's texts and weights with what they were found with."""
+
+    # Of the parts these alone: the optimizer's state is large, and a result may live long.
+    metric, lm = parts.spec.metric, parts.lm
+    sampling, seed = parts.config.sampling, parts.spec.seed
+
+    def test(testset: Sequence[dspy.Example], samples: int) -> Quadrants:
+        return quadrants(
+            RolloutRunner(student, metric, lm, sampling, seed),
+            result.seed_candidate,
+            result.best.candidate,
+            testset,
+            base_version=result.base_version,
+            trained_version=result.best.version,
+            samples=samples,
+        )
+
+    return test
+
+
+if FST.__doc__:  # none under ``python -OO``
+    FST.__doc__ += f"\n    {settings_text().replace(chr(10), chr(10) + '    ')}\n"

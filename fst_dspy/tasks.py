@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import ast
 import difflib
 import importlib.util
 import inspect
 import json
 import re
 import sys
-from collections.abc import Callable, Mapping
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from fst_dspy.errors import ProgramError
+from fst_dspy.errors import FSTError, ProgramError
 from fst_dspy.types import Task
+
+NO_LOAD = (
+    "{} has no function load(seed) -> fst_dspy.Task; `fst init` writes a file that has one, to "
+    "fill in"
+)
 
 
 def programs_folder() -> Path:
@@ -30,6 +38,11 @@ def find_program(name_or_path: str) -> Path:
     """
     path = Path(name_or_path)
     if path.is_file():
+        if path.suffix != ".py":
+            raise ProgramError(
+                f"{path} is no Python file; a program is a .py file with "
+                "load(seed) -> fst_dspy.Task"
+            )
         return path.resolve()
     packaged = programs_folder() / f"{path.stem}.py"
     if packaged.is_file() and (path.parent == Path(".") or path.parent.name == "programs"):
@@ -42,6 +55,61 @@ def find_program(name_or_path: str) -> Path:
     )
 
 
+def check_program(program: str) -> None:
+    """Check what can be seen of a program without running it.
+
+    That is its file, that there is a ``load`` in it, and, where this is a plain function, whether
+    it takes the arguments.
+
+    Raises:
+        ProgramError: There is no such file, it is not Python, or what else is wrong.
+    """
+    name, arguments = split_arguments(program)
+    path = find_program(name)
+    try:
+        tree = ast.parse(path.read_bytes(), str(path))
+    except (SyntaxError, ValueError, OSError) as error:
+        raise ProgramError(f"{path} cannot be read as Python: {error}") from error
+    binding = [node for node in ast.walk(tree) if _binds_load(node)]
+    if not binding:
+        raise ProgramError(NO_LOAD.format(path))
+    (first, *others) = binding
+    if isinstance(first, ast.FunctionDef) and not (others or first.decorator_list):
+        _check_arguments(_parameters(first.args), arguments, path)
+
+
+def _parameters(written: ast.arguments) -> list[inspect.Parameter]:
+    """The parameters of a function that was not run; defaults that are no literals are left out."""
+    plain = [*written.posonlyargs, *written.args]
+    missing: list[ast.expr | None] = [None] * (len(plain) - len(written.defaults))
+    defaults = [*missing, *written.defaults, *written.kw_defaults]
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD  # it matters here only that they have names
+    found = [
+        inspect.Parameter(argument.arg, kind, default=_literal(default))
+        for argument, default in zip([*plain, *written.kwonlyargs], defaults, strict=True)
+    ]
+    if written.kwarg is not None:
+        found.append(inspect.Parameter(written.kwarg.arg, inspect.Parameter.VAR_KEYWORD))
+    return found
+
+
+def _literal(default: ast.expr | None) -> Any:
+    try:
+        return inspect.Parameter.empty if default is None else ast.literal_eval(default)
+    except ValueError:
+        return inspect.Parameter.empty
+
+
+def _binds_load(node: ast.AST) -> bool:
+    if isinstance(node, ast.FunctionDef | ast.ClassDef):
+        return node.name == "load"
+    if isinstance(node, ast.ImportFrom | ast.Import):
+        return any((name.asname or name.name) in ("load", "*") for name in node.names)
+    if isinstance(node, ast.Name):
+        return node.id == "load" and isinstance(node.ctx, ast.Store)
+    return isinstance(node, ast.Constant) and node.value == "load"  # setattr, globals()["load"]
+
+
 def load_task(program: str, seed: int = 0) -> Task:
     """Import a program's file and call its ``load(seed)``. This runs the file's code.
 
@@ -52,8 +120,8 @@ def load_task(program: str, seed: int = 0) -> Task:
         seed: Seed of the task.
 
     Raises:
-        ProgramError: There is no such file, it has no ``load``, ``load`` does not take the
-            arguments, or it returns no ``Task``.
+        ProgramError: There is no such file, it cannot be imported, it has no ``load``, ``load``
+            does not take the arguments, fails, or returns no ``Task``.
     """
     name, arguments = split_arguments(program)
     path = find_program(name)
@@ -61,15 +129,32 @@ def load_task(program: str, seed: int = 0) -> Task:
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # classes defined in the file can be found again by name
-    spec.loader.exec_module(module)
+    with _told(f"{path} cannot be imported", path):
+        spec.loader.exec_module(module)
     load = getattr(module, "load", None)
     if not callable(load):
-        raise ProgramError(f"{path} has no function load(seed) -> fst_dspy.Task")
-    _check_arguments(load, arguments, path)
-    task = load(seed, **arguments)
+        raise ProgramError(NO_LOAD.format(path))
+    _check_arguments(list(inspect.signature(load).parameters.values()), arguments, path)
+    with _told(f"load({seed}) in {path} failed", path):
+        task = load(seed, **arguments)
     if not isinstance(task, Task):
         raise ProgramError(f"load(seed) in {path} must return a fst_dspy.Task, got {task!r}")
     return task
+
+
+@contextmanager
+def _told(what: str, path: Path) -> Iterator[None]:
+    """Say where in the user's file something went wrong; our own errors say it themselves."""
+    try:
+        yield
+    except FSTError:
+        raise
+    except Exception as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [frame.lineno for frame in frames if frame.filename == str(path)]
+        line = error.lineno if isinstance(error, SyntaxError) else lines[-1] if lines else None
+        where = f", line {line}" if line else ""
+        raise ProgramError(f"{what}{where}: {type(error).__name__}: {error}") from error
 
 
 def split_arguments(program: str) -> tuple[str, dict[str, Any]]:
@@ -92,9 +177,10 @@ def read_value(text: str) -> Any:
         return text
 
 
-def _check_arguments(load: Callable[..., Any], arguments: Mapping[str, Any], path: Path) -> None:
+def _check_arguments(
+    parameters: Sequence[inspect.Parameter], arguments: Mapping[str, Any], path: Path
+) -> None:
     """Check names, and types where a default tells them, before any work is done."""
-    parameters = list(inspect.signature(load).parameters.values())
     if not parameters:
         raise ProgramError(f"load in {path} must take the seed: load(seed) -> fst_dspy.Task")
     seed, *others = parameters
@@ -113,5 +199,5 @@ def _check_arguments(load: Callable[..., Any], arguments: Mapping[str, Any], pat
         if default is None or default is inspect.Parameter.empty or isinstance(value, wanted):
             continue
         raise ProgramError(
-            f"load in {path}: {name} must be a {type(default).__name__}, got {value!r}"
+            f"load in {path}: {name} must be of type {type(default).__name__}, got {value!r}"
         )

@@ -72,6 +72,10 @@ class Candidate:
         parents = f" from {', '.join(self.parent_ids)}" if self.parent_ids else ""
         return f"{self.id} · {self.source}, cycle {self.cycle}{parents}"
 
+    def __repr__(self) -> str:
+        texts = [f"  {name}: {' '.join(t.split())}" for name, t in self.components.items()]
+        return display.on_a_screen([f"Candidate {self.origin}", *(text[:100] for text in texts)])
+
     def _repr_html_(self) -> str:
         return display.texts_html(self.origin, self.components)
 
@@ -122,11 +126,35 @@ class Population:
         )
         return title, [(mean, wins, c.origin, c.components) for c, mean, wins in self.ranked]
 
+    def __repr__(self) -> str:
+        title, rows = self._shown()
+        lines = (f"  {display.score_text(mean)}  {origin}" for mean, _, origin, _ in rows)
+        return display.on_a_screen([title, *lines])
+
     def _repr_html_(self) -> str:
         return display.population_html(*self._shown())
 
     def __rich__(self) -> RenderableType:
         return display.population_rich(*self._shown())
+
+
+@dataclass(frozen=True)
+class Grammar:
+    """What an answer is held to: at each token, only those that the grammar lets follow are drawn.
+
+    The policy is then ``p(t) / Z`` over the tokens allowed, which is also what is trained.
+
+    Attributes:
+        text: In llguidance's variant of Lark.
+        after: Token ids that end a thought; the grammar begins after them, and before them anything
+            may be said but the end. Empty where it begins at once.
+        takes_runs: Whether text that alone can follow is taken as the tokenizer writes it, as the
+            built-in engine does; else the model chooses among the ways to write it, as in vLLM.
+    """
+
+    text: str
+    after: tuple[int, ...] = ()
+    takes_runs: bool = True
 
 
 @dataclass(frozen=True)
@@ -138,11 +166,19 @@ class Call:
         prompt_ids_T: Token ids of the rendered prompt.
         completion_ids_T: Sampled token ids, with the end token where one was sampled.
         logprobs_T: Log-probability (nats) of each completion token under the temperature-scaled
-            softmax over the whole vocabulary; the same length as ``completion_ids_T``.
+            softmax over the whole vocabulary, or over what the grammar allowed; the same length as
+            ``completion_ids_T``.
         text: The decoded completion, without special tokens.
         finish_reason: ``"stop"``, or ``"length"`` when ``max_tokens`` cut it off.
-        temperature: The temperature it was sampled at; 0 means greedy.
+        temperature: The temperature it was sampled at; 0 means greedy, or drawn with penalties:
+            not from the policy, and so not learned from.
+        grammar: What the answer was held to; ``None`` where it was free.
+        allowed_logprob: How probable what the grammar allows was to the model by itself: the log of
+            its share (nats, at most 0), mean over the tokens for which the model was asked.
+            ``None`` without a grammar, and where the model was never asked.
     """
+
+    __repr__ = display.brief
 
     predictor: str
     prompt_ids_T: tuple[int, ...]
@@ -151,6 +187,8 @@ class Call:
     text: str
     finish_reason: Literal["stop", "length"]
     temperature: float
+    grammar: Grammar | None = None
+    allowed_logprob: float | None = None
 
 
 @dataclass(frozen=True)
@@ -163,6 +201,8 @@ class PredictorTrace:
         outputs: Its parsed output fields; ``None`` when parsing failed.
         text: The completion it was parsed from (empty when no local model was called).
     """
+
+    __repr__ = display.brief
 
     predictor: str
     inputs: Mapping[str, Any]
@@ -187,6 +227,8 @@ class Turn:
         seconds: Time that the environment took.
         calls: Calls of the local model that the rollout had made by the end of the turn.
     """
+
+    __repr__ = display.brief
 
     observation: str
     action: str
@@ -224,6 +266,8 @@ class Rollout:
         turns: Those of an agent, in order; empty for other programs.
     """
 
+    __repr__ = display.brief
+
     example_id: str
     candidate_id: str
     calls: tuple[Call, ...]
@@ -246,6 +290,8 @@ class Rollout:
 class Group:
     """The G rollouts of one problem, spread over the candidates of the population."""
 
+    __repr__ = display.brief
+
     example_id: str
     rollouts_G: tuple[Rollout, ...]
 
@@ -259,13 +305,17 @@ class TrainingRow:
         logprobs_T: Sampling log-probabilities, the length of ``completion_ids_T``.
         advantage: The advantage of the call's rollout, computed once per problem over all G.
         temperature: The temperature it was sampled at, above 0.
+        grammar: What it was held to as it was sampled, and is when it is trained on.
     """
+
+    __repr__ = display.brief
 
     prompt_ids_T: tuple[int, ...]
     completion_ids_T: tuple[int, ...]
     logprobs_T: tuple[float, ...]
     advantage: float
     temperature: float = 1.0
+    grammar: Grammar | None = None
 
 
 @dataclass(frozen=True)
@@ -374,6 +424,8 @@ class StepRecord:
         stats: What the optimizer did.
     """
 
+    __repr__ = display.brief
+
     cycle: int
     step: int
     reward: float
@@ -414,8 +466,14 @@ class CycleRecord:
             may differ in rounding, and so from there on.
         reward_range: Lowest and highest reward of the cycle's rollouts that are learned from;
             ``None`` where there were none.
+        format_share: How much of the model's own probability the format that answers are held to
+            allows, 0 to 1, geometric mean over the tokens it was asked for and the calls; near 1
+            the model keeps to the format by itself. ``None`` where answers are free.
+        cold_start: What was done as the first validation showed nothing to learn from, in words.
         turns: What agents did, from the start of the run; all 0 for other programs.
     """
+
+    __repr__ = display.brief
 
     cycle: int
     step: int
@@ -437,4 +495,6 @@ class CycleRecord:
     failure_messages: Mapping[str, str] = field(default_factory=dict)
     reward_range: tuple[float, float] | None = None
     early_batches: int = 0
+    format_share: float | None = None
+    cold_start: tuple[str, ...] = ()
     turns: TurnCounts = field(default_factory=TurnCounts)

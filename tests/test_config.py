@@ -1,8 +1,19 @@
+import dataclasses
+
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fst_dspy.config import AUTO, REMOVED, FSTConfig, LoraConfig, without_removed
+from fst_dspy.config import (
+    AUTO,
+    PARTS,
+    REMOVED,
+    BudgetConfig,
+    FSTConfig,
+    LoraConfig,
+    without_removed,
+)
 from fst_dspy.errors import ConfigError
 
 
@@ -34,7 +45,13 @@ def test_light_is_the_default_budget_and_names_win_over_a_preset():
         ({"lora": {"rank": 0}}, "rank"),
         ({"auto": "tiny"}, "auto must be one of"),
         ({"lr_scheduler_type": "cosine", "max_rollouts": 10}, "decays over max_cycles"),
-        ({"steps_per_cycle": "six"}, "wrong type"),
+        ({"steps_per_cycle": "six"}, r"steps_per_cycle must be a whole number, got 'six' \(str\)"),
+        ({"max_seconds": "1h"}, "max_seconds must be a number or None, got '1h'"),
+        ({"reuse": "no"}, "reuse must be True or False, got 'no'"),
+        ({"first_phase": "both"}, "first_phase must be 'fast' or 'slow', got 'both'"),
+        ({"group_size": True}, r"group_size must be a whole number, got True \(bool\)"),
+        ({"lora": {"rnk": 3}}, "lora has no 'rnk'; it takes: rank, alpha, dropout"),
+        ({"lora": {"alpha": "8"}}, "LoRA alpha must be a number, got '8'"),
         ({"component_selector": "best_first"}, "round_robin"),
         ({"demo_tokens": -1}, "not be negative"),
         ({"reuse_window": 0}, "at least 1"),
@@ -59,6 +76,20 @@ def test_group_size_is_a_multiple_of_the_population_or_refused(population_size, 
     if population_size > 1:
         with pytest.raises(ConfigError):
             FSTConfig.make(population_size=population_size, group_size=group_size + 1)
+
+
+def test_numbers_of_other_libraries_become_pythons_own():
+    config = FSTConfig.make(max_cycles=np.int64(3), temperature=np.float32(0.5), val_size=6.0)
+    found = config.budget.max_cycles, config.sampling.temperature, config.sampling.val_size
+    assert found == (3, 0.5, 6) and [type(value) for value in found] == [int, float, int]
+
+
+@pytest.mark.parametrize("part", [*PARTS.values(), LoraConfig])
+def test_every_setting_is_checked_for_its_type(part):
+    needed = {"max_cycles": 1} if part is BudgetConfig else {}
+    for field in dataclasses.fields(part):
+        with pytest.raises(ConfigError, match=field.name):
+            part(**{**needed, field.name: object()})
 
 
 FIRST = {

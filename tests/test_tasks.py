@@ -66,8 +66,8 @@ def test_a_packaged_program_takes_its_own_arguments() -> None:
     [
         ("triage:polciy=1", r"takes no argument 'polciy' \(did you mean 'policy'\?\)"),
         ("triage:seed=1", "takes no argument 'seed'"),
-        ("triage:train=many", "train must be a int, got 'many'"),
-        ("{program}:label=3", "label must be a str, got 3"),
+        ("triage:train=many", "train must be of type int, got 'many'"),
+        ("{program}:label=3", "label must be of type str, got 3"),
         ("{program}:seed=3", "takes no argument 'seed'"),
         ("triage:policy", "name=value"),
     ],

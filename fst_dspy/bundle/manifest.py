@@ -32,6 +32,7 @@ SCHEMA_VERSION = 1
 
 _VERSION_ID = re.compile(r"[\w.-]+@[0-9a-f]{12}")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+_DOTTED = re.compile(r"[\w.<>]{1,300}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -40,8 +41,9 @@ class BaseRecord:
     """The model that was trained.
 
     Attributes:
-        source: ``"embedded"``, ``"hub"``, or ``"folder"`` for a local one, whose place is not told.
-        id: ``"embedded"``, the hub id, or the folder's name.
+        source: ``"embedded"``; ``"hub"`` for one that its name finds on any machine, on the hub or
+            as SmolLM2 is found; or ``"folder"`` for a local one, whose place is not told.
+        id: ``"embedded"``, the hub id or name, or the folder's or GGUF file's name.
         version: Version id of its weights, ``"<name>@<12 hex digits>"``: a content hash.
     """
 
@@ -97,6 +99,8 @@ class Manifest:
         run: Arm, seed, settings and metrics of the compile; ``None`` when they are not known.
         versions: Versions of the packages it was made with.
         files: SHA-256 and size of every other file.
+        adapter: Class and settings of the adapter it was compiled under; bundles of before say
+            nothing of it.
     """
 
     program: str
@@ -105,6 +109,7 @@ class Manifest:
     run: Mapping[str, Any] | None
     versions: Mapping[str, str]
     files: Mapping[str, Mapping[str, Any]]
+    adapter: Mapping[str, Any] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """As plain values, sealed."""
@@ -201,6 +206,7 @@ def _parse(plain: dict[str, Any]) -> Manifest:
     )
     _check_weights(manifest.weights)
     _require(_is_text(manifest.program), "the program's class is not a text")
+    _check_adapter(manifest.adapter)
     for predictor in manifest.predictors.values():
         _require(all(map(_is_text, predictor.fields)), "a field name is not a text")
         if predictor.lm is not None:
@@ -210,6 +216,20 @@ def _parse(plain: dict[str, Any]) -> Manifest:
         check_name(name)
         _require(set(record) == {"sha256", "bytes"}, f"the record of {name} is another")
     return manifest
+
+
+def _check_adapter(adapter: Any) -> None:
+    if adapter is None:
+        return
+    _require(set(adapter) == {"class", "settings"}, "the record of its adapter is another")
+    settings = adapter["settings"]
+    _require(_matches(_DOTTED, adapter["class"]), "its adapter's class is not one")
+    _require(
+        isinstance(settings, dict)
+        and all(_matches(_DOTTED, name) for name in settings)
+        and all(v is None or isinstance(v, bool | int | float | str) for v in settings.values()),
+        "its adapter's settings are not plain",
+    )
 
 
 def _check_weights(weights: WeightsRecord) -> None:
@@ -277,6 +297,13 @@ _LM_SETTINGS: dict[str, Callable[[Any], bool]] = {
         or (isinstance(v, list | tuple) and all(isinstance(s, str) for s in v))
     ),
     "n": lambda v: _is_int(v) and 1 <= v <= 1000,
+    "top_k": lambda v: v is None or (_is_int(v) and v >= 1),
+    "frequency_penalty": lambda v: v is None or (_is_number(v) and -2 <= v <= 2),
+    "presence_penalty": lambda v: v is None or (_is_number(v) and -2 <= v <= 2),
+    "repetition_penalty": lambda v: v is None or (_is_number(v) and 0 < v <= 100),
+    "reasoning_effort": lambda v: v is None or _is_text(v),
+    "chat_template_kwargs": lambda v: v is None or (isinstance(v, dict) and all(map(_is_text, v))),
     "rollout_id": _is_int,
     "cache": lambda v: isinstance(v, bool),
+    "structured": lambda v: v is None or isinstance(v, bool),
 }

@@ -43,7 +43,7 @@ from fst_dspy.bundle.program import (
 from fst_dspy.bundle.weights import plain_folder, read_run, read_weights, write_weights
 from fst_dspy.errors import ProgramError, StoreError
 from fst_dspy.lm.compiled import mark_compiled
-from fst_dspy.lm.local_lm import LocalLM
+from fst_dspy.lm.local_lm import COMPILED_ADAPTER, LocalLM
 from fst_dspy.model.policy import Policy
 from fst_dspy.results.result import FSTResult, result_from_json
 from fst_dspy.run.store import environment
@@ -51,6 +51,7 @@ from fst_dspy.student.candidate import (
     candidate_to_json,
     population_to_json,
 )
+from fst_dspy.student.identity import adapter_identity
 
 
 def save(program: dspy.Module, folder: str | os.PathLike[str]) -> Path:
@@ -88,6 +89,7 @@ def save(program: dspy.Module, folder: str | os.PathLike[str]) -> Path:
             run=None if result is None else _run_to_json(result),
             versions=environment(),
             files=file_records(path),
+            adapter=vars(program).get(COMPILED_ADAPTER) or adapter_identity(dspy.settings.adapter),
         )
         _write_json(path / MANIFEST, manifest.to_json())
 
@@ -130,7 +132,8 @@ def load(
     lm = LocalLM(policy)
     following = [p for p in loaded.predictors() if p.lm is None]
     bind_lms(loaded, manifest, lm)
-    mark_compiled(loaded, lm, [p for p in following if p.lm is not None])
+    following = [p for p in following if p.lm is not None]
+    mark_compiled(loaded, lm, following, manifest.adapter)
     loaded._compiled = True
     if result is not None:
         loaded.detailed_results = result

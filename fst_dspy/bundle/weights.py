@@ -19,6 +19,7 @@ from fst_dspy.config import LoraConfig
 from fst_dspy.errors import ModelError, StoreError
 from fst_dspy.files import read_json
 from fst_dspy.model.policy import Policy
+from fst_dspy.pretrained.smollm2 import NAMES
 
 ONE_FILE = "100TB"  # no shards: their index would name files, and one more thing to check
 
@@ -27,7 +28,7 @@ def write_weights(policy: Policy, version: str, folder: Path) -> WeightsRecord:
     """Write a version of a policy's weights, with the tokenizer, into a bundle.
 
     LoRA writes the adapters alone. The unchanged weights of a model that any machine can get by
-    its name (embedded, or on the hub) are left out. Everything else is written whole.
+    its name (embedded, SmolLM2, or on the hub) are left out. Everything else is written whole.
 
     Raises:
         ModelError: The version is not at hand.
@@ -97,7 +98,7 @@ def read_run(folder: Path, base: str | Path | None = None) -> Policy:
 
     Args:
         folder: The ``log_dir`` of a finished compile.
-        base: The model it trained; may be left out for the embedded one.
+        base: The model it trained; may be left out for the embedded one and SmolLM2.
 
     Raises:
         StoreError: The folder holds no finished run.
@@ -106,7 +107,7 @@ def read_run(folder: Path, base: str | Path | None = None) -> Policy:
     result = read_json(folder / "result.json")
     with damaged(folder):
         name, version = _name(result["base_version"]), result["best"]["version"]
-        source = "embedded" if name == "embedded" else "folder"
+        source = "embedded" if name == "embedded" else "hub" if name in NAMES else "folder"
         policy = _load_base(BaseRecord(source, name, result["base_version"]), None, base, None)
         if version != policy.version():
             file = folder / "versions" / f"{version.rsplit('@', 1)[-1]}.safetensors"
@@ -140,7 +141,9 @@ def base_record(policy: Policy) -> BaseRecord:
     name = policy.source["name_or_path"]
     if name == "embedded":
         return BaseRecord("embedded", name, policy.base_version)
-    if name[:1] in ("/", ".", "~") or Path(name).is_dir():
+    if name in NAMES:
+        return BaseRecord("hub", name, policy.base_version)
+    if name[:1] in ("/", ".", "~") or Path(name).exists():
         return BaseRecord("folder", policy.name, policy.base_version)
     return BaseRecord("hub", name, policy.base_version)
 

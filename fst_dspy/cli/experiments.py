@@ -3,32 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from fst_dspy.cli.checks import check_arguments, check_names
 from fst_dspy.cli.options import (
+    ARM_NAMES,
+    AXIS_NAMES,
     GO_ON,
     RESULTS,
-    ForgetOn,
-    Model,
-    Out,
+    Experiment,
+    Json,
     Program,
-    Quick,
-    ReflectionLM,
-    Results,
-    Rollouts,
-    Samples,
-    Seeds,
-    Settings,
-    TestSize,
-    Workers,
+    completed,
     console,
     errors_told,
+    of_experiments,
     parse_settings,
+    print_json,
+    results_as_json,
 )
 from fst_dspy.display import as_text
+from fst_dspy.errors import StoreError
 
 if TYPE_CHECKING:
     from fst_dspy.experiments import Plan
@@ -36,116 +35,89 @@ if TYPE_CHECKING:
 experiments = typer.Typer(no_args_is_help=True, help="Look at what experiments have found.")
 
 
+@of_experiments()
 def compare(
     program: Program,
+    options: Experiment,
     arms: Annotated[
-        str | None, typer.Option(help="Comma-separated; all of them if not given.")
+        str | None,
+        typer.Option(
+            help=f"Comma-separated, of {', '.join(ARM_NAMES)}; all if not given.",
+            autocompletion=completed(ARM_NAMES),
+        ),
     ] = None,
-    out: Out = None,
-    model: Model = "embedded",
-    seeds: Seeds = None,
-    rollouts: Rollouts = None,
-    workers: Workers = 1,
-    settings: Settings = None,
     tune_rl: Annotated[
         int, typer.Option(min=0, help="Trials of a study that tunes rl_only first.")
     ] = 0,
     rl_budget_factor: Annotated[
         int, typer.Option(min=1, help="Run rl_only on so many times the budget too.")
     ] = 1,
-    samples: Samples = None,
-    test_size: TestSize = None,
-    forget_on: ForgetOn = None,
-    reflection_lm: ReflectionLM = None,
-    quick: Quick = False,
-    results: Results = None,
 ) -> None:
     """Compare FST with RL alone, GEPA alone and others: same model, data, seeds and rollouts."""
     with errors_told(GO_ON):
+        chosen = arms.split(",") if arms else ARM_NAMES
+        check_names("arm", chosen, ARM_NAMES)
+        check_experiment([program], options)
         with console.status("loading"):
             from fst_dspy.cli.study_report import trial_line
-            from fst_dspy.experiments import ARMS, ExperimentStore
+            from fst_dspy.experiments import ExperimentStore
             from fst_dspy.experiments import compare as run_comparison
-        plan = make_plan(
-            program,
-            model,
-            quick,
-            settings,
-            seeds=seeds,
-            rollouts=rollouts,
-            samples=samples,
-            test_size=test_size,
-            forget_on=forget_on,
-            reflection_lm=reflection_lm,
-        )
-        folder = out or default_folder("compare", (program,), quick)
+        folder = options.out or default_folder("compare", (program,), options.quick)
         failed = run_comparison(
             ExperimentStore(folder),
-            plan,
-            arms.split(",") if arms else tuple(ARMS),
-            workers=workers,
+            make_plan(program, options),
+            chosen,
+            workers=options.workers,
             rl_trials=tune_rl,
             rl_budget_factor=rl_budget_factor,
             console=console,
             on_trial=lambda _study, trial: console.print(f"tuning rl_only: {trial_line(trial)}"),
         )
-        finish(folder, results, failed)
+        finish(folder, options.results, failed)
 
 
+@of_experiments()
 def ablate(
     program: Program,
+    options: Experiment,
     axes: Annotated[
         str | None,
         typer.Option(
-            help="Comma-separated: K,T,advantage,reuse,first,demos,weights; all if not given."
+            help=f"Comma-separated: {','.join(AXIS_NAMES)}; all if not given.",
+            autocompletion=completed(AXIS_NAMES),
         ),
     ] = None,
-    out: Out = None,
-    model: Model = "embedded",
-    seeds: Seeds = None,
-    rollouts: Rollouts = None,
-    workers: Workers = 1,
-    settings: Settings = None,
-    samples: Samples = None,
-    test_size: TestSize = None,
-    forget_on: ForgetOn = None,
-    reflection_lm: ReflectionLM = None,
-    quick: Quick = False,
-    results: Results = None,
 ) -> None:
     """Change one setting of FST at a time, to see what it is worth."""
     with errors_told(GO_ON):
+        chosen = axes.split(",") if axes else AXIS_NAMES
+        check_names("axis", chosen, AXIS_NAMES)
+        check_experiment([program], options)
         with console.status("loading"):
-            from fst_dspy.experiments import AXES, ExperimentStore
+            from fst_dspy.experiments import ExperimentStore
             from fst_dspy.experiments import ablate as run_ablation
-        plan = make_plan(
-            program,
-            model,
-            quick,
-            settings,
-            seeds=seeds,
-            rollouts=rollouts,
-            samples=samples,
-            test_size=test_size,
-            forget_on=forget_on,
-            reflection_lm=reflection_lm,
-        )
-        folder = out or default_folder("ablate", (program,), quick)
-        chosen = axes.split(",") if axes else tuple(AXES)
+        folder = options.out or default_folder("ablate", (program,), options.quick)
         failed = run_ablation(
-            ExperimentStore(folder), plan, chosen, workers=workers, console=console
+            ExperimentStore(folder),
+            make_plan(program, options),
+            chosen,
+            workers=options.workers,
+            console=console,
         )
-        finish(folder, results, failed)
+        finish(folder, options.results, failed)
 
 
 @experiments.command()
 def show(
     store: Annotated[Path, typer.Argument(help="The --out of an experiment.")],
     out: Annotated[Path | None, typer.Option(help=RESULTS)] = None,
+    as_json: Json = False,
 ) -> None:
     """Write the tables and figures of a store, whatever has ended so far, and print them."""
-    with errors_told(GO_ON):
-        _show(store, out)
+    with results_as_json(as_json), errors_told(GO_ON):
+        if not (store / "index.json").is_file():
+            raise StoreError(f"{store} is no store of experiments; give the --out of one")
+        _show(store, out, as_json)
 
 
 @experiments.callback()
@@ -164,21 +136,48 @@ def default_folder(protocol: str, programs: Sequence[str], quick: bool) -> Path:
     return Path("runs") / "-".join([*parts, *(["quick"] if quick else [])]).replace("/", "_")
 
 
-def make_plan(
-    program: str, model: str, quick: bool, settings: Sequence[str] | None, **given: Any
-) -> Plan:
+def check_experiment(programs: Sequence[str], options: Experiment, *more: Any) -> None:
+    """Check what an experiment was given before anything heavy is imported.
+
+    Args:
+        programs: All that it runs.
+        options: The options that all experiments have.
+        *more: Further settings, as they were given.
+
+    Raises:
+        FSTError: What cannot work.
+    """
+    for settings in (options.settings, *more):
+        check_arguments(
+            [*programs, *(options.forget_on or ())],
+            options.model,
+            parse_settings(settings),
+            reflection_lm=options.reflection_lm,
+            out=options.out,
+        )
+
+
+def make_plan(program: str, options: Experiment, **more: Any) -> Plan:
     """The plan of the options; what was not given is the plan's default, or the quick one's."""
     from fst_dspy.experiments import Plan
     from fst_dspy.experiments.plan import QUICK, QUICK_SETTINGS
 
+    given = {
+        "rollouts": options.rollouts,
+        "seeds": options.seeds,
+        "samples": options.samples,
+        "test_size": options.test_size,
+        "reflection_lm": options.reflection_lm,
+        **more,
+    }
     fields = {name: value for name, value in given.items() if value is not None}
-    fields["forget_on"] = tuple(fields.get("forget_on", ()))
-    own = parse_settings(list(settings or []))
+    fields["forget_on"] = tuple(options.forget_on or ())
+    own = parse_settings(options.settings)
     return Plan(
         program,
-        model,
-        settings={**QUICK_SETTINGS, **own} if quick else own,
-        **{**QUICK, **fields} if quick else fields,
+        options.model,
+        settings={**QUICK_SETTINGS, **own} if options.quick else own,
+        **{**QUICK, **fields} if options.quick else fields,
     )
 
 
@@ -191,11 +190,15 @@ def finish(folder: Path, results: Path | None, failed: Sequence[str]) -> None:
         raise typer.Exit(1)
 
 
-def _show(folder: Path, out: Path | None) -> None:
+def _show(folder: Path, out: Path | None, as_json: bool = False) -> None:
     with console.status("computing the tables"):
         from fst_dspy.experiments import write_results
 
         tables, files = write_results(folder, out)
+    if as_json:
+        plain = [asdict(table) for table in tables]
+        print_json({"tables": plain, "written": [str(file) for file in files]})
+        return
     for table in tables:
         console.print(table.rich(), soft_wrap=True)
     console.print(f"written: {', '.join(map(str, files))}", soft_wrap=True)

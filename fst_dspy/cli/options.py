@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import inspect
+import json
+import shlex
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from enum import StrEnum
+from functools import wraps
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, get_type_hints
 
 import typer
 
 from fst_dspy import distributed
-from fst_dspy.display import Terminal, panel, visible
-from fst_dspy.errors import FSTError
+from fst_dspy.display import Terminal, as_text, panel, visible
+from fst_dspy.errors import CompileInterrupted, FSTError
 from fst_dspy.tasks import read_value
 
 console = Terminal(quiet=not distributed.is_main())
@@ -24,7 +31,9 @@ Program = Annotated[
         show_default=False,
     ),
 ]
-Model = Annotated[str, typer.Option(help='"embedded", a model folder or a hub id.')]
+Model = Annotated[
+    str, typer.Option(help='"embedded", "smollm2", a model folder, a GGUF file or a hub id.')
+]
 Out = Annotated[
     Path | None,
     typer.Option(
@@ -32,9 +41,18 @@ Out = Annotated[
         "it goes on."
     ),
 ]
-Seed = Annotated[int, typer.Option(help="Seed of the task and of everything random.")]
-ArmOption = Annotated[str, typer.Option(help="fst, rl_only or gepa_only.")]
-Preset = Annotated[str | None, typer.Option(help="Budget preset: light, medium or heavy.")]
+Seed = Annotated[
+    int,
+    typer.Option(min=0, max=2**32 - 1, help="Seed of the task and of everything random."),
+]
+ArmOption = Annotated[
+    Literal["fst", "rl_only", "gepa_only"],
+    typer.Option(help="Prompts and weights, weights alone, or prompts alone."),
+]
+Preset = Annotated[
+    Literal["light", "medium", "heavy"] | None,
+    typer.Option(help="How long to run, where --set gives no limit: light if not given."),
+]
 Settings = Annotated[
     list[str] | None,
     typer.Option("--set", help="Any setting of FST as name=value; repeat for more."),
@@ -43,9 +61,21 @@ ReflectionLM = Annotated[
     str | None,
     typer.Option(help="Model that rewrites instructions, such as openai/gpt-5-mini."),
 ]
+
+
+class Tracker(StrEnum):
+    """What ``--report-to`` takes."""
+
+    tensorboard = "tensorboard"
+    wandb = "wandb"
+    mlflow = "mlflow"
+
+
 ReportTo = Annotated[
-    list[str] | None,
-    typer.Option(help="tensorboard, wandb or mlflow, in the run folder; repeat for more."),
+    list[Tracker] | None, typer.Option(help="Logs to the run folder; repeat for more.")
+]
+Json = Annotated[
+    bool, typer.Option("--json", help="Print the results as one JSON object, all else on stderr.")
 ]
 
 # --- of experiments -----------------------------------------------------------------------------
@@ -53,7 +83,7 @@ ReportTo = Annotated[
 Seeds = Annotated[int | None, typer.Option(min=1, help="Seeds of every arm; 5 if not given.")]
 Rollouts = Annotated[
     int | None,
-    typer.Option(min=1, help="Budget of a run, all channels counted; 3000 if not given."),
+    typer.Option(min=1, help="Budget of a run or stage, all channels counted; 3000 if not given."),
 ]
 Workers = Annotated[int, typer.Option(min=1, help="Processes at once; they share the cores.")]
 Samples = Annotated[
@@ -69,6 +99,81 @@ RESULTS = "Where results.md and the rest go; the store if not given."
 Results = Annotated[Path | None, typer.Option(help=RESULTS)]
 
 GO_ON = "interrupted; start it again with the same --out to go on"
+
+ARM_NAMES = ("fst", "rl_only", "gepa_only", "sequential", "sequential_reverse", "fst_distill")
+"""Arms of experiments, here as well so that telling a mistake imports nothing heavy."""
+AXIS_NAMES = ("K", "T", "advantage", "reuse", "first", "demos", "weights")
+"""Axes of ``fst ablate``, likewise."""
+MEASURE_NAMES = ("score", "kl_to_base", "rollouts")
+"""What ``fst tune`` measures, likewise."""
+
+
+def completed(names: Sequence[str]) -> Callable[[str], list[str]]:
+    """Completes the last of comma-separated names."""
+
+    def complete(incomplete: str) -> list[str]:
+        before, comma, last = incomplete.rpartition(",")
+        return [f"{before}{comma}{name}" for name in names if name.startswith(last)]
+
+    return complete
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """The options that all experiments have; see ``of_experiments``."""
+
+    out: Out = None
+    model: Model = "embedded"
+    seeds: Seeds = None
+    rollouts: Rollouts = None
+    workers: Workers = 1
+    settings: Settings = None
+    samples: Samples = None
+    test_size: TestSize = None
+    forget_on: ForgetOn = None
+    reflection_lm: ReflectionLM = None
+    quick: Quick = False
+    results: Results = None
+
+
+def of_experiments(
+    *without: str,
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command the options of ``Experiment``, which it takes as ``options``.
+
+    Args:
+        *without: Options that mean nothing to it, and stay at their defaults.
+    """
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        shared = [field for field in fields(Experiment) if field.name not in without]
+        hints = get_type_hints(Experiment, include_extras=True)
+
+        @wraps(command)
+        def with_options(**given: Any) -> None:
+            of_all = {field.name: given.pop(field.name) for field in shared if field.name in given}
+            command(**given, options=Experiment(**of_all))
+
+        own = inspect.signature(command, eval_str=True).parameters.values()
+        parameters = [
+            parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)
+            for parameter in own
+            if parameter.name != "options"
+        ] + [
+            inspect.Parameter(
+                field.name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=field.default,
+                annotation=hints[field.name],
+            )
+            for field in shared
+        ]
+        # What typer reads, instead of the signature that is written down.
+        with_options.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        with_options.__annotations__ = {p.name: p.annotation for p in parameters}
+        return with_options
+
+    return decorate
 
 
 def parse_settings(settings: list[str] | None) -> dict[str, Any]:
@@ -101,8 +206,38 @@ def errors_told(interrupted: str = "interrupted") -> Iterator[None]:
             words = f"process {distributed.rank()}: {type(error).__name__}: {error}"
             typer.echo(visible(words), err=True)
         raise typer.Exit(1) from None
+    except CompileInterrupted as error:
+        console.print(as_text(f"\n{_how_to_go_on(error)}"), soft_wrap=True)
+        raise typer.Exit(130) from None
     except KeyboardInterrupt as error:
         words = str(error) or interrupted
         if words:
             console.print(f"\n{words}")
         raise typer.Exit(130) from None
+
+
+def _how_to_go_on(error: CompileInterrupted) -> str:
+    """What was saved, and the command that goes on from there."""
+    if error.folder is None:
+        return (
+            "stopped; nothing was saved: with --out FOLDER a run can be stopped and taken up again"
+        )
+    saved = "up to the last checkpoint" if error.at_once else "up to this step"
+    command = shlex.join(["fst", *sys.argv[1:]])
+    return f"stopped; all {saved} is saved in {error.folder}. To go on:\n  {command}"
+
+
+@contextmanager
+def results_as_json(wanted: bool) -> Iterator[None]:
+    """Where JSON is wanted, what else is printed goes to stderr inside the block."""
+    before, console.stderr = console.stderr, console.stderr or wanted
+    try:
+        yield
+    finally:
+        console.stderr = before
+
+
+def print_json(results: Any) -> None:
+    """Print one JSON object on standard output, once among several processes."""
+    if distributed.is_main():
+        typer.echo(json.dumps(results, indent=1, ensure_ascii=False))

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from typing import Annotated
 
 import typer
 
+from fst_dspy.cli.checks import check_arguments
 from fst_dspy.cli.options import (
     ArmOption,
+    Json,
     Model,
     Preset,
     Program,
@@ -17,6 +18,7 @@ from fst_dspy.cli.options import (
     console,
     errors_told,
     parse_settings,
+    print_json,
 )
 from fst_dspy.display import table
 
@@ -29,27 +31,28 @@ def plan(
     auto: Preset = None,
     settings: Settings = None,
     device: Annotated[str | None, typer.Option(help="cpu or cuda; a GPU if there is one.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Tell memory, time and settings of a compile, from the model's config.json alone."""
     with errors_told():
         given = parse_settings(settings)
+        check_arguments([program], model, given, auto=auto, arm=arm)
         from fst_dspy.config import FSTConfig
         from fst_dspy.plan.files import plan_of_files
         from fst_dspy.tasks import load_task
 
         task = load_task(program, seed)
-        config = FSTConfig.make(auto, **given)  # type: ignore[arg-type]
+        config = FSTConfig.make(auto, **given)
         found = plan_of_files(
             model,
             task.program,
             task.trainset,
             config,
             device=device,
-            arm=arm,  # type: ignore[arg-type]
+            arm=arm,
         )
         if as_json:
-            typer.echo(json.dumps(found.to_dict(), indent=1))
+            print_json(found.to_dict())
         else:
             console.print(table(("", ""), list(found.lines()), task.name, left=2))
         if found.problems:

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 from fst_dspy import distributed
+from fst_dspy.cli.checks import check_arguments, check_names
 from fst_dspy.cli.options import (
+    MEASURE_NAMES,
     ArmOption,
     Model,
     Program,
     ReflectionLM,
     Seed,
     Settings,
+    completed,
     console,
     errors_told,
     parse_settings,
 )
+from fst_dspy.errors import ConfigError
 
 
 def tune(
@@ -31,7 +35,11 @@ def tune(
     workers: Annotated[int, typer.Option(min=1, help="Processes that run trials.")] = 1,
     rollouts: Annotated[int, typer.Option(min=1, help="Rollout budget of a trial.")] = 3000,
     objective: Annotated[
-        str, typer.Option(help="score, or several of score,kl_to_base,rollouts for a front.")
+        str,
+        typer.Option(
+            help="score, or several of score,kl_to_base,rollouts for a front.",
+            autocompletion=completed(MEASURE_NAMES),
+        ),
     ] = "score",
     at_most: Annotated[
         list[str] | None, typer.Option(help="Upper limit, such as kl_to_base=0.1; repeat for more.")
@@ -39,7 +47,10 @@ def tune(
     at_least: Annotated[
         list[str] | None, typer.Option(help="Lower limit, such as score=0.5; repeat for more.")
     ] = None,
-    pruner: Annotated[str, typer.Option(help="median, asha, hyperband or none.")] = "median",
+    pruner: Annotated[
+        Literal["median", "asha", "hyperband", "none"],
+        typer.Option(help="What ends trials that do badly."),
+    ] = "median",
     space: Annotated[Path | None, typer.Option(help="YAML file of the search space.")] = None,
     storage: Annotated[
         str | None,
@@ -55,17 +66,20 @@ def tune(
     if distributed.processes() > 1:
         raise typer.BadParameter("a study starts its own processes: use --workers, not torchrun")
     with errors_told(f"interrupted; start it again with --out {out} to go on"):
+        fixed = parse_settings(settings)
+        check_arguments([program], model, fixed, arm=arm, reflection_lm=reflection_lm, out=out)
+        upper, lower = _limits("--at-most", at_most), _limits("--at-least", at_least)
+        measures = objective.split(",")
+        check_names("measure", [*measures, *upper, *lower], MEASURE_NAMES)
+        if space is not None and not space.is_file():
+            raise ConfigError(f"there is no file {space}; --space takes a YAML file")
         with console.status("loading"):
             import dspy
 
             from fst_dspy.cli.study_report import tune_and_report
             from fst_dspy.study import Objective, load_space
 
-        upper, lower = (
-            {name: float(value) for name, value in parse_settings(limits).items()}
-            for limits in (at_most, at_least)
-        )
-        goal = Objective(tuple(objective.split(",")), rollouts, upper, pruner, lower)
+        goal = Objective(tuple(measures), rollouts, upper, pruner, lower)
         tune_and_report(
             console,
             program,
@@ -79,6 +93,19 @@ def tune(
             study_name=study_name,
             seed=seed,
             arm=arm,
-            fixed=parse_settings(settings),
+            fixed=fixed,
             reflection_lm=dspy.LM(reflection_lm) if reflection_lm else None,
         )
+
+
+def _limits(option: str, given: list[str] | None) -> dict[str, float]:
+    """Limits by measure, such as ``{"kl_to_base": 0.1}``.
+
+    Raises:
+        ConfigError: One is no number.
+    """
+    limits = parse_settings(given)
+    for name, value in limits.items():
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise ConfigError(f"{option} {name} must be a number, got {value!r}")
+    return limits

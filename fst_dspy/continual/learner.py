@@ -124,7 +124,7 @@ class ContinualFST:
             ProgramError: The program calls another local model than the tasks before, or has other
                 predictors or fields than when it was last learned.
             StoreError: ``log_dir`` holds another stream.
-            Else as ``FST.compile``.
+            FSTError: Else as ``FST.compile``.
         """
         lm, number = self._check(task), len(self.stages) + 1
         version = self.stages[-1].version if self.stages else lm.version

@@ -133,7 +133,7 @@ class FSTDistill(FST):
             ConfigError: The teacher has the student's own prompt, or is another program; or there
                 is one, and seed candidates to search from.
             ProgramError: The teacher calls another local model than the student.
-            Else as ``FST.compile``.
+            FSTError: Else as ``FST.compile``.
         """
         if teacher is not None and seed_candidates is not None:
             raise ConfigError("seed_candidates are for the search for a teacher: give one of both")

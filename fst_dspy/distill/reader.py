@@ -11,9 +11,9 @@ from typing import Any
 import dspy
 
 from fst_dspy.errors import TrainingError
-from fst_dspy.lm.engine import AsyncLocalEngine
+from fst_dspy.lm.engine import AsyncLocalEngine, LocalEngine
 from fst_dspy.lm.local_lm import LocalLM
-from fst_dspy.lm.requests import no_streaming, prompt_ids
+from fst_dspy.lm.requests import prompt_ids
 from fst_dspy.model.policy import Policy
 from fst_dspy.student.adapter import strict_adapter
 from fst_dspy.student.candidate import bind
@@ -74,7 +74,13 @@ class ContextReader:
                 if ids is None or not call.completion_ids_T or length > self.context_length:
                     logger.debug("a call of %s is left out", call.predictor)
                     continue
-                own = (call.completion_ids_T, call.logprobs_T, 0.0, call.temperature)
+                own = (
+                    call.completion_ids_T,
+                    call.logprobs_T,
+                    0.0,
+                    call.temperature,
+                    call.grammar,
+                )
                 rows = (TrainingRow(prompt, *own) for prompt in (call.prompt_ids_T, ids))
                 readings.append(Reading(*rows))
         if not readings:
@@ -99,22 +105,16 @@ class ContextReader:
         return self._engine.ids
 
 
-class _PromptEngine:
+class _PromptEngine(LocalEngine):
     """An engine that keeps the prompt of a call and answers nothing."""
 
     def __init__(self, policy: Policy) -> None:
-        self.policy = policy
+        super().__init__(policy)
         self.ids: tuple[int, ...] | None = None
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _PromptEngine:
-        return self
 
     def complete(self, request: Any) -> Any:
         self.ids = prompt_ids(self.policy, request)
         raise _PromptSeen
-
-    def stream(self, request: Any) -> Iterator[Any]:
-        raise no_streaming()
 
 
 class _PromptSeen(Exception):

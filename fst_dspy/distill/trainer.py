@@ -33,6 +33,7 @@ from fst_dspy.model.logprobs import (
     with_output_layer,
 )
 from fst_dspy.model.policy import Policy
+from fst_dspy.model.sampling import allowed_tokens
 from fst_dspy.slow.trainer import MICRO_BATCH_ROWS, SlowTrainer
 from fst_dspy.slow.trl_stepper import Gradients
 from fst_dspy.types import StepStats
@@ -123,7 +124,8 @@ class DistillTrainer(SlowTrainer):
                 rows = [reading.student for reading in batch]
                 temperature_N = temperatures(rows, self.policy.device)
                 with torch.no_grad(), self._precision(), with_output_layer(self.policy, layer):
-                    teacher_NV = logprobs_of(self.policy, teacher_ND, temperature_N)
+                    allowed_NW = allowed_tokens(self.policy, rows)
+                    teacher_NV = logprobs_of(self.policy, teacher_ND, temperature_N, allowed_NW)
                 with self._precision():
                     student_NV = completion_logprobs(self.policy, rows)
                 value = reverse_kl(student_NV, teacher_NV) / tokens
@@ -160,8 +162,11 @@ def reverse_kl(student_NV: Tensor, teacher_NV: Tensor) -> Tensor:
     As TRL's ``GKDTrainer.generalized_jsd_loss`` at ``beta=1``, without its division.
 
     Args:
-        student_NV, teacher_NV: Log-probabilities over the vocabulary.
+        student_NV, teacher_NV: Log-probabilities over the vocabulary; minus infinity for what the
+            student cannot say, which adds nothing.
     """
+    gone_NV = student_NV == -torch.inf
+    teacher_NV, student_NV = (x.masked_fill(gone_NV, 0) for x in (teacher_NV, student_NV))
     return kl_div(teacher_NV, student_NV, reduction="sum", log_target=True)
 
 

@@ -25,6 +25,8 @@ from fst_dspy.measures import Forgetting, Interval, MeanAtK
 from fst_dspy.run.records import cycle_record
 from fst_dspy.types import CycleRecord, RolloutCounts
 
+ADAPTERS = {"chat": "ChatAdapter", "xml": "XMLAdapter", "json": "JSONAdapter"}
+"""DSPy's adapters that a job can name, and their classes in ``dspy``."""
 JOB, OUTCOME, LOG = "job.json", "outcome.json", "log.txt"
 
 
@@ -51,6 +53,7 @@ class Job:
             from; a relative path is seen from the job's own folder. Its prompts are not taken; KL
             is still to the model as it came.
         instructions: What every predictor is instructed with at first; ``None`` for its own words.
+        adapter: A name in ``ADAPTERS``; ``None`` for DSPy's default.
         then: Programs that are learned after it, in one stream; see ``streams.py``.
         module: What is run, as ``python -m module folder``; it writes ``outcome.json``.
 
@@ -72,6 +75,7 @@ class Job:
     reflection_lm: str | None = None
     start: str | None = None
     instructions: str | None = None
+    adapter: str | None = None
     then: tuple[str, ...] = ()
     module: str = "fst_dspy.experiments.worker"
 
@@ -83,6 +87,8 @@ class Job:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name} must be at least 1, got {value}")
+        if self.adapter is not None and self.adapter not in ADAPTERS:
+            raise ConfigError(f"there is no adapter {self.adapter!r}; known: {', '.join(ADAPTERS)}")
         if "max_rollouts" in self.settings:
             raise ConfigError("max_rollouts is the job's budget; give it as rollouts")
         alone = {"population_size": 1} if self.arm == "rl_only" else {}  # as FST has it

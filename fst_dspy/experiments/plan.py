@@ -18,8 +18,8 @@ class Plan:
     """The common footing.
 
     Attributes:
-        program, model, rollouts, samples, test_size, forget_on, reflection_lm, instructions: As
-            for ``Job``.
+        program, model, rollouts, samples, test_size, forget_on, reflection_lm, instructions,
+            adapter: As for ``Job``.
         seeds: Seeds 0, 1, ... of every arm.
         settings: FST's settings, flat, for every arm.
     """
@@ -34,6 +34,7 @@ class Plan:
     forget_on: tuple[str, ...] = ()
     reflection_lm: str | None = None
     instructions: str | None = None
+    adapter: str | None = None
 
     def check(self) -> None:
         """Load every task once, so that what cannot work is found before the first process starts.
@@ -79,6 +80,7 @@ class Plan:
                 forget_on=self.forget_on,
                 reflection_lm=self.reflection_lm,
                 instructions=self.instructions,
+                adapter=self.adapter,
             )
             for seed in range(self.seeds)
         ]

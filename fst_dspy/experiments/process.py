@@ -6,17 +6,17 @@ The parent holds the other end of its standard input.
 
 from __future__ import annotations
 
-import fcntl
 import os
 import signal
 import stat
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from fst_dspy.errors import FSTError
 
@@ -44,17 +44,15 @@ def locked(folder: Path) -> Iterator[None]:
     Raises:
         FSTError: It is still at work after a minute.
     """
-    deadline = time.monotonic() + LOCK_SECONDS
-    with open(folder / ".lock", "w") as lock:
-        while True:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except OSError:
-                if time.monotonic() > deadline:
-                    raise FSTError(f"another process is at work in {folder}") from None
-                time.sleep(0.2)
+    lock = FileLock(folder / ".lock", timeout=LOCK_SECONDS)
+    try:
+        lock.acquire(poll_interval=0.2)
+    except Timeout:
+        raise FSTError(f"another process is at work in {folder}") from None
+    try:
         yield
+    finally:
+        lock.release()
 
 
 def _stop_with_parent() -> None:

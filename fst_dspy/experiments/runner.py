@@ -7,7 +7,6 @@ reported, the others go on, and the next call tries it again.
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shlex
 import signal
@@ -18,8 +17,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
+from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.text import Text
@@ -94,15 +94,16 @@ class ExperimentStore:
         """
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            lock: IO[str] = open(self.folder / ".lock", "w")  # noqa: SIM115
+            lock = FileLock(self.folder / ".lock", blocking=False)
+            lock.acquire()
+        except Timeout:
+            raise StoreError(f"another process runs experiments in {self.folder}") from None
         except OSError as error:
             raise StoreError(f"cannot write to {self.folder}: {error.strerror}") from error
-        with lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise StoreError(f"another process runs experiments in {self.folder}") from None
+        try:
             yield
+        finally:
+            lock.release()
 
     def begin(self, protocol: str) -> None:
         """Note down what this process was started as, with the store locked.

@@ -12,17 +12,20 @@ with the LM that they were compiled for. ``LocalLM`` reads the marks. Copies kee
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import dspy
 
-from fst_dspy.lm.local_lm import COMPILED_LM, ENTERED_WITH, FOLLOWS, LocalLM
+from fst_dspy.lm.local_lm import COMPILED_ADAPTER, COMPILED_LM, ENTERED_WITH, FOLLOWS, LocalLM
 from fst_dspy.student.modules import every_module
 
 
 def mark_compiled(
-    program: dspy.Module, lm: LocalLM, following: Iterable[dspy.Predict] = ()
+    program: dspy.Module,
+    lm: LocalLM,
+    following: Iterable[dspy.Predict] = (),
+    adapter: Mapping[str, Any] | None = None,
 ) -> None:
     """Mark a program whose predictors have been given their language models.
 
@@ -30,12 +33,15 @@ def mark_compiled(
         program: It.
         lm: The LM that it was compiled for.
         following: The predictors that had no LM of their own before.
+        adapter: The identity of the adapter that it was compiled under, if known.
     """
     for module in every_module(program):
         if not isinstance(module, dspy.Predict):
             setattr(module, COMPILED_LM, lm)
     for predictor in following:
         setattr(predictor, FOLLOWS, predictor.lm)
+    if adapter is not None:
+        setattr(program, COMPILED_ADAPTER, adapter)
     if not isinstance(program, dspy.Predict):
         for name in ("forward", "aforward"):
             if hasattr(type(program), name):

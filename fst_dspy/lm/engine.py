@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import re
 import secrets
 import threading
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from operator import methodcaller
 from typing import Any, Protocol
 
@@ -23,12 +25,16 @@ import dspy
 from dspy import lm15
 
 from fst_dspy.errors import ModelError
-from fst_dspy.lm.requests import Pending, no_streaming, prepare, run_batch
+from fst_dspy.lm.requests import ROLLOUT, Pending, prepare, run_batch
+from fst_dspy.lm.templates import chat_format, thinks
 from fst_dspy.model.policy import Policy
 
+SETTINGS = (
+    *("temperature", "top_p", "top_k", "max_tokens", "stop", "seed", "logprobs", "n"),
+    *("frequency_penalty", "presence_penalty", "repetition_penalty", "chat_template_kwargs"),
+)
+"""What every local model takes; some take more."""
 GATHER_SECONDS = 0.004  # how long the first of some concurrent calls waits for the others
-ROLLOUT = "fst_rollout"
-"""The DSPy setting that holds the rollout that is running."""
 
 
 class Server(Protocol):
@@ -48,6 +54,25 @@ def serving(policy: Policy) -> Server | None:
     """The rollout of a policy that the caller is in, if it is in one."""
     rollout = dspy.settings.get(ROLLOUT)
     return rollout if rollout is not None and rollout.policy is policy else None
+
+
+def streamed(response: lm15.Response) -> Iterator[Any]:
+    """A response as the events of a stream, its text in pieces of about a token's size.
+
+    DSPy's listeners look for the marks of fields from piece to piece. Log-probabilities come with
+    the first.
+    """
+    for event in lm15.response_to_events(response):
+        delta = event.delta if event.type == "delta" else None
+        if delta is None or delta.type != "text":
+            yield event
+            continue
+        for number, piece in enumerate(_PIECES.findall(delta.text) or [delta.text]):
+            own = {} if number == 0 else {"logprobs": ()}
+            yield replace(event, delta=replace(delta, text=piece, **own))
+
+
+_PIECES = re.compile(r"\s*\w+|\s*[^\w\s]+|\s+")
 
 
 class LocalEngine:
@@ -85,7 +110,7 @@ class LocalEngine:
         Raises:
             lm15.ContextLengthError: The prompt leaves no room for an answer.
             lm15.UnsupportedModelError: The weights that ``request.model`` names are not at hand.
-            lm15.UnsupportedFeatureError: Images, tools or another thing a local model lacks.
+            lm15.UnsupportedFeatureError: Images, or another thing that the model lacks.
         """
         if (rollout := serving(self.policy)) is not None:
             return rollout.complete(request)
@@ -102,8 +127,33 @@ class LocalEngine:
         return pending.response(ids=True)
 
     def stream(self, request: lm15.Request) -> Iterator[Any]:
-        """Refused: a local model answers whole."""
-        raise no_streaming()
+        """The finished answer as a stream, token by token; errors as ``complete``."""
+        return streamed(self.complete(request))
+
+    @property
+    def supports_function_calling(self) -> bool:
+        """Whether the chat template shows tools, and the model's calls of them can be read."""
+        return chat_format(self.policy.tokenizer).tools
+
+    @property
+    def supports_reasoning(self) -> bool:
+        """Whether the model thinks before it answers, where nothing is said about that."""
+        return thinks(self.policy.tokenizer, {})
+
+    @property
+    def supports_response_schema(self) -> bool:
+        """Whether an answer can be held to a JSON schema."""
+        return False
+
+    @property
+    def supported_params(self) -> frozenset[str]:
+        """What ``dspy.LM`` takes as settings, by OpenAI's names."""
+        params = {*SETTINGS}
+        if self.supports_function_calling:
+            params |= {"tools", "tool_choice", "parallel_tool_calls"}
+        if self.supports_reasoning:
+            params |= {"reasoning_effort"}
+        return frozenset(params)
 
     def dump_state(self) -> dict[str, Any]:
         """Where the weights came from and their base version; no weights."""
@@ -166,9 +216,10 @@ class AsyncLocalEngine:
         finally:
             pool.shutdown(wait=False)
 
-    def stream(self, request: lm15.Request) -> Iterator[Any]:
-        """Refused: a local model answers whole."""
-        raise no_streaming()
+    async def stream(self, request: lm15.Request) -> AsyncIterator[Any]:
+        """As ``LocalEngine.stream``."""
+        for event in streamed(await self.complete(request)):
+            yield event
 
     def dump_state(self) -> dict[str, Any]:
         """As the engine's."""

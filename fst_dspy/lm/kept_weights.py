@@ -37,7 +37,7 @@ class KeptWeights:
         Without ``lora``, what the weights have is trained: adapters, or else all of them.
 
         Raises:
-            ConfigError: The weights have adapters of other settings.
+            ConfigError: They have adapters of other settings, or are quantized and have none.
             ModelError: The version is not at hand, or adapters are wanted on weights that are not
                 the base.
         """
@@ -45,6 +45,7 @@ class KeptWeights:
         if self.policy.version() != self.policy.base_version:
             self.keep_if_named()
         self.policy.restore(version)
+        refuse_quantized(self.policy, lora or self.policy.lora)
         if lora is None or lora == self.policy.lora:
             return
         if self.policy.lora is not None:
@@ -80,3 +81,12 @@ class KeptWeights:
             if version not in used and (job is None or job.done()):
                 del self._left_behind[version]
                 self.policy.forget(version)
+
+
+def refuse_quantized(policy: Policy, lora: LoraConfig | None) -> None:
+    """Raise ``ConfigError`` where a quantized model's own weights would be trained."""
+    if lora is None and getattr(policy.model, "is_quantized", False):
+        raise ConfigError(
+            f"{policy.name} is quantized: its weights are too coarse for an optimizer step; train "
+            "adapters over them (lora=True), or load the model unquantized"
+        )

@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 import copy
+import logging
+import weakref
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import dspy
 import torch
 from dspy.clients.provider import Provider
 
+from fst_dspy.display import on_a_screen
 from fst_dspy.errors import ModelError
+from fst_dspy.lm.asked import grammar_of_caller
 from fst_dspy.lm.engine import AsyncLocalEngine, LocalEngine, serving
 from fst_dspy.lm.in_use import over_base, remember
-from fst_dspy.lm.requests import DEFAULT_MAX_TOKENS
+from fst_dspy.lm.requests import DEFAULT_MAX_TOKENS, EXTRA, OWN
+from fst_dspy.lm.templates import check_options, thinks
+from fst_dspy.model.hardware import device_named, dtype_named
 from fst_dspy.model.policy import Policy
+from fst_dspy.student.identity import adapter_identity, shown_adapter
+
+logger = logging.getLogger(__name__)
 
 COMPILED_LM = "fst_lm"
 """The attribute of a compiled program's modules that holds the LM they were compiled for."""
@@ -21,6 +31,8 @@ FOLLOWS = "fst_follows"
 """The attribute of a compiled predictor that holds its LM, where it had none of its own before."""
 ENTERED_WITH = "fst_entered_with"
 """The DSPy setting, in a tuple, that holds the settings' LM as a compiled program was entered."""
+COMPILED_ADAPTER = "fst_adapter"
+"""The attribute of a compiled program that says which adapter it was compiled under."""
 _ANSWERS_WITH = "answers_with"  # in a pickle: the version id, also where ``model`` is the live one
 
 
@@ -32,19 +44,31 @@ class LocalLM(dspy.LM):
     policy's live weights on, but not this LM: ``live()`` follows them, ``at()`` names others.
 
     Args:
-        model: ``"embedded"`` for the model in the package, a folder, a hub id, or a loaded
-            ``Policy`` to share.
+        model: ``"embedded"`` for the model in the package; ``"smollm2"`` for a real model of 135
+            million weights that is fetched once, under the adapter in the package
+            (``"smollm2-base"``: without); a folder, a GGUF file, a hub id, or a loaded ``Policy``
+            to share.
         temperature: In [0, 2]; 0 is greedy.
         max_tokens: Longest answer, in tokens; by default an eighth of the context, at most 512.
-        device: Defaults to CUDA where there is one.
+        device: Such as ``"cpu"``, ``"cuda"`` or ``"gpu"``; CUDA by default, where there is one.
         dtype: By default bfloat16 on CUDA and, for models of over 30 million parameters, on CPUs
             that multiply it (AMX, AVX512-BF16), else float32.
         trust_remote_code: Run Python code that comes with the model.
         cache: Keep answers in DSPy's cache.
-        **kwargs: As for ``dspy.LM``, such as ``top_p``, ``stop`` and ``seed``.
+        chat_template_kwargs: Variables of the model's chat template, such as
+            ``{"enable_thinking": False}``.
+        structured: Hold the answers that predictors ask for to their signature's format, as the
+            adapter reads it, so that they always parse (``docs/structured.md``).
+        **kwargs: As for ``dspy.LM``, such as ``top_p``, ``top_k``, ``stop``, ``seed``,
+            ``frequency_penalty``, ``presence_penalty`` and ``reasoning_effort``; and
+            ``repetition_penalty``, as in transformers.
+
+    All but the model's own (``device``, ``dtype``, ``trust_remote_code``) may be given with a call
+    as well, or as a predictor's ``config``, and are saved with a program.
 
     Raises:
-        ModelError: The model cannot be loaded.
+        ModelError: The model cannot be loaded, or there is no such device or dtype.
+        ConfigError: The chat template does not read a variable in ``chat_template_kwargs``.
     """
 
     # DSPy writes this name into saved programs, so it must not tell where the code lies.
@@ -62,6 +86,8 @@ class LocalLM(dspy.LM):
         cache: bool = True,
         engine: LocalEngine | None = None,
         async_engine: AsyncLocalEngine | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        structured: bool = False,
         **kwargs: Any,
     ) -> None:
         if engine is not None:  # a saved state: the engine was loaded, ``model`` is the version id
@@ -74,11 +100,18 @@ class LocalLM(dspy.LM):
                 model
                 if isinstance(model, Policy)
                 else Policy.load(
-                    model, device=device, dtype=dtype, trust_remote_code=trust_remote_code
+                    model,
+                    device=device_named(device),
+                    dtype=dtype_named(dtype),
+                    trust_remote_code=trust_remote_code,
                 )
             )
             engine, version = LocalEngine(policy), policy.version()
         self._local = engine
+        if chat_template_kwargs is not None:
+            kwargs["chat_template_kwargs"] = check_options(engine.policy, chat_template_kwargs)
+        if structured:
+            kwargs["structured"] = True
         super().__init__(
             version,
             temperature=temperature,
@@ -97,6 +130,16 @@ class LocalLM(dspy.LM):
         from fst_dspy.lm.provider import LocalProvider
 
         return LocalProvider(self.policy)
+
+    def __repr__(self) -> str:
+        policy, sampling = self.policy, self.kwargs
+        size = sum(weight.numel() for weight in policy.model.parameters())
+        shown = (
+            f"LocalLM({self.model!r}, {size:,} weights in {str(policy.model.dtype)[6:]} on "
+            f"{policy.device}, temperature={sampling.get('temperature')}, "
+            f"max_tokens={sampling.get('max_tokens')}, context of {policy.context_length:,} tokens)"
+        )
+        return on_a_screen([shown])
 
     def __copy__(self) -> LocalLM:
         return remember(super().__copy__())
@@ -135,13 +178,53 @@ class LocalLM(dspy.LM):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         lm = self._within_program()
-        return super().__call__(*args, **kwargs) if lm is self else lm(*args, **kwargs)
+        if lm is not self:
+            return lm(*args, **kwargs)
+        return super().__call__(*args, **self._carried(args, kwargs))
 
     async def acall(self, *args: Any, **kwargs: Any) -> Any:
         lm = self._within_program()
         if lm is self:
-            return await super().acall(*args, **kwargs)
+            return await super().acall(*args, **self._carried(args, kwargs))
         return await lm.acall(*args, **kwargs)
+
+    def _carried(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Put the settings that DSPy's requests have no field for where there is room for them.
+
+        As ``metadata``, which goes through unread; the cache's keys take it in.
+        """
+        own = {name: kwargs.get(name, self.kwargs.get(name)) for name in OWN}
+        if own["structured"]:
+            messages = kwargs.get("messages", args[1] if len(args) > 1 else None)
+            own["grammar"] = grammar_of_caller(self.policy, messages)
+        own = {name: value for name, value in own.items() if value is not None}
+        if not own:
+            return kwargs
+        if "chat_template_kwargs" in own:
+            check_options(self.policy, own["chat_template_kwargs"])
+        metadata = kwargs.get("metadata", self.kwargs.get("metadata")) or {}
+        # None keeps those of ``self.kwargs`` out of the request.
+        return {**kwargs, **dict.fromkeys(own), "metadata": {**metadata, EXTRA: own}}
+
+    @property
+    def supports_response_schema(self) -> bool:
+        """Answers are held to a ``response_format``, whatever the model."""
+        return True
+
+    @property
+    def supports_reasoning(self) -> bool:
+        """Whether it thinks before it answers; so that ``dspy.Reasoning`` is its thought."""
+        return thinks(self.policy.tokenizer, self.kwargs.get("chat_template_kwargs") or {})
+
+    def finetune(
+        self, train_data: Any, train_data_format: Any, train_kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """As ``dspy.LM.finetune``, on prompts that are rendered as this LM's are."""
+        train_kwargs = dict(train_kwargs or self.train_kwargs)
+        options = self.kwargs.get("chat_template_kwargs")
+        if options:
+            train_kwargs.setdefault("chat_template_kwargs", options)
+        return super().finetune(train_data, train_data_format, train_kwargs)
 
     def _within_program(self) -> Any:
         """This LM, or what stands for it in the compiled program that calls it.
@@ -152,6 +235,8 @@ class LocalLM(dspy.LM):
         modules = dspy.settings.caller_modules or ()
         if not modules:
             return self
+        if serving(self.policy) is None:
+            _check_adapter(modules)
         caller = vars(modules[-1])
         if caller.get("lm") is self:
             entered = dspy.settings.get(ENTERED_WITH)
@@ -206,6 +291,28 @@ class LocalLM(dspy.LM):
     def live(self) -> LocalLM:
         """A copy that follows the live weights, without the cache."""
         return self.copy(model=self.policy.live_id, cache=False)
+
+
+def _check_adapter(modules: Iterable[dspy.Module]) -> None:
+    """Say so, once, where a compiled program is called under another adapter."""
+    for module in modules:
+        compiled = vars(module).get(COMPILED_ADAPTER)
+        if compiled is None or module in _told:
+            continue
+        here = adapter_identity(dspy.settings.adapter)
+        if here != compiled:
+            _told.add(module)
+            logger.warning(
+                "%s was compiled under the adapter %s and is called under %s, so that its prompts "
+                "are others than those it was trained on; set the former with "
+                "dspy.configure(adapter=...)",
+                type(module).__name__,
+                shown_adapter(compiled),
+                shown_adapter(here),
+            )
+
+
+_told: weakref.WeakSet[dspy.Module] = weakref.WeakSet()
 
 
 def _serving(engine: LocalEngine, version: str) -> LocalEngine:

@@ -10,13 +10,15 @@ from typing import Any
 
 import dspy
 
-from fst_dspy.config import SamplingConfig
-from fst_dspy.errors import ProgramError
+from fst_dspy.config import LoraConfig, SamplingConfig
+from fst_dspy.errors import ConfigError, ProgramError
 from fst_dspy.lm.compiled import follows, mark_compiled
+from fst_dspy.lm.kept_weights import refuse_quantized
 from fst_dspy.lm.local_lm import LocalLM
-from fst_dspy.lm.requests import DEFAULT_MAX_TOKENS
+from fst_dspy.lm.requests import DEFAULT_MAX_TOKENS, penalty_in
 from fst_dspy.model.policy import Policy
 from fst_dspy.student.candidate import bind
+from fst_dspy.student.identity import adapter_identity
 from fst_dspy.student.modules import every_predictor
 from fst_dspy.types import Candidate
 
@@ -69,6 +71,30 @@ def find_local_lm(program: dspy.Module) -> LocalLM:
     return local[0]
 
 
+def check_trained(program: dspy.Module, policy: Policy, lora: LoraConfig | None = None) -> None:
+    """Refuse to train what cannot be: a quantized model's weights, and some ways of sampling.
+
+    ``top_p`` and ``top_k`` cut the policy's distribution, and the loss takes the whole of it, as
+    TRL does. Penalties move it from token to token, and the loss would know nothing of it.
+
+    Raises:
+        ConfigError: The model is quantized and no adapters are trained, or a predictor's LM, or its
+            own ``config``, has penalties.
+    """
+    refuse_quantized(policy, lora)
+    for name, predictor in every_predictor(program).items():
+        lm = resolved_lm(predictor)
+        if not shares_policy(lm, policy):
+            continue
+        said = {**lm.kwargs, **(getattr(predictor, "config", None) or {})}
+        if penalty := penalty_in(said):
+            raise ConfigError(
+                f"the predictor {name!r} samples with {penalty}={said[penalty]}, and what is "
+                "sampled so cannot be trained on: leave it out, and set it on the compiled "
+                "program's LM if you need it there"
+            )
+
+
 class RolloutLMs:
     """The language models of a program's rollouts: its own, but live, uncached, and sampled.
 
@@ -94,6 +120,14 @@ class RolloutLMs:
         self._made: dict[int, tuple[LocalLM, LocalLM]] = {}  # with the original: ids are reused
         settings_lm = dspy.settings.lm
         self.settings_lm = lm if settings_lm is None else settings_lm
+        self._structured = False
+
+    def hold(self, structured: bool) -> None:
+        """From here on hold answers to their format, or as each LM says itself."""
+        self._structured = structured
+        for lm, copy in self._made.values():
+            held = structured or lm.kwargs.get("structured")
+            copy.kwargs = {**copy.kwargs, "structured": held}
 
     def of(self, lm: Any) -> Any:
         """What stands for a language model in rollouts; the same every time."""
@@ -109,7 +143,8 @@ class RolloutLMs:
             for name, value in self._run.items()
             if lm.kwargs.get(name) == self._default.get(name)
         }
-        return lm.live().copy(num_retries=0, **left)
+        held = {"structured": True} if self._structured else {}
+        return lm.live().copy(num_retries=0, **left, **held)
 
     def _default_of(self, program: dspy.Module) -> Mapping[str, Any]:
         if shares_policy(dspy.settings.lm, self.policy):
@@ -122,13 +157,18 @@ class RolloutLMs:
         return {"temperature": 1.0, "max_tokens": limit}
 
 
-def bound_to(student: dspy.Module, candidate: Candidate, lm: LocalLM) -> dspy.Module:
+def bound_to(
+    student: dspy.Module, candidate: Candidate, lm: LocalLM, *, structured: bool = False
+) -> dspy.Module:
     """A compiled copy of a program: a candidate's texts in it, its trained predictors on ``lm``.
 
     Each keeps the settings of the LM that it called before, and those that shared one go on sharing
     one. Those that DSPy sends to other models are left alone. What the program does with language
-    models as it runs, it goes on doing (``fst_dspy.lm.compiled``).
+    models as it runs, it goes on doing (``fst_dspy.lm.compiled``). With ``structured`` answers are
+    held to their formats, as they were in training.
     """
+    held = {"structured": True} if structured else {}
+    lm = lm.copy(**held)
     compiled = bind(student, candidate)
     bound: dict[int, LocalLM] = {}
     following = []
@@ -138,7 +178,9 @@ def bound_to(student: dspy.Module, candidate: Candidate, lm: LocalLM) -> dspy.Mo
             continue
         if follows(predictor):
             following.append(predictor)
-        predictor.lm = lm if own is None else bound.setdefault(id(own), own.copy(model=lm.model))
-    mark_compiled(compiled, lm, following)
+        predictor.lm = (
+            lm if own is None else bound.setdefault(id(own), own.copy(model=lm.model, **held))
+        )
+    mark_compiled(compiled, lm, following, adapter_identity(dspy.settings.adapter))
     compiled._compiled = True
     return compiled

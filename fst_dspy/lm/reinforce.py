@@ -20,6 +20,7 @@ from dspy.clients.utils_finetune import GRPOStatus, TrainDataFormat, TrainingSta
 from fst_dspy.config import SamplingConfig, SlowConfig
 from fst_dspy.errors import ConfigError, DataError, TrainingError
 from fst_dspy.lm.kept_weights import KeptWeights
+from fst_dspy.lm.requests import penalty_in
 from fst_dspy.lm.train_input import (
     check_format,
     check_message,
@@ -133,7 +134,10 @@ class LocalReinforceJob(ReinforceJob):
                     f"{self.job_id} left the weights at {self._version}, but "
                     f"{self._policy.version()} are live; run one training at a time on a model"
                 )
-            groups_P = [encode_group(self._policy, group, self._temperature) for group in fresh]
+            options = self.lm.kwargs.get("chat_template_kwargs")
+            groups_P = [
+                encode_group(self._policy, group, self._temperature, options) for group in fresh
+            ]
             rows = group_rows(groups_P, self._trainer.slow.scale_rewards)
             if not rows:
                 raise DataError(
@@ -267,15 +271,21 @@ def _read_answer(where: str, answer: Any) -> AnswerData:
     )
 
 
-def encode_group(policy: Policy, group: GroupData, temperature: float = 1.0) -> Group:
+def encode_group(
+    policy: Policy,
+    group: GroupData,
+    temperature: float = 1.0,
+    options: Mapping[str, Any] | None = None,
+) -> Group:
     """A group in tokens; an answer whose prompt fills the context window has no call.
 
     Args:
         temperature: That the answers were sampled at.
+        options: Variables of the chat template.
     """
     rollouts = []
     for answer in group:
-        turn = encode_turn(policy, answer.messages, answer.text, policy.context_length)
+        turn = encode_turn(policy, answer.messages, answer.text, policy.context_length, options)
         call = turn and Call(
             predictor="",
             prompt_ids_T=turn.prompt_ids_T,
@@ -326,8 +336,8 @@ def reinforce_settings(
         Settings of the trainer and of sampling, ``max_steps`` and the seed.
 
     Raises:
-        ConfigError: An unknown name, a bad value, a temperature other than the LM's, or a schedule
-            that decays without ``max_steps``.
+        ConfigError: An unknown name, a bad value, a temperature not the LM's, a penalty, or a
+            schedule that decays without ``max_steps``.
     """
     fields = field_names(SlowConfig)
     names = [*(f for f in fields if f not in LOOP_FIELDS), *OWN_KWARGS]
@@ -338,6 +348,11 @@ def reinforce_settings(
         raise ConfigError(
             f"temperature={own['temperature']} in train_kwargs, but the rollouts are sampled at "
             f"the LM's {sampled_at}; make it LocalLM(..., temperature={own['temperature']})"
+        )
+    if penalty := penalty_in(lm.kwargs):
+        raise ConfigError(
+            f"the LM samples with {penalty}={lm.kwargs[penalty]}, and what is sampled so cannot be "
+            "trained on: leave it out"
         )
     if own.get("num_generations", 2) < 2:
         raise ConfigError(

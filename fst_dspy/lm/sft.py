@@ -27,6 +27,7 @@ from trl import SFTConfig, SFTTrainer
 from fst_dspy import distributed
 from fst_dspy.config import LoraConfig
 from fst_dspy.errors import ConfigError, DataError, TrainingError
+from fst_dspy.lm.templates import check_options
 from fst_dspy.lm.train_input import Turn, check_format, check_messages, encode_turn
 from fst_dspy.model.hardware import global_rng_kept
 from fst_dspy.model.policy import Policy
@@ -54,6 +55,7 @@ class FinetuneConfig:
             default. Answers are cut to it; a conversation whose prompt fills it is left out.
         lora: Adapter settings, or ``None`` to train what the weights have.
         seed: Seed of data order, dropout and fresh adapters.
+        chat_template_kwargs: Variables of the chat template; those of the LM that is fine-tuned.
     """
 
     learning_rate: float = 1e-4
@@ -67,6 +69,7 @@ class FinetuneConfig:
     max_length: int | None = None
     lora: LoraConfig | None = None
     seed: int = 0
+    chat_template_kwargs: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         at_least = {
@@ -133,7 +136,7 @@ def fine_tune(
             then of no use: the caller puts others back.
     """
     distributed.refuse_fsdp("supervised fine-tuning")
-    turns = _encode(policy, conversations, config.max_length)
+    turns = _encode(policy, conversations, config)
     listener = _Listener(stop)
     cuda = policy.device.type == "cuda"
     with (
@@ -188,10 +191,11 @@ def fine_tune(
 
 
 def _encode(
-    policy: Policy, conversations: Sequence[Conversation], max_length: int | None
+    policy: Policy, conversations: Sequence[Conversation], config: FinetuneConfig
 ) -> list[Turn]:
-    limit = min(max_length or policy.context_length, policy.context_length)
-    encoded = [encode_turn(policy, c[:-1], c[-1]["content"], limit) for c in conversations]
+    limit = min(config.max_length or policy.context_length, policy.context_length)
+    options = check_options(policy, config.chat_template_kwargs or {})
+    encoded = [encode_turn(policy, c[:-1], c[-1]["content"], limit, options) for c in conversations]
     turns = [turn for turn in encoded if turn is not None]
     if not turns:
         raise DataError(f"no prompt leaves room for an answer in {limit} tokens (max_length)")

@@ -17,7 +17,9 @@ from dspy.clients.utils_finetune import TrainDataFormat
 
 from fst_dspy.config import as_lora
 from fst_dspy.errors import ConfigError, DataError
-from fst_dspy.model.generate import eos_ids
+from fst_dspy.lm.requests import encode
+from fst_dspy.lm.templates import Prompt, render
+from fst_dspy.model.endings import eos_ids
 from fst_dspy.model.policy import Policy
 
 ROLES = ("system", "user", "assistant")
@@ -32,7 +34,11 @@ class Turn:
 
 
 def encode_turn(
-    policy: Policy, messages: Sequence[Mapping[str, str]], answer: str, max_length: int
+    policy: Policy,
+    messages: Sequence[Mapping[str, str]],
+    answer: str,
+    max_length: int,
+    options: Mapping[str, Any] | None = None,
 ) -> Turn | None:
     """The tokens of one call.
 
@@ -44,18 +50,17 @@ def encode_turn(
         messages: The prompt, as ``check_messages`` accepts it.
         answer: The assistant's text.
         max_length: Tokens that both may have together, at least 1; the answer is cut to it.
+        options: Variables of the chat template.
 
     Returns:
         The turn, or ``None`` when the prompt alone is that long: there is nothing to learn.
     """
     tokenizer, prompt = policy.tokenizer, [dict(message) for message in messages]
-    ids = tokenizer.apply_chat_template(
-        prompt, add_generation_prompt=True, tokenize=True, return_dict=False
-    )
+    ids = encode(policy, Prompt.of(prompt, options=options))
     room = max_length - len(ids)
     if room < 1:
         return None
-    lead, end = _frame(policy, prompt, answer)
+    lead, end = _frame(policy, prompt, answer, options)
     answer_ids = tokenizer(lead + answer, add_special_tokens=False)["input_ids"] + end
     return Turn(tuple(ids), tuple(answer_ids[:room])) if answer_ids else None
 
@@ -142,7 +147,9 @@ def field_names(cls: Any) -> list[str]:
     return [f.name for f in dataclasses.fields(cls)]
 
 
-def _frame(policy: Policy, prompt: list[dict[str, str]], answer: str) -> tuple[str, list[int]]:
+def _frame(
+    policy: Policy, prompt: list[dict[str, str]], answer: str, options: Mapping[str, Any] | None
+) -> tuple[str, list[int]]:
     """What stands around a sampled answer: white space in front of it, an end token behind.
 
     Both are those of the chat template. Anything else a template puts around past turns, such as an
@@ -151,9 +158,10 @@ def _frame(policy: Policy, prompt: list[dict[str, str]], answer: str) -> tuple[s
     tokenizer, ends = policy.tokenizer, eos_ids(policy)
     own = tokenizer.eos_token_id
     end = [own] if own in ends else sorted(ends)[:1]
-    before = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
-    turn = {"role": "assistant", "content": answer}
-    whole = tokenizer.apply_chat_template([*prompt, turn], tokenize=False)
+    asked = Prompt.of(prompt, options=options)
+    answered = Prompt.of([*prompt, {"role": "assistant", "content": answer}], options=options)
+    before = render(tokenizer, asked, add_generation_prompt=True, tokenize=False)
+    whole = render(tokenizer, answered, tokenize=False)
     lead, found, behind = whole.removeprefix(before).partition(answer)
     if not whole.startswith(before) or not found or lead.strip():
         return "", end

@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import signal
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
+
+from fst_dspy.errors import CompileInterrupted
+
+STOPPING = "stopping after this step; press Ctrl-C again to stop now"
+"""What the first Ctrl-C is answered with."""
 
 
 class Interrupt:
@@ -16,10 +22,14 @@ class Interrupt:
 
     Args:
         folder: Where the run can be resumed from; ``None`` without a run folder.
+        tell: Called with what is done about the first one, as soon as it comes.
     """
 
-    def __init__(self, folder: Path | None) -> None:
+    def __init__(
+        self, folder: Path | None, tell: Callable[[str], None] = lambda text: None
+    ) -> None:
         self.folder = folder
+        self.tell = tell
         self.requested = False
         self._before: Any = None
 
@@ -38,16 +48,17 @@ class Interrupt:
             signal.signal(signal.SIGINT, self._before)
 
     def stop_if_requested(self) -> None:
-        """Raise the ``KeyboardInterrupt`` that was held back, saying how to go on."""
+        """Raise the ``CompileInterrupted`` that was held back, saying how to go on."""
         if self.requested:
-            how = (
-                f"start it again with log_dir={str(self.folder)!r} to go on where it stopped"
-                if self.folder is not None
-                else "without a log_dir nothing was saved; set one to be able to resume"
-            )
-            raise KeyboardInterrupt(f"compile interrupted; {how}")
+            raise self._error(at_once=False)
+
+    def _error(self, at_once: bool) -> CompileInterrupted:
+        return CompileInterrupted(str(self.folder) if self.folder else None, at_once)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self.requested:
-            raise KeyboardInterrupt("compile interrupted at once; the last checkpoint stands")
+            raise self._error(at_once=True)
         self.requested = True
+        # As Python's own handlers do, this runs between two instructions of the main thread, which
+        # may hold the lock of a console: a thread of its own waits for it.
+        threading.Thread(target=self.tell, args=(STOPPING,), daemon=True).start()

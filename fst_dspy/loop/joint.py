@@ -14,14 +14,17 @@ import logging
 import time
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from fst_dspy import distributed
 from fst_dspy.errors import TrainingError
 from fst_dspy.fast.population import mean
+from fst_dspy.loop.budget import counts_spent, cycles_spent, recorded_spent, time_spent
+from fst_dspy.loop.cold_start import warmed_up
 from fst_dspy.loop.interrupt import Interrupt
 from fst_dspy.loop.parts import Parts
-from fst_dspy.loop.progress import StopRun, TellsPlan
+from fst_dspy.loop.progress import StopRun, TellsPlan, tell
 from fst_dspy.loop.records import cycle_record, rollouts_of, step_record
 from fst_dspy.loop.signal import troubles, without_signal
 from fst_dspy.loop.state import LoopState
@@ -40,6 +43,7 @@ class Run:
     def __init__(self, parts: Parts) -> None:
         self.parts, self.policy, self.runner = parts, parts.policy, parts.runner
         self._saved: LoopState | None = None  # what the last checkpoint holds
+        self._told_spent = False
 
     def loop(self) -> LoopState:
         """Cycles until the budget is spent, from the start or from the last checkpoint.
@@ -55,8 +59,9 @@ class Run:
         if not state.records:
             self._tell_plan(parts.plan)
         try:
+            self._tell_ended(state)
             folder = parts.folder.path if parts.folder else None
-            with parts.trackers, Interrupt(folder) as interrupt:
+            with parts.trackers, Interrupt(folder, partial(tell, parts.progress)) as interrupt:
                 # The student as it came: what everything after is compared with, and the first
                 # sight of a program or metric that fails.
                 if not state.records:
@@ -70,13 +75,17 @@ class Run:
                         state = self._fast_phase(state)
                         # A fast phase may have cost minutes of a reflection LM; steps that follow
                         # are saved when a while has passed.
-                        self._checkpoint(state)
+                        self._tell_spent(state)
+                        interrupt.requested = distributed.any_process(interrupt.requested)
+                        self._checkpoint(state, now=interrupt.requested)
+                        interrupt.stop_if_requested()
                     # Then weights, under the prompts that were found; each step's rollouts try and
                     # score the prompts as well.
                     while state.phase == "slow":
                         state = self._slow_step(state)
                         parts.trackers.step(state.steps[-1], state.counts.total)
                         self._stop_if_diverged(state)
+                        self._tell_spent(state)
                         # Ctrl-C reaches one process; the step is the last one for all of them.
                         interrupt.requested = distributed.any_process(interrupt.requested)
                         self._checkpoint(state, now=interrupt.requested)
@@ -172,6 +181,8 @@ class Run:
         cycle = 0 if first else state.cycle + 1
         self._tell(cycle, "validation")
         found = score(parts, state)
+        if first:  # where it shows nothing to learn from, give it something
+            state, found = warmed_up(parts, state, found)
         seconds = _add_seconds(state.seconds, "eval", started)
         parts.fast.validated(found.population, parts.val_ids, found.score_V)
         record = cycle_record(parts, state, cycle, found, seconds)
@@ -216,34 +227,29 @@ class Run:
         runner.early_batches, runner.turns = found.early_batches, found.turns
         if found.lowest_score is not None:
             runner.lowest_score = found.lowest_score
+        runner.structured = runner.structured or found.structured
+        runner.explains_format = found.explains_format
         self._saved = found
         return found
 
     def _finished(self, state: LoopState) -> bool:
         """Whether the budget is spent; a cycle that was begun is ended first."""
-        budget = self.parts.budget
+        parts = self.parts
         if state.phase != "fast":
             return False
-        if budget.max_cycles is not None and state.cycle >= budget.max_cycles:
+        if cycles_spent(parts, state) or recorded_spent(parts, state.records[-1]):
             return True
         stopped = state.records[-1].proposals.get("stopped")
-        if stopped and self.parts.spec.strategies.stop_callbacks:
+        if stopped and parts.spec.strategies.stop_callbacks:
             logger.info("the run ends: %s", stopped)
-            return True
-        rollouts = state.records[-1].total_rollouts.total
-        if budget.max_rollouts is not None and rollouts >= budget.max_rollouts:
-            return True
-        steps = state.records[-1].turns.steps
-        if budget.max_env_steps is not None and steps >= budget.max_env_steps:
             return True
         # On a resume as well: it is a matter of the last record.
         reason = without_signal(self.parts, state.records[-1])
         if reason is not None:
             logger.warning("%s", reason)
-            if budget.on_no_signal == "stop":
+            if parts.budget.on_no_signal == "stop":
                 return True
-        late = budget.max_seconds is not None and sum(state.seconds.values()) >= budget.max_seconds
-        return distributed.any_process(late)  # their clocks differ
+        return distributed.any_process(time_spent(parts, state) is not None)  # clocks differ
 
     def _stop_if_diverged(self, state: LoopState) -> None:
         """Stop where step after step gives no finite gradient; the last checkpoint stands."""
@@ -286,6 +292,8 @@ class Run:
             "tally": self.runner.tally,
             "lowest_score": self.runner.lowest_score,
             "early_batches": self.runner.early_batches,
+            "structured": self.runner.structured,
+            "explains_format": self.runner.explains_format,
             "turns": self.runner.turns,
         }
 
@@ -293,6 +301,23 @@ class Run:
 
     def _tell(self, cycle: int, name: str) -> None:
         self.parts.progress.phase(cycle, name, self.runner.counts)
+
+    def _tell_spent(self, state: LoopState) -> None:
+        """Say once that a limit was reached within a cycle, which is finished all the same."""
+        counts = self.runner.counts.total, self.runner.turns.steps
+        spent = counts_spent(self.parts, *counts) or time_spent(self.parts, state)
+        if spent and not self._told_spent:
+            tell(self.parts.progress, f"{spent} reached; finishing the cycle")
+            self._told_spent = True
+
+    def _tell_ended(self, state: LoopState) -> None:
+        """Say of a run that had ended before why nothing happens, and how it is extended."""
+        if not state.records or state.phase != "fast":
+            return
+        spent = cycles_spent(self.parts, state) or recorded_spent(self.parts, state.records[-1])
+        if spent:
+            words = f"this run had ended, after {spent}; a higher limit lets it go on"
+            tell(self.parts.progress, words)
 
     def _tell_plan(self, plan: Plan) -> None:
         """Tell what the run is expected to take, and what is wrong with that."""

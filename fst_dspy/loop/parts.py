@@ -25,6 +25,7 @@ from fst_dspy.fast.proposers.protocol import Proposer
 from fst_dspy.fast.proposers.reflection import ReflectionLMProposer
 from fst_dspy.fast.trials import TrialPhase
 from fst_dspy.lm.local_lm import LocalLM
+from fst_dspy.lm.predictors import check_trained
 from fst_dspy.loop.folder import RunFolder
 from fst_dspy.loop.learner import GRPOLearner, Learner
 from fst_dspy.loop.progress import ProgressListener, SilentProgress, default_progress
@@ -153,7 +154,7 @@ def make_parts(spec: RunSpec, student: dspy.Module, checked: CheckedInput, start
         start: What the run begins with.
 
     Raises:
-        ConfigError, ModelError: Adapters that do not go with the weights.
+        ConfigError, ModelError: Adapters that do not go with the weights, or no training of them.
         StoreError: The run folder cannot be used.
     """
     seed, lm = spec.seed, checked.lm
@@ -164,6 +165,8 @@ def make_parts(spec: RunSpec, student: dspy.Module, checked: CheckedInput, start
     config = spec.config
     main, slow_on = distributed.is_main(), spec.arm != "gepa_only"
     fast_on = spec.arm in ("fst", "gepa_only")
+    if slow_on:
+        check_trained(student, lm.policy, slow.adapters)
     valset = sample(checked.valset, config.sampling.val_size, seed)
     val_ids = tuple(example_id(example) for example in valset)
     own = seed_candidate(student)
@@ -232,7 +235,7 @@ def _plan(spec: RunSpec, student: dspy.Module, checked: CheckedInput) -> Plan:
         policy.model,
         policy.name,
         spec.config,
-        prompts_of(student, checked.trainset, partial(_count_tokens, policy)),
+        prompts_of(student, checked.trainset, partial(count_tokens, policy)),
         dtype=policy.model.dtype,
         device=policy.device,
         max_tokens=checked.lm.kwargs["max_tokens"],
@@ -274,7 +277,7 @@ def _with_opening(parts: Parts) -> Parts:
 
 
 def _make_fast(spec: RunSpec, policy: Policy, events: Events, *, reuse: bool) -> FastChannel:
-    config, count = spec.config.fast, partial(_count_tokens, policy)
+    config, count = spec.config.fast, partial(count_tokens, policy)
     proposer = _make_proposer(spec, count)
     demos = DemoProposer(config.demo_tokens, count) if config.demo_tokens else None
     if not reuse:
@@ -311,7 +314,8 @@ def _make_proposer(spec: RunSpec, count_tokens: Callable[[str], int]) -> Propose
     )
 
 
-def _count_tokens(policy: Policy, text: str) -> int:
+def count_tokens(policy: Policy, text: str) -> int:
+    """Tokens of a text under the policy's tokenizer."""
     return len(policy.tokenizer(text, add_special_tokens=False)["input_ids"])
 
 

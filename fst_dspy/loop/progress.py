@@ -62,12 +62,23 @@ class SilentProgress:
 
     def end(self) -> None: ...
 
+    def say(self, text: str) -> None: ...
+
 
 class LogProgress(SilentProgress):
     """A log line a cycle, on level INFO; what went wrong the loop logs by itself, as warnings."""
 
     def cycle_done(self, record: CycleRecord) -> None:
         logger.info("%s", cycle_line(record))
+
+    def say(self, text: str) -> None:
+        logger.warning("%s", text)
+
+
+def tell(listener: ProgressListener, text: str) -> None:
+    """Have a listener say what concerns the whole run; one without ``say`` has it logged."""
+    say = getattr(listener, "say", None) or LogProgress().say
+    say(text)
 
 
 class RichProgress:
@@ -111,10 +122,13 @@ class RichProgress:
             )
 
     def cycle_done(self, record: CycleRecord) -> None:
-        self.console.print(as_text(cycle_line(record)))
+        self.say(cycle_line(record))
 
     def end(self) -> None:
         self._bar.stop()
+
+    def say(self, text: str) -> None:
+        self.console.print(as_text(text))
 
 
 class NotebookProgress:
@@ -141,11 +155,15 @@ class NotebookProgress:
         self._show("  ·  ".join(part for part in parts if part))
 
     def cycle_done(self, record: CycleRecord) -> None:
-        self._lines.append(cycle_line(record))
-        self._show()
+        self.say(cycle_line(record))
 
     def end(self) -> None:
         self._show()
+
+    def say(self, text: str) -> None:
+        self._lines.append(text)
+        if self._output is not None:
+            self._show()
 
     def _show(self, *under_way: str) -> None:
         self._output.update({"text/plain": "\n".join([*self._lines, *under_way])}, raw=True)
@@ -209,10 +227,12 @@ def _acted(turns: TurnCounts) -> str:
 def cycle_line(record: CycleRecord) -> str:
     """One line that says how a cycle ended, and what failed."""
     failed = told_failures(record.failure_shares, record.failure_messages, advice=False)
+    told = record.cold_start if record.cycle == 0 else ()
+    held = "" if record.format_share is None else f"  format {record.format_share:.2f}"
     reward = "   —" if record.train_reward is None else f"{record.train_reward:.2f}"
     return (
         f"cycle {record.cycle:>3}  step {record.step:>4}  reward {reward}  "
         f"validation {record.val_score:.3f}  KL {record.kl_to_base:.4f}  "
-        f"rollouts {record.total_rollouts.total:,}{_acted(record.turns)}"
-        + "".join(f"\n  {text}" for text in failed)
+        f"rollouts {record.total_rollouts.total:,}{_acted(record.turns)}{held}"
+        + "".join(f"\n  {text}" for text in (*told, *failed))
     )

@@ -62,6 +62,8 @@ def cycle_record(
         proposals=parts.fast.report(),
         failure_messages=dict(tally.messages),
         early_batches=parts.runner.early_batches,
+        format_share=tally.format_share,
+        cold_start=state.cold_start,
         turns=parts.runner.turns,
         reward_range=None if tally.low is None or tally.high is None else (tally.low, tally.high),
     )

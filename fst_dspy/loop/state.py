@@ -67,6 +67,8 @@ class LoopState:
         seconds: Wall time so far, by channel.
         fast_state: What the fast phase remembers: plain values, and rollouts.
         stream: The problems that come next.
+        cold_start: As ``CycleRecord.cold_start``.
+        structured, explains_format: As the runner's, since then.
     """
 
     population: Population
@@ -86,6 +88,9 @@ class LoopState:
     seconds: Mapping[str, float] = field(default_factory=dict)
     fast_state: Mapping[str, Any] = field(default_factory=dict)
     stream: ProblemStream = field(default_factory=ProblemStream)
+    cold_start: tuple[str, ...] = ()
+    structured: bool = False
+    explains_format: bool = False
 
 
 def state_to_json(state: LoopState) -> dict[str, Any]:
@@ -133,4 +138,7 @@ def state_from_json(plain: Mapping[str, Any]) -> LoopState:
         seconds=plain["seconds"],
         fast_state=plain["fast_state"],
         stream=ProblemStream(**plain["stream"]),
+        cold_start=tuple(plain.get("cold_start", ())),
+        structured=plain.get("structured", False),
+        explains_format=plain.get("explains_format", False),
     )

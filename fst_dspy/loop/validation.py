@@ -13,7 +13,7 @@ from fst_dspy.results.result import Best
 from fst_dspy.rollouts.evaluate import evaluate
 from fst_dspy.rollouts.health import check_first_rollouts, check_objectives
 from fst_dspy.rollouts.jobs import Channel
-from fst_dspy.types import Population
+from fst_dspy.types import Population, Rollout
 
 KL_TOKENS = 32_768
 """Prompt and completion tokens of the validation calls that the KL to the base model is measured
@@ -27,12 +27,16 @@ class Validation:
     Attributes:
         score_V, val_score: Of the best candidate, by example and their mean.
         kl_to_base: Of the weights, on the best candidate's calls, nats a token.
+        rollouts: Of the best candidate, where it was scored just now.
+        latest: Of the last candidate, likewise.
     """
 
     population: Population
     score_V: tuple[float, ...]
     val_score: float
     kl_to_base: float
+    rollouts: tuple[Rollout, ...] = ()
+    latest: tuple[Rollout, ...] = ()
 
 
 def score(parts: Parts, state: LoopState) -> Validation:
@@ -69,7 +73,8 @@ def score(parts: Parts, state: LoopState) -> Validation:
     if step > 0 or parts.lm.version != parts.policy.base_version:
         calls = spread_calls(scored.rollouts_K[k], KL_TOKENS, parts.spec.seed)
         kl = kl_to_base(parts.policy, calls)
-    return Validation(population, scored.score_K_V[k], scored.mean_K[k], kl)
+    own, latest = tuple(scored.rollouts_K[k]), tuple(scored.rollouts_K[-1])
+    return Validation(population, scored.score_K_V[k], scored.mean_K[k], kl, own, latest)
 
 
 def better_of(parts: Parts, state: LoopState, found: Validation, cycle: int) -> Best:

@@ -22,6 +22,7 @@ from fst_dspy.model.logprobs import (
     with_output_layer,
 )
 from fst_dspy.model.policy import Policy
+from fst_dspy.model.sampling import allowed_tokens
 from fst_dspy.types import Call, Rollout
 
 CHUNK_BYTES = 2**29
@@ -35,7 +36,8 @@ def kl_to_base(policy: Policy, calls: Sequence[Call]) -> float:
 
     Args:
         policy: The live weights are compared with those at its ``base_version``.
-        calls: Sampled from the live weights; taken at their own temperature, or at 1 when greedy.
+        calls: Sampled from the live weights; taken at their own temperature, or at 1 when greedy,
+            both over what the call's grammar allowed.
 
     Returns:
         At least 0; exactly 0 when the weights are those of the base.
@@ -51,10 +53,11 @@ def kl_to_base(policy: Policy, calls: Sequence[Call]) -> float:
             with policy.at(policy.base_version):
                 for rows, live_ND in zip(_batches(chunk), live, strict=True):
                     base_ND = completion_states(policy, rows)
-                    for part, temperature_N in _parts(policy, rows):
-                        base_NV = logprobs_of(policy, base_ND[part], temperature_N)
+                    for part, temperature_N, allowed_NW in _parts(policy, rows):
+                        own = (temperature_N, allowed_NW)
+                        base_NV = logprobs_of(policy, base_ND[part], *own)
                         with with_output_layer(policy, layer):
-                            live_NV = logprobs_of(policy, live_ND[part], temperature_N)
+                            live_NV = logprobs_of(policy, live_ND[part], *own)
                         # A probability of 0 adds nothing, however low the other one is.
                         term_NV = live_NV.exp() * (live_NV - base_NV)
                         term_NV = term_NV.masked_fill(live_NV == -torch.inf, 0)
@@ -112,8 +115,9 @@ def token_entropy(policy: Policy, calls: Sequence[Call]) -> float:
         for chunk in _chunks(policy, calls):
             for rows in _batches(chunk):
                 state_ND = completion_states(policy, rows)
-                for part, temperature_N in _parts(policy, rows):
-                    logprob_NV = logprobs_of(policy, state_ND[part], temperature_N)
+                for part, temperature_N, allowed_NW in _parts(policy, rows):
+                    own = (temperature_N, allowed_NW)
+                    logprob_NV = logprobs_of(policy, state_ND[part], *own)
                     total += torch.special.entr(logprob_NV.exp()).double().sum().item()
                     count += len(logprob_NV)
     return total / count
@@ -145,10 +149,14 @@ def _batches(calls: Sequence[Call]) -> Iterator[Sequence[Call]]:
     return (calls[i : i + FORWARD_ROWS] for i in range(0, len(calls), FORWARD_ROWS))
 
 
-def _parts(policy: Policy, calls: Sequence[Call]) -> Iterator[tuple[slice, Tensor]]:
-    """The calls' tokens, so many that their log-probabilities fit, with their temperatures."""
+def _parts(policy: Policy, calls: Sequence[Call]) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
+    """The calls' tokens, so many that their log-probabilities fit.
+
+    With the temperature of each, and what it was allowed to be.
+    """
     temperature_N = temperatures(calls, policy.device)
+    allowed_NW = allowed_tokens(policy, calls)
     size = max(1, CHUNK_BYTES // (4 * policy.model.config.get_text_config().vocab_size))
     for start in range(0, len(temperature_N), size):
         part = slice(start, start + size)
-        yield part, temperature_N[part]
+        yield part, temperature_N[part], None if allowed_NW is None else allowed_NW[part]

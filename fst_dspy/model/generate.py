@@ -10,15 +10,16 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from fst_dspy.errors import ModelError, PromptTooLongError
+from fst_dspy.grammar.tokens import Walk
 from fst_dspy.model.cache_layers import CHANGED, left_out, obstacle, refuse
+from fst_dspy.model.endings import End, closing_tokens, eos_ids, kept_tokens, texts_of
 from fst_dspy.model.graph_decode import GraphDecode, begin, release
 from fst_dspy.model.growing_decode import GrowingDecode, forward
 from fst_dspy.model.hardware import cudnn_attention, is_out_of_memory
@@ -33,12 +34,19 @@ from fst_dspy.model.prefixes import (
     worthwhile_prefixes,
 )
 from fst_dspy.model.prompt_cache import CannotShare, can_share, make_room, share
+from fst_dspy.model.sampling import HeldRows, Penalties, draw, uniforms, vocabulary
 from fst_dspy.model.sizes import DecodingRoom
+from fst_dspy.types import Grammar
 
 logger = logging.getLogger(__name__)
 
 SHARE_TOKENS = 2048  # prompt tokens of all rows, from which on rows share their prompts' cache
+LOOK_FOR_END = {"cpu": 4}
+"""Tokens after which rows are looked at for the marker that closes them, by type of device."""
+LOOK_SELDOM = 16  # where to look is to wait for the device
+
 LEAVE_SHARE = 0.25  # finished rows are dropped when they are this share of the batch
+MANY = 2**31  # tokens, more than any vocabulary has
 
 
 @dataclass(frozen=True)
@@ -52,6 +60,15 @@ class GenerationRequest:
         top_p: Nucleus mass, in (0, 1].
         stop: Strings that end the completion; they are left out of its text.
         seed: Seed of this row alone, any int.
+        top_k: How many of the likeliest tokens may be drawn, at least 1; ``None`` for all.
+        frequency_penalty, presence_penalty: Taken from a token's logit, before the temperature, for
+            each time that the completion has had it, and once where it has.
+        repetition_penalty: Above 0; divides the logits, where above 0, of the tokens of prompt and
+            completion, and multiplies those below.
+        end: The line that closes the answer; its text is kept, and what is behind it is not.
+        grammar: What the answer is held to; it ends where the grammar does.
+        begun: Of the prompt's last tokens so many are the answer's first. They are given back with
+            it, as certain, and ``max_tokens`` does not count them.
     """
 
     prompt_ids_T: tuple[int, ...]
@@ -60,6 +77,18 @@ class GenerationRequest:
     top_p: float = 1.0
     stop: tuple[str, ...] = ()
     seed: int = 0
+    top_k: int | None = None
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    end: End | None = None
+    grammar: Grammar | None = None
+    begun: int = 0
+
+    @property
+    def is_penalised(self) -> bool:
+        """Whether tokens are drawn from another distribution than the model's own."""
+        return (self.frequency_penalty, self.presence_penalty, self.repetition_penalty) != (0, 0, 1)
 
 
 @dataclass(frozen=True)
@@ -68,16 +97,21 @@ class GenerationResult:
 
     Attributes:
         completion_ids_T: As sampled, with the end token where there was one.
-        logprobs_T: Of each token, in nats, under the softmax over the whole vocabulary scaled by
-            the temperature (1 for greedy rows) and before ``top_p``.
-        text: Decoded, without special tokens, cut before a stop string.
-        finish_reason: ``"stop"`` for an end token or stop string, else ``"length"``.
+        logprobs_T: Of each token, in nats, under the softmax over the whole vocabulary, or over
+            what the grammar allows, scaled by the temperature (1 for greedy rows), before
+            ``top_p``, ``top_k`` and penalties.
+        text: Decoded, without special tokens, cut before a stop string and behind the line that
+            closes the answer, which has one token more among ``completion_ids_T``.
+        finish_reason: ``"stop"`` for an end token, stop string or closed answer, else
+            ``"length"``.
+        allowed_logprob: See ``fst_dspy.types.Call``.
     """
 
     completion_ids_T: tuple[int, ...]
     logprobs_T: tuple[float, ...]
     text: str
     finish_reason: Literal["stop", "length"]
+    allowed_logprob: float | None = None
 
 
 def check_prompt(policy: Policy, prompt_ids_T: Sequence[int]) -> None:
@@ -98,7 +132,11 @@ def generate(policy: Policy, requests: Sequence[GenerationRequest]) -> list[Gene
     """
     for request in requests:
         check_prompt(policy, request.prompt_ids_T)
-    results: list[GenerationResult | None] = [None] * len(requests)
+    # What a grammar forces at the beginning is read along with the prompt.
+    started = [_started(policy, request) for request in requests]
+    results = [each if isinstance(each, GenerationResult) else None for each in started]
+    requests = [each for each in started if isinstance(each, GenerationRequest)]
+    places = [index for index, result in enumerate(results) if result is None]
     with policy.lock, torch.no_grad(), cudnn_attention(policy.device, False):
         model = policy.model
         was_training = model.training
@@ -107,10 +145,28 @@ def generate(policy: Policy, requests: Sequence[GenerationRequest]) -> list[Gene
             for chunk in _chunks(policy, requests):
                 rows = _run_chunk(policy, [requests[index] for index in chunk])
                 for index, result in zip(chunk, rows, strict=True):
-                    results[index] = result
+                    results[places[index]] = result
         finally:
             model.train(was_training)
     return [result for result in results if result is not None]
+
+
+def _started(policy: Policy, request: GenerationRequest) -> GenerationRequest | GenerationResult:
+    """The request, with what its grammar forces at the beginning said; or that is all of it."""
+    if request.grammar is None:
+        return request
+    own, room = vocabulary(policy), room_for(policy, request)
+    walk = Walk(own, request.grammar)
+    forced = walk.begin()
+    if len(forced) < room and not walk.ended:
+        ids_T = (*request.prompt_ids_T, *forced)
+        return replace(
+            request, prompt_ids_T=ids_T, max_tokens=room - len(forced), begun=len(forced)
+        )
+    ids_T = tuple(forced[:room])
+    (text,) = texts_of(policy, [ids_T], [request.stop])
+    whole = walk.ended and len(forced) <= room
+    return GenerationResult(ids_T, (0.0,) * len(ids_T), text, "stop" if whole else "length")
 
 
 def _run_chunk(policy: Policy, requests: Sequence[GenerationRequest]) -> list[GenerationResult]:
@@ -170,16 +226,6 @@ def room_for(policy: Policy, request: GenerationRequest) -> int:
     return min(request.max_tokens, policy.context_length - len(request.prompt_ids_T))
 
 
-def texts_of(
-    policy: Policy, ids_BT: Sequence[Sequence[int]], stops_B: Sequence[tuple[str, ...]]
-) -> list[str]:
-    """Completions as text: without special tokens, cut before a stop string."""
-    texts = policy.tokenizer.batch_decode(
-        ids_BT, skip_special_tokens=True, clean_up_tokenization_spaces=False
-    )
-    return [_cut(text, stop) for text, stop in zip(texts, stops_B, strict=True)]
-
-
 class _Batch:
     """One batch from prompts to results. Tensors: U distinct prompts, B live rows, T tokens."""
 
@@ -191,7 +237,7 @@ class _Batch:
         total, self.steps = len(requests), max(limits)
         self.ids = torch.zeros((total, self.steps), dtype=torch.long, device=device)
         self.logprobs = torch.zeros((total, self.steps), device=device)
-        self.uniform = torch.from_numpy(_uniforms([r.seed for r in requests], self.steps))
+        self.uniform = torch.from_numpy(uniforms([r.seed for r in requests], self.steps))
         self.uniform = self.uniform.to(device)
         self.lengths = torch.zeros(total, dtype=torch.long, device=device)
         self.stopped = torch.zeros(total, dtype=torch.bool, device=device)
@@ -202,8 +248,17 @@ class _Batch:
         self.any_greedy, self.any_scaled = bool(self.greedy.any()), bool((self.scale != 1).any())
         self.top_p = torch.tensor([r.top_p for r in requests], device=device)
         self.any_top_p = any(r.top_p < 1 for r in requests)
+        self.top_k = torch.tensor([r.top_k or MANY for r in requests], device=device)
+        self.any_top_k = any(r.top_k for r in requests)
+        penalised = any(r.is_penalised for r in requests)
+        self.penalties = Penalties(requests, self.scale) if penalised else None
         self.any_stop = any(r.stop for r in requests)
+        self.markers = sorted({r.end.marker for r in requests if r.end is not None})
+        self.look = LOOK_FOR_END.get(device.type, LOOK_SELDOM)
+        self.may_close: Tensor | None = None
         self.eos = torch.tensor(sorted(eos_ids(policy)), dtype=torch.long, device=device)
+        held = any(request.grammar is not None for request in requests)
+        self.held = HeldRows(policy, requests, limits) if held else None
 
     def run(self) -> list[GenerationResult]:
         rows = torch.arange(len(self.requests), device=self.policy.device)
@@ -214,6 +269,10 @@ class _Batch:
             next_B, logprob_B = self._sample(logits_BV, rows, step)
             self.ids[rows, step], self.logprobs[rows, step] = next_B, logprob_B
             done = self._update_done(done, rows, next_B, step)
+            if self.held is not None:
+                closed = self.held.advance(next_B, rows, done)
+                self.lengths[rows] = torch.where(closed, step + 1, self.lengths[rows])
+                done = done | closed
             finished = count(done)
             if finished == len(rows):
                 break
@@ -296,20 +355,33 @@ class _Batch:
     def _sample(self, logits_BV: Tensor, rows: Tensor, step: int) -> tuple[Tensor, Tensor]:
         if self.any_scaled:
             logits_BV = logits_BV / self.scale[rows][:, None]
-        logprob_BV = logits_BV.log_softmax(-1)
-        next_B = _draw(
-            logprob_BV.exp(),
+        if self.held is not None:
+            logits_BV = self.held.masked(logits_BV, rows)
+        logprob_BV = drawn_BV = logits_BV.log_softmax(-1)
+        if self.penalties is not None:
+            drawn_BV = self.penalties.lowered(logits_BV, rows).log_softmax(-1)
+        next_B = draw(
+            drawn_BV.exp(),
             self.uniform[rows, step],
             self.top_p[rows] if self.any_top_p else None,
+            self.top_k[rows] if self.any_top_k else None,
         )
         if self.any_greedy:
-            next_B = torch.where(self.greedy[rows], logits_BV.argmax(-1), next_B)
+            next_B = torch.where(self.greedy[rows], drawn_BV.argmax(-1), next_B)
+        if self.penalties is not None:
+            self.penalties.had(next_B, rows)
+        if self.markers and self.may_close is None:
+            size = logits_BV.shape[1]
+            found = [closing_tokens(self.tokenizer, marker, size) for marker in self.markers]
+            self.may_close = torch.stack(found).any(0).to(logits_BV.device)
         return next_B, logprob_BV.gather(1, next_B[:, None]).squeeze(1)
 
     def _update_done(self, done: Tensor, rows: Tensor, next_B: Tensor, step: int) -> Tensor:
         ended = torch.isin(next_B, self.eos)
         if self.any_stop:
             ended = ended | self._hit_stop_string(done, rows, step)
+        if self.may_close is not None and step % self.look == self.look - 1:
+            ended = ended | self._closed(done, rows, step)
         now = ~done & (ended | (self.limits[rows] <= step + 1))
         self.lengths[rows] = torch.where(now, step + 1, self.lengths[rows])
         self.stopped[rows] |= now & ended
@@ -327,6 +399,20 @@ class _Batch:
                 hit[place] = any(s in text for s in stop)
         return torch.tensor(hit, device=done.device)
 
+    def _closed(self, done: Tensor, rows: Tensor, step: int) -> Tensor:
+        """Which rows have closed their answer before their latest token."""
+        closed = torch.zeros_like(done)
+        assert self.may_close is not None
+        # Of all tokens since the last look and one before, for a row goes on by one behind it.
+        latest = self.ids[rows, max(0, step - self.look) : step]
+        for place in (self.may_close[latest].any(1) & ~done).nonzero().squeeze(1).tolist():
+            row = int(rows[place])
+            end = self.requests[row].end
+            if end is not None:
+                ids_T = self.ids[row, :step].tolist()
+                closed[place] = end.place(self.tokenizer.decode(ids_T)) is not None
+        return closed
+
     def _results(self) -> list[GenerationResult]:
         if not torch.isfinite(self.logprobs).all():
             raise ModelError(
@@ -336,15 +422,31 @@ class _Batch:
         lengths, stopped = self.lengths.tolist(), self.stopped.tolist()
         ids = [row[:n] for row, n in zip(self.ids.tolist(), lengths, strict=True)]
         logprobs = [row[:n] for row, n in zip(self.logprobs.tolist(), lengths, strict=True)]
-        texts = texts_of(self.policy, ids, [request.stop for request in self.requests])
+        shares: list[float | None] = [None] * len(ids)
+        if self.held is not None:
+            shares = self.held.completed(ids, logprobs, stopped)
+        # Where the marker was seen late, by the row's own count alone.
+        kept = [
+            kept_tokens(self.tokenizer, row, request.end)
+            for row, request in zip(ids, self.requests, strict=True)
+        ]
+        stopped = [e or n < len(row) for e, n, row in zip(stopped, kept, ids, strict=True)]
+        ids = [row[:n] for row, n in zip(ids, kept, strict=True)]
+        logprobs = [row[:n] for row, n in zip(logprobs, kept, strict=True)]
+        texts = texts_of(
+            self.policy, ids, [r.stop for r in self.requests], [r.end for r in self.requests]
+        )
         return [
             GenerationResult(
                 completion_ids_T=tuple(ids_T),
                 logprobs_T=tuple(logprobs_T),
                 text=text,
                 finish_reason="stop" if ended else "length",
+                allowed_logprob=share,
             )
-            for ids_T, logprobs_T, text, ended in zip(ids, logprobs, texts, stopped, strict=True)
+            for ids_T, logprobs_T, text, ended, share in zip(
+                ids, logprobs, texts, stopped, shares, strict=True
+            )
         ]
 
 
@@ -368,54 +470,3 @@ class _Count:
             return 0
         before[1].synchronize()
         return int(before[0])
-
-
-def eos_ids(policy: Policy) -> set[int]:
-    """Every token that ends a completion, as model, generation settings and tokenizer name them."""
-    model = policy.model
-    found: set[int] = set()
-    for value in (
-        model.generation_config.eos_token_id if model.generation_config else None,
-        model.config.get_text_config().eos_token_id,
-        policy.tokenizer.eos_token_id,
-    ):
-        found |= {value} if isinstance(value, int) else set(value or ())
-    return found
-
-
-def _draw(prob_BV: Tensor, uniform_B: Tensor, top_p_B: Tensor | None) -> Tensor:
-    """Inverse-CDF sampling: the token in whose share of the (cut) distribution the number falls."""
-    prob_BV = prob_BV.double()
-    if top_p_B is not None:
-        sorted_BV, order_BV = prob_BV.sort(stable=True, dim=-1, descending=True)
-        before_BV = sorted_BV.cumsum(-1) - sorted_BV
-        sorted_BV = sorted_BV.masked_fill(before_BV >= top_p_B[:, None], 0.0)
-        sorted_BV[:, 0] = sorted_BV[:, 0].clamp(min=1e-300)  # top_p of 0 leaves the likeliest
-        prob_BV = torch.zeros_like(prob_BV).scatter(1, order_BV, sorted_BV)
-    cumulative_BV = prob_BV.cumsum(-1)
-    target_B1 = (uniform_B * cumulative_BV[:, -1])[:, None]
-    token_B = torch.searchsorted(cumulative_BV, target_B1, right=True).squeeze(1)
-    # Rounding may put the target at the very end: stay on the last token that can be drawn. Among
-    # numbers that are none, whose batch is refused in the end, it would be no token at all.
-    last_B = torch.searchsorted(cumulative_BV, cumulative_BV[:, -1:].contiguous()).squeeze(1)
-    return torch.minimum(token_B, last_B.clamp(max=prob_BV.shape[1] - 1))
-
-
-def _uniforms(seeds: Sequence[int], steps: int) -> np.ndarray:
-    """Numbers in [0, 1) for each (seed, step), by the splitmix64 hash: float64 (rows, steps)."""
-    mask = (1 << 64) - 1
-    seed_B1 = np.array([seed & mask for seed in seeds], dtype=np.uint64)[:, None]
-    with np.errstate(over="ignore"):
-        counter_T = np.arange(1, steps + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-        bits_BT = _mix(_mix(seed_B1 + np.uint64(0x9E3779B97F4A7C15)) + counter_T[None])
-    return (bits_BT >> np.uint64(11)).astype(np.float64) * 2.0**-53
-
-
-def _mix(bits: np.ndarray) -> np.ndarray:
-    bits = (bits ^ (bits >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    bits = (bits ^ (bits >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return bits ^ (bits >> np.uint64(31))
-
-
-def _cut(text: str, stop: tuple[str, ...]) -> str:
-    return text[: min((text.find(s) for s in stop if s in text), default=len(text))]

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import rms_norm
 
+from fst_dspy.errors import ModelError
+
 LARGE = 30_000_000
 """Parameters above which a model is in bfloat16 on a CPU that multiplies such."""
 
@@ -137,3 +139,55 @@ def global_rng_kept(device: torch.device) -> Iterator[None]:
         finally:
             random.setstate(python)
             np.random.set_state(numpy)
+
+
+DTYPES = {
+    "float32": torch.float32,
+    **dict.fromkeys(("fp32", "f32", "float", "full"), torch.float32),
+    "bfloat16": torch.bfloat16,
+    **dict.fromkeys(("bf16", "bfloat"), torch.bfloat16),
+    "float16": torch.float16,
+    **dict.fromkeys(("fp16", "f16", "half"), torch.float16),
+    **dict.fromkeys(("float64", "fp64", "double"), torch.float64),
+}
+"""Names that people give to torch's dtypes."""
+
+
+def dtype_named(dtype: str | torch.dtype | None) -> torch.dtype | None:
+    """A dtype by one of its names; ``None`` stays ``None``.
+
+    Raises:
+        ModelError: It is no dtype that weights can be trained in.
+    """
+    found = DTYPES.get(dtype.removeprefix("torch.").lower()) if isinstance(dtype, str) else dtype
+    if dtype is not None and found not in DTYPES.values():
+        raise ModelError(
+            f"dtype={dtype!r} is none of bfloat16, float16 and float32, in which weights are "
+            "trained; a model that was saved in fewer bits is loaded as it is, without a dtype"
+        )
+    return found
+
+
+def device_named(device: str | torch.device | None) -> torch.device | None:
+    """A device by its name, ``"gpu"`` among them; ``None`` stays ``None``.
+
+    Raises:
+        ModelError: torch knows no such device, or this machine does not have it.
+    """
+    if device is None:
+        return None
+    name = str(device).lower()
+    name = "cuda" + name.removeprefix("gpu") if name.startswith("gpu") else name
+    try:
+        found = torch.device(name)
+    except RuntimeError as error:
+        raise ModelError(
+            f"there is no device {str(device)!r}: give 'cpu', 'cuda' ('gpu'), 'cuda:1' or 'mps', "
+            "or leave it out"
+        ) from error
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        raise ModelError(
+            f"there is no device {str(device)!r} on this machine: torch sees "
+            f"{torch.cuda.device_count()} GPUs; leave device out for what there is"
+        )
+    return found

@@ -8,13 +8,15 @@ token has the position that it was sampled at, and the output layer runs at comp
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
+from fst_dspy.grammar.tokens import single, unpacked
 from fst_dspy.model.cache_layers import cache_name
 from fst_dspy.model.policy import Policy
 from fst_dspy.model.prefixes import (
@@ -26,8 +28,12 @@ from fst_dspy.model.prefixes import (
     right_padded,
     worthwhile_prefixes,
 )
+from fst_dspy.model.sampling import allowed_tokens
+from fst_dspy.types import Grammar
 
 Ids = Sequence[int]
+CHUNK_BYTES = 2**29
+"""Half a GiB: of log-probabilities over a vocabulary that are made at once."""
 
 
 class Row(Protocol):
@@ -42,12 +48,16 @@ class Row(Protocol):
     @property
     def temperature(self) -> float: ...
 
+    @property
+    def grammar(self) -> Grammar | None: ...
+
 
 def completion_logprobs(policy: Policy, rows: Sequence[Row]) -> Tensor:
     """Log-probabilities over the vocabulary at the N completion tokens of some rows, row by row.
 
-    Under the weights now in the model, each row at its own temperature, or at 1 when greedy.
-    Gradients flow where they are enabled.
+    Under the weights now in the model, each row at its own temperature, or at 1 when greedy, and
+    over what its grammar allows, with minus infinity elsewhere. Gradients flow where they are
+    enabled.
 
     Args:
         policy: The caller holds its lock.
@@ -56,7 +66,8 @@ def completion_logprobs(policy: Policy, rows: Sequence[Row]) -> Tensor:
     Returns:
         Nats, of shape N x V, in float32.
     """
-    return logprobs_of(policy, completion_states(policy, rows), temperatures(rows, policy.device))
+    state_ND, temperature_N = completion_states(policy, rows), temperatures(rows, policy.device)
+    return logprobs_of(policy, state_ND, temperature_N, allowed_tokens(policy, rows))
 
 
 def completion_states(policy: Policy, rows: Sequence[Row]) -> Tensor:
@@ -80,16 +91,29 @@ def completion_states(policy: Policy, rows: Sequence[Row]) -> Tensor:
     return caught[0][torch.arange(at_BT.shape[1], device=device) < lengths_B1]
 
 
-def logprobs_of(policy: Policy, state_ND: Tensor, temperature_N: Tensor) -> Tensor:
+def logprobs_of(
+    policy: Policy, state_ND: Tensor, temperature_N: Tensor, allowed_NW: Tensor | None = None
+) -> Tensor:
     """Log-probabilities over the vocabulary, N x V, from what the output layer takes.
+
+    With ``allowed_NW``, a mask as ``allowed_tokens`` gives it, over the tokens in it alone.
 
     The model itself runs, on one token whose state these take the place of: some scale or cap
     what their output layer gives.
     """
-    model = policy.model
-    ids_11 = torch.tensor([[policy.tokenizer.pad_token_id]], device=policy.device)
+    pad_id = policy.tokenizer.pad_token_id
+    return _logprobs(policy.model, pad_id, state_ND, temperature_N, allowed_NW)
+
+
+def _logprobs(
+    model: Any, pad_id: int, state_ND: Tensor, temperature_N: Tensor, allowed_NW: Tensor | None
+) -> Tensor:
+    ids_11 = torch.tensor([[pad_id]], device=state_ND.device)
     with _before_output_layer(model, lambda _module, inputs: (state_ND[None], *inputs[1:])):
         logits_NV = model(input_ids=ids_11, use_cache=False).logits[0].float()
+    if allowed_NW is not None:
+        allowed_NV = unpacked(allowed_NW.to(logits_NV.device), logits_NV.shape[1])
+        logits_NV = logits_NV.masked_fill(~allowed_NV, -torch.inf)
     return (logits_NV / temperature_N[:, None]).log_softmax(-1)
 
 
@@ -190,6 +214,59 @@ def only_at(model: Any, at_BT: Tensor) -> Iterator[None]:
         yield
     finally:
         handle.remove()
+
+
+def chosen_logprobs(
+    model: Any,
+    pad_id: int,
+    inputs: Mapping[str, Any],
+    at_BT: Tensor,
+    label_BT: Tensor,
+    allowed_BTW: Tensor,
+    temperature: float,
+) -> tuple[Tensor, Tensor]:
+    """Log-probabilities of given tokens, and entropies, over what was allowed at each.
+
+    The output layer runs where there was something to choose, in parts that run again on the way
+    back, so that their logits need not be kept. Where one token alone was allowed both are 0.
+
+    Args:
+        inputs, at_BT: As ``completion_inputs`` gives them.
+        label_BT: The tokens; -100 for padding.
+        allowed_BTW: A packed mask for each (``allowed_tokens``).
+
+    Returns:
+        Nats, float32 of shape (B, T) each, with gradients where they are enabled.
+    """
+    caught: list[Tensor] = []
+
+    def catch(_module: Any, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        caught.append(_taken(inputs[0], at_BT))
+        return inputs[0][:, :0], *inputs[1:]  # no logits
+
+    with _before_output_layer(model, catch):
+        model(**inputs)
+    free_BT = (label_BT >= 0) & ~single(allowed_BTW)
+    state_ND, label_N, allowed_NW = caught[0][free_BT], label_BT[free_BT], allowed_BTW[free_BT]
+
+    def part_of(state_nD: Tensor, label_n: Tensor, allowed_nW: Tensor) -> tuple[Tensor, Tensor]:
+        temperature_n = torch.full(label_n.shape, temperature, device=label_n.device)
+        logprob_nV = _logprobs(model, pad_id, state_nD, temperature_n, allowed_nW)
+        own_nV = logprob_nV.masked_fill(logprob_nV == -torch.inf, 0)  # of which there is nothing
+        entropy_n = -(logprob_nV.exp() * own_nV).sum(-1)
+        return logprob_nV.gather(1, label_n[:, None]).squeeze(1), entropy_n
+
+    size = max(1, CHUNK_BYTES // (4 * model.config.get_text_config().vocab_size))
+    found = [
+        checkpoint(part_of, state_ND[part], label_N[part], allowed_NW[part], use_reentrant=False)
+        for part in (slice(start, start + size) for start in range(0, len(label_N), size))
+    ]
+    # Connected to the model also where nothing was free.
+    zero_BT = label_BT.new_zeros(label_BT.shape, dtype=torch.float32) + 0 * caught[0].float().sum()
+    if not found:
+        return zero_BT, zero_BT
+    logprob_N, entropy_N = (torch.cat(parts) for parts in zip(*found, strict=True))
+    return zero_BT.masked_scatter(free_BT, logprob_N), zero_BT.masked_scatter(free_BT, entropy_N)
 
 
 @contextmanager

@@ -16,7 +16,7 @@ import logging
 import re
 import threading
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -35,6 +35,8 @@ from fst_dspy.embedded import path as embedded_path
 from fst_dspy.errors import ModelError
 from fst_dspy.model.hardware import default_dtype, fuse_norms
 from fst_dspy.model.sizes import check_claims, described, parameter_count
+from fst_dspy.pretrained import smollm2
+from fst_dspy.pretrained.gguf import SUFFIX, find_gguf, read_from, read_gguf
 
 DEFAULT_CHAT_TEMPLATE = (
     "{% for message in messages %}{{ message['role'] + ': ' + message['content'] + '\n\n' }}"
@@ -121,7 +123,9 @@ class Policy:
         """Load a model.
 
         Args:
-            name_or_path: ``"embedded"`` for the model in the package, a folder, or a hub id.
+            name_or_path: ``"embedded"`` for the model in the package, ``"smollm2"`` for a real one
+                that is fetched once (see ``fst_dspy.pretrained.smollm2``), a folder, a GGUF file
+                or a folder with one, which is unpacked, or a hub id.
             device: Defaults to CUDA where there is one; of several processes, each has its own.
             dtype: A torch dtype or its name; by default bfloat16 on CUDA and, for large models, on
                 CPUs that multiply it, else float32 (``fst_dspy.model.hardware.default_dtype``).
@@ -140,6 +144,7 @@ class Policy:
         distributed.join(device.type)
         where = _where(name_or_path)
         try:
+            named, more = read_from(where)
             # Before the tokenizer, which reads the configuration too. Code that is trusted may
             # build what it likes.
             if str(name_or_path) != "embedded" and not trust_remote_code:
@@ -150,15 +155,18 @@ class Policy:
                     lambda: parameter_count(described(where, trust_remote_code=trust_remote_code)),
                 )
             dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
-            tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=trust_remote_code)
+            tokenizer = AutoTokenizer.from_pretrained(
+                named, trust_remote_code=trust_remote_code, **more
+            )
             model = _read_model(where, dtype, trust_remote_code).to(device)
             if device.type == "cuda":
                 fuse_norms(model)
         except Exception as error:
             raise ModelError(
                 f"cannot load the model {str(name_or_path)!r} ({type(error).__name__}: {error}); "
-                'give "embedded", a folder with config.json, weights and tokenizer, or the id of a '
-                "model on the Hugging Face hub that this machine can reach"
+                'give "embedded", "smollm2", a folder with config.json, weights and tokenizer, a '
+                "GGUF file, or the id of a model on the Hugging Face hub that this machine can "
+                "reach"
             ) from error
         if tokenizer.chat_template is None:
             tokenizer.chat_template = DEFAULT_CHAT_TEMPLATE
@@ -169,7 +177,8 @@ class Policy:
             "dtype": str(dtype).removeprefix("torch."),
             "trust_remote_code": trust_remote_code,
         }
-        return cls(model, tokenizer, name or Path(str(name_or_path).rstrip("/")).name, source)
+        short = Path(str(name_or_path).rstrip("/")).name.removesuffix(SUFFIX)
+        return cls(model, tokenizer, name or short, source)
 
     # --- which weights ----------------------------------------------------------------------------
 
@@ -191,7 +200,7 @@ class Policy:
 
     def mark(self) -> Any:
         """Changes whenever the weights in the model may have: spares hashing a large model."""
-        weights = list(self._trainable().values())
+        weights = list(_plain(self._trainable()).values())
         sample = torch.cat([weight.detach().reshape(-1)[:4].float() for weight in weights])
         counters = tuple((weight.data_ptr(), weight._version) for weight in weights)
         return self._lora, self.step, counters, tuple(sample.tolist())
@@ -420,14 +429,21 @@ class Policy:
 def _where(name_or_path: str | Path) -> str:
     if str(name_or_path) == "embedded":
         return str(embedded_path())
+    if str(name_or_path) in smollm2.NAMES:
+        return str(smollm2.fetch(str(name_or_path)))
     path = Path(name_or_path).expanduser()
     looks_like_path = isinstance(name_or_path, Path) or str(name_or_path)[:1] in ("/", ".", "~")
-    if looks_like_path and not path.is_dir():
-        raise ModelError(f"there is no model folder {str(path)!r}")
+    found = find_gguf(path)
+    if found is not None:
+        return str(found)
+    if (looks_like_path or path.suffix == SUFFIX) and not path.is_dir():
+        raise ModelError(f"there is no model folder or GGUF file {str(path)!r}")
     return str(path) if path.is_dir() else str(name_or_path)
 
 
 def _read_model(where: str, dtype: torch.dtype, trust_remote_code: bool) -> Any:
+    if where.endswith(SUFFIX):  # takes long enough for its bar
+        return read_gguf(Path(where), dtype)
     # A bar for a second's work is noise, and so is the hint to install a CUDA kernel on a CPU.
     logging.getLogger("transformers.integrations.hub_kernels").addFilter(_no_kernel_hint)
     showed_bars = hf_logging.is_progress_bar_enabled()
@@ -493,8 +509,22 @@ def _swapped(weights: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> Iter
         _fill(weights, own)
 
 
+def _plain(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights, those that are made of several tensors (torchao's quantized) as these."""
+    plain: dict[str, Tensor] = {}
+    for name, weight in weights.items():
+        parts: Sequence[str] = ()
+        flatten = getattr(weight.detach(), "__tensor_flatten__", None)
+        if flatten is not None:
+            parts = flatten()[0]
+        plain |= _plain({f"{name}.{part}": getattr(weight, part) for part in parts})
+        if not parts:
+            plain[name] = weight
+    return plain
+
+
 def _hash(weights: Mapping[str, Tensor], salt: str = "") -> str:
-    digest = hashlib.sha256(salt.encode())
+    digest, weights = hashlib.sha256(salt.encode()), _plain(weights)
     with ThreadPoolExecutor() as threads:
         for name in sorted(weights):
             weight = weights[name].detach().cpu().contiguous()

@@ -21,6 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from fst_dspy.errors import ModelError
 from fst_dspy.model.hardware import free_memory, total_memory
+from fst_dspy.pretrained.gguf import SUFFIX, read_from, read_gguf_config
 
 MAX_CONFIG_BYTES = 2**24
 MAX_COUNTED = {
@@ -48,30 +49,45 @@ LOGIT_BYTES = 28
 in float32, log-probabilities, and probabilities and their sums in float64."""
 
 
-def check_claims(folder: Path) -> None:
-    """Refuse a model folder whose configuration asks for more than its weights can fill.
+def check_claims(where: Path) -> None:
+    """Refuse a model whose configuration asks for more than its weights can fill.
 
     Args:
-        folder: Where ``config.json`` and the weights are; without one of them nothing is checked,
-            for then transformers loads nothing.
+        where: A GGUF file, or the folder where ``config.json`` and the weights are; without one of
+            them nothing is checked, for then transformers loads nothing.
 
     Raises:
         ModelError: It asks for more.
     """
-    path = folder / "config.json"
+    if where.suffix == SUFFIX:
+        config = read_gguf_config(where)
+        _check_counts(where, config.to_dict())
+        _check_weights(where, config, where.stat().st_size, _VALUES_A_BYTE)
+        return
+    folder, path = where, where / "config.json"
     stored = sum(file.stat().st_size for kind in _WEIGHTS for file in folder.glob(kind))
     if not path.is_file() or not stored:
         return
     if path.stat().st_size > MAX_CONFIG_BYTES:
         raise ModelError(f"{path} is too large for the configuration of a model")
     plain = json.loads(path.read_bytes())
+    _check_counts(path, plain)
+    values_a_byte = _VALUES_A_BYTE if "quantization_config" in plain else 1
+    _check_weights(path, AutoConfig.from_pretrained(folder), stored, values_a_byte)
+
+
+def _check_counts(path: Path, plain: Any) -> None:
     for name, number in _numbers(plain):
         for pattern, limit in MAX_COUNTED.items():
             if re.fullmatch(pattern, name) and number > limit:
                 raise ModelError(f"{path} asks for {name}={number:g}; at most {limit} are made")
-    model = described(folder)
+
+
+def _check_weights(path: Path, config: Any, stored: int, values_a_byte: int) -> None:
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
     values = sum(weight.numel() for weight in model.parameters())
-    room = stored * (_VALUES_A_BYTE if "quantization_config" in plain else 1) + SPARE_VALUES
+    room = stored * values_a_byte + SPARE_VALUES
     if values > room:
         raise ModelError(
             f"{path} describes a model of {values:,} weights, but its files hold {stored:,} bytes"
@@ -85,10 +101,12 @@ def described(where: str | Path, *, trust_remote_code: bool = False) -> Any:
     """The causal language model that a ``config.json`` describes, without memory for its weights.
 
     Args:
-        where: A folder with ``config.json``, or a hub id; weights and tokenizer are not needed.
+        where: A folder with ``config.json``, a GGUF file, or a hub id; of a folder, weights and
+            tokenizer are not needed.
         trust_remote_code: Run Python code that comes with the model.
     """
-    config = AutoConfig.from_pretrained(where, trust_remote_code=trust_remote_code)
+    named, more = read_from(where)
+    config = AutoConfig.from_pretrained(named, trust_remote_code=trust_remote_code, **more)
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
 

@@ -17,13 +17,12 @@ import torch
 
 from fst_dspy.distributed import refuse_fsdp
 from fst_dspy.errors import ConfigError
+from fst_dspy.model.endings import eos_ids, kept_tokens, texts_of
 from fst_dspy.model.generate import (
     GenerationRequest,
     GenerationResult,
     check_prompt,
-    eos_ids,
     room_for,
-    texts_of,
 )
 from fst_dspy.model.hardware import global_rng_kept
 from fst_dspy.model.policy import Policy
@@ -103,13 +102,20 @@ class VllmGenerator:
         Raises:
             PromptTooLongError: A prompt leaves no room for a completion; nothing is generated.
             ConfigError: Adapters, which TRL would merge into the base and take out again, rounding
-                it each time; ``top_p``, which vLLM's log-probabilities would take in; or a
-                temperature so low that vLLM takes another one.
+                it each time; ``top_p``, ``top_k`` or penalties, which vLLM's log-probabilities
+                would take in; or a temperature so low that vLLM takes another one.
         """
         for request in requests:
             check_prompt(policy, request.prompt_ids_T)
-            if request.top_p < 1:
-                raise ConfigError("vLLM gives log-probabilities after top_p; leave it at 1")
+            if request.top_p < 1 or request.top_k or request.is_penalised:
+                raise ConfigError(
+                    "vLLM gives log-probabilities after top_p, top_k and penalties; leave them out"
+                )
+            if request.grammar is not None and request.grammar.after:
+                raise ConfigError(
+                    "vLLM holds an answer to its format from its first token on, and this model "
+                    "thinks first; use the built-in engine, or structured=False"
+                )
             if 0 < request.temperature < LOWEST_TEMPERATURE:
                 raise ConfigError(
                     f"vLLM samples at {LOWEST_TEMPERATURE} or above, not at {request.temperature}; "
@@ -129,27 +135,46 @@ class VllmGenerator:
             )
         answers = [output.outputs[0] for output in outputs]
         ids = [list(answer.token_ids) for answer in answers]
-        texts = texts_of(policy, ids, [request.stop for request in requests])
+        kept = [
+            kept_tokens(policy.tokenizer, row, r.end) for row, r in zip(ids, requests, strict=True)
+        ]
+        uncut_B = [n == len(row) for n, row in zip(kept, ids, strict=True)]
+        ids = [row[:n] for n, row in zip(kept, ids, strict=True)]
+        texts = texts_of(policy, ids, [r.stop for r in requests], [r.end for r in requests])
         return [
             GenerationResult(
                 completion_ids_T=tuple(ids_T),
                 logprobs_T=tuple(
                     given[token].logprob
-                    for token, given in zip(ids_T, answer.logprobs, strict=True)
+                    for token, given in zip(ids_T, answer.logprobs[: len(ids_T)], strict=True)
                 ),
                 text=text,
-                finish_reason="length" if answer.finish_reason == "length" else "stop",
+                finish_reason="length" if answer.finish_reason == "length" and uncut else "stop",
             )
-            for ids_T, text, answer in zip(ids, texts, answers, strict=True)
+            for ids_T, text, answer, uncut in zip(ids, texts, answers, uncut_B, strict=True)
         ]
 
     def _params(self, policy: Policy, request: GenerationRequest) -> Any:
+        held = {}
+        if request.grammar is not None:
+            from vllm.sampling_params import StructuredOutputsParams
+
+            # vLLM's default backend, "auto", leaves what begins with "%llguidance" to llguidance.
+            held["structured_outputs"] = StructuredOutputsParams(grammar=request.grammar.text)
         return self.sampling_params(
             temperature=request.temperature,
             max_tokens=room_for(policy, request),
             seed=request.seed & MAX_SEED,
-            stop=list(request.stop),
+            stop=[*request.stop, *_closing(request)],
             stop_token_ids=sorted(eos_ids(policy)),
             logprobs=0,  # of the sampled token alone
-            detokenize=bool(request.stop),  # the text is made by ``texts_of``
+            detokenize=bool(request.stop or request.end),  # the text is made by ``texts_of``
+            **held,
         )
+
+
+def _closing(request: GenerationRequest) -> list[str]:
+    """The end of an answer as a stop string; in a thought it would end nothing but the thought."""
+    if request.end is None or request.end.thought is not None:
+        return []
+    return ["\n" + request.end.marker]

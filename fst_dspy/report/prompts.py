@@ -6,6 +6,7 @@ from pathlib import Path
 
 from fst_dspy import embedded
 from fst_dspy.errors import ModelError
+from fst_dspy.pretrained import smollm2
 from fst_dspy.report.rollouts import Decoder
 
 
@@ -15,17 +16,20 @@ def find_decoder(version: str, model: str | None = None) -> Decoder | None:
     Args:
         version: The model that the run started from, as ``config.json`` has it.
         model: Where its tokenizer is: ``"embedded"``, a folder or a hub id that is on this
-            machine already. ``None`` finds the embedded model's own.
+            machine already. ``None`` finds the embedded model's own, and SmolLM2's.
 
     Returns:
-        The decoder, or ``None`` where no model was given and the run's is not the embedded one.
+        The decoder, or ``None`` where no model was given and the run's is not one of these.
 
     Raises:
         ModelError: The model that was given has no tokenizer here.
     """
     name = model or version.rsplit("@", 1)[0]
     where = embedded.path() if name == "embedded" else Path(name)
-    if model is None and (name != "embedded" or not where.is_dir()):
+    if name in smollm2.NAMES:
+        where = smollm2.cached(name) or where
+    known = name == "embedded" or name in smollm2.NAMES
+    if model is None and (not known or not where.is_dir()):
         return None
     from transformers import AutoTokenizer
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+import os
+import webbrowser
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from rich.console import Group, RenderableType
 
@@ -19,9 +21,11 @@ from fst_dspy.display import (
     diff_text,
     named_lines,
     notebook_html,
+    on_a_screen,
     panel,
     score_text,
 )
+from fst_dspy.errors import ConfigError, DataError
 from fst_dspy.files import read_jsonl
 from fst_dspy.results import plots
 from fst_dspy.results.cycles import cycle_html, cycle_table, records_frame
@@ -30,10 +34,14 @@ from fst_dspy.student.candidate import candidate_from_json, population_from_json
 from fst_dspy.types import Arm, Candidate, CycleRecord, Population, RolloutCounts
 
 if TYPE_CHECKING:
+    import dspy
     import pandas as pd
     from matplotlib.figure import Figure
 
 SCHEMA_VERSION = 1
+
+Tester = Callable[["Sequence[dspy.Example]", int], plots.FourScores]
+"""Gives the four mean scores on examples, with so many rollouts each."""
 
 
 @dataclass(frozen=True)
@@ -219,6 +227,70 @@ class FSTResult:
     def changes(self) -> list[tuple[str, str, str]]:
         """What the best candidate changed in the student's texts: name, text before, text after."""
         return changed_components(self.seed_candidate.components, self.best.candidate.components)
+
+    def quadrants(self, testset: Sequence[dspy.Example], *, samples: int = 1) -> plots.FourScores:
+        """Test base and trained weights under the original and the evolved texts.
+
+        Args:
+            testset: Examples that nothing was learned or chosen on.
+            samples: Rollouts an example; the scores are their means. 4 x len(testset) x samples
+                rollouts are run, with the program, metric and model of the compile.
+
+        Raises:
+            ConfigError: This is not the result that the compile returned, but one read from a
+                folder or a pickle, which has no program: ``fst_dspy.quadrants`` takes one.
+            DataError: There are no examples.
+        """
+        tester: Tester | None = vars(self).get("_tester")
+        if tester is None:
+            raise ConfigError(
+                "a result that was read from a folder or a pickle has no program to test; use "
+                "fst_dspy.quadrants with a RolloutRunner, or compile again with the same log_dir, "
+                "which returns at once"
+            )
+        if not testset:
+            raise DataError("the testset is empty; give examples that nothing was learned on")
+        return tester(testset, samples)
+
+    def with_tester(self, tester: Tester) -> Self:
+        """This result, which now can test its program; for who made it."""
+        object.__setattr__(self, "_tester", tester)
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For a pickle: without the program."""
+        return {name: value for name, value in vars(self).items() if name != "_tester"}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return self  # nothing in it changes
+
+    def report(self, path: str | os.PathLike[str] | None = None, *, show: bool = False) -> Path:
+        """Write the run as one self-contained HTML page.
+
+        Args:
+            path: The file; ``report.html`` in the run folder if not given.
+            show: Open it in a browser.
+
+        Returns:
+            The file.
+
+        Raises:
+            ConfigError: The compile had no ``log_dir``, from which the page is made.
+            StoreError: The run folder cannot be read, or the file not be written.
+        """
+        if self.log_dir is None:
+            raise ConfigError("the report is made from a run folder: compile with log_dir=...")
+        import fst_dspy  # by its public name: the page is made of results and lies below them
+
+        file = Path(path) if path is not None else Path(self.log_dir) / "report.html"
+        fst_dspy.report.write_report([Path(self.log_dir)], file)
+        if show:
+            webbrowser.open(file.resolve().as_uri())
+        return file
+
+    def __repr__(self) -> str:
+        lines = (f"  {name}: {value}" for name, value in self.headline())
+        return on_a_screen([type(self).__name__, *lines])
 
     def _repr_html_(self) -> str:
         figures = "".join(

@@ -6,6 +6,7 @@ somebody looks. This is what looks: after the first validation and after every c
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -20,8 +21,9 @@ NOT_ANSWERED = ("parse", "truncated", "empty")
 """Kinds of failure that are the model's: its answer could not be read."""
 
 ADVICE: Mapping[str, str] = {
-    "parse": "the model does not answer in the adapter's format: show it demos, try another "
-    "adapter (dspy.configure(adapter=...)) or fewer output fields, or a larger model",
+    "parse": "the model does not answer in the adapter's format: hold it to it "
+    "(structured=True), show it demos, try another adapter (dspy.configure(adapter=...)) or fewer "
+    "output fields, or a larger model",
     "truncated": "answers are cut off: raise max_tokens, or ask for shorter ones",
     "empty": "the model ends its answer at once: check its chat template and stop strings",
     "timeout": "raise rollout_timeout, or make what the program waits for faster",
@@ -34,6 +36,13 @@ ADVICE: Mapping[str, str] = {
 }
 """What to do about a kind of failure."""
 
+IN_THOUGHT = "in the middle of its thought"
+THOUGHT_ADVICE = (
+    "the model's thoughts are cut off: raise max_tokens, or have it answer at once with "
+    "LocalLM(..., chat_template_kwargs={'enable_thinking': False})"
+)
+"""Of an answer that was cut off, where, and what to do about it."""
+
 
 @dataclass(frozen=True)
 class Tally:
@@ -45,6 +54,8 @@ class Tally:
         messages: The first message of each kind.
         low, high: The lowest and highest reward of rollouts that are learned from; ``None`` before
             there is one.
+        held_calls, held_logprob: Calls that were held to a format, and the sum of their
+            ``allowed_logprob``.
     """
 
     rollouts: int = 0
@@ -52,6 +63,8 @@ class Tally:
     messages: Mapping[str, str] = field(default_factory=dict)
     low: float | None = None
     high: float | None = None
+    held_calls: int = 0
+    held_logprob: float = 0.0
 
     def plus(self, rollouts: Sequence[Rollout], *, learned_from: bool) -> Tally:
         """With some more rollouts; those of validation are not learned from."""
@@ -63,18 +76,33 @@ class Tally:
                 messages.setdefault(kind, rollout.failure.message)
         rewards = [rollout.reward for rollout in rollouts] if learned_from else []
         rewards += [value for value in (self.low, self.high) if value is not None]
+        calls = (call.allowed_logprob for rollout in rollouts for call in rollout.calls)
+        held = [logprob for logprob in calls if logprob is not None]
         return Tally(
             self.rollouts + len(rollouts),
             failures,
             messages,
             min(rewards, default=None),
             max(rewards, default=None),
+            self.held_calls + len(held),
+            self.held_logprob + sum(held),
         )
+
+    @property
+    def format_share(self) -> float | None:
+        """See ``CycleRecord.format_share``."""
+        return math.exp(self.held_logprob / self.held_calls) if self.held_calls else None
 
     @property
     def shares(self) -> dict[str, float]:
         """Share of the rollouts that failed, by kind, 0 to 1."""
         return {kind: n / self.rollouts for kind, n in sorted(self.failures.items())}
+
+
+def unread_share(rollouts: Sequence[Rollout]) -> float:
+    """Share of the rollouts whose answer could not be read, 0 to 1."""
+    unread = sum(r.failure is not None and r.failure.kind in NOT_ANSWERED for r in rollouts)
+    return unread / len(rollouts) if rollouts else 0.0
 
 
 def told_failures(
@@ -90,8 +118,10 @@ def told_failures(
     texts = []
     for kind, share in sorted(shares.items(), key=lambda item: -item[1]):
         if share >= TOLD_SHARE:
-            text = f"{kind} {share:.0%}: {visible(_first_line(messages.get(kind, '')))}"
-            texts.append(f"{text} ({ADVICE[kind]})" if advice and kind in ADVICE else text)
+            message = messages.get(kind, "")
+            text = f"{kind} {share:.0%}: {visible(_first_line(message))}"
+            what_to_do = THOUGHT_ADVICE if IN_THOUGHT in message else ADVICE.get(kind)
+            texts.append(f"{text} ({what_to_do})" if advice and what_to_do else text)
     return texts
 
 
@@ -111,8 +141,13 @@ def check_first_rollouts(rollouts: Sequence[Rollout]) -> None:
         return
     messages = [f"{f.kind}: {f.message}" for f in failures if f and f.kind not in NOT_ANSWERED]
     if "metric" in kinds:
-        raise MetricError(f"the metric failed on every validation example: {_most(messages)}")
-    raise ProgramError(f"the program failed on every validation example: {_most(messages)}")
+        raise MetricError(
+            f"the metric failed on every validation example: {_most(messages)}; {ADVICE['metric']}"
+        )
+    advice = ADVICE["no_calls" if kinds == {"no_calls"} else "program"]
+    raise ProgramError(
+        f"the program failed on every validation example: {_most(messages)}; {advice}"
+    )
 
 
 def check_objectives(rollouts: Sequence[Rollout], frontier: str) -> None:

@@ -17,7 +17,10 @@ from dspy.utils.exceptions import AdapterParseError, is_retryable_lm_error
 
 from fst_dspy.config import SamplingConfig
 from fst_dspy.errors import MetricError
+from fst_dspy.lm.answers import ends_in_thought
+from fst_dspy.lm.asked import wanted_format
 from fst_dspy.model.policy import Policy
+from fst_dspy.rollouts.health import IN_THOUGHT
 from fst_dspy.rollouts.inputs import own_inputs
 from fst_dspy.rollouts.jobs import RolloutJob
 from fst_dspy.rollouts.quiet import OwnTime
@@ -28,6 +31,9 @@ from fst_dspy.student.metric import Score, ask_about_predictor, call_metric
 from fst_dspy.types import Call, Failure, FailureKind, Rollout
 
 logger = logging.getLogger(__name__)
+
+SHOWN = 80
+"""Characters of an answer that could not be read, that are quoted where it is explained."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +46,7 @@ class Setting:
         settings: DSPy's settings that a rollout has of its own, such as the language model.
         version: The weights to sample from.
         ask_predictors: Ask the metric about each predictor too.
+        explains_format: Say of an answer that could not be read why, and what was wanted.
     """
 
     metric: Callable[..., Any]
@@ -47,6 +54,7 @@ class Setting:
     settings: Mapping[str, Any]
     version: str
     ask_predictors: bool
+    explains_format: bool = False
 
 
 class RolloutThread:
@@ -247,10 +255,28 @@ class RolloutThread:
                 f"The answer was cut off after {len(last.completion_ids_T)} tokens, before it "
                 f"stated the fields {fields}."
             )
+            if ends_in_thought(self.policy, last.prompt_ids_T, last.completion_ids_T):
+                message = message.replace(" tokens, ", f" tokens, {IN_THOUGHT}, ")
             return self._failed("truncated", message)
         if last is not None and not last.text.strip():
             return self._failed("empty", f"The answer was empty; expected the fields {fields}.")
-        return self._failed("parse", f"The answer did not state the fields {fields} as asked.")
+        message = f"The answer did not state the fields {fields} as asked."
+        if self.setting.explains_format:
+            message = f"{message} {self._explained(error)}"
+        return self._failed("parse", message)
+
+    def _explained(self, error: AdapterParseError) -> str:
+        """What was wrong with an answer, and what the adapter had asked for."""
+        found = ", ".join(error.parsed_result or {})
+        cause = _first_line(str(error.args[0] if error.args else ""))
+        said = self.slot.calls[-1].text.strip() if self.slot.calls else ""
+        parts = (
+            f"It began with {said[:SHOWN]!r}." if said else "",
+            f"Of the fields it had {found}." if found else "It had none of them.",
+            f"{cause.rstrip('.')}." if cause.startswith("Failed to parse") else "",
+            wanted_format(self.setting.settings["adapter"], error.signature),
+        )
+        return " ".join(part for part in parts if part)
 
     def _failed(self, kind: FailureKind, message: str) -> Rollout:
         score = Score(self.setting.sampling.failure_score, message)
@@ -269,6 +295,10 @@ class RolloutThread:
             objective_scores=score.objectives,
             turns=tuple(self.session.turns),
         )
+
+
+def _first_line(text: str) -> str:
+    return text.strip().splitlines()[0][:300] if text.strip() else ""
 
 
 def is_infrastructure(error: BaseException) -> bool:

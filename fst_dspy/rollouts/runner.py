@@ -71,6 +71,8 @@ class RolloutRunner:
     Attributes:
         counts, tokens: What has been run so far, by channel and by kind.
         lowest_score: The least that the metric has given so far, and at most the failure score.
+        explains_format: What is told of an answer that could not be read says why, and what was
+            wanted.
         early_batches: Batches that were generated while some rollout waited for something else
             than the model (a lock, a slow tool). Where there are any, repeats of the run may differ
             in rounding, and so from there on; otherwise they are bit-identical.
@@ -110,6 +112,19 @@ class RolloutRunner:
             "disable_history": True,
         }
         self._bound: dict[str, ProgramCopier] = {}
+        self.explains_format = False
+        self._structured = False
+        self.structured = sampling.structured is True
+
+    @property
+    def structured(self) -> bool:
+        """Whether answers are held to their format, whatever their language models say."""
+        return self._structured
+
+    @structured.setter
+    def structured(self, value: bool) -> None:
+        self._structured = value
+        self._lms.hold(value)
 
     def run(
         self,
@@ -173,6 +188,7 @@ class RolloutRunner:
             self._settings,
             version or self.policy.live_id,
             ask_predictors=self.predictor_feedback and channel != "eval",
+            explains_format=self.explains_format,
         )
         runs = [
             RolloutThread(setting, self._copier(job.candidate), job, slot, scheduler)

@@ -95,7 +95,10 @@ class _Blocked:
                 logprobs_T=result.logprobs_T,
                 text=result.text,
                 finish_reason=result.finish_reason,
-                temperature=generation.temperature,
+                # With penalties it was not drawn from the policy, no more than a greedy one.
+                temperature=0.0 if generation.is_penalised else generation.temperature,
+                grammar=generation.grammar,
+                allowed_logprob=result.allowed_logprob,
             )
             self.slot.calls.append(self.call)
 

@@ -18,7 +18,7 @@ from dspy import lm15
 from dspy.signatures.signature import ensure_signature
 from dspy.utils.callback import BaseCallback
 
-from fst_dspy.lm.engine import ROLLOUT
+from fst_dspy.lm.requests import ROLLOUT
 from fst_dspy.model.policy import Policy
 from fst_dspy.types import Call, PredictorTrace, Turn
 

@@ -12,6 +12,7 @@ from fst_dspy.types import (
     Call,
     CycleRecord,
     Failure,
+    Grammar,
     PredictorTrace,
     Rollout,
     RolloutCounts,
@@ -24,6 +25,7 @@ def cycle_record(row: Mapping[str, Any]) -> CycleRecord:
     """A cycle record from a line of ``cycles.jsonl``."""
     counts = {name: RolloutCounts(**row[name]) for name in ("rollouts", "total_rollouts")}
     lists = {name: tuple(row[name]) for name in ("candidate_ids", "val_scores")}
+    lists["cold_start"] = tuple(row.get("cold_start", ()))
     if row.get("reward_range") is not None:
         lists["reward_range"] = tuple(row["reward_range"])
     turns = TurnCounts(**row.get("turns", {}))
@@ -32,19 +34,23 @@ def cycle_record(row: Mapping[str, Any]) -> CycleRecord:
 
 def rollout_from_json(row: Mapping[str, Any]) -> Rollout:
     """A rollout from a JSON object with the fields of the dataclass."""
-    sequences = ("prompt_ids_T", "completion_ids_T", "logprobs_T")
-    calls = [
-        Call(**call | {name: tuple(call[name]) for name in sequences}) for call in row["calls"]
-    ]
     return Rollout(
         **{
             **row,
-            "calls": tuple(calls),
+            "calls": tuple(map(_call, row["calls"])),
             "traces": tuple(PredictorTrace(**trace) for trace in row["traces"]),
             "failure": Failure(**row["failure"]) if row["failure"] else None,
             "turns": tuple(Turn(**turn) for turn in row.get("turns", ())),
         }
     )
+
+
+def _call(row: Mapping[str, Any]) -> Call:
+    sequences = ("prompt_ids_T", "completion_ids_T", "logprobs_T")
+    own: dict[str, Any] = {name: tuple(row[name]) for name in sequences}
+    if row.get("grammar") is not None:
+        own["grammar"] = Grammar(**{**row["grammar"], "after": tuple(row["grammar"]["after"])})
+    return Call(**{**row, **own})
 
 
 def with_plain_traces(rollout: Rollout) -> Rollout:

@@ -22,8 +22,10 @@ import json
 import logging
 import os
 import platform
+import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -45,6 +47,8 @@ ADDED_LATER = ("program", "adapter", "lm", "metric")
 """What the ``config.json`` of earlier versions may lack."""
 DIFFERENCES = 5
 """Named at most, where a folder holds another run."""
+SHOWN = 40
+"""Characters of a value that differs."""
 
 
 class RunStore:
@@ -99,7 +103,7 @@ class RunStore:
         found = read_json(path)
         if not isinstance(found, dict):
             raise StoreError(f"{path} is damaged: it holds no object; choose another folder")
-        changed = _differences(_comparable(found), _comparable(wanted))
+        changed = differences(found, wanted)
         if not changed:
             if found.get("metric") not in (None, wanted.get("metric")):
                 logger.warning(
@@ -110,11 +114,7 @@ class RunStore:
             if found != wanted:
                 self.write_json("config.json", {**found, **wanted})
         if changed:
-            raise StoreError(
-                f"the run folder {self.folder} holds another run: {_listed(changed)} "
-                f"{'differs' if len(changed) == 1 else 'differ'}; choose another folder, or delete "
-                "this one to start over"
-            )
+            raise another_run(self.folder, changed)
 
     def write_json(self, name: str, value: Any) -> None:
         """Write a JSON file in the folder, atomically."""
@@ -258,9 +258,44 @@ class RunStore:
         return {path.name: flush(path) for path in sorted(self.folder.glob("*.jsonl"))}
 
 
-def _listed(names: Sequence[str]) -> str:
-    more = f" and {len(names) - DIFFERENCES} more" if len(names) > DIFFERENCES else ""
-    return ", ".join(names[:DIFFERENCES]) + more
+@dataclass(frozen=True)
+class Difference:
+    """Where two runs differ.
+
+    Attributes:
+        name: The field's dotted name; a setting's own name.
+        before: Its value in the folder.
+        now: Its value in the run that is to be done.
+    """
+
+    name: str
+    before: Any
+    now: Any
+
+    def __str__(self) -> str:
+        if isinstance(self.before, list) and isinstance(self.now, list):  # ids of examples
+            return f"{self.name} differs ({len(self.before)} there, {len(self.now)} here)"
+        return f"{self.name} differs ({_short(self.before)} there, {_short(self.now)} here)"
+
+
+def differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[Difference]:
+    """Where the ``config.json`` of a run folder and that of a run differ, budgets left out."""
+    return _differences(_comparable(found), _comparable(wanted))
+
+
+def another_run(folder: Path, changed: Sequence[Difference]) -> StoreError:
+    """The error for a folder that holds a run which differs."""
+    more = f"; and {len(changed) - DIFFERENCES} more" if len(changed) > DIFFERENCES else ""
+    return StoreError(
+        f"the run folder {folder} holds another run: {'; '.join(map(str, changed[:DIFFERENCES]))}"
+        f"{more}. Give what is there to go on with it, choose another folder, or delete this one "
+        "to start over"
+    )
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= SHOWN else f"{text[: SHOWN - 1]}…"
 
 
 def _comparable(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -278,10 +313,11 @@ def _comparable(config: Mapping[str, Any]) -> dict[str, Any]:
     return plain
 
 
-def _differences(found: Any, wanted: Any, name: str = "") -> list[str]:
+def _differences(found: Any, wanted: Any, name: str = "") -> list[Difference]:
     """Where two plain values differ, by the dotted names of the fields."""
     if not (isinstance(found, dict) and isinstance(wanted, dict)):
-        return [] if found == wanted else [name]
+        own = re.sub(r"^settings\.\w+\.", "", name)
+        return [] if found == wanted else [Difference(own, found, wanted)]
     later = ADDED_LATER if not name else ()
     keys = [k for k in sorted({*found, *wanted}) if k in found or k not in later]
     inside = [_differences(found.get(k), wanted.get(k), f"{name}.{k}" if name else k) for k in keys]

@@ -113,6 +113,7 @@ def group_rows(
             call.logprobs_T,
             advantage,
             call.temperature,
+            call.grammar,
         )
         for group, advantages_G in zip(groups_P, advantages_P, strict=True)
         for rollout, advantages in zip(group.rollouts_G, advantages_G, strict=True)

@@ -28,6 +28,7 @@ from fst_dspy.model.graph_decode import release
 from fst_dspy.model.hardware import cudnn_attention, free_memory, is_out_of_memory
 from fst_dspy.model.policy import Policy
 from fst_dspy.model.prefixes import worthwhile_prefixes
+from fst_dspy.model.sampling import allowed_tokens
 from fst_dspy.model.sizes import training_tokens
 from fst_dspy.slow.learning_rate import with_learning_rate
 from fst_dspy.slow.master_weights import PREFIX as MASTERS
@@ -268,7 +269,7 @@ class SlowTrainer:
             parts += self._cut([row for row in rows if row.temperature == temperature])
         self._most_rows = max(map(len, parts), default=0)
         pad_id, device = self.policy.tokenizer.pad_token_id, self.policy.device
-        return [collate(part, pad_id, device) for part in parts]
+        return [collate(part, pad_id, device, allowed_tokens(self.policy, part)) for part in parts]
 
     def _cut(self, rows: Sequence[TrainingRow]) -> list[list[TrainingRow]]:
         """At least one row, in parts that are not too large."""

@@ -41,9 +41,9 @@ from trl.trainer.utils import add_fused_lm_head
 
 from fst_dspy import distributed
 from fst_dspy.config import SamplingConfig, SlowConfig
-from fst_dspy.errors import ConfigError
+from fst_dspy.errors import ConfigError, TrainingError
 from fst_dspy.model.hardware import global_rng_kept
-from fst_dspy.model.logprobs import completion_inputs, only_at
+from fst_dspy.model.logprobs import chosen_logprobs, completion_inputs, only_at
 from fst_dspy.model.prefixes import can_continue, is_checkpointing, left_padded, right_padded
 from fst_dspy.slow.master_weights import MasterWeights
 from fst_dspy.types import TrainingRow
@@ -147,6 +147,8 @@ class SteppedGRPOTrainer(GRPOTrainer):
         # Where there is dropout, each row draws its own.
         self.pad_id: int = tokenizer.pad_token_id
         self._seen_logprobs: Tensor | None = None  # of the micro-batch run last
+        self._allowed_BTW: Tensor | None = None  # of the one that is being run
+        self._row_temperature = 1.0
         # FSDP needs the same passes in every process, and beginnings are as the rows are.
         self.continues = (
             can_continue(model)
@@ -203,15 +205,15 @@ class SteppedGRPOTrainer(GRPOTrainer):
         Without Triton, TRL's fused output layer runs at every position of the prompt as well,
         which for long prompts is most of the work.
         """
+        if self._allowed_BTW is not None:
+            held = (input_ids, attention_mask, logits_to_keep)
+            return self._held_logps(model, *held, self._allowed_BTW)
         if self.aux_loss_enabled:  # mixtures of experts, whose routers the loss reads
             return super()._get_per_token_logps_and_entropies(
                 model, input_ids, attention_mask, logits_to_keep, *args, **kwargs
             )
         label_BT = input_ids.masked_fill(attention_mask == 0, -100)[:, -logits_to_keep:]
-        ids_BT, seen_BT = input_ids.cpu(), attention_mask.bool().cpu()  # to wait but once
-        own = [ids[seen].tolist() for ids, seen in zip(ids_BT, seen_BT, strict=True)]
-        length_B = seen_BT[:, -logits_to_keep:].sum(1).tolist()
-        rows = [(ids[:-length], ids[-length:]) for ids, length in zip(own, length_B, strict=True)]
+        rows = _rows(input_ids, attention_mask, logits_to_keep)
         with self.accelerator.autocast():
             inputs, at_BT = completion_inputs(
                 model, rows, self.pad_id, input_ids.device, continues=self.continues
@@ -221,11 +223,38 @@ class SteppedGRPOTrainer(GRPOTrainer):
         self._seen_logprobs = output.log_probs.detach()
         return output.log_probs, output.entropy, None
 
+    def _held_logps(
+        self,
+        model: Any,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        logits_to_keep: int,
+        allowed_BTW: Tensor,
+    ) -> tuple[Tensor, Tensor, None]:
+        """The same of rows that were held to grammars: over what these allowed."""
+        if self.aux_loss_enabled or self.is_fsdp_enabled:
+            raise TrainingError(
+                "answers that were held to a format cannot be trained on with the router loss of a "
+                "mixture of experts, nor under FSDP; set structured=False"
+            )
+        label_BT = input_ids.masked_fill(attention_mask == 0, -100)[:, -logits_to_keep:]
+        rows = _rows(input_ids, attention_mask, logits_to_keep)
+        with self.accelerator.autocast():
+            inputs, at_BT = completion_inputs(
+                model, rows, self.pad_id, input_ids.device, continues=self.continues
+            )
+            logprob_BT, entropy_BT = chosen_logprobs(
+                model, self.pad_id, inputs, at_BT, label_BT, allowed_BTW, self._row_temperature
+            )
+        self._seen_logprobs = logprob_BT.detach()
+        return logprob_BT, entropy_BT, None
+
     @contextmanager
-    def _at_temperature(self, model: Any, temperature: float) -> Iterator[None]:
-        """Inside the block TRL's output layer divides the logits by this temperature."""
-        place = _unwrapped(model)
+    def _as_sampled(self, model: Any, batch: Batch) -> Iterator[None]:
+        """Inside the block log-probabilities are of a batch's temperature, over what it allowed."""
+        place, temperature = _unwrapped(model), batch["temperature"]
         before = place.forward
+        self._allowed_BTW, self._row_temperature = batch.get("allowed"), temperature
         if temperature != self.temperature:
             cast = self.args.cast_lm_head_to_fp32
             add_fused_lm_head(place, temperature, cast, outputs=("log_probs", "entropy"))
@@ -233,6 +262,7 @@ class SteppedGRPOTrainer(GRPOTrainer):
             yield
         finally:
             place.forward = before
+            self._allowed_BTW = None
 
     @torch.no_grad()
     def reference_logprobs(self, batch: Batch) -> Tensor:
@@ -240,7 +270,7 @@ class SteppedGRPOTrainer(GRPOTrainer):
         ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
         mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
         keep = batch["completion_ids"].size(1)
-        with self._at_temperature(self.whole, batch["temperature"]):
+        with self._as_sampled(self.whole, batch):
             return self._get_per_token_logps_and_entropies(self.whole, ids, mask, keep)[0]
 
     def accumulate(
@@ -295,8 +325,7 @@ class SteppedGRPOTrainer(GRPOTrainer):
         all_tokens = int(batch["completion_mask"].sum()) * self.accelerator.num_processes
         part = torch.tensor(all_tokens, device=self.args.device)
         self._metrics["train"].clear()
-        at_temperature = self._at_temperature(self.model, batch["temperature"])
-        with self.compute_loss_context_manager(), at_temperature:
+        with self.compute_loss_context_manager(), self._as_sampled(self.model, batch):
             return self._compute_loss(self.model, {**batch, "num_items_in_batch": part})
 
     def _drift(self, batch: Batch) -> float:
@@ -323,7 +352,12 @@ class SteppedGRPOTrainer(GRPOTrainer):
                 place.forward = forward
 
 
-def collate(rows: Sequence[TrainingRow], pad_id: int, device: torch.device) -> dict[str, Any]:
+def collate(
+    rows: Sequence[TrainingRow],
+    pad_id: int,
+    device: torch.device,
+    allowed_NW: Tensor | None = None,
+) -> dict[str, Any]:
     """Rows as the tensors TRL's loss reads: prompts padded on the left, completions on the right.
 
     The rows are on policy: the importance ratio is 1 by construction and no old log-probabilities
@@ -331,6 +365,7 @@ def collate(rows: Sequence[TrainingRow], pad_id: int, device: torch.device) -> d
 
     Args:
         rows: Sampled at one temperature.
+        allowed_NW: What their grammars allowed at each token (``allowed_tokens``).
     """
     (temperature,) = {row.temperature for row in rows}
     prompt_ids, prompt_mask = left_padded([row.prompt_ids_T for row in rows], pad_id, device)
@@ -339,7 +374,12 @@ def collate(rows: Sequence[TrainingRow], pad_id: int, device: torch.device) -> d
     logprob_BT = torch.zeros(completion_ids.shape)
     for row, logprob_T in zip(rows, logprob_BT, strict=True):
         logprob_T[: len(row.logprobs_T)] = torch.tensor(row.logprobs_T)
-    return {
+    held = {}
+    if allowed_NW is not None:
+        allowed_BTW = allowed_NW.new_full((*completion_ids.shape, allowed_NW.shape[1]), -1)
+        allowed_BTW[completion_mask.bool().cpu()] = allowed_NW
+        held["allowed"] = allowed_BTW.to(device)
+    return held | {
         "prompt_ids": prompt_ids,
         "prompt_mask": prompt_mask,
         "completion_ids": completion_ids,
@@ -390,6 +430,16 @@ def _trl_config(
         # Or accelerate would turn the weights that it cuts up into float32: MasterWeights has such.
         args.mixed_precision = "no"
     return args
+
+
+def _rows(
+    input_ids: Tensor, attention_mask: Tensor, logits_to_keep: int
+) -> list[tuple[list[int], list[int]]]:
+    """Prompt and completion of each row, without padding."""
+    ids_BT, seen_BT = input_ids.cpu(), attention_mask.bool().cpu()  # to wait but once
+    own = [ids[seen].tolist() for ids, seen in zip(ids_BT, seen_BT, strict=True)]
+    length_B = seen_BT[:, -logits_to_keep:].sum(1).tolist()
+    return [(ids[:-length], ids[-length:]) for ids, length in zip(own, length_B, strict=True)]
 
 
 def _unwrapped(model: Any) -> Any:

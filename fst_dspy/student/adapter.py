@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import weakref
 
 import dspy
 from dspy.adapters.chat_adapter import ChatAdapter
@@ -17,8 +18,7 @@ def strict_adapter(adapter: dspy.Adapter | None) -> dspy.Adapter:
 
     The second try hides format failures from the reward and adds a call nobody asked for.
     """
-    if adapter is None:
-        adapter = ChatAdapter()
+    adapter = adapter or default_adapter()
     if isinstance(adapter, ChatAdapter):
         adapter = copy.copy(adapter)
         adapter.use_json_adapter_fallback = False
@@ -28,3 +28,46 @@ def strict_adapter(adapter: dspy.Adapter | None) -> dspy.Adapter:
         written = functools.lru_cache(BOUND_PROGRAMS)(adapter.format_system_message)
         adapter.format_system_message = written
     return adapter
+
+
+def default_adapter() -> dspy.Adapter:
+    """What DSPy takes where the settings name no adapter."""
+    return ChatAdapter()
+
+
+class _Probe(dspy.Signature):
+    """A question."""
+
+    question: str = dspy.InputField()
+    answer: str = dspy.OutputField()
+
+
+_A, _B = "zebra crossing", "violet lantern"
+_markers: weakref.WeakKeyDictionary[dspy.Adapter, str | None] = weakref.WeakKeyDictionary()
+_default = default_adapter()
+
+
+def end_marker(adapter: dspy.Adapter | None) -> str | None:
+    """The line that an adapter puts behind every answer, such as ChatAdapter's ``completed``.
+
+    Found in how it writes an answer for a demo, and held to be one only where it is the same behind
+    answers with other fields: a closing brace or tag belongs to the answer.
+    """
+    adapter = adapter or _default
+    if adapter not in _markers:
+        _markers[adapter] = _find_marker(adapter)
+    return _markers[adapter]
+
+
+def _find_marker(adapter: dspy.Adapter) -> str | None:
+    other = _Probe.append("verdict", dspy.OutputField(), str)
+    behind = set()
+    for signature, values in ((_Probe, {"answer": _A}), (other, {"answer": _B, "verdict": _A})):
+        try:
+            written = adapter.format_assistant_message_content(signature, values)
+        except Exception:  # of an adapter with other ways there is nothing to find
+            return None
+        behind.add(str(written).rpartition(_A)[2].strip())
+    marker = behind.pop()
+    is_line = "\n" not in marker and any(character.isalnum() for character in marker)
+    return marker if is_line and not behind else None

@@ -10,6 +10,7 @@ from typing import Any
 
 import dspy
 
+from fst_dspy.student.adapter import default_adapter
 from fst_dspy.student.candidate import content_hash
 
 
@@ -45,13 +46,19 @@ def lm_identity(lm: Any) -> dict[str, Any] | None:
 
 def adapter_identity(adapter: dspy.Adapter | None) -> dict[str, Any]:
     """The adapter's class and its plain settings; DSPy's default for ``None``."""
-    adapter = adapter or dspy.ChatAdapter()
+    adapter = adapter or default_adapter()
     plain = {
         name: value
         for name, value in vars(adapter).items()
         if isinstance(value, str | int | float | bool | None) and not name.startswith("_")
     }
     return {"class": _name_of(type(adapter)), "settings": plain}
+
+
+def shown_adapter(identity: Mapping[str, Any]) -> str:
+    """An adapter's identity in a line: class and plain settings."""
+    settings = ", ".join(f"{name}={value!r}" for name, value in identity["settings"].items())
+    return f"{identity['class'].rpartition('.')[2]}({settings})"
 
 
 def metric_identity(metric: Callable[..., Any]) -> dict[str, str]:

@@ -5,7 +5,6 @@ Any Optuna storage works with any tool that reads Optuna's, such as optuna-dashb
 
 from __future__ import annotations
 
-import fcntl
 import os
 import uuid
 import warnings
@@ -15,6 +14,7 @@ from pathlib import Path
 from urllib.parse import quote, unquote
 
 import optuna
+from filelock import FileLock, Timeout
 from optuna.exceptions import ExperimentalWarning
 from optuna.storages import JournalStorage, RDBStorage, RetryHeartbeatStaleTrialCallback
 from optuna.storages.journal import JournalFileBackend
@@ -104,12 +104,11 @@ def worker_alive(folder: Path) -> Iterator[str]:
     worker = uuid.uuid4().hex[:12]
     path = _lock_path(folder, worker)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        try:
+    try:
+        with FileLock(path):
             yield worker
-        finally:
-            path.unlink(missing_ok=True)
+    finally:
+        path.unlink(missing_ok=True)
 
 
 def retry_lost_trials(study: optuna.Study, folder: Path) -> list[int]:
@@ -151,13 +150,16 @@ def _locked_if_dead(folder: Path, worker: str | None) -> Iterator[bool]:
     if not path.exists():
         yield False
         return
-    with open(path) as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            yield False
-        else:
-            yield True
+    lock = FileLock(path, blocking=False)
+    try:
+        lock.acquire()
+    except Timeout:
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        lock.release()
 
 
 def _fail(study: optuna.Study, number: int) -> bool:

@@ -1,17 +1,32 @@
 import io
 import json
+import os
+import signal
 import subprocess
 import sys
 
+import dspy
 import pytest
+from helpers import wait_for
 from rich.panel import Panel
 from rich.text import Text as RichText
 from typer.testing import CliRunner
 
+import fst_dspy
 from fst_dspy.cli import app
-from fst_dspy.cli.options import parse_settings
+from fst_dspy.cli.options import (
+    ARM_NAMES,
+    AXIS_NAMES,
+    MEASURE_NAMES,
+    Tracker,
+    completed,
+    parse_settings,
+)
 from fst_dspy.display import Terminal, visible
 from fst_dspy.errors import ProgramError
+from fst_dspy.experiments import ARMS, AXES
+from fst_dspy.run.tracker_kinds import KINDS
+from fst_dspy.study.objective import DIRECTIONS
 from fst_dspy.tasks import load_task
 
 pytestmark = pytest.mark.slow
@@ -53,7 +68,6 @@ def test_compile_reports_quadrants_and_writes_the_run_folder(program, tiny_qwen3
         (("nowhere.py",), "no program at"),
         (("{program}", "--model", "./nowhere"), "nowhere"),
         (("{program}", "--model", "{model}", "--set", "group_sise=4"), "group_size"),
-        (("{program}", "--model", "{model}", "--arm", "rl"), "arm must be"),
     ],
 )
 def test_bad_input_ends_with_one_clear_message(program, tiny_qwen3, arguments, message):
@@ -75,9 +89,76 @@ def test_settings_are_json_where_they_can_be():
     assert result.exit_code == 2
 
 
-def test_help_names_the_commands():
+def test_help_begins_with_what_one_begins_with():
     result = run("--help")
-    assert result.exit_code == 0 and "compile" in result.output and "demo" in result.output
+    assert result.exit_code == 0
+    places = [result.output.index(word) for word in ("Start here", "│ compile", "│ demo", "│ tune")]
+    assert places == sorted(places)
+
+
+def test_the_version_names_what_results_depend_on():
+    result = run("--version")
+    assert result.exit_code == 0 and result.output.startswith(f"fst {fst_dspy.__version__} (dspy ")
+
+
+def test_what_compile_found_can_be_had_as_json(program, tiny_qwen3, tmp_path):
+    out = tmp_path / "run"
+    result = run(
+        "compile", program, "--model", tiny_qwen3, "--out", out, "--json", "--seed", 3, *settings()
+    )
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert found["test_scores"] == json.loads((out / "quadrants.json").read_text())
+    assert found["seed"] == 3 and found["run_folder"] == str(out)
+    assert found["rollouts"]["slow"] > 0 and "cycle   1" in result.stderr
+
+
+def test_a_new_program_runs_as_it_stands(tiny_qwen3, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    done = run("init", "routing")
+    assert done.exit_code == 0 and "fst compile routing.py --out runs/routing" in done.output
+    again = run("init", "routing")
+    assert again.exit_code == 1 and "is there already" in again.output
+    task = load_task("routing.py", 1)
+    sets = [{one.ticket for one in part} for part in (task.trainset, task.valset, task.testset)]
+    assert len(sets[0] | sets[1] | sets[2]) == sum(map(len, sets)) == 48
+    gold = task.trainset[0]
+    told = task.metric(gold, dspy.Prediction(queue=gold.queue))
+    assert told.score == 1.0 and gold.queue in told.feedback
+    assert task.metric(gold, dspy.Prediction(queue="?")).score == 0.0
+    done = run("compile", "routing.py", "--model", tiny_qwen3, *settings())
+    assert done.exit_code == 0, done.output
+
+
+def test_ctrl_c_is_answered_at_once_and_says_how_to_go_on(program, tiny_qwen3, tmp_path):
+    endless = [*settings(), "--set", "max_cycles=10000"]
+    arguments = ["compile", program, "--model", tiny_qwen3, "--out", tmp_path / "run", *endless]
+    command = [sys.executable, "-m", "fst_dspy", *map(str, arguments)]
+    output, log = [], tmp_path / "log"
+    places = {**os.environ, "PYTHONPATH": os.pathsep.join([*sys.path, os.getcwd()])}
+    with log.open("w") as file:
+        process = subprocess.Popen(command, stdout=file, stderr=file, env=places)
+    try:
+        wait_for(lambda: "cycle   1" in log.read_text() or process.poll() is not None)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=240) == 130
+    finally:
+        process.kill()
+        output = log.read_text()
+    assert "stopping after this step; press Ctrl-C again to stop now" in output
+    assert f"up to this step is saved in {tmp_path / 'run'}. To go on:\n  fst compile" in output
+    assert "Traceback" not in output
+
+
+def test_names_that_are_written_twice_are_the_same():
+    assert tuple(ARMS) == ARM_NAMES and tuple(AXES) == AXIS_NAMES
+    assert set(Tracker) == set(KINDS)
+    assert tuple(DIRECTIONS) == MEASURE_NAMES
+
+
+def test_the_last_of_several_names_is_completed():
+    assert completed(ARM_NAMES)("fst,rl") == ["fst,rl_only"]
+    assert completed(ARM_NAMES)("seq") == ["sequential", "sequential_reverse"]
 
 
 def test_a_file_without_load_is_refused(tmp_path):

@@ -10,14 +10,16 @@ from dataclasses import replace
 import pytest
 from experiment_runs import TINY, job_of
 from places import PROGRAM, SUPPORT
+from tiny_models import save_model
 from typer.testing import CliRunner
 
 import fst_dspy
 from fst_dspy.cli import app
-from fst_dspy.errors import StoreError
+from fst_dspy.errors import ConfigError, StoreError
 from fst_dspy.experiments import ExperimentStore, Plan, compare, load_runs, run_jobs
 from fst_dspy.experiments.jobs import read_outcome
 from fst_dspy.files import read_jsonl
+from fst_dspy.model.policy import Policy
 
 pytestmark = pytest.mark.slow
 
@@ -59,6 +61,38 @@ def test_a_job_that_fails_is_reported_and_the_others_go_on(tiny_qwen3, tmp_path)
     assert [run.name for run in load_runs(again)] == ["fst-0"]
     with pytest.raises(StoreError, match="settings"):
         run_jobs(store, [replace(jobs[0], settings={**TINY, "learning_rate": 1e-3})])
+
+
+def test_a_job_names_its_adapter(tmp_path):
+    """Of two jobs that differ in nothing else, each is asked in its adapter's words."""
+    model = save_model(tmp_path / "model", "qwen3")
+    config = model / "config.json"  # room for a whole prompt
+    config.write_text(config.read_text().replace(": 512,", ": 2048,"))
+    policy, first = Policy.load(model), {}
+    settings = {"max_cycles": 1, "val_size": 2, "max_tokens": 4, "on_no_signal": "warn"}
+    for adapter in ("chat", "xml"):
+        plan = Plan(
+            "triage:train=4,val=2,test=2",
+            str(model),
+            rollouts=8,
+            seeds=1,
+            settings={**settings, "group_size": 4, "problems_per_step": 1, "steps_per_cycle": 1},
+            samples=1,
+            adapter=adapter,
+        )
+        store = ExperimentStore(tmp_path / adapter)
+        assert run_jobs(store, plan.jobs("rl_only", "rl_only")) == []
+        rows = read_jsonl(store.folder / "rl_only-0" / "0-rl_only" / "rollouts.jsonl")
+        first[adapter] = policy.tokenizer.decode(prompt_of(next(rows)))
+    assert "[[ ## ticket ## ]]" in first["chat"] and "<ticket>" not in first["chat"]
+    assert "<ticket>" in first["xml"] and "[[ ##" not in first["xml"]
+    with pytest.raises(ConfigError, match=r"no adapter 'yaml'; known: chat, xml, json"):
+        replace(plan, adapter="yaml").jobs("fst", "fst")
+
+
+def prompt_of(row):
+    """The prompt's token ids of a logged rollout's first call."""
+    return row["calls"][0]["prompt_ids_T"]
 
 
 def test_killed_experiments_go_on_to_the_same_end(tiny_qwen3, tmp_path):

@@ -445,19 +445,6 @@ def test_an_async_program_is_compiled_and_called(lm, events):
     assert all(isinstance(prediction.answer, str) for prediction in asyncio.run(ask()))
 
 
-def test_streaming_is_refused_clearly(lm):
-    program = dspy.streamify(
-        student(lm),
-        stream_listeners=[dspy.streaming.StreamListener(signature_field_name="answer")],
-    )
-
-    async def stream():
-        return [chunk async for chunk in program(question="number 1")]
-
-    with pytest.raises(dspy.LMError, match=r"does not stream.*without dspy\.streamify"):
-        asyncio.run(stream())
-
-
 def test_a_compiled_program_runs_in_dspys_parallel_tools(lm):
     compiled = grpo(steps=1).compile(student(lm), trainset=questions(3))
     logging.getLogger("dspy").setLevel(logging.WARNING)

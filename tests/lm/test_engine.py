@@ -106,7 +106,15 @@ def test_the_request_names_the_weights(policy: Policy) -> None:
 
 @pytest.mark.parametrize(
     ("config", "named"),
-    [({"top_k": 5}, "top_k"), ({"response_format": {"type": "json_object"}}, "response_format")],
+    [
+        ({"probabilities": "required"}, "probabilities"),
+        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"extensions": {"verbosity": "low"}}, "verbosity"),
+        ({"extensions": {"metadata": {"user": "me"}}}, "user"),
+        ({"tool_choice": lm15.ToolChoice("required")}, "tool_choice"),
+        ({"reasoning": lm15.Reasoning("low")}, "does not think"),
+        ({"logprobs": 3}, "logprobs of other tokens"),
+    ],
 )
 def test_settings_it_lacks_are_refused_not_dropped(
     policy: Policy, config: dict[str, Any], named: str
@@ -115,14 +123,28 @@ def test_settings_it_lacks_are_refused_not_dropped(
         LocalEngine(policy).complete(ask(policy, "hi", **config))
 
 
-def test_images_and_streams_are_refused(policy: Policy) -> None:
+def test_images_are_refused(policy: Policy) -> None:
     engine = LocalEngine(policy)
     image = lm15.Message.user((lm15.ImagePart(url="https://example.org/x.png"),))
     with pytest.raises(lm15.UnsupportedFeatureError, match="image"):
         engine.complete(lm15.Request(model=policy.live_id, messages=(image,)))
-    for served in (engine, AsyncLocalEngine(engine)):
-        with pytest.raises(lm15.UnsupportedFeatureError, match="does not stream"):
-            served.stream(ask(policy, "hi"))
+
+
+@pytest.mark.parametrize("logprobs", [None, 0])
+def test_a_stream_brings_the_whole_response_in_pieces(policy: Policy, logprobs: int | None) -> None:
+    engine = LocalEngine(policy)
+    request = ask(policy, "hi", temperature=0, logprobs=logprobs)
+    whole = engine.complete(request)
+
+    async def awaited() -> list[Any]:
+        return [event async for event in AsyncLocalEngine(engine).stream(request)]
+
+    for events in (list(engine.stream(request)), asyncio.run(awaited())):
+        joined = lm15.materialize_response(iter(events), request)
+        assert joined.message == whole.message
+        assert joined.logprobs == whole.logprobs
+        assert joined.finish_reason == whole.finish_reason
+        assert len(events) > 3
 
 
 @pytest.fixture

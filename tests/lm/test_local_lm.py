@@ -184,17 +184,23 @@ def test_concurrent_programs_are_batched(lm: LocalLM, monkeypatch: pytest.Monkey
     assert 1 <= lm.engine.batches - before < 8
 
 
-def test_streaming_is_refused_in_plain_words(lm: LocalLM) -> None:
-    program = dspy.streamify(dspy.Predict("question -> answer"))
+@pytest.mark.parametrize(
+    ("given", "dtype"), [("fp16", "float16"), ("half", "float16"), ("BF16", "bfloat16")]
+)
+def test_dtypes_by_the_names_people_give_them(tiny_qwen3: Path, given: str, dtype: str) -> None:
+    assert LocalLM(str(tiny_qwen3), dtype=given).policy.model.dtype == getattr(torch, dtype)
 
-    async def consume() -> None:
-        with dspy.context(lm=lm):
-            async for _ in program(question="hi"):
-                pass
 
-    with pytest.raises(BaseException) as caught:
-        asyncio.run(consume())
-    error: BaseException = caught.value
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    assert "does not stream" in str(error)
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"dtype": "int8"}, "in which weights are trained"),
+        ({"device": "tpu"}, "give 'cpu', 'cuda'"),
+        ({"device": "gpu:7"}, "no device 'gpu:7' on this machine"),
+    ],
+)
+def test_devices_and_dtypes_that_there_are_not(
+    tiny_qwen3: Path, settings: dict[str, str], said: str
+) -> None:
+    with pytest.raises(ModelError, match=said):
+        LocalLM(str(tiny_qwen3), **settings)

@@ -59,14 +59,16 @@ def test_what_is_told_has_share_cause_and_advice():
 
 def test_a_model_that_cannot_speak_the_format_is_told_and_ends_the_run(tiny_qwen3, caplog):
     with caplog.at_level(logging.WARNING), pytest.raises(TrainingError, match="nothing to learn"):
-        compiled(tiny_qwen3, adapter=dspy.ChatAdapter())
+        compiled(tiny_qwen3, adapter=dspy.ChatAdapter(), structured=False)
     told = [r.getMessage() for r in caplog.records if r.getMessage().startswith("cycle 0:")]
     assert told and any("truncated" in text or "parse" in text for text in told)
 
 
 def test_on_no_signal_warn_goes_on(tiny_qwen3, caplog):
     with caplog.at_level(logging.WARNING):
-        result = compiled(tiny_qwen3, adapter=dspy.ChatAdapter(), on_no_signal="warn")
+        result = compiled(
+            tiny_qwen3, adapter=dspy.ChatAdapter(), on_no_signal="warn", structured=False
+        )
     assert result.records[-1].cycle == 4
     assert "nothing to learn from" in caplog.text
     last = result.records[-1]
@@ -77,7 +79,12 @@ def test_on_no_signal_warn_goes_on(tiny_qwen3, caplog):
 def test_failures_are_counted_in_the_arm_of_prompts_alone(tiny_qwen3):
     adapter = dspy.ChatAdapter()
     result = compiled(
-        tiny_qwen3, adapter=adapter, arm="gepa_only", max_cycles=1, on_no_signal="warn"
+        tiny_qwen3,
+        adapter=adapter,
+        arm="gepa_only",
+        max_cycles=1,
+        on_no_signal="warn",
+        structured=False,
     )
     assert all(sum(r.failure_shares.values()) == pytest.approx(1.0) for r in result.records)
 

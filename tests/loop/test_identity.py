@@ -60,7 +60,7 @@ def other_metric(gold, pred, trace=None):
         ({"program": WithField()}, "program"),
         ({"metric": other_metric}, "metric"),
         ({"adapter": dspy.JSONAdapter()}, "adapter"),
-        ({"learning_rate": 2e-3}, "settings.slow.learning_rate"),
+        ({"learning_rate": 2e-3}, r"learning_rate differs \([\d.e-]+ there, 0.002 here\)"),
     ],
 )
 def test_what_differs_is_named(tiny_qwen3, finished, change, named):

@@ -1,6 +1,8 @@
 """The joint loop on tiny random models: real rollouts, real optimizer steps, real GEPA."""
 
 import datetime
+import re
+import signal
 from dataclasses import replace
 
 import dspy
@@ -21,7 +23,8 @@ from fst_dspy.errors import (
     TrainingError,
 )
 from fst_dspy.files import read_jsonl
-from fst_dspy.loop import validation
+from fst_dspy.loop import joint, validation
+from fst_dspy.loop.progress import SilentProgress
 from fst_dspy.report import write_report
 from fst_dspy.rollouts.evaluate import evaluate
 from fst_dspy.run.rollout_log import unpack
@@ -270,25 +273,69 @@ def test_a_loss_that_stays_non_finite_ends_the_run_at_the_best_weights(tiny_qwen
 
 
 def test_ctrl_c_finishes_the_step_saves_and_says_how_to_go_on(tiny_qwen3, tmp_path, monkeypatch):
-    import os
-    import signal
-
-    from fst_dspy.loop import joint
-
     whole = compile_tiny(tiny_qwen3)[2]
     real = joint.Run._slow_step
 
     def interrupted(self, state):
         if state.step == 1:
-            os.kill(os.getpid(), signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
         return real(self, state)
 
     monkeypatch.setattr(joint.Run, "_slow_step", interrupted)
-    with pytest.raises(KeyboardInterrupt, match="log_dir"):
-        compile_tiny(tiny_qwen3, log_dir=tmp_path)
+    listener = Heard()
+    with pytest.raises(KeyboardInterrupt, match="log_dir") as raised:
+        compile_tiny(tiny_qwen3, log_dir=tmp_path, progress=listener)
+    assert raised.value.folder == str(tmp_path) and not raised.value.at_once
+    assert listener.said == ["stopping after this step; press Ctrl-C again to stop now"]
     assert [row["step"] for row in read_jsonl(tmp_path / "steps.jsonl")] == [1, 2]
     monkeypatch.setattr(joint.Run, "_slow_step", real)
     assert compile_tiny(tiny_qwen3, log_dir=tmp_path)[2].weights_version == whole.weights_version
+
+
+class Heard(SilentProgress):
+    """Keeps what it is told to say."""
+
+    def __init__(self):
+        self.said = []
+
+    def say(self, text):
+        self.said.append(text)
+
+
+def test_ctrl_c_in_a_fast_phase_is_not_held_back_for_the_steps_after_it(
+    tiny_qwen3, tmp_path, monkeypatch
+):
+    whole = compile_tiny(tiny_qwen3, reuse=False)[2]
+    real = joint.Run._fast_phase
+
+    def interrupted(self, state):
+        if state.cycle == 1:
+            signal.raise_signal(signal.SIGINT)
+        return real(self, state)
+
+    monkeypatch.setattr(joint.Run, "_fast_phase", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        compile_tiny(tiny_qwen3, log_dir=tmp_path, reuse=False)
+    assert [row["step"] for row in read_jsonl(tmp_path / "steps.jsonl")] == [1, 2]
+    monkeypatch.setattr(joint.Run, "_fast_phase", real)
+    again = compile_tiny(tiny_qwen3, log_dir=tmp_path, reuse=False)[2]
+    assert again.weights_version == whole.weights_version
+
+
+def test_a_budget_says_that_it_is_reached_and_what_is_done(tiny_qwen3, tmp_path):
+    _, opening, first, *_ = compile_tiny(tiny_qwen3)[2].records
+    limit = opening.total_rollouts.total + 1  # is reached by the first step
+    listener = Heard()
+    budget = {"max_cycles": None, "max_rollouts": limit, "log_dir": tmp_path, "progress": listener}
+    result = compile_tiny(tiny_qwen3, **budget)[2]
+    spent = first.total_rollouts.total
+    assert result.rollouts.total == spent
+    (said,) = listener.said
+    assert re.fullmatch(rf"(\d+) of {limit} rollouts reached; finishing the cycle", said)
+    assert limit <= int(said.split()[0]) < spent
+    compile_tiny(tiny_qwen3, **budget)
+    ended = f"this run had ended, after {spent} of {limit} rollouts; a higher limit lets it go on"
+    assert listener.said[1:] == [ended]
 
 
 def test_reused_rollouts_leave_the_fast_channel_its_first_phase_alone(tiny_qwen3):

@@ -14,9 +14,11 @@ from helpers import full_logprobs, sampled_logprobs
 from fst_dspy.config import LoraConfig
 from fst_dspy.errors import ModelError, PromptTooLongError
 from fst_dspy.model import sizes as model_sizes
+from fst_dspy.model.endings import End
 from fst_dspy.model.generate import GenerationRequest, generate
 from fst_dspy.model.policy import Policy
 from fst_dspy.model.prefixes import pads_safely
+from fst_dspy.model.sampling import uniforms
 
 pytestmark = pytest.mark.insides
 
@@ -220,6 +222,91 @@ def test_top_p_draws_from_the_nucleus_alone(tiny_model: Path) -> None:
     tiny = generate(policy, [replace(r, top_p=1e-6) for r in requests[:2]])
     greedy = generate(policy, [replace(r, temperature=0.0, top_p=1.0) for r in requests[:2]])
     assert [r.completion_ids_T for r in tiny] == [r.completion_ids_T for r in greedy]
+
+
+def test_top_k_draws_from_the_likeliest_alone_and_top_p_from_what_it_leaves(
+    tiny_lfm2: Path,
+) -> None:
+    policy = Policy.load(tiny_lfm2)
+    plain = [GenerationRequest(encode(policy, WORDS[2]), 6, 1.0, seed=s) for s in range(40)]
+    for k, p in ((1, 1.0), (3, 1.0), (3, 0.6)):
+        requests = [replace(r, top_k=k, top_p=p) for r in plain]
+        ranks = []
+        for request, result in zip(requests, generate(policy, requests), strict=True):
+            full = full_logprobs(policy, request, result)
+            for logprob_V, token, told in zip(
+                full, result.completion_ids_T, result.logprobs_T, strict=True
+            ):
+                ranks.append(int((logprob_V > logprob_V[token]).sum()))
+                assert told == pytest.approx(float(logprob_V[token]), abs=1e-4)
+                kept = logprob_V.exp().sort(descending=True).values[:k].cumsum(0)
+                before = 0.0 if ranks[-1] == 0 else float(kept[ranks[-1] - 1] / kept[-1])
+                assert before < p
+        assert max(ranks) == {(1, 1.0): 0, (3, 1.0): 2}.get((k, p), max(ranks)) < k
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_penalties_are_openais_and_transformers(tiny_model: Path, temperature: float) -> None:
+    """Against the same by hand: one row, token by token, from full forward passes."""
+    policy = Policy.load(tiny_model)
+    without_end(policy)
+    request = GenerationRequest(
+        encode(policy, WORDS[0]), 16, temperature, seed=3,
+        frequency_penalty=0.9, presence_penalty=1.1, repetition_penalty=1.3,
+    )  # fmt: skip
+    plain = replace(request, frequency_penalty=0.0, presence_penalty=0.0, repetition_penalty=1.0)
+    results = generate(policy, [request, plain, replace(request, seed=4)])
+    ids = list(request.prompt_ids_T)
+    uniform_T = uniforms([3], 16)[0]
+    counts: Counter[int] = Counter()
+    for step, (token, told) in enumerate(
+        zip(results[0].completion_ids_T, results[0].logprobs_T, strict=True)
+    ):
+        with torch.no_grad():
+            logit_V = policy.model(torch.tensor([ids])).logits[0, -1].float()
+        model_V = (logit_V / (temperature or 1)).log_softmax(-1)
+        for had in {*ids}:
+            logit_V[had] = logit_V[had] / 1.3 if logit_V[had] > 0 else logit_V[had] * 1.3
+        for had, count in counts.items():
+            logit_V[had] -= 0.9 * count + 1.1
+        if temperature:
+            share_V = (logit_V / temperature).softmax(-1).double().cumsum(0)
+            assert token == int((share_V > uniform_T[step] * share_V[-1]).int().argmax())
+        else:
+            assert token == int(logit_V.argmax())
+        assert told == pytest.approx(float(model_V[token]), abs=1e-4)
+        ids.append(token)
+        counts[token] += 1
+    assert results[1].completion_ids_T == generate(policy, [plain])[0].completion_ids_T
+    if temperature:  # greedily, a random model may repeat itself little
+        assert results[0].completion_ids_T != results[1].completion_ids_T
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_an_answer_ends_a_token_behind_the_line_that_closes_it(
+    tiny_model: Path, temperature: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy = Policy.load(tiny_model)
+    without_end(policy)
+    plain = [GenerationRequest(encode(policy, w), 40, temperature, seed=7) for w in WORDS]
+    whole = generate(policy, plain)
+    # Of a random model's own text: any place is the beginning of a line for this.
+    monkeypatch.setattr(End, "place", _anywhere)
+    ends = [End(policy.tokenizer.decode(r.completion_ids_T[9:11])) for r in whole]
+    requests = [replace(r, end=end) for r, end in zip(plain, ends, strict=True)]
+    for result, full, end in zip(generate(policy, requests), whole, ends, strict=True):
+        closed = next(
+            n for n in range(41) if end.marker in policy.tokenizer.decode(full.completion_ids_T[:n])
+        )
+        assert result.completion_ids_T == full.completion_ids_T[: closed + 1]
+        assert result.logprobs_T == pytest.approx(full.logprobs_T[: closed + 1], abs=1e-4)
+        assert result.finish_reason == "stop"
+        assert result.text.endswith(end.marker) and full.text.startswith(result.text)
+
+
+def _anywhere(end: End, text: str) -> int | None:
+    at = text.find(end.marker)
+    return None if at < 0 else at + len(end.marker)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])

@@ -667,6 +667,22 @@ for title, kind, value in [
         {"value": value},
     )
 
+
+@shape("streamify within")
+def _(models: Models) -> dspy.Module:
+    class Streamed(dspy.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.say = dspy.Predict(QA)
+
+        def forward(self, question: str) -> dspy.Prediction:
+            stream = dspy.streamify(self.say, async_streaming=False)
+            *_, last = stream(question=question)
+            return last
+
+    return Streamed()
+
+
 CASES = [("Chat", name) for name in SHAPES] + [
     ("JSON", name) for name in ("ReActV2", "RLM", "in a dataclass", "output by_name")
 ]

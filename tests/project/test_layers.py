@@ -7,6 +7,7 @@ one has to know to read a file.
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -19,24 +20,30 @@ from places import ROOT
 PACKAGE = ROOT / "fst_dspy"
 NAME = PACKAGE.name
 
-BASE = "errors display embedded"
-TOP = f"{BASE} types config distributed files tasks"
+BASE = "errors kinds display embedded"
+TOP = f"{BASE} types config settings settings_help distributed files tasks pretrained"
 STUDENT = f"{TOP} student"
 
 ORDER = {
     "errors": "",
+    "kinds": "",
     "display": "",
     "embedded": "",
     "types": BASE,
     "config": BASE,
     "distributed": BASE,
     "files": BASE,
+    "settings": f"{BASE} config",
+    "settings_help": f"{BASE} config",
     "tasks": f"{BASE} types config distributed files",
+    "pretrained": f"{BASE} files",
     "student": TOP,
-    "model": TOP,
+    "grammar": f"{BASE} types",
+    "model": f"{TOP} grammar",
+    "smollm2": TOP,
     "slow": f"{TOP} model",
     "run": STUDENT,
-    "lm": f"{STUDENT} model slow",
+    "lm": f"{STUDENT} grammar model slow",
     "rollouts": f"{STUDENT} model lm",
     "agents": f"{STUDENT} rollouts",
     "results": f"{STUDENT} run",
@@ -62,8 +69,8 @@ ORDER = {
 SAVED = {"local_lm": "lm", "engine": "lm"}
 """Files of one line, whose paths programs hold that were saved by earlier versions."""
 
-BARE = "student model slow run lm rollouts agents results bundle fast fast/gepa fast/proposers loop"
-BARE += " plan distill continual experiments/findings"
+BARE = "grammar student model slow run lm rollouts agents results bundle fast fast/gepa"
+BARE += " fast/proposers loop plan distill continual experiments/findings pretrained smollm2"
 """Folders whose ``__init__.py`` is a docstring: to import one file of theirs imports that one."""
 
 FILES_AT_THE_TOP = 13
@@ -230,3 +237,17 @@ def test_a_folder_is_imported_at_no_cost(folder: str) -> None:
 def test_what_is_heavy_is_imported_where_it_is_used(module: str, heavy: str) -> None:
     code = f"import sys, {module}; sys.exit({heavy!r} in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+def test_a_row_of_the_drawing_of_folders_imports_from_rows_above_it_alone() -> None:
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    rows = re.findall(r"^ ?\d+ {2,}(.*)$", page, re.MULTILINE)
+    row_of = {
+        name: number
+        for number, row in enumerate(rows)
+        for name in re.findall(r"(\w+)(?:\.py|/)", row)
+    }
+    assert row_of.keys() == ORDER.keys() - {"__main__"}
+    for name, imported in ORDER.items():
+        if name != "__main__":
+            assert [one for one in imported.split() if row_of[one] >= row_of[name]] == [], name

@@ -88,6 +88,10 @@ class DemoProposer:
         """Take training examples by id, whose labels may be shown."""
         self._examples, self._labels = examples, {}
 
+    def know(self, predictor: str, inputs: list[str], outputs: list[str]) -> None:
+        """Tell a predictor's fields, where no rollout has shown them yet."""
+        self._fields.setdefault(predictor, [inputs, outputs])
+
     def bank(self, rollouts: Sequence[Rollout]) -> None:
         """Keep the calls of training rollouts that the metric scored. Never pass validation ones.
 

@@ -1,0 +1,184 @@
+"""SmolLM2 on tasks that were not made for it: what ``make real`` runs, a job at a time.
+
+    python benchmarks/real_lm.py                                     # all of it: hours
+    python benchmarks/real_lm.py --limit 1                           # the next job, some 10 minutes
+    python benchmarks/real_lm.py --tasks routing --adapters xml --arms fst --seeds 1
+
+A job is a task, an adapter, an arm and a seed, on one budget of rollouts that all channels draw
+from. Started again, what has run is not run again, and what was stopped goes on. The stores are
+``runs/real/MODEL-TASK-ADAPTER``; the tables of each go to ``benchmarks/results/real``, in folders
+of the same names, and ``overview.md`` there has a line an arm of all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from fst_dspy.cli.options import parse_settings
+from fst_dspy.experiments import ExperimentStore, Plan, Run, load_runs, run_jobs, write_results
+from fst_dspy.experiments.findings.tables import Table, interval_text
+from fst_dspy.experiments.runs import by_label, scores_by_seed
+from fst_dspy.files import write_atomically
+from fst_dspy.measures import mean_interval
+
+STORES = Path("runs/real")
+RESULTS = Path(__file__).parent / "results" / "real"
+ARMS = "fst,rl_only,gepa_only,sequential"
+ROLLOUTS = 600
+SETTINGS: Mapping[str, Any] = {
+    "max_tokens": 64,
+    "val_size": 32,
+    "group_size": 8,
+    "problems_per_step": 8,
+}
+TEST_SIZE = 64
+
+
+@dataclass(frozen=True)
+class RealTask:
+    """A program with its arguments, and settings of its own."""
+
+    program: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+
+TASKS: Mapping[str, RealTask] = {
+    "routing": RealTask(f"routing:val=48,test={TEST_SIZE}"),
+}
+
+
+def make_plan(model: str, task: str, adapter: str, rollouts: int, settings: Sequence[str]) -> Plan:
+    """The common footing of a store's jobs."""
+    chosen = TASKS[task]
+    return Plan(
+        program=chosen.program,
+        model=model,
+        rollouts=rollouts,
+        settings={**SETTINGS, **chosen.settings, **parse_settings(settings)},
+        samples=2,
+        adapter=adapter,
+    )
+
+
+def run(
+    store: ExperimentStore, plan: Plan, arms: Sequence[str], seeds: Sequence[int], limit: int
+) -> tuple[int, list[str]]:
+    """Run what has not run yet of a store, ``limit`` jobs at most.
+
+    Returns:
+        How many it tried, and the names of those that failed.
+
+    Raises:
+        StoreError: The store has such jobs with other settings.
+    """
+    with store.locked():
+        store.begin("compare")
+        jobs = [
+            job
+            for arm in arms
+            for job in replace(plan, seeds=max(seeds) + 1).jobs(arm, arm)
+            if job.seed in seeds and not store.is_done(job.name)
+        ]
+        # Seed by seed: a store that is looked at early compares whole seeds.
+        jobs = sorted(jobs, key=lambda job: job.seed)[:limit]
+        return len(jobs), run_jobs(store, jobs)
+
+
+def overview(found: Mapping[str, Sequence[Run]]) -> Table:
+    """A line an arm of each store."""
+    rows = []
+    for name, runs in found.items():
+        for label, group in by_label(runs).items():
+            first, last = ([run.records[place] for run in group] for place in (0, -1))
+            base = [run.quadrant("base_original") for run in group]
+            rows.append(
+                (
+                    name,
+                    label,
+                    str(len(group)),
+                    interval_text(mean_interval(base)),
+                    interval_text(mean_interval(list(scores_by_seed(group).values()))),
+                    f"{_mean([_unread(record.failure_shares) for record in first]):.3f}",
+                    f"{_mean([_unread(record.failure_shares) for record in last]):.3f}",
+                    f"{_mean([run.outcome.kl_to_base for run in group]):.3f}",
+                    f"{_mean([run.outcome.rollouts.total for run in group]):.0f}",
+                    f"{_mean([run.train_seconds for run in group]):.0f}",
+                )
+            )
+    return Table("SmolLM2 on real tasks", HEADS, tuple(rows), NOTE)
+
+
+HEADS = (
+    "store",
+    "arm",
+    "seeds",
+    "test before",
+    "test after",
+    "unread before",
+    "unread after",
+    "KL",
+    "rollouts",
+    "seconds",
+)
+NOTE = (
+    "Test: mean score of held-out examples, of the model and prompt as they came and of the best "
+    "pair, with 95 % intervals over seeds. Unread: share of rollouts that failed, most of them for "
+    "their format, in the first and in the last cycle. KL: to the model as it came, nats a token. "
+    "Rollouts: of all channels. Seconds: without the test."
+)
+
+
+def _unread(shares: Mapping[str, float]) -> float:
+    return sum(shares.values())
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def main(
+    tasks: Annotated[str, typer.Option(help="Comma-separated.")] = ",".join(TASKS),
+    adapters: Annotated[str, typer.Option(help="Comma-separated: chat, xml, json.")] = "chat,xml",
+    arms: Annotated[str, typer.Option(help="Comma-separated.")] = ARMS,
+    seeds: Annotated[str, typer.Option(help="Comma-separated numbers.")] = "0,1,2",
+    model: Annotated[
+        str, typer.Option(help="As for LocalLM, or another of its names.")
+    ] = "smollm2",
+    rollouts: Annotated[int, typer.Option(min=1, help="Budget of a job.")] = ROLLOUTS,
+    limit: Annotated[int, typer.Option(min=1, help="Jobs that this call runs at most.")] = 10**6,
+    setting: Annotated[list[str], typer.Option(help="name=value, for FST.")] = [],  # noqa: B006
+    stores: Annotated[Path, typer.Option(help="Where the jobs are kept.")] = STORES,
+    results: Annotated[Path, typer.Option(help="Where the tables go.")] = RESULTS,
+) -> None:
+    """Run the jobs that have not run yet, and write what all of them have found."""
+    left, failed = limit, []
+    for task in tasks.split(","):
+        for adapter in adapters.split(","):
+            if left:
+                plan = make_plan(model, task, adapter, rollouts, setting)
+                store = ExperimentStore(stores / f"{Path(model).name}-{task}-{adapter}")
+                numbers = [int(seed) for seed in seeds.split(",")]
+                tried, wrong = run(store, plan, arms.split(","), numbers, left)
+                left -= tried
+                failed += wrong
+    found = {}
+    for folder in sorted(path.parent for path in stores.glob("*/index.json")):
+        runs = load_runs(ExperimentStore(folder))
+        if runs:
+            found[folder.name] = runs
+            write_results(folder, results / folder.name)
+    if found:
+        text = overview(found).markdown()
+        write_atomically(results / "overview.md", lambda file: file.write(text.encode()))
+        typer.echo(text)
+    if failed:
+        raise typer.Exit(1)
+
+
+if __name__ == "__main__":
+    typer.run(main)

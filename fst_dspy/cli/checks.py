@@ -1,0 +1,184 @@
+"""Arguments that cannot work, found before anything heavy is imported: in a second, not in twenty.
+
+What needs the program, the model or the data is checked where it is used, after this.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from fst_dspy.errors import ConfigError, ModelError, StoreError
+from fst_dspy.tasks import check_program
+
+MODEL_FILES = ("config.json", "adapter_config.json", "*.gguf")
+"""A model folder has one of these."""
+
+
+def check_arguments(
+    programs: Sequence[str],
+    model: str,
+    settings: Mapping[str, Any],
+    *,
+    auto: Any = None,
+    arm: str | None = None,
+    reflection_lm: str | None = None,
+    out: Path | None = None,
+) -> None:
+    """Check what a command was given, as far as text and files tell.
+
+    Without an ``arm`` the settings are for several, and whether they go together is not checked.
+
+    Raises:
+        ConfigError, ModelError, ProgramError, StoreError: What cannot work.
+    """
+    for program in programs:
+        check_program(program)
+    if arm is None:
+        check_each(settings)
+    else:
+        check_settings(settings, auto, arm)
+    check_model(model)
+    if reflection_lm is not None and "/" not in reflection_lm.strip("/"):
+        raise ConfigError(
+            f"--reflection-lm {reflection_lm!r} names no provider; write it as dspy.LM does, "
+            "provider/model such as openai/gpt-5-mini"
+        )
+    if out is not None:
+        check_out(out)
+
+
+def check_each(settings: Mapping[str, Any]) -> None:
+    """Names, types and ranges of settings that go to several arms, each by itself.
+
+    Raises:
+        ConfigError: What is wrong.
+    """
+    from fst_dspy.config import ALIASES, check_setting
+
+    for name, value in settings.items():
+        check_setting(ALIASES.get(name, name), value)
+
+
+def check_settings(settings: Mapping[str, Any], auto: Any, arm: str) -> None:
+    """Names, types and ranges of settings, and whether they go together.
+
+    Raises:
+        ConfigError: What is wrong.
+    """
+    from fst_dspy.config import FSTConfig
+
+    alone = {"population_size": 1} if arm == "rl_only" else {}
+    plain = {name: value for name, value in settings.items() if name != "batch_sampler"}
+    FSTConfig.make(auto, **{**plain, **alone})
+
+
+def check_model(model: str) -> None:
+    """That a folder which is named is there and holds a model; a hub id is not looked up.
+
+    Raises:
+        ModelError: It is not, or the name cannot be a hub id.
+    """
+    path = Path(model).expanduser()
+    if path.is_dir():
+        if (path / "manifest.json").is_file():
+            raise ModelError(
+                f"{path} is a bundle, a compiled program; write its model to a folder with "
+                f"`fst export {path} FOLDER`"
+            )
+        if not any(any(path.glob(name)) for name in MODEL_FILES):
+            raise ModelError(
+                f"{path} holds no model: no {MODEL_FILES[0]} in it; give the folder that "
+                "save_pretrained wrote, with weights and tokenizer"
+            )
+    elif path.is_file() and path.suffix != ".gguf":
+        raise ModelError(f"{path} is a file; give the folder that it is in")
+    elif not path.exists() and not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", model):
+        raise ModelError(
+            f"there is no model folder {str(path)!r}, and no model on the Hugging Face hub has "
+            'such a name; give "embedded", "smollm2", a folder or an id such as Qwen/Qwen3-0.6B'
+        )
+
+
+def check_source(source: Path) -> None:
+    """That a folder is a bundle, or the run folder of a compile that has ended.
+
+    Raises:
+        StoreError: It is neither.
+    """
+    if any((source / name).is_file() for name in ("manifest.json", "result.json")):
+        return
+    if (source / "config.json").is_file():
+        raise StoreError(f"the run in {source} has not ended: start it again to go on with it")
+    raise StoreError(
+        f"{source} is neither a bundle nor a run folder; give what save() wrote, or "
+        "fst compile --out"
+    )
+
+
+def check_out(out: Path) -> None:
+    """That a folder can be written to, or made.
+
+    Raises:
+        StoreError: It cannot.
+    """
+    there = out
+    while not there.exists() and there != there.parent:
+        there = there.parent
+    if not there.is_dir():
+        raise StoreError(f"cannot write to {out}: {there} is a file; choose another --out")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise StoreError(
+            f"cannot write to {out}: no right to write in {there}; choose another --out"
+        )
+
+
+def check_same_run(out: Path, seed: int, arm: str, auto: Any, settings: Mapping[str, Any]) -> None:
+    """That a run folder was begun with the same seed, arm and settings, as far as they are known.
+
+    What depends on the model, the program and the data is compared once they are loaded.
+
+    Raises:
+        StoreError: It was not; the message says what differs.
+    """
+    path = out / "config.json"
+    if not path.is_file():
+        return
+    from fst_dspy.config import FSTConfig
+    from fst_dspy.run.store import another_run, differences
+
+    try:
+        found = json.loads(path.read_text())
+        known = {"arm": found["arm"], "seed": found["seed"], "settings": found["settings"]}
+    except (OSError, ValueError, KeyError, TypeError):
+        return  # the run itself says what is wrong with the folder
+    alone = {"population_size": 1} if arm == "rl_only" else {}
+    asked = FSTConfig.make(auto, **{**settings, **alone}).to_dict()
+    # What the model and the data settle is known when they are.
+    slow = known["settings"].get("slow", {})
+    for name, unsettled in (("learning_rate", None), ("lora", "auto")):
+        if asked["slow"][name] == unsettled:
+            asked["slow"][name] = slow.get(name)
+    if asked["budget"].get("max_full_evals") is not None:
+        asked["budget"] = known["settings"].get("budget")
+    changed = differences(known, {"arm": arm, "seed": seed, "settings": asked})
+    if changed:
+        raise another_run(out, changed)
+
+
+def check_names(what: str, given: Sequence[str], known: Sequence[str]) -> None:
+    """That comma-separated names are known.
+
+    Raises:
+        ConfigError: One is not; the nearest is suggested.
+    """
+    for name in given:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1)
+            hint = f"; did you mean {near[0]!r}" if near else ""
+            raise ConfigError(f"there is no {what} {name!r}{hint}; known: {', '.join(known)}")

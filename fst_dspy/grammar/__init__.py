@@ -1,0 +1,1 @@
+"""What an answer may be: the types of its fields as grammars, and grammars over tokens."""

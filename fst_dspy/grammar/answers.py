@@ -1,0 +1,327 @@
+"""What an answer must look like: from an adapter and a signature to a grammar.
+
+The adapter writes an answer with a placeholder for each output field. What it puts around them is
+fixed text, so subclasses with other markers are held to their own; in the places of the fields
+stands what their types let through (``fst_dspy.grammar.values``): plainly for ChatAdapter, as
+escaped text and nested elements for XMLAdapter, as JSON for JSONAdapter. Free text goes on to the
+first place where the text that must follow it does.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Annotated, Any, get_args, get_origin
+
+import dspy
+from dspy.adapters.chat_adapter import ChatAdapter
+from dspy.adapters.json_adapter import JSONAdapter
+from dspy.adapters.xml_adapter import XMLAdapter
+from pydantic.fields import FieldInfo
+
+from fst_dspy.grammar.values import (
+    COMPACT,
+    INDENTED,
+    STRING,
+    Spell,
+    escaped,
+    is_text,
+    is_valid,
+    json_piece,
+    json_values_of,
+    literal,
+    members,
+    moment,
+    number,
+    options,
+    regex,
+    schema_of,
+    texts_of,
+)
+from fst_dspy.grammar.xml_values import TEXT as XML_TEXT
+from fst_dspy.grammar.xml_values import NestedXml, xml_escaped
+
+logger = logging.getLogger(__name__)
+
+HEADER = "%llguidance {}"
+"""The first line, by which others than llguidance know whose grammar it is."""
+CHAT_MARK = "[[ ##"
+"""What ChatAdapter takes for the beginning of a field, also of one that was not asked for."""
+ANY_TEXT = "(?s:.*)"
+
+
+def grammar_of_answer(
+    adapter: dspy.Adapter, signature: type[dspy.Signature], spell: Spell | None = None
+) -> str | None:
+    """The grammar of the answers that an adapter reads.
+
+    A field whose type cannot be held to is free text; the structure around it stands.
+
+    Args:
+        adapter: A ChatAdapter, XMLAdapter or JSONAdapter, or a subclass of one.
+        signature: As the adapter was given it, without fields that go another way (native tools).
+        spell: How the tokenizer spells texts, where it does not spell them as they are.
+
+    Returns:
+        ``None`` for adapters of other kinds, and where the answer has no fields.
+    """
+    template = _template(adapter, signature)
+    if template is None:
+        return None
+    if isinstance(adapter, JSONAdapter):
+        writer: _Plain = _Json(template, spell)
+    elif isinstance(adapter, XMLAdapter):
+        writer = _Xml(template, spell)
+    else:
+        writer = _Plain(template, spell, mark=CHAT_MARK if CHAT_MARK in template.texts[0] else None)
+    text = writer.write(signature)
+    if is_valid(text.split("\n", 1)[1].removeprefix("start: ")):
+        return text
+    logger.warning("answers of %s cannot be held to its format", type(adapter).__name__)
+    return None
+
+
+def grammar_of_json_schema(schema: Mapping[str, Any]) -> str | None:
+    """The grammar of JSON that keeps to a schema; ``{}`` is any JSON. ``None`` where there is none.
+
+    Keywords that llguidance does not know are left out of account.
+    """
+    piece = json_piece(schema, INDENTED)
+    return None if piece is None else f"{HEADER}\nstart: {piece}"
+
+
+@dataclass
+class Template:
+    """An answer, cut at its fields.
+
+    Attributes:
+        names: The output fields, in the order in which the adapter writes them.
+        texts: What stands before, between and after them: one more.
+    """
+
+    names: list[str]
+    texts: list[str]
+
+
+def _template(adapter: Any, signature: type[dspy.Signature]) -> Template | None:
+    names = list(signature.output_fields)
+    if not isinstance(adapter, ChatAdapter) or not names:
+        return None
+    places = {name: f"\ue000{index}\ue001" for index, name in enumerate(names)}
+    written = adapter.format_assistant_message_content(signature, places)
+    texts = []
+    for name in names:
+        before, found, written = written.partition(places[name])
+        if not found:
+            return None
+        texts.append(before)
+    if any(place in text for text in (*texts, written) for place in places.values()):
+        return None
+    return Template(names, [*texts, written.rstrip()])
+
+
+@dataclass
+class _Plain:
+    """Writes the grammar of values in plain text, as ChatAdapter has them.
+
+    Attributes:
+        mark: What may not stand in free text, other than where it ends.
+    """
+
+    template: Template
+    spell: Spell | None
+    mark: str | None = None
+    definitions: list[str] = field(default_factory=list)
+
+    def write(self, signature: type[dspy.Signature]) -> str:
+        texts = self.template.texts
+        parts = [self.fixed(texts[0])] if texts[0] else []
+        for name, before, after in zip(self.template.names, texts, texts[1:], strict=False):
+            info = signature.output_fields[name]
+            piece = self.value(_annotated(info), info.annotation, before)
+            if piece is None:
+                parts.append(self.free_text(info, after))
+            else:
+                parts.append(f"({piece})")
+                parts += [self.fixed(after)] if after else []
+        return "\n".join([HEADER, f"start: {' '.join(parts)}", *self.definitions])
+
+    def value(self, annotation: Any, whole: Any, before: str) -> str | None:
+        """The piece of a type; ``None`` for free text.
+
+        Args:
+            annotation: The type, with the field's constraints.
+            whole: The type of the field, of which it may be a part.
+            before: What stands before it.
+        """
+        bare = get_args(annotation)[0] if get_origin(annotation) is Annotated else annotation
+        if is_text(bare):
+            return self.text_value(annotation)
+        if written := options(bare, whole, self.spellings):
+            return " | ".join(self.fixed(self.dumped(value), before) for value in written)
+        if (pattern := number(bare)) is not None:
+            bounded = _schema(annotation) if bare is not annotation else None
+            return (bounded and json_piece(bounded, COMPACT)) or regex(pattern)
+        if (pattern := moment(bare)) is not None:
+            return regex(self.quoted(pattern))
+        if parts := [self.value(part, whole, before) for part in members(bare)]:
+            return None if None in parts else " | ".join(f"({part})" for part in parts)
+        return self.structure(annotation)
+
+    def fixed(self, text: str, before: str = "") -> str:
+        return literal(self.spelled(text, before))
+
+    def spelled(self, text: str, before: str = "") -> str:
+        return self.spell(text, before) if self.spell is not None else text
+
+    # --- what the kinds of adapter write in different ways --------------------------------------
+
+    def text_value(self, annotation: Any) -> str | None:
+        return None
+
+    def spellings(self, value: Any) -> list[Any]:
+        # An adapter reads a value without the white space around it.
+        texts = [text for text in texts_of(value) if text == text.strip()]
+        return [text for text in texts if self.mark is None or self.mark not in text]
+
+    def dumped(self, value: Any) -> str:
+        return value
+
+    def quoted(self, pattern: str) -> str:
+        return pattern
+
+    def structure(self, annotation: Any) -> str | None:
+        schema = None if self.spell is not None else _schema(annotation)
+        return None if schema is None else json_piece(schema, COMPACT)
+
+    def free_text(self, info: FieldInfo, after: str) -> str:
+        """A rule for free text, and the fixed text after it, by which it is known to have ended."""
+        end = escaped(self.spelled(after))
+        parts = [regex(body + end) for body in _bodies(info)]
+        if self.mark is not None:
+            mark = escaped(self.mark)
+            parts.append("~" + regex(f"{ANY_TEXT}{mark}{ANY_TEXT}{mark}{ANY_TEXT}"))
+        return self.terminal(parts, lazy=bool(after))
+
+    def terminal(self, parts: Sequence[str], *, lazy: bool = False) -> str:
+        number = len(self.definitions)
+        self.definitions.append(f"T{number}: {' & '.join(parts)}")
+        self.definitions.append(f"t{number}{'[lazy]' if lazy else ''}: T{number}")
+        return f"t{number}"
+
+
+class _Xml(_Plain):
+    """Writes the grammar of values as XMLAdapter has them."""
+
+    def dumped(self, value: Any) -> str:
+        return xml_escaped(value)
+
+    def structure(self, annotation: Any) -> str | None:
+        return None  # ``write`` puts nested elements in their places
+
+    def write(self, signature: type[dspy.Signature]) -> str:
+        nested: dict[str, str] = {}
+        for name in self.template.names:
+            annotation = _annotated(signature.output_fields[name])
+            if self.value(annotation, annotation, "\n") is None and not is_text(annotation):
+                schema = _schema(annotation, by_alias=False)
+                piece = schema and NestedXml(self, schema).element(name, schema, top=True)
+                if piece:
+                    nested[name] = piece
+        texts = self.template.texts
+        parts, at = [], 0
+        text = texts[0]
+        for at, name in enumerate(self.template.names, 1):
+            after, info = texts[at], signature.output_fields[name]
+            opening, closing = f"<{name}>\n", f"\n</{name}>"
+            if name in nested and text.endswith(opening) and after.startswith(closing):
+                text = text.removesuffix(opening)
+                parts += [self.fixed(text)] if text else []
+                parts.append(nested[name])
+                text = after.removeprefix(closing)
+                continue
+            parts += [self.fixed(text)] if text else []
+            piece = self.value(_annotated(info), info.annotation, text)
+            if piece is None:
+                end = closing if after.startswith(closing) else after
+                parts.append(self.free_text(info, end))
+                text = after.removeprefix(end)
+            else:
+                parts.append(f"({piece})")
+                text = after
+        parts += [self.fixed(text)] if text else []
+        return "\n".join([HEADER, f"start: {' '.join(parts)}", *self.definitions])
+
+    def free_text(self, info: FieldInfo, after: str) -> str:
+        end = escaped(self.spelled(after))
+        parts = [regex(XML_TEXT + end), "~" + regex(rf"{ANY_TEXT}\]\]>{ANY_TEXT}")]
+        parts += [regex(body + end) for body in _bodies(info) if body != ANY_TEXT]
+        if not is_text(info.annotation) or info.annotation is not str:
+            # Of other types DSPy reads an empty element as a structure without anything in it.
+            parts.append(regex(rf"{ANY_TEXT}[^\s<]{ANY_TEXT}{end}"))
+        return self.terminal(parts)
+
+
+class _Json(_Plain):
+    """Writes the grammar of values in JSON, as JSONAdapter has them."""
+
+    def __init__(self, template: Template, spell: Spell | None) -> None:
+        # The quotes around the placeholders are the values' own.
+        texts = [t.removeprefix('"') if i else t for i, t in enumerate(template.texts)]
+        texts = [t.removesuffix('"') for t in texts[:-1]] + texts[-1:]
+        super().__init__(Template(template.names, texts), spell)
+
+    def text_value(self, annotation: Any) -> str | None:
+        schema = None
+        if get_origin(annotation) is Annotated and self.spell is None:
+            schema = _schema(annotation)
+        piece = (schema and json_piece(schema, COMPACT)) or regex(STRING)
+        return f'{piece} | "null"' if type(None) in members(annotation) else piece
+
+    def spellings(self, value: Any) -> list[Any]:
+        return json_values_of(value)
+
+    def dumped(self, value: Any) -> str:
+        return json.dumps(value, ensure_ascii=False)
+
+    def quoted(self, pattern: str) -> str:
+        return f'"{pattern}"'
+
+    def structure(self, annotation: Any) -> str | None:
+        schema = None if self.spell is not None else _schema(annotation)
+        # What cannot be held to is a text in JSON: DSPy reads a structure from it, if it is one.
+        return (schema and json_piece(schema, INDENTED)) or regex(STRING)
+
+
+def _annotated(info: FieldInfo) -> Any:
+    """A field's type, with its constraints."""
+    if not info.metadata:
+        return info.annotation
+    return Annotated[(info.annotation, *info.metadata)]
+
+
+def _schema(annotation: Any, *, by_alias: bool = True) -> dict[str, Any] | None:
+    try:
+        return schema_of(annotation, by_alias=by_alias)
+    except Exception as error:  # whatever a type of the user's may raise
+        logger.info("%s has no JSON schema: %s", annotation, error)
+        return None
+
+
+def _bodies(info: FieldInfo) -> list[str]:
+    """What a field's constraints make of its text, as regular expressions that all hold."""
+    bodies = []
+    least = next((m.min_length for m in info.metadata if hasattr(m, "min_length")), 0)
+    most = next((m.max_length for m in info.metadata if hasattr(m, "max_length")), None)
+    if least or most is not None:
+        bodies.append(f"(?s:.{{{least},{'' if most is None else most}}})")
+    for constraint in info.metadata:
+        pattern = getattr(constraint, "pattern", None)
+        if isinstance(pattern, str):
+            inner = pattern.removeprefix("^").removesuffix("$")
+            before = "" if pattern.startswith("^") else ANY_TEXT
+            after = "" if pattern.endswith("$") else ANY_TEXT
+            bodies.append(f"{before}(?:{inner}){after}")
+    return [body for body in bodies if is_valid(regex(body))] or [ANY_TEXT]

@@ -1,0 +1,211 @@
+"""How the value of a field is written in an answer: types as pieces of a grammar.
+
+A piece is an expression in llguidance's variant of Lark. Whatever it lets through, DSPy's
+``parse_value`` must take for the type; so options (of Literals, enums and bools) are asked of it
+one by one, and a type that cannot be written so has no piece and is left as free text.
+"""
+
+from __future__ import annotations
+
+import datetime
+import decimal
+import enum
+import inspect
+import json
+import types
+from collections.abc import Callable, Mapping, Sequence
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+import dspy
+from dspy.adapters.utils import parse_value
+from pydantic import TypeAdapter
+from pydantic.json_schema import GenerateJsonSchema
+
+DIGITS = 300
+"""Digits of a number at most: ``int`` takes 4,300, ``float`` is infinite from 309."""
+FLOAT_DIGITS = 17
+
+INT = rf"-?(?:0|[1-9][0-9]{{0,{DIGITS}}})"
+FLOAT = rf"-?(?:0|[1-9][0-9]{{0,{DIGITS}}})(?:\.[0-9]{{1,{FLOAT_DIGITS}}})?"
+_YEAR = r"(?:[0-9]{3}[1-9]|[0-9]{2}[1-9]0|[0-9][1-9]00|[1-9]000)"
+_LEAP = (
+    r"(?:[0-9]{2}(?:0[48]|[2468][048]|[13579][26])|(?:0[48]|[2468][048]|[13579][26])00)"  # not 0000
+)
+DATE = (
+    rf"(?:{_YEAR}-(?:(?:0[13578]|1[02])-(?:0[1-9]|[12][0-9]|3[01])"
+    r"|(?:0[469]|11)-(?:0[1-9]|[12][0-9]|30)|02-(?:0[1-9]|1[0-9]|2[0-8]))"
+    rf"|{_LEAP}-02-29)"
+)
+_CLOCK = r"(?:[01][0-9]|2[0-3]):[0-5][0-9]:[0-5][0-9](?:\.[0-9]{1,6})?"
+_ZONE = r"(?:Z|[+\-](?:0[0-9]|1[0-3]):[0-5][0-9])?"
+FORMATS = {"date": DATE, "time": _CLOCK, "date-time": rf"{DATE}T{_CLOCK}{_ZONE}"}
+"""By the name that JSON schema has for them. Its own patterns would let through February 30."""
+
+_TIMES: Mapping[Any, str] = {
+    datetime.date: FORMATS["date"],
+    datetime.time: FORMATS["time"],
+    datetime.datetime: FORMATS["date-time"],
+}
+STRING = r'"(?:[^"\\\x00-\x1f\x7f]|\\["\\/bfnrt])*"'
+"""A string in JSON, without ``\\u``, by which surrogates would come in that are no text."""
+
+COMPACT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+"""As ``json.dumps`` writes it."""
+INDENTED = {"whitespace_pattern": "\\n {0,24}| "}
+"""As it writes it with ``indent=2``, or in one line; whitespace that cannot go on for ever."""
+
+Spell = Callable[[str, str], str]
+"""A text as the tokenizer spells it (``fst_dspy.grammar.tokens``), and what stands before it."""
+
+
+def regex(pattern: str) -> str:
+    """A terminal in Lark."""
+    return "/" + pattern.replace("/", r"\/") + "/"
+
+
+def literal(text: str) -> str:
+    """A string in Lark."""
+    return json.dumps(text, ensure_ascii=False)
+
+
+def escaped(text: str) -> str:
+    """A text as a regular expression that matches it alone."""
+    marks = r"\.+*?()|[]{}^$"
+    return "".join(
+        {"\n": r"\n", "\t": r"\t", "\r": r"\r"}.get(c, f"\\{c}" if c in marks else c) for c in text
+    )
+
+
+def is_text(annotation: Any) -> bool:
+    """Whether any text is a value of a type."""
+    if annotation in (str, Any, object, dspy.Reasoning):
+        return True
+    if inspect.isclass(annotation) and issubclass(annotation, dspy.Code):
+        return True
+    if get_origin(annotation) is Annotated:
+        return is_text(get_args(annotation)[0])
+    return _is_union(annotation) and str in get_args(annotation) and _allows_none(annotation)
+
+
+def options(annotation: Any, whole: Any, write: Callable[[Any], list[Any]]) -> list[Any]:
+    """The ways to write each value of a type that has few: the first of each that DSPy takes.
+
+    Args:
+        annotation: A Literal, an enum, ``bool`` or ``None``.
+        whole: The type of the field, of which it may be a part.
+        write: A value's spellings, as ``parse_value`` is given them, the best one first.
+
+    Returns:
+        Empty for other types.
+    """
+    if annotation is bool:
+        values: Sequence[Any] = (True, False)
+    elif annotation in (None, type(None)):
+        values = (None,)
+    elif get_origin(annotation) is Literal:
+        values = get_args(annotation)
+    elif inspect.isclass(annotation) and issubclass(annotation, enum.Enum):
+        values = list(annotation)
+    else:
+        return []
+    found = []
+    for value in values:
+        found += [text for text in write(value) if _reads_as(text, whole, value)][:1]
+    return found
+
+
+def texts_of(value: Any) -> list[Any]:
+    """A value's spellings in plain text; of members of enums their names as well."""
+    if isinstance(value, enum.Enum):
+        return [str(value.value), value.name]
+    return [str(value)]
+
+
+def json_values_of(value: Any) -> list[Any]:
+    """A value's spellings in JSON, before they are dumped."""
+    return [value.value, value.name] if isinstance(value, enum.Enum) else [value]
+
+
+def number(annotation: Any) -> str | None:
+    """The pattern of a number's type, or of a date or time; ``None`` for other types."""
+    if annotation is int:
+        return INT
+    return FLOAT if annotation in (float, decimal.Decimal) else None
+
+
+def moment(annotation: Any) -> str | None:
+    """The pattern of a date's or time's type; ``None`` for other types."""
+    return _TIMES.get(annotation)
+
+
+def members(annotation: Any) -> tuple[Any, ...]:
+    """The types of a union; of others none."""
+    return get_args(annotation) if _is_union(annotation) else ()
+
+
+def schema_of(annotation: Any, *, by_alias: bool = True) -> dict[str, Any]:
+    """The JSON schema of a type, with what DSPy will parse in place of what pydantic describes.
+
+    Raises:
+        Exception: pydantic has none for it.
+    """
+    schema = TypeAdapter(annotation).json_schema(by_alias=by_alias, schema_generator=_Schema)
+    return _with_own_formats(schema)
+
+
+def json_piece(schema: Mapping[str, Any], layout: Mapping[str, Any]) -> str | None:
+    """The piece of a JSON schema; ``None`` where llguidance cannot hold to it."""
+    for lenient in (False, True):  # at worst without the constraints that it does not know
+        own = {**layout, "json_allowed_escapes": 'nrbtf\\"', "lenient": lenient}
+        piece = f"%json {json.dumps({**schema, 'x-guidance': own})}"
+        if is_valid(piece):
+            return piece
+    return None
+
+
+def is_valid(piece: str) -> bool:
+    """Whether llguidance takes a piece."""
+    from llguidance import LLMatcher  # only where answers are held to a format
+
+    failed, _ = LLMatcher.validate_grammar_with_warnings(f"start: {piece}")
+    return not failed
+
+
+class _Schema(GenerateJsonSchema):
+    """JSON schemas that say of the keys of a dict what they must be."""
+
+    def dict_schema(self, schema: Any) -> dict[str, Any]:
+        keys = schema.get("keys_schema", {})
+        values = self.generate_inner(schema["values_schema"]) if "values_schema" in schema else {}
+        own: dict[str, Any] = {"type": "object", "additionalProperties": False}
+        if keys.get("type") == "int":
+            return own | {"patternProperties": {f"^(?:{INT})$": values}}
+        if keys.get("type") == "literal":
+            return own | {"properties": {str(value): values for value in keys["expected"]}}
+        return super().dict_schema(schema)
+
+
+def _with_own_formats(part: Any) -> Any:
+    if isinstance(part, list):
+        return [_with_own_formats(item) for item in part]
+    if not isinstance(part, dict):
+        return part
+    own = {name: _with_own_formats(value) for name, value in part.items()}
+    if own.get("type") == "string" and own.get("format") in FORMATS:
+        own["pattern"] = f"^(?:{FORMATS[own.pop('format')]})$"
+    return own
+
+
+def _reads_as(text: Any, whole: Any, value: Any) -> bool:
+    try:
+        return bool(parse_value(text, whole) == value)
+    except Exception:
+        return False
+
+
+def _is_union(annotation: Any) -> bool:
+    return get_origin(annotation) in (Union, types.UnionType)
+
+
+def _allows_none(annotation: Any) -> bool:
+    return type(None) in get_args(annotation)

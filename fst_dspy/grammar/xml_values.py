@@ -1,0 +1,161 @@
+"""Values as XMLAdapter nests them: lists, dicts and models as elements within elements."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+from fst_dspy.grammar.values import FLOAT, INT, escaped, is_valid, json_piece, literal, regex
+
+# "<" and "&" begin something else, control characters cannot be in XML at all.
+TEXT = r"(?:[^<&\x00-\x08\x0b\x0c\x0e-\x1f\x{FFFE}\x{FFFF}]|&(?:amp|lt|gt|quot|apos);)*"
+KEY = r'(?:[^<&"\x00-\x1f\x{FFFE}\x{FFFF}]|&(?:amp|lt|gt|quot|apos);)+'
+_BOUNDS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf")
+
+
+def xml_escaped(text: str) -> str:
+    """As XMLAdapter escapes it."""
+    return text.replace("&", "&amp;").replace("<", "&lt;")
+
+
+class Writer(Protocol):
+    """What keeps the definitions of a grammar."""
+
+    definitions: list[str]
+
+    def spelled(self, text: str, before: str = "") -> str: ...
+
+    def fixed(self, text: str, before: str = "") -> str: ...
+
+
+class NestedXml:
+    """Elements for the values of one JSON schema.
+
+    Args:
+        writer: Where definitions go.
+        schema: With the ``$defs`` that it refers to.
+    """
+
+    def __init__(self, writer: Writer, schema: Mapping[str, Any]) -> None:
+        self.writer, self.named = writer, schema.get("$defs", {})
+        self._rules: dict[tuple[str, str], str] = {}
+
+    def element(
+        self,
+        tag: str,
+        schema: Mapping[str, Any],
+        opening: str | None = None,
+        *,
+        top: bool = False,
+    ) -> str | None:
+        """The element of a value; ``None`` where XML as DSPy reads it cannot hold to the schema.
+
+        Args:
+            opening: The piece of the opening tag, where it has more in it than its name.
+            top: It is a field's own, and not within another.
+        """
+        if reference := schema.get("$ref"):
+            return self._rule(tag, reference.rsplit("/", 1)[-1], opening)
+        begin, end = opening or self.writer.fixed(f"<{tag}>"), self.writer.fixed(f"</{tag}>")
+        if choices := schema.get("anyOf"):
+            # DSPy reads what there is as the first of them.
+            kinds = [choice for choice in choices if choice.get("type") != "null"]
+            if not kinds or not (top or self._needs_no_schema(kinds[0])):
+                return None
+            piece = self.element(tag, kinds[0], opening)
+            if piece is None or len(kinds) == len(choices):
+                return piece
+            return f"({begin} {end} | {piece})"
+        values = schema.get("enum", [schema["const"]] if "const" in schema else None)
+        if values is not None:
+            if not all(isinstance(v, str) and v == v.strip() for v in values):
+                return None  # DSPy would have texts for them
+            written = (self.writer.fixed(xml_escaped(value), ">") for value in values)
+            return f"{begin} ({' | '.join(written)}) {end}"
+        kind = schema.get("type", "string")
+        if kind == "string":
+            return f"{begin} {self._text(schema, f'</{tag}>')}"
+        if kind in ("integer", "number"):
+            bounds = {name: schema[name] for name in _BOUNDS if name in schema}
+            piece = json_piece({"type": kind, **bounds}, {}) if bounds else None
+            return f"{begin} {piece or regex(INT if kind == 'integer' else FLOAT)} {end}"
+        if kind == "boolean":
+            values = (self.writer.fixed(value, ">") for value in ("True", "False"))
+            return f"{begin} ({' | '.join(values)}) {end}"
+        inner = self._items(schema) if kind == "array" else self._properties(schema)
+        return None if inner is None else f"{begin} {inner} {end}"
+
+    def _needs_no_schema(self, schema: Mapping[str, Any]) -> bool:
+        """Whether DSPy, which does not look up what a choice refers to, reads it all the same."""
+        if "$ref" not in schema:
+            return True
+        own = self.named[schema["$ref"].rsplit("/", 1)[-1]]
+        inner = own.get("properties", {}).values()
+        return bool(inner) and not any(
+            part.keys() & {"$ref", "anyOf"} or part.get("type") in ("array", "object")
+            for part in inner
+        )
+
+    def _rule(self, tag: str, name: str, opening: str | None) -> str | None:
+        """A rule of its own, to which the value itself may refer again."""
+        key = (tag, name)
+        if key not in self._rules:
+            own = self._rules[key] = f"n{len(self.writer.definitions)}"
+            place = len(self.writer.definitions)
+            self.writer.definitions.append("")
+            piece = self.element(tag, self.named[name], None)
+            if piece is None:
+                return None
+            self.writer.definitions[place] = f"{own}: {piece}"
+        return self._rules[key] if opening is None else self.element(tag, self.named[name], opening)
+
+    def _text(self, schema: Mapping[str, Any], close: str) -> str:
+        name = f"N{len(self.writer.definitions)}"
+        end = escaped(self.writer.spelled(close))
+        parts = [regex(TEXT + end), r"~/(?s:.*)\]\]>(?s:.*)/"]
+        pattern = schema.get("pattern")
+        if pattern is not None:
+            inner = re.sub(r"^\^|\$$", "", pattern)
+            own = regex(
+                ("" if pattern.startswith("^") else "(?s:.*)")
+                + f"(?:{inner})"
+                + ("" if pattern.endswith("$") else "(?s:.*)")
+                + end
+            )
+            parts += [own] if is_valid(own) else []
+        self.writer.definitions.append(f"{name}: {' & '.join(parts)}")
+        return name
+
+    def _items(self, schema: Mapping[str, Any]) -> str | None:
+        if "prefixItems" in schema:
+            return None
+        item = self.element("item", schema.get("items", {}))
+        least, most = schema.get("minItems", 0), schema.get("maxItems", "")
+        return None if item is None else f"({item}){{{least},{most}}}"
+
+    def _properties(self, schema: Mapping[str, Any]) -> str | None:
+        pieces = []
+        for name, own in schema.get("properties", {}).items():
+            piece = (
+                self.element(name, own)
+                if name.isidentifier()
+                else self.element("entry", own, self._entry(escaped(name)))
+            )
+            if piece is None:
+                return None
+            pieces.append(piece if name in schema.get("required", ()) else f"({piece})?")
+        if "properties" in schema:
+            return " ".join(pieces) or None
+        patterns = schema.get("patternProperties")
+        keys, values = next(iter(patterns.items())) if patterns else (f"^(?:{KEY})$", None)
+        if values is None:
+            more = schema.get("additionalProperties", True)
+            values = more if isinstance(more, dict) else {}
+        entry = self.element("entry", values, self._entry(keys[1:-1]))
+        return None if entry is None else f"({entry})*"
+
+    def _entry(self, key: str) -> str:
+        """The opening tag of a value whose key is no name, or one of many."""
+        begin = self.writer.fixed("<entry key=")
+        return " ".join((begin, literal('"'), regex(key), literal('">')))

@@ -1,0 +1,134 @@
+"""What a call's answer is held to: the format of the predictor that asks, or a schema.
+
+DSPy does not tell a language model which signature it is asked for. But it says which module calls,
+and the adapter is that of its settings; and whether the prompt was written by this adapter for this
+signature is to be seen in the prompt itself, where the adapter's own words for what it wants stand.
+So the mechanism is one for plain calls, for compiled programs and for rollouts, and it never holds
+an answer to a format that was not asked for: of fields that went another way (tools, native
+reasoning), of a second try through JSON, of an adapter that a module has put around the user's.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import dspy
+from dspy.adapters.types.tool import ToolCalls
+from dspy.signatures.signature import ensure_signature
+
+from fst_dspy.grammar.answers import grammar_of_answer, grammar_of_json_schema
+from fst_dspy.lm.answers import opens_thought
+from fst_dspy.lm.templates import chat_format, thinks
+from fst_dspy.model.policy import Policy
+from fst_dspy.model.sampling import vocabulary
+from fst_dspy.student.adapter import default_adapter
+from fst_dspy.types import Grammar
+
+KNOWN = 256
+"""Signatures whose grammars are kept; a candidate has signatures of its own."""
+
+_default, _json = default_adapter(), dspy.JSONAdapter()
+
+
+def grammar_of_caller(policy: Policy, messages: Any) -> str | None:
+    """The grammar of the answer that the calling predictor will read.
+
+    Args:
+        policy: Who answers.
+        messages: The prompt, as DSPy gives it to the language model.
+
+    Returns:
+        ``None`` where no predictor calls, or another format is asked for than its signature's.
+
+    Raises:
+        ConfigError: The model's tokenizer is not one that answers can be held to a grammar with.
+    """
+    predictor = next(
+        (m for m in reversed(dspy.settings.caller_modules or []) if isinstance(m, dspy.Predict)),
+        None,
+    )
+    if predictor is None or not isinstance(messages, list | tuple):
+        return None
+    asked = "\n".join(text for message in messages for text in _texts(message))
+    adapter = dspy.settings.adapter or _default
+    for own in dict.fromkeys((adapter, _json)):
+        for signature in _variants(ensure_signature(predictor.signature)):
+            if wanted_format(own, signature) in asked:
+                return _grammar(own, signature, vocabulary(policy).spell)
+    return None
+
+
+def grammar_of_format(response_format: Mapping[str, Any] | None) -> str | None:
+    """The grammar of a request's ``response_format``; ``None`` without one.
+
+    Raises:
+        ValueError: A schema that answers cannot be held to.
+    """
+    if response_format is None:
+        return None
+    schema = response_format.get("schema", {"type": "object"})
+    text = _schema_grammar(json.dumps(schema))
+    if text is None:
+        raise ValueError("an answer cannot be held to this schema; leave response_format out")
+    return text
+
+
+def held_to(
+    policy: Policy, text: str | None, ids_T: Sequence[int], options: Mapping[str, Any]
+) -> Grammar | None:
+    """A grammar as the answer to a prompt is held to it: where the model thinks first, after that.
+
+    Args:
+        ids_T: The prompt.
+        options: Of the chat template.
+    """
+    if text is None:
+        return None
+    takes_runs = policy.generator is None
+    marks = chat_format(policy.tokenizer).thought
+    if marks is None or not (opens_thought(policy, ids_T) or thinks(policy.tokenizer, options)):
+        return Grammar(text, takes_runs=takes_runs)
+    closing = policy.tokenizer(marks[1], add_special_tokens=False)["input_ids"]
+    return Grammar(text, tuple(closing), takes_runs)
+
+
+@functools.lru_cache(KNOWN)
+def wanted_format(adapter: Any, signature: Any) -> str:
+    """The adapter's own words for the answer that it wants."""
+    say = getattr(adapter, "user_message_output_requirements", None)
+    return (say(signature) if say is not None else None) or adapter.format_system_message(signature)
+
+
+@functools.lru_cache(KNOWN)
+def _grammar(adapter: Any, signature: Any, spell: Any) -> str | None:
+    return grammar_of_answer(adapter, signature, spell)
+
+
+@functools.lru_cache(KNOWN)
+def _schema_grammar(schema: str) -> str | None:
+    return grammar_of_json_schema(json.loads(schema))
+
+
+def _variants(signature: Any) -> Iterator[Any]:
+    """A signature, and what is left of it where fields go by ways of the model's own."""
+    yield signature
+    fields = signature.output_fields.items()
+    for kinds in ((ToolCalls,), (dspy.Reasoning,), (ToolCalls, dspy.Reasoning)):
+        left = signature
+        for name, info in fields:
+            if info.annotation in kinds:
+                left = left.delete(name)
+        if left is not signature and left.output_fields:
+            yield left
+
+
+def _texts(message: Any) -> Iterator[str]:
+    content = message.get("content") if isinstance(message, Mapping) else None
+    if isinstance(content, str):
+        yield content
+    for part in content if isinstance(content, list) else ():
+        if isinstance(part, Mapping) and isinstance(part.get("text"), str):
+            yield part["text"]

@@ -1,0 +1,145 @@
+"""Where the first validation shows nothing to learn from: what gives it something.
+
+A model that never answers in the adapter's format, or never earns another reward, gives neither
+channel anything to compare. What helps is tried in the order of what it costs, and each is told:
+
+1. *Structured decoding* costs nothing: answers are held to the format from then on. It is switched
+   on where many answers cannot be read, whatever the rewards, and left off again where that does
+   not help.
+2. *Labelled demos* cost prompt tokens: training examples, shown in a candidate beside the student's
+   own texts, as ``dspy.LabeledFewShot`` does.
+3. *What the adapter could not read*, as feedback: whoever proposes instructions then reads what was
+   wrong, and what had been asked for.
+
+The first two are followed by another validation, whose rollouts count like all others.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from functools import partial
+
+from fst_dspy.fast.proposers.demos import DemoProposer
+from fst_dspy.loop.parts import Parts, count_tokens
+from fst_dspy.loop.state import LoopState
+from fst_dspy.loop.validation import Validation, score
+from fst_dspy.rollouts.health import Tally, unread_share
+from fst_dspy.student.candidate import (
+    DEMOS,
+    component_name,
+    decode_demos,
+    encode_demos,
+    example_id,
+    make_candidate,
+)
+from fst_dspy.student.modules import every_predictor
+from fst_dspy.types import Candidate
+
+logger = logging.getLogger(__name__)
+
+UNREAD_SHARE = 0.1
+"""Share of answers that cannot be read, above which they are held to the format."""
+
+
+def warmed_up(parts: Parts, state: LoopState, found: Validation) -> tuple[LoopState, Validation]:
+    """The state and validation to go on from; those given, where there is something to learn from.
+
+    Args:
+        found: The first validation.
+    """
+    runner, fast, sampling = parts.runner, parts.config.fast, parts.config.sampling
+    unread = unread_share(found.rollouts)
+    if sampling.structured == "auto" and not runner.structured and unread > UNREAD_SHARE:
+        state, found = _held(parts, state, found)
+    if parts.fast_on and fast.cold_start_demos and _is_flat(parts, found):
+        state, found = _shown(parts, state, found)
+    unread = unread_share(found.rollouts)
+    if parts.fast_on and fast.format_feedback and unread > UNREAD_SHARE:
+        runner.explains_format = True
+        state = _told(
+            state,
+            f"{unread:.0%} of the answers cannot be read: feedback now says what was wrong with "
+            "them (format_feedback)",
+        )
+    return state, found
+
+
+def _held(parts: Parts, state: LoopState, found: Validation) -> tuple[LoopState, Validation]:
+    """Answers held to their format; as before, where they are read no better."""
+    before, tally = unread_share(found.rollouts), parts.runner.tally
+    parts.runner.structured = True
+    held = _again(parts, state)
+    after = unread_share(held.rollouts)
+    if after >= before:
+        parts.runner.structured, parts.runner.tally = False, tally
+        text = (
+            f"{before:.0%} of the answers cannot be read, and {after:.0%} where they are held to "
+            "the adapter's format: left free (structured)"
+        )
+        return _told(state, text), found
+    text = (
+        f"{before:.0%} of the answers could not be read: they are held to the adapter's format "
+        f"from here on (structured), and {after:.0%} cannot"
+    )
+    return _told(state, text), held
+
+
+def _shown(parts: Parts, state: LoopState, found: Validation) -> tuple[LoopState, Validation]:
+    """A candidate with labelled demos beside the student's own."""
+    candidate, tally = _with_labels(parts), parts.runner.tally
+    if candidate is None:
+        return state, found
+    population = replace(state.population, candidates=(*state.population.candidates, candidate))
+    shown = _again(parts, replace(state, population=population))
+    failed = Tally().plus(shown.latest, learned_from=False)
+    if sum(failed.failures.values()) > sum(r.failure is not None for r in found.rollouts):
+        parts.runner.tally = tally
+        first = next(iter(failed.messages.values()))
+        text = f"labelled demos made answers fail, and were left out (cold_start_demos): {first}"
+        return _told(state, text), found
+    reward = found.val_score
+    demos = sum(
+        len(decode_demos(text)) for name, text in candidate.components.items() if DEMOS in name
+    )
+    text = (
+        f"every answer had the reward {reward:g}: a candidate with {demos} labelled demos was "
+        f"added (cold_start_demos); the better of both has {shown.val_score:.3f}"
+    )
+    return _told(replace(state, population=population), text), shown
+
+
+def _with_labels(parts: Parts) -> Candidate | None:
+    """The student's own texts, with demos from training labels where it has none."""
+    fast, own = parts.config.fast, parts.seed_candidate
+    count = partial(count_tokens, parts.policy)
+    proposer = DemoProposer(fast.demo_tokens, count)
+    proposer.study({example_id(example): example for example in parts.trainset})
+    components = dict(own.components)
+    for name, predictor in every_predictor(parts.runner.program).items():
+        component = component_name(name, DEMOS)
+        if component not in components or decode_demos(components[component]):
+            continue
+        signature = predictor.signature
+        proposer.know(name, list(signature.input_fields), list(signature.output_fields))
+        (text,) = proposer.propose(components, {component: []}, [component]).values()
+        components[component] = encode_demos(decode_demos(text)[: fast.cold_start_demos])
+    if components == dict(own.components):
+        return None
+    return make_candidate(components, (own.id,), source="demos")
+
+
+def _again(parts: Parts, state: LoopState) -> Validation:
+    parts.runner.tally = Tally()  # the record is of the validation that stands
+    return score(parts, state)
+
+
+def _is_flat(parts: Parts, found: Validation) -> bool:
+    """Whether all rewards are equal, and there is something left to learn."""
+    rewards = {rollout.reward for rollout in found.rollouts}
+    return len(rewards) <= 1 and max(rewards, default=0) < parts.config.fast.perfect_score
+
+
+def _told(state: LoopState, text: str) -> LoopState:
+    logger.warning("cold start: %s", text)
+    return replace(state, cold_start=(*state.cold_start, text))

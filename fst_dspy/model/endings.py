@@ -1,0 +1,150 @@
+"""Where a completion ends: end tokens, stop strings, and the marker that closes an answer."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fst_dspy.model.policy import Policy
+
+_PROBE = "zebra crossing"
+
+
+def eos_ids(policy: Policy) -> set[int]:
+    """Every token that ends a completion: the model's, its generation settings', the tokenizer's.
+
+    Beside these the token that the chat template puts behind an answer: where the files came
+    without generation settings, nothing else names it.
+    """
+    model = policy.model
+    found: set[int] = set()
+    for value in (
+        model.generation_config.eos_token_id if model.generation_config else None,
+        model.config.get_text_config().eos_token_id,
+        policy.tokenizer.eos_token_id,
+        _turn_end(policy.tokenizer),
+    ):
+        found |= {value} if isinstance(value, int) else set(value or ())
+    return found
+
+
+_turn_ends: weakref.WeakKeyDictionary[Any, tuple[str, int | None]] = weakref.WeakKeyDictionary()
+
+
+def _turn_end(tokenizer: Any) -> int | None:
+    """The special token that the chat template puts behind an answer, if it puts one there."""
+    template = str(tokenizer.chat_template)
+    known = _turn_ends.get(tokenizer)
+    if known is None or known[0] != template:
+        known = _turn_ends[tokenizer] = template, _find_turn_end(tokenizer)
+    return known[1]
+
+
+def _find_turn_end(tokenizer: Any) -> int | None:
+    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _PROBE}]
+    try:
+        whole = tokenizer.apply_chat_template(turns, tokenize=False)
+    except Exception:  # a template that takes no such chat tells nothing
+        return None
+    behind = whole.rpartition(_PROBE)[2].strip()
+    first = tokenizer(behind, add_special_tokens=False)["input_ids"][:1] if behind else []
+    return first[0] if first and first[0] in tokenizer.all_special_ids else None
+
+
+@dataclass(frozen=True)
+class End:
+    """A line that closes an answer: what is sampled behind it is no part of it.
+
+    One token more is sampled and kept, untold: a model that ends there by itself says so with an
+    end token, and goes on learning to.
+
+    Attributes:
+        marker: What the line begins with, not empty.
+        thought: The marks around a thought, in which the marker means nothing; ``None`` where the
+            model has none.
+        opened: Whether the prompt has opened the thought already.
+    """
+
+    marker: str
+    thought: tuple[str, str] | None = None
+    opened: bool = False
+
+    def place(self, text: str) -> int | None:
+        """The place in a completion's text behind the marker; ``None`` where it is not there."""
+        start = 0
+        if self.thought is not None:
+            opening, closing = self.thought
+            closed = text.find(closing)
+            if closed >= 0:
+                start = closed + len(closing)
+            elif self.opened or text.lstrip().startswith(opening):
+                return None
+        while (at := text.find(self.marker, start)) >= 0:
+            line = text.rfind("\n", 0, at) + 1
+            if not text[max(line, start) : at].strip():
+                return at + len(self.marker)
+            start = at + 1
+        return None
+
+    def cut(self, text: str) -> str:
+        """A completion's text up to the marker's end; white space behind it may stay."""
+        place = self.place(text)
+        return text if place is None or not text[place:].strip() else text[:place]
+
+
+def kept_tokens(tokenizer: Any, ids_T: Sequence[int], end: End | None) -> int:
+    """How many tokens of a row are its completion: up to the one behind the closing line."""
+    low, high = 1, len(ids_T) - 1
+    if end is None or high < low or end.place(tokenizer.decode(ids_T[:-2])) is None:
+        return len(ids_T)
+    while low < high:  # the fewest that complete the marker
+        middle = (low + high) // 2
+        if end.place(tokenizer.decode(ids_T[:middle])) is None:
+            low = middle + 1
+        else:
+            high = middle
+    return high + 1
+
+
+_closing: weakref.WeakKeyDictionary[Any, dict[str, Tensor]] = weakref.WeakKeyDictionary()
+
+
+def closing_tokens(tokenizer: Any, marker: str, size: int) -> Tensor:
+    """Which of ``size`` tokens may complete a marker: bool, (size,).
+
+    To look at the text of these alone spares a decoding of every row after every token.
+    """
+    known = _closing.setdefault(tokenizer, {})
+    key = f"{size} {marker}"
+    if key not in known:
+        last = marker[-1]
+        parts = (last, f"<0x{ord(last):02X}>") if last.isascii() else ("",)
+        tokens = tokenizer.convert_ids_to_tokens(list(range(min(size, len(tokenizer)))))
+        may = [token is not None and any(part in token for part in parts) for token in tokens]
+        known[key] = torch.tensor(may + [False] * (size - len(may)))
+    return known[key]
+
+
+def cut_before(text: str, stop: Sequence[str]) -> str:
+    """A text up to the first of some strings."""
+    return text[: min((text.find(s) for s in stop if s in text), default=len(text))]
+
+
+def texts_of(
+    policy: Policy,
+    ids_BT: Sequence[Sequence[int]],
+    stops_B: Sequence[tuple[str, ...]],
+    ends_B: Sequence[End | None] | None = None,
+) -> list[str]:
+    """Completions as text: without special tokens, cut before a stop string, behind the marker."""
+    texts = policy.tokenizer.batch_decode(
+        ids_BT, skip_special_tokens=True, clean_up_tokenization_spaces=False
+    )
+    ends_B = ends_B or [None] * len(texts)
+    texts = [cut_before(text, stop) for text, stop in zip(texts, stops_B, strict=True)]
+    return [text if end is None else end.cut(text) for text, end in zip(texts, ends_B, strict=True)]

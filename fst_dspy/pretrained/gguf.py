@@ -1,0 +1,79 @@
+"""GGUF files, read into plain models: as llama.cpp, Ollama and others have them, quantized or not.
+
+A quantized file is unpacked, for its weights are to be trained. What it has forgotten in being
+quantized stays forgotten: the model is the one that the file describes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from fst_dspy.errors import ModelError
+
+SUFFIX = ".gguf"
+
+
+def find_gguf(where: Path) -> Path | None:
+    """The GGUF file that a path is, or that a folder without ``config.json`` holds alone.
+
+    Returns:
+        ``None`` where it is another kind of model, or none.
+
+    Raises:
+        ModelError: There are several: the parts of a model or different ones.
+    """
+    if where.suffix == SUFFIX and where.is_file():
+        return where
+    if not where.is_dir() or (where / "config.json").is_file():
+        return None
+    found = sorted(where.glob(f"*{SUFFIX}"))
+    if len(found) > 1:
+        names = ", ".join(file.name for file in found[:4])
+        raise ModelError(f"{where} holds {len(found)} GGUF files ({names}); name one of them")
+    return found[0] if found else None
+
+
+def read_from(where: str | Path) -> tuple[str, Mapping[str, Any]]:
+    """What transformers' ``from_pretrained`` is to be given for a model: a name, and keywords.
+
+    Args:
+        where: A folder, a GGUF file, or a hub id.
+
+    Raises:
+        ModelError: As ``find_gguf``; or the package that reads such files is missing.
+    """
+    file = find_gguf(Path(where))
+    if file is None:
+        return str(where), {}
+    if find_spec("gguf") is None:
+        raise ModelError("a GGUF file is read by the package gguf: pip install gguf")
+    return str(file.parent), {"gguf_file": file.name}
+
+
+def read_gguf_config(file: Path) -> Any:
+    """The configuration that a file's header gives its model; takes no memory for weights."""
+    return AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
+
+
+def read_gguf(file: Path, dtype: torch.dtype) -> Any:
+    """The model of a file, unpacked, as if it had been loaded from a folder of plain weights."""
+    more: dict[str, Any] = {}
+    if hasattr(transformers, "GgufConfig"):
+        # Later versions of transformers would leave the weights packed if they could compute so.
+        more["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    model = AutoModelForCausalLM.from_pretrained(
+        file.parent, gguf_file=file.name, dtype=dtype, **more
+    )
+    # What is left to tell that the weights were quantized would keep them from being saved.
+    for mark in ("quantization_config", "_pre_quantization_dtype"):
+        if hasattr(model.config, mark):
+            delattr(model.config, mark)
+    model.is_quantized, model.hf_quantizer = False, None
+    return model

@@ -1,0 +1,64 @@
+"""A program compiled under one of DSPy's adapters, in this process and in a fresh one."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import dspy
+import pytest
+from helpers import questions
+
+import fst_dspy
+from fst_dspy import FST, LocalLM
+
+FRESH = """
+import sys, dspy, fst_dspy
+def load():
+    return fst_dspy.load({folder!r}, program=dspy.Predict("question -> answer"))
+def ask(program):
+    try:
+        program(question="where?")
+    except dspy.utils.exceptions.AdapterParseError:
+        pass
+dspy.configure(adapter={same})
+ask(load())
+print("now the default", file=sys.stderr, flush=True)
+dspy.configure(adapter=None)
+program = load()
+ask(program)
+ask(program)
+"""
+
+
+def length(gold, pred, trace=None, pred_name=None, pred_trace=None):
+    return dspy.Prediction(score=len(str(pred.answer)) % 5 / 5, feedback="Lesson: be brief.")
+
+
+@pytest.mark.parametrize(
+    "same",
+    [
+        "dspy.XMLAdapter(use_native_function_calling=True)",
+        "dspy.JSONAdapter()",
+    ],
+)
+def test_a_program_runs_and_says_where_its_adapter_is_another(same: str, tmp_path: Path) -> None:
+    lm = LocalLM("embedded", max_tokens=16)
+    fst = FST(
+        length, max_cycles=1, steps_per_cycle=1, group_size=2, problems_per_step=2,
+        population_size=2, val_size=2, first_cycle_iterations=1, seed=0,
+    )  # fmt: skip
+    with dspy.context(lm=lm, adapter=eval(same)):
+        program = dspy.Predict("question -> answer")
+        compiled = fst.compile(program, trainset=questions(3), valset=questions(2, 3))
+        fst_dspy.save(compiled, tmp_path / "bundle")
+    script = FRESH.format(folder=str(tmp_path / "bundle"), same=same)
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=120
+    )
+    name = same.partition("(")[0].removeprefix("dspy.")
+    before, _, after = done.stderr.partition("now the default")
+    said = f"was compiled under the adapter {name}("
+    assert (before.count(said), after.count(said)) == (0, 1), done.stderr[-2000:]
+    assert "is called under ChatAdapter(" in after

@@ -1,0 +1,277 @@
+"""Whatever the grammar of a signature lets through, the adapter reads."""
+
+from __future__ import annotations
+
+import datetime
+import enum
+import logging
+import re
+from typing import Any, Literal, Optional
+
+import dspy
+import pydantic
+import pytest
+from held_answers import drawn_answer
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny_models import save_model
+
+from fst_dspy.grammar.answers import grammar_of_answer, grammar_of_json_schema
+from fst_dspy.model.generate import GenerationRequest, generate
+from fst_dspy.model.policy import Policy
+from fst_dspy.model.sampling import vocabulary
+from fst_dspy.types import Grammar
+
+ADAPTERS = [dspy.ChatAdapter(), dspy.XMLAdapter(), dspy.JSONAdapter()]
+
+
+class Desk(enum.Enum):
+    """Values that XML has to escape."""
+
+    GOLD = "gold & silver"
+    SAND = "<sand>"
+
+
+class Level(enum.Enum):
+    """Of which DSPy reads the names in text, and the values in JSON."""
+
+    ONE = 1
+    TWO = 2
+
+
+class Person(pydantic.BaseModel):
+    """Constraints, defaults, a date and a list."""
+
+    name: str
+    age: int = pydantic.Field(ge=0, le=120)
+    born: datetime.date
+    nicknames: list[str] = []
+    desk: Literal["a", "b"] | None = None
+
+
+class Node(pydantic.BaseModel):
+    """A model within itself."""
+
+    value: int
+    children: list[Node] = []
+
+
+TYPES: dict[str, Any] = {
+    "literal": Literal["a", "b c", "d"],
+    "numbers": Literal[1, 2, 30],
+    "enum": Desk,
+    "numbered": Level,
+    "bool": bool,
+    "int": int,
+    "float": float,
+    "date": datetime.date,
+    "datetime": datetime.datetime,
+    "time": datetime.time,
+    "ints": list[int],
+    "texts": list[str],
+    "dates": list[datetime.date],
+    "dict": dict[str, int],
+    "keyed": dict[int, str],
+    "chosen": dict[Literal["x", "y"], bool],
+    "optional": Optional[int],  # noqa: UP045 - both ways to write it
+    "choice": Literal["x", "y"] | None,
+    "day": datetime.date | None,
+    "model": Person,
+    "models": list[Person],
+    "maybe": Person | None,
+    "tree": Node,
+    "set": set[int],
+    "reasoning": dspy.Reasoning,
+    "code": dspy.Code["python"],
+}
+"""Types that answers can be held to, in all three formats."""
+ONLY_TEXT = {"XMLAdapter": {"tree"}}
+"""Of those that DSPy cannot read in an adapter's format, though it may write them so."""
+
+
+def signature_of(**types: Any) -> type[dspy.Signature]:
+    fields: dict[str, Any] = {"question": (str, dspy.InputField())}
+    short = {"max_length": 12}
+    for name, kind in types.items():
+        text = kind in (str, dspy.Reasoning)
+        fields[name] = (kind, dspy.OutputField(**short) if text else dspy.OutputField())
+    return dspy.Signature(fields)
+
+
+@pytest.fixture(scope="module")
+def policy(tmp_path_factory: pytest.TempPathFactory) -> Policy:
+    return Policy.load(save_model(tmp_path_factory.mktemp("answers") / "tiny-llama", "llama"))
+
+
+@pytest.mark.parametrize("kind", TYPES)
+@pytest.mark.parametrize("adapter", ADAPTERS, ids=lambda a: type(a).__name__)
+def test_answers_of_every_type_are_read(adapter: Any, kind: str, policy: Policy) -> None:
+    if kind in ONLY_TEXT.get(type(adapter).__name__, ()):
+        pytest.skip("DSPy does not read it")
+    signature = signature_of(first=TYPES[kind], last=str)
+    text = grammar_of_answer(adapter, signature)
+    assert text is not None
+    answers = [drawn_answer(policy, Grammar(text), seed) for seed in range(8)]
+    whole = [answer for answer in answers if answer is not None]
+    assert len(whole) >= (1 if kind != "code" else 0)
+    for answer in whole:
+        assert adapter.parse(signature, answer).keys() == {"first", "last"}
+
+
+@settings(max_examples=12)
+@given(
+    kinds=st.lists(st.sampled_from(sorted(TYPES)), min_size=1, max_size=3, unique=True),
+    adapter=st.sampled_from(ADAPTERS),
+    reasons=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_a_random_model_under_the_mask_always_parses(
+    policy: Policy, kinds: list[str], adapter: Any, reasons: bool, seed: int
+) -> None:
+    kinds = [k for k in kinds if k not in ONLY_TEXT.get(type(adapter).__name__, ())]
+    types = ({"reasoning": str} if reasons else {}) | {f"f_{k}": TYPES[k] for k in kinds}
+    if not types:
+        return
+    signature = signature_of(**types)
+    text = grammar_of_answer(adapter, signature)
+    assert text is not None
+    prompt = tuple(policy.tokenizer.encode("where does it go?", add_special_tokens=False))
+    requests = [
+        GenerationRequest(prompt, 300, seed=seed + n, grammar=Grammar(text)) for n in range(3)
+    ]
+    for result in generate(policy, requests):
+        if result.finish_reason == "stop":
+            assert adapter.parse(signature, result.text).keys() == types.keys()
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS, ids=lambda a: type(a).__name__)
+def test_an_answer_is_written_as_the_adapter_writes_a_demo(adapter: Any, policy: Policy) -> None:
+    """So that demos, which the model sees, and what it is held to do not contradict each other."""
+    values = {
+        "reasoning": "Since 3 < 4.",
+        "desk": "b c",
+        "count": 12,
+        "share": 0.5,
+        "sure": True,
+        "tags": ["one", "two"],
+        "scores": {"a": 1},
+        "who": Person(name="A", age=3, born=datetime.date(2020, 2, 29), nicknames=["x"], desk="a"),
+    }
+    kinds: dict[str, Any] = {
+        "reasoning": str,
+        "desk": Literal["a", "b c"],
+        "count": int,
+        "share": float,
+        "sure": bool,
+        "tags": list[str],
+        "scores": dict[str, int],
+        "who": Person,
+    }
+    if isinstance(adapter, dspy.XMLAdapter):
+        del values["scores"], kinds["scores"]  # a key as a tag: no grammar can close what it opened
+    signature = dspy.Signature(
+        {"question": (str, dspy.InputField())}
+        | {name: (kind, dspy.OutputField()) for name, kind in kinds.items()}
+    )
+    text = grammar_of_answer(adapter, signature)
+    assert text is not None
+    written = adapter.format_assistant_message_content(signature, values).rstrip()
+    matcher = vocabulary(policy).matcher(text)
+    ids = policy.tokenizer.encode(written, add_special_tokens=False)
+    taken = matcher.try_consume_tokens(ids)
+    assert taken == len(ids), policy.tokenizer.decode(ids[:taken])
+    assert matcher.is_accepting()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[[ ## answer ## ]]\nyes",  # without what comes first
+        "[[ ## reasoning ## ]]\nso\n\n[[ ## answer ## ]]\nmaybe\n\n[[ ## completed ## ]]",
+        "[[ ## reasoning ## ]]\n[[ ## so ## ]]\n\n[[ ## answer ## ]]\nyes\n\n[[ ## completed ## ]]",
+        "[[ ## reasoning ## ]]\nso\n\n[[ ## answer ## ]]\nyes\n\n[[ ## completed ## ]]\nmore",
+    ],
+)
+def test_other_answers_are_not_let_through(text: str, policy: Policy) -> None:
+    signature = dspy.Signature("question -> reasoning, answer: Literal['yes', 'no']")
+    grammar = grammar_of_answer(dspy.ChatAdapter(), signature)
+    assert grammar is not None
+    matcher = vocabulary(policy).matcher(grammar)
+    ids = policy.tokenizer.encode(text, add_special_tokens=False)
+    assert matcher.try_consume_tokens(ids) < len(ids)
+
+
+def test_constraints_of_a_field_hold(policy: Policy) -> None:
+    class Constrained(dspy.Signature):
+        question: str = dspy.InputField()
+        code: str = dspy.OutputField(pattern=r"^[A-Z]{3}-[0-9]+$", max_length=8)
+        share: int = dspy.OutputField(ge=3, le=12)
+
+    for adapter in ADAPTERS:
+        text = grammar_of_answer(adapter, Constrained)
+        assert text is not None
+        for seed in range(6):
+            answer = drawn_answer(policy, Grammar(text), seed)
+            assert answer is not None
+            read = adapter.parse(Constrained, answer)
+            assert re.fullmatch(r"[A-Z]{3}-[0-9]+", read["code"]) and len(read["code"]) <= 8
+            assert 3 <= read["share"] <= 12
+
+
+def test_a_type_without_a_grammar_is_free_text_within_the_markers(policy: Policy) -> None:
+    signature = signature_of(first=tuple[int, str], last=bool)
+    text = grammar_of_answer(dspy.XMLAdapter(), signature)
+    assert text is not None
+    matcher = vocabulary(policy).matcher(text)
+    written = "<first>\nanything at all\n</first>\n\n<last>\nTrue\n</last>"
+    assert matcher.consume_tokens(policy.tokenizer.encode(written)) and matcher.is_accepting()
+
+
+def test_a_pattern_that_cannot_be_held_to_is_left_out(policy: Policy) -> None:
+    class Bounded(dspy.Signature):
+        question: str = dspy.InputField()
+        answer: str = dspy.OutputField(pattern=r"^\bab", max_length=6)
+
+    text = grammar_of_answer(dspy.ChatAdapter(), Bounded)
+    assert text is not None
+    answer = drawn_answer(policy, Grammar(text), 0)
+    assert answer is not None
+    assert len(dspy.ChatAdapter().parse(Bounded, answer)["answer"]) <= 6
+
+
+class Compact(dspy.ChatAdapter):
+    """A user's own, with other markers."""
+
+    def format_assistant_message_content(
+        self, signature: Any, outputs: Any, missing_field_message: Any = None
+    ) -> str:
+        return "\n".join(f"{name}: {outputs[name]}" for name in signature.output_fields)
+
+
+def test_subclasses_are_held_to_their_own_markers(policy: Policy) -> None:
+    signature = dspy.Signature("message -> why: str, desk: Literal['silver', 'gold']")
+    text = grammar_of_answer(Compact(), signature)
+    assert text is not None
+    matcher = vocabulary(policy).matcher(text)
+    assert matcher.consume_tokens(policy.tokenizer.encode("why: it is\ndesk: gold"))
+    assert matcher.is_stopped() and not matcher.is_error()
+
+
+def test_adapters_of_other_kinds_have_none(caplog: pytest.LogCaptureFixture) -> None:
+    adapter = dspy.TwoStepAdapter(dspy.LM("openai/none"))
+    with caplog.at_level(logging.WARNING):
+        assert grammar_of_answer(adapter, signature_of(first=str)) is None
+    assert not caplog.records
+
+
+def test_json_schemas_have_grammars(policy: Policy) -> None:
+    text = grammar_of_json_schema(Person.model_json_schema())
+    assert text is not None
+    for seed in range(5):
+        answer = drawn_answer(policy, Grammar(text), seed)
+        if answer is not None:
+            Person.model_validate_json(answer)
+    anything = grammar_of_json_schema({})
+    assert anything is not None
+    matcher = vocabulary(policy).matcher(anything)
+    assert matcher.consume_tokens(policy.tokenizer.encode('{"a": [1, null]}'))

@@ -1,0 +1,92 @@
+"""What a grammar allows, token by token, against all answers written down."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from held_answers import DESKS, SMALL, all_answers, allowed_after, encode
+
+from fst_dspy.errors import ModelError
+from fst_dspy.grammar.tokens import Walk, single, unpacked
+from fst_dspy.model.policy import Policy
+from fst_dspy.model.sampling import allowed_tokens, vocabulary
+from fst_dspy.types import Grammar, TrainingRow
+
+ANSWERS = [f"to: {desk}.\n\nend" for desk in DESKS]
+
+
+def test_the_answers_are_the_grammar_s_and_no_others(tiny_llama: Path) -> None:
+    policy = Policy.load(tiny_llama)
+    found = list(all_answers(policy, SMALL))
+    texts = {policy.tokenizer.decode(ids, skip_special_tokens=True) for ids in found}
+    assert texts == set(ANSWERS)
+    # Each way to write them, but for where one way is forced.
+    assert len(found) == len(set(found)) > len(ANSWERS)
+    assert all(ids[-1] == policy.tokenizer.eos_token_id for ids in found)
+
+
+def test_all_that_begins_an_answer_is_allowed_and_nothing_else(tiny_llama: Path) -> None:
+    policy = Policy.load(tiny_llama)
+    free = Grammar(SMALL.text, takes_runs=False)
+    pieces = [policy.tokenizer.decode([i]) for i in range(len(policy.tokenizer))]
+    special = set(policy.tokenizer.all_special_ids)
+    for said in ("", "to: ", "to: s", "to: silver", "to: gold.\n"):
+        wanted = [
+            token
+            for token, piece in enumerate(pieces)
+            if token not in special and any(a.startswith(said + piece) for a in ANSWERS)
+        ]
+        assert allowed_after(policy, free, encode(policy, said)) == wanted
+
+
+def test_a_run_that_is_forced_is_written_as_the_tokenizer_writes_it(tiny_llama: Path) -> None:
+    policy = Policy.load(tiny_llama)
+    walk = Walk(vocabulary(policy), SMALL)
+    begun = walk.begin()
+    # All but what may yet be one token with what comes after it.
+    assert len(begun) >= 2
+    for answer in ANSWERS:
+        assert list(encode(policy, answer)[: len(begun)]) == begun
+
+
+def test_tokens_that_others_chose_leave_the_grammar_without_harm(tiny_llama: Path) -> None:
+    policy = Policy.load(tiny_llama)
+    ids = encode(policy, "something else")
+    row = TrainingRow((5,), ids, (0.0,) * len(ids), 1.0, 1.0, SMALL)
+    bits_NW = allowed_tokens(policy, [row])
+    assert bits_NW is not None
+    assert unpacked(bits_NW[1:], len(policy.tokenizer)).all()
+
+
+def test_a_mask_of_one_is_told_from_all_others() -> None:
+    words = torch.tensor(
+        [[0, 1], [0, 0], [1, 1], [-(2**31), 0], [3, 0], [-1, -1], [0, -(2**31)]],
+        dtype=torch.int32,
+    )
+    assert single(words).tolist() == [True, False, False, True, False, False, True]
+
+
+def test_a_grammar_that_is_none_is_refused(tiny_llama: Path) -> None:
+    with pytest.raises(ModelError, match="refuses a grammar"):
+        vocabulary(Policy.load(tiny_llama)).matcher("start: nothing")
+
+
+def test_the_embedded_model_writes_a_grammar_s_words_in_its_own_tokens() -> None:
+    policy = Policy.load("embedded")
+    own = vocabulary(policy)
+    assert own.spell is not None
+    text = "\n\n[[ ## answer ## ]]\nsilver desk, it's (gold)"
+    written = json.dumps(own.spell(text, ""), ensure_ascii=False)
+    # Without the other no token would be forced, and each is looked at.
+    grammar = Grammar(f"%llguidance {{}}\nstart: {written} | /[0-9\\n]{{2,99}}/")
+    walk, ids = Walk(own, grammar), encode(policy, text)
+    for place, token in enumerate(ids):
+        if walk.forced is None:
+            assert token in allowed_after(policy, grammar, ids[:place])
+        else:
+            assert token == walk.forced
+        walk.advance(token)
+    assert walk.forced == own.end

@@ -1,0 +1,154 @@
+"""Random models of the families that people use: calls, tools, steps, saving and loading."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import dspy
+import pytest
+import transformers
+from chat_families import FAMILIES, save_family
+from dspy import lm15
+from helpers import Echo
+
+import fst_dspy
+from fst_dspy import LocalLM
+from fst_dspy.config import LoraConfig, SamplingConfig, SlowConfig
+from fst_dspy.errors import ConfigError
+from fst_dspy.lm.kept_weights import KeptWeights
+from fst_dspy.lm.predictors import check_trained
+from fst_dspy.lm.requests import prompt_ids
+from fst_dspy.model.endings import eos_ids
+from fst_dspy.slow.trainer import SlowTrainer
+from fst_dspy.types import TrainingRow
+
+TOOL = lm15.FunctionTool(
+    "add",
+    "Adds.",
+    {"type": "object", "properties": {"a": {"type": "integer"}, "b": {"type": "integer"}}},
+)
+
+
+@pytest.fixture(scope="module")
+def folder_of(tmp_path_factory: pytest.TempPathFactory):
+    made: dict[str, Path] = {}
+
+    def folder(name: str) -> Path:
+        if name not in made:
+            made[name] = save_family(tmp_path_factory.mktemp("families") / name, name)
+        return made[name]
+
+    return folder
+
+
+def text_of(lm: LocalLM, request: lm15.Request) -> str:
+    return lm.policy.tokenizer.decode(prompt_ids(lm.policy, request))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("lora", [None, LoraConfig(rank=2)], ids=["full", "lora"])
+def test_a_step_then_saved_and_loaded_it_answers_the_same(
+    name: str, lora: LoraConfig | None, folder_of, tmp_path: Path
+) -> None:
+    lm = LocalLM(str(folder_of(name)), temperature=0.0, max_tokens=6)
+    if lora is not None:
+        lm.policy.add_lora(lora, seed=0)
+    before = lm.policy.version()
+    slow = SlowConfig(learning_rate=1e-2, lora=lora)
+    trainer = SlowTrainer(lm.policy, slow, SamplingConfig(), total_steps=1, seed=0)
+    rows = [TrainingRow((5, 6, 7), (8, 9, n), (-5.0,) * 3, 1.0 - n % 2 * 2) for n in (10, 11)]
+    trainer.advance(rows)
+    assert lm.policy.version() != before
+    program = Echo()
+    program.set_lm(lm.at(lm.policy.keep()))
+    answer = program.say.lm("where?")
+    fst_dspy.save(program, tmp_path / "bundle")
+    loaded = fst_dspy.load(tmp_path / "bundle", program=Echo(), base=str(folder_of(name)))
+    assert loaded.say.lm("where?") == answer
+    assert loaded.say.lm.policy is not lm.policy
+
+
+@pytest.mark.parametrize("name", ["qwen3", "llama3", "gemma3", "phi3"])
+def test_the_token_behind_an_answer_ends_it_though_no_settings_name_it(
+    name: str, folder_of
+) -> None:
+    lm = LocalLM(str(folder_of(name)))
+    end = lm.policy.tokenizer.convert_tokens_to_ids(FAMILIES[name].turn_end)
+    lm.policy.model.config.eos_token_id = None
+    lm.policy.model.generation_config = None
+    lm.policy.tokenizer.eos_token = "<|pad|>"
+    assert end in eos_ids(lm.policy)
+
+
+@pytest.mark.parametrize("name", [name for name, family in FAMILIES.items() if family.calls])
+def test_a_call_and_its_result_go_back_into_the_prompt(name: str, folder_of) -> None:
+    lm = LocalLM(str(folder_of(name)))
+    assert lm.supports_function_calling
+    call = lm15.ToolCallPart("a1b2c3d4e", "add", {"a": 1, "b": 2})
+    result = lm15.ToolResultPart("a1b2c3d4e", (lm15.TextPart("the sum is 3"),), name="add")
+    request = lm15.Request(
+        model=lm.model,
+        system="Be brief.",
+        messages=(
+            lm15.Message.user("1 + 2?"),
+            lm15.Message(role="assistant", parts=(call,)),
+            lm15.Message(role="tool", parts=(result,)),
+        ),
+        tools=(TOOL,),
+    )
+    text = text_of(lm, request)
+    places = [text.rindex(part) for part in ("1 + 2?", '"a": 1', "the sum is 3")]
+    assert places == sorted(places)
+    assert "Adds." in text
+
+
+@pytest.mark.parametrize("name", [name for name, family in FAMILIES.items() if not family.calls])
+def test_tools_that_a_template_lacks_are_refused(name: str, folder_of) -> None:
+    lm = LocalLM(str(folder_of(name)))
+    assert not lm.supports_function_calling
+    request = lm15.Request(model=lm.model, messages=(lm15.Message.user("?"),), tools=(TOOL,))
+    with pytest.raises(dspy.LMError, match="has no tools"):
+        lm(request)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_program_runs_on_each_under_dspys_adapters(name: str, folder_of) -> None:
+    lm = LocalLM(str(folder_of(name)), max_tokens=4)
+    for adapter in (dspy.ChatAdapter(use_json_adapter_fallback=False), dspy.XMLAdapter()):
+        with (
+            dspy.context(lm=lm, adapter=adapter),
+            pytest.raises(dspy.utils.exceptions.AdapterParseError),
+        ):
+            dspy.Predict("question -> answer")(question="where?")
+
+
+def test_a_quantized_model_is_trained_by_adapters_alone(folder_of) -> None:
+    program = Echo()
+    program.set_lm(LocalLM(str(folder_of("qwen3"))))
+    policy = program.say.lm.policy
+    policy.model.is_quantized = True
+    with pytest.raises(ConfigError, match=r"quantized.*lora=True"):
+        check_trained(program, policy)
+    check_trained(program, policy, LoraConfig(rank=2))
+    with pytest.raises(ConfigError, match=r"quantized.*lora=True"):
+        KeptWeights(policy).start(policy.base_version, None, 0)
+
+
+def test_adapters_over_a_model_in_eight_bits(folder_of, tmp_path: Path) -> None:
+    quantization = pytest.importorskip("torchao.quantization")
+    config = transformers.TorchAoConfig(quantization.Int8WeightOnlyConfig())
+    source = folder_of("qwen3")
+    coarse = transformers.AutoModelForCausalLM.from_pretrained(source, quantization_config=config)
+    coarse.save_pretrained(tmp_path / "int8")
+    transformers.AutoTokenizer.from_pretrained(source).save_pretrained(tmp_path / "int8")
+    lm = LocalLM(str(tmp_path / "int8"), temperature=0.0, max_tokens=6)
+    assert lm.policy.model.is_quantized
+    assert LocalLM(str(tmp_path / "int8")).model == lm.model
+    before, lora = lm("where?"), LoraConfig(rank=2)
+    lm.policy.add_lora(lora, seed=0)
+    slow = SlowConfig(learning_rate=1e-2, lora=lora)
+    trainer = SlowTrainer(lm.policy, slow, SamplingConfig(), total_steps=1, seed=0)
+    rows = [TrainingRow((5, 6, 7), (8, 9, n), (-5.0,) * 3, 1.0 - n % 2 * 2) for n in (10, 11)]
+    trainer.advance(rows)
+    assert lm.live()("where?") != before
+    assert lm("where?", cache=False) == before

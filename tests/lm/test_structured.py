@@ -1,0 +1,136 @@
+"""``LocalLM(structured=True)``: plain calls, saved programs, threads, schemas; what stays free."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any, Literal
+
+import dspy
+import pydantic
+import pytest
+from long_model import DESKS, Router, save_long_model
+
+from fst_dspy import LocalLM
+from fst_dspy.lm.asked import grammar_of_caller
+from fst_dspy.lm.predictors import bound_to
+from fst_dspy.student.candidate import seed_candidate
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_long_model(tmp_path_factory.mktemp("structured") / "tiny-long")
+
+
+def lm_of(folder: Path, **settings: Any) -> LocalLM:
+    return LocalLM(str(folder), max_tokens=60, **settings)
+
+
+@pytest.mark.parametrize(
+    "adapter", [None, dspy.ChatAdapter(), dspy.XMLAdapter(), dspy.JSONAdapter()]
+)
+def test_a_random_model_answers_in_the_format(folder: Path, adapter: Any) -> None:
+    with dspy.context(lm=lm_of(folder, structured=True), adapter=adapter):
+        answers = {Router()(ticket=f"visa {n}").desk for n in range(8)}
+    assert answers <= set(DESKS) and len(answers) > 1
+
+
+def test_without_it_the_same_model_does_not(folder: Path) -> None:
+    with dspy.context(lm=lm_of(folder)), pytest.raises(Exception, match="failed to parse"):
+        Router()(ticket="visa")
+
+
+def test_calls_of_no_predictor_are_free(folder: Path) -> None:
+    lm = lm_of(folder, structured=True)
+    (text,) = lm("say something")
+    assert "[[ ##" not in text
+
+
+def test_only_the_format_that_the_prompt_asks_for_holds(folder: Path) -> None:
+    """Whatever calls, what is asked for stands in the prompt."""
+    lm = lm_of(folder)
+    router = Router()
+    chat, xml = dspy.ChatAdapter(), dspy.XMLAdapter()
+    signature, inputs = router.route.signature, {"ticket": "visa"}
+    with dspy.context(caller_modules=[router, router.route]):
+        messages = chat.format(signature, [], inputs)
+        grammar = grammar_of_caller(lm.policy, messages)
+        assert grammar is not None and "[[ ## desk ## ]]" in grammar
+        # A second try through JSON, which DSPy makes behind the settings' back.
+        again = dspy.JSONAdapter().format(signature, [], inputs)
+        assert '\\"desk\\"' in (grammar_of_caller(lm.policy, again) or "")
+        assert grammar_of_caller(lm.policy, xml.format(signature, [], inputs)) is None
+        other = signature.append("why", dspy.OutputField(), str)
+        assert grammar_of_caller(lm.policy, chat.format(other, [], inputs)) is None
+    with dspy.context(caller_modules=[router]):
+        assert grammar_of_caller(lm.policy, messages) is None
+
+
+def test_threads_and_tasks_are_held_as_well(folder: Path) -> None:
+    lm, router = lm_of(folder, structured=True, cache=False), Router()
+
+    async def all_at_once() -> list[Any]:
+        return await asyncio.gather(*(router.route.acall(ticket=f"key {n}") for n in range(4)))
+
+    with dspy.context(lm=lm):
+        jobs = [(router, {"ticket": f"visa {n}"}) for n in range(4)]
+        found = [*dspy.Parallel(num_threads=4)(jobs), *asyncio.run(all_at_once())]
+    assert all(prediction.desk in DESKS for prediction in found)
+
+
+def test_answers_held_and_free_are_not_mixed_up_in_the_cache(folder: Path) -> None:
+    free = lm_of(folder, temperature=0.0)
+    held = free.copy(structured=True)
+    with dspy.context(lm=free), pytest.raises(Exception, match="failed to parse"):
+        Router()(ticket="visa")
+    with dspy.context(lm=held):
+        assert Router()(ticket="visa").desk in DESKS
+
+
+def test_a_saved_program_and_a_compiled_one_remember_it(folder: Path, tmp_path: Path) -> None:
+    program = Router()
+    program.set_lm(lm_of(folder, structured=True))
+    program.save(tmp_path / "program.json")
+    loaded = Router()
+    loaded.load(tmp_path / "program.json", allow_unsafe_lm_state=True)
+    assert loaded(ticket="visa").desk in DESKS
+    plain = Router()
+    lm = lm_of(folder)
+    plain.set_lm(lm)
+    compiled = bound_to(plain, seed_candidate(plain), lm, structured=True)
+    assert compiled(ticket="visa").desk in DESKS
+    assert "structured" not in plain.route.lm.kwargs
+
+
+class Answer(pydantic.BaseModel):
+    """A user's own schema."""
+
+    desk: Literal["silver", "gold"]
+    sure: bool
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        Answer,
+        {
+            "type": "json_schema",
+            "json_schema": {"name": "answer", "schema": Answer.model_json_schema()},
+        },
+    ],
+    ids=["model", "schema"],
+)
+def test_a_response_format_holds_any_call(folder: Path, given: Any) -> None:
+    lm = lm_of(folder)
+    assert lm.supports_response_schema
+    (text,) = lm("which desk?", response_format=given)
+    Answer.model_validate_json(text)
+    (record,) = lm("which desk?", response_format={"type": "json_object"}, temperature=0.3)[:1]
+    assert record.startswith("{")
+
+
+def test_a_schema_that_cannot_be_held_to_is_refused(folder: Path) -> None:
+    schema = {"type": "object", "$ref": "https://elsewhere.example/schema"}
+    given = {"type": "json_schema", "json_schema": {"name": "far", "schema": schema}}
+    with pytest.raises(Exception, match="cannot be held to this schema"):
+        lm_of(folder)("which desk?", response_format=given)

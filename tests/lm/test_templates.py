@@ -1,0 +1,99 @@
+"""What chat templates can say, found out by trying them."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+from chat_families import FAMILIES, chat_template, family_tokenizer
+from tiny_models import make_tokenizer
+
+from fst_dspy.lm.templates import Prompt, chat_format, generation_prompt, render, thinks
+
+SYSTEM = {"role": "system", "content": "Be brief."}
+USER = {"role": "user", "content": "Where to?"}
+ANSWER = {"role": "assistant", "content": "silver"}
+
+
+def shown(tokenizer, messages, **of):
+    return render(tokenizer, Prompt.of(messages, **of), tokenize=False)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_what_was_asked_for_is_in_the_prompt_once(name: str) -> None:
+    text = shown(family_tokenizer(name), [SYSTEM, USER, ANSWER, USER])
+    assert [text.count(part) for part in ("Be brief.", "Where to?", "silver")] == [1, 2, 1]
+    assert text.index("Be brief.") < text.index("Where to?")
+
+
+def test_a_system_message_that_is_refused_goes_in_front_of_the_first_question(caplog) -> None:
+    tokenizer = family_tokenizer("gemma")
+    with caplog.at_level(logging.WARNING, "fst_dspy"):
+        text = shown(tokenizer, [SYSTEM, USER])
+        shown(tokenizer, [SYSTEM, USER])
+    assert "<start_of_turn>user\nBe brief.\n\nWhere to?<end_of_turn>" in text
+    assert [r.message.count("system message") for r in caplog.records] == [1]
+
+
+def test_a_system_message_that_is_dropped_in_silence_counts_as_refused() -> None:
+    tokenizer = make_tokenizer(
+        "{% for m in messages %}{% if m.role != 'system' %}{{ m.role + m.content }}{% endif %}"
+        "{% endfor %}"
+    )
+    assert shown(tokenizer, [SYSTEM, USER]) == "userBe brief.\n\nWhere to?"
+
+
+def test_turns_alternate_where_they_must() -> None:
+    text = shown(family_tokenizer("gemma3"), [SYSTEM, USER, USER, ANSWER])
+    assert text.count("<start_of_turn>user") == 1
+    assert "Where to?\n\nWhere to?" in text
+    assert shown(family_tokenizer("phi3"), [USER, USER]).count("<|user|>") == 2
+
+
+@pytest.mark.parametrize(
+    ("template", "options", "thinking"),
+    [
+        ("qwen3", {}, True),
+        ("qwen3", {"enable_thinking": False}, False),
+        ("qwen3_instruct_2507", {}, False),
+        ("qwen3_5_think", {}, True),
+        ("qwen3_5_nothink", {}, False),
+        ("qwen3_5_nothink", {"enable_thinking": True}, True),
+        ("deepseek_r1_distill", {}, True),
+        ("gptoss", {}, True),
+        ("gemma4", {}, False),
+        ("gemma4", {"enable_thinking": True}, True),
+        ("qwen2_5", {}, False),
+        ("llama3_2", {}, False),
+        ("phi3", {}, False),
+    ],
+)
+def test_whether_a_model_thinks(template: str, options: dict[str, bool], thinking: bool) -> None:
+    assert thinks(make_tokenizer(chat_template(template)), options) is thinking
+
+
+@pytest.mark.parametrize(
+    ("template", "has_tools"),
+    [
+        *((name, True) for name in ("qwen3", "qwen2_5", "llama3_2", "glm4moe", "gptoss")),
+        *((name, False) for name in ("gemma3", "phi3", "llama3", "cohere2", "deepseek_r1_distill")),
+    ],
+)
+def test_whether_it_has_tools(template: str, has_tools: bool) -> None:
+    tokenizer = make_tokenizer(chat_template(template))
+    before = dict(vars(tokenizer))
+    assert chat_format(tokenizer).tools is has_tools
+    assert getattr(tokenizer, "response_template", None) is before.get("response_template")
+
+
+def test_another_template_on_the_same_tokenizer_is_tried_anew() -> None:
+    tokenizer = family_tokenizer("gemma")
+    assert not chat_format(tokenizer).takes_system
+    tokenizer.chat_template = chat_template("phi3")
+    assert chat_format(tokenizer).takes_system
+
+
+def test_options_change_the_prompt() -> None:
+    tokenizer = family_tokenizer("qwen3")
+    off = generation_prompt(tokenizer, {"enable_thinking": False})
+    assert off == generation_prompt(tokenizer, {}) + "<think>\n\n</think>\n\n"

@@ -1,0 +1,117 @@
+"""What is done where the first validation shows nothing to learn from, and that it lasts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import dspy
+import pytest
+from helpers import kill_before_steps
+from long_model import DESKS, Router, never, right_desk, save_long_model, tickets
+
+import fst_dspy
+from fst_dspy import FST, LocalLM
+from fst_dspy.errors import ConfigError
+from fst_dspy.files import read_jsonl
+from fst_dspy.loop.progress import cycle_line
+
+pytestmark = pytest.mark.slow
+
+SETTINGS = {
+    "max_cycles": 1,
+    "steps_per_cycle": 2,
+    "group_size": 4,
+    "population_size": 2,
+    "problems_per_step": 2,
+    "first_cycle_iterations": 1,
+    "cycle_iterations": 1,
+    "max_tokens": 40,
+    "val_size": 4,
+    "learning_rate": 1e-2,
+    "demo_tokens": 200,
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_long_model(tmp_path_factory.mktemp("cold") / "tiny-long")
+
+
+def compile_router(folder: Path, metric: Any = right_desk, **settings: Any) -> Any:
+    lm = LocalLM(str(folder))
+    with dspy.context(lm=lm):
+        compiled = FST(metric, seed=0, track_stats=True, **{**SETTINGS, **settings}).compile(
+            Router(), trainset=tickets(8), valset=tickets(4, 8)
+        )
+    return compiled, compiled.detailed_results
+
+
+def test_answers_that_cannot_be_read_are_held_to_the_format(folder: Path, tmp_path: Path) -> None:
+    compiled, result = compile_router(folder, log_dir=tmp_path / "run")
+    first, *_, last = result.records
+    assert [text for text in first.cold_start if "(structured)" in text]
+    assert first.failure_shares == {} and last.failure_shares == {}
+    # Both validations were run, and count.
+    assert first.rollouts.total >= 8
+    assert 0 < first.format_share < 0.5 and last.format_share is not None
+    assert "100% of the answers could not be read" in cycle_line(first)
+    assert "format 0." in cycle_line(last)
+    rows = list(read_jsonl(tmp_path / "run" / "cycles.jsonl"))
+    assert [row["cycle"] for row in rows] == [record.cycle for record in result.records]
+    assert rows[0]["cold_start"] == list(first.cold_start)
+    # The program answers on, and so does what it is saved as.
+    assert compiled(ticket="visa").desk in DESKS
+    compiled.save(tmp_path / "bundle")
+    assert fst_dspy.load(tmp_path / "bundle", program=Router())(ticket="visa").desk in DESKS
+
+
+def test_it_can_be_switched_off_and_on(folder: Path) -> None:
+    free = compile_router(folder, structured=False, max_cycles=1, on_no_signal="warn")[1]
+    assert sum(free.records[0].failure_shares.values()) == 1
+    assert free.records[0].format_share is None
+    assert not any("(structured)" in text for text in free.records[0].cold_start)
+    held = compile_router(folder, structured=True)[1]
+    assert held.records[0].failure_shares == {} and held.records[0].format_share is not None
+    assert not held.records[0].cold_start
+    with pytest.raises(ConfigError, match="structured must be"):
+        FST(right_desk, structured="always")
+
+
+def test_where_all_rewards_are_equal_labels_are_shown_and_errors_told(folder: Path) -> None:
+    result = compile_router(folder, never, structured=True, on_no_signal="warn")[1]
+    (told,) = result.records[0].cold_start
+    assert "4 labelled demos" in told and "cold_start_demos" in told
+    assert len(result.records[0].candidate_ids) == 2
+    none = compile_router(folder, never, structured=True, on_no_signal="warn", cold_start_demos=0)[
+        1
+    ]
+    assert not none.records[0].cold_start and len(none.records[0].candidate_ids) == 1
+
+
+def test_what_could_not_be_read_is_explained_to_who_writes_instructions(
+    folder: Path, tmp_path: Path
+) -> None:
+    settings = {"structured": False, "on_no_signal": "warn", "log_dir": tmp_path / "run"}
+    result = compile_router(folder, **settings)[1]
+    assert any("format_feedback" in text for text in result.records[0].cold_start)
+    rows = read_jsonl(tmp_path / "run" / "rollouts.jsonl")
+    feedback = [r["feedback"] for r in rows if (r["failure"] or {}).get("kind") == "parse"]
+    assert feedback
+    for text in feedback:
+        assert "It began with" in text and "`[[ ## desk ## ]]`" in text
+    plain = compile_router(folder, **{**settings, "log_dir": None, "format_feedback": False})[1]
+    assert not any("format_feedback" in text for text in plain.records[0].cold_start)
+
+
+def test_a_killed_run_goes_on_holding_answers_to_the_format(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings: dict[str, Any] = {"max_cycles": 2, "arm": "rl_only"}
+    whole = compile_router(folder, log_dir=tmp_path / "whole", **settings)[1]
+    kill_before_steps(monkeypatch, 4)
+    with pytest.raises(RuntimeError, match="killed"):
+        compile_router(folder, log_dir=tmp_path / "killed", **settings)
+    resumed = compile_router(folder, log_dir=tmp_path / "killed", **settings)[1]
+    assert resumed.weights_version == whole.weights_version
+    assert resumed.records[0].cold_start == whole.records[0].cold_start

@@ -1,0 +1,63 @@
+"""The adapter that comes with the package: its size, its terms, its figures."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from fst_dspy.pretrained import smollm2
+from fst_dspy.smollm2.figures import SETTINGS
+
+
+def test_it_is_small_whole_and_of_the_rank_it_says() -> None:
+    folder = smollm2.adapter()
+    weights = load_file(folder / "adapter_model.safetensors")
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert sum(file.stat().st_size for file in folder.iterdir()) < 10_000_000
+    assert {weight.dtype for weight in weights.values()} == {torch.bfloat16}
+    assert sum(weight.numel() for weight in weights.values()) == 4_884_480
+    assert all(torch.isfinite(weight).all() for weight in weights.values())
+    assert {name.split(".")[-2] for name in weights} == {"lora_A", "lora_B"}
+    assert config["r"] == 16 and config["base_model_name_or_path"].startswith("HuggingFaceTB/")
+    assert "Apache" in (folder / "NOTICE").read_text()
+
+
+def test_its_figures_are_told_with_and_without_it() -> None:
+    found = json.loads((smollm2.adapter() / "figures.json").read_text())
+    assert found["with"].keys() == found["without"].keys()
+    assert found["with"].keys() == {"perplexity", *map(str, SETTINGS)}
+    made = json.loads((smollm2.adapter() / "training.json").read_text())
+    assert made["step"] == made["recipe"]["steps"] and made["held_out"]["exact"] > 0.2
+    told = [found["with"][f"rules, {adapter}, reasoning"] for adapter in ("chat", "xml", "json")]
+    bare = [found["without"][f"rules, {adapter}, reasoning"] for adapter in ("chat", "xml", "json")]
+    for under, without in zip(told, bare, strict=True):
+        assert under["parsed"] > 0.8 > 0.2 > without["parsed"]
+        assert under["right"] > without["right"] + 0.2
+    unsaid = found["with"]["rules, chat, reasoning, not told"]
+    assert told[0]["right"] > unsaid["right"] + 0.2  # it is the prompt that it goes by
+    assert found["with"]["perplexity"] < 1.5 * found["without"]["perplexity"]
+
+
+@pytest.mark.slow
+def test_the_model_under_it_follows_the_rules_in_its_prompt() -> None:
+    import dspy
+
+    import fst_dspy
+    from fst_dspy.errors import ModelError
+
+    try:
+        lm = fst_dspy.LocalLM("smollm2", temperature=0.0, max_tokens=64)
+    except ModelError as error:
+        pytest.skip(f"SmolLM2 is not to be had here: {error}")
+    rules = {"kettle": "north", "violin": "south", "ladder": "west"}
+    text = "\n".join(f"{key} messages go to {place}." for key, place in rules.items())
+    signature = dspy.Signature("message -> place", f"Choose the place for the message.\n{text}")
+    program = dspy.ChainOfThought(signature)
+    with dspy.context(lm=lm):
+        asked = {key: f"Somebody asked about the {key} again." for key in rules}
+        found = {key: program(message=message).place for key, message in asked.items()}
+    assert sum(found[key] == place for key, place in rules.items()) >= 2
+    assert lm.version.startswith("smollm2@")
