@@ -186,7 +186,7 @@ class Policy:
 
         Under LoRA it covers the adapters, their settings and the hash of the base.
         """
-        key = self._fingerprint()
+        key = self.mark()
         if self._hashed is None or self._hashed[0] != key:
             salt = "" if self._lora is None else f"{self._base_hash} {self._lora}"
             self._hashed = (key, _hash(self._trainable(), salt))
@@ -196,6 +196,13 @@ class Policy:
         """Version id of the weights in use: the live ones, or inside ``at`` those."""
         with self.lock:
             return self._visiting or self._version_id(self.weights_hash())
+
+    def mark(self) -> Any:
+        """Changes whenever the weights in the model may have: spares hashing a large model."""
+        weights = list(_plain(self._trainable()).values())
+        sample = torch.cat([weight.detach().reshape(-1)[:4].float() for weight in weights])
+        counters = tuple((weight.data_ptr(), weight._version) for weight in weights)
+        return self._lora, self.step, counters, tuple(sample.tolist())
 
     @property
     def live_id(self) -> str:
@@ -311,7 +318,7 @@ class Policy:
                 finally:
                     self._visiting = None
             if hashed is not None:  # the same weights as before, so the same hash
-                self._hashed = (self._fingerprint(), hashed[1])
+                self._hashed = (self.mark(), hashed[1])
 
     def add_lora(self, cfg: LoraConfig, seed: int) -> None:
         """Put fresh adapters on every linear layer but the output; only they are trained.
@@ -352,13 +359,6 @@ class Policy:
 
     def _version_id(self, digest: str) -> str:
         return f"{self.name}@{digest[:12]}"
-
-    def _fingerprint(self) -> Any:
-        """Changes whenever the weights may have: spares hashing a large model at every call."""
-        weights = list(_plain(self._trainable()).values())
-        sample = torch.cat([weight.detach().reshape(-1)[:4].float() for weight in weights])
-        counters = tuple((weight.data_ptr(), weight._version) for weight in weights)
-        return self._lora, self.step, counters, tuple(sample.tolist())
 
     def _find(self, version: str) -> _Kept:
         if version in self._kept:

@@ -2,7 +2,7 @@
 
 Building vLLM's engine and bringing it the trained weights is TRL's (``VLLMGeneration``); here are
 only the requests, each with its own seed, temperature and stop strings, and what comes back. The
-weights are brought over when the policy's version has changed since the last call.
+weights are brought over when they may have changed since the last call; they are not hashed.
 
 The tests hold it to what is asked of any engine with a stand-in for vLLM, and where there is a GPU
 with vLLM itself (``make test-gpu``).
@@ -92,7 +92,7 @@ class VllmGenerator:
 
     def __init__(self, vllm: Any, sampling_params: Callable[..., Any]) -> None:
         self.vllm, self.sampling_params = vllm, sampling_params
-        self._holds: str | None = None
+        self._holds: Any = None  # the mark of the weights that it has
 
     def __call__(
         self, policy: Policy, requests: Sequence[GenerationRequest]
@@ -124,10 +124,10 @@ class VllmGenerator:
         if policy.lora is not None:
             raise ConfigError("the vLLM engine has no adapters: use lora=False or no vLLM")
         with policy.lock:
-            version = policy.version()
-            if version != self._holds:
+            mark = policy.mark()
+            if mark != self._holds:
                 self.vllm.sync_weights()
-                self._holds = version
+                self._holds = mark
             outputs = self.vllm.llm.generate(
                 [{"prompt_token_ids": list(r.prompt_ids_T)} for r in requests],
                 sampling_params=[self._params(policy, request) for request in requests],

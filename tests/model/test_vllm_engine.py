@@ -119,6 +119,19 @@ def test_weights_that_moved_are_sampled_from(engine):
         assert policy.generator.vllm.syncs == 4
 
 
+def test_weights_that_moved_are_not_hashed_to_be_brought_over(engine, monkeypatch):
+    policy, run = engine
+    if policy.generator is None:
+        pytest.skip("the built-in engine brings nothing over")
+    requests = requests_for(policy)
+    run(policy, requests)
+    syncs = policy.generator.vllm.syncs
+    monkeypatch.setattr("fst_dspy.model.policy._hash", lambda *_: pytest.fail("hashed"))
+    move(policy)
+    run(policy, requests)
+    assert policy.generator.vllm.syncs == syncs + 1
+
+
 def test_stop_strings_and_limits(engine):
     policy, run = engine
     whole = run(policy, requests_for(policy, 1))[0]
