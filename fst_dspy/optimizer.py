@@ -305,12 +305,14 @@ def _tester(parts: Parts, student: dspy.Module, result: FSTResult) -> Tester:
     """Tests the result's texts and weights with what they were found with."""
 
     # Of the parts these alone: the optimizer's state is large, and a result may live long.
-    metric, lm = parts.spec.metric, parts.lm
+    # And the live model, lest the weights that it began with stay in memory.
+    metric, lm = parts.spec.metric, parts.lm.live()
+    program = bound_to(student, result.seed_candidate, lm)
     sampling, seed = parts.config.sampling, parts.spec.seed
 
     def test(testset: Sequence[dspy.Example], samples: int) -> Quadrants:
         return quadrants(
-            RolloutRunner(student, metric, lm, sampling, seed),
+            RolloutRunner(program, metric, lm, sampling, seed),
             result.seed_candidate,
             result.best.candidate,
             testset,

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from rich.console import Group, RenderableType
 
@@ -130,6 +130,9 @@ class FSTResult:
         weights_version: Version id of the weights at the end, which need not be the best.
         log_dir: The run folder, or ``None``.
     """
+
+    # A compiled program holds its result, and that the program which it tests.
+    __fst_not_of_the_program__: ClassVar[bool] = True
 
     arm: Arm
     seed: int

@@ -31,6 +31,8 @@ MAX_OWN_ITEMS = 1000
 MAX_WALKED_ITEMS = 10_000
 """Items of a container up to which it is searched for modules; longer ones hold data."""
 
+NOT_OF_THE_PROGRAM = "__fst_not_of_the_program__"
+"""An attribute of classes whose objects a program may hold, and which are no part of it."""
 _LEAVES = (str, bytes, bytearray, int, float, complex, bool, type(None), type, types.ModuleType)
 _CONTAINERS = (list, dict, set, deque)
 
@@ -219,7 +221,9 @@ def _graph(program: dspy.Module) -> Iterator[tuple[Any, list[tuple[str, Any]]]]:
 def _children(item: Any) -> Iterator[tuple[str, Any]]:
     """What an object holds, each with its name; nothing that is never copied."""
     held: Iterator[tuple[str, Any]]
-    if isinstance(item, dspy.Module):
+    if hasattr(type(item), NOT_OF_THE_PROGRAM):
+        held = iter([])
+    elif isinstance(item, dspy.Module):
         skipped = ("history", "callbacks")
         held = ((f".{name}", value) for name, value in vars(item).items() if name not in skipped)
     elif isinstance(item, dict):

@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 from fst_dspy import FST, LocalLM
 from fst_dspy.cli import app
+from fst_dspy.cli.options import console
 from fst_dspy.errors import ConfigError, DataError, MetricError, ProgramError
 
 FILES = {
@@ -103,7 +104,10 @@ def folder(tmp_path, monkeypatch):
 
 
 def told(command):
-    done = CliRunner().invoke(app, command.split())
+    # A path that is longer than a line would be broken within a word.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(console, "_width", 1000)
+        done = CliRunner(env={"COLUMNS": "1000"}).invoke(app, command.split())
     assert done.exit_code in (1, 2) and "Traceback" not in done.output
     return " ".join(done.output.replace("│", " ").split())
 
