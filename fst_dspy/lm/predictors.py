@@ -168,7 +168,7 @@ def bound_to(
     held to their formats, as they were in training.
     """
     held = {"structured": True} if structured else {}
-    lm = lm.copy(**held)
+    lm = lm.copy(**held) if held else lm
     compiled = bind(student, candidate)
     bound: dict[int, LocalLM] = {}
     following = []
