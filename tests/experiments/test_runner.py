@@ -55,7 +55,8 @@ def test_a_job_that_fails_is_reported_and_the_others_go_on(tiny_qwen3, tmp_path)
     jobs = [job_of(tiny_qwen3, program=str(program), seed=seed, rollouts=30) for seed in (0, 1)]
     assert run_jobs(store, jobs, workers=2) == ["fst-1"]
     state = {name: (line.state, line.error) for name, line in store.status.items()}
-    assert state == {"fst-0": ("done", None), "fst-1": ("failed", "ValueError: no seed [1] today")}
+    said = f"load(1) in {program} failed, line 4: ValueError: no seed [1] today"
+    assert state == {"fst-0": ("done", None), "fst-1": ("failed", f"ProgramError: {said}")}
     again = ExperimentStore(store.folder)
     assert run_jobs(again, jobs[:1]) == [] and again.status["fst-0"].attempts == 1
     assert [run.name for run in load_runs(again)] == ["fst-0"]
