@@ -676,7 +676,7 @@ def test_the_command_runs_a_study_and_writes_its_best_settings(tiny_qwen3, tmp_p
     }
     assert (tmp_path / "study" / "front.png").exists()
     wrong = CliRunner().invoke(app, ["tune", PROGRAM, "--objective", "sore"])
-    assert wrong.exit_code == 1 and "unknown measure" in wrong.output
+    assert wrong.exit_code == 1 and "there is no measure" in wrong.output
 
 
 # --- settings tuned inside a compile ---------------------------------------------------------
