@@ -28,7 +28,8 @@ AXES: dict[str, dict[str, dict[str, Any]]] = {
     # Adapters want about ten times the rate of full fine-tuning (Schulman 2025, "LoRA Without
     # Regret"); with the same rate, the rate would be what is compared.
     "weights": {
-        "weights=full": {"lora": False},
+        # The default, which trains all weights wherever that fits.
+        "weights=full": {"lora": "auto"},
         "weights=lora": {"lora": True, "learning_rate": 1e-3},
     },
 }
