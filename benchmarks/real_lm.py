@@ -53,8 +53,8 @@ TASKS: Mapping[str, RealTask] = {
     "letters": RealTask(f"gym:dataset=letter_counting,min_words=2,max_words=4,{SPLITS}"),
 }
 """Of reasoning-gym two datasets on which SmolLM2 under its adapter was right at 17 % and 8 % of 12
-questions at temperature 1, before anything was trained on them; on sums, sorting and legs of animals
-it never was, and there is nothing to begin with."""
+questions at temperature 1, before anything was trained on them; on sums and on legs of animals it
+never was, and there is nothing to begin with."""
 
 
 def make_plan(model: str, task: str, adapter: str, rollouts: int, settings: Sequence[str]) -> Plan:
