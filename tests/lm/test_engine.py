@@ -108,7 +108,6 @@ def test_the_request_names_the_weights(policy: Policy) -> None:
     ("config", "named"),
     [
         ({"probabilities": "required"}, "probabilities"),
-        ({"response_format": {"type": "json_object"}}, "response_format"),
         ({"extensions": {"verbosity": "low"}}, "verbosity"),
         ({"extensions": {"metadata": {"user": "me"}}}, "user"),
         ({"tool_choice": lm15.ToolChoice("required")}, "tool_choice"),

@@ -351,7 +351,7 @@ def test_adapters_are_trained_on_and_other_ones_refused(lm):
         ({"loss": "cispo"}, "did you mean 'loss_type'"),
         ({"group_size": 4}, "unknown setting 'group_size'"),
         ({"learning_rate": -1.0}, "learning_rate must be positive"),
-        ({"learning_rate": "high"}, "wrong type"),
+        ({"learning_rate": "high"}, "learning_rate must be a number"),
         ({"temperature": 0.5}, "temperature=0.5"),
         ({"num_generations": 1}, "num_rollouts_per_grpo_step"),
         ({"lr_scheduler_type": "linear"}, "max_steps"),
