@@ -83,6 +83,13 @@ class Settings(TypedDict, total=False):
     the run goes on without it. ``None`` sets no limit."""
     max_reflection_tokens: int | None
     """Default None. Prompt and completion tokens of the reflection LM, likewise."""
+    cold_start_demos: int
+    """Default 4. Where the first validation shows nothing to learn from, as many labelled
+    training examples are shown as demos in a candidate beside the student's own; 0 for none."""
+    format_feedback: bool
+    """Default True. Where it does after all, or where answers cannot be read, what is told of
+    such an answer says what was wrong with it and what was wanted, so that instructions can
+    be written against it."""
     steps_per_cycle: int
     """Default 6. T, optimizer steps after each fast phase."""
     group_size: int
@@ -164,6 +171,11 @@ class Settings(TypedDict, total=False):
     """Default 128. Rollouts alive at once, each in its thread; the largest generation batch."""
     val_size: int
     """Default 48. V, validation examples scored each cycle; the rest of the set is not used."""
+    structured: Literal["auto"] | bool
+    """Default 'auto'. Whether answers are held to the format that the adapter reads; they are
+    then trained as they were sampled, over what the format allows. ``"auto"`` does it where
+    more than a tenth of the first validation's answers cannot be read. ``False`` leaves what
+    the ``LocalLM`` says."""
     max_cycles: int | None
     """Default 6. Cycles to run, at least 1, or ``None``; the opening one, which has no optimizer
     steps (``fst_dspy.optimizer``), does not count."""
