@@ -142,8 +142,8 @@ def test_a_long_prompt_fails_once_with_the_limit(
         real(policy, ids)
 
     monkeypatch.setattr(calls_module, "check_prompt", counted)
-    dspy.configure(lm=lm)
-    with pytest.raises(ContextWindowExceededError, match="holds 512 tokens"):
+    refused = pytest.raises(ContextWindowExceededError, match="holds 512 tokens")
+    with dspy.context(lm=lm), refused:
         dspy.Predict("question -> answer")(question="why? " * 600)
     assert len(tries) == 1
 
