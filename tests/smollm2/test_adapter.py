@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from places import ROOT
 from safetensors.torch import load_file
 
 from fst_dspy.pretrained import smollm2
@@ -25,14 +26,24 @@ def test_it_is_small_whole_and_of_the_rank_it_says() -> None:
     assert "Apache" in (folder / "NOTICE").read_text()
 
 
-def test_its_figures_are_told_as_far_as_they_were_measured() -> None:
+def test_its_figures_stand_with_and_without_it_and_on_its_page() -> None:
     found = json.loads((smollm2.adapter() / "figures.json").read_text())
-    known = {"perplexity", *map(str, SETTINGS)}
-    assert {"perplexity"} < found["with"].keys() <= known
-    assert {"perplexity"} < found["without"].keys() <= known
-    for under in (found["with"], found["without"]):
-        for scores in (scores for name, scores in under.items() if name != "perplexity"):
-            assert 0 <= scores["right"] <= scores["parsed"] <= 1 <= scores["questions"]
+    page = (ROOT / "docs" / "smollm2.md").read_text()
+    assert found["with"].keys() == found["without"].keys() == {"perplexity", *map(str, SETTINGS)}
+    for setting in map(str, SETTINGS):
+        cells = []
+        for scores in (found["without"][setting], found["with"][setting]):
+            assert 0 <= scores["right"] <= scores["parsed"] <= 1
+            right, parsed = scores["right"], scores["parsed"]
+            cells.append(f"{right:.2f} ({parsed:.2f}) of {scores['questions']}")
+        name = setting.replace("not told", "rules taken out")
+        assert f"| {name} | {cells[0]} | {cells[1]} |" in page
+    for adapter in ("chat", "xml", "json"):
+        name = f"rules, {adapter}, reasoning"
+        assert found["with"][name]["parsed"] > 0.8 > 0.2 > found["without"][name]["parsed"]
+    told, unsaid = (found["with"][f"rules, chat, reasoning{end}"] for end in ("", ", not told"))
+    assert told["right"] > unsaid["right"] + 0.2  # it is the prompt that it goes by
+    assert all(f"{found[which]['perplexity']:.1f}" in page for which in ("with", "without"))
     made = json.loads((smollm2.adapter() / "training.json").read_text())
     assert 0 < made["step"] <= made["recipe"]["steps"] and made["held_out"]["exact"] > 0.2
 
