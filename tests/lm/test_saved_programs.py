@@ -100,7 +100,12 @@ def test_a_whole_program_is_saved_and_loaded_elsewhere(lm, tmp_path):
 
 
 @pytest.mark.parametrize("live", [False, True])
-def test_trained_weights_are_found_where_they_are_at_hand_and_missed_elsewhere(lm, live, tmp_path):
+def test_trained_weights_are_found_where_they_are_at_hand_and_missed_elsewhere(live, tmp_path):
+    from tiny_models import save_model
+
+    # Of weights of its own: a policy that another test leaves alive may hold the very same ones.
+    model = save_model(tmp_path / "model", "qwen3", seed=7)
+    lm = LocalLM(str(model), temperature=0.0, max_tokens=8, cache=False)
     move(lm.policy)
     trained = lm.live() if live else lm.at(lm.policy.keep())
     folder = saved_whole(trained, tmp_path / "program")
