@@ -4,6 +4,9 @@ Every kind is also a standard-library exception, so that callers who know nothin
 this package can catch it. A message says what is wrong and what to do about it.
 """
 
+LOST = (ConnectionError, TimeoutError, MemoryError)
+"""Errors of what a program runs on, not of the program: nothing is to be learned from them."""
+
 
 class FSTError(Exception):
     """Base of every error that fst_dspy raises on purpose."""

@@ -14,9 +14,9 @@ import fst_dspy
 from fst_dspy.types import Task
 
 SIZE = 4
-ACTIONS = ("left", "down", "right", "up")
 STEPS = {"left": (0, -1), "down": (1, 0), "right": (0, 1), "up": (-1, 0)}
-INSTRUCTIONS = "Choose the next step across the lake to the gift. Do not step into a hole."
+"""Rows and columns of each step, in the order of gymnasium's actions."""
+ACTIONS = tuple(STEPS)
 WORDS = {b"F": "ice", b"S": "ice", b"H": "hole", b"G": "gift"}
 
 

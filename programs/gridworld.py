@@ -18,7 +18,6 @@ from fst_dspy.types import Task
 
 COLOURS = ("red", "green", "blue", "purple", "yellow")
 MISSIONS = ("unlock", "goto", "pickup")
-ACTIONS = ("left", "right", "forward", "pickup", "toggle")
 SIZE = 6
 Action = Literal["left", "right", "forward", "pickup", "toggle"]
 

@@ -26,10 +26,6 @@ Factory = Callable[[], Any]
 """Makes an environment; a class, as a rule."""
 
 
-LOST = (ConnectionError, TimeoutError, MemoryError)
-"""Errors of what an environment runs on: not the agent's, and nothing to be learned from."""
-
-
 class RemoteError(Exception):
     """What an environment raised in its own process; the message has the kind of error, too."""
 

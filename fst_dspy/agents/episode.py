@@ -10,6 +10,7 @@ import dspy
 
 from fst_dspy.agents import contract
 from fst_dspy.agents.contract import EpisodeOver
+from fst_dspy.errors import LOST
 from fst_dspy.rollouts.session import calls_so_far, note_turn
 from fst_dspy.types import Turn, TurnStatus
 
@@ -34,7 +35,6 @@ class Episode:
     def __init__(self, environment: Any, fields: Mapping[str, Any], max_turns: int) -> None:
         self.environment, self.max_turns = environment, max_turns
         self.turns: list[Turn] = []
-        self._began = time.perf_counter()
         try:
             self.observation = contract.reset(environment, fields)
         except BaseException:
@@ -69,7 +69,7 @@ class Episode:
         status: TurnStatus = "ok"
         try:
             result = contract.finished(getattr(self.environment, tool)(**arguments))
-        except contract.LOST:
+        except LOST:
             raise
         except Exception as error:
             status, result = "error", contract.said_of(error)

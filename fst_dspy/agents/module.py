@@ -26,7 +26,6 @@ OWN = ("observation", "history", "actions")
 """Input fields that the module fills in itself."""
 SHOWN = 200
 """Characters of a turn's result in the text of a history."""
-AGENT = "agent"
 
 
 class Env(dspy.Module):
@@ -66,9 +65,10 @@ class Env(dspy.Module):
         self._forms = {name: self._probe(name) for name in self._names}
         signature = ensure_signature(signature)
         assert not isinstance(signature, str)
+        self.agent: dspy.Module | None = None
         if agent is not None:
-            tools = list(_dispatching(self._forms.values()))
-            setattr(self, AGENT, agent(signature, tools=tools, max_iters=max_turns))
+            tools = _dispatching(self._forms.values())
+            self.agent = agent(signature, tools=tools, max_iters=max_turns)
             self._inputs = list(signature.input_fields)
         else:
             self.act = dspy.Predict(self._with_actions(signature))
@@ -77,12 +77,12 @@ class Env(dspy.Module):
     def forward(self, **fields: Any) -> dspy.Prediction:
         """Play one episode on the fields of an example."""
         name = fields.get(ENVIRONMENT) if isinstance(self._factories, Mapping) else None
-        form = self._forms[name]
         given = {key: value for key, value in fields.items() if key != ENVIRONMENT or name is None}
         with Episode(self._make(name), given, self.max_turns) as episode:
             inputs = self._constant_inputs(given, episode.environment)
-            if AGENT in vars(self):
-                return self._run_agent(episode, inputs)
+            if self.agent is not None:
+                return self._run_agent(self.agent, episode, inputs)
+            form = self._forms[name]
             if isinstance(self._factories, Mapping):
                 inputs["actions"] = form.description
             outputs: dict[str, Any] = {}
@@ -147,13 +147,15 @@ class Env(dspy.Module):
         seen = episode.observation
         return contract.as_text(seen) if annotation is str else seen
 
-    def _run_agent(self, episode: Episode, inputs: Mapping[str, Any]) -> dspy.Prediction:
+    def _run_agent(
+        self, agent: dspy.Module, episode: Episode, inputs: Mapping[str, Any]
+    ) -> dspy.Prediction:
         if "observation" in self._inputs:
             inputs = {**inputs, "observation": contract.as_text(episode.observation)}
         outputs: dict[str, Any] = {}
         # An environment that is done needs no answer.
         with dspy.context(**{EPISODE: episode}), suppress(EpisodeOver):
-            outputs = dict(getattr(self, AGENT)(**inputs).items())
+            outputs = dict(agent(**inputs).items())
         return episode.prediction(**{k: v for k, v in outputs.items() if k not in _PREDICTED})
 
     # --- environments -------------------------------------------------------------------------

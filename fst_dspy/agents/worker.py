@@ -14,6 +14,7 @@ from typing import IO, Any
 import cloudpickle
 
 from fst_dspy.agents import contract
+from fst_dspy.errors import LOST
 
 ATTRIBUTES = ("done", "reward", "feedback")
 """Attributes of an environment that are sent with each answer."""
@@ -65,7 +66,7 @@ def serve() -> None:
                 value = contract.finished(getattr(environment, more[0])(**arguments))
             send(answers, ("returned", value, _attributes(environment)))
         except Exception as error:
-            kind = "lost" if isinstance(error, contract.LOST) else "raised"
+            kind = "lost" if isinstance(error, LOST) else "raised"
             send(answers, (kind, contract.said_of(error), _attributes(environment)))
 
 

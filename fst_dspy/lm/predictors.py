@@ -31,12 +31,6 @@ def resolved_lm(predictor: dspy.Predict) -> Any:
     return predictor.lm or dspy.settings.lm
 
 
-def is_trained(predictor: dspy.Predict, policy: Policy) -> bool:
-    """Whether a predictor calls a policy, or nothing as yet."""
-    lm = resolved_lm(predictor)
-    return lm is None or shares_policy(lm, policy)
-
-
 def shares_policy(lm: Any, policy: Any) -> bool:
     """Whether a language model is a local one over this policy."""
     return isinstance(lm, LocalLM) and lm.policy is policy

@@ -79,16 +79,9 @@ def completion_states(policy: Policy, rows: Sequence[Row]) -> Tensor:
     model, device = policy.model, policy.device
     pairs = [(row.prompt_ids_T, row.completion_ids_T) for row in rows]
     inputs, at_BT = completion_inputs(model, pairs, policy.tokenizer.pad_token_id, device)
-    caught: list[Tensor] = []
-
-    def catch(_module: Any, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        caught.append(_taken(inputs[0], at_BT))
-        return inputs[0][:, :0], *inputs[1:]  # no logits
-
-    with _before_output_layer(model, catch):
-        model(**inputs)
+    state_BTD = _states(model, inputs, at_BT)
     lengths_B1 = torch.tensor([[len(row.completion_ids_T)] for row in rows], device=device)
-    return caught[0][torch.arange(at_BT.shape[1], device=device) < lengths_B1]
+    return state_BTD[torch.arange(at_BT.shape[1], device=device) < lengths_B1]
 
 
 def logprobs_of(
@@ -238,16 +231,9 @@ def chosen_logprobs(
     Returns:
         Nats, float32 of shape (B, T) each, with gradients where they are enabled.
     """
-    caught: list[Tensor] = []
-
-    def catch(_module: Any, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        caught.append(_taken(inputs[0], at_BT))
-        return inputs[0][:, :0], *inputs[1:]  # no logits
-
-    with _before_output_layer(model, catch):
-        model(**inputs)
+    state_BTD = _states(model, inputs, at_BT)
     free_BT = (label_BT >= 0) & ~single(allowed_BTW)
-    state_ND, label_N, allowed_NW = caught[0][free_BT], label_BT[free_BT], allowed_BTW[free_BT]
+    state_ND, label_N, allowed_NW = state_BTD[free_BT], label_BT[free_BT], allowed_BTW[free_BT]
 
     def part_of(state_nD: Tensor, label_n: Tensor, allowed_nW: Tensor) -> tuple[Tensor, Tensor]:
         temperature_n = torch.full(label_n.shape, temperature, device=label_n.device)
@@ -262,11 +248,25 @@ def chosen_logprobs(
         for part in (slice(start, start + size) for start in range(0, len(label_N), size))
     ]
     # Connected to the model also where nothing was free.
-    zero_BT = label_BT.new_zeros(label_BT.shape, dtype=torch.float32) + 0 * caught[0].float().sum()
+    zero_BT = label_BT.new_zeros(label_BT.shape, dtype=torch.float32) + 0 * state_BTD.float().sum()
     if not found:
         return zero_BT, zero_BT
     logprob_N, entropy_N = (torch.cat(parts) for parts in zip(*found, strict=True))
     return zero_BT.masked_scatter(free_BT, logprob_N), zero_BT.masked_scatter(free_BT, entropy_N)
+
+
+def _states(model: Any, inputs: Mapping[str, Any], at_BT: Tensor) -> Tensor:
+    """What the output layer would take at some positions; it does not run."""
+    caught: list[Tensor] = []
+
+    def catch(_module: Any, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        caught.append(_taken(inputs[0], at_BT))
+        return inputs[0][:, :0], *inputs[1:]  # no logits
+
+    with _before_output_layer(model, catch):
+        model(**inputs)
+    (state_BTD,) = caught
+    return state_BTD
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from dspy import lm15
 from dspy.utils.exceptions import AdapterParseError, is_retryable_lm_error
 
 from fst_dspy.config import SamplingConfig
-from fst_dspy.errors import MetricError
+from fst_dspy.errors import LOST, MetricError
 from fst_dspy.lm.answers import ends_in_thought
 from fst_dspy.lm.asked import wanted_format
 from fst_dspy.model.policy import Policy
@@ -313,7 +313,7 @@ def is_infrastructure(error: BaseException) -> bool:
         causes.append(cause)
         cause = cause.__cause__
     return any(
-        isinstance(e, ConnectionError | TimeoutError | MemoryError | RolloutEnded)
+        isinstance(e, (*LOST, RolloutEnded))
         or (isinstance(e, Exception) and is_retryable_lm_error(e))
         for e in causes
     )

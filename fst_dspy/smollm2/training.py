@@ -10,7 +10,6 @@ each row among the cores, which then wait for each other at every matrix.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -24,6 +23,7 @@ from peft.helpers import disable_input_dtype_casting
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from fst_dspy.files import write_atomically
 from fst_dspy.smollm2.corpus import SHARES, SKILLS
 from fst_dspy.smollm2.corpus.render import ADAPTERS, render
 from fst_dspy.smollm2.trees import Row, answer_losses, encode
@@ -181,18 +181,13 @@ class Trainer:
 
     def save(self, file: Path) -> None:
         """Write a checkpoint; a kill at any moment leaves the old one or the new one, whole."""
-        temporary = file.with_suffix(".tmp")
         state: dict[str, Any] = {
             "recipe": asdict(self.recipe),
             "position": asdict(self.position),
             "weights": [weight.detach() for weight in self.weights],
             "optimizer": self.optimizer.state_dict(),
         }
-        with temporary.open("wb") as stream:
-            torch.save(state, stream)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(temporary, file)
+        write_atomically(file, lambda stream: torch.save(state, stream))
 
     def load(self, file: Path) -> bool:
         """Go on from a checkpoint; ``False`` where there is none of this recipe.

@@ -102,6 +102,8 @@ def test_of_several_environments_each_example_plays_its_own_and_sees_its_actions
     assert "press(floor: int)" in lm.history[-1]["messages"][-1]["content"]
     assert play(program, lm, environment="hall", way="left").reward == 1.0
     assert "press" not in lm.history[-1]["messages"][-1]["content"]
+    with pytest.raises(ProgramError, match="must name one of 'hall', 'lift'"):
+        play(program, lm, environment="attic", way="left")
 
 
 def test_react_acts_with_the_environments_tools():

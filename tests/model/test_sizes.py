@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from model_sizes import QWEN
 from transformers import Qwen3Config
 
 from fst_dspy.model import sizes
@@ -18,17 +19,6 @@ from fst_dspy.model.sizes import (
     power_of_two,
     training_tokens,
 )
-
-QWEN = {
-    "hidden_size": 1024,
-    "intermediate_size": 3072,
-    "num_hidden_layers": 28,
-    "num_attention_heads": 16,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "vocab_size": 151_936,
-    "tie_word_embeddings": True,
-}
 
 
 def test_a_model_is_counted_from_its_configuration_alone(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 import dspy
 import pytest
 import torch
+from model_sizes import QWEN
 from transformers import Qwen3Config
 from typer.testing import CliRunner
 
@@ -20,17 +21,6 @@ from fst_dspy.plan.files import plan_of_files
 from fst_dspy.plan.memory import fitting_lora, memory_of, trainable_count
 from fst_dspy.plan.prompts import prompts_of
 
-QWEN = {
-    "hidden_size": 1024,
-    "intermediate_size": 3072,
-    "num_hidden_layers": 28,
-    "num_attention_heads": 16,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "vocab_size": 151_936,
-    "max_position_embeddings": 40_960,
-    "tie_word_embeddings": True,
-}
 GIB = 2**30
 EXAMPLES = [
     dspy.Example(question="where does a visa ticket go? " * 4, answer="x").with_inputs("question")

@@ -29,9 +29,14 @@ import pytest
 from dspy.predict.aggregation import majority
 from dspy.primitives.local_interpreter import LocalInterpreter
 from shape_models import (
+    DRAFT,
+    QA,
+    QUESTION,
     Kind,
     Models,
     Place,
+    Shapes,
+    look,
     models_over,
     module,
     one_in_three_ways,
@@ -43,27 +48,13 @@ from fst_dspy import FST
 from fst_dspy.errors import ProgramError
 from fst_dspy.student.modules import copy_program, every_predictor
 
-QA, DRAFT, QUESTION = "question -> answer", "question -> draft", {"question": "where?"}
-Make = Callable[[Models], dspy.Module]
-SHAPES: dict[str, tuple[Make, dict[str, Any]]] = {}
+SHAPES = Shapes()
+shape = SHAPES.add
 
 
 @pytest.fixture
 def models(tiny_qwen3: Any) -> Models:
     return models_over(tiny_qwen3)
-
-
-def shape(name: str, **inputs: Any) -> Callable[[Make], Make]:
-    def add(make: Make) -> Make:
-        SHAPES[name] = (make, inputs or QUESTION)
-        return make
-
-    return add
-
-
-def look(word: str) -> str:
-    """Looks a word up."""
-    return f"{word} is jade"
 
 
 async def look_slowly(word: str) -> str:

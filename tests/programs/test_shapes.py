@@ -22,9 +22,14 @@ import pytest
 from dspy.predict.aggregation import majority
 from helpers import RawAdapter
 from shape_models import (
+    DRAFT,
+    QA,
+    QUESTION,
     Kind,
     Models,
     Place,
+    Shapes,
+    look,
     models_over,
     module,
     one_in_three_ways,
@@ -51,25 +56,10 @@ def models(tiny_qwen3: Any) -> Models:
 
 # --- the shapes -----------------------------------------------------------------------------------
 
-Make = Callable[[Models], dspy.Module]
-QUESTION = {"question": "where?"}
-SHAPES: dict[str, tuple[Make, dict[str, Any]]] = {}
+SHAPES = Shapes()
+shape = SHAPES.add
 
 
-def shape(name: str, **inputs: Any) -> Callable[[Any], Any]:
-    def add(make: Any) -> Any:
-        SHAPES[name] = (make, inputs or QUESTION)
-        return make
-
-    return add
-
-
-def look(word: str) -> str:
-    """Looks a word up."""
-    return f"{word} is jade"
-
-
-QA, DRAFT = "question -> answer", "question -> draft"
 for title, make, inputs in [
     ("Predict", lambda m: dspy.Predict(QA), {}),
     ("ChainOfThought", lambda m: dspy.ChainOfThought(QA), {}),

@@ -26,6 +26,8 @@ from fst_dspy.rollouts.runner import RolloutRunner
 from fst_dspy.student.candidate import seed_candidate
 from fst_dspy.types import Rollout
 
+QA, DRAFT, QUESTION = "question -> answer", "question -> draft", {"question": "where?"}
+
 
 class Place(pydantic.BaseModel):
     """A typed value."""
@@ -204,3 +206,24 @@ def one_in_three_ways(
         assert types_of(plainly(compiled.deepcopy(), inputs)) == types_of(expected)
         assert models.take() == asked
     return asked
+
+
+def look(word: str) -> str:
+    """Looks a word up."""
+    return f"{word} is jade"
+
+
+Make = Callable[[Models], dspy.Module]
+
+
+class Shapes(dict[str, tuple[Any, dict[str, Any]]]):
+    """Programs by name: how each is made, and what it is asked."""
+
+    def add(self, name: str, **inputs: Any) -> Callable[[Any], Any]:
+        """A decorator of what makes a program; it is asked a question where nothing is said."""
+
+        def added(make: Any) -> Any:
+            self[name] = (make, inputs or QUESTION)
+            return make
+
+        return added
