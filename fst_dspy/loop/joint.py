@@ -276,13 +276,15 @@ class Run:
         due = distributed.from_main(
             lambda: folder is not None and (now or folder.is_due(closes=closes))
         )
-        if due and folder is not None:
+        if not due:
+            return
+        self._saved = state  # in every process: all of them ask at the same states
+        if folder is not None:
             folder.checkpoint(replace(state, tokens=dict(self.runner.tokens)), learner, self.policy)
-            self._saved = state
             self.parts.fast.events.saved(str(folder.path))
             if now:
                 folder.settle()
-        elif due and learner is not None:
+        elif learner is not None:
             learner.state()  # under FSDP every process has its part of the optimizer
 
     def _counted(self) -> dict[str, Any]:

@@ -33,6 +33,7 @@ from fst_dspy.lm.local_lm import FOLLOWS, LocalLM
 from fst_dspy.lm.predictors import RolloutLMs
 from fst_dspy.rollouts.health import Tally
 from fst_dspy.rollouts.jobs import Channel, RolloutJob
+from fst_dspy.rollouts.progress_bars import share_between_threads
 from fst_dspy.rollouts.rollout import RolloutThread, Setting
 from fst_dspy.rollouts.scheduler import POLL_SECONDS, Scheduler, Slot
 from fst_dspy.rollouts.session import NAME
@@ -180,6 +181,7 @@ class RolloutRunner:
     def _run_part(
         self, jobs: Sequence[tuple[RolloutJob, int]], channel: Channel, version: str | None
     ) -> list[Rollout]:
+        share_between_threads()
         slots = [Slot(key=(number,), seed=seed) for number, (_, seed) in enumerate(jobs)]
         scheduler = Scheduler(self.policy, slots)
         setting = Setting(

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from typing import get_args, get_type_hints
 
 import pytest
 from gepa.strategies.candidate_selector import ParetoCandidateSelector
@@ -9,7 +10,7 @@ from records import make_rollout
 from rule_runner import NAME, SEED, TRAIN, VAL, RuleRunner, Scripted, run
 from simulated_loop import ScriptedRunner, simulate
 
-from fst_dspy.config import FRONTIERS, FastConfig, FSTConfig
+from fst_dspy.config import FastConfig, FSTConfig
 from fst_dspy.errors import ConfigError, MetricError
 from fst_dspy.fast.phase import FastPhase
 from fst_dspy.fast.pool import RolloutPool, score_table
@@ -105,7 +106,7 @@ def with_selector(monkeypatch):
     return watching
 
 
-@pytest.mark.parametrize("frontier", FRONTIERS)
+@pytest.mark.parametrize("frontier", get_args(get_type_hints(FastConfig)["frontier_type"]))
 def test_parents_are_drawn_from_gepas_front(frontier, monkeypatch):
     watching = with_selector(monkeypatch)
     count = iter(range(100))
