@@ -23,8 +23,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from fst_dspy import embedded
 from fst_dspy.embedded import tokenizer as tokenizer_lib
 from fst_dspy.embedded.corpus import FAMILIES
+from fst_dspy.embedded.corpus.words import VOCABULARY
 from fst_dspy.embedded.figures import family_figures
-from fst_dspy.embedded.training import Recipe, Trainer, make_tokenizer
+from fst_dspy.embedded.training import CONTINUED, Recipe, Trainer, grown, make_tokenizer
 
 MODEL = embedded.path()
 
@@ -76,18 +77,8 @@ def _with_progress(trainer: Trainer, file: Path, save_every: int) -> None:
         trainer.run(file, save_every, report)
 
 
-def pretrain(out: Path, work: Path, recipe: Recipe, questions: int, save_every: int) -> Path:
-    """Trains (or goes on training) in ``work`` and writes model, tokenizer and figures to ``out``.
-
-    Args:
-        out: The model folder, in the format of ``AutoModelForCausalLM``.
-        work: Where the tokenizer and the checkpoint are kept during the run.
-        recipe: How the model is made. Another recipe in the same ``work`` starts from nothing.
-        questions: Test questions a family for the figures.
-        save_every: Steps between checkpoints.
-    """
-    work.mkdir(parents=True, exist_ok=True)
-    out.mkdir(parents=True, exist_ok=True)
+def _start(work: Path, recipe: Recipe) -> Trainer:
+    """A run from nothing; its tokenizer is kept in ``work``."""
     kept = work / f"tokenizer-{recipe.seed}-{recipe.pieces}-{recipe.tokenizer_chats}.json"
     if kept.exists():
         tokenizer = Tokenizer.from_file(str(kept))
@@ -96,12 +87,45 @@ def pretrain(out: Path, work: Path, recipe: Recipe, questions: int, save_every: 
         temporary = kept.with_suffix(".tmp")
         tokenizer.save(str(temporary))
         temporary.replace(kept)
-    trainer = Trainer(FAMILIES, tokenizer, recipe)
+    return Trainer(FAMILIES, tokenizer, recipe)
+
+
+def _continue(base: Path, recipe: Recipe) -> Trainer:
+    """A run from the model in ``base``, with the tokens that have come to the tokenizer since."""
+    old = Tokenizer.from_file(str(base / "tokenizer.json"))
+    tokenizer, added = tokenizer_lib.extended(old, VOCABULARY)
+    model = AutoModelForCausalLM.from_pretrained(base)
+    grown(model, old, tokenizer, added)
+    return Trainer(FAMILIES, tokenizer, recipe, model)
+
+
+def pretrain(
+    out: Path,
+    work: Path,
+    recipe: Recipe,
+    questions: int,
+    save_every: int,
+    base: Path | None = None,
+) -> Path:
+    """Trains (or goes on training) in ``work`` and writes model, tokenizer and figures to ``out``.
+
+    Args:
+        out: The model folder, in the format of ``AutoModelForCausalLM``.
+        work: Where the tokenizer and the checkpoint are kept during the run.
+        recipe: How the model is made. Another recipe in the same ``work`` starts from nothing.
+        questions: Test questions a family for the figures.
+        save_every: Steps between checkpoints.
+        base: The folder of a model to go on from; its recipe must be one that is ``continued``.
+    """
+    work.mkdir(parents=True, exist_ok=True)
+    out.mkdir(parents=True, exist_ok=True)
+    trainer = _start(work, recipe) if base is None else _continue(base, recipe)
+    before = None if base is None else json.loads((base / "figures.json").read_text())
     trainer.load(work / "checkpoint.pt")
     if not trainer.done:
         _with_progress(trainer, work / "checkpoint.pt", save_every)
     trainer.model.save_pretrained(out)
-    tokenizer_lib.save(tokenizer, out)
+    tokenizer_lib.save(trainer.tokenizer, out)
     figures: dict[str, Any] = {
         "families": family_figures(
             AutoModelForCausalLM.from_pretrained(out),
@@ -119,6 +143,7 @@ def pretrain(out: Path, work: Path, recipe: Recipe, questions: int, save_every: 
         "recipe": dataclasses.asdict(recipe),
         "command": " ".join(["python -m fst_dspy.embedded.pretrain", *sys.argv[1:]]),
         "git_commit": _git_commit(),
+        "continued_from": before,
     }
     (out / "figures.json").write_text(json.dumps(figures, indent=2) + "\n")
     return out
@@ -128,16 +153,16 @@ def main(
     out: Annotated[Path, typer.Option(help="The model folder to write.")] = MODEL,
     work: Annotated[Path, typer.Option(help="Checkpoints are kept here.")] = Path("runs/pretrain"),
     seed: Annotated[int, typer.Option(help="Decides weights and text.")] = Recipe.seed,
-    joint_steps: Annotated[
-        int, typer.Option(min=1, help="Steps of the last stage, which mixes all families.")
-    ] = Recipe.joint_steps,
+    base: Annotated[
+        Path | None, typer.Option(help="A model folder to go on from, instead of nothing.")
+    ] = None,
     questions: Annotated[int, typer.Option(min=1, help="Test questions a family.")] = 512,
     save_every: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = 50,
-    threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 2,
 ) -> None:
-    """Make the embedded model from nothing, or go on with a run that was killed."""
-    torch.set_num_threads(threads)
-    pretrain(out, work, Recipe(seed=seed, joint_steps=joint_steps), questions, save_every)
+    """Make the embedded model, or go on with a run that was killed."""
+    torch.set_num_threads(1)  # of each of the two micro-batches that are computed at once
+    recipe = dataclasses.replace(Recipe() if base is None else CONTINUED, seed=seed)
+    pretrain(out, work, recipe, questions, save_every, base)
     typer.echo(f"{out}: {(out / 'figures.json').read_text()}")
 
 

@@ -80,11 +80,29 @@ TOWNS: tuple[str, ...] = word_list(
     Romford Rosedale Selby Silverton Stanmore Thornbury Tilbury Upton Walden Wexcombe Whitby Winslow
     """
 )
+PLACES: tuple[str, ...] = word_list(
+    """
+    ice hole gift shore grass pit prize hedge sand rock treasure wall snow lava flag fence moss well
+    chest edge path swamp nest water mud crack coin border
+    """
+)
+"""What lies on the fields of a small world, four by four: free, deadly, wanted, beyond its edge."""
+COLOURS: tuple[str, ...] = word_list(
+    "red green blue purple yellow grey pink orange white black brown silver amber violet teal"
+)
 TERMS: tuple[str, ...] = word_list(
-    "reverse first last rest trim rotate ends swap supported refuted mayor means Backwards Forwards"
+    """
+    reverse first last rest trim rotate ends swap supported refuted mayor means Backwards Forwards
+    left right up down west east ahead behind straight forward pickup toggle take use go carry
+    nothing free none finish observation action history mission reasoning trajectory thought args
+    next step doors gates chests cabinets need ball toy 0 1 2 3 4 5 6 7 8 9
+    """
 )
 
-VOCABULARY: tuple[str, ...] = (*ENGLISH, *NAMES, *TOWNS, *TERMS)  # a token each
+VOCABULARY: tuple[str, ...] = tuple(
+    dict.fromkeys((*ENGLISH, *NAMES, *TOWNS, *TERMS, *PLACES, *COLOURS))
+)
+"""A token each."""
 
 _ONSETS = word_list(
     "b c d f g h j k l m n p r s t v w z b c d f l m n p r s t br cr dr fl gr pl sh st tr"
