@@ -44,6 +44,7 @@ class Recipe:
         calibrate_steps: Steps of the last stage, at the same rate; see ``STAGES_OF_ALL``.
         warmup_limit: Caps the steps of each earlier stage, for quick trials; ``None``: as given.
         continued: It goes on from a model that knows less, without the earlier stages.
+        shares: Of families in the mixture, by name, where they are not their own.
     """
 
     seed: int = 0
@@ -64,16 +65,19 @@ class Recipe:
     calibrate_steps: int = 350
     warmup_limit: int | None = None
     continued: bool = False
+    shares: Mapping[str, float] = field(default_factory=dict)
 
 
 CONTINUED = Recipe(
-    learning_rate=1.5e-3,
-    joint_steps=480,
-    polish_steps=80,
+    learning_rate=2e-3,
+    joint_steps=760,
+    polish_steps=60,
     polish_rate=8e-4,
-    calibrate_steps=320,
+    calibrate_steps=300,
     continued=True,
-)
+    shares={"rule_lookup": 1.0, "star_graph": 0.6, "list_program": 1.0, "multihop": 0.8,
+            "walking": 1.6, "rooms": 1.3, "tools": 0.8},
+)  # fmt: skip
 """How a model that was made before is taught what has come to the corpus since."""
 
 
@@ -223,7 +227,7 @@ def draw_chats(
     """The chats of one optimizer step, determined by the recipe's seed and the step."""
     rng = Random(f"{recipe.seed} {step}")
     known = families if family is None else families[: families.index(family)]
-    shares = [each.share for each in known]
+    shares = [recipe.shares.get(each.name, each.share) for each in known]
     chats = []
     for index in range(recipe.batch):
         if family is not None and (not known or index % 2):

@@ -304,7 +304,9 @@ def chat(rng: Random) -> list[Message]:
         lines.append(rng.choice([" ", "\n"]).join(fits))
     instructions = rng.choice(["\n", " "]).join(line for line in lines if line)
     listed = f"{', '.join(verbs[:-1])} {rng.choice(['or', 'and'])} {verbs[-1]}"
-    described = rng.choice([None, f"one of {listed}", f"What to do: {listed}."])
+    described = rng.choice([f"one of {listed}", f"What to do: {listed}."])
+    if verbs is ACTIONS and rng.random() < 0.3:
+        described = None
     outputs = ("reasoning", "action") if unlocks or rng.random() < 0.7 else ("action",)
     signature = make_signature(
         {"mission": None, "observation": None},
@@ -355,8 +357,9 @@ class Rooms:
             answer = ACTIONS[mission.act if ahead else next(iter(moves))]
             task = "Choose the next action."
             said = " ".join(f"{a} doors need the {b} key." for a, b in rule.items())
+            listed = f"one of {', '.join(ACTIONS)}"
             signature = make_signature(
-                {"mission": None, "observation": None}, {"reasoning": None, "action": None}, task
+                {"mission": None, "observation": None}, {"reasoning": None, "action": listed}, task
             )
             inputs = {"mission": mission.text, "observation": room.look("; ")}
             questions.append(Question(signature, f"{task}\n{said}", inputs, "action", answer))

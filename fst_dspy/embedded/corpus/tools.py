@@ -59,11 +59,15 @@ class _Case:
     """A question, the tools there are, and the way to its answer."""
 
     def __init__(self, rng: Random, words: Sequence[str], count: int, names: Sequence[str]) -> None:
-        drawn = rng.sample(words, 2 * count + 1)
-        self.topics, self.tools, self.value = drawn[:count], list(names), drawn[-1]
+        self.topics, self.tools = rng.sample(words, count), list(names)
         self.arguments = [rng.choice(ARGUMENTS) for _ in names]
-        self.index = rng.randrange(count)
-        self.entity = rng.choice([*NAMES, *TOWNS, *drawn[count:-1]])
+        self.draw(rng, [word for word in words if word not in self.topics])
+
+    def draw(self, rng: Random, words: Sequence[str]) -> None:
+        """Another question to the same tools."""
+        self.index = rng.randrange(len(self.tools))
+        *drawn, self.value = rng.sample(words, 4)
+        self.entity = rng.choice([*NAMES, *TOWNS, *drawn])
         topic, entity = self.topics[self.index], self.entity
         self.question = rng.choice(QUESTIONS).format(k=topic, e=entity)
         self.found = rng.choice(FOUND).format(k=topic, e=entity, v=self.value)
@@ -130,10 +134,15 @@ def chat(rng: Random) -> list[Message]:
         rules = [rule.format(t=t, k=k) for t, k in zip(names, case.topics, strict=True)]
         task = "\n".join([task or "Answer the question.", *rng.sample(rules, count)])
     react = agent(names, case.arguments, described, task)
-    done = rng.choices([0, 1, 2], [0.6, 0.2, 0.2])[0]
-    signature = react.extract.predict.signature if done == 2 else react.react.signature
+    extracts = rng.random() < 0.2
+    signature = react.extract.predict.signature if extracts else react.react.signature
     decided = mode != "bare" or count == 1
-    return render_chat(adapter, signature, [case.turn(adapter, done, decided)])
+    turns = []
+    for _ in range(rng.choice([1, 2, 3])):
+        done = 2 if extracts else rng.choice([0, 0, 0, 1])
+        turns.append(case.turn(adapter, done, decided))
+        case.draw(rng, [word for word in ENGLISH if word not in case.topics])
+    return render_chat(adapter, signature, turns)
 
 
 class Tools:

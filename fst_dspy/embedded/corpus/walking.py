@@ -2,7 +2,8 @@
 
 Worlds differ in size, in the words for what lies where, for the directions, and in how they are
 seen. What is to be kept off, and which way to go, is in the instruction; where nothing says so, any
-step is as good as another. Episodes are really walked, so that their histories are what they are.
+step is as good as another. A ``reasoning`` says what lies where the rules lead, and failing that,
+everywhere; the step follows from that. Episodes are really walked, and so are their histories.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from fst_dspy.embedded.corpus.render import (
     make_signature,
     render_chat,
 )
-from fst_dspy.embedded.corpus.words import ENGLISH, HELD_OUT, PLACES
+from fst_dspy.embedded.corpus.words import EDGES, ENGLISH, HELD_OUT, PLACES
 
 STEPS = ((0, -1), (1, 0), (0, 1), (-1, 0))
 COMPASS = (("left", "down", "right", "up"), ("west", "south", "east", "north"))
@@ -281,13 +282,13 @@ def turn(
     name = draw_step(rng, chance)
     decided = sum(weight > 0 for weight in chance.values()) == 1
     seen = world.seen()
-    weighed = [name]
-    if rules.leads:
-        wanted = list(rules.wanted or [n for n, count in world.away().items() if count])
-        weighed = [*(n for n in wanted if n != name), name]
+    wanted = [*rules.wanted] or [n for n in look.order if rules.towards and world.away().get(n)]
+    weighed = wanted
+    if name not in wanted:  # they do not lead, or not from here
+        weighed = [*wanted, *(n for n in look.order if n not in wanted)]
     reasoning: list[Piece] = []
     for each in weighed:
-        reasoning += [Piece(each), Piece(": "), Piece(seen[each], HEAVY), Piece(". ")]
+        reasoning += [Piece(each, HEAVY), Piece(": "), Piece(seen[each], HEAVY), Piece(". ")]
     reasoning[-1] = Piece(".")
     return Turn(
         {"observation": look.of(world), "history": told(taken)},
@@ -299,7 +300,8 @@ def chat(rng: Random, sizes: tuple[int, int] = (3, 6)) -> list[Message]:
     """A chat in DSPy's format: some steps in worlds of one kind, under one set of rules."""
     names = draw_names(rng)
     pool = PLACES if rng.random() < 0.7 else ENGLISH
-    words = rng.sample([word for word in pool if word not in names], 4)
+    edge = rng.choice(EDGES)
+    words = [*rng.sample([w for w in pool if w not in (*names, *EDGES)], 3), edge]
     rules = draw_rules(rng, names)
     world = draw_world(rng, names, words, sizes)
     order = names if rng.random() < 0.5 else tuple(rng.sample(names, 4))
@@ -313,7 +315,7 @@ def chat(rng: Random, sizes: tuple[int, int] = (3, 6)) -> list[Message]:
     described = rng.choice([None, f"one of {listed}", f"The next step: {listed}."])
     remembers = rng.random() < 0.75
     inputs = ("observation", "history") if remembers else ("observation",)
-    outputs = ("reasoning", "action") if rng.random() < 0.3 else ("action",)
+    outputs = ("reasoning", "action") if rng.random() < 0.65 else ("action",)
     signature = make_signature(
         dict.fromkeys(inputs),
         {name: described if name == "action" else None for name in outputs},
@@ -350,7 +352,7 @@ class Walking:
         questions: list[Question] = []
         while len(questions) < count:
             names = COMPASS[0]
-            world = draw_world(rng, names, rng.sample(pool, 4))
+            world = draw_world(rng, names, [*rng.sample(pool, 3), rng.choice(EDGES)])
             rules = Rules(True, (names[2], names[1]), ordered=True)
             chance = chances(world, rules)
             if sum(weight > 0 for weight in chance.values()) != 1:
@@ -359,7 +361,7 @@ class Walking:
             task = "Choose the next step."
             said = f"Never step where it says {world.deadly}. Go right first, otherwise down."
             signature = make_signature(
-                {"observation": None, "history": None}, {"action": None}, task
+                {"observation": None, "history": None}, {"reasoning": None, "action": None}, task
             )
             inputs = {"observation": look.of(world), "history": told([])}
             (answer,) = [name for name, weight in chance.items() if weight]

@@ -82,11 +82,13 @@ TOWNS: tuple[str, ...] = word_list(
 )
 PLACES: tuple[str, ...] = word_list(
     """
-    ice hole gift shore grass pit prize hedge sand rock treasure wall snow lava flag fence moss well
-    chest edge path swamp nest water mud crack coin border
+    ice hole gift grass pit prize sand rock treasure snow lava flag moss well chest path swamp nest
+    water mud crack coin
     """
 )
-"""What lies on the fields of a small world, four by four: free, deadly, wanted, beyond its edge."""
+"""What lies on the squares of a small world."""
+EDGES: tuple[str, ...] = word_list("shore hedge wall fence edge border")
+"""What lies beyond its last squares, and cannot be stepped on."""
 COLOURS: tuple[str, ...] = word_list(
     "red green blue purple yellow grey pink orange white black brown silver amber violet teal"
 )
@@ -100,7 +102,7 @@ TERMS: tuple[str, ...] = word_list(
 )
 
 VOCABULARY: tuple[str, ...] = tuple(
-    dict.fromkeys((*ENGLISH, *NAMES, *TOWNS, *TERMS, *PLACES, *COLOURS))
+    dict.fromkeys((*ENGLISH, *NAMES, *TOWNS, *TERMS, *PLACES, *EDGES, *COLOURS))
 )
 """A token each."""
 
