@@ -305,7 +305,7 @@ from fst_dspy.embedded.training import Recipe
 torch.set_num_threads(1)
 recipe = Recipe(hidden=16, mlp=16, pieces=300, tokenizer_chats=20, batch=4, joint_steps=8,
                 polish_steps=4, calibrate_steps=4, warmup_limit=1)
-pretrain(Path(folder), Path(folder + "-work"), recipe, questions=2, save_every=2)
+pretrain(Path(folder), Path(folder + "-work"), [recipe], questions=2, save_every=2)
 """
 
 
@@ -339,7 +339,7 @@ def test_pretraining_survives_kill_9(tmp_path: Path, threads_as_before: None) ->
     pretrain_here("whole")
     code = f"folder = {str(tmp_path / 'killed')!r}\n{WAIT_BEFORE_THE_END}\n{PRETRAIN}"
     killed = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL)
-    checkpoint = tmp_path / "killed-work" / "checkpoint.pt"
+    checkpoint = tmp_path / "killed-work" / "checkpoint-0.pt"
     while not checkpoint.exists() and killed.poll() is None:
         time.sleep(0.01)
     killed.kill()
