@@ -82,10 +82,10 @@ CONTINUED = (
     Recipe(
         seed=1,
         learning_rate=1.5e-3,
-        joint_steps=400,
-        polish_steps=40,
+        joint_steps=300,
+        polish_steps=20,
         polish_rate=7e-4,
-        calibrate_steps=240,
+        calibrate_steps=180,
         continued=True,
         shares={"rule_lookup": 1.3, "star_graph": 0.7, "list_program": 1.4, "multihop": 0.8,
                 "walking": 1.8, "rooms": 0.9, "tools": 0.8},

@@ -229,7 +229,10 @@ def turn(rng: Random, room: Room, mission: Mission, verbs: Sequence[str], glue: 
     else:
         moves, plain = room.moves(goal.at), plain_move(room, goal.at)
         weight = HEAVY if len(moves) == 1 or plain in moves else PLAIN
-        action = plain if plain in moves else rng.choice(sorted(moves) or [0, 1])  # type: ignore
+        if plain is not None and plain in moves:
+            action = plain
+        else:
+            action = rng.choice(sorted(moves) or [0, 1])
     return Turn(
         {"mission": mission.text, "observation": room.look(glue)},
         {"reasoning": reasoning, "action": [Piece(verbs[action], weight)]},
@@ -304,7 +307,7 @@ def chat(rng: Random) -> list[Message]:
         lines.append(rng.choice([" ", "\n"]).join(fits))
     instructions = rng.choice(["\n", " "]).join(line for line in lines if line)
     listed = f"{', '.join(verbs[:-1])} {rng.choice(['or', 'and'])} {verbs[-1]}"
-    described = rng.choice([f"one of {listed}", f"What to do: {listed}."])
+    described: str | None = rng.choice([f"one of {listed}", f"What to do: {listed}."])
     if verbs is ACTIONS and rng.random() < 0.3:
         described = None
     outputs = ("reasoning", "action") if unlocks or rng.random() < 0.7 else ("action",)

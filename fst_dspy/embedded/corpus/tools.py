@@ -23,6 +23,8 @@ DESCRIPTIONS = ("Finds the {k}.", "Knows the {k} of everything.", "Gives the {k}
                 "Looks up the {k}.", "{k}")  # fmt: skip
 NEUTRAL = ("A tool.", "Looks things up.", "Finds something out.", "Knows many things.")
 RULES = ("Use {t} for the {k}.", "For the {k} use {t}.", "{k} -> {t}", "The {k} is found by {t}.")
+Step = tuple[str, str, dict[str, str], str]
+"""Thought, tool, arguments and observation."""
 FOUND = ("The {k} of {e} is {v}.", "{e}: {v}", "{v}")
 
 
@@ -43,7 +45,7 @@ def agent(
     return dspy.ReAct(signature, tools=made)
 
 
-def trajectory(adapter: dspy.Adapter, steps: Sequence[tuple[str, str, dict[str, str], str]]) -> str:
+def trajectory(adapter: dspy.Adapter, steps: Sequence[Step]) -> str:
     """Thoughts, tools, arguments and observations as ReAct shows them."""
     names = ("thought", "tool_name", "tool_args", "observation")
     fields = {
@@ -73,12 +75,13 @@ class _Case:
         self.found = rng.choice(FOUND).format(k=topic, e=entity, v=self.value)
         self.thought = f"I need the {topic} of {entity}."
 
-    def steps(self, done: int) -> list[tuple[str, str, dict[str, str], str]]:
+    def steps(self, done: int) -> list[Step]:
         """The first steps of the trajectory: the call, then the end."""
         arguments = {self.arguments[self.index]: self.entity}
-        call = (self.thought, self.tools[self.index], arguments, self.found)
+        call: Step = (self.thought, self.tools[self.index], arguments, self.found)
         topic = self.topics[self.index]
-        end = (f"The {topic} of {self.entity} is {self.value}.", "finish", {}, "Completed.")
+        know = f"The {topic} of {self.entity} is {self.value}."
+        end: Step = (know, "finish", {}, "Completed.")
         return [call, end][:done]
 
     def turn(self, adapter: dspy.Adapter, done: int, decided: bool) -> Turn:

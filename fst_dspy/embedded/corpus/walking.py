@@ -179,7 +179,8 @@ def draw_world(
     at, goal_at = rng.sample(squares, 2)
     if rng.random() < 0.4:  # the goal in a corner
         at, goal_at = rng.choice(squares[:-1]), squares[-1]
-    return World(names, *words, size, deadly - {at, goal_at}, goal_at, at)
+    free, bad, goal, edge = words
+    return World(names, free, bad, goal, edge, size, deadly - {at, goal_at}, goal_at, at)
 
 
 def chances(world: World, rules: Rules, last: str | None = None) -> dict[str, float]:
