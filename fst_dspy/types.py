@@ -54,7 +54,8 @@ class Candidate:
     Attributes:
         id: Content hash of ``components`` (12 hex digits): equal texts have equal ids.
         components: ``"<predictor>.instructions"`` holds an instruction, ``"<predictor>.demos"`` a
-            JSON list of demos. A component that is absent keeps the student's own value.
+            JSON list of demos, ``"<predictor>.tool:<name>"`` a tool's description. A component that
+            is absent keeps the student's own value.
         parent_ids: Candidates it was made from; empty for the seed.
         cycle: Cycle in which it was proposed (0 for the seed).
         source: How it was made: ``"seed"``, ``"instructions"``, ``"demos"`` or ``"merge"``.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 import dspy
@@ -102,6 +103,33 @@ class Env(dspy.Module):
             return dspy.History(messages=messages)
         lines = [f"{n}. {t.action} -> {_clip(t.result)}" for n, t in enumerate(turns, 1)]
         return "\n".join(lines) or "(nothing yet)"
+
+    # --- what is read of tools (fst_dspy.student.tools) ----------------------------------------
+
+    def tool_texts(self) -> dict[str, str]:
+        """What the model reads of each tool; of several environments, by ``environment.tool``."""
+        if self.agent is not None:  # which has tools of DSPy's kind
+            return {}
+        return {
+            tool if name is None else f"{name}.{tool}": text
+            for name, form in self._forms.items()
+            for tool, text in form.texts.items()
+        }
+
+    def set_tool_texts(self, texts: Mapping[str, str]) -> None:
+        """Put other texts in their place; tools that are not named keep theirs."""
+        forms = {}
+        for name, form in self._forms.items():
+            own = {tool if name is None else f"{name}.{tool}": tool for tool in form.tools}
+            said = {tool: texts[key] for key, tool in own.items() if key in texts}
+            forms[name] = replace(form, texts={**form.texts, **said})
+        signature = self.act.signature
+        action, field = list(signature.output_fields.items())[-1]
+        desc = field.json_schema_extra["desc"]
+        for name, form in self._forms.items():
+            desc = desc.replace(form.description, forms[name].description)
+        self._forms = forms
+        self.act.signature = signature.with_updated_fields(action, desc=desc)
 
     # --- a turn -------------------------------------------------------------------------------
 
