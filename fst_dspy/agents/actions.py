@@ -113,7 +113,9 @@ class ActionForm:
                 found[name] = TypeAdapter(annotation).validate_python(value)
             except ValidationError as error:
                 first = error.errors()[0]["msg"]
-                raise InvalidActionError(f"{tool_name}: {name}={value!r} is wrong: {first}") from error
+                raise InvalidActionError(
+                    f"{tool_name}: {name}={value!r} is wrong: {first}"
+                ) from error
         return found
 
     def _written(self, name: str) -> str:

@@ -57,6 +57,7 @@ from fst_dspy.student.candidate import (
 )
 from fst_dspy.student.identity import adapter_identity
 
+
 def save(program: dspy.Module, folder: str | os.PathLike[str]) -> Path:
     """Save a compiled program, with its weights, as a bundle.
 

@@ -96,7 +96,10 @@ def _text(tool: dspy.Tool) -> str:
 
 
 def _rewrite(module: Any, predictor: dspy.Predict, texts: Mapping[str, str]) -> None:
-    tools = {**module.tools, **{name: _with_text(module.tools[name], texts[name]) for name in texts}}
+    tools = {
+        **module.tools,
+        **{name: _with_text(module.tools[name], texts[name]) for name in texts},
+    }
     instructions = predictor.signature.instructions
     for name in texts:
         before, after = str(module.tools[name]), str(tools[name])
