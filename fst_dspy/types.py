@@ -8,7 +8,7 @@ Shape suffixes name the axes of nested sequences, outermost first:
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Literal
 
 from fst_dspy import display
@@ -409,6 +409,11 @@ class TurnCounts:
             errors=self.errors + sum(turn.status == "error" for turn in turns),
             seconds=self.seconds + sum(turn.seconds for turn in turns),
         )
+
+    def __add__(self, other: TurnCounts) -> TurnCounts:
+        """Both together."""
+        names = [one.name for one in fields(self)]
+        return TurnCounts(**{name: getattr(self, name) + getattr(other, name) for name in names})
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,9 @@
 """How full generation batches are, with agents that act in environments, in real threads.
 
-64 programs of ``fst_dspy.env``, each in a room of its own whose tool sleeps, for episodes of 4 to 16
-turns, on the model in the package, which really generates: 16 tokens a turn. A batch's fill is its
-rows over the agents that are alive when it is opened; ``all`` is over the 64 that began. It takes a
-minute.
+64 programs of ``fst_dspy.env``, each in a room of its own whose tool sleeps, for episodes of 4 to
+16 turns, on the model in the package, which really generates: 16 tokens a turn. A batch's fill is
+its rows over the agents that are alive when it is opened; ``all`` is over the 64 that began. It
+takes a minute.
 
     python -m benchmarks.speed.fill
 """

@@ -3,7 +3,8 @@
 Simulated, on a clock of its own: 128 agents that take turns of a model call and a tool. Generating
 b rows takes ``fixed + row * b`` seconds. Three ways to serve them: a barrier, which waits for every
 agent; the scheduler's rule, which opens a batch once whoever does not call has been waiting for
-``GRACE_SECONDS``, and for half of the agents a while longer; and, as the bound, continuous batching, where a call joins at any token.
+``GRACE_SECONDS``, and for half of the agents a while longer; and, as the bound, continuous
+batching, where a call joins at any token.
 
     python -m benchmarks.speed.scheduler
 """

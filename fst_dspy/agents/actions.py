@@ -11,11 +11,12 @@ import ast
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any, Literal
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import BaseModel, PydanticUserError, TypeAdapter, ValidationError
 
-from fst_dspy.errors import FSTError
+from fst_dspy.errors import FSTError, ProgramError
 
 Tool = Callable[..., Any]
 """A method of an environment, with a docstring and typed arguments."""
@@ -41,7 +42,13 @@ class ActionForm:
 
     @classmethod
     def of(cls, tools: Mapping[str, Tool]) -> ActionForm:
-        """The simplest form that can say everything."""
+        """The simplest form that can say everything.
+
+        Raises:
+            ProgramError: A tool cannot be called by what a model writes.
+        """
+        for name, tool in tools.items():
+            _check(name, tool)
         arguments = [_parameters(tool) for tool in tools.values()]
         texts = {name: _first_paragraph(tool.__doc__) for name, tool in tools.items()}
         if len(arguments) == 1 and len(arguments[0]) == 1:
@@ -123,12 +130,52 @@ class ActionForm:
         arguments = ", ".join(
             argument
             if parameter.annotation is parameter.empty
-            else f"{argument}: {inspect.formatannotation(parameter.annotation)}"
+            else f"{argument}: {_type_text(parameter.annotation)}"
             for argument, parameter in parameters.items()
         )
         shown = f"{name}({arguments})" if parameters else name
         said = self.texts[name].replace("\n", "\n  ")  # those of tools stand in a list
         return f"{shown}: {said}" if said else shown
+
+
+def _check(name: str, tool: Tool) -> None:
+    """Refuse a tool that no written action can call.
+
+    Raises:
+        ProgramError: Its annotations cannot be read, or an argument has no name or a type of which
+            nothing can be written.
+    """
+    try:
+        parameters = _parameters(tool)
+    except NameError as error:
+        raise ProgramError(
+            f"the annotations of the environment's tool {name!r} cannot be read: {error}"
+        ) from error
+    for argument, parameter in parameters.items():
+        if parameter.kind is parameter.POSITIONAL_ONLY:
+            raise ProgramError(
+                f"the argument {argument!r} of the environment's tool {name!r} has no name to be "
+                "called by: leave out the '/'"
+            )
+        if parameter.annotation is parameter.empty:
+            continue
+        try:
+            TypeAdapter(parameter.annotation)
+        except PydanticUserError as error:
+            raise ProgramError(
+                f"the argument {argument!r} of the environment's tool {name!r} is a "
+                f"{_type_text(parameter.annotation)}, which cannot be written as text"
+            ) from error
+
+
+def _type_text(annotation: Any) -> str:
+    """A type as the model reads it: of an enum its values, of a pydantic model its fields."""
+    if isinstance(annotation, type) and issubclass(annotation, Enum):
+        return f"one of {', '.join(repr(member.value) for member in annotation)}"
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        fields = annotation.model_fields.items()
+        return f"{{{', '.join(f'{name!r}: {_type_text(one.annotation)}' for name, one in fields)}}}"
+    return inspect.formatannotation(annotation)
 
 
 def _parameters(tool: Tool) -> dict[str, inspect.Parameter]:

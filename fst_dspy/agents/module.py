@@ -18,7 +18,7 @@ from fst_dspy.agents.contract import EpisodeOver, Factory, described
 from fst_dspy.agents.episode import EPISODE, Episode, current
 from fst_dspy.agents.gym import gym_factory
 from fst_dspy.agents.workers import Workers
-from fst_dspy.errors import ProgramError
+from fst_dspy.errors import FSTError, ProgramError
 from fst_dspy.types import Turn
 
 ENVIRONMENT = "environment"
@@ -198,7 +198,15 @@ class Env(dspy.Module):
 
     def _probe(self, name: str | None) -> ActionForm:
         """The actions of an environment, by one that is made for it and closed."""
-        environment = self._make(name)
+        try:
+            environment = self._make(name)
+        except FSTError:
+            raise
+        except Exception as error:
+            which = "" if name is None else f" {name!r}"
+            raise ProgramError(
+                f"the environment{which} cannot be made: {contract.said_of(error)}"
+            ) from error
         try:
             return ActionForm.of(contract.tools_of(environment))
         finally:

@@ -87,7 +87,7 @@ def _dump_without_lms(program: dspy.Module) -> dict[str, Any]:
 
 
 def dump_tools(program: dspy.Module) -> dict[str, dict[str, str]]:
-    """What is read of the program's tools, by predictor: DSPy's own state does not have all of it."""
+    """What is read of the program's tools, by predictor: DSPy's state does not have all of it."""
     found: dict[str, dict[str, str]] = {}
     for (predictor, tool), text in tool_texts(program).items():
         found.setdefault(predictor, {})[tool] = text

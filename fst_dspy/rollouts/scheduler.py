@@ -37,10 +37,10 @@ GRACE_SECONDS = 0.05
 PATIENCE_SECONDS = 1.0
 """The same, of the rollouts' own threads, where other threads of the process never rest."""
 FULL_SHARE = 0.5
-"""Share of the live rollouts that a batch should hold: a small one takes almost as long as a large."""
+"""Share of the live rollouts that a batch should hold: a small one takes almost as long."""
 FULL_PATIENCE = 1.0
-"""Waiting for so many to call, in times of the latest batch; half of it where nobody came. More
-would fill batches of slower tools too, and take longer in all (``benchmarks/speed/scheduler.py``)."""
+"""Waiting for so many to call, in times of the latest batch; half of it where nobody came.
+More would fill batches of slower tools too, and take longer (``benchmarks/speed/scheduler.py``)."""
 
 AWAKE_SECONDS = 0.006
 """Who waits for the interpreter's lock has a processor at least this often, if only to ask."""

@@ -2,8 +2,9 @@
 
 A candidate holds, for every predictor, ``"<predictor>.instructions"`` (plain text) and
 ``"<predictor>.demos"`` (a JSON list of demos), and where that is asked for, the descriptions of the
-tools that a predictor chooses among, ``"<predictor>.tool:<name>"`` (``fst_dspy.student.tools``). Its
-id is a hash of these texts, so the same texts have the same id in every run, process and cycle.
+tools that a predictor chooses among, ``"<predictor>.tool:<name>"`` (``fst_dspy.student.tools``).
+Its id is a hash of these texts, so the same texts have the same id in every run, process and
+cycle.
 
 What the package relies on of DSPy beyond what it documents, here and elsewhere; ran with 3.4.0 and
 3.4.1, held by the test ``test_dspy_contract``:

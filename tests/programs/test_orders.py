@@ -52,8 +52,12 @@ def test_what_was_not_looked_up_is_told():
 
 @pytest.mark.parametrize(
     ("expression", "said"),
-    [("3*(4 + 2) - -1", "19"), ("7/2", "3.5"), ("2**9", None), ("__import__('os')", None)]
-    + [("1/0", None), ("3 +", None), ("1+" * 200 + "1", None), ("True + 1", None)],
+    [
+        ("3*(4 + 2) - -1", "19"),
+        ("7/2", "3.5"),
+        *[(text, None) for text in ("2**9", "__import__('os')", "1/0", "3 +", "True + 1")],
+        ("1+" * 200 + "1", None),
+    ],
 )
 def test_the_calculator_works_out_sums_and_nothing_else(expression, said):
     calculate = load_task("orders").program.tools["calculate"]

@@ -212,10 +212,10 @@ class ReflectionLMProposer:
         if tool is not None:
             return (
                 f"{own or InstructionProposalSignature.default_prompt_template}\n\n"
-                f"What is to be written is not the instruction itself but the description of the "
-                f"tool {tool!r}, by which the assistant chooses and calls it. Say what it does, when "
-                "it is of use and when not; lines at the end may describe an argument each, as "
-                f"'argument: what it is'. It must not be longer than {words} words."
+                "What is to be written is not the instruction itself but the description of the "
+                f"tool {tool!r}, by which the assistant chooses and calls it. Say what it does, "
+                "when it is of use and when not; lines at the end may describe an argument each, "
+                f"as 'argument: what it is'. It must not be longer than {words} words."
             )
         return (
             f"{own or InstructionProposalSignature.default_prompt_template}\n\n"
