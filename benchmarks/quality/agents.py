@@ -58,15 +58,17 @@ HEADS = (
     "seconds",
 )
 NOTE = (
-    "Success: mean reward of 100 held-out episodes, four of each, of the model and prompt as they "
-    "came (one of each) and of the best pair, with 95 % intervals over seeds. fst minus it: paired "
+    "Success: mean reward of held-out episodes, each played four times, of the model and prompt as they "
+    "came (played once) and of the best pair, with 95 % intervals over seeds. fst minus it: paired "
     "by seed. Turns and invalid: of an episode, and the share whose action was none, in the last "
     "cycle. Steps: calls of environments, of all channels; episodes likewise. Seconds: without the "
     "test. dspy.GRPO counts its training's episodes only, and none of its steps."
 )
 
 
-def make_plan(program: str, env_steps: int, seeds: int, settings: Sequence[str]) -> Plan:
+def make_plan(
+    program: str, env_steps: int, seeds: int, settings: Sequence[str], test_size: int = 100
+) -> Plan:
     """The common footing of a program's jobs."""
     return Plan(
         program=program,
@@ -74,7 +76,7 @@ def make_plan(program: str, env_steps: int, seeds: int, settings: Sequence[str])
         seeds=seeds,
         settings={**SETTINGS, "max_env_steps": env_steps, **parse_settings(settings)},
         samples=4,
-        test_size=100,
+        test_size=test_size,
     )
 
 
@@ -181,6 +183,7 @@ def main(
     env_steps: Annotated[
         int | None, typer.Option(min=1, help="Budget of a job; by default the program's.")
     ] = None,
+    test_size: Annotated[int, typer.Option(min=1, help="Episodes, each played four times.")] = 100,
     limit: Annotated[int, typer.Option(min=1, help="Jobs that this call runs at most.")] = 10**6,
     setting: Annotated[list[str], typer.Option(help="name=value, for FST.")] = [],  # noqa: B006
     draw_only: bool = False,
@@ -194,7 +197,8 @@ def main(
         name = program.replace(":", "-")
         store = ExperimentStore(stores / name)
         if left and not draw_only:
-            plan = make_plan(program, env_steps or ENV_STEPS[program], seeds, setting)
+            steps = env_steps or ENV_STEPS[program]
+            plan = make_plan(program, steps, seeds, setting, test_size)
             tried, wrong = run(store, plan, arms.split(","), workers, left)
             left -= tried
             failed += wrong
