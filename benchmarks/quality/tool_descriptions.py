@@ -1,7 +1,7 @@
 """Tools' descriptions as components of the fast channel: what they bring, on and off.
 
 A desk of a help centre as an environment: it shows a ticket, and each tool sends it to the
-queue of its name. Which topics a queue takes, only the feedback says, in lessons that name the tool.
+queue of its name. Which topics a queue takes only the feedback says, in lessons that name the tool.
 Without ``tool_descriptions`` they go into the instruction; with it, into the descriptions too.
 
     python benchmarks/quality/tool_descriptions.py

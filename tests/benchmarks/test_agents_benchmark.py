@@ -8,7 +8,7 @@ import pytest
 
 pytest.importorskip("gymnasium")
 
-from benchmarks.quality.agents import main  # noqa: E402
+from benchmarks.quality.agents import main
 
 BUDGET = 300
 SETTINGS = (
