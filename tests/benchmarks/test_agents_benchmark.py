@@ -10,7 +10,7 @@ pytest.importorskip("gymnasium")
 
 from benchmarks.quality.agents import main
 
-BUDGET = 300
+BUDGET = 120
 SETTINGS = (
     "val_size=2", "problems_per_step=1", "group_size=4", "population_size=2", "steps_per_cycle=1",
     "first_cycle_iterations=1", "minibatch_size=2", "merge_iterations=0", "max_tokens=12",

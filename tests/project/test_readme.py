@@ -46,7 +46,9 @@ def test_the_agent_is_compiled_in_ten_lines() -> None:
     agent = blocks(README)[1]
     assert len([line for line in agent.splitlines() if line.strip()]) <= 10
     # As it stands, but for how long it goes on.
-    short = agent.replace("max_env_steps=2_000", "max_env_steps=50, val_size=4")
+    least = "val_size=2, first_cycle_iterations=1, minibatch_size=2, merge_iterations=0, "
+    least += "steps_per_cycle=1, problems_per_step=1, max_tokens=12"
+    short = agent.replace("max_env_steps=2_000", f"max_env_steps=20, {least}")
     assert short != agent
     done = subprocess.run(
         [sys.executable, "-c", short], capture_output=True, text=True, timeout=280, check=False
