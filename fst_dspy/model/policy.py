@@ -109,6 +109,28 @@ class Policy:
         """The adapters' settings, or ``None`` when all weights are trained."""
         return self._lora
 
+    @property
+    def lora_in_use(self) -> LoraConfig | None:
+        """The settings of the adapters that answer now: inside ``at`` those of that version."""
+        if self._visiting is not None:
+            return self.lora_of(self._visiting)
+        return self._lora
+
+    @property
+    def visiting(self) -> str | None:
+        """The version that ``at`` has swapped in, inside its block."""
+        return self._visiting
+
+    def write_adapter(self, folder: Path) -> Path:
+        """Write the adapters that are in use, as peft does; the caller holds ``lock``.
+
+        Returns:
+            The folder that ``adapter_config.json`` is in.
+        """
+        name = self.model.active_adapter
+        self.model.save_pretrained(folder, selected_adapters=[name], save_embedding_layers=False)
+        return folder if name == _OWN else folder / name
+
     @classmethod
     def load(
         cls,
@@ -236,6 +258,8 @@ class Policy:
         with self.lock:
             if version == self.base_version:
                 return None
+            if version in self._kept:  # inside ``at`` it is not the live weights that it has
+                return self._kept[version].lora
             return self._lora if version == self.version() else self._find(version).lora
 
     def kept_state(self, version: str) -> Mapping[str, Tensor]:
