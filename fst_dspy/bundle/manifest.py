@@ -118,6 +118,8 @@ class Manifest:
     def to_json(self) -> dict[str, Any]:
         """As plain values, sealed."""
         plain = {"format": FORMAT, "schema_version": SCHEMA_VERSION, **asdict(self)}
+        if self.weights.base.quantization is None:  # so that versions of before read it as well
+            del plain["weights"]["base"]["quantization"]
         return {**plain, "seal": _seal(plain)}
 
 
