@@ -35,6 +35,8 @@ ENTERED_WITH = "fst_entered_with"
 """The DSPy setting, in a tuple, that holds the settings' LM as a compiled program was entered."""
 COMPILED_ADAPTER = "fst_adapter"
 """The attribute of a compiled program that says which adapter it was compiled under."""
+MAX_TOKENS_TOO = "max_completion_tokens"
+"""OpenAI's later name for ``max_tokens``; DSPy would have both in one request."""
 _ANSWERS_WITH = "answers_with"  # in a pickle: the version id, also where ``model`` is the live one
 
 
@@ -119,6 +121,7 @@ class LocalLM(dspy.LM):
             kwargs["chat_template_kwargs"] = check_options(engine.policy, chat_template_kwargs)
         if structured:
             kwargs["structured"] = True
+        max_tokens = kwargs.pop(MAX_TOKENS_TOO, max_tokens)
         super().__init__(
             version,
             temperature=temperature,
@@ -204,6 +207,9 @@ class LocalLM(dspy.LM):
 
         As ``metadata``, which goes through unread; the cache's keys take it in.
         """
+        if MAX_TOKENS_TOO in kwargs:
+            kwargs = {**kwargs, "max_tokens": kwargs[MAX_TOKENS_TOO]}
+            del kwargs[MAX_TOKENS_TOO]
         request = kwargs.get("request", args[0] if args else None)
         if not isinstance(request, lm15.Request):
             request = None

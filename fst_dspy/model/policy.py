@@ -189,6 +189,9 @@ class Policy:
             tokenizer = AutoTokenizer.from_pretrained(
                 named, trust_remote_code=trust_remote_code, **more
             )
+            if not tokenizer("words", add_special_tokens=False)["input_ids"]:
+                # Of a folder without one transformers makes an empty one of the model's kind.
+                raise ModelError("it comes without a tokenizer")
             source = {
                 "name_or_path": str(name_or_path),
                 "dtype": str(dtype).removeprefix("torch."),

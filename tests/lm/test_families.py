@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -206,3 +207,18 @@ def test_bits_that_cannot_be_had_are_told(folder_of, monkeypatch) -> None:
     monkeypatch.setattr(quantized, "find_spec", lambda name: None)
     with pytest.raises(ModelError, match="pip install bitsandbytes"):
         LocalLM(source, quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})
+
+
+def test_other_names_of_settings_and_a_folder_without_a_tokenizer(
+    folder_of, tmp_path: Path
+) -> None:
+    source = folder_of("qwen3")
+    lm = LocalLM(str(source), dtype="auto", max_completion_tokens=5, cache=False)
+    assert lm.kwargs["max_tokens"] == 5
+    lm("where?", max_completion_tokens=2)
+    assert lm.history[-1]["usage"]["completion_tokens"] <= 2
+    shutil.copytree(source, tmp_path / "bare")
+    for file in (tmp_path / "bare").glob("*token*"):
+        file.unlink()
+    with pytest.raises(ModelError, match="without a tokenizer"):
+        LocalLM(str(tmp_path / "bare"))
