@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import functools
 import inspect
+from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from fst_dspy.model.cache_layers import cache_name
-from fst_dspy.model.prompt_cache import keep_rows, shared_attention
+from fst_dspy.model.prompt_cache import keep_rows, read_next, shared_attention, takes_runs
 
 
 def forward(
@@ -66,10 +68,16 @@ class GrowingDecode:
     def __init__(self, model: Any, cache: Any, mask_BT: Tensor, shares: bool) -> None:
         self.model, self.cache, self.mask_BT, self.shares = model, cache, mask_BT, shares
         self.drops_rows = hasattr(cache, "reorder_cache")
+        self.takes_runs = shares and takes_runs(cache)
+        self._columns = 0  # tokens that all rows have had, up to the first run
+        self._columns_B: Tensor | None = None
 
     def step(self, next_B: Tensor, position_B: Tensor) -> Tensor:
         """Read the rows' next tokens; the logits after them, (B, V)."""
+        if self._columns_B is not None:
+            return self.step_with_runs(next_B, position_B, [()] * len(next_B))
         ids_B1, position_B1 = next_B[:, None], position_B[:, None]
+        self._columns += 1
         if self.shares:
             with shared_attention(self.model, self.cache):
                 logits_BV, self.cache = forward(self.model, ids_B1, None, position_B1, self.cache)
@@ -80,7 +88,37 @@ class GrowingDecode:
             )
         return logits_BV.float()
 
+    def step_with_runs(
+        self, next_B: Tensor, position_B: Tensor, runs: Sequence[Sequence[int]]
+    ) -> Tensor:
+        """The same, with tokens of some rows that follow these, in the same pass.
+
+        Where ``takes_runs``. Each token counts as a row of the pass, so that none is padding.
+
+        Returns:
+            The logits after every token, (N, V), row by row.
+        """
+        counts_B = torch.tensor([1 + len(run) for run in runs], device=next_B.device)
+        row_N = torch.arange(len(runs), device=next_B.device).repeat_interleave(counts_B)
+        first_B = counts_B.cumsum(0) - counts_B
+        place_N = torch.arange(len(row_N), device=next_B.device) - first_B[row_N]
+        ids_N = next_B[row_N]
+        said = [token for run in runs for token in run]
+        ids_N[place_N > 0] = torch.tensor(said, dtype=ids_N.dtype, device=ids_N.device)
+        begun_B = self._columns_B
+        if begun_B is None:
+            begun_B = torch.full_like(counts_B, self._columns)
+        self._columns_B = begun_B + counts_B
+        read_next(self.cache, row_N, begun_B[row_N] + place_N)
+        with shared_attention(self.model, self.cache):
+            logits_NV, self.cache = forward(
+                self.model, ids_N[:, None], None, (position_B[row_N] + place_N)[:, None], self.cache
+            )
+        return logits_NV.float()
+
     def keep(self, keep_B: Tensor) -> None:
         """Drop all rows but these."""
         keep_rows(self.cache, keep_B)
         self.mask_BT = self.mask_BT[keep_B]
+        if self._columns_B is not None:
+            self._columns_B = self._columns_B[keep_B]
