@@ -8,7 +8,6 @@ counter-based generator of its own seed, so its tokens do not depend on what els
 
 from __future__ import annotations
 
-import itertools
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -299,7 +298,8 @@ class _Batch:
             else:
                 logits_BV = decode.step(next_B, position_B)
             position_B = position_B + length_B
-            at_B = (at_B + length_B).clamp(max=self.steps)  # beyond it is what rows that are over say
+            # In the last place is what rows that are over go on to say.
+            at_B = (at_B + length_B).clamp(max=self.steps)
         return self._results()
 
     def _written(self, rows: Tensor, at_B: Tensor, runs: list[list[int]]) -> Tensor:
@@ -326,15 +326,16 @@ class _Batch:
     ) -> Tensor:
         """The logits after the rows' next tokens and the runs behind these, in one pass."""
         logits_NV = decode.step_with_runs(next_B, position_B, runs)
-        last = list(itertools.accumulate(1 + len(run) for run in runs))
-        row_N = [row for row, run in zip(rows.tolist(), runs, strict=True) for _ in run]
-        before_N = sorted(set(range(len(logits_NV))) - {place - 1 for place in last})
-        owner_N = torch.tensor(row_N, device=rows.device)
+        length_B = torch.tensor([1 + len(run) for run in runs], device=rows.device)
+        last_B = length_B.cumsum(0) - 1
+        before_N = torch.ones(len(logits_NV), dtype=torch.bool, device=rows.device)
+        before_N[last_B] = False
+        owner_N = rows.repeat_interleave(length_B - 1)
         forced_N = torch.tensor([token for run in runs for token in run], device=rows.device)
         assert self.held is not None
         scaled_NV = logits_NV[before_N] / self.scale[owner_N][:, None]
         self.held.passed(scaled_NV, owner_N, forced_N)
-        return logits_NV[[place - 1 for place in last]]
+        return logits_NV[last_B]
 
     def _prefill(self) -> tuple[Tensor, GrowingDecode | GraphDecode, Tensor]:
         """Read each distinct prompt once, then give every row its copy of the cache."""

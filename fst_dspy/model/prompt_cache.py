@@ -68,8 +68,8 @@ class Sharing:
         self.row_N, self.column_N, self.length = row_N, column_N, int(column_N.max()) + 1
         self.each_row_once = len(row_N) == len(self.rows_owner_B)
         later_NT = torch.arange(self.length, device=row_N.device) > column_N[:, None]
-        self.later_bias_N11T = torch.zeros(later_NT.shape, device=row_N.device)
-        self.later_bias_N11T = self.later_bias_N11T.masked_fill_(later_NT, -torch.inf)[:, None, None]
+        bias_NT = torch.zeros(later_NT.shape, device=row_N.device)
+        self.later_bias_N11T = bias_NT.masked_fill_(later_NT, -torch.inf)[:, None, None]
 
     def _group(self, owner_B: Tensor) -> None:
         counts_U = owner_B.bincount()
@@ -259,7 +259,7 @@ def share(cache: Any, owner_B: Tensor, mask_UT: Tensor, steps: int) -> bool:
 
 
 def takes_runs(cache: Any) -> bool:
-    """Whether a pass may read several tokens of a row (``Sharing.read``): no layer counts on one."""
+    """Whether a pass may read several tokens of a row (``Sharing.read``): all layers keep keys."""
     return all(isinstance(layer, SharedLayer) for layer in cache.layers)
 
 
