@@ -28,7 +28,13 @@ from fst_dspy.model.graph_decode import release
 from fst_dspy.model.hardware import cudnn_attention, free_memory, is_out_of_memory
 from fst_dspy.model.logprobs import read_of
 from fst_dspy.model.policy import Policy
-from fst_dspy.model.prefixes import Bin, tokens_of, worthwhile_bins, worthwhile_prefixes
+from fst_dspy.model.prefixes import (
+    PACKED_TOKENS,
+    Bin,
+    tokens_of,
+    worthwhile_bins,
+    worthwhile_prefixes,
+)
 from fst_dspy.model.sampling import allowed_tokens
 from fst_dspy.model.sizes import training_tokens
 from fst_dspy.slow.learning_rate import with_learning_rate
@@ -300,11 +306,14 @@ class SlowTrainer:
     def _cut_bins(
         self, bins: Sequence[Bin], read_N: Sequence[tuple[int, ...]], most_rows: int
     ) -> list[list[Bin]]:
+        most_tokens = self._most_tokens
+        if self.policy.device.type == "cpu":
+            most_tokens = min(most_tokens, PACKED_TOKENS)
         parts: list[list[Bin]] = [[]]
         for part in bins:
             longer = [*parts[-1], part]
             many = sum(len(each.rows) for each in longer) > most_rows
-            if parts[-1] and (many or tokens_of(longer, read_N) > self._most_tokens):
+            if parts[-1] and (many or tokens_of(longer, read_N) > most_tokens):
                 parts.append([])
             parts[-1].append(part)
         return parts
