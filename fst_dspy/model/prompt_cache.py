@@ -84,6 +84,8 @@ class Sharing:
         rows = torch.zeros(self.prompts * self.width, dtype=torch.long, device=owner_B.device)
         rows[self.place_B] = torch.arange(len(owner_B), device=owner_B.device)
         self.row_UN = rows  # flat; places without a row repeat the first
+        everyone = torch.arange(len(rows), device=rows.device)
+        self.in_order = torch.equal(self.place_B, everyone)  # all prompts have rows alike
         self.bias_U11T = None
         if not bool(self.mask_UT.all()):
             self.bias_U11T = torch.zeros(self.mask_UT.shape, device=owner_B.device).masked_fill_(
@@ -104,14 +106,16 @@ class Sharing:
     def by_prompt(self, values_BKGD: Tensor) -> Tensor:
         """(B, K, g, D) values of rows, as (U, K, N * g, D)."""
         _, heads, group, dim = values_BKGD.shape
-        values = values_BKGD[self.row_UN].view(self.prompts, self.width, heads, group, dim)
+        values = values_BKGD if self.in_order else values_BKGD[self.row_UN]
+        values = values.reshape(self.prompts, self.width, heads, group, dim)
         return values.transpose(1, 2).reshape(self.prompts, heads, self.width * group, dim)
 
     def by_row(self, values: Tensor) -> Tensor:
         """The inverse of ``by_prompt``."""
         _, heads, both, dim = values.shape
         values = values.view(self.prompts, heads, self.width, both // self.width, dim)
-        return values.transpose(1, 2).reshape(-1, heads, both // self.width, dim)[self.place_B]
+        values = values.transpose(1, 2).reshape(-1, heads, both // self.width, dim)
+        return values if self.in_order else values[self.place_B]
 
 
 class SharedLayer(DynamicLayer):
