@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fst_dspy.errors import ModelError, PromptTooLongError
 from fst_dspy.grammar.tokens import Walk
-from fst_dspy.model.cache_layers import CHANGED, left_out, obstacle, refuse
+from fst_dspy.model.cache_layers import CHANGED, DynamicLayer, left_out, obstacle, refuse
 from fst_dspy.model.endings import End, closing_tokens, eos_ids, kept_tokens, texts_of
 from fst_dspy.model.graph_decode import GraphDecode, begin, release
 from fst_dspy.model.growing_decode import GrowingDecode, forward
@@ -333,9 +333,8 @@ class _Batch:
         owner_N = rows.repeat_interleave(length_B - 1)
         forced_N = torch.tensor([token for run in runs for token in run], device=rows.device)
         assert self.held is not None
-        scaled_NV = logits_NV[before_N] / self.scale[owner_N][:, None]
-        self.held.passed(scaled_NV, owner_N, forced_N)
-        return logits_NV[last_B]
+        self.held.passed(logits_NV[before_N], owner_N, forced_N, self.scale[owner_N])
+        return logits_NV[last_B].float()
 
     def _prefill(self) -> tuple[Tensor, GrowingDecode | GraphDecode, Tensor]:
         """Read each distinct prompt once, then give every row its copy of the cache."""
@@ -370,7 +369,9 @@ class _Batch:
         static = begin(self.policy, cache, owner_B, mask_UT, steps)
         if static is not None:
             return static
-        many = len(owner_B) * mask_UT.shape[1] >= SHARE_TOKENS or self.takes_runs
+        many = len(owner_B) * mask_UT.shape[1] >= SHARE_TOKENS
+        if self.takes_runs:
+            many = many or all(type(y) is DynamicLayer for y in getattr(cache, "layers", [None]))
         shares = many and can_share(self.model) and share(cache, owner_B, mask_UT, steps)
         if not shares:
             if len(mask_UT) < len(owner_B):

@@ -66,13 +66,14 @@ class Sharing:
         if self.row_N is None or not torch.equal(row_N, self.row_N):
             self._group(self.rows_owner_B[row_N])
         self.row_N, self.column_N, self.length = row_N, column_N, int(column_N.max()) + 1
-        self.each_row_once = len(row_N) == len(self.rows_owner_B)
+        everyone = torch.arange(len(self.rows_owner_B), device=row_N.device)
+        self.each_row_once = torch.equal(row_N, everyone)
         later_NT = torch.arange(self.length, device=row_N.device) > column_N[:, None]
         bias_NT = torch.zeros(later_NT.shape, device=row_N.device)
         self.later_bias_N11T = bias_NT.masked_fill_(later_NT, -torch.inf)[:, None, None]
 
     def _group(self, owner_B: Tensor) -> None:
-        counts_U = owner_B.bincount()
+        counts_U = owner_B.bincount(minlength=len(self.mask_UT))
         first_U = counts_U.cumsum(0) - counts_U
         order_B = owner_B.argsort(stable=True)
         number_B = torch.empty_like(owner_B)  # of a row among those of its prompt

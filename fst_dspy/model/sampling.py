@@ -23,6 +23,10 @@ from fst_dspy.model.policy import Policy
 from fst_dspy.types import Grammar
 
 
+PASSED_TOKENS = 64
+"""Forced tokens whose logits are in float32 at once."""
+
+
 class Penalised(Protocol):
     """What is asked of a request here; see ``fst_dspy.model.generate.GenerationRequest``."""
 
@@ -264,12 +268,15 @@ class HeldRows:
         self._over[rows] |= done | ended | torch.tensor(full, device=done.device)
         return ended, runs
 
-    def passed(self, logits_NV: Tensor, row_N: Tensor, forced_N: Tensor) -> None:
+    def passed(self, logits_NV: Tensor, row_N: Tensor, forced_N: Tensor, scale_N: Tensor) -> None:
         """Note how much of the model's own distribution forced tokens had, as ``masked`` does."""
-        own_N = logits_NV.gather(1, forced_N[:, None]).squeeze(1).double()
-        share_N = (own_N - logits_NV.logsumexp(-1).double()).clamp(max=0)
-        self._share.index_add_(0, row_N, share_N)
-        self._asked.index_add_(0, row_N, torch.ones_like(row_N))
+        for start in range(0, len(row_N), PASSED_TOKENS):
+            part = slice(start, start + PASSED_TOKENS)
+            logits_nV = logits_NV[part].float() / scale_N[part, None]
+            own_n = logits_nV.gather(1, forced_N[part, None]).squeeze(1).double()
+            share_n = (own_n - logits_nV.logsumexp(-1).double()).clamp(max=0)
+            self._share.index_add_(0, row_N[part], share_n)
+            self._asked.index_add_(0, row_N[part], torch.ones_like(row_N[part]))
 
     def completed(
         self, ids: list[list[int]], logprobs: list[list[float]], stopped: list[bool]

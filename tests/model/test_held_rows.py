@@ -120,10 +120,11 @@ def test_what_is_forced_at_the_ends_costs_no_pass(tiny_llama: Path) -> None:
     assert len(reads) <= last - first + 1
 
 
-@pytest.mark.parametrize("limit", [60, 9])
+@pytest.mark.parametrize(("limit", "columns"), [(60, 2**17), (60, 200), (9, 2**17)])
 def test_what_is_forced_in_the_middle_costs_no_pass_of_its_own(
-    tiny_llama: Path, monkeypatch: pytest.MonkeyPatch, limit: int
+    tiny_llama: Path, monkeypatch: pytest.MonkeyPatch, limit: int, columns: int
 ) -> None:
+    monkeypatch.setattr(growing, "COPIED_COLUMNS", columns)  # a few rows at a time, if small
     policy = Policy.load(tiny_llama)
     prompts = ("where does a visa ticket go?", "abc", "abc", "The rule says", "abc")
     grammars = (FIELDS, FIELDS, FIELDS, None, FREE)
