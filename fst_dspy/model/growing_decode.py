@@ -17,7 +17,6 @@ from torch.nn.functional import pad
 from fst_dspy.model.cache_layers import cache_name
 from fst_dspy.model.prompt_cache import keep_rows, read_next, shared_attention, takes_runs
 
-
 COPIED_COLUMNS = 2**17
 """Tokens of a pass times tokens of the longest row, where rows have runs."""
 

@@ -22,7 +22,6 @@ from fst_dspy.model.endings import eos_ids
 from fst_dspy.model.policy import Policy
 from fst_dspy.types import Grammar
 
-
 PASSED_TOKENS = 64
 """Forced tokens whose logits are in float32 at once."""
 
