@@ -260,8 +260,8 @@ class SlowConfig:
             the rest (TRL: SDPO's ``distillation_weight``).
         beta: Weight of TRL's KL penalty to the base model; 0 switches it off.
         entropy_coef: Weight of TRL's entropy bonus, the mean entropy a token; 0 switches it off.
-        micro_batch_size: Most rows in one forward and backward pass; by default 16 on a CPU, and on
-            a GPU as many as memory seems to hold.
+        micro_batch_size: Most rows in one forward and backward pass; by default as many as memory
+            seems to hold, and on a CPU 16, where they are not read as a tree.
         revisit_constant: Probability, in (0, 1], that a problem's turn is taken after its latest
             group had a constant reward (no gradient); to the power of such groups in a row, but at
             least 1/16. 1 takes every turn. See ``fst_dspy.loop.problems``.

@@ -145,8 +145,8 @@ class Settings(TypedDict, total=False):
     entropy_coef: float
     """Default 0.0. Weight of TRL's entropy bonus, the mean entropy a token; 0 switches it off."""
     micro_batch_size: int | None
-    """Default None. Most rows in one forward and backward pass; by default 16 on a CPU, and on a
-    GPU as many as memory seems to hold."""
+    """Default None. Most rows in one forward and backward pass; by default as many as memory
+    seems to hold, and on a CPU 16, where they are not read as a tree."""
     revisit_constant: float
     """Default 0.5. Probability, in (0, 1], that a problem's turn is taken after its latest group
     had a constant reward (no gradient); to the power of such groups in a row, but at least
