@@ -3,8 +3,7 @@
 Simulated, on a clock of its own: 128 agents that take turns of a model call and a tool. Generating
 b rows takes ``fixed + row * b`` seconds. Three ways to serve them: a barrier, which waits for every
 agent; the scheduler's rule, which opens a batch once whoever does not call has been waiting for
-``GRACE_SECONDS``, and for half of the agents a while longer; and, as the bound, continuous
-batching, where a call joins at any token.
+``GRACE_SECONDS``; and, as the bound, continuous batching, where a call joins at any token.
 
     python -m benchmarks.speed.scheduler
 """
@@ -12,12 +11,11 @@ batching, where a call joins at any token.
 from __future__ import annotations
 
 import heapq
-import math
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from fst_dspy.rollouts.scheduler import FULL_PATIENCE, FULL_SHARE, GRACE_SECONDS
+from fst_dspy.rollouts.scheduler import GRACE_SECONDS
 
 AGENTS = 128
 TOKENS = 64
@@ -73,20 +71,16 @@ def barrier(work: Workload, agents: Turns) -> float:
 
 def scheduled(work: Workload, agents: Turns) -> float:
     """The same by the scheduler's rule."""
-    now, end, took, done = 0.0, 0.0, 0.0, [0] * len(agents)
+    now, end, done = 0.0, 0.0, [0] * len(agents)
     ready = [(0.0, agent) for agent in range(len(agents))]
     while ready:
-        patience = now + FULL_PATIENCE * took
         now = max(now, ready[0][0])
         if any(when > now for when, _ in ready):  # some are at their tools
             now += GRACE_SECONDS
-            half = sorted(ready)[math.ceil(FULL_SHARE * len(ready)) - 1][0]
-            now = max(now, min(half, patience))
         batch = []
         while ready and ready[0][0] <= now:
             batch.append(heapq.heappop(ready)[1])
-        took = work.seconds(len(batch))
-        now += took
+        now += work.seconds(len(batch))
         for agent in batch:
             back = now + agents[agent][done[agent]]
             done[agent] += 1

@@ -4,8 +4,7 @@ A batch is opened as soon as every live rollout waits for the model: the largest
 the same one however the threads were scheduled. A rollout that waits for something else (a lock
 that another holds, a slow tool, a pool without a free place) is not waited for: once nothing has
 been running for ``GRACE_SECONDS``, or it has slept for as long and nothing runs just now, the batch
-is opened without it; where fewer than half of the live ones would be in it, only after some more
-waiting, for as long as that brings calls. Each row is sampled with a seed
+is opened without it. Each row is sampled with a seed
 of its own, so what it says does not depend on the batch but for rounding; ``early`` counts the
 batches of which that may differ from run to run.
 """
@@ -36,11 +35,6 @@ GRACE_SECONDS = 0.05
 """Waiting of all threads after which a batch is opened without those that do not call."""
 PATIENCE_SECONDS = 1.0
 """The same, of the rollouts' own threads, where other threads of the process never rest."""
-FULL_SHARE = 0.5
-"""Share of the live rollouts that a batch should hold: a small one takes almost as long."""
-FULL_PATIENCE = 1.0
-"""Waiting for so many to call, in times of the latest batch; half of it where nobody came.
-More would fill batches of slower tools too, and take longer (``benchmarks/speed/scheduler.py``)."""
 
 AWAKE_SECONDS = 0.006
 """Who waits for the interpreter's lock has a processor at least this often, if only to ask."""
@@ -148,10 +142,6 @@ class Scheduler:
         self._asked: Counter[tuple[Any, ...]] = Counter()
         self._encode = functools.cache(encode)  # the rollouts of a group ask the same
         self._serving: float | None = None  # since when a batch has been generated
-        self._batch_took = 0.0
-        self._free = time.monotonic()  # since when nothing is generated
-        self._hope = 1.0  # of ``FULL_PATIENCE``
-        self._held = self._came = False  # a batch is kept waiting; somebody has called since
         self._events = 0
         self._own, self._all = Quiet(), Quiet()
         self._look_took = 0.0
@@ -229,9 +219,6 @@ class Scheduler:
             waits = quiet < wanted and own_quiet < PATIENCE_SECONDS
             if not self._blocked or (waits and (complete or not gone)):
                 return quiet >= SETTLE_SECONDS
-            if not complete and self._may_fill():
-                self._held = True
-                return quiet >= SETTLE_SECONDS
             self.early += not complete
             batch = self._take()
         _hand_over(batch)
@@ -276,17 +263,6 @@ class Scheduler:
             and min(self._all.slept.values(), default=GRACE_SECONDS) >= GRACE_SECONDS
         )
 
-    def _may_fill(self) -> bool:
-        """Whether to wait for more calls, as a batch would hold few of the live rollouts.
-
-        It pays: agents that are out of step fall into it, and each batch has costs that do not
-        depend on its rows. Those that wait for one another will not call, whatever is waited for.
-        """
-        if len(self._blocked) >= FULL_SHARE * len(self._live):
-            return False
-        patience = FULL_PATIENCE * self._hope * self._batch_took
-        return time.monotonic() - self._free < patience
-
     def _threads(self) -> tuple[list[int], list[int], list[int]]:
         """The threads that may be about to call: the rollouts' own, and those started since.
 
@@ -316,10 +292,8 @@ class Scheduler:
                     blocked.record()
                     if self.failure is not None:
                         blocked.pending.error = RolloutEnded("generation has failed")
-                self._free = time.monotonic()
                 if self._serving is not None:
-                    self._batch_took = self._free - self._serving
-                    self.generating += self._batch_took
+                    self.generating += time.monotonic() - self._serving
                 self._serving = None
                 self._events += 1
                 following = self._take_if_all_blocked()
@@ -342,7 +316,6 @@ class Scheduler:
         self._asked[asked] += 1
         blocked = _Blocked(pending, slot, predictor, order, threading.get_native_id())
         self._callers.add(blocked.thread)
-        self._came = self._held
         self._blocked.setdefault(slot.key, []).append(blocked)
         self._events += 1
         return blocked
@@ -363,9 +336,6 @@ class Scheduler:
         batch = [blocked for calls in self._blocked.values() for blocked in calls]
         if batch:
             self._serving = time.monotonic()
-            if self._held:
-                self._hope = 1.0 if self._came else self._hope / 2
-            self._held = self._came = False
         self._blocked = {}
         return sorted(batch, key=lambda blocked: blocked.order)
 

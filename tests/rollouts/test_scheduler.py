@@ -6,7 +6,7 @@ import asyncio
 import random
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,6 @@ from fst_dspy.config import SamplingConfig
 from fst_dspy.errors import TrainingError
 from fst_dspy.lm.engine import LocalEngine
 from fst_dspy.lm.local_lm import LocalLM
-from fst_dspy.lm.requests import run_batch
 from fst_dspy.model.policy import Policy
 from fst_dspy.rollouts.jobs import RolloutJob
 from fst_dspy.rollouts.runner import RolloutRunner
@@ -271,55 +270,6 @@ def test_tools_that_come_back_all_the_time_hold_nobody_up(policy: Policy) -> Non
     rollouts = Rollouts(policy, [caller, *map(agent, range(20))]).run()
     assert rollouts.errors == [None] * 21
     assert took[0] < 1.6  # the agents go on for 2.7
-
-
-def with_batches_of(seconds: float, rollouts: Rollouts) -> list[float]:
-    """Let each batch take so long; how full they are, over the live rollouts, as they come."""
-    fill = []
-
-    def generate(policy: Policy, calls: Sequence[Any]) -> int:
-        fill.append(len(calls) / len(rollouts.scheduler._live))
-        began = time.monotonic()
-        batches = run_batch(policy, calls)
-        time.sleep(max(0.0, seconds - (time.monotonic() - began)))
-        return batches
-
-    rollouts.scheduler = Scheduler(rollouts.policy, rollouts.slots, generate)
-    return fill
-
-
-def test_agents_that_are_out_of_step_fill_half_of_a_batch(policy: Policy) -> None:
-    def agent(place: int) -> Callable[[Ask], None]:
-        rng = random.Random(place)
-
-        def program(call: Ask) -> None:
-            for _ in range(4):
-                call("hi", max_tokens=1)
-                time.sleep(rng.uniform(0.1, 1.0))
-
-        return program
-
-    rollouts = Rollouts(policy, [agent(place) for place in range(16)])
-    fill = with_batches_of(0.3, rollouts)
-    rollouts.run()
-    assert rollouts.errors == [None] * 16
-    assert sum(fill) / len(fill) >= 0.45  # without waiting, a third
-
-
-def test_those_that_wait_for_each_other_are_soon_no_longer_waited_for(policy: Policy) -> None:
-    lock = threading.Lock()
-
-    def program(call: Ask) -> None:
-        with lock:
-            call("hi", max_tokens=1)
-
-    rollouts = Rollouts(policy, [program] * 12)
-    fill = with_batches_of(0.2, rollouts)
-    began = time.monotonic()
-    rollouts.run()
-    assert len(fill) == 12
-    # Twelve batches, and twice as long again, half of it, ... in the hope of more calls.
-    assert time.monotonic() - began < 12 * (0.2 + 0.2) + 2
 
 
 # --- in rollouts ----------------------------------------------------------------------------------
