@@ -39,6 +39,8 @@ class Run:
         result: ``result.json``, or ``None`` while the run has not ended.
         quadrants: ``quadrants.json``, or ``None`` where no test set was run.
         age: Seconds since anything was written to the logs.
+        proposals: Rows of ``proposals.jsonl``, in the order in which they were judged.
+        answers: Rows of ``answers.jsonl``, oldest first; none of a run of an earlier version.
     """
 
     label: str
@@ -50,6 +52,8 @@ class Run:
     result: Mapping[str, Any] | None
     quadrants: Mapping[str, Any] | None
     age: float
+    proposals: Sequence[Mapping[str, Any]] = ()
+    answers: Sequence[Mapping[str, Any]] = ()
 
     @property
     def finished(self) -> bool:
@@ -79,6 +83,8 @@ def read_run(folder: Path, label: str | None = None) -> Run:
         result=_optional(folder / "result.json", schema.RESULT),
         quadrants=_optional(folder / "quadrants.json", schema.QUADRANTS),
         age=max(0.0, time.time() - max(logs)),
+        proposals=list(schema.read_checked_rows(folder / "proposals.jsonl", schema.PROPOSAL)),
+        answers=list(schema.read_checked_rows(folder / "answers.jsonl", schema.ANSWER)),
     )
 
 
@@ -104,9 +110,16 @@ def total(counts: Mapping[str, int]) -> int:
 
 
 def best_cycle(run: Run) -> Mapping[str, Any] | None:
-    """The cycle with the best validation score, of equals the later, as the joint loop has it."""
+    """The cycle whose weights and candidate the run has chosen.
+
+    Of one that has not ended, that with the best validation score, of equals the later: the best so
+    far.
+    """
+    chosen = run.result.get("best", {}).get("cycle") if run.result else None
     best: Mapping[str, Any] | None = None
     for cycle in run.cycles:
+        if cycle["cycle"] == chosen:
+            return cycle
         if best is None or cycle["val_score"] >= best["val_score"]:
             best = cycle
     return best
@@ -149,9 +162,9 @@ def spent(run: Run) -> dict[str, float]:
 
 
 def candidates(run: Run) -> dict[str, Candidate]:
-    """Every candidate whose texts the folder holds, by id, the student's own first.
+    """Every candidate whose texts the folder holds, by id: the student's own, then by cycle.
 
-    Candidates that were proposed and did not outlive their cycle are not kept in the folder.
+    Those that were tried and rejected are among them; earlier versions did not keep these.
     """
     found: dict[str, Candidate] = {}
     if "student" in run.config:
@@ -159,17 +172,16 @@ def candidates(run: Run) -> dict[str, Candidate]:
         found[seed.id] = seed
     for row in run.populations:
         for data in row["candidates"]:
-            found.setdefault(
-                data["id"],
-                Candidate(
-                    data["id"],
-                    data["components"],
-                    tuple(data["parent_ids"]),
-                    data["cycle"],
-                    data["source"],
-                ),
-            )
-    return found
+            found.setdefault(data["id"], _candidate(data, data["components"]))
+    for row in run.proposals:
+        parent = found.get(row["parent_ids"][0]) if row["parent_ids"] else None
+        texts = {**parent.components, **row["components"]} if parent else row["components"]
+        found.setdefault(row["id"], _candidate(row, texts))
+    return dict(sorted(found.items(), key=lambda item: item[1].cycle))
+
+
+def _candidate(row: Mapping[str, Any], components: Mapping[str, str]) -> Candidate:
+    return Candidate(row["id"], components, tuple(row["parent_ids"]), row["cycle"], row["source"])
 
 
 @dataclass(frozen=True)
