@@ -125,6 +125,22 @@ def best_cycle(run: Run) -> Mapping[str, Any] | None:
     return best
 
 
+def seed_id(run: Run) -> str | None:
+    """Of the student's own texts; ``None`` in a folder that does not say them."""
+    return make_candidate(run.config["student"]).id if "student" in run.config else None
+
+
+def chosen_id(run: Run) -> str | None:
+    """Of the candidate that the run has chosen, or the best so far; ``None`` before there is one.
+
+    Where the outcome and the log of cycles disagree, the outcome holds.
+    """
+    if run.result and "best" in run.result:
+        return str(run.result["best"]["candidate"]["id"])
+    best = best_cycle(run)
+    return None if best is None else str(best["best_candidate_id"])
+
+
 def half_width(scores: Sequence[float]) -> float | None:
     """Half the width of a 95 % interval of the mean (normal approximation); ``None`` below 2."""
     if len(scores) < 2:
@@ -170,9 +186,11 @@ def candidates(run: Run) -> dict[str, Candidate]:
     if "student" in run.config:
         seed = make_candidate(run.config["student"])
         found[seed.id] = seed
-    for row in run.populations:
-        for data in row["candidates"]:
-            found.setdefault(data["id"], _candidate(data, data["components"]))
+    rows = [one for row in run.populations for one in row["candidates"]]
+    if run.result and "best" in run.result:
+        rows.append(run.result["best"]["candidate"])
+    for row in rows:
+        found.setdefault(row["id"], _candidate(row, row["components"]))
     for row in run.proposals:
         parent = found.get(row["parent_ids"][0]) if row["parent_ids"] else None
         texts = {**parent.components, **row["components"]} if parent else row["components"]
@@ -194,7 +212,7 @@ class Node:
         scores: ``(cycle, mean score)`` for each cycle it lived through, on what the population
             was scored on at its end.
         alive: Whether it is in the newest population.
-        best: Whether it has the newest population's best mean.
+        chosen: Whether it is the one that the run has chosen, or the best so far.
         children: Its children, in the order in which they were proposed.
     """
 
@@ -202,7 +220,7 @@ class Node:
     parent: Candidate | None
     scores: tuple[tuple[int, float], ...]
     alive: bool
-    best: bool
+    chosen: bool
     children: tuple[Node, ...]
 
 
@@ -214,21 +232,24 @@ def lineage(run: Run) -> list[Node]:
         for name, score in zip(cycle["candidate_ids"], cycle["val_scores"], strict=True):
             scores.setdefault(name, []).append((cycle["cycle"], score))
     alive = run.cycles[-1]["candidate_ids"] if run.cycles else ()
-    best = run.cycles[-1]["best_candidate_id"] if run.cycles else None
+    chosen = chosen_id(run)
     parents = _parents(known)
 
+    below: dict[str | None, list[str]] = {}
+    for name, parent in parents.items():
+        below.setdefault(parent, []).append(name)
+
     def node(name: str) -> Node:
-        children = [child for child in known if parents[child] == name]
         return Node(
             candidate=known[name],
             parent=known.get(parents[name] or ""),
             scores=tuple(scores.get(name, ())),
             alive=name in alive,
-            best=name == best,
-            children=tuple(node(child) for child in children),
+            chosen=name == chosen,
+            children=tuple(node(child) for child in below.get(name, ())),
         )
 
-    return [node(name) for name in known if parents[name] is None]
+    return [node(name) for name in below.get(None, ())]
 
 
 def _parents(known: Mapping[str, Candidate]) -> dict[str, str | None]:

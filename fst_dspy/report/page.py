@@ -16,6 +16,10 @@ from typing import Any
 from fst_dspy.errors import StoreError
 from fst_dspy.files import write_atomically
 from fst_dspy.report import sections
+from fst_dspy.report.answer.answer import answer
+from fst_dspy.report.answer.candidates import candidates
+from fst_dspy.report.answer.examples import examples
+from fst_dspy.report.answer.prompts import prompt
 from fst_dspy.report.data import Run, read_runs
 from fst_dspy.report.failures import failures
 from fst_dspy.report.faults import find_faults
@@ -24,6 +28,14 @@ from fst_dspy.report.rollouts import Rollouts, read_rollouts
 
 FAILURE_SCORE = 0.0
 """What a failure scores where the settings do not say."""
+EXPLAINED = (("prompt", "Prompt"), ("lineage", "Candidates"), ("examples", "Examples"))
+DETAILS = (
+    ("pareto", "Scores by example"),
+    ("failures", "Failures"),
+    ("faults", "Faults"),
+    ("split", "Cost"),
+)
+"""Sections of a run and what they are called in the list of sections."""
 
 
 def write_report(
@@ -78,44 +90,47 @@ def render(runs: Sequence[Run], rollouts: Sequence[Rollouts], refresh: float | N
         rollouts: Theirs, in the same order.
         refresh: Seconds after which a browser loads the page again; ``None`` for never.
     """
-    style, script = _asset("page.css"), _asset("page.js")
+    style = _asset("page.css") + _asset("answer/answer.css")
+    script = _asset("page.js") + _asset("answer/answer.js")
     policy = (
         f"default-src 'none'; style-src '{_hash(style)}'; script-src '{_hash(script)}'; "
         "img-src data:; base-uri 'none'; form-action 'none'"
     )
     again = f'<meta http-equiv="refresh" content="{refresh:g}">' if refresh else ""
+    several, explained = len(runs) > 1, ""
     packed, parts = [], []
-    for number, (run, own) in enumerate(zip(runs, rollouts, strict=True)):
+    for number, (run, logged) in enumerate(zip(runs, rollouts, strict=True)):
         sampling = run.config.get("settings", {}).get("sampling", {})
         failure_score = float(sampling.get("failure_score", FAILURE_SCORE))
-        found = find_faults(own.outcomes, failure_score)
-        columns = {**own.packed["columns"], "stock": [int(s) for s in found.stock]}
-        packed.append({"label": run.label, **own.packed, "columns": columns})
-        blocks = (
-            ("lineage", "Candidates", sections.lineage(run)),
+        found = find_faults(logged.outcomes, failure_score)
+        columns = {**logged.packed["columns"], "stock": [int(s) for s in found.stock]}
+        packed.append({"label": run.label, **logged.packed, "columns": columns})
+        own = (
+            ("prompt", "The evolved prompt", prompt(run)),
+            ("lineage", "Candidates", candidates(run, number)),
+            ("examples", "Examples before and after", examples(run)),
+        )
+        more = (
             ("pareto", "Scores by example", sections.pareto(run)),
             ("failures", "Failures", failures(run)),
-            ("faults", "Faults", sections.faults(run, found, own.outcomes, failure_score)),
+            ("faults", "Faults", sections.faults(run, found, logged.outcomes, failure_score)),
             ("split", "Where time and rollouts went", sections.split(run)),
         )
-        parts.append(_run_part(number, run, blocks, several=len(runs) > 1))
+        # Of one run, what explains the answer follows it; several are compared first.
+        if several:
+            parts.append(_run_part(number, run, (*own, *more), several=True))
+        else:
+            explained = _run_part(number, run, own, several=False)
+            parts.append(_run_part(number, run, more, several=False))
     title = ", ".join(run.label for run in runs)
     made = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
     links = (
+        ("answer", "Answer"),
+        *((f"{name}-0", word) for name, word in EXPLAINED if not several),
         ("summary", "Summary"),
         ("curves", "Curves"),
-        *((f"run-{n}", run.label) for n, run in enumerate(runs) if len(runs) > 1),
-        *(
-            (f"{name}-0", word)
-            for name, word in (
-                ("lineage", "Candidates"),
-                ("pareto", "Examples"),
-                ("failures", "Failures"),
-                ("faults", "Faults"),
-                ("split", "Cost"),
-            )
-            if len(runs) == 1
-        ),
+        *((f"run-{n}", run.label) for n, run in enumerate(runs) if several),
+        *((f"{name}-0", word) for name, word in DETAILS if not several),
         ("rollouts", "Rollouts"),
         ("settings", "Settings"),
     )
@@ -130,6 +145,8 @@ def render(runs: Sequence[Run], rollouts: Sequence[Rollouts], refresh: float | N
         f"<header><h1>Fast-Slow Training <span>{escape(title)}</span></h1>"
         f"<p>Made {made}{_refresh_words(refresh)}</p>"
         f'<nav aria-label="Sections"><ul>{nav}</ul></nav></header><main id="main" tabindex="-1">'
+        f'<section id="answer"><h2>Answer</h2>{answer(runs)}</section>'
+        f"{explained}"
         f'<section id="summary"><h2>Summary</h2>{sections.headline(runs)}</section>'
         f'<section id="curves"><h2>Curves</h2>{sections.curves(runs)}</section>'
         f"{''.join(parts)}"

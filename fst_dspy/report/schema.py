@@ -45,6 +45,12 @@ class _Counts(TypedDict):
     reused: Count
 
 
+@with_config(ConfigDict(strict=True))
+class _Proposals(TypedDict):
+    empty: NotRequired[Count]
+    duplicate: NotRequired[Count]
+
+
 def _scored(cycle: Cycle) -> Cycle:
     if len(cycle["candidate_ids"]) != len(cycle["val_scores"]):
         raise ValueError("has not as many val_scores as candidate_ids")
@@ -72,7 +78,7 @@ class Cycle(TypedDict):
     tokens: dict[str, Count]
     seconds: dict[str, Number]
     weights_version: str
-    proposals: NotRequired[dict[str, Any]]
+    proposals: NotRequired[_Proposals]
     cold_start: NotRequired[list[str]]
 
 

@@ -69,7 +69,7 @@ def _newcombe(before: Sequence[float], after: Sequence[float]) -> tuple[float, f
     p, q = (both + gained) / n, (both + lost) / n
     (p_low, p_high), (q_low, q_high) = _wilson(both + gained, n), _wilson(both + lost, n)
     product = (both + gained) * (lost + neither) * (both + lost) * (gained + neither)
-    excess = both * neither - gained * lost
+    excess: float = both * neither - gained * lost
     if excess > 0:
         excess = max(excess - n / 2, 0)
     phi = excess / math.sqrt(product) if product else 0.0
