@@ -16,7 +16,7 @@ from fst_dspy.types import Candidate
 MOST_REJECTED = 500
 """Rejected candidates that are listed, the latest."""
 COUNTS = (
-    ("empty", "proposed nothing new"),
+    ("empty", "proposed nothing"),
     ("duplicate", "proposed what had been tried"),
 )
 """What becomes of an iteration without a candidate, as ``cycles.jsonl`` counts it."""
@@ -151,7 +151,7 @@ def _item(entry: Entry, places: Mapping[str, str]) -> str:
     outcome = "" if entry.outcome == "given" else f" <b class={entry.outcome}>{entry.outcome}</b>"
     opened = " open" if node.chosen and entry.parent is not None else ""
     body = (
-        f"<h5>Against its parent {_link(entry.parent, places)}</h5>"
+        f"<p>Against its parent {_link(entry.parent, places)}:</p>"
         + changes(entry.parent.components, candidate.components)
         if entry.parent is not None
         else whole_texts(candidate.components)

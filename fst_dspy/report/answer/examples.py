@@ -93,7 +93,7 @@ def _item(pair: Pair) -> str:
     return (
         f"<details><summary><b>{before['reward']:.3g} → {after['reward']:.3g}</b> "
         f"{escape(_peek(before['inputs']))}</summary>"
-        f"<h5>input</h5><pre>{escape(fields_text(before['inputs']))}</pre>"
+        f"<h4 class=part>input</h4><pre>{escape(fields_text(before['inputs']))}</pre>"
         f"{_labels(before)}<div class=two>{_answer('before', before)}{_answer('after', after)}"
         "</div></details>"
     )
@@ -102,7 +102,7 @@ def _item(pair: Pair) -> str:
 def _labels(row: Mapping[str, Any]) -> str:
     if not row.get("labels"):
         return ""
-    return f"<h5>labels</h5><pre>{escape(fields_text(row['labels']))}</pre>"
+    return f"<h4 class=part>labels</h4><pre>{escape(fields_text(row['labels']))}</pre>"
 
 
 def _answer(when: str, row: Mapping[str, Any]) -> str:
@@ -114,8 +114,8 @@ def _answer(when: str, row: Mapping[str, Any]) -> str:
     failure = f" · {escape(row['failure'])}" if row["failure"] else ""
     unread = " (could not be read)" if row["outputs"] is None and row["text"] else ""
     return (
-        f"<div><h5>answer {when}{unread}: {row['reward']:.3g}{failure}</h5>"
-        f"<pre>{escape(text)}</pre><h5>feedback {when}</h5>"
+        f"<div><h4 class=part>answer {when}{unread}: {row['reward']:.3g}{failure}</h4>"
+        f"<pre>{escape(text)}</pre><h4 class=part>feedback {when}</h4>"
         f"<pre>{escape(row['feedback'])}</pre></div>"
     )
 

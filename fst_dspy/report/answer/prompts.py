@@ -35,7 +35,7 @@ def changes(before: Mapping[str, str], after: Mapping[str, str]) -> str:
             same.append(name)
             continue
         whole = f"<details><summary>The new text, whole</summary>{text_block(new)}</details>"
-        parts.append(f"<h5>{escape(name)}</h5>{diff_of(old, new)}{whole}")
+        parts.append(f"<h3 class=part>{escape(name)}</h3>{diff_of(old, new)}{whole}")
     kept = ", ".join(f"<code>{escape(name)}</code>" for name in same)
     note = f"<p><small>As they were: {kept}</small></p>" if same else ""
     return "".join(parts) + note
@@ -44,6 +44,6 @@ def changes(before: Mapping[str, str], after: Mapping[str, str]) -> str:
 def whole_texts(components: Mapping[str, str]) -> str:
     """A candidate's texts as they stand."""
     return "".join(
-        f"<h5>{escape(name)}</h5>{text_block(shown_text(name, text))}"
+        f"<h3 class=part>{escape(name)}</h3>{text_block(shown_text(name, text))}"
         for name, text in sorted(components.items())
     )

@@ -68,15 +68,13 @@ def tree(twigs: Sequence[Twig]) -> str:
 
 
 def _row(twig: Twig, x: int, y: int) -> str:
-    score = "" if twig.score is None else f"{twig.score:.3f}"
-    label = f"{twig.name}, cycle {twig.cycle}, {twig.outcome}"
-    label += f", score {score}" if score else ""
-    label += ", chosen" if twig.chosen else ""
+    fate = twig.outcome if twig.score is None else f"{twig.score:.3f}"
+    fate += " chosen" if twig.chosen else ""
     return (
-        f'<a href="#{twig.place}" aria-label="{escape(label)}">'
+        f'<a href="#{twig.place}">'
         f'<rect x="{x - 10}" y="{y - 12}" width="{TEXT - 10}" height="24" rx="4"/>'
         f'<text class="{twig.outcome}{" chosen" if twig.chosen else ""}" x="{x}" y="{y}">'
         f'<tspan class=sign>{twig.sign}</tspan><tspan x="{x + 14}">{escape(twig.name[:12])}</tspan>'
         f'<tspan x="{x + 122}">cycle {twig.cycle:d}</tspan>'
-        f'<tspan x="{x + 194}">{score or twig.outcome}</tspan></text></a>'
+        f'<tspan x="{x + 194}">{fate}</tspan></text></a>'
     )
