@@ -104,16 +104,18 @@ def _row(sign: str, html: str, name: str = "") -> str:
 
 def _pairs(old: Sequence[str], new: Sequence[str]) -> Iterator[Pair]:
     """The lines of a block that was replaced: a line and what became of it, in order."""
-    at = 0
+    at, fresh = 0, list[str]()  # lines without a likeness, shown after those that went for them
     for line in new:
         found = _likest(old[at:], line) if (len(old) - at) * len(new) <= MOST_PAIRS else None
         if found is None:
-            yield None, line
+            fresh.append(line)
             continue
         yield from ((gone, None) for gone in old[at : at + found])
+        yield from ((None, one) for one in fresh)
         yield old[at + found], line
-        at += found + 1
+        at, fresh = at + found + 1, []
     yield from ((gone, None) for gone in old[at:])
+    yield from ((None, one) for one in fresh)
 
 
 def _likest(old: Sequence[str], line: str) -> int | None:
