@@ -163,8 +163,8 @@ class FSTResult:
     def candidates(self) -> list[Candidate]:
         """The candidates that are known: the student's, the run folder's, the last population's.
 
-        Each once; those that did not outlive their cycle are kept nowhere. Without a run folder
-        the populations of earlier cycles are missing.
+        Each once; those that did not outlive their cycle are in the folder's ``proposals.jsonl``
+        alone. Without a run folder the populations of earlier cycles are missing.
         """
         found = {self.seed_candidate.id: self.seed_candidate}
         if self.log_dir is not None:

@@ -69,7 +69,9 @@ def entries(run: Run, number: int) -> list[Entry]:
 
     for root in data.lineage(run):
         walk(root, 0)
+    order = {row["id"]: number for number, row in enumerate(run.proposals)}
     rejected = [one for one in found if one.outcome == "rejected"]
+    rejected.sort(key=lambda one: order[one.candidate.id])
     dropped = {one.place for one in rejected[:-MOST_REJECTED]}
     return [one for one in found if one.place not in dropped]
 

@@ -17,6 +17,8 @@ AROUND = 2
 """Lines that stayed the same, shown before and after a change; longer stretches are folded."""
 ALIKE = 0.4
 """Two lines that share less than this of their words are two lines, not one that was changed."""
+MOST_LINES = 2000
+"""Of a text; in longer ones lines that come again and again are no anchors, which saves time."""
 MOST_PAIRS = 400
 """Of lines that are compared word by word in one block: it takes time for each."""
 
@@ -28,7 +30,8 @@ def diff_of(before: str, after: str) -> str:
     """A block of HTML with the lines that changed, and some of those around them."""
     rows: list[str] = []
     old, new = before.splitlines(), after.splitlines()
-    opcodes = SequenceMatcher(None, old, new, autojunk=False).get_opcodes()
+    long = max(len(old), len(new)) > MOST_LINES
+    opcodes = SequenceMatcher(None, old, new, autojunk=long).get_opcodes()
     for number, (kind, i1, i2, j1, j2) in enumerate(opcodes):
         if kind == "equal":
             head = AROUND if number else 0
@@ -120,6 +123,6 @@ def _pairs(old: Sequence[str], new: Sequence[str]) -> Iterator[Pair]:
 
 def _likest(old: Sequence[str], line: str) -> int | None:
     words = line.split()
-    shares = [SequenceMatcher(None, one.split(), words, autojunk=False).ratio() for one in old]
+    shares = [SequenceMatcher(None, one.split(), words).quick_ratio() for one in old]
     best = max(range(len(shares)), key=shares.__getitem__, default=None)
     return best if best is not None and shares[best] >= ALIKE else None
