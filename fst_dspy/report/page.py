@@ -15,15 +15,21 @@ from typing import Any
 
 from fst_dspy.errors import StoreError
 from fst_dspy.files import write_atomically
-from fst_dspy.report import sections
+from fst_dspy.report import data, sections
+from fst_dspy.report.charts.agents import agents, has_agents
+from fst_dspy.report.charts.compare import compare, settings
+from fst_dspy.report.charts.cost import cost
+from fst_dspy.report.charts.curves import curves
+from fst_dspy.report.charts.figure import legend
+from fst_dspy.report.charts.health import health
 from fst_dspy.report.data import Run, read_runs
 from fst_dspy.report.failures import failures
 from fst_dspy.report.faults import find_faults
 from fst_dspy.report.prompts import find_decoder
 from fst_dspy.report.rollouts import Rollouts, read_rollouts
 
-FAILURE_SCORE = 0.0
-"""What a failure scores where the settings do not say."""
+STYLES = ("charts/uPlot.min.css", "page.css", "charts/charts.css")
+SCRIPTS = ("charts/uPlot.iife.min.js", "charts/charts.js", "page.js")
 
 
 def write_report(
@@ -78,7 +84,8 @@ def render(runs: Sequence[Run], rollouts: Sequence[Rollouts], refresh: float | N
         rollouts: Theirs, in the same order.
         refresh: Seconds after which a browser loads the page again; ``None`` for never.
     """
-    style, script = _asset("page.css"), _asset("page.js")
+    style = "\n".join(map(_asset, STYLES))
+    script = "\n".join((_licence(), *map(_asset, SCRIPTS)))
     policy = (
         f"default-src 'none'; style-src '{_hash(style)}'; script-src '{_hash(script)}'; "
         "img-src data:; base-uri 'none'; form-action 'none'"
@@ -86,8 +93,7 @@ def render(runs: Sequence[Run], rollouts: Sequence[Rollouts], refresh: float | N
     again = f'<meta http-equiv="refresh" content="{refresh:g}">' if refresh else ""
     packed, parts = [], []
     for number, (run, own) in enumerate(zip(runs, rollouts, strict=True)):
-        sampling = run.config.get("settings", {}).get("sampling", {})
-        failure_score = float(sampling.get("failure_score", FAILURE_SCORE))
+        failure_score = data.failure_score(run)
         found = find_faults(own.outcomes, failure_score)
         columns = {**own.packed["columns"], "stock": [int(s) for s in found.stock]}
         packed.append({"label": run.label, **own.packed, "columns": columns})
@@ -96,14 +102,20 @@ def render(runs: Sequence[Run], rollouts: Sequence[Rollouts], refresh: float | N
             ("pareto", "Scores by example", sections.pareto(run)),
             ("failures", "Failures", failures(run)),
             ("faults", "Faults", sections.faults(run, found, own.outcomes, failure_score)),
-            ("split", "Where time and rollouts went", sections.split(run)),
+            ("cost", "Cost", cost(run)),
         )
         parts.append(_run_part(number, run, blocks, several=len(runs) > 1))
+    outcomes = [own.outcomes for own in rollouts]
+    names = legend([run.label for run in runs]) if len(runs) > 1 else ""
+    acts = has_agents(runs)
     title = ", ".join(run.label for run in runs)
     made = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
     links = (
         ("summary", "Summary"),
+        *((("compare", "Differences"),) if len(runs) > 1 else ()),
         ("curves", "Curves"),
+        ("health", "Optimization"),
+        *((("agents", "Agent"),) if acts else ()),
         *((f"run-{n}", run.label) for n, run in enumerate(runs) if len(runs) > 1),
         *(
             (f"{name}-0", word)
@@ -112,7 +124,7 @@ def render(runs: Sequence[Run], rollouts: Sequence[Rollouts], refresh: float | N
                 ("pareto", "Examples"),
                 ("failures", "Failures"),
                 ("faults", "Faults"),
-                ("split", "Cost"),
+                ("cost", "Cost"),
             )
             if len(runs) == 1
         ),
@@ -131,13 +143,20 @@ def render(runs: Sequence[Run], rollouts: Sequence[Rollouts], refresh: float | N
         f"<p>Made {made}{_refresh_words(refresh)}</p>"
         f'<nav aria-label="Sections"><ul>{nav}</ul></nav></header><main id="main" tabindex="-1">'
         f'<section id="summary"><h2>Summary</h2>{sections.headline(runs)}</section>'
-        f'<section id="curves"><h2>Curves</h2>{sections.curves(runs)}</section>'
+        f"{_section('compare', 'Differences', compare(runs)) if len(runs) > 1 else ''}"
+        f"{_section('curves', 'Curves', f'{_CHARTS}{names}{curves(runs, outcomes)}')}"
+        f"{_section('health', 'Optimization', names + health(runs))}"
+        f"{_section('agents', 'Agent', names + agents(runs, outcomes)) if acts else ''}"
         f"{''.join(parts)}"
         f'<section id="rollouts"><h2>Rollouts</h2>{_BROWSER}</section>'
-        f'<section id="settings"><h2>Settings</h2>{sections.settings(runs)}</section></main>'
+        f'<section id="settings"><h2>Settings</h2>{settings(runs)}</section></main>'
         f'<script type="application/json" id="data">{script_json(packed)}</script>'
         f"<script>{script}</script></body></html>"
     )
+
+
+def _section(name: str, title: str, html: str) -> str:
+    return f'<section id="{name}"><h2>{title}</h2>{html}</section>'
 
 
 def _run_part(
@@ -171,11 +190,24 @@ def script_json(value: Any) -> str:
 
 
 def _asset(name: str) -> str:
-    return (files("fst_dspy.report") / name).read_text("utf-8")
+    text = (files("fst_dspy.report") / name).read_text("utf-8")
+    # The first line of uPlot is its address: no address is in the page.
+    return text.partition("\n")[2] if text.startswith("/*! http") else text
+
+
+def _licence() -> str:
+    return f"/*! uPlot 1.6.32\n{_asset('charts/uPlot.LICENSE')}*/"
 
 
 def _hash(text: str) -> str:
     return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+
+
+_CHARTS = """
+<p class=about>Point at a chart to read it, drag over a part to see it closer, double-click for the
+whole; with the keyboard: arrows, plus and minus, 0.</p>
+<noscript><p>Charts take JavaScript; the tables below have the same figures.</p></noscript>
+"""
 
 
 _BROWSER = """
