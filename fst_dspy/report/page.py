@@ -212,16 +212,20 @@ whole; with the keyboard: arrows, plus and minus, 0.</p>
 
 _BROWSER = """
 <p>The rollouts of the slow phases; those of the fast phases and of validation are not logged.
-A row has the step, the reward r, the advantage A, the candidate or what failed, and the answer.</p>
+A problem has the mean reward of its rollouts, and how it went from the first cycle to the last. A
+rollout has its step, the reward r, the advantage A, the candidate or what failed, and the
+answer.</p>
 <noscript><p>Reading the rollouts takes JavaScript; the rest of the page does not.</p></noscript>
 <form id="filters" hidden aria-label="Choose rollouts">
 <label data-run>Run <select name="run"></select></label>
+<label>Show <select name="show"><option value="problem">by problem</option>
+<option value="rollout">one by one</option></select></label>
 <label>Outcome <select name="kind"></select></label>
 <label>Candidate <select name="candidate"></select></label>
 <label>Example <select name="example"></select></label>
 <label>Step <input name="step" type="number" min="1" step="1" placeholder="all"></label>
-<label>Order <select name="order"><option value="">as logged</option>
-<option value="low">lowest reward</option><option value="high">highest reward</option>
+<label>Order <select name="order"><option value="low">worst first</option>
+<option value="high">best first</option><option value="logged">as logged</option>
 <option value="strong">largest advantage</option><option value="long">longest answer</option>
 </select></label>
 <label class=wide>Text <input name="text" type="search"

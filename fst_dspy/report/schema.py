@@ -183,6 +183,7 @@ class _Turn(TypedDict):
     reward: Number
     status: str
     seconds: Number
+    calls: Count
 
 
 @with_config(ConfigDict(strict=True))

@@ -35,7 +35,8 @@
     constructor(figure) {
       this.figure = figure;
       this.chart = JSON.parse(figure.dataset.chart);
-      this.zoomed = null;
+      this.zoomed = null; // the part of y that is shown, and of x
+      this.across = null;
       this.box = document.createElement("div");
       this.box.className = "plot";
       this.box.tabIndex = 0;
@@ -50,6 +51,19 @@
       this.told.textContent = this.hint;
       figure.append(this.box, this.told);
       this.box.addEventListener("keydown", (event) => this.key(event));
+    }
+
+    ends() {
+      const { xs, kind } = this.chart, low = xs[0], high = xs[xs.length - 1];
+      const pad = kind === "stack" || low === high ? 0.6 : 0;
+      return [low - pad, high + pad];
+    }
+
+    show(low, high) {
+      const [first, last] = this.ends();
+      this.across = low <= first && high >= last ? null : [Math.max(low, first), Math.min(high, last)];
+      const [min, max] = this.across ?? [first, last];
+      this.plot.setScale("x", { min, max });
     }
 
     range(u, low, high) {
@@ -106,14 +120,12 @@
         ticks: { show: false }, values: (u, values) => values.map((v) => (v === null ? "" : tick(v))),
       };
       const whole = [1, 2, 5, 10, 20, 50, 100, 200, 500, 1e3, 2e3, 5e3, 1e4, 2e4, 5e4, 1e5, 1e6];
-      const pad = stack ? 0.6 : 0;
-      this.options_ = {
+      const options = {
         width, height: HEIGHT, series, bands, padding: [10, margin, 0, 0], legend: { show: false },
         scales: {
           x: {
             time: false,
-            range: (u, low, high) => (low === high && !this.narrow
-              ? [low - 0.5, high + 0.5] : [low - pad, high + pad]),
+            range: () => this.across ?? this.ends(),
           },
           y: { range: (u, low, high) => this.range(u, low, high) },
         },
@@ -137,7 +149,7 @@
           }],
         },
       };
-      return [this.options_, data];
+      return [options, data];
     }
 
     margin(width) {
@@ -177,7 +189,8 @@
         if (n === null || n === undefined || line.ys[n] === null) return null;
         const bound = line.lo && line.lo[n] !== null
           ? ` (${number(line.lo[n])} to ${number(line.hi[n])})` : "";
-        const name = line.names?.[n] ? `${line.names[n]}: ` : "";
+        const elsewhere = chart.xs[n] === chart.xs[at] ? "" : `at ${number(chart.xs[n])}: `;
+        const name = line.names?.[n] ? `${line.names[n]}: ` : elsewhere;
         return `${several ? `${line.label} ` : ""}${name}${number(line.ys[n])}${bound}`;
       }).filter((text) => text !== null);
       this.told.textContent = `${chart.x} ${number(chart.xs[at])} · ${says.join(" · ")}`;
@@ -190,16 +203,13 @@
       if (height < down) this.zoomed = [u.posToVal(top + height, "y"), u.posToVal(top, "y")];
       const [low, high] = width < across
         ? [u.posToVal(left, "x"), u.posToVal(left + width, "x")] : [u.scales.x.min, u.scales.x.max];
-      this.narrow = true;
       u.setSelect({ left: 0, top: 0, width: 0, height: 0 }, false);
-      u.setScale("x", { min: low, max: high });
+      this.show(low, high);
     }
 
     whole() {
       this.zoomed = null;
-      this.narrow = false;
-      const { xs } = this.chart;
-      this.plot.setScale("x", { min: xs[0], max: xs[xs.length - 1] });
+      this.show(-Infinity, Infinity);
     }
 
     key(event) {
@@ -211,14 +221,15 @@
       }[event.key];
       if (to !== undefined) {
         if (xs[to] < u.scales.x.min || xs[to] > u.scales.x.max) this.whole();
-        u.setCursor({ left: u.valToPos(xs[to], "x"), top: u.over.clientHeight / 2 });
+        const move = () => u.setCursor({
+          left: u.valToPos(xs[to], "x"), top: u.over.clientHeight / 2,
+        });
+        setTimeout(move, 0); // once the axis is as it was asked to be
       } else if (event.key === "+" || event.key === "=" || event.key === "-") {
         const { min, max } = u.scales.x, middle = at < 0 ? (min + max) / 2 : xs[at];
         const factor = event.key === "-" ? 2 : 0.5;
-        const low = Math.max(xs[0], middle - (middle - min) * factor);
-        const high = Math.min(xs[last], middle + (max - middle) * factor);
-        if (low <= xs[0] && high >= xs[last]) this.whole();
-        else if (high > low) { this.narrow = true; u.setScale("x", { min: low, max: high }); }
+        const low = middle - (middle - min) * factor, high = middle + (max - middle) * factor;
+        if (high > low) this.show(low, high);
       } else if (event.key === "0" || event.key === "Escape") this.whole();
       else return;
       event.preventDefault();

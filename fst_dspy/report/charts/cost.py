@@ -26,7 +26,7 @@ def cost(run: Run) -> str:
     key = "".join(
         f'<li><span class="key {channel}"></span>{name}</li>' for channel, name in NAMES.items()
     )
-    tokens = {"prompt": "slow", "completion": "fast"}
+    tokens = {"prompt": "c2", "completion": "c3"}
     figures = [
         figure("Rollouts", "cycle", _bars(run, lambda c: c["total_rollouts"]), whole=True,
                kind="stack", caption="of each cycle"),
@@ -55,7 +55,7 @@ def cost_facts(run: Run) -> list[tuple[str, str, str]]:
             f"{data.total(counts):,}",
             f"{counts['reused']:,} more reused, which cost nothing",
         ),
-        ("time", duration(seconds), f"{data.total(counts) / max(seconds, 1e-9):.3g} rollouts a s"),
+        ("time", duration(seconds), f"{data.total(counts) / max(seconds, 1e-9):.3g} a second"),
         (
             "tokens",
             f"{sum(tokens.values()):,}",
