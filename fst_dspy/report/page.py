@@ -16,7 +16,7 @@ from typing import Any
 from fst_dspy.errors import StoreError
 from fst_dspy.files import write_atomically
 from fst_dspy.report import data, sections
-from fst_dspy.report.charts.agents import agents, has_agents
+from fst_dspy.report.charts.agents import acted, agents
 from fst_dspy.report.charts.compare import compare, settings
 from fst_dspy.report.charts.cost import cost
 from fst_dspy.report.charts.curves import curves
@@ -107,7 +107,7 @@ def render(runs: Sequence[Run], rollouts: Sequence[Rollouts], refresh: float | N
         parts.append(_run_part(number, run, blocks, several=len(runs) > 1))
     outcomes = [own.outcomes for own in rollouts]
     names = legend([run.label for run in runs]) if len(runs) > 1 else ""
-    acts = has_agents(runs)
+    acts = any(map(acted, runs))
     title = ", ".join(run.label for run in runs)
     made = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
     links = (
