@@ -208,6 +208,7 @@
     details.addEventListener("toggle", () => {
       if (details.open && details.childElementCount === 1) details.append(body(n));
     });
+    if (shown.length === 1 && field.show.value === "rollout") details.open = true;
     item.append(details);
     return item;
   }
@@ -273,7 +274,8 @@
     shown = grouped ? problems(found, rank) : found.sort((a, b) => rank(a) - rank(b) || a - b);
     at = 0;
     const total = run.columns.step.length.toLocaleString("en");
-    const of = grouped ? `, of ${shown.length.toLocaleString("en")} problems` : "";
+    const words = shown.length === 1 ? "problem" : "problems";
+    const of = grouped ? `, of ${shown.length.toLocaleString("en")} ${words}` : "";
     $("count").textContent = `${found.length.toLocaleString("en")} of ${total} rollouts${of}`;
     draw();
     const usual = (name) => field[name].options?.[0]?.value ?? "";
