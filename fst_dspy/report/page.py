@@ -16,6 +16,10 @@ from typing import Any
 from fst_dspy.errors import StoreError
 from fst_dspy.files import write_atomically
 from fst_dspy.report import data, sections
+from fst_dspy.report.answer.answer import answer
+from fst_dspy.report.answer.candidates import candidates
+from fst_dspy.report.answer.examples import examples
+from fst_dspy.report.answer.prompts import prompt
 from fst_dspy.report.charts.agents import acted, agents
 from fst_dspy.report.charts.compare import compare, settings
 from fst_dspy.report.charts.cost import cost
@@ -28,8 +32,16 @@ from fst_dspy.report.faults import find_faults
 from fst_dspy.report.prompts import find_decoder
 from fst_dspy.report.rollouts import Rollouts, read_rollouts
 
-STYLES = ("charts/uPlot.min.css", "page.css", "charts/charts.css")
-SCRIPTS = ("charts/uPlot.iife.min.js", "charts/charts.js", "page.js")
+STYLES = ("charts/uPlot.min.css", "page.css", "charts/charts.css", "answer/answer.css")
+SCRIPTS = ("charts/uPlot.iife.min.js", "charts/charts.js", "page.js", "answer/answer.js")
+EXPLAINED = (("prompt", "Prompt"), ("lineage", "Candidates"), ("examples", "Examples"))
+DETAILS = (
+    ("pareto", "Scores by example"),
+    ("failures", "Failures"),
+    ("faults", "Faults"),
+    ("cost", "Cost"),
+)
+"""Sections of a run and what they are called in the list of sections."""
 
 
 def write_report(
@@ -91,43 +103,45 @@ def render(runs: Sequence[Run], rollouts: Sequence[Rollouts], refresh: float | N
         "img-src data:; base-uri 'none'; form-action 'none'"
     )
     again = f'<meta http-equiv="refresh" content="{refresh:g}">' if refresh else ""
+    several, explained = len(runs) > 1, ""
     packed, parts = [], []
-    for number, (run, own) in enumerate(zip(runs, rollouts, strict=True)):
+    for number, (run, logged) in enumerate(zip(runs, rollouts, strict=True)):
         failure_score = data.failure_score(run)
-        found = find_faults(own.outcomes, failure_score)
-        columns = {**own.packed["columns"], "stock": [int(s) for s in found.stock]}
-        packed.append({"label": run.label, **own.packed, "columns": columns})
-        blocks = (
-            ("lineage", "Candidates", sections.lineage(run)),
+        found = find_faults(logged.outcomes, failure_score)
+        columns = {**logged.packed["columns"], "stock": [int(s) for s in found.stock]}
+        packed.append({"label": run.label, **logged.packed, "columns": columns})
+        own = (
+            ("prompt", "The evolved prompt", prompt(run)),
+            ("lineage", "Candidates", candidates(run, number)),
+            ("examples", "Examples before and after", examples(run)),
+        )
+        more = (
             ("pareto", "Scores by example", sections.pareto(run)),
             ("failures", "Failures", failures(run)),
-            ("faults", "Faults", sections.faults(run, found, own.outcomes, failure_score)),
+            ("faults", "Faults", sections.faults(run, found, logged.outcomes, failure_score)),
             ("cost", "Cost", cost(run)),
         )
-        parts.append(_run_part(number, run, blocks, several=len(runs) > 1))
+        # Of one run, what explains the answer follows it; several are compared first.
+        if several:
+            parts.append(_run_part(number, run, (*own, *more), several=True))
+        else:
+            explained = _run_part(number, run, own, several=False)
+            parts.append(_run_part(number, run, more, several=False))
     outcomes = [own.outcomes for own in rollouts]
-    names = legend([run.label for run in runs]) if len(runs) > 1 else ""
+    names = legend([run.label for run in runs]) if several else ""
     acts = any(map(acted, runs))
     title = ", ".join(run.label for run in runs)
     made = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
     links = (
+        ("answer", "Answer"),
+        *((f"{name}-0", word) for name, word in EXPLAINED if not several),
         ("summary", "Summary"),
-        *((("compare", "Differences"),) if len(runs) > 1 else ()),
+        *((("compare", "Differences"),) if several else ()),
         ("curves", "Curves"),
         ("health", "Optimization"),
         *((("agents", "Agent"),) if acts else ()),
-        *((f"run-{n}", run.label) for n, run in enumerate(runs) if len(runs) > 1),
-        *(
-            (f"{name}-0", word)
-            for name, word in (
-                ("lineage", "Candidates"),
-                ("pareto", "Examples"),
-                ("failures", "Failures"),
-                ("faults", "Faults"),
-                ("cost", "Cost"),
-            )
-            if len(runs) == 1
-        ),
+        *((f"run-{n}", run.label) for n, run in enumerate(runs) if several),
+        *((f"{name}-0", word) for name, word in DETAILS if not several),
         ("rollouts", "Rollouts"),
         ("settings", "Settings"),
     )
@@ -142,8 +156,10 @@ def render(runs: Sequence[Run], rollouts: Sequence[Rollouts], refresh: float | N
         f"<header><h1>Fast-Slow Training <span>{escape(title)}</span></h1>"
         f"<p>Made {made}{_refresh_words(refresh)}</p>"
         f'<nav aria-label="Sections"><ul>{nav}</ul></nav></header><main id="main" tabindex="-1">'
+        f'<section id="answer"><h2>Answer</h2>{answer(runs)}</section>'
+        f"{explained}"
         f'<section id="summary"><h2>Summary</h2>{sections.headline(runs)}</section>'
-        f"{_section('compare', 'Differences', compare(runs)) if len(runs) > 1 else ''}"
+        f"{_section('compare', 'Differences', compare(runs)) if several else ''}"
         f"{_section('curves', 'Curves', f'{_CHARTS}{names}{curves(runs, outcomes)}')}"
         f"{_section('health', 'Optimization', names + health(runs))}"
         f"{_section('agents', 'Agent', names + agents(runs, outcomes)) if acts else ''}"

@@ -65,6 +65,8 @@ class _Reflection(TypedDict):
 @with_config(ConfigDict(strict=True))
 class _Proposals(TypedDict):
     reflection: NotRequired[_Reflection | None]
+    empty: NotRequired[Count]
+    duplicate: NotRequired[Count]
 
 
 def _scored(cycle: Cycle) -> Cycle:
@@ -99,6 +101,7 @@ class Cycle(TypedDict):
     format_share: NotRequired[Number | None]
     turns: NotRequired[_Turns]
     peak_memory: NotRequired[Count]
+    cold_start: NotRequired[list[str]]
 
 
 @with_config(ConfigDict(strict=True))
@@ -234,15 +237,74 @@ class Quadrants(TypedDict):
     trained_original: Number
     trained_evolved: Number
     examples: Count
+    scores: NotRequired[dict[str, list[Number]]]
+
+
+def _of_each_example(found: Quadrants) -> Quadrants:
+    scores = found.get("scores", {})
+    if scores and scores.keys() != found.keys() - {"examples", "scores"}:
+        raise ValueError("scores are not those of the four quadrants")
+    if any(len(score_V) != found["examples"] for score_V in scores.values()):
+        raise ValueError("scores has not one for each example")
+    return found
+
+
+@with_config(ConfigDict(strict=True))
+class Proposal(TypedDict):
+    """A row of ``proposals.jsonl``: ``fast.judge.Verdict``, and the optimizer steps by then."""
+
+    step: Count
+    cycle: Count
+    iteration: Count
+    id: str
+    parent_ids: list[str]
+    source: str
+    components: dict[str, str]
+    accepted: bool
+    reason: str
+    before: list[Number]
+    after: list[Number]
+
+
+@with_config(ConfigDict(strict=True))
+class Answer(TypedDict):
+    """A row of ``answers.jsonl``: ``run.answers.answer_rows``, and when it was given."""
+
+    cycle: Count
+    step: Count
+    candidate_id: str
+    example_id: str
+    reward: Number
+    feedback: str
+    failure: str | None
+    outputs: dict[str, str] | None
+    text: str
+    inputs: NotRequired[dict[str, str]]
+    labels: NotRequired[dict[str, str]]
+
+
+@with_config(ConfigDict(strict=True))
+class _Best(TypedDict):
+    cycle: Count
+    candidate: _Candidate
+
+
+@with_config(ConfigDict(strict=True))
+class Result(TypedDict):
+    """``result.json``: what is shown of it."""
+
+    best: NotRequired[_Best]
 
 
 CONFIG = TypeAdapter(Config)
-QUADRANTS = TypeAdapter(Quadrants)
-RESULT = TypeAdapter(dict[str, Any])
+QUADRANTS = TypeAdapter(Annotated[Quadrants, AfterValidator(_of_each_example)])
+RESULT = TypeAdapter(Result)
 CYCLE = TypeAdapter(Annotated[Cycle, AfterValidator(_scored)])
 STEP = TypeAdapter(Step)
 POPULATION = TypeAdapter(Annotated[PopulationRow, AfterValidator(_complete)])
 ROLLOUT = TypeAdapter(RolloutRow)
+PROPOSAL = TypeAdapter(Proposal)
+ANSWER = TypeAdapter(Answer)
 
 
 def read_checked(path: Path, schema: TypeAdapter[Any]) -> Any:

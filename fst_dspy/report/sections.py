@@ -10,13 +10,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from html import escape
 
-from fst_dspy.display import changed_components, diff_html, readable
 from fst_dspy.report import data
 from fst_dspy.report.charts.figure import SHARE, Line, figure, legend
 from fst_dspy.report.data import Run
 from fst_dspy.report.faults import FORMAT, Faults, faults_by_cycle
 from fst_dspy.report.rollouts import Outcome
-from fst_dspy.report.svg import Series, line_chart
 
 
 class Html(str):
@@ -125,88 +123,6 @@ def headline_facts(run: Run) -> list[tuple[str, str, str]]:
 
 
 # --- candidates ---------------------------------------------------------------------------------
-
-
-def lineage(run: Run) -> str:
-    """The tree of candidates, each with what it changed in its parent's texts."""
-    roots = data.lineage(run)
-    if not roots:
-        return "<p class=none>No candidate is recorded yet.</p>"
-    edges: list[Series] = []
-
-    dots: list[Series] = []
-
-    def place(node: data.Node) -> tuple[float, float]:
-        return float(node.candidate.cycle), node.scores[-1][1]
-
-    def walk(node: data.Node, above: data.Node | None) -> None:
-        if node.scores:
-            if above is not None and above.scores:
-                edges.append(Series("", (place(above), place(node)), faint=True))
-            name = f"{node.candidate.id}: {node.scores[-1][1]:.3f}"
-            dots.append(Series("candidate", (place(node),), 1 if node.best else 0, (name,)))
-        for child in node.children:
-            walk(child, node)
-
-    for root in roots:
-        walk(root, None)
-    chart = line_chart(
-        "Last mean score",
-        "cycle in which it was proposed",
-        edges + dots,
-        whole=True,
-        caption="of each candidate, joined to its parent; the best in orange",
-    )
-    items = "".join(map(_tree_item, roots))
-    fresh = all(data.is_validated(run, row) for row in run.populations)
-    reused = "" if fresh else f" {_REUSED}"
-    return (
-        f"<div class=charts>{chart}</div><p>A candidate that did not outlive the cycle it was "
-        f"proposed in is not kept in the run folder.{reused}</p><ul class=tree>{items}</ul>"
-    )
-
-
-_REUSED = (
-    "After a slow phase the scores are those of its own rollouts, on recent training problems, so "
-    "they differ from the validation scores above."
-)
-
-
-def _tree_item(node: data.Node) -> str:
-    candidate = node.candidate
-    scores = [score for _, score in node.scores]
-    change = "" if not scores else f"{scores[0]:.3f}"
-    if len(scores) > 1:
-        change += f" → {scores[-1]:.3f}"
-    marks = "".join(
-        f"<mark>{word}</mark>"
-        for word, holds in (("best", node.best), ("in the population", node.alive))
-        if holds
-    )
-    lost = [parent for parent in candidate.parent_ids if node.parent is None]
-    others = [p for p in candidate.parent_ids if node.parent is not None and p != node.parent.id]
-    notes = [f"from {', '.join(lost)}, which is not kept or stands elsewhere"] if lost else []
-    notes += [f"merged with {', '.join(others)}"] if others else []
-    note = f"<p>{escape('; '.join(notes))}</p>" if notes else ""
-    history = ", ".join(f"cycle {cycle}: {score:.3f}" for cycle, score in node.scores)
-    opened = " open" if node.best and node.parent is not None else ""
-    children = "".join(map(_tree_item, node.children))
-    return (
-        f"<li><details{opened}><summary><code>{escape(candidate.id)}</code> "
-        f"{escape(candidate.source)}, cycle {candidate.cycle:d} <b>{change}</b> {marks}</summary>"
-        f"{note}{_texts(node)}<p><small>{escape(history)}</small></p></details>"
-        f"{f'<ul>{children}</ul>' if children else ''}</li>"
-    )
-
-
-def _texts(node: data.Node) -> str:
-    after = node.candidate.components
-    if node.parent is None:
-        parts = [(name, escape(readable(name, text))) for name, text in sorted(after.items())]
-    else:
-        changed = changed_components(node.parent.components, after)
-        parts = [(name, diff_html(old, new)) for name, old, new in changed]
-    return "".join(f"<h5>{escape(name)}</h5><pre>{html}</pre>" for name, html in parts)
 
 
 def pareto(run: Run) -> str:

@@ -12,13 +12,14 @@ import pytest
 from run_folders import HOSTILE, change_rows, write_run
 
 from fst_dspy.report import data
+from fst_dspy.report.answer.intervals import gain_of
 from fst_dspy.report.charts.agents import Acted, acted, agents
 from fst_dspy.report.charts.compare import compare
 from fst_dspy.report.charts.cost import cost, cost_facts
 from fst_dspy.report.charts.curves import curves, mean_bounds, score_bounds
 from fst_dspy.report.charts.figure import SHARE, Line, figure, score_range
 from fst_dspy.report.charts.health import health
-from fst_dspy.report.charts.intervals import difference, interval, wilson
+from fst_dspy.report.charts.intervals import interval, wilson
 from fst_dspy.report.data import Run
 from fst_dspy.report.rollouts import Outcome, read_rollouts
 from fst_dspy.report.watch import run_view
@@ -36,23 +37,11 @@ def run(tmp_path: Path) -> Run:
     return data.read_run(tmp_path / "run")
 
 
-def test_a_share_has_wilsons_interval() -> None:
+def test_a_mean_has_its_interval() -> None:
     assert wilson(0.8, 10) == pytest.approx((0.4902, 0.9433), abs=1e-4)
-    assert wilson(0.0, 10) == pytest.approx((0.0, 0.2775), abs=1e-4)
-    assert wilson(1.0, 10)[1] == 1.0
-    assert interval([1.0] * 8 + [0.0] * 2) == wilson(0.8, 10)
-    assert interval([1.0]) is None
-
-
-def test_other_scores_have_the_bootstraps_interval() -> None:
-    scores = [n / 100 for n in range(101)]
-    low, high = interval(scores) or (0, 0)
-    half = 1.96 * 0.29300 / 101**0.5  # the normal approximation, with their standard deviation
-    assert (low, high) == pytest.approx((0.5 - half, 0.5 + half), abs=0.01)
-    assert interval(scores) == (low, high)
-    ours = [score + 0.1 for score in scores]
-    assert difference(ours, scores) == pytest.approx((0.1, 0.1))  # pairs: what they share is gone
-    assert difference(ours, scores[:-1]) is None
+    assert wilson(0.0, 10) == pytest.approx((0.0, 0.2775), abs=1e-4) and wilson(1.0, 10)[1] == 1.0
+    assert interval([1.0] * 8 + [0.0] * 2) == pytest.approx(wilson(0.8, 10), abs=1e-6)
+    assert interval([0.5, 0.5, 0.5]) is None
 
 
 def test_lines_share_one_growing_x_and_no_text_leaves_the_attribute() -> None:
@@ -118,8 +107,10 @@ def test_intervals_of_rewards_are_over_problems() -> None:
         return [Outcome(1, 1, f"e{n // 8}", r, None, "a", 1, 0, 9) for n, r in enumerate(rewards)]
 
     alike = mean_bounds(outcomes([1.0] * 8 + [0.0] * 8), lambda o: o.reward)
-    assert alike[1] == wilson(0.5, 2)  # two problems, whatever the number of rollouts
-    assert mean_bounds(outcomes([1.0, 0.0] * 8), lambda o: o.reward)[1] == (0.5, 0.5)
+    assert alike[1] == pytest.approx(
+        wilson(0.5, 2), abs=1e-6
+    )  # two problems, whatever the number of rollouts
+    assert mean_bounds(outcomes([1.0, 0.0] * 8), lambda o: o.reward)[1] is None
 
 
 def test_health_shows_the_steps_that_were_taken(run: Run) -> None:
@@ -236,7 +227,7 @@ def test_runs_are_compared_best_first_with_what_differs(tmp_path: Path) -> None:
     rows = re.findall(r'<tr><th scope="row">(.*?)</th>(.*?)</tr>', html)
     assert [name for name, _ in rows][0::2] == ["two", "one"]
     assert '<td data-value="0.75">0.750 (0.551 to 0.880)</td><td>—</td>' in rows[0][1]
-    low, high = difference([1.0] * 6 + [0.0] * 18, [1.0] * 18 + [0.0] * 6) or (0, 0)
-    assert f">-0.500 ({low:+.3f} to {high:+.3f})</td>" in rows[2][1] and high < 0
+    gain = gain_of([1.0] * 18 + [0.0] * 6, [1.0] * 6 + [0.0] * 18)
+    assert f">-0.500 ({gain.low:+.3f} to {gain.high:+.3f})</td>" in rows[2][1]
     heads = re.findall(r'<th scope="col">(.*?)</th>', html)
     assert heads[-1] == "arm" and "seed" not in heads and "reflection LM" not in heads

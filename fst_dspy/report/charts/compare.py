@@ -7,10 +7,10 @@ from html import escape
 from typing import Any
 
 from fst_dspy.report import data
+from fst_dspy.report.answer.intervals import gain_of
 from fst_dspy.report.charts.agents import env_steps
 from fst_dspy.report.charts.cost import money
 from fst_dspy.report.charts.curves import folded, score_bounds
-from fst_dspy.report.charts.intervals import difference
 from fst_dspy.report.data import Run
 from fst_dspy.report.sections import duration, percent, table
 
@@ -113,9 +113,11 @@ def _difference(run: Run, top: Run) -> Cell:
         return NOTHING
     text = f"{ours - theirs:+.3f}"
     same = run.config["val_ids"] == top.config["val_ids"]
-    bounds = difference(data.best_scores(run), data.best_scores(top)) if same else None
-    if bounds:
-        text += f" ({bounds[0]:+.3f} to {bounds[1]:+.3f})"
+    own, others = data.best_scores(run), data.best_scores(top)
+    if same and own and len(own) == len(others):
+        gain = gain_of(others, own)
+        if gain.low is not None:
+            text += f" ({gain.low:+.3f} to {gain.high:+.3f})"
     return text, ours - theirs
 
 

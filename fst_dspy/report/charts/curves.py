@@ -8,7 +8,7 @@ from typing import Any
 
 from fst_dspy.report import data
 from fst_dspy.report.charts.figure import Line, figure, score_range
-from fst_dspy.report.charts.intervals import interval, wilson
+from fst_dspy.report.charts.intervals import Bounds, interval, wilson
 from fst_dspy.report.data import Run
 from fst_dspy.report.faults import FORMAT
 from fst_dspy.report.rollouts import Outcome
@@ -17,8 +17,6 @@ from fst_dspy.report.sections import percent, table
 ROLLOUTS_AXIS = "rollouts, all channels"
 MOST_STEPS = 300
 """Rows of the table of steps; of more steps it has every second, third, ..."""
-
-Bounds = tuple[float, float] | None
 
 
 def curves(runs: Sequence[Run], outcomes: Sequence[Sequence[Outcome]]) -> str:
@@ -78,7 +76,7 @@ def line(
     run: Run,
     colour: int,
     y: str,
-    bounds: Sequence[Bounds] = (),
+    bounds: Sequence[Bounds | None] = (),
     x: str | None = None,
 ) -> Line:
     """A figure of each cycle of a run over its rollouts, or over another of its figures, ``x``."""
@@ -101,7 +99,7 @@ def by_steps(runs: Sequence[Run], y: Callable[[Mapping[str, Any]], float | None]
     ]
 
 
-def score_bounds(run: Run, cycle: Mapping[str, Any]) -> Bounds:
+def score_bounds(run: Run, cycle: Mapping[str, Any]) -> Bounds | None:
     """The interval of a cycle's validation score.
 
     Of the scores themselves where they are kept; Wilson's, which is then rather too wide, where
@@ -126,7 +124,7 @@ def _in_unit(run: Run) -> bool:
 
 def mean_bounds(
     outcomes: Sequence[Outcome], value: Callable[[Outcome], float]
-) -> dict[int, Bounds]:
+) -> dict[int, Bounds | None]:
     """By cycle, the interval of the mean of a value, over groups: a group's are not independent."""
     groups: dict[int, dict[tuple[int, str], list[float]]] = {}
     for outcome in outcomes:

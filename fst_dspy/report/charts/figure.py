@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any, Literal
 
+from fst_dspy.report.charts.intervals import Bounds
+
 COLOURS = 6
 
 Ends = tuple[float | None, float | None]
@@ -35,7 +37,7 @@ class Line:
     label: str
     points: Sequence[tuple[float, float | None]]
     colour: int | str = 0
-    bounds: Sequence[tuple[float, float] | None] = ()
+    bounds: Sequence[Bounds | None] = ()
     names: Sequence[str] = ()
 
 
