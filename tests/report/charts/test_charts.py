@@ -39,7 +39,9 @@ def run(tmp_path: Path) -> Run:
 
 def test_a_mean_has_its_interval() -> None:
     assert wilson(0.8, 10) == pytest.approx((0.4902, 0.9433), abs=1e-4)
-    assert wilson(0.0, 10) == pytest.approx((0.0, 0.2775), abs=1e-4) and wilson(1.0, 10)[1] == 1.0
+    assert wilson(0.0, 10) == pytest.approx((0.0, 0.2775), abs=1e-4) and wilson(1.0, 10)[
+        1
+    ] == pytest.approx(1.0)
     assert interval([1.0] * 8 + [0.0] * 2) == pytest.approx(wilson(0.8, 10), abs=1e-6)
     assert interval([0.5, 0.5, 0.5]) is None
 
