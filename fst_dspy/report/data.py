@@ -21,6 +21,8 @@ from fst_dspy.student.candidate import make_candidate
 from fst_dspy.types import Candidate
 
 CHANNELS = ("fast", "slow", "eval")
+FAILURE_SCORE = 0.0
+"""What a failure scores where the settings do not say."""
 MOST_GENERATIONS = 200
 """A line of candidates that is longer is shown in parts: the tree is drawn by recursion."""
 
@@ -107,6 +109,12 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
 def total(counts: Mapping[str, int]) -> int:
     """Rollouts over all channels; reused ones cost nothing and do not count."""
     return sum(counts[channel] for channel in CHANNELS)
+
+
+def failure_score(run: Run) -> float:
+    """What a rollout that could not be scored was given."""
+    sampling = run.config.get("settings", {}).get("sampling", {})
+    return float(sampling.get("failure_score", FAILURE_SCORE))
 
 
 def best_cycle(run: Run) -> Mapping[str, Any] | None:

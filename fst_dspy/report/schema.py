@@ -46,7 +46,25 @@ class _Counts(TypedDict):
 
 
 @with_config(ConfigDict(strict=True))
+class _Turns(TypedDict):
+    turns: Count
+    steps: Count
+    invalid: Count
+    errors: Count
+    seconds: Number
+
+
+@with_config(ConfigDict(strict=True))
+class _Reflection(TypedDict):
+    calls: Count
+    tokens: Count
+    cost: Number
+    unpriced: Count
+
+
+@with_config(ConfigDict(strict=True))
 class _Proposals(TypedDict):
+    reflection: NotRequired[_Reflection | None]
     empty: NotRequired[Count]
     duplicate: NotRequired[Count]
 
@@ -79,6 +97,10 @@ class Cycle(TypedDict):
     seconds: dict[str, Number]
     weights_version: str
     proposals: NotRequired[_Proposals]
+    reward_range: NotRequired[Annotated[list[Number], Field(min_length=2, max_length=2)] | None]
+    format_share: NotRequired[Number | None]
+    turns: NotRequired[_Turns]
+    peak_memory: NotRequired[Count]
     cold_start: NotRequired[list[str]]
 
 
@@ -86,6 +108,9 @@ class Cycle(TypedDict):
 class _StepStats(TypedDict):
     entropy: Diagnostic
     grad_norm: Diagnostic
+    loss: NotRequired[Diagnostic]
+    learning_rate: NotRequired[Diagnostic]
+    clip_share: NotRequired[Diagnostic]
     skipped: str | None
 
 
@@ -154,6 +179,17 @@ class _Trace(TypedDict):
 
 
 @with_config(ConfigDict(strict=True))
+class _Turn(TypedDict):
+    observation: str
+    action: str
+    result: str
+    reward: Number
+    status: str
+    seconds: Number
+    calls: Count
+
+
+@with_config(ConfigDict(strict=True))
 class RolloutRow(TypedDict):
     """A row of ``rollouts.jsonl``: ``types.Rollout`` as packed, with its step and advantage."""
 
@@ -168,6 +204,7 @@ class RolloutRow(TypedDict):
     calls: list[_Call]
     traces: list[_Trace]
     feedback_by_predictor: NotRequired[dict[str, str]]
+    turns: NotRequired[list[_Turn]]
 
 
 def _failure_score(settings: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import random
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import dspy
 
 from fst_dspy.config import FSTConfig
 from fst_dspy.fast.judge import Verdict
+from fst_dspy.files import read_jsonl
 from fst_dspy.loop.folder import RunFolder
 from fst_dspy.results.result import Best, FSTResult
 from fst_dspy.student.candidate import make_candidate
@@ -296,3 +300,9 @@ def fake_prompt(ids_T) -> str:
         f"Ticket {ids_T[-1]} of the batch.\n\nRespond with the corresponding output fields."
         "<|assistant|>"
     )
+
+
+def change_rows(folder: Path, name: str, change: Callable[[dict[str, Any]], Mapping[str, Any]]):
+    """Change every row of a log: each with what ``change`` gives for it."""
+    rows = [{**row, **change(row)} for row in read_jsonl(folder / name)]
+    (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
