@@ -36,7 +36,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]], caption: str = "")
     title = f"<caption>{escape(caption)}</caption>" if caption else ""
     label = escape(caption or ", ".join(head))
     return (
-        f'<div class=scroll tabindex=0 role=region aria-label="{label}"><table>{title}'
+        f'<div class=scroll tabindex=0 role=group aria-label="{label}"><table>{title}'
         f"<thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table></div>"
     )
 
@@ -156,7 +156,7 @@ def pareto(run: Run) -> str:
         f"<p>After cycle {found.cycle:d}: {len(found.candidate_ids)} candidates (★ on the Pareto "
         f"front) on {len(found.val_ids)} {kind}, hardest first. On {shared} of them all score "
         "the same. Outlined elsewhere: none is better there.</p>"
-        '<div class=scroll tabindex=0 role=region aria-label="Scores by example"><table '
+        '<div class=scroll tabindex=0 role=group aria-label="Scores by example"><table '
         f'class=pareto><thead><tr><th scope="col">candidate</th><th scope="col">mean</th>'
         f'<th scope="col">best on</th>{heads}</tr></thead><tbody>{"".join(rows)}</tbody></table>'
         "</div>"

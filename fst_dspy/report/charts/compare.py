@@ -42,7 +42,7 @@ def compare(runs: Sequence[Run]) -> str:
         "<p>Best first; a heading sorts. Differences are to the first run, of the same validation "
         "examples one by one, with 95 % intervals: one that holds 0 may be chance. Settings that "
         "are the same in all runs are left out.</p>"
-        '<div class=scroll tabindex=0 role=region aria-label="The runs side by side">'
+        '<div class=scroll tabindex=0 role=group aria-label="The runs side by side">'
         f"<table class=sortable><thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody>"
         "</table></div>"
     )
