@@ -12,6 +12,7 @@ from html import escape
 
 from fst_dspy.report import data
 from fst_dspy.report.charts.figure import SHARE, Line, figure, legend
+from fst_dspy.report.charts.intervals import interval
 from fst_dspy.report.data import Run
 from fst_dspy.report.faults import FORMAT, Faults, faults_by_cycle
 from fst_dspy.report.rollouts import Outcome
@@ -85,9 +86,10 @@ def headline_facts(run: Run) -> list[tuple[str, str, str]]:
     if best is None:
         return [("validation score", "—", "no validation yet")]
     first, last = run.cycles[0], run.cycles[-1]
-    width = data.half_width(data.best_scores(run))
+    scores = data.best_scores(run)
+    bounds = interval(scores) if scores else None
     examples = f"{len(run.config['val_ids'])} examples"
-    spread = f"± {width:.3f} (95 %, {examples})" if width else f"on {examples}"
+    spread = f"95 %: {bounds[0]:.3f} to {bounds[1]:.3f}, {examples}" if bounds else f"on {examples}"
     counts = last["total_rollouts"]
     facts = [
         (
