@@ -135,8 +135,8 @@ def render(runs: Sequence[Run], rollouts: Sequence[Rollouts], refresh: float | N
     links = (
         ("answer", "Answer"),
         *((f"{name}-0", word) for name, word in EXPLAINED if not several),
-        ("summary", "Summary"),
         *((("compare", "Differences"),) if several else ()),
+        ("summary", "Summary"),
         ("curves", "Curves"),
         ("health", "Optimization"),
         *((("agents", "Agent"),) if acts else ()),
@@ -158,8 +158,8 @@ def render(runs: Sequence[Run], rollouts: Sequence[Rollouts], refresh: float | N
         f'<nav aria-label="Sections"><ul>{nav}</ul></nav></header><main id="main" tabindex="-1">'
         f'<section id="answer"><h2>Answer</h2>{answer(runs)}</section>'
         f"{explained}"
-        f'<section id="summary"><h2>Summary</h2>{sections.headline(runs)}</section>'
         f"{_section('compare', 'Differences', compare(runs)) if several else ''}"
+        f'<section id="summary"><h2>Summary</h2>{sections.headline(runs)}</section>'
         f"{_section('curves', 'Curves', f'{_CHARTS}{names}{curves(runs, outcomes)}')}"
         f"{_section('health', 'Optimization', names + health(runs))}"
         f"{_section('agents', 'Agent', names + agents(runs, outcomes)) if acts else ''}"

@@ -86,7 +86,7 @@ def candidates(run: Run, number: int) -> str:
     items = "".join(_item(entry, places) for entry in found)
     return (
         f"<p>{_summary(run, found)}</p>{tree(twigs)}{_filter(found, number)}"
-        f"<ul class=rows>{items}</ul>"
+        f"<ul class=entries>{items}</ul>"
     )
 
 

@@ -85,7 +85,7 @@ def _list(title: str, found: Sequence[Pair]) -> str:
         return f"<h3>{title}: none</h3>"
     more = f"<p>The worst {SHOWN} are shown.</p>" if len(found) > SHOWN else ""
     items = "".join(f"<li>{_item(pair)}</li>" for pair in found[:SHOWN])
-    return f"<h3>{title}: {len(found)}</h3>{more}<ul class=rows>{items}</ul>"
+    return f"<h3>{title}: {len(found)}</h3>{more}<ul class=entries>{items}</ul>"
 
 
 def _item(pair: Pair) -> str:

@@ -74,7 +74,8 @@ def _row(twig: Twig, x: int, y: int) -> str:
         f'<a href="#{twig.place}">'
         f'<rect x="{x - 10}" y="{y - 12}" width="{TEXT - 10}" height="24" rx="4"/>'
         f'<text class="{twig.outcome}{" chosen" if twig.chosen else ""}" x="{x}" y="{y}">'
-        f'<tspan class=sign>{twig.sign}</tspan><tspan x="{x + 14}">{escape(twig.name[:12])}</tspan>'
-        f'<tspan x="{x + 122}">cycle {twig.cycle:d}</tspan>'
+        f"<tspan class=sign>{twig.sign} </tspan>"
+        f'<tspan x="{x + 14}">{escape(twig.name[:12])} </tspan>'
+        f'<tspan x="{x + 122}">cycle {twig.cycle:d} </tspan>'
         f'<tspan x="{x + 194}">{fate}</tspan></text></a>'
     )

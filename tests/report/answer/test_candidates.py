@@ -38,7 +38,7 @@ def test_every_row_of_the_tree_leads_to_a_candidate_that_leads_on(run):
     tree = html[html.index("<svg class=twigs") : html.index("</svg>")]
     assert re.findall(r'<a href="#(.*?)">', tree) == places and len(places) == 10
     assert set(re.findall(r'href="#(.*?)"', html)) == set(places)
-    assert tree.count(" chosen</tspan>") == 1 and tree.count(">×<") == 3
+    assert tree.count(" chosen</tspan>") == 1 and tree.count(">× <") == 3
     for number, text in (("all", "All (10)"), ("rejected", "Rejected (3)")):
         assert re.search(rf'name="show-7" value="{number}"[^<]*> {re.escape(text)}', html)
 
