@@ -5,7 +5,6 @@ A run that is still going on can be read at any time: a line that is half writte
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -147,15 +146,6 @@ def chosen_id(run: Run) -> str | None:
         return str(run.result["best"]["candidate"]["id"])
     best = best_cycle(run)
     return None if best is None else str(best["best_candidate_id"])
-
-
-def half_width(scores: Sequence[float]) -> float | None:
-    """Half the width of a 95 % interval of the mean (normal approximation); ``None`` below 2."""
-    if len(scores) < 2:
-        return None
-    mean = sum(scores) / len(scores)
-    variance = sum((score - mean) ** 2 for score in scores) / (len(scores) - 1)
-    return 1.96 * math.sqrt(variance / len(scores))
 
 
 def best_scores(run: Run) -> Sequence[float]:

@@ -12,6 +12,7 @@ from html import escape
 
 from fst_dspy.report import data
 from fst_dspy.report.charts.figure import SHARE, Line, figure, legend
+from fst_dspy.report.charts.intervals import interval
 from fst_dspy.report.data import Run
 from fst_dspy.report.faults import FORMAT, Faults, faults_by_cycle
 from fst_dspy.report.rollouts import Outcome
@@ -36,7 +37,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]], caption: str = "")
     title = f"<caption>{escape(caption)}</caption>" if caption else ""
     label = escape(caption or ", ".join(head))
     return (
-        f'<div class=scroll tabindex=0 role=region aria-label="{label}"><table>{title}'
+        f'<div class=scroll tabindex=0 role=group aria-label="{label}"><table>{title}'
         f"<thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table></div>"
     )
 
@@ -85,9 +86,10 @@ def headline_facts(run: Run) -> list[tuple[str, str, str]]:
     if best is None:
         return [("validation score", "—", "no validation yet")]
     first, last = run.cycles[0], run.cycles[-1]
-    width = data.half_width(data.best_scores(run))
+    scores = data.best_scores(run)
+    bounds = interval(scores) if scores else None
     examples = f"{len(run.config['val_ids'])} examples"
-    spread = f"± {width:.3f} (95 %, {examples})" if width else f"on {examples}"
+    spread = f"95 %: {bounds[0]:.3f} to {bounds[1]:.3f}, {examples}" if bounds else f"on {examples}"
     counts = last["total_rollouts"]
     facts = [
         (
@@ -156,7 +158,7 @@ def pareto(run: Run) -> str:
         f"<p>After cycle {found.cycle:d}: {len(found.candidate_ids)} candidates (★ on the Pareto "
         f"front) on {len(found.val_ids)} {kind}, hardest first. On {shared} of them all score "
         "the same. Outlined elsewhere: none is better there.</p>"
-        '<div class=scroll tabindex=0 role=region aria-label="Scores by example"><table '
+        '<div class=scroll tabindex=0 role=group aria-label="Scores by example"><table '
         f'class=pareto><thead><tr><th scope="col">candidate</th><th scope="col">mean</th>'
         f'<th scope="col">best on</th>{heads}</tr></thead><tbody>{"".join(rows)}</tbody></table>'
         "</div>"

@@ -144,7 +144,7 @@ def _table(found: Cells) -> str:
         for weights in ("base", "trained")
     )
     return (
-        f'<div class=scroll tabindex=0 role=region aria-label="{escape(title)}"><table class=four>'
+        f'<div class=scroll tabindex=0 role=group aria-label="{escape(title)}"><table class=four>'
         f"<caption>{escape(title)}</caption><thead><tr><td></td>"
         '<th scope="col">original prompt</th><th scope="col">evolved prompt</th></tr></thead>'
         f"<tbody>{rows}</tbody></table></div>"

@@ -60,7 +60,7 @@ def tree(twigs: Sequence[Twig]) -> str:
         rows.append(_row(twig, x, y))
     width = LEFT + INDENT * max((twig.depth for twig in twigs), default=0) + TEXT
     return (
-        f'{LEGEND}<div class=scroll tabindex=0 role=region aria-label="Tree of candidates">'
+        f'{LEGEND}<div class=scroll tabindex=0 role=group aria-label="Tree of candidates">'
         f'<svg class=twigs width="{width}" height="{ROW * len(twigs)}" role="group" '
         f'aria-label="Candidates, each under its parent">{"".join(lines)}{"".join(rows)}</svg>'
         "</div>"

@@ -9,13 +9,14 @@
     if (v === null || v === undefined) return "—";
     const size = Math.abs(v);
     if (size >= 1e4 && Number.isInteger(v)) return v.toLocaleString("en");
-    return size !== 0 && (size < 1e-3 || size >= 1e6) ? v.toExponential(1) : String(+v.toPrecision(4));
+    return size !== 0 && (size < 1e-3 || size >= 1e6) ? (+v.toPrecision(3)).toExponential() : String(+v.toPrecision(4));
   };
   const tick = (v) => {
-    if (Math.abs(v) >= 1e9) return v.toExponential(0);
+    if (Math.abs(v) >= 1e9) return (+v.toPrecision(3)).toExponential();
     if (Math.abs(v) >= 1e6) return `${+(v / 1e6).toPrecision(4)}M`;
     if (Math.abs(v) >= 1e4) return `${+(v / 1e3).toPrecision(4)}k`;
-    return v !== 0 && Math.abs(v) < 1e-3 ? v.toExponential(0) : String(+v.toPrecision(4));
+    return v !== 0 && Math.abs(v) < 1e-3
+      ? (+v.toPrecision(3)).toExponential() : String(+v.toPrecision(4));
   };
 
   function colours() {

@@ -40,9 +40,9 @@ def compare(runs: Sequence[Run]) -> str:
         )
     return (
         "<p>Best first; a heading sorts. Differences are to the first run, of the same validation "
-        "examples one by one, with 95 % intervals: one that holds 0 may be chance. Settings that "
-        "are the same in all runs are left out.</p>"
-        '<div class=scroll tabindex=0 role=region aria-label="The runs side by side">'
+        "examples one by one, with 95 % intervals: where 0 lies in one, it may be chance. Of the "
+        "settings, those are shown in which the runs differ.</p>"
+        '<div class=scroll tabindex=0 role=group aria-label="The runs side by side">'
         f"<table class=sortable><thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody>"
         "</table></div>"
     )
