@@ -490,6 +490,8 @@ class CycleRecord:
             the model keeps to the format by itself. ``None`` where answers are free.
         cold_start: What was done as the first validation showed nothing to learn from, in words.
         turns: What agents did, from the start of the run; all 0 for other programs.
+        peak_memory: Bytes that were in use at most up to the end of the cycle, since the process
+            began: torch's on a GPU, else the process's; 0 where it is not known.
     """
 
     __repr__ = display.brief
@@ -517,3 +519,4 @@ class CycleRecord:
     format_share: float | None = None
     cold_start: tuple[str, ...] = ()
     turns: TurnCounts = field(default_factory=TurnCounts)
+    peak_memory: int = 0
