@@ -94,10 +94,10 @@ def _summary(run: Run, found: Sequence[Entry]) -> str:
     """How many were proposed and what became of them; what their scores are of."""
     outcomes = [entry.outcome for entry in found]
     tried = sum(entry.verdict is not None for entry in found)
+    rejected = outcomes.count("rejected")
     text = (
-        f"{tried:,} proposals were tried: {outcomes.count('rejected'):,} were rejected, the others "
-        "joined the candidates. A proposal is run on the same examples as its parent, and must do "
-        "better."
+        f"Candidates tried: {tried:,}, of which {tried - rejected:,} were accepted and "
+        f"{rejected:,} rejected. Each is run on its parent’s examples, and must do better there."
     )
     if not run.proposals:
         text = "Proposals that were rejected are not in this folder: it has none, or is older."

@@ -27,7 +27,7 @@ def test_rejected_candidates_are_kept_whole_and_told_why(run):
             assert make_candidate(own.components, own.parent_ids).id == own.id
             assert entry.parent.id == own.parent_ids[0] and not entry.node.scores
     html = listed.candidates(run, 0)
-    assert "9 proposals were tried: 3 were rejected" in html and HOSTILE not in html
+    assert "tried: 9, of which 6 were accepted and 3 rejected" in html and HOSTILE not in html
     assert html.count("scores 0, its parent 1 &lt;script&gt;") == 3
     assert "Better on 0, worse on 1, the same on 1." in html
 
