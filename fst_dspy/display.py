@@ -263,7 +263,7 @@ def text_diff(before: str, after: str) -> list[Piece]:
     """The pieces that turn ``before`` into ``after``: whole lines, and words of a changed line.
 
     They give both texts back, as ``word_diff``'s do. Words are compared within a line and what
-    became of it alone: over a whole text they meet in lines that have nothing to do with each other.
+    became of it alone: over a whole text they meet in lines that have nothing in common.
     """
     old, new = before.splitlines(keepends=True), after.splitlines(keepends=True)
     pieces: list[Piece] = []
