@@ -85,14 +85,18 @@ def plain(text: str) -> str:
 # --- the task that the mistakes are made on -------------------------------------------------------
 
 TASK = fst_dspy.load_task("triage:train=48,val=16,test=4")
+FEW = TASK.trainset[:12]
+"""Too few to read rules off their labels, which needs no words."""
 SETTINGS = {"max_cycles": 1, "steps_per_cycle": 1, "max_tokens": 40, "val_size": 16}
 
 
-def compiled(metric: Any = TASK.metric, lm: Any = None, **settings: Any) -> None:
+def compiled(
+    metric: Any = TASK.metric, lm: Any = None, train: Any = TASK.trainset, **settings: Any
+) -> None:
     given = {**SETTINGS, **settings}
     with dspy.context(lm=lm or fst_dspy.LocalLM("embedded")):
         fst = fst_dspy.FST(metric, **given)
-        fst.compile(TASK.program, trainset=TASK.trainset, valset=TASK.valset)
+        fst.compile(TASK.program, trainset=train, valset=TASK.valset)
 
 
 def mostly_failing(gold: Any, pred: Any, trace: Any = None) -> float:
@@ -169,15 +173,15 @@ IN_PYTHON: dict[str, tuple[Callable[[], None], str]] = {
     ),
     "generation that breaks in the middle": (lambda: compiled(lm=breaks_later()), "CUDA error"),
     "feedback that states no rule": (
-        lambda: compiled(no_rule, arm="gepa_only"),
+        lambda: compiled(no_rule, train=FEW, arm="gepa_only"),
         "proposals were accepted|states no rule",
     ),
     "an `instruction_proposer` of another form": (wrong_proposer, "proposer"),
-    "a reflection LM whose answers are cut off": (truncated_reflection, "cut off"),
+    "a reflection LM whose answers are cut off": (truncated_reflection, "reflection LM"),
     "a metric below zero": (lambda: compiled(below_zero), "below|negative"),
     "a learning rate that diverges": (
         lambda: compiled(learning_rate=1e8, max_cycles=8),
-        "not finite",
+        "learning_rate",
     ),
     "a run folder of another metric": (other_run, "metric"),
     '`device="gpu"` where there is none': (no_gpu, "gpu|GPU|CUDA"),
