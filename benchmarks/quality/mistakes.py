@@ -161,8 +161,8 @@ def wrong_proposer() -> None:
     compiled(instruction_proposer=lambda text: text + " Be brief.")
 
 
-def no_gpu() -> None:
-    fst_dspy.LocalLM("embedded", device="gpu")
+def load(**options: Any) -> None:
+    fst_dspy.LocalLM("embedded", **options)
 
 
 IN_PYTHON: dict[str, tuple[Callable[[], None], str]] = {
@@ -184,11 +184,8 @@ IN_PYTHON: dict[str, tuple[Callable[[], None], str]] = {
         "learning_rate",
     ),
     "a run folder of another metric": (other_run, "metric"),
-    '`device="gpu"` where there is none': (no_gpu, "gpu|GPU|CUDA"),
-    '`dtype="fp16"`': (
-        lambda: compiled(lm=fst_dspy.LocalLM("embedded", dtype="fp16")),
-        "fp16|float16",
-    ),
+    '`device="gpu"` where there is none': (lambda: load(device="gpu"), "gpu|GPU|CUDA"),
+    '`dtype="float61"`': (lambda: load(dtype="float61"), "dtype"),
 }
 """Mistakes made in Python, and what a message that names the cause has in it."""
 IN_THE_SHELL = {
