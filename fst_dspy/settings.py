@@ -128,6 +128,14 @@ class Settings(TypedDict, total=False):
     discount: float
     """Default 1.0. Of rewards of later turns, in (0, 1], with ``credit="turn"``: what is gained
     k turns later counts for ``discount ** k``."""
+    slow_signal: Literal["reward", "feedback", "both"]
+    """Default 'reward'. What the weights learn from: ``"reward"``, the advantages of rollouts;
+    ``"feedback"``, the metric's text: the policy that has read it teaches the one that has
+    not, token by token on what that has said (``fst_dspy.loop.self_teacher``; SDPO, arXiv
+    2601.20802); or ``"both"``."""
+    distillation_weight: float
+    """Default 0.5. Of the feedback with ``slow_signal="both"``, in (0, 1); rewards have the rest
+    (TRL: SDPO's ``distillation_weight``)."""
     beta: float
     """Default 0.0. Weight of TRL's KL penalty to the base model; 0 switches it off."""
     entropy_coef: float

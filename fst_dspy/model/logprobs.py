@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import accumulate
 from typing import Any, Protocol
 
 import torch
@@ -68,6 +69,30 @@ def completion_logprobs(policy: Policy, rows: Sequence[Row]) -> Tensor:
     """
     state_ND, temperature_N = completion_states(policy, rows), temperatures(rows, policy.device)
     return logprobs_of(policy, state_ND, temperature_N, allowed_tokens(policy, rows))
+
+
+def sampled_logprobs(policy: Policy, rows: Sequence[Row]) -> list[list[float]]:
+    """Log-probabilities (nats) of the completion tokens of each row; see ``completion_logprobs``.
+
+    Those over the vocabulary are made in parts and not kept.
+
+    Args:
+        policy: The caller holds its lock.
+        rows: At least one, each with a completion.
+    """
+    state_ND, temperature_N = completion_states(policy, rows), temperatures(rows, policy.device)
+    allowed_NW = allowed_tokens(policy, rows)
+    ids = [token for row in rows for token in row.completion_ids_T]
+    id_N = torch.tensor(ids, device=state_ND.device)
+    size = max(1, CHUNK_BYTES // (4 * policy.model.config.get_text_config().vocab_size))
+    found: list[float] = []
+    for start in range(0, len(ids), size):
+        part = slice(start, start + size)
+        held_nW = None if allowed_NW is None else allowed_NW[part]
+        logprob_nV = logprobs_of(policy, state_ND[part], temperature_N[part], held_nW)
+        found += logprob_nV.gather(1, id_N[part, None])[:, 0].tolist()
+    ends = accumulate(len(row.completion_ids_T) for row in rows)
+    return [found[end - len(r.completion_ids_T) : end] for r, end in zip(rows, ends, strict=True)]
 
 
 def completion_states(policy: Policy, rows: Sequence[Row]) -> Tensor:

@@ -136,9 +136,9 @@ class SlowTrainer:
             raise TrainingError("a training row is greedy, without a gradient; leave such rows out")
         if self._trl.whole is not self.policy.model:
             raise TrainingError("the policy's adapters were changed; make a new SlowTrainer")
-        sampled = [(row.completion_ids_T, row.advantage) for row in rows]
+        sampled = [(row.completion_ids_T, row.advantage, row.token_advantages_T) for row in rows]
         distributed.check_same("training rows", sampled)
-        live_rows = [row for row in rows if row.advantage != 0 or self._all_count]
+        live_rows = [row for row in rows if row.has_gradient or self._all_count]
         if not live_rows:
             return self._pass_over(rows, Gradients(0.0, _sampled_entropy(rows), 0.0))
         while True:
@@ -339,7 +339,7 @@ class SlowTrainer:
         """What a step is shortened to, in (0, 1]."""
         if self._all_count or not self.slow.damp_constant:
             return 1.0
-        return math.sqrt(sum(row.advantage != 0 for row in rows) / len(rows))
+        return math.sqrt(sum(row.has_gradient for row in rows) / len(rows))
 
     @contextmanager
     def _rates_times(self, factor: float) -> Iterator[None]:
