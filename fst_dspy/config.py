@@ -142,6 +142,9 @@ class FastConfig:
         format_feedback: Where it does after all, or where answers cannot be read, what is told of
             such an answer says what was wrong with it and what was wanted, so that instructions
             can be written against it.
+        tool_descriptions: Let proposals also rewrite what the model reads of an agent's tools, a
+            component each (``fst_dspy.student.tools``). Without a ``reflection_lm`` those lessons
+            of the feedback go there that name the tool.
     """
 
     population_size: int = 4
@@ -171,6 +174,7 @@ class FastConfig:
     max_reflection_tokens: int | None = None
     cold_start_demos: int = 4
     format_feedback: bool = True
+    tool_descriptions: bool = False
 
     def __post_init__(self) -> None:
         _check_kinds(self, but=(*STRATEGIES, "reflection_prompt_template"))
@@ -256,8 +260,8 @@ class SlowConfig:
             the rest (TRL: SDPO's ``distillation_weight``).
         beta: Weight of TRL's KL penalty to the base model; 0 switches it off.
         entropy_coef: Weight of TRL's entropy bonus, the mean entropy a token; 0 switches it off.
-        micro_batch_size: Most rows in one forward and backward pass; by default 16 on a CPU, and on
-            a GPU as many as memory seems to hold.
+        micro_batch_size: Most rows in one forward and backward pass; by default as many as memory
+            seems to hold, and on a CPU 16, where they are not read as a tree.
         revisit_constant: Probability, in (0, 1], that a problem's turn is taken after its latest
             group had a constant reward (no gradient); to the power of such groups in a row, but at
             least 1/16. 1 takes every turn. See ``fst_dspy.loop.problems``.
@@ -655,6 +659,7 @@ SINCE: dict[str, dict[str, Any]] = {
         "format_feedback": True,
         "reflection_context": "step",
         "frontier_type": "instance",
+        "tool_descriptions": False,
         "copy_guard": True,  # there was none; a run of before goes on with it all the same
     },
     "slow": {

@@ -90,6 +90,10 @@ class Settings(TypedDict, total=False):
     """Default True. Where it does after all, or where answers cannot be read, what is told of
     such an answer says what was wrong with it and what was wanted, so that instructions can
     be written against it."""
+    tool_descriptions: bool
+    """Default False. Let proposals also rewrite what the model reads of an agent's tools, a
+    component each (``fst_dspy.student.tools``). Without a ``reflection_lm`` those lessons of
+    the feedback go there that name the tool."""
     steps_per_cycle: int
     """Default 6. T, optimizer steps after each fast phase."""
     group_size: int
@@ -141,8 +145,8 @@ class Settings(TypedDict, total=False):
     entropy_coef: float
     """Default 0.0. Weight of TRL's entropy bonus, the mean entropy a token; 0 switches it off."""
     micro_batch_size: int | None
-    """Default None. Most rows in one forward and backward pass; by default 16 on a CPU, and on a
-    GPU as many as memory seems to hold."""
+    """Default None. Most rows in one forward and backward pass; by default as many as memory
+    seems to hold, and on a CPU 16, where they are not read as a tree."""
     revisit_constant: float
     """Default 0.5. Probability, in (0, 1], that a problem's turn is taken after its latest group
     had a constant reward (no gradient); to the power of such groups in a row, but at least

@@ -108,6 +108,7 @@ class SteppedGRPOTrainer(GRPOTrainer):
         device = next(model.parameters()).device
         places = [model] if _unwrapped(model) is model else [model, _unwrapped(model)]
         before = [(place, place.__dict__.get("forward")) for place in places]
+        trained = [(weight, weight.data) for weight in model.parameters() if weight.requires_grad]
         with (
             tempfile.TemporaryDirectory() as folder,
             global_rng_kept(device),
@@ -124,6 +125,11 @@ class SteppedGRPOTrainer(GRPOTrainer):
                 processing_class=tokenizer,
             )
             distributed.keep_to_itself(self.accelerator)
+            # Over a base of four or eight bits TRL rounds adapters to bfloat16: these would be
+            # other weights than those that a version names, and lose most of a small step.
+            for weight, data in trained:
+                if weight.dtype != data.dtype:
+                    weight.data = data
             self.whole = model
             if self.is_fsdp_enabled:
                 self.model = self.model_wrapped = copy.deepcopy(model)
