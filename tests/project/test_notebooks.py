@@ -19,7 +19,7 @@ TIMEOUT = 300
 
 OWN_NAMES = {
     "01_quickstart": {"RouteTicket", "metric"},
-    "06_compared": {"Rollouts", "fresh", "gepa", "lessons"},
+    "06_compared": {"Rollouts", "fresh", "gepa", "lessons", "on_lm_start"},
 }
 """The user's own program, metric and the like, which a notebook may define."""
 
