@@ -57,6 +57,7 @@ FEEDBACK = {
     "long": "Please have a look: the ticket you got had to go to {gold}, and not to {said}, sorry.",
     "none": "",
 }
+USELESS = {"useless": "Lesson: read every ticket twice."}
 
 
 class ColonRunner:
@@ -76,7 +77,7 @@ class ColonRunner:
         shown = f'"queue": "{example.queue}"' in job.candidate.components.get(DEMOS, "")
         right = rng.random() < (0.8 if known or shown else 0.06)
         answer = example.queue if right else rng.choice(list(QUEUES.values()))
-        text = FEEDBACK[self.feedback].format(gold=example.queue, said=answer)
+        text = {**FEEDBACK, **USELESS}[self.feedback].format(gold=example.queue, said=answer)
         return rollout_of(example, answer, text, job.candidate)
 
 
@@ -235,7 +236,12 @@ NOTHING = [dspy.Example(ticket=f"ticket {n}", queue=f"q{n}", topic="visa").with_
 
 @pytest.mark.parametrize(
     ("feedback", "said"),
-    [("expected", "such as 'Expected q"), ("should", "such as"), ("none", "gave no feedback")],
+    [
+        ("expected", "such as 'Expected q"),
+        ("should", "such as"),
+        ("none", "gave no feedback"),
+        ("useless", "(1 rules) made no answers better"),
+    ],
 )
 def test_it_is_said_once_where_there_was_nothing_to_learn(feedback, said, caplog):
     with caplog.at_level(logging.WARNING):
