@@ -85,7 +85,8 @@ def candidates(run: Run, number: int) -> str:
     twigs = [_twig(entry) for entry in found]
     items = "".join(_item(entry, places) for entry in found)
     return (
-        f"<p>{_summary(run, found)}</p>{tree(twigs)}{_filter(found, number)}"
+        f"<p>{_summary(run, found)}</p>{tree(twigs)}"
+        f"{_filter(found, number) if len(found) > 1 else ''}"
         f"<ul class=entries>{items}</ul>"
     )
 

@@ -45,6 +45,6 @@ def changes(before: Mapping[str, str], after: Mapping[str, str]) -> str:
 def whole_texts(components: Mapping[str, str]) -> str:
     """A candidate's texts as they stand."""
     return "".join(
-        f"<h3 class=part>{escape(name)}</h3>{text_block(readable(name, text))}"
+        f"<h3 class=part>{escape(name)}</h3>{text_block(readable(name, text) or '(none)')}"
         for name, text in sorted(components.items())
     )

@@ -7,11 +7,10 @@ from html import escape
 from typing import Any
 
 from fst_dspy.report import data
-from fst_dspy.report.answer.intervals import wilson
 from fst_dspy.report.charts.figure import Line, figure, score_range
-from fst_dspy.report.charts.intervals import Bounds, interval
 from fst_dspy.report.data import Run
 from fst_dspy.report.faults import FORMAT
+from fst_dspy.report.intervals import Bounds, interval, wilson
 from fst_dspy.report.rollouts import Outcome
 from fst_dspy.report.sections import percent, table
 
@@ -21,7 +20,7 @@ MOST_STEPS = 300
 
 
 def curves(runs: Sequence[Run], outcomes: Sequence[Sequence[Outcome]]) -> str:
-    """Charts of what was learned, with 95 % intervals.
+    """Charts of what was learned, with 95 % intervals; none of weights that never moved.
 
     Args:
         runs: The runs.
@@ -43,33 +42,42 @@ def curves(runs: Sequence[Run], outcomes: Sequence[Sequence[Outcome]]) -> str:
             ends=score_range(scores),
             caption="of the best candidate, with 95 % intervals",
         ),
-        figure(
-            "Validation score",
-            "KL to the base model, nats a token",
-            [line(run, colour, "val_score", x="kl_to_base") for colour, run in enumerate(runs)],
-            kind="path",
-            ends=score_range(scores),
-            caption="against KL, cycle by cycle: what the score cost in drift",
-        ),
-        figure(
-            "Train reward",
-            ROLLOUTS_AXIS,
-            [
-                line(run, colour, "train_reward", [found.get(row["cycle"]) for row in run.cycles])
-                for colour, (run, found) in enumerate(zip(runs, trained, strict=True))
-            ],
-            ends=score_range(rewards),
-            caption="mean of a cycle, with 95 % intervals over its problems",
-        ),
-        figure(
-            "Train reward",
-            "optimizer step",
-            by_steps(runs, lambda step: step["reward"]),
-            whole=True,
-            ends=score_range(by_step),
-            caption="by step",
-        ),
     ]
+    if any(cycle["kl_to_base"] for run in runs for cycle in run.cycles):
+        figures += [
+            figure(
+                "Validation score",
+                "KL to the base model, nats a token",
+                [line(run, colour, "val_score", x="kl_to_base") for colour, run in enumerate(runs)],
+                kind="path",
+                ends=score_range(scores),
+                caption="against KL, cycle by cycle: what the score cost in drift",
+            ),
+        ]
+    if any(reward is not None for reward in rewards):
+        figures += [
+            figure(
+                "Train reward",
+                ROLLOUTS_AXIS,
+                [
+                    line(run, n, "train_reward", [found.get(row["cycle"]) for row in run.cycles])
+                    for n, (run, found) in enumerate(zip(runs, trained, strict=True))
+                ],
+                ends=score_range(rewards),
+                caption="mean of a cycle, with 95 % intervals over its problems",
+            ),
+        ]
+    if by_step:
+        figures += [
+            figure(
+                "Train reward",
+                "optimizer step",
+                by_steps(runs, lambda step: step["reward"]),
+                whole=True,
+                ends=score_range(by_step),
+                caption="by step",
+            ),
+        ]
     return f"<div class=charts>{''.join(figures)}</div>" + "".join(map(_tables, runs))
 
 

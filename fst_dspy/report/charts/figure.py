@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any, Literal
 
-from fst_dspy.report.charts.intervals import Bounds
+from fst_dspy.report.intervals import Bounds
 
 COLOURS = 6
 
