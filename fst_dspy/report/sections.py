@@ -91,6 +91,7 @@ def headline_facts(run: Run) -> list[tuple[str, str, str]]:
     examples = f"{len(run.config['val_ids'])} examples"
     spread = f"95 %: {bounds[0]:.3f} to {bounds[1]:.3f}, {examples}" if bounds else f"on {examples}"
     counts = last["total_rollouts"]
+    reused = f"; {n:,} more reused, which cost nothing" if (n := counts["reused"]) else ""
     facts = [
         (
             "best validation score",
@@ -103,10 +104,13 @@ def headline_facts(run: Run) -> list[tuple[str, str, str]]:
         (
             "rollouts",
             f"{data.total(counts):,}",
-            f"fast {counts['fast']:,}, slow {counts['slow']:,}, validation {counts['eval']:,}; "
-            f"{counts['reused']:,} more reused, which cost nothing",
+            f"fast {counts['fast']:,}, slow {counts['slow']:,}, validation {counts['eval']:,}{reused}",
         ),
-        ("optimizer steps", f"{last['step']:,}", f"{last['cycle']} cycles"),
+        (
+            "optimizer steps",
+            f"{last['step']:,}",
+            f"in {last['cycle']:,} cycle{'' if last['cycle'] == 1 else 's'}",
+        ),
         ("time", duration(sum(data.spent(run).values())), "fast, slow and validation"),
     ]
     if run.quadrants:
