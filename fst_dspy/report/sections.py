@@ -104,7 +104,8 @@ def headline_facts(run: Run) -> list[tuple[str, str, str]]:
         (
             "rollouts",
             f"{data.total(counts):,}",
-            f"fast {counts['fast']:,}, slow {counts['slow']:,}, validation {counts['eval']:,}{reused}",
+            f"fast {counts['fast']:,}, slow {counts['slow']:,}, validation {counts['eval']:,}"
+            f"{reused}",
         ),
         (
             "optimizer steps",

@@ -74,8 +74,8 @@ def _verdict(way: Estimate) -> str:
     if way.bounds is None:
         if way.how and size == "no change":
             return f"{size} on any of the examples"
-        why = "all examples changed by the same" if way.how else "only the means were kept"
-        return f"{size}; without an interval, as {why}"
+        why = ": all examples changed by the same" if way.how else ""
+        return f"{size} (no interval{why})"
     low, high = way.bounds
     sure = "" if size == "no change" else "more than chance; "
     words = "may be chance; " if low <= 0 <= high and sure else sure
@@ -128,6 +128,8 @@ def _notes(run: Run, found: Cells) -> str:
             "These are the validation examples on which the best pair was chosen, so its score is "
             f"a little too high. {TEST_IT}"
         )
+    if not all(cell.scores for cell in found.cells.values()):
+        notes.append("Where an interval is missing, the folder keeps the mean alone.")
     kinds = {cell.estimate.how for cell in found.cells.values() if cell.estimate is not None}
     gains = "Newcombe’s for pairs" if kinds == {"Wilson"} else "the bootstrap’s over examples"
     if kinds:

@@ -31,6 +31,7 @@ def curves(runs: Sequence[Run], outcomes: Sequence[Sequence[Outcome]]) -> str:
     scores = [cycle["val_score"] for run in runs for cycle in run.cycles]
     rewards = [cycle["train_reward"] for run in runs for cycle in run.cycles]
     by_step = [step["reward"] for run in runs for step in run.steps]
+    moved = any(cycle["kl_to_base"] for run in runs for cycle in run.cycles)
     figures = [
         figure(
             "Validation score",
@@ -42,42 +43,37 @@ def curves(runs: Sequence[Run], outcomes: Sequence[Sequence[Outcome]]) -> str:
             ends=score_range(scores),
             caption="of the best candidate, with 95 % intervals",
         ),
+        figure(
+            "Validation score",
+            "KL to the base model, nats a token",
+            [line(run, colour, "val_score", x="kl_to_base") for colour, run in enumerate(runs)]
+            if moved
+            else [],
+            kind="path",
+            ends=score_range(scores),
+            caption="against KL, cycle by cycle: what the score cost in drift",
+        ),
+        figure(
+            "Train reward",
+            ROLLOUTS_AXIS,
+            [
+                line(run, colour, "train_reward", [found.get(row["cycle"]) for row in run.cycles])
+                for colour, (run, found) in enumerate(zip(runs, trained, strict=True))
+            ],
+            ends=score_range(rewards),
+            caption="mean of a cycle, with 95 % intervals over its problems",
+        ),
+        figure(
+            "Train reward",
+            "optimizer step",
+            by_steps(runs, lambda step: step["reward"]),
+            whole=True,
+            ends=score_range(by_step),
+            caption="by step",
+        ),
     ]
-    if any(cycle["kl_to_base"] for run in runs for cycle in run.cycles):
-        figures += [
-            figure(
-                "Validation score",
-                "KL to the base model, nats a token",
-                [line(run, colour, "val_score", x="kl_to_base") for colour, run in enumerate(runs)],
-                kind="path",
-                ends=score_range(scores),
-                caption="against KL, cycle by cycle: what the score cost in drift",
-            ),
-        ]
-    if any(reward is not None for reward in rewards):
-        figures += [
-            figure(
-                "Train reward",
-                ROLLOUTS_AXIS,
-                [
-                    line(run, n, "train_reward", [found.get(row["cycle"]) for row in run.cycles])
-                    for n, (run, found) in enumerate(zip(runs, trained, strict=True))
-                ],
-                ends=score_range(rewards),
-                caption="mean of a cycle, with 95 % intervals over its problems",
-            ),
-        ]
-    if by_step:
-        figures += [
-            figure(
-                "Train reward",
-                "optimizer step",
-                by_steps(runs, lambda step: step["reward"]),
-                whole=True,
-                ends=score_range(by_step),
-                caption="by step",
-            ),
-        ]
+    if not any(figures):
+        return "<p class=none>Nothing measured yet.</p>"
     return f"<div class=charts>{''.join(figures)}</div>" + "".join(map(_tables, runs))
 
 
