@@ -338,7 +338,7 @@ def test_the_slow_phase_asks_for_each_problem():
     config = SlowConfig(group_size=2, problems_per_step=6)
     sampler = StepSampler(runner, phase, config, TRAIN[:6], 0)
     start = choose([candidate], [[1.0]], ["x"], 1, 0)
-    groups, _ = sampler.sample(start, 1, ProblemStream())
+    groups, *_ = sampler.sample(start, 1, ProblemStream())
     assert len(groups) == 6 and len(runner.jobs) == 12
     assert not any(example_id(j.example) in shown_examples(j.candidate) for j in runner.jobs)
 
