@@ -603,7 +603,13 @@ ALIASES = {
 }
 """Names that TRL, GEPA and DSPy have for settings of ours."""
 
+_OF_THE_MODEL = "the model has it: LocalLM(..., {}=)"
 ELSEWHERE = {
+    "device": _OF_THE_MODEL.format("device"),
+    "dtype": _OF_THE_MODEL.format("dtype"),
+    "quantization_config": _OF_THE_MODEL.format("quantization_config"),
+    "model": "the program's LocalLM says it: dspy.configure(lm=fst_dspy.LocalLM(...))",
+    "lm": "the program's own is tuned: dspy.configure(lm=fst_dspy.LocalLM(...))",
     "max_steps": "optimizer steps are max_cycles times steps_per_cycle",
     "num_train_steps": "optimizer steps are max_cycles times steps_per_cycle",
     "num_train_epochs": "say how long with max_cycles, max_rollouts or max_seconds",

@@ -27,6 +27,19 @@ def test_an_optimizer_shows_what_was_set():
     assert "temperature" not in shown
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"log_dir": 3}, r"log_dir must be the path of a folder, got 3 \(int\)"),
+        ({"track_stats": "no"}, r"track_stats must be True or False, got 'no' \(str\)"),
+        ({"progress": print}, "has no begin, phase, cycle_done, end"),
+    ],
+)
+def test_what_is_no_setting_is_checked_as_well(given, message):
+    with pytest.raises(ConfigError, match=message):
+        FST(vowels, **given)
+
+
 def test_what_is_shown_of_a_run_fits_a_screen(tmp_path):
     result = write_run(tmp_path / "run", steps=12, cycles=3)
     shown = [result, result.best, result.population, result.best.candidate, *result.records]

@@ -68,20 +68,24 @@ def compile(
 
 def _run(program: str, model: str, options: dict[str, Any]) -> tuple[Task, FSTResult, Quadrants]:
     with console.status("loading"):
-        import dspy
-
-        from fst_dspy.lm.local_lm import LocalLM
-        from fst_dspy.loop.progress import RichProgress
-        from fst_dspy.optimizer import FST
         from fst_dspy.tasks import load_task
 
         seed = options["seed"]
         task = load_task(program, seed)
+        if not task.trainset:
+            raise DataError(f"the trainset of {task.name} is empty: there must be examples in it")
         if not task.testset:
             raise DataError(
                 f"{task.name} has no testset, on which the result is tested: leave some examples "
                 "out of the trainset"
             )
+        # What the model takes to run comes after what can be wrong without it.
+        import dspy
+
+        from fst_dspy.lm.local_lm import LocalLM
+        from fst_dspy.loop.progress import RichProgress
+        from fst_dspy.optimizer import FST
+
         fst = FST(task.metric, track_stats=True, progress=RichProgress(console), **options)
         lm = LocalLM(model)
     about = f" on {lm.model}, arm {fst.arm}, seed {seed}"

@@ -12,6 +12,7 @@ import typer
 from fst_dspy.cli.checks import check_arguments, check_names
 from fst_dspy.cli.options import (
     ARM_NAMES,
+    ARMS_IN_HELP,
     AXIS_NAMES,
     GO_ON,
     RESULTS,
@@ -43,15 +44,15 @@ def compare(
     arms: Annotated[
         str | None,
         typer.Option(
-            help=f"Comma-separated, of {', '.join(ARM_NAMES)}; the usual six if not given.",
+            help=f"{ARMS_IN_HELP}; the usual six if not given.",
             autocompletion=completed(ARM_NAMES),
         ),
     ] = None,
     tune_rl: Annotated[
-        int, typer.Option(min=0, help="Trials of a study that tunes rl_only first.")
+        int, typer.Option(metavar="N", min=0, help="Trials of a study that tunes rl_only first.")
     ] = 0,
     rl_budget_factor: Annotated[
-        int, typer.Option(min=1, help="Run rl_only on so many times the budget too.")
+        int, typer.Option(metavar="N", min=1, help="Run rl_only on so many times the budget too.")
     ] = 1,
 ) -> None:
     """Compare FST with RL alone, GEPA alone and others: same model, data, seeds and rollouts."""
@@ -84,7 +85,7 @@ def ablate(
     axes: Annotated[
         str | None,
         typer.Option(
-            help=f"Comma-separated: {','.join(AXIS_NAMES)}; all if not given.",
+            help=f"With commas: {', '.join(AXIS_NAMES)}; all if not given.",
             autocompletion=completed(AXIS_NAMES),
         ),
     ] = None,

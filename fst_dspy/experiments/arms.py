@@ -5,10 +5,10 @@ one before it found best. A stage may be any DSPy optimizer that takes the argum
 leaves an ``FSTResult`` on the program as ``detailed_results``; adding an arm is adding to ``ARMS``.
 
 The sequential arms run through ``dspy.BetterTogether`` (``stages.py``), over ``gepa_only`` and
-``rl_only`` of ``FST`` in place of ``dspy.GEPA`` and ``dspy.GRPO``: so both of its steps draw from
+``rl_only`` of ``FST`` in place of ``dspy.GEPA`` and DSPy's ``GRPO``: so both of its steps draw from
 the budget that the other arms have, every rollout is counted, sampling has its seed, and a step
-that was killed goes on. ``dspy.GRPO`` has none of that, and renders answers again from their parsed
-fields, which would make the arm weaker for reasons of its own.
+that was killed goes on. DSPy's ``GRPO`` has none of that, and renders answers again from their
+parsed fields, which would make the arm weaker for reasons of its own.
 """
 
 from __future__ import annotations

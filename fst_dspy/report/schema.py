@@ -65,6 +65,8 @@ class _Reflection(TypedDict):
 @with_config(ConfigDict(strict=True))
 class _Proposals(TypedDict):
     reflection: NotRequired[_Reflection | None]
+    proposals: NotRequired[Count]
+    advice: NotRequired[str]
     empty: NotRequired[Count]
     duplicate: NotRequired[Count]
 

@@ -12,9 +12,9 @@ from html import escape
 
 from fst_dspy.report import data
 from fst_dspy.report.charts.figure import SHARE, Line, figure, legend
-from fst_dspy.report.charts.intervals import interval
 from fst_dspy.report.data import Run
 from fst_dspy.report.faults import FORMAT, Faults, faults_by_cycle
+from fst_dspy.report.intervals import interval
 from fst_dspy.report.rollouts import Outcome
 
 
@@ -91,6 +91,7 @@ def headline_facts(run: Run) -> list[tuple[str, str, str]]:
     examples = f"{len(run.config['val_ids'])} examples"
     spread = f"95 %: {bounds[0]:.3f} to {bounds[1]:.3f}, {examples}" if bounds else f"on {examples}"
     counts = last["total_rollouts"]
+    reused = f"; {n:,} more reused, which cost nothing" if (n := counts["reused"]) else ""
     facts = [
         (
             "best validation score",
@@ -103,10 +104,14 @@ def headline_facts(run: Run) -> list[tuple[str, str, str]]:
         (
             "rollouts",
             f"{data.total(counts):,}",
-            f"fast {counts['fast']:,}, slow {counts['slow']:,}, validation {counts['eval']:,}; "
-            f"{counts['reused']:,} more reused, which cost nothing",
+            f"fast {counts['fast']:,}, slow {counts['slow']:,}, validation {counts['eval']:,}"
+            f"{reused}",
         ),
-        ("optimizer steps", f"{last['step']:,}", f"{last['cycle']} cycles"),
+        (
+            "optimizer steps",
+            f"{last['step']:,}",
+            f"in {last['cycle']:,} cycle{'' if last['cycle'] == 1 else 's'}",
+        ),
         ("time", duration(sum(data.spent(run).values())), "fast, slow and validation"),
     ]
     if run.quadrants:
@@ -116,9 +121,7 @@ def headline_facts(run: Run) -> list[tuple[str, str, str]]:
             (
                 "test score",
                 f"{tested['trained_evolved']:.3f}",
-                f"base weights, original context: {tested['base_original']:.3f}; base, evolved: "
-                f"{tested['base_evolved']:.3f}; trained, original: "
-                f"{tested['trained_original']:.3f} ({tested['examples']} examples)",
+                f"before learning {tested['base_original']:.3f}; on {tested['examples']} examples",
             ),
         )
     return facts
@@ -154,10 +157,16 @@ def pareto(run: Run) -> str:
         )
     shared = sum(len(set(column)) == 1 for column in columns)
     kind = "validation examples" if found.validated else "recent training problems"
+    on = f"on {len(found.val_ids)} {kind}, hardest first."
+    if len(rows) == 1:
+        about = f"After cycle {found.cycle:d}: the one candidate of the population, {on}"
+    else:
+        about = (
+            f"After cycle {found.cycle:d}: {len(rows)} candidates (★ on the Pareto front) {on} On "
+            f"{shared} of them all score the same. Outlined elsewhere: none is better there."
+        )
     return (
-        f"<p>After cycle {found.cycle:d}: {len(found.candidate_ids)} candidates (★ on the Pareto "
-        f"front) on {len(found.val_ids)} {kind}, hardest first. On {shared} of them all score "
-        "the same. Outlined elsewhere: none is better there.</p>"
+        f"<p>{about}</p>"
         '<div class=scroll tabindex=0 role=group aria-label="Scores by example"><table '
         f'class=pareto><thead><tr><th scope="col">candidate</th><th scope="col">mean</th>'
         f'<th scope="col">best on</th>{heads}</tr></thead><tbody>{"".join(rows)}</tbody></table>'
@@ -171,7 +180,10 @@ def pareto(run: Run) -> str:
 def faults(run: Run, found: Faults, outcomes: Sequence[Outcome], failure_score: float) -> str:
     """What went wrong, by what it means."""
     if not found.rollouts:
-        return "<p class=none>No rollout is logged: the run had no slow phase yet.</p>"
+        return (
+            "<p class=none>No rollout is logged: the run has had no slow phase, or was made with "
+            "log_rollouts=False.</p>"
+        )
     rows = [
         ["rewarded", percent(found.rewarded_share), "scored better than a failure"],
         ["wrong answer", percent(found.wrong_share), "in the right format, scored no better"],

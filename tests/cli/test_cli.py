@@ -217,3 +217,12 @@ def test_what_is_not_needed_is_not_imported(module, heavy):
     code = f"import sys, {module}; print({heavy!r} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout == "set()\n", done.stderr
+
+
+def test_help_can_be_read_in_sixty_columns():
+    for known in app.registered_commands:
+        name = known.name or known.callback.__name__
+        done = CliRunner(env={"COLUMNS": "60"}).invoke(app, [name, "--help"])
+        lines = done.output.splitlines()
+        assert done.exit_code == 0 and max(map(len, lines)) <= 60, name
+        assert not [line for line in lines if "…" in line], name  # a name or word that was cut

@@ -58,6 +58,11 @@ def test_charts_are_drawn_and_read_and_problems_come_worst_first(tmp_path: Path)
         )
         assert "cycle 2: " in read and " to " in read
 
+        # What is hidden is not seen, whatever else says how it is laid out.
+        for hidden, expected in (("true", "none"), ("false", "flex")):
+            how = f"const one = document.querySelector('#pages'); one.hidden = {hidden}"
+            assert browser.value(f"{{{how}; getComputedStyle(one).display}}") == expected
+
         # One problem alone is opened, with its rollouts.
         browser.open(f"{page}#rollouts:example={list(means).index(worst)}", LISTED)
         browser.until("document.querySelector('.rows > li')")

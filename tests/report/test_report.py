@@ -21,7 +21,7 @@ from fst_dspy import FST, LocalLM
 from fst_dspy.cli import app
 from fst_dspy.errors import ModelError, StoreError
 from fst_dspy.files import read_json, read_jsonl
-from fst_dspy.report import data, follow, page, render, write_report
+from fst_dspy.report import data, follow, page, render, sections, write_report
 from fst_dspy.report.faults import find_faults, skipped_steps
 from fst_dspy.report.rollouts import COLUMNS, Outcome, read_rollouts
 from fst_dspy.report.watch import run_view, watch
@@ -254,6 +254,14 @@ def test_pareto_table_is_the_newest_population(run_folder):
     solved = [sum(column) for column in zip(*found.score_K_V, strict=True)]
     assert solved == sorted(solved)
     assert found.front <= set(ids) and found.candidate_ids[0] in found.front
+
+
+def test_one_candidate_is_not_compared_with_itself(run_folder):
+    run = data.read_run(run_folder)
+    row = run.populations[-1]
+    alone = {**row, "candidates": row["candidates"][:1], "score_K_V": row["score_K_V"][:1]}
+    shown = sections.pareto(dataclasses.replace(run, populations=[alone]))
+    assert "the one candidate of the population" in shown and "all score the same" not in shown
 
 
 def test_scores_on_training_problems_are_not_called_validation(run_folder):

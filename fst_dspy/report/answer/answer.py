@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from html import escape
 
 from fst_dspy.report.answer.cells import Cell, Cells, cells_of
-from fst_dspy.report.answer.intervals import Estimate
 from fst_dspy.report.data import Run
+from fst_dspy.report.intervals import Estimate
 
 TEST_IT = (
     "For a fair test call <code>result.quadrants(testset)</code> with examples that nothing was "
@@ -38,10 +39,14 @@ def _lead(run: Run, found: Cells) -> str:
     if before is None or after is None or way is None:
         text = "nothing was learned: the best pair is the student as it came."
     else:
+        went = (
+            f"stayed at <b>{_score(after.mean)}</b>"
+            if _score(before.mean) == _score(after.mean)
+            else f"went from <b>{_score(before.mean)}</b> to <b>{_score(after.mean)}</b>"
+        )
         text = (
             f"the score on {found.examples:,} {'test' if found.tested else 'validation'} examples "
-            f"went from <b>{_score(before.mean)}</b> to <b>{_score(after.mean)}</b>: "
-            f"{_verdict(way)}."
+            f"{went}: {_verdict(way)}."
         )
     return f"So far, {text}" if not run.finished else text[0].upper() + text[1:]
 
@@ -62,12 +67,19 @@ def _name(weights: str, evolved: bool) -> str:
 
 
 def _verdict(way: Estimate) -> str:
-    size = f"{'a gain' if way.mean >= 0 else 'a loss'} of {_score(abs(way.mean))}"
-    if way.low is None or way.high is None:
-        return f"{size}, without an interval, since single scores are not known or are all alike"
-    chance = way.low <= 0 <= way.high
-    words = "which may be chance" if chance else "more than chance, since 0 lies outside"
-    return f"{size} (95 % interval {_signed(way.low)} to {_signed(way.high)}), {words}"
+    if _score(abs(way.mean)) == _score(0):
+        size = "no change"
+    else:
+        size = f"{'a gain' if way.mean > 0 else 'a loss'} of {_score(abs(way.mean))}"
+    if way.bounds is None:
+        if way.how and size == "no change":
+            return f"{size} on any of the examples"
+        why = ": all examples changed by the same" if way.how else ""
+        return f"{size} (no interval{why})"
+    low, high = way.bounds
+    sure = "" if size == "no change" else "more than chance; "
+    words = "may be chance; " if low <= 0 <= high and sure else sure
+    return f"{size} ({words}95 % interval {_signed(low)} to {_signed(high)})"
 
 
 def _findings(run: Run, found: Cells) -> str:
@@ -116,13 +128,15 @@ def _notes(run: Run, found: Cells) -> str:
             "These are the validation examples on which the best pair was chosen, so its score is "
             f"a little too high. {TEST_IT}"
         )
+    if not all(cell.scores for cell in found.cells.values()):
+        notes.append("Where an interval is missing, the folder keeps the mean alone.")
     kinds = {cell.estimate.how for cell in found.cells.values() if cell.estimate is not None}
     gains = "Newcombe’s for pairs" if kinds == {"Wilson"} else "the bootstrap’s over examples"
     if kinds:
         own = "Wilson’s" if kinds == {"Wilson"} else "Wilson’s of 0s and 1s, else the bootstrap’s"
         notes.append(
             f"Intervals are {own}, those of gains {gains}: 95 %, over the draw of examples, not of "
-            "seeds."
+            "seeds. A difference is more than chance where 0 lies outside of its interval."
         )
     notes += [
         f"Cold start: {escape(text)}"
@@ -162,16 +176,16 @@ def _td(found: Cells, weights: str, evolved: bool) -> str:
     chosen = evolved == found.evolved and (weights == "trained") == found.trained
     mark = "<mark>chosen</mark>" if chosen else ""
     estimate = cell.estimate
-    if estimate is None or estimate.low is None or estimate.high is None:
+    if estimate is None or estimate.bounds is None:
         return f"<td><b>{_score(cell.mean)}</b>{mark}<small>no interval</small></td>"
-    span = f"{_score(estimate.low)} to {_score(estimate.high)}"
+    span = " to ".join(map(_score, estimate.bounds))
     return f"<td><b>{_score(cell.mean)}</b>{mark}<small>{span}</small>{_bar(estimate)}</td>"
 
 
 def _bar(estimate: Estimate) -> str:
     """The interval on a line from 0 to 1; none for scores that have another range."""
-    low, high, mean = estimate.low, estimate.high, estimate.mean
-    if low is None or high is None or not 0 <= min(low, mean) <= max(high, mean) <= 1:
+    mean, (low, high) = estimate.mean, estimate.bounds or (math.nan, math.nan)
+    if not 0 <= min(low, mean) <= max(high, mean) <= 1:
         return ""
     return (
         '<svg class=span viewBox="-2 0 104 10" aria-hidden=true>'

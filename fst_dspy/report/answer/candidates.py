@@ -85,7 +85,8 @@ def candidates(run: Run, number: int) -> str:
     twigs = [_twig(entry) for entry in found]
     items = "".join(_item(entry, places) for entry in found)
     return (
-        f"<p>{_summary(run, found)}</p>{tree(twigs)}{_filter(found, number)}"
+        f"<p>{_summary(run, found)}</p>{tree(twigs)}"
+        f"{_filter(found, number) if len(found) > 1 else ''}"
         f"<ul class=entries>{items}</ul>"
     )
 
@@ -99,19 +100,23 @@ def _summary(run: Run, found: Sequence[Entry]) -> str:
         f"Candidates tried: {tried:,}, of which {tried - rejected:,} were accepted and "
         f"{rejected:,} rejected. Each is run on its parent’s examples, and must do better there."
     )
-    if not run.proposals:
-        text = "Proposals that were rejected are not in this folder: it has none, or is older."
     counts = run.cycles[-1].get("proposals", {}) if run.cycles else {}
+    others_are = "Of the other iterations"
+    if not tried and counts.get("proposals") == 0:
+        text, others_are = "No candidate was tried.", "Of the iterations"
+    elif not run.proposals:
+        text = "Proposals that were rejected are not in this folder: it has none, or is older."
     told = [(counts.get(name), words) for name, words in COUNTS]
     others = ", ".join(f"{n:,} {words}" for n, words in told if n)
     if others:
-        text += f" Of the other iterations, {others}."
+        text += f" {others_are}, {others}."
     if not all(data.is_validated(run, row) for row in run.populations):
         text += (
             " After a slow phase the scores here are those of its own rollouts, on recent training "
             "problems, so they differ from the validation scores."
         )
-    return text
+    advice = counts.get("advice")
+    return text + (f"</p><p><b>What to do:</b> {escape(advice)}" if advice else "")
 
 
 def _filter(found: Sequence[Entry], number: int) -> str:

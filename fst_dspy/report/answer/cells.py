@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from fst_dspy.report import data
-from fst_dspy.report.answer.intervals import Estimate, gain_of, mean_of
 from fst_dspy.report.data import Run
+from fst_dspy.report.intervals import Estimate, gain_of, mean_of
 
 CELLS = ("base_original", "base_evolved", "trained_original", "trained_evolved")
 

@@ -64,6 +64,14 @@ def examples(run: Run) -> str:
     worse = sorted((pair for pair in found if pair.gain < 0), key=lambda pair: pair.gain)
     better = sum(pair.gain > 0 for pair in found)
     failing.sort(key=lambda pair: (pair.after["reward"], pair.gain))
+    best = data.best_cycle(run)
+    if best is not None and best["cycle"] == 0:
+        return (
+            f"<p>The best is the student as it came; on {len(failing)} of {len(found)} validation "
+            f"examples it scores less than {perfect:g}. Where two answers to one differ, sampling "
+            "or the cold start has changed it.</p>"
+            f"{_list('Failing', failing)}"
+        )
     return (
         f"<p>Of {len(found)} validation examples, {better} got better, {len(worse)} got worse and "
         f"{len(found) - better - len(worse)} scored the same; {len(failing)} score less than "

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from html import escape
 
+from fst_dspy.display import readable
 from fst_dspy.report import data
-from fst_dspy.report.answer.diffs import diff_of, shown_text, text_block
+from fst_dspy.report.answer.diffs import diff_of, text_block
 from fst_dspy.report.data import Run
 
 KEY = (
@@ -30,7 +31,7 @@ def changes(before: Mapping[str, str], after: Mapping[str, str]) -> str:
     """Each text that differs, as a diff; those that stayed, and the new ones whole, are folded."""
     parts, same = [], []
     for name in sorted({*before, *after}):
-        old, new = (shown_text(name, texts.get(name, "")) for texts in (before, after))
+        old, new = (readable(name, texts.get(name, "")) for texts in (before, after))
         if before.get(name) == after.get(name):
             same.append(name)
             continue
@@ -44,6 +45,6 @@ def changes(before: Mapping[str, str], after: Mapping[str, str]) -> str:
 def whole_texts(components: Mapping[str, str]) -> str:
     """A candidate's texts as they stand."""
     return "".join(
-        f"<h3 class=part>{escape(name)}</h3>{text_block(shown_text(name, text))}"
+        f"<h3 class=part>{escape(name)}</h3>{text_block(readable(name, text) or '(none)')}"
         for name, text in sorted(components.items())
     )

@@ -6,12 +6,13 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
+from fst_dspy.config import without_removed
 from fst_dspy.report import data
-from fst_dspy.report.answer.intervals import gain_of
 from fst_dspy.report.charts.agents import env_steps
 from fst_dspy.report.charts.cost import money
 from fst_dspy.report.charts.curves import folded, score_bounds
 from fst_dspy.report.data import Run
+from fst_dspy.report.intervals import gain_of
 from fst_dspy.report.sections import duration, percent, table
 
 Cell = tuple[str, float | None]
@@ -116,8 +117,9 @@ def _difference(run: Run, top: Run) -> Cell:
     own, others = data.best_scores(run), data.best_scores(top)
     if same and own and len(own) == len(others):
         gain = gain_of(others, own)
-        if gain.low is not None:
-            text += f" ({gain.low:+.3f} to {gain.high:+.3f})"
+        if gain.bounds is not None:
+            low, high = gain.bounds
+            text += f" ({low:+.3f} to {high:+.3f})"
     return text, ours - theirs
 
 
@@ -125,10 +127,13 @@ def _difference(run: Run, top: Run) -> Cell:
 
 
 def flat_settings(run: Run) -> dict[str, Any]:
-    """Everything that was set, by dotted name, with the sizes of the data."""
+    """Everything that was set, by dotted name, with the sizes of the data.
+
+    What an earlier version did not have stands with the value that says what it did.
+    """
     shown = {
         **{key: run.config.get(key) for key in ("arm", "seed", "model")},
-        **run.config.get("settings", {}),
+        **without_removed(run.config.get("settings", {})),
         "environment": run.config.get("environment", {}),
     }
     flat = data.dotted_settings(shown)

@@ -7,11 +7,10 @@ from html import escape
 from typing import Any
 
 from fst_dspy.report import data
-from fst_dspy.report.answer.intervals import wilson
 from fst_dspy.report.charts.figure import Line, figure, score_range
-from fst_dspy.report.charts.intervals import Bounds, interval
 from fst_dspy.report.data import Run
 from fst_dspy.report.faults import FORMAT
+from fst_dspy.report.intervals import Bounds, interval, wilson
 from fst_dspy.report.rollouts import Outcome
 from fst_dspy.report.sections import percent, table
 
@@ -21,7 +20,7 @@ MOST_STEPS = 300
 
 
 def curves(runs: Sequence[Run], outcomes: Sequence[Sequence[Outcome]]) -> str:
-    """Charts of what was learned, with 95 % intervals.
+    """Charts of what was learned, with 95 % intervals; none of weights that never moved.
 
     Args:
         runs: The runs.
@@ -32,6 +31,7 @@ def curves(runs: Sequence[Run], outcomes: Sequence[Sequence[Outcome]]) -> str:
     scores = [cycle["val_score"] for run in runs for cycle in run.cycles]
     rewards = [cycle["train_reward"] for run in runs for cycle in run.cycles]
     by_step = [step["reward"] for run in runs for step in run.steps]
+    moved = any(cycle["kl_to_base"] for run in runs for cycle in run.cycles)
     figures = [
         figure(
             "Validation score",
@@ -46,7 +46,9 @@ def curves(runs: Sequence[Run], outcomes: Sequence[Sequence[Outcome]]) -> str:
         figure(
             "Validation score",
             "KL to the base model, nats a token",
-            [line(run, colour, "val_score", x="kl_to_base") for colour, run in enumerate(runs)],
+            [line(run, colour, "val_score", x="kl_to_base") for colour, run in enumerate(runs)]
+            if moved
+            else [],
             kind="path",
             ends=score_range(scores),
             caption="against KL, cycle by cycle: what the score cost in drift",
@@ -70,6 +72,8 @@ def curves(runs: Sequence[Run], outcomes: Sequence[Sequence[Outcome]]) -> str:
             caption="by step",
         ),
     ]
+    if not any(figures):
+        return "<p class=none>Nothing measured yet.</p>"
     return f"<div class=charts>{''.join(figures)}</div>" + "".join(map(_tables, runs))
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any, Literal
 
-from fst_dspy.report.charts.intervals import Bounds
+from fst_dspy.report.intervals import Bounds
 
 COLOURS = 6
 
@@ -51,7 +51,7 @@ def figure(
     kind: Literal["lines", "path", "stack"] = "lines",
     caption: str = "",
 ) -> str:
-    """A figure with a caption; a sentence in its place where there is nothing to draw.
+    """A figure with a caption; an empty text where there is nothing to draw.
 
     Args:
         title: What the y axis shows; the figure's heading.
@@ -68,7 +68,7 @@ def figure(
     head = f"<figcaption><b>{escape(title)}</b>{more}</figcaption>"
     drawn = [line for line in lines if any(_finite(x) and _finite(y) for x, y in line.points)]
     if not drawn:
-        return f"<figure>{head}<p class=none>Nothing measured yet.</p></figure>"
+        return ""
     data: dict[str, Any] = {
         **_aligned(drawn, kind == "path"),
         "x": xlabel,

@@ -50,18 +50,14 @@ def health(runs: Sequence[Run]) -> str:
             ends=ZERO,
             caption="nats a token",
         ),
+        figure(
+            "Probability of the format",
+            ROLLOUTS_AXIS,
+            [line(run, colour, "format_share") for colour, run in enumerate(runs)],
+            ends=SHARE,
+            caption="what the model by itself gives to what it is held to; near 1 it need not be",
+        ),
     ]  # fmt: skip
-    if any(cycle.get("format_share") is not None for run in runs for cycle in run.cycles):
-        figures.append(
-            figure(
-                "Probability of the format",
-                ROLLOUTS_AXIS,
-                [line(run, colour, "format_share") for colour, run in enumerate(runs)],
-                caption="what the model by itself gives to what it is held to; near 1 it need "
-                "not be",
-                ends=SHARE,
-            )
-        )
     return f"{_facts(runs)}<div class=charts>{''.join(figures)}</div>"
 
 

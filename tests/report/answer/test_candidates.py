@@ -1,5 +1,6 @@
 """Candidates: each that was tried with its verdict, its texts and a way to it."""
 
+import dataclasses
 import re
 
 import pytest
@@ -30,6 +31,17 @@ def test_rejected_candidates_are_kept_whole_and_told_why(run):
     assert "tried: 9, of which 6 were accepted and 3 rejected" in html and HOSTILE not in html
     assert html.count("scores 0, its parent 1 &lt;script&gt;") == 3
     assert "Better on 0, worse on 1, the same on 1." in html
+
+
+def test_what_a_run_was_told_to_do_is_told_here_too(run):
+    told = {"proposals": 0, "empty": 8, "advice": f"Write rules. {HOSTILE}"}
+    cycles = [{**cycle, "proposals": told} for cycle in run.cycles]
+    seed_alone = [{**row, "candidates": row["candidates"][:1]} for row in run.populations[:1]]
+    html = listed.candidates(
+        dataclasses.replace(run, cycles=cycles, proposals=[], populations=seed_alone), 0
+    )
+    assert "No candidate was tried. Of the iterations, 8 proposed nothing." in html
+    assert "<b>What to do:</b> Write rules." in html and HOSTILE not in html
 
 
 def test_every_row_of_the_tree_leads_to_a_candidate_that_leads_on(run):

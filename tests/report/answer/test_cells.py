@@ -60,10 +60,18 @@ def test_test_scores_come_first_where_there_are_some(folder):
     assert way.mean == 0.75 and way.low > 0
     shown = answer([run])
     assert "4 test examples went from <b>0.250</b> to <b>1.000</b>" in shown
-    assert "more than chance" in shown and "which may be chance" in shown
+    assert "(more than chance; 95 % interval +" in shown and "(may be chance; 95" in shown
     # Those of before had means alone.
     old = cells_of(with_test_scores(folder))
     assert old.gain("base_original", "base_evolved").low is None
+    shown = answer([with_test_scores(folder)])
+    assert "a gain of 0.750 (no interval)." in shown and "keeps the mean alone" in shown
+    # A score that stayed is no gain of nothing.
+    same = {name: [1.0, 0.5, 0.25, 0.0] for name in CELLS}
+    run = with_test_scores(folder, **{name: 0.4375 for name in CELLS}, scores=same)
+    shown = answer([run])
+    assert "stayed at <b>0.438</b>: no change on any of the examples." in shown
+    assert "gain of" not in shown
 
 
 def test_scores_that_do_not_fit_are_refused(folder):

@@ -6,7 +6,7 @@ from html import unescape
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fst_dspy.report.answer.diffs import demos_text, diff_of
+from fst_dspy.report.answer.diffs import diff_of
 
 ROW = re.compile(r"<p(?: class=\w+)?><b>(.)</b><span>(.*?)</span></p>", re.S)
 LINES = st.lists(st.text(st.sampled_from("ab <&.'"), max_size=12), max_size=8).map("\n".join)
@@ -41,15 +41,6 @@ def test_lines_first_then_the_words_that_differ():
         sign for sign, _ in rows(diff_of("Be brief.", "Answer with one name.\nBe kind to all."))
     ]
     assert shown == ["−", "+", "+"]
-
-
-def test_demos_are_read_field_by_field():
-    text = '[{"question": "How many?", "answer": 3}, {"question": "Why <b>?"}]'
-    assert demos_text(text) == (
-        "Example 1\n  question: How many?\n  answer: 3\n\nExample 2\n  question: Why <b>?"
-    )
-    for odd in ("no JSON", "[1]", "[" * 9000):
-        assert demos_text(odd) == odd
 
 
 def test_long_texts_take_no_time():

@@ -33,6 +33,13 @@ def test_examples_are_paired_and_those_that_fail_are_shown(tmp_path):
     assert worse.count("feedback ") == 2 and HOSTILE not in html
 
 
+def test_where_nothing_was_learned_no_before_and_after_is_told(tmp_path):
+    write_run(tmp_path / "run", steps=2, cycles=1)
+    run = data.read_run(tmp_path / "run")
+    html = examples(dataclasses.replace(run, cycles=run.cycles[:1], result=None))
+    assert "The best is the student as it came" in html and "got better" not in html
+
+
 def test_without_answers_that_is_said(tmp_path):
     write_run(tmp_path / "run", steps=2, cycles=1)
     (tmp_path / "run" / "answers.jsonl").unlink()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from html import unescape
@@ -12,15 +13,14 @@ import pytest
 from run_folders import HOSTILE, change_rows, write_run
 
 from fst_dspy.report import data
-from fst_dspy.report.answer.intervals import gain_of, wilson
 from fst_dspy.report.charts.agents import Acted, acted, agents
 from fst_dspy.report.charts.compare import compare
 from fst_dspy.report.charts.cost import cost, cost_facts
 from fst_dspy.report.charts.curves import curves, mean_bounds, score_bounds
 from fst_dspy.report.charts.figure import SHARE, Line, figure, score_range
 from fst_dspy.report.charts.health import health
-from fst_dspy.report.charts.intervals import interval
 from fst_dspy.report.data import Run
+from fst_dspy.report.intervals import gain_of, interval, wilson
 from fst_dspy.report.rollouts import Outcome, read_rollouts
 from fst_dspy.report.watch import run_view
 
@@ -67,7 +67,7 @@ def test_lines_share_one_growing_x_and_no_text_leaves_the_attribute() -> None:
     assert first["label"] == name and first["ys"] == [0.25, None, None, 0.5]
     assert first["names"] == ["a", "", "", "c"] and "lo" not in first
     assert second["ys"] == [None, 1, 0.75, None] and second["lo"] == [None, 0.5, None, None]
-    assert "Nothing measured" in figure("y", "x", [Line("a", [(0, float("inf"))])])
+    assert figure("y", "x", [Line("a", [(0, float("inf"))])]) == ""
 
 
 def test_a_path_keeps_its_order() -> None:
@@ -79,6 +79,13 @@ def test_a_path_keeps_its_order() -> None:
 def test_axes_of_scores_end_where_scores_do() -> None:
     assert score_range([None, 0.2, 1.0]) == (0.0, 1.0)
     assert score_range([-0.2, 1.0]) == score_range([0.0, 1.5]) == score_range([]) == (None, None)
+
+
+def test_what_has_not_moved_has_no_curve(run: Run) -> None:
+    still = [{**row, "kl_to_base": 0.0, "train_reward": None} for row in run.cycles]
+    html = curves([dataclasses.replace(run, cycles=still, steps=())], [[]])
+    assert html.count("<figure") == 1
+    assert "Nothing measured yet" in curves([dataclasses.replace(run, cycles=(), steps=())], [[]])
 
 
 def test_curves_show_the_cycles_with_their_intervals(run: Run) -> None:
@@ -231,5 +238,11 @@ def test_runs_are_compared_best_first_with_what_differs(tmp_path: Path) -> None:
     assert '<td data-value="0.75">0.750 (0.551 to 0.880)</td><td>—</td>' in rows[0][1]
     gain = gain_of([1.0] * 18 + [0.0] * 6, [1.0] * 6 + [0.0] * 18)
     assert f">-0.500 ({gain.low:+.3f} to {gain.high:+.3f})</td>" in rows[2][1]
+    # What one of them did not have yet is no difference, as long as nothing else was done.
+    config = tmp_path / "two" / "config.json"
+    kept = json.loads(config.read_text())
+    del kept["settings"]["fast"]["frontier_type"]
+    config.write_text(json.dumps(kept))
+    html = compare(data.read_runs(sorted(tmp_path.iterdir())))
     heads = re.findall(r'<th scope="col">(.*?)</th>', html)
     assert heads[-1] == "arm" and "seed" not in heads and "reflection LM" not in heads

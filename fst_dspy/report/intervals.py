@@ -11,6 +11,9 @@ Z = 1.959964
 """The normal distribution's 97.5 % point."""
 RESAMPLES = 5000
 
+Bounds = tuple[float, float]
+"""Of an interval: low, high."""
+
 
 @dataclass(frozen=True)
 class Estimate:
@@ -29,6 +32,11 @@ class Estimate:
     n: int
     how: str
 
+    @property
+    def bounds(self) -> Bounds | None:
+        """Low and high, where both are known."""
+        return None if self.low is None or self.high is None else (self.low, self.high)
+
 
 def mean_of(scores: Sequence[float]) -> Estimate:
     """The mean of some scores, at least one: Wilson's interval of 0s and 1s, else the bootstrap."""
@@ -36,6 +44,11 @@ def mean_of(scores: Sequence[float]) -> Estimate:
         low, high = wilson(sum(scores) / len(scores), len(scores))
         return Estimate(sum(scores) / len(scores), low, high, len(scores), "Wilson")
     return _bootstrapped(scores)
+
+
+def interval(scores: Sequence[float]) -> Bounds | None:
+    """The bounds of ``mean_of`` alone."""
+    return mean_of(scores).bounds
 
 
 def gain_of(before: Sequence[float], after: Sequence[float]) -> Estimate:

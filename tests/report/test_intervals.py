@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fst_dspy.report.answer.intervals import gain_of, mean_of
+from fst_dspy.report.intervals import gain_of, mean_of
 
 
 def test_means_of_zeros_and_ones_have_wilsons_interval():
