@@ -25,6 +25,7 @@ class Act(dspy.Signature):
 
     observation: str = dspy.InputField()
     history: str = dspy.InputField()
+    reasoning: str = dspy.OutputField()
     action: str = dspy.OutputField()
 
 

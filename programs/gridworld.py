@@ -2,7 +2,9 @@
 
 The mission names a door, such as "open the red door". The room has two keys, and the house decides
 by a rule, drawn from the seed, which colour of key opens which colour of door. Only the feedback of
-an episode tells the rule. ``GoTo`` and ``Pickup`` missions have no rule: ``goto``, ``pickup``.
+an episode tells the rule. What is seen says all that matters, so there is no history, and a
+reasoning leads from the rule to the action. ``GoTo`` and ``Pickup`` missions have no rule:
+``goto``, ``pickup``.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ class Act(dspy.Signature):
 
     mission: str = dspy.InputField()
     observation: str = dspy.InputField()
-    history: str = dspy.InputField()
+    reasoning: str = dspy.OutputField()
     action: str = dspy.OutputField()
 
 

@@ -1,6 +1,8 @@
 """The language model that comes with the package: small, offline, steerable by its prompt.
 
-``python -m fst_dspy.embedded.pretrain`` makes it from nothing; see that module for the recipe.
+It speaks the formats of DSPy's adapters, follows rules, uses tools and acts in small worlds.
+
+``python -m fst_dspy.embedded.pretrain`` makes it; see that module for the recipe.
 """
 
 from pathlib import Path

@@ -1,6 +1,7 @@
 """What the embedded model can do: accuracy with the bare and with the ideal prompt.
 
-The questions go through DSPy's ``ChatAdapter``, rendered and parsed, at temperature 1.
+The questions go through DSPy's adapters, rendered and parsed, at temperature 1; where none is
+named, through ``ChatAdapter``.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ BATCH = 64
 
 @dataclass(frozen=True)
 class Score:
-    """Shares (0 to 1) of answers that are right, and that ``ChatAdapter`` could parse."""
+    """Shares (0 to 1) of answers that are right, and that the adapter could parse."""
 
     accuracy: float
     parsed: float
@@ -66,9 +67,10 @@ def score(
     questions: Sequence[Question],
     ideal: bool,
     seed: int,
+    adapter: dspy.Adapter | None = None,
 ) -> Score:
     """The model's score on ``questions``, under their ideal or their bare instructions."""
-    adapter = dspy.ChatAdapter()
+    adapter = adapter or dspy.ChatAdapter()
     signatures = [
         q.signature.with_instructions(q.ideal_instructions) if ideal else q.signature
         for q in questions
@@ -99,16 +101,22 @@ def family_figures(
 ) -> dict[str, dict[str, Any]]:
     """For each family: scores with the bare and the ideal prompt on ``count`` questions.
 
-    ``"ideal_unseen_words"`` is the ideal prompt's score on words that the corpus does not hold.
+    ``"ideal_unseen_words"`` is the ideal prompt's score on words that the corpus does not hold,
+    ``"ideal_xml"`` and ``"ideal_json"`` the ideal prompt's through these adapters.
     """
     figures = {}
     for family in families:
         questions = family.questions(Random(f"figures {seed}"), count)
         unseen = family.questions(Random(f"figures {seed}"), count, unseen=True)
+        asked = {
+            "bare": score(model, tokenizer, questions, False, seed),
+            "ideal": score(model, tokenizer, questions, True, seed),
+            "ideal_unseen_words": score(model, tokenizer, unseen, True, seed),
+            "ideal_xml": score(model, tokenizer, questions, True, seed, dspy.XMLAdapter()),
+            "ideal_json": score(model, tokenizer, questions, True, seed, dspy.JSONAdapter()),
+        }
         figures[family.name] = {
             "questions": count,
-            "bare": asdict(score(model, tokenizer, questions, ideal=False, seed=seed)),
-            "ideal": asdict(score(model, tokenizer, questions, ideal=True, seed=seed)),
-            "ideal_unseen_words": asdict(score(model, tokenizer, unseen, ideal=True, seed=seed)),
+            **{prompt: asdict(found) for prompt, found in asked.items()},
         }
     return figures

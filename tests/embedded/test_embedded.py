@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import dspy
 import pytest
@@ -21,12 +23,20 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fst_dspy import embedded
 from fst_dspy.embedded.batches import encode_chats
-from fst_dspy.embedded.corpus import FAMILIES
+from fst_dspy.embedded.corpus import FAMILIES, rooms, walking
 from fst_dspy.embedded.corpus.base import STAGES_OF_ALL, Family, Message
-from fst_dspy.embedded.corpus.render import HEAVY
+from fst_dspy.embedded.corpus.render import (
+    ADAPTERS,
+    HEAVY,
+    Piece,
+    Turn,
+    make_signature,
+    render_chat,
+)
 from fst_dspy.embedded.corpus.words import HELD_OUT
 from fst_dspy.embedded.figures import score
-from fst_dspy.embedded.training import Recipe, Trainer
+from fst_dspy.embedded.tokenizer import extended
+from fst_dspy.embedded.training import Recipe, Trainer, grown, make_model
 
 pytestmark = pytest.mark.slow
 
@@ -81,6 +91,30 @@ def test_a_word_has_the_same_tokens_wherever_it_stands(tokenizer) -> None:
         assert tokenizer.encode(text)[-len(inner) :] == inner
 
 
+def test_the_markers_of_all_adapters_are_single_tokens(tokenizer) -> None:
+    signature = dspy.Signature("ticket -> reasoning, queue")
+    values = {"reasoning": "visa goes to teal.", "queue": "teal"}
+    for adapter in ADAPTERS:
+        answer = adapter.format_assistant_message_content(signature, values)
+        assert len(tokenizer.encode(answer)) <= 20  # 9 of them words
+
+
+def test_a_tokenizer_that_is_extended_keeps_its_tokens_and_the_model_their_rows(
+    tokenizer,
+) -> None:
+    old: Tokenizer = tokenizer.backend_tokenizer
+    new, added = extended(old, ["zorblat"])
+    assert new.get_vocab_size() == old.get_vocab_size() + 1 and list(added.values()) == [" zorblat"]
+    assert new.get_vocab().items() >= old.get_vocab().items()
+    (token,) = new.encode(" zorblat").ids
+    model = make_model(old, TINY)
+    before = model.get_input_embeddings().weight.detach().clone()
+    grown(model, old, new, added)
+    after = model.get_output_embeddings().weight
+    assert torch.equal(after[:-1], before)
+    assert torch.allclose(after[token], before[old.encode(" zorblat").ids].mean(0))
+
+
 def test_chat_template_and_end_token(tokenizer) -> None:
     chat = [{"role": "system", "content": "a b"}, {"role": "user", "content": "c\n"}]
     text = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
@@ -116,6 +150,69 @@ def test_held_out_words_stand_nowhere_in_the_corpus() -> None:
         assert not HELD_OUT & _words(chats)
 
 
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+def test_what_weighs_heavily_is_in_values_and_never_in_markers(family: Family) -> None:
+    for index in range(40):
+        for message in family.sample(Random(index), "joint"):
+            for start, end, _ in message.spans:
+                assert re.fullmatch(r"[\w ]+", message.content[start:end])
+                assert message.content[max(0, start - 4) : start] not in ("## ", "</")
+
+
+def test_every_adapter_reads_what_it_is_taught() -> None:
+    signature = make_signature(
+        {"ticket": None}, {"reasoning": None, "queue": None, "args": None}, "Do it.",
+        {"reasoning": dspy.Reasoning, "args": dict[str, Any]},
+    )  # fmt: skip
+    args = [Piece('{"'), Piece("name", HEAVY), Piece('": "'), Piece("queue", HEAVY), Piece('"}')]
+    outputs = {"reasoning": [Piece("teal then ivory")], "queue": [Piece("teal", HEAVY)]}
+    turn = Turn({"ticket": "visa"}, {**outputs, "args": args})
+    for adapter in ADAPTERS:
+        answer = render_chat(adapter, signature, [turn])[-1]
+        read = adapter.parse(signature, answer.content)
+        assert (read["queue"], read["args"]) == ("teal", {"name": "queue"})
+        heavy = [answer.content[start:end] for start, end, _ in answer.spans]
+        assert heavy == ["teal", "name", "queue"]
+        assert answer.spans[0][0] > answer.content.index("ivory")
+
+
+def test_the_actions_that_are_taught_fulfil_the_mission() -> None:
+    for seed in range(60):
+        rng = Random(seed)
+        colours = ["grey", "pink", "amber", "teal", "white"]
+        rule = dict(zip(colours, [*colours[1:], colours[0]], strict=True))
+        room, mission = rooms.unlocking(rng, rule, set(colours), rooms.KINDS[0], colours, 4)
+        goal = next((thing for thing in room.things if thing.name == mission.goal), None)
+        if goal is None or not (room.ahead == goal.at or room.moves(goal.at)):
+            continue  # not to be found, or something lies before the door
+        for _ in range(16):
+            said = rooms.turn(rng, room, mission, rooms.ACTIONS, "; ").outputs["action"][0].text
+            if said in ("pickup", "toggle"):
+                break
+            if said == "forward":
+                room.at = room.ahead
+                assert room.inside(room.at)
+            else:
+                room.facing = (room.facing + (1 if said == "right" else -1)) % 4
+        assert room.named(room.ahead) == mission.goal
+
+
+def test_the_steps_that_are_taught_keep_to_the_rules() -> None:
+    for seed in range(60):
+        rng = Random(seed)
+        names = walking.COMPASS[0]
+        world = walking.draw_world(rng, names, ["ice", "hole", "gift", "shore"])
+        seen = world.seen()
+        either = walking.chances(world, walking.Rules(True, ("right", "down")))
+        off = walking.chances(world, walking.Rules(keep_off=True))
+        for name, chance in either.items():
+            if "ice" in seen.values():
+                assert seen[name] in ("ice", "gift") or not chance
+            assert (off[name] == 0) == (seen[name] == "hole")
+        if seen["right"] == "ice" and "gift" not in seen.values():
+            assert set(either) == {n for n in ("right", "down") if seen[n] == "ice"}
+
+
 def test_a_rule_lookup_question_is_decided_by_the_ideal_prompt() -> None:
     for question in FAMILIES[0].questions(Random(3), 20):
         assert question.answer in question.ideal_instructions
@@ -137,6 +234,13 @@ def test_model_can_do_with_the_ideal_prompt_what_it_cannot_without(
     bare, ideal = (score(model, tokenizer, questions, told, seed=0) for told in (False, True))
     assert ideal.accuracy >= bare.accuracy + 0.3
     assert ideal.parsed >= 0.95
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS[1:], ids=lambda adapter: type(adapter).__name__)
+def test_model_speaks_every_adapters_format(adapter: dspy.Adapter, model, tokenizer) -> None:
+    questions = FAMILIES[0].questions(Random(12), 64)
+    found = score(model, tokenizer, questions, ideal=True, seed=0, adapter=adapter)
+    assert found.parsed >= 0.9 and found.accuracy >= 0.75
 
 
 def test_model_speaks_the_format_for_field_names_it_never_saw(model, tokenizer) -> None:
@@ -201,7 +305,7 @@ from fst_dspy.embedded.training import Recipe
 torch.set_num_threads(1)
 recipe = Recipe(hidden=16, mlp=16, pieces=300, tokenizer_chats=20, batch=4, joint_steps=8,
                 polish_steps=4, calibrate_steps=4, warmup_limit=1)
-pretrain(Path(folder), Path(folder + "-work"), recipe, questions=2, save_every=2)
+pretrain(Path(folder), Path(folder + "-work"), [recipe], questions=2, save_every=2)
 """
 
 
@@ -235,7 +339,7 @@ def test_pretraining_survives_kill_9(tmp_path: Path, threads_as_before: None) ->
     pretrain_here("whole")
     code = f"folder = {str(tmp_path / 'killed')!r}\n{WAIT_BEFORE_THE_END}\n{PRETRAIN}"
     killed = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL)
-    checkpoint = tmp_path / "killed-work" / "checkpoint.pt"
+    checkpoint = tmp_path / "killed-work" / "checkpoint-0.pt"
     while not checkpoint.exists() and killed.poll() is None:
         time.sleep(0.01)
     killed.kill()

@@ -15,6 +15,8 @@ from fst_dspy.embedded.corpus.render import (
     LIGHT,
     Piece,
     Turn,
+    draw_adapter,
+    draw_types,
     make_signature,
     render_chat,
 )
@@ -112,7 +114,10 @@ def chat(rng: Random, sizes: tuple[int, int] = (3, 5)) -> list[Message]:
         instructions += "\n" + explain(rng, {key: meanings[key] for key in stated})
     source, program_name, target = fields
     signature = make_signature(
-        dict.fromkeys((source, program_name)), {"reasoning": None, target: None}, instructions
+        dict.fromkeys((source, program_name)),
+        {"reasoning": None, target: None},
+        instructions,
+        draw_types(rng),
     )
     if mode == "bare":  # nobody can know: each word means anything
         meanings = {key: rng.choice(list(OPERATIONS)) for key in keys}
@@ -123,7 +128,7 @@ def chat(rng: Random, sizes: tuple[int, int] = (3, 5)) -> list[Message]:
         items = draw_items(rng, others, rng.randint(*sizes))
         turns.append(_turn(fields, items, program, meanings, known))
         known |= set(program)
-    return render_chat(signature, turns)
+    return render_chat(draw_adapter(rng), signature, turns)
 
 
 def drill(rng: Random) -> list[Message]:

@@ -18,6 +18,8 @@ from fst_dspy.embedded.corpus.render import (
     LIGHT,
     Piece,
     Turn,
+    draw_adapter,
+    draw_types,
     make_signature,
     render_chat,
 )
@@ -163,7 +165,10 @@ def query_chat(rng: Random) -> list[Message]:
     is_listed = rng.random() < 0.6
     described = f"one of {', '.join(rng.sample(words, count))}, and a town" if is_listed else None
     signature = make_signature(
-        {"claim": None, "facts": None}, {"reasoning": None, "query": described}, instructions
+        {"claim": None, "facts": None},
+        {"reasoning": None, "query": described},
+        instructions,
+        draw_types(rng),
     )
     if not is_listed:  # without a list there is nothing to guess from but the claim's own word
         meanings = {k: v if k in stated or mode == "demos" else k for k, v in meanings.items()}
@@ -176,7 +181,7 @@ def query_chat(rng: Random) -> list[Message]:
         case = draw_case(rng, {key: meanings[key] for key in asked}, wording)
         turns.append(query_turn(rng, case, words, case.key in known))
         known.add(case.key)
-    return render_chat(signature, turns)
+    return render_chat(draw_adapter(rng), signature, turns)
 
 
 def verdict_chat(rng: Random) -> list[Message]:
@@ -190,13 +195,14 @@ def verdict_chat(rng: Random) -> list[Message]:
         {"claim": None, "facts": None},
         {"reasoning": None, "verdict": VERDICTS if rng.random() < 0.7 else None},
         instructions,
+        draw_types(rng, {"verdict": VERDICTS.split(" or ")}),
     )
     wording = rng.choice(CLAIMS)
     turns = [
         verdict_turn(rng, draw_case(rng, meanings, wording), words[6:])
         for _ in range(rng.choice([1, 1, 2, 3]))
     ]
-    return render_chat(signature, turns)
+    return render_chat(draw_adapter(rng), signature, turns)
 
 
 class MultiHop:

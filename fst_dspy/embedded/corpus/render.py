@@ -1,14 +1,15 @@
-"""Training chats in exactly the format of DSPy's ``ChatAdapter``, for signatures of all shapes.
+"""Training chats in exactly the formats of DSPy's adapters, for signatures of all shapes.
 
-The adapter itself renders them, so the format cannot drift from what a program will send.
+The adapters themselves render them, so no format can drift from what a program will send.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from random import Random
-from typing import Any
+from typing import Any, Literal
 
 import dspy
 
@@ -19,7 +20,19 @@ HEAVY = 5.0  # loss weight of the tokens that carry the answer
 LIGHT = 0.3  # of answers that nothing in the prompt decides: taught as guesses, not as facts
 PLAIN = 1.0  # of all other assistant tokens
 
-ADAPTER = dspy.ChatAdapter()
+ADAPTERS: tuple[dspy.Adapter, ...] = (dspy.ChatAdapter(), dspy.XMLAdapter(), dspy.JSONAdapter())
+SHARES = (0.55, 0.3, 0.15)
+"""Of the adapters, among all chats."""
+HEADERS = {
+    dspy.ChatAdapter: "[[ ## {} ## ]]\n",
+    dspy.XMLAdapter: "<{}>",
+    dspy.JSONAdapter: '"{}": ',
+}
+"""What stands before a field's value in an answer."""
+CLOSED = 0.3
+"""Share of the chats with options that have them as the field's type."""
+THOUGHT = 0.15
+"""Share of chats whose reasoning is a ``dspy.Reasoning``, as in a ``dspy.ChainOfThought``."""
 
 INPUT_NAMES = word_list(
     """
@@ -71,56 +84,91 @@ def field_name(rng: Random, pool: Sequence[str], taken: Sequence[str] = ()) -> s
             return name
 
 
-def make_signature(
-    inputs: Mapping[str, str | None], outputs: Mapping[str, str | None], instructions: str | None
-) -> type[dspy.Signature]:
-    """A signature of text fields, given as name to description (``None``: DSPy's default).
+def draw_adapter(rng: Random) -> dspy.Adapter:
+    """The adapter of a chat."""
+    (adapter,) = rng.choices(ADAPTERS, SHARES)
+    return adapter
 
-    Without ``instructions`` it has the ones DSPy makes up from the field names.
+
+def draw_types(rng: Random, options: Mapping[str, Sequence[str]] | None = None) -> dict[str, Any]:
+    """Types of a chat's outputs that are no plain text: of a reasoning, and of fields that have
+    ``options``, now and then.
+    """
+    types: dict[str, Any] = {}
+    if rng.random() < THOUGHT:
+        types["reasoning"] = dspy.Reasoning
+    for name, listed in (options or {}).items():
+        if rng.random() < CLOSED:
+            types[name] = Literal[tuple(listed)]
+    return types
+
+
+def make_signature(
+    inputs: Mapping[str, str | None],
+    outputs: Mapping[str, str | None],
+    instructions: str | None,
+    types: Mapping[str, Any] | None = None,
+) -> type[dspy.Signature]:
+    """A signature of fields, given as name to description (``None``: DSPy's default).
+
+    Without ``instructions`` it has the ones DSPy makes up from the field names. ``types`` are those
+    of outputs that are no ``str``.
     """
 
-    def described(kind: Callable[..., Any], desc: str | None) -> tuple[type, Any]:
-        return str, kind() if desc is None else kind(desc=desc)
+    def described(kind: Any, name: str, desc: str | None) -> tuple[Any, Any]:
+        type_ = (types or {}).get(name, str)
+        return type_, kind() if desc is None else kind(desc=desc)
 
-    fields = {name: described(dspy.InputField, desc) for name, desc in inputs.items()}
-    fields |= {name: described(dspy.OutputField, desc) for name, desc in outputs.items()}
+    fields = {name: described(dspy.InputField, name, desc) for name, desc in inputs.items()}
+    fields |= {name: described(dspy.OutputField, name, desc) for name, desc in outputs.items()}
     return dspy.Signature(fields, instructions)
 
 
-def _assistant(signature: type[dspy.Signature], turn: Turn) -> Message:
-    values = {
-        name: "".join(piece.text for piece in pieces) for name, pieces in turn.outputs.items()
-    }
-    content = ADAPTER.format_assistant_message_content(signature, values)
+def _values(signature: type[dspy.Signature], turn: Turn) -> dict[str, Any]:
+    """The output values of a turn; of a field that holds no text, what its JSON stands for."""
+    texts = {name: "".join(p.text for p in pieces) for name, pieces in turn.outputs.items()}
+    fields = signature.output_fields
+    return {n: json.loads(t) if _is_nested(fields[n]) else t for n, t in texts.items()}
+
+
+def _is_nested(field: Any) -> bool:
+    return field.annotation == dict[str, Any]
+
+
+def _assistant(adapter: dspy.Adapter, signature: type[dspy.Signature], turn: Turn) -> Message:
+    content = adapter.format_assistant_message_content(signature, _values(signature, turn))
+    header = HEADERS[type(adapter)]
     spans: list[tuple[int, int, float]] = []
+    start = 0
     for name, pieces in turn.outputs.items():
-        header = f"[[ ## {name} ## ]]\n"
-        start = content.index(header) + len(header)
+        start = content.index(header.format(name), start) + len(header.format(name))
         for piece in pieces:
+            if piece.weight == PLAIN and _is_nested(signature.output_fields[name]):
+                continue  # the adapter may write it in another way
+            start = content.index(piece.text, start)
             if piece.weight != PLAIN:
                 spans.append((start, start + len(piece.text), piece.weight))
             start += len(piece.text)
     return Message("assistant", content, PLAIN, tuple(spans))
 
 
-def render_chat(signature: type[dspy.Signature], turns: Sequence[Turn]) -> list[Message]:
-    """A chat of demo turns and one final turn, as ``ChatAdapter`` renders them.
+def render_chat(
+    adapter: dspy.Adapter, signature: type[dspy.Signature], turns: Sequence[Turn]
+) -> list[Message]:
+    """A chat of demo turns and one final turn, as the adapter renders them.
 
     Complete turns are learned, demos included. As in DSPy, incomplete demos come first.
     """
     *demos, last = turns
     whole = [demo for demo in demos if demo.outputs.keys() == signature.output_fields.keys()]
     partial = [demo for demo in demos if demo not in whole]
-    texts = [
-        {**demo.inputs, **{k: "".join(p.text for p in v) for k, v in demo.outputs.items()}}
-        for demo in partial + whole
-    ]
-    rendered = ADAPTER.format(signature, texts, dict(last.inputs))
-    learned = iter([_assistant(signature, demo) for demo in whole])
+    texts = [{**demo.inputs, **_values(signature, demo)} for demo in partial + whole]
+    rendered = adapter.format(signature, texts, dict(last.inputs))
+    learned = iter([_assistant(adapter, signature, demo) for demo in whole])
     messages: list[Message] = []
     for index, message in enumerate(rendered):
         if message["role"] == "assistant" and index // 2 > len(partial):
             messages.append(next(learned))
         else:
             messages.append(Message(message["role"], message["content"]))
-    return [*messages, _assistant(signature, last)]
+    return [*messages, _assistant(adapter, signature, last)]

@@ -22,6 +22,8 @@ from fst_dspy.embedded.corpus.render import (
     OUTPUT_NAMES,
     Piece,
     Turn,
+    draw_adapter,
+    draw_types,
     field_name,
     make_signature,
     render_chat,
@@ -273,7 +275,12 @@ def chat(
         instructions = f"{task}{rng.choice([' ', chr(10), chr(10)])}{text}"
         if rng.random() < 0.05:
             instructions = text
-    signature = make_signature(dict.fromkeys((shape.source, *shape.extra)), described, instructions)
+    signature = make_signature(
+        dict.fromkeys((shape.source, *shape.extra)),
+        described,
+        instructions,
+        draw_types(rng, {shape.target: options} if is_listed else None),
+    )
 
     turns, known = [], set(stated)
     guess = {key: rng.choice(options) for key in keys}
@@ -288,7 +295,7 @@ def chat(
     if len(turns) > 2 and "reasoning" in shape.outputs and rng.random() < 0.1:
         first = {k: v for k, v in turns[0].outputs.items() if k != "reasoning"}
         turns[0] = Turn(turns[0].inputs, first)
-    return render_chat(signature, turns)
+    return render_chat(draw_adapter(rng), signature, turns)
 
 
 class RuleLookup:
@@ -297,7 +304,7 @@ class RuleLookup:
     name = "rule_lookup"
     warmup: tuple[Stage, ...] = (
         *(Stage(name, 150, 0.85) for name in DRILLS),
-        Stage("chats", 300, 0.97),
+        Stage("chats", 220, 0.97),
     )
     share = 1.5
 

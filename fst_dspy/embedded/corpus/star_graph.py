@@ -17,6 +17,8 @@ from fst_dspy.embedded.corpus.render import (
     LIGHT,
     Piece,
     Turn,
+    draw_adapter,
+    draw_types,
     make_signature,
     render_chat,
 )
@@ -134,13 +136,13 @@ def chat(
         lines = [instructions, hint] if rng.random() < 0.9 else [hint, instructions]
         instructions = rng.choice(["\n", "\n", " "]).join(lines)
     signature = make_signature(
-        dict.fromkeys(fields), {"reasoning": None, "path": None}, instructions
+        dict.fromkeys(fields), {"reasoning": None, "path": None}, instructions, draw_types(rng)
     )
     turns = []
     for _ in range(2 if mode == "demos" else rng.choice([1, 1, 1, 2])):
         star = draw_star(rng, rng.randint(*degrees), rng.choice([2, 3, 3, 4]), ENGLISH)
         turns.append(_turn(rng, star, fields, glue, way, untold_weight))
-    return render_chat(signature, turns)
+    return render_chat(draw_adapter(rng), signature, turns)
 
 
 def drill(rng: Random) -> list[Message]:

@@ -80,11 +80,31 @@ TOWNS: tuple[str, ...] = word_list(
     Romford Rosedale Selby Silverton Stanmore Thornbury Tilbury Upton Walden Wexcombe Whitby Winslow
     """
 )
+PLACES: tuple[str, ...] = word_list(
+    """
+    ice hole gift grass pit prize sand rock treasure snow lava flag moss well chest path swamp nest
+    water mud crack coin
+    """
+)
+"""What lies on the squares of a small world."""
+EDGES: tuple[str, ...] = word_list("shore hedge wall fence edge border")
+"""What lies beyond its last squares, and cannot be stepped on."""
+COLOURS: tuple[str, ...] = word_list(
+    "red green blue purple yellow grey pink orange white black brown silver amber violet teal"
+)
 TERMS: tuple[str, ...] = word_list(
-    "reverse first last rest trim rotate ends swap supported refuted mayor means Backwards Forwards"
+    """
+    reverse first last rest trim rotate ends swap supported refuted mayor means Backwards Forwards
+    left right up down west east ahead behind straight forward pickup toggle take use go carry
+    nothing free none finish observation action history mission reasoning trajectory thought args
+    next step doors gates chests cabinets need ball toy 0 1 2 3 4 5 6 7 8 9
+    """
 )
 
-VOCABULARY: tuple[str, ...] = (*ENGLISH, *NAMES, *TOWNS, *TERMS)  # a token each
+VOCABULARY: tuple[str, ...] = tuple(
+    dict.fromkeys((*ENGLISH, *NAMES, *TOWNS, *TERMS, *PLACES, *EDGES, *COLOURS))
+)
+"""A token each."""
 
 _ONSETS = word_list(
     "b c d f g h j k l m n p r s t v w z b c d f l m n p r s t br cr dr fl gr pl sh st tr"
