@@ -124,6 +124,7 @@ class FST(Teleprompter):
         super().__init__()
         if arm not in ("fst", "rl_only", "gepa_only"):
             raise ConfigError(f"arm must be 'fst', 'rl_only' or 'gepa_only', got {arm!r}")
+        _check_kinds(log_dir, progress, log_rollouts=log_rollouts, track_stats=track_stats)
         if arm == "rl_only":
             settings["population_size"] = 1
         plugins = read_plugins(
@@ -185,8 +186,9 @@ class FST(Teleprompter):
             raise ConfigError("FST has no use for a teacher; pass the student alone")
         start = Start()
         if seed_candidates is not None:
-            self.check(student, trainset, valset)
-            start = Start(read_seeds(student, seed_candidates))
+            checked = self.check(student, trainset, valset)
+            trainset, valset = checked.trainset, checked.valset
+            start = Start(read_seeds(student, seed_candidates, self.config.fast.tool_descriptions))
         return self.compile_from(start, student, trainset=trainset, valset=valset)
 
     def compile_from(
@@ -284,6 +286,28 @@ class FST(Teleprompter):
         about = (f"metric={metric}", f"arm={self.arm!r}", f"seed={self.seed}")
         folder = () if self.log_dir is None else (f"log_dir={str(self.log_dir)!r}",)
         return on_a_screen([f"{type(self).__name__}({', '.join((*about, *folder, *changed))})"])
+
+
+def _check_kinds(log_dir: object, progress: object, **switches: object) -> None:
+    """That what is no setting is of its kind.
+
+    Raises:
+        ConfigError: It is not.
+    """
+    for name, value in switches.items():
+        if not isinstance(value, bool):
+            kind = type(value).__name__
+            raise ConfigError(f"{name} must be True or False, got {value!r} ({kind})")
+    if not isinstance(log_dir, str | os.PathLike | None):
+        kind = type(log_dir).__name__
+        raise ConfigError(f"log_dir must be the path of a folder, got {log_dir!r} ({kind})")
+    told = ("begin", "phase", "cycle_done", "end")
+    missing = [name for name in told if not callable(getattr(progress, name, None))]
+    if progress is not None and missing:
+        raise ConfigError(
+            f"progress must be a listener with the methods {', '.join(told)}; "
+            f"{type(progress).__name__} has no {', '.join(missing)}"
+        )
 
 
 def _read_seed(given: Any) -> int:

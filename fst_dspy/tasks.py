@@ -121,7 +121,7 @@ def load_task(program: str, seed: int = 0) -> Task:
 
     Raises:
         ProgramError: There is no such file, it cannot be imported, it has no ``load``, ``load``
-            does not take the arguments, fails, or returns no ``Task``.
+            does not take the arguments, fails, or returns no ``Task`` with a metric.
     """
     name, arguments = split_arguments(program)
     path = find_program(name)
@@ -139,6 +139,11 @@ def load_task(program: str, seed: int = 0) -> Task:
         task = load(seed, **arguments)
     if not isinstance(task, Task):
         raise ProgramError(f"load(seed) in {path} must return a fst_dspy.Task, got {task!r}")
+    if not callable(task.metric):
+        raise ProgramError(
+            f"the metric of the Task from {path} must be a function (gold, pred, ...) that returns "
+            f"a score, got {task.metric!r}"
+        )
     return task
 
 

@@ -55,6 +55,7 @@ def test_light_is_the_default_budget_and_names_win_over_a_preset():
         ({"component_selector": "best_first"}, "round_robin"),
         ({"demo_tokens": -1}, "not be negative"),
         ({"reuse_window": 0}, "at least 1"),
+        ({"device": "gpu"}, r"no setting 'device': the model has it: LocalLM\(..., device=\)"),
         ({"max_reflection_cost": -0.5}, "not be negative"),
     ],
 )

@@ -27,6 +27,19 @@ def test_an_optimizer_shows_what_was_set():
     assert "temperature" not in shown
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"log_dir": 3}, r"log_dir must be the path of a folder, got 3 \(int\)"),
+        ({"track_stats": "no"}, r"track_stats must be True or False, got 'no' \(str\)"),
+        ({"progress": print}, "has no begin, phase, cycle_done, end"),
+    ],
+)
+def test_what_is_no_setting_is_checked_as_well(given, message):
+    with pytest.raises(ConfigError, match=message):
+        FST(vowels, **given)
+
+
 def test_what_is_shown_of_a_run_fits_a_screen(tmp_path):
     result = write_run(tmp_path / "run", steps=12, cycles=3)
     shown = [result, result.best, result.population, result.best.candidate, *result.records]
@@ -48,6 +61,12 @@ def test_a_result_tests_its_program_and_writes_its_report(tiny_qwen3, tmp_path):
     testset = questions(4, 20)
     tested = compiled.detailed_results.quadrants(testset)
     assert tested.examples == 4
+    kept = json.loads((tmp_path / "run" / "quadrants.json").read_text())
+    assert (
+        kept["trained_evolved"]
+        == tested.trained_evolved
+        == pytest.approx(sum(kept["scores"]["trained_evolved"]) / 4)
+    )
     # As the validation of the student, before anything was learned: the same texts and weights.
     again = result.quadrants(questions(4, 6))
     assert again.base_original == pytest.approx(result.records[0].val_score, abs=0.2)

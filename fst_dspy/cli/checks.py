@@ -14,10 +14,15 @@ from pathlib import Path
 from typing import Any
 
 from fst_dspy.errors import ConfigError, ModelError, StoreError
+from fst_dspy.pretrained.smollm2 import NAMES
 from fst_dspy.tasks import check_program
 
 MODEL_FILES = ("config.json", "adapter_config.json", "*.gguf")
 """A model folder has one of these."""
+NAMED_MODELS = ("embedded", *NAMES)
+CACHED_FILES = MODEL_FILES[:2]
+HUB_SECONDS = 10.0
+"""How long the hub may take to say whether it has a model."""
 
 
 def check_arguments(
@@ -79,11 +84,13 @@ def check_settings(settings: Mapping[str, Any], auto: Any, arm: str) -> None:
 
 
 def check_model(model: str) -> None:
-    """That a folder which is named is there and holds a model; a hub id is not looked up.
+    """That a folder which is named is there and holds a model, or else that the hub has it.
 
     Raises:
-        ModelError: It is not, or the name cannot be a hub id.
+        ModelError: It is not there, or the hub has no such model or cannot be reached.
     """
+    if model in NAMED_MODELS:
+        return
     path = Path(model).expanduser()
     if path.is_dir():
         if (path / "manifest.json").is_file():
@@ -103,6 +110,35 @@ def check_model(model: str) -> None:
             f"there is no model folder {str(path)!r}, and no model on the Hugging Face hub has "
             'such a name; give "embedded", "smollm2", a folder or an id such as Qwen/Qwen3-0.6B'
         )
+    elif not path.exists():
+        _look_up(model)
+
+
+def _look_up(model: str) -> None:
+    """Ask the hub once: loading asks again and again for half a minute where there is no network.
+
+    What is in the cache is not asked for; where the hub has trouble of its own, loading may try.
+    """
+    from huggingface_hub import HfApi, try_to_load_from_cache
+    from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
+
+    if any(isinstance(try_to_load_from_cache(model, name), str) for name in CACHED_FILES):
+        return
+    try:
+        HfApi().model_info(model, timeout=HUB_SECONDS)
+    except RepositoryNotFoundError as error:
+        raise ModelError(
+            f"there is no folder {model!r}, and no such model on the Hugging Face hub, or one that "
+            "takes a login (HF_TOKEN); look at the spelling"
+        ) from error
+    except HfHubHTTPError:
+        return
+    except Exception as error:
+        raise ModelError(
+            f"there is no folder {model!r}, and the Hugging Face hub cannot be reached "
+            f'({type(error).__name__}: {error}); where there is no network give "embedded", '
+            '"smollm2" or a folder with the model'
+        ) from error
 
 
 def check_source(source: Path) -> None:

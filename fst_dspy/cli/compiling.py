@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fst_dspy import distributed
 from fst_dspy.cli.checks import check_arguments, check_same_run
 from fst_dspy.cli.options import (
     ArmOption,
@@ -63,8 +60,6 @@ def compile(
             "report_to": report_to,
         }
         task, result, tested = _run(program, model, {**options, **given})
-        if out is not None and distributed.is_main():
-            _write_quadrants(out, tested)
         if as_json:
             print_json(_plain(task.name, model, result, tested))
         else:
@@ -73,20 +68,24 @@ def compile(
 
 def _run(program: str, model: str, options: dict[str, Any]) -> tuple[Task, FSTResult, Quadrants]:
     with console.status("loading"):
-        import dspy
-
-        from fst_dspy.lm.local_lm import LocalLM
-        from fst_dspy.loop.progress import RichProgress
-        from fst_dspy.optimizer import FST
         from fst_dspy.tasks import load_task
 
         seed = options["seed"]
         task = load_task(program, seed)
+        if not task.trainset:
+            raise DataError(f"the trainset of {task.name} is empty: there must be examples in it")
         if not task.testset:
             raise DataError(
                 f"{task.name} has no testset, on which the result is tested: leave some examples "
                 "out of the trainset"
             )
+        # What the model takes to run comes after what can be wrong without it.
+        import dspy
+
+        from fst_dspy.lm.local_lm import LocalLM
+        from fst_dspy.loop.progress import RichProgress
+        from fst_dspy.optimizer import FST
+
         fst = FST(task.metric, track_stats=True, progress=RichProgress(console), **options)
         lm = LocalLM(model)
     about = f" on {lm.model}, arm {fst.arm}, seed {seed}"
@@ -97,13 +96,6 @@ def _run(program: str, model: str, options: dict[str, Any]) -> tuple[Task, FSTRe
         with console.status(f"testing on {len(task.testset)} examples"):
             tested = result.quadrants(task.testset)
     return task, result, tested
-
-
-def _write_quadrants(out: Path, tested: Quadrants) -> None:
-    from fst_dspy.files import as_plain, write_atomically
-
-    text = json.dumps(as_plain(tested), indent=1).encode()
-    write_atomically(out / "quadrants.json", lambda file: file.write(text))
 
 
 def _plain(name: str, model: str, result: FSTResult, tested: Quadrants) -> dict[str, Any]:

@@ -12,9 +12,11 @@ import typer
 from fst_dspy.cli.checks import check_arguments, check_names
 from fst_dspy.cli.options import (
     ARM_NAMES,
+    ARMS_IN_HELP,
     AXIS_NAMES,
     GO_ON,
     RESULTS,
+    USUAL_ARM_NAMES,
     Experiment,
     Json,
     Program,
@@ -42,20 +44,20 @@ def compare(
     arms: Annotated[
         str | None,
         typer.Option(
-            help=f"Comma-separated, of {', '.join(ARM_NAMES)}; all if not given.",
+            help=f"{ARMS_IN_HELP}; the usual six if not given.",
             autocompletion=completed(ARM_NAMES),
         ),
     ] = None,
     tune_rl: Annotated[
-        int, typer.Option(min=0, help="Trials of a study that tunes rl_only first.")
+        int, typer.Option(metavar="N", min=0, help="Trials of a study that tunes rl_only first.")
     ] = 0,
     rl_budget_factor: Annotated[
-        int, typer.Option(min=1, help="Run rl_only on so many times the budget too.")
+        int, typer.Option(metavar="N", min=1, help="Run rl_only on so many times the budget too.")
     ] = 1,
 ) -> None:
     """Compare FST with RL alone, GEPA alone and others: same model, data, seeds and rollouts."""
     with errors_told(GO_ON):
-        chosen = arms.split(",") if arms else ARM_NAMES
+        chosen = arms.split(",") if arms else USUAL_ARM_NAMES
         check_names("arm", chosen, ARM_NAMES)
         check_experiment([program], options)
         with console.status("loading"):
@@ -83,7 +85,7 @@ def ablate(
     axes: Annotated[
         str | None,
         typer.Option(
-            help=f"Comma-separated: {','.join(AXIS_NAMES)}; all if not given.",
+            help=f"With commas: {', '.join(AXIS_NAMES)}; all if not given.",
             autocompletion=completed(AXIS_NAMES),
         ),
     ] = None,

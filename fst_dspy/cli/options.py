@@ -43,7 +43,9 @@ Out = Annotated[
 ]
 Seed = Annotated[
     int,
-    typer.Option(min=0, max=2**32 - 1, help="Seed of the task and of everything random."),
+    typer.Option(
+        metavar="N", min=0, max=2**32 - 1, help="Seed of the task and of everything random."
+    ),
 ]
 ArmOption = Annotated[
     Literal["fst", "rl_only", "gepa_only"],
@@ -59,7 +61,7 @@ Settings = Annotated[
 ]
 ReflectionLM = Annotated[
     str | None,
-    typer.Option(help="Model that rewrites instructions, such as openai/gpt-5-mini."),
+    typer.Option(help="Model that rewrites instructions, as in openai/gpt-5."),
 ]
 
 
@@ -80,16 +82,27 @@ Json = Annotated[
 
 # --- of experiments -----------------------------------------------------------------------------
 
-Seeds = Annotated[int | None, typer.Option(min=1, help="Seeds of every arm; 5 if not given.")]
+Seeds = Annotated[
+    int | None, typer.Option(metavar="N", min=1, help="Seeds of every arm; 5 if not given.")
+]
 Rollouts = Annotated[
     int | None,
-    typer.Option(min=1, help="Budget of a run or stage, all channels counted; 3000 if not given."),
+    typer.Option(
+        metavar="N",
+        min=1,
+        help="Budget of a run or stage, all channels counted; 3000 if not given.",
+    ),
 ]
-Workers = Annotated[int, typer.Option(min=1, help="Processes at once; they share the cores.")]
+Workers = Annotated[
+    int, typer.Option(metavar="N", min=1, help="Processes at once; they share the cores.")
+]
 Samples = Annotated[
-    int | None, typer.Option(min=1, help="Rollouts a test example: mean@k; 4 if not given.")
+    int | None,
+    typer.Option(metavar="N", min=1, help="Rollouts a test example: mean@k; 4 if not given."),
 ]
-TestSize = Annotated[int | None, typer.Option(min=1, help="Test examples; all if not given.")]
+TestSize = Annotated[
+    int | None, typer.Option(metavar="N", min=1, help="Test examples; all if not given.")
+]
 ForgetOn = Annotated[
     list[str] | None,
     typer.Option(help="A program to test for forgetting, with its ideal prompts; repeat for more."),
@@ -100,8 +113,27 @@ Results = Annotated[Path | None, typer.Option(help=RESULTS)]
 
 GO_ON = "interrupted; start it again with the same --out to go on"
 
-ARM_NAMES = ("fst", "rl_only", "gepa_only", "sequential", "sequential_reverse", "fst_distill")
+USUAL_ARM_NAMES = ("fst", "rl_only", "gepa_only", "sequential", "sequential_reverse", "fst_distill")
+ARM_NAMES = (
+    "fst",
+    "rl_only",
+    "gepa_only",
+    "sequential",
+    "sequential_10",
+    "sequential_25",
+    "sequential_75",
+    "sequential_reverse",
+    "fst_distill",
+    "sdpo",
+    "fst_both",
+    "fst_blind",
+)
 """Arms of experiments, here as well so that telling a mistake imports nothing heavy."""
+ARMS_IN_HELP = (
+    "With commas: fst, rl_only, gepa_only, sequential (or sequential_10, _25, _75, _reverse), "
+    "fst_distill, sdpo, fst_both, fst_blind"
+)
+"""The same in words that a terminal of 60 columns can break."""
 AXIS_NAMES = ("K", "T", "advantage", "reuse", "first", "demos", "weights")
 """Axes of ``fst ablate``, likewise."""
 MEASURE_NAMES = ("score", "kl_to_base", "rollouts")

@@ -37,11 +37,12 @@ def plan(
     with errors_told():
         given = parse_settings(settings)
         check_arguments([program], model, given, auto=auto, arm=arm)
-        from fst_dspy.config import FSTConfig
-        from fst_dspy.plan.files import plan_of_files
         from fst_dspy.tasks import load_task
 
         task = load_task(program, seed)
+        from fst_dspy.config import FSTConfig
+        from fst_dspy.plan.files import plan_of_files
+
         config = FSTConfig.make(auto, **given)
         found = plan_of_files(
             model,

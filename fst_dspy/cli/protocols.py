@@ -10,6 +10,7 @@ from fst_dspy.cli.checks import check_names
 from fst_dspy.cli.experiments import check_experiment, default_folder, finish, make_plan
 from fst_dspy.cli.options import (
     ARM_NAMES,
+    ARMS_IN_HELP,
     GO_ON,
     Experiment,
     completed,
@@ -21,9 +22,7 @@ from fst_dspy.cli.options import (
 
 Arms = Annotated[
     str,
-    typer.Option(
-        help=f"Comma-separated, of {', '.join(ARM_NAMES)}.", autocompletion=completed(ARM_NAMES)
-    ),
+    typer.Option(help=f"{ARMS_IN_HELP}.", autocompletion=completed(ARM_NAMES)),
 ]
 RLSettings = Annotated[
     list[str] | None,
@@ -46,7 +45,11 @@ def plasticity(
     arms: Arms = "fst,rl_only",
     second_rollouts: Annotated[
         int | None,
-        typer.Option(min=1, help="Budget of a run on the second program; --rollouts if not given."),
+        typer.Option(
+            metavar="N",
+            min=1,
+            help="Budget of a run on the second program; --rollouts if not given.",
+        ),
     ] = None,
     rl_settings: RLSettings = None,
 ) -> None:

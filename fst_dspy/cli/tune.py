@@ -31,13 +31,19 @@ def tune(
     out: Annotated[
         Path, typer.Option(help="The study's folder; started again with it, a study goes on.")
     ] = Path("runs/study"),
-    trials: Annotated[int, typer.Option(min=1, help="Trials in all, earlier ones counted.")] = 20,
-    workers: Annotated[int, typer.Option(min=1, help="Processes that run trials.")] = 1,
-    rollouts: Annotated[int, typer.Option(min=1, help="Rollout budget of a trial.")] = 3000,
+    trials: Annotated[
+        int, typer.Option(metavar="N", min=1, help="Trials in all, earlier ones counted.")
+    ] = 20,
+    workers: Annotated[
+        int, typer.Option(metavar="N", min=1, help="Processes that run trials.")
+    ] = 1,
+    rollouts: Annotated[
+        int, typer.Option(metavar="N", min=1, help="Rollout budget of a trial.")
+    ] = 3000,
     objective: Annotated[
         str,
         typer.Option(
-            help="score, or several of score,kl_to_base,rollouts for a front.",
+            help="score, or several with commas, of score, kl_to_base and rollouts, for a front.",
             autocompletion=completed(MEASURE_NAMES),
         ),
     ] = "score",
@@ -54,7 +60,7 @@ def tune(
     space: Annotated[Path | None, typer.Option(help="YAML file of the search space.")] = None,
     storage: Annotated[
         str | None,
-        typer.Option(help="sqlite:///..., journal:///... or postgresql://...; SQLite in --out."),
+        typer.Option(help="Address of an SQLite, journal or PostgreSQL database; SQLite in --out."),
     ] = None,
     study_name: Annotated[str, typer.Option(help="The study's name in the storage.")] = "fst",
     seed: Seed = 0,

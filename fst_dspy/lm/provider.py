@@ -1,7 +1,7 @@
-"""DSPy's training providers over a local policy: ``dspy.GRPO`` and ``dspy.BootstrapFinetune``.
+"""DSPy's training providers over a local policy: DSPy's ``GRPO`` and ``dspy.BootstrapFinetune``.
 
 Every ``LocalLM`` carries a ``LocalProvider``, so that DSPy's own weight optimizers, alone or inside
-``dspy.BetterTogether``, train it in this process. ``dspy.GRPO`` hands over answers rendered again
+``dspy.BetterTogether``, train it in this process. DSPy's ``GRPO`` hands over answers rendered again
 from parsed fields, without token ids; a step on them is taken as on policy. (``fst_dspy.FST`` with
 ``arm="rl_only"`` trains on the sampled tokens themselves.)
 

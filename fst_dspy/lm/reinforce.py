@@ -1,6 +1,6 @@
 """The reinforcement job of the local provider: GRPO on groups that come as text.
 
-``dspy.GRPO`` hands over answers rendered again from parsed fields, without the sampled tokens and
+DSPy's ``GRPO`` hands over answers rendered again from parsed fields, without the sampled tokens and
 their log-probabilities. So a step is taken as on policy: the answers are tokenised anew, and the
 importance ratio is 1. Groups, advantages and the step itself are those of the slow channel.
 """
@@ -37,12 +37,12 @@ from fst_dspy.types import Call, Group, Rollout, StepRecord
 logger = logging.getLogger(__name__)
 
 PENDING_BATCHES = 64
-"""Groups asked for at a time. ``dspy.GRPO`` fills every place, repeating the groups of a step as
+"""Groups asked for at a time. DSPy's ``GRPO`` fills every place, repeating the groups of a step as
 often as it takes, and leaves the rest of the last repetition to the next step. With at least twice
 as many places as groups, every step brings each new group at least once; what it brings twice, or
 from the step before, is left out."""
 
-_batch_ids = itertools.count()  # of all jobs: dspy.GRPO never forgets the ids it has fulfilled
+_batch_ids = itertools.count()  # of all jobs: DSPy's GRPO never forgets the ids it has fulfilled
 _job_ids = itertools.count(1)
 
 
@@ -163,7 +163,7 @@ class LocalReinforceJob(ReinforceJob):
         self._stop_if_diverged()
 
     def get_status(self) -> GRPOStatus:
-        """What ``dspy.GRPO`` asks before every step."""
+        """What DSPy's ``GRPO`` asks before every step."""
         return GRPOStatus(
             job_id=self.job_id,
             status=self.state.value,
@@ -242,7 +242,7 @@ GroupData = list[AnswerData]
 
 
 def read_groups(train_data: Any, train_data_format: Any) -> list[GroupData]:
-    """The groups that ``dspy.GRPO`` hands to a step, checked.
+    """The groups that DSPy's ``GRPO`` hands to a step, checked.
 
     Raises:
         DataError: No data, another format, or a group, message or reward that is none.
@@ -317,20 +317,20 @@ LOOP_FIELDS = (
     "problems_per_step",
     "revisit_constant",
 )
-"""Fields of ``SlowConfig`` that ``dspy.GRPO`` decides."""
+"""Fields of ``SlowConfig`` that DSPy's ``GRPO`` decides."""
 
 
 def reinforce_settings(
     lm: dspy.LM, train_kwargs: Mapping[str, Any]
 ) -> tuple[SlowConfig, SamplingConfig, int, int]:
-    """Settings of a reinforcement job from ``dspy.GRPO``'s ``train_kwargs``.
+    """Settings of a reinforcement job from the ``train_kwargs`` of DSPy's ``GRPO``.
 
     Args:
         lm: Whose temperature the rollouts are sampled at.
         train_kwargs: Fields of ``SlowConfig`` such as ``learning_rate``, ``loss_type``, ``beta``
             and ``lora`` (``True``, a dict or a ``LoraConfig``), and ``seed`` of dropout and
             adapters; ``max_steps``, which a learning rate schedule that decays spans;
-            ``num_generations``, which ``dspy.GRPO`` sets; ``temperature``, if only to be checked.
+            ``num_generations``, which DSPy's ``GRPO`` sets; ``temperature``, if only to be checked.
 
     Returns:
         Settings of the trainer and of sampling, ``max_steps`` and the seed.
@@ -357,7 +357,7 @@ def reinforce_settings(
     if own.get("num_generations", 2) < 2:
         raise ConfigError(
             "a group of one rollout has no advantage; set num_rollouts_per_grpo_step to 2 or more "
-            "on dspy.GRPO"
+            "on DSPy's GRPO"
         )
     try:
         slow = SlowConfig(**settings)
@@ -367,6 +367,6 @@ def reinforce_settings(
     if "max_steps" not in own and not slow.lr_scheduler_type.startswith("constant"):
         raise ConfigError(
             f"lr_scheduler_type={slow.lr_scheduler_type!r} needs max_steps in train_kwargs, over "
-            "which it decays: the num_train_steps of dspy.GRPO"
+            "which it decays: the num_train_steps of DSPy's GRPO"
         )
     return slow, sampling, own.get("max_steps", 1), own.get("seed", 0)

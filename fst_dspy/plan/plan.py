@@ -16,6 +16,7 @@ import torch
 
 from fst_dspy.config import FSTConfig, SlowConfig
 from fst_dspy.model.hardware import multiplies_bfloat16, total_memory
+from fst_dspy.model.prefixes import PACKED_TOKENS, can_pack
 from fst_dspy.model.sizes import (
     MAX_CPU_TOKENS,
     cache_bytes,
@@ -33,7 +34,7 @@ MICRO_ROWS = 16
 EFFICIENCY = 0.4
 """Of the speed of bare matrix products, that a whole model reaches."""
 TRIED_ROWS = 256
-TRIED_SECONDS = 0.03
+TRIED_SECONDS, TRIED_TIMES = 0.03, 5
 GIB = 2**30
 
 
@@ -193,12 +194,16 @@ def make_plan(
     micro = training_tokens(model.config, item, room, most)
     length = prompts.tokens + new
     batch = slow.group_size * slow.problems_per_step
-    rows = max(1, min(micro // max(1, length), slow.micro_batch_size or MICRO_ROWS, batch))
+    most_rows = micro // max(1, length), MICRO_ROWS
+    if device.type == "cpu" and can_pack(model):
+        # A candidate's rollouts of a problem have the same prompt, which counts once.
+        shared = min(1.0, config.fast.population_size / slow.group_size)
+        most_rows = int(min(micro, PACKED_TOKENS) / (prompts.tokens * shared + new)), batch
+    rows = max(1, min(most_rows[0], slow.micro_batch_size or most_rows[1], batch))
     alive = min(batch, config.sampling.num_threads)
     fits = power_of_two(room // 2) // cache_bytes(text, item)
     cap = min(fits, MAX_CPU_TOKENS) if device.type != "cuda" else fits
     cached = min(alive * length, max(length, cap))
-    # A candidate's rollouts of a problem have the same prompt, which is read once.
     prompts_read = -(-rows * min(slow.group_size, config.fast.population_size) // slow.group_size)
     memory = memory_of(
         model, dtype, lora,
@@ -242,11 +247,12 @@ def measured_flops(width: int, dtype: torch.dtype, device: torch.device) -> floa
     """Multiplications and additions a second, in products of the model's width; takes a moment."""
     rows = torch.ones(TRIED_ROWS, width, dtype=dtype, device=device)
     weight = torch.ones(4 * width, width, dtype=dtype, device=device)
-    best, begun = float("inf"), time.perf_counter()
-    while best == float("inf") or time.perf_counter() - begun < TRIED_SECONDS:
+    torch.nn.functional.linear(rows, weight).sum().item()  # the first one sets up threads as well
+    best, tries, begun = float("inf"), 0, time.perf_counter()
+    while tries < TRIED_TIMES or time.perf_counter() - begun < TRIED_SECONDS:
         started = time.perf_counter()
         torch.nn.functional.linear(rows, weight).sum().item()
-        best = min(best, time.perf_counter() - started)
+        best, tries = min(best, time.perf_counter() - started), tries + 1
     return 2 * TRIED_ROWS * 4 * width * width / best
 
 

@@ -137,21 +137,33 @@ def test_settings_that_pages_name_exist() -> None:
     from fst_dspy.errors import ConfigError
 
     pages = [ROOT / "README.md", *DOCS.glob("*.md")]
-    of_fst = {"arm", "auto", "log_dir", "reflection_lm", "report_to", "seed", "track_stats"}
+    of_fst = {
+        "arm",
+        "auto",
+        "log_dir",
+        "log_rollouts",
+        "reflection_lm",
+        "report_to",
+        "seed",
+        "track_stats",
+    }
     for page in pages:
         calls = re.findall(r"FST\(([^()]*)\)", page.read_text())
         settings = re.findall(r"--set (\w+)=", page.read_text())
         settings += [name for call in calls for name in re.findall(r"(\w+)=", call)]
-        for name in set(settings) - of_fst - set(ALIASES) - set(DERIVED) - {"metric", "name"}:
+        wrong = re.findall(r"unknown setting '(\w+)'", page.read_text())  # shown as a mistake
+        for name in (
+            set(settings) - set(wrong) - of_fst - set(ALIASES) - set(DERIVED) - {"metric", "name"}
+        ):
             with pytest.raises(ConfigError) as told:
                 check_setting(name, object())
             assert "unknown setting" not in str(told.value), (page.name, name)
 
 
-def test_the_table_of_wordings_is_the_measured_one() -> None:
-    page = (DOCS / "metric.md").read_text()
-    table = (ROOT / "benchmarks" / "results" / "feedback.md").read_text()
-    assert f"feedback.py -->\n{table}<!-- end -->" in page
+@pytest.mark.parametrize("page, name", [("metric.md", "feedback"), ("ten_tasks.md", "mistakes")])
+def test_a_table_is_the_measured_one(page: str, name: str) -> None:
+    table = (ROOT / "benchmarks" / "results" / f"{name}.md").read_text()
+    assert f"{name}.py -->\n{table}<!-- end -->" in (DOCS / page).read_text()
 
 
 @pytest.mark.slow

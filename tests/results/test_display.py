@@ -9,7 +9,15 @@ from hypothesis import strategies as st
 from rich.console import Console
 from run_folders import HOSTILE, write_run
 
-from fst_dspy.display import MOST_WORDS, changed_components, diff_html, show, word_diff
+from fst_dspy.display import (
+    MOST_WORDS,
+    changed_components,
+    diff_html,
+    readable,
+    show,
+    text_diff,
+    word_diff,
+)
 from fst_dspy.results import plots
 from fst_dspy.rollouts.evaluate import Quadrants
 from fst_dspy.student.candidate import make_candidate
@@ -42,11 +50,11 @@ words = st.lists(st.sampled_from(["a", "visa", " ", "  ", "\n", "go", ".", "é",
 
 @given(words, words)
 @settings(max_examples=300)
-def test_a_word_diff_holds_both_texts(before, after):
-    pieces = word_diff(before, after)
-    assert "".join(t for kind, t in pieces if kind != "added") == before
-    assert "".join(t for kind, t in pieces if kind != "removed") == after
-    assert all(text for _, text in pieces)
+def test_a_diff_holds_both_texts(before, after):
+    for pieces in (word_diff(before, after), text_diff(before, after)):
+        assert "".join(t for kind, t in pieces if kind != "added") == before
+        assert "".join(t for kind, t in pieces if kind != "removed") == after
+        assert all(text for _, text in pieces)
     assert visible(diff_html(before, before)) == before
 
 
@@ -55,6 +63,21 @@ def test_a_rewritten_phrase_is_one_change():
         ("removed", "Route the"),
         ("added", "Send each"),
         ("same", " ticket."),
+    ]
+
+
+def test_words_are_compared_within_a_line_and_what_became_of_it():
+    before = "Route it.\nvisa tickets go to amber.\nBe brief."
+    after = "Route it.\nrefund tickets go to jade.\nvisa tickets go to coral.\nAnswer in one word."
+    assert text_diff(before, after) == [
+        ("same", "Route it.\n"),
+        ("added", "refund tickets go to jade.\n"),
+        ("same", "visa tickets go to "),
+        ("removed", "amber"),
+        ("added", "coral"),
+        ("same", ".\n"),
+        ("removed", "Be brief."),
+        ("added", "Answer in one word."),
     ]
 
 
@@ -67,10 +90,12 @@ def test_long_texts_are_compared_by_lines():
 def test_demos_are_compared_a_field_a_line():
     (name, before, after), *rest = changed_components(
         {"p.demos": "[]", "p.instructions": "x"},
-        {"p.demos": '[{"q": "1", "a": "2"}]', "p.instructions": "x"},
+        {"p.demos": '[{"q": "How many?", "a": 3}, {"q": "Why <b>?"}]', "p.instructions": "x"},
     )
-    assert (name, before, rest) == ("p.demos", "[]", [])
-    assert after.splitlines()[2].strip() == '"q": "1",'
+    assert (name, before, rest) == ("p.demos", "", [])
+    assert after == "Example 1\n  q: How many?\n  a: 3\n\nExample 2\n  q: Why <b>?"
+    for odd in ("no JSON", "[1]", "[" * 9000):
+        assert readable("p.demos", odd) == odd
 
 
 def test_a_candidate_shows_its_origin_and_texts():
@@ -156,7 +181,7 @@ def test_lineage_shows_what_every_candidate_changed(result):
     assert html.count("<details open>") == 1 and "<ins>" in html and "<script" not in html
     for node, before, changes in result.lineage().changes():
         after = known[node.id].components
-        assert {name: new for name, _, new in changes}.items() <= after.items()
+        assert all(new == readable(name, after[name]) for name, _, new in changes)
         expected = node.parent_ids[0] if node.parent_ids else result.seed_candidate.id
         assert before.id == ("nothing" if node.id == expected else expected)
 
