@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import dspy
 
 from fst_dspy.errors import TrainingError
 from fst_dspy.lm.local_lm import LocalLM
 from fst_dspy.rollouts.rendering import Renderer, calls_with_inputs
+from fst_dspy.slow.advantage import row_of
 from fst_dspy.types import Candidate, Rollout, TrainingRow
 
 logger = logging.getLogger(__name__)
@@ -59,15 +60,8 @@ class ContextReader:
                 if ids is None or not call.completion_ids_T or length > self.context_length:
                     logger.debug("a call of %s is left out", call.predictor)
                     continue
-                own = (
-                    call.completion_ids_T,
-                    call.logprobs_T,
-                    0.0,
-                    call.temperature,
-                    call.grammar,
-                )
-                rows = (TrainingRow(prompt, *own) for prompt in (call.prompt_ids_T, ids))
-                readings.append(Reading(*rows))
+                student = row_of(call)
+                readings.append(Reading(student, replace(student, prompt_ids_T=ids)))
         if not readings:
             raise TrainingError(
                 "none of the student's calls could be read under the teacher's context; its "

@@ -21,9 +21,9 @@ from torch.nn.functional import kl_div
 from fst_dspy import distributed
 from fst_dspy.config import SamplingConfig, SlowConfig
 from fst_dspy.distill.reader import Reading
-from fst_dspy.model.divergence import CHUNK_BYTES
 from fst_dspy.model.hardware import is_out_of_memory
 from fst_dspy.model.logprobs import (
+    CHUNK_BYTES,
     completion_logprobs,
     completion_states,
     logprobs_of,

@@ -11,19 +11,17 @@ sampled. No rollout is needed for it, and groups of equal rewards have a gradien
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import dspy
-import torch
 
 from fst_dspy import distributed
 from fst_dspy.config import SlowConfig
 from fst_dspy.lm.local_lm import LocalLM
-from fst_dspy.model.divergence import FORWARD_ROWS
 from fst_dspy.model.logprobs import sampled_logprobs
 from fst_dspy.rollouts.rendering import Renderer, calls_with_inputs
-from fst_dspy.slow.advantage import gives_row, without_lost
+from fst_dspy.slow.advantage import gives_row, row_of, without_lost
 from fst_dspy.types import Call, Candidate, Group, Rollout, TrainingRow
 
 FEEDBACK = "Feedback on an answer to this very input: {}"
@@ -66,49 +64,39 @@ class SelfTeacher:
             name: self._renderers.get(name) or Renderer(self._program, candidate, self._lm)
             for name, candidate in candidates.items()
         }
-        calls = [
-            (group, rollout, call)
+        made = [
+            row
             for group in map(without_lost, groups_P)
             for rollout in group.rollouts_G
-            for call in rollout.calls
-            if gives_row(call)
+            for row in self._rows(group, rollout)
         ]
-        rows = {n: row for n, of in enumerate(calls) if (row := self._row(*of)) is not None}
+        rows = {n: row for n, row in enumerate(made) if row is not None}
         order = sorted(rows, key=lambda n: _length(rows[n]))  # of like length together
         read = distributed.spread(self._read, [rows[n] for n in order])
-        logprobs = dict(zip(order, read, strict=True))
-        return [
-            [teacher - own for teacher, own in zip(logprobs[n], call.logprobs_T, strict=True)]
-            if n in logprobs
-            else None
-            for n, (_, _, call) in enumerate(calls)
-        ]
+        lessons: list[Lesson | None] = [None] * len(made)
+        for n, logprobs_T in zip(order, read, strict=True):
+            pairs = zip(logprobs_T, rows[n].logprobs_T, strict=True)
+            lessons[n] = [teacher - own for teacher, own in pairs]
+        return lessons
 
-    def _read(self, rows: list[TrainingRow]) -> list[list[float]]:
-        policy = self._lm.policy
-        found: list[list[float]] = []
-        with policy.lock, torch.no_grad():
-            for start in range(0, len(rows), FORWARD_ROWS):
-                found += sampled_logprobs(policy, rows[start : start + FORWARD_ROWS])
-        return found
+    def _read(self, rows: list[TrainingRow]) -> list[tuple[float, ...]]:
+        with self._lm.policy.lock:
+            return sampled_logprobs(self._lm.policy, rows)
 
-    def _row(self, group: Group, rollout: Rollout, call: Call) -> TrainingRow | None:
-        """A call as the teacher reads it; ``None`` where it has nothing to say."""
-        renderer = self._renderers.get(rollout.candidate_id)
-        if renderer is None or rollout.reward >= self._perfect:
-            return None
-        note = _note(group, rollout, call)
-        inputs = next((given for own, given in calls_with_inputs(rollout) if own is call), None)
-        if not note or inputs is None:
-            return None
-        ids = renderer.prompt_ids(call.predictor, inputs, note)
-        if ids is None or ids == call.prompt_ids_T:
-            return None
-        if len(ids) + len(call.completion_ids_T) > self._lm.policy.context_length:
-            return None
-        return TrainingRow(
-            ids, call.completion_ids_T, call.logprobs_T, 0.0, call.temperature, call.grammar
-        )
+    def _rows(self, group: Group, rollout: Rollout) -> Iterator[TrainingRow | None]:
+        """Each call as the teacher reads it; ``None`` where it has nothing to say."""
+        taught = rollout.reward < self._perfect
+        inputs_of = {id(c): inputs for c, inputs in calls_with_inputs(rollout)} if taught else {}
+        for call in filter(gives_row, rollout.calls):
+            ids = None
+            note = _note(group, rollout, call) if id(call) in inputs_of else ""
+            if note and (renderer := self._renderers.get(rollout.candidate_id)) is not None:
+                ids = renderer.prompt_ids(call.predictor, inputs_of[id(call)], note)
+            if ids is None or ids == call.prompt_ids_T:
+                yield None
+                continue
+            row = replace(row_of(call), prompt_ids_T=ids)
+            yield row if _length(row) <= self._lm.policy.context_length else None
 
 
 def taught_rows(

@@ -10,25 +10,20 @@ import random
 from collections.abc import Iterator, Sequence
 
 import torch
-from torch import Tensor
 
 from fst_dspy.errors import DataError
 from fst_dspy.model.logprobs import (
+    CHUNK_BYTES,
+    FORWARD_ROWS,
     completion_states,
     logprobs_of,
     output_layer,
     state_bytes,
-    temperatures,
+    vocabulary_parts,
     with_output_layer,
 )
 from fst_dspy.model.policy import Policy
-from fst_dspy.model.sampling import allowed_tokens
 from fst_dspy.types import Call, Rollout
-
-CHUNK_BYTES = 2**29
-"""Half a GiB: of hidden states, held while the weights are swapped once, and of log-probabilities,
-made of them bit by bit."""
-FORWARD_ROWS = 32
 
 
 def kl_to_base(policy: Policy, calls: Sequence[Call]) -> float:
@@ -53,7 +48,7 @@ def kl_to_base(policy: Policy, calls: Sequence[Call]) -> float:
             with policy.at(policy.base_version):
                 for rows, live_ND in zip(_batches(chunk), live, strict=True):
                     base_ND = completion_states(policy, rows)
-                    for part, temperature_N, allowed_NW in _parts(policy, rows):
+                    for part, temperature_N, allowed_NW in vocabulary_parts(policy, rows):
                         own = (temperature_N, allowed_NW)
                         base_NV = logprobs_of(policy, base_ND[part], *own)
                         with with_output_layer(policy, layer):
@@ -115,7 +110,7 @@ def token_entropy(policy: Policy, calls: Sequence[Call]) -> float:
         for chunk in _chunks(policy, calls):
             for rows in _batches(chunk):
                 state_ND = completion_states(policy, rows)
-                for part, temperature_N, allowed_NW in _parts(policy, rows):
+                for part, temperature_N, allowed_NW in vocabulary_parts(policy, rows):
                     own = (temperature_N, allowed_NW)
                     logprob_NV = logprobs_of(policy, state_ND[part], *own)
                     total += torch.special.entr(logprob_NV.exp()).double().sum().item()
@@ -147,16 +142,3 @@ def _length(call: Call) -> int:
 
 def _batches(calls: Sequence[Call]) -> Iterator[Sequence[Call]]:
     return (calls[i : i + FORWARD_ROWS] for i in range(0, len(calls), FORWARD_ROWS))
-
-
-def _parts(policy: Policy, calls: Sequence[Call]) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
-    """The calls' tokens, so many that their log-probabilities fit.
-
-    With the temperature of each, and what it was allowed to be.
-    """
-    temperature_N = temperatures(calls, policy.device)
-    allowed_NW = allowed_tokens(policy, calls)
-    size = max(1, CHUNK_BYTES // (4 * policy.model.config.get_text_config().vocab_size))
-    for start in range(0, len(temperature_N), size):
-        part = slice(start, start + size)
-        yield part, temperature_N[part], None if allowed_NW is None else allowed_NW[part]

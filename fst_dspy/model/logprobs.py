@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import accumulate
 from typing import Any, Protocol
 
 import numpy as np
@@ -38,7 +37,10 @@ from fst_dspy.types import Grammar
 
 Ids = Sequence[int]
 CHUNK_BYTES = 2**29
-"""Half a GiB: of log-probabilities over a vocabulary that are made at once."""
+"""Half a GiB: of log-probabilities over a vocabulary that are made at once, and of hidden states
+that are held while other weights are swapped in."""
+FORWARD_ROWS = 32
+"""Rows that are read at once where there is no gradient."""
 
 
 class Row(Protocol):
@@ -75,28 +77,46 @@ def completion_logprobs(policy: Policy, rows: Sequence[Row]) -> Tensor:
     return logprobs_of(policy, state_ND, temperature_N, allowed_tokens(policy, rows))
 
 
-def sampled_logprobs(policy: Policy, rows: Sequence[Row]) -> list[list[float]]:
+@torch.no_grad()
+def sampled_logprobs(policy: Policy, rows: Sequence[Row]) -> list[tuple[float, ...]]:
     """Log-probabilities (nats) of the completion tokens of each row; see ``completion_logprobs``.
 
-    Those over the vocabulary are made in parts and not kept.
+    Rows are read some at a time, neighbours together; what is made over the vocabulary is not kept.
 
     Args:
         policy: The caller holds its lock.
-        rows: At least one, each with a completion.
+        rows: Any number, each with a completion.
     """
-    state_ND, temperature_N = completion_states(policy, rows), temperatures(rows, policy.device)
-    allowed_NW = allowed_tokens(policy, rows)
-    ids = [token for row in rows for token in row.completion_ids_T]
-    id_N = torch.tensor(ids, device=state_ND.device)
-    size = max(1, CHUNK_BYTES // (4 * policy.model.config.get_text_config().vocab_size))
     found: list[float] = []
-    for start in range(0, len(ids), size):
+    for start in range(0, len(rows), FORWARD_ROWS):
+        batch = rows[start : start + FORWARD_ROWS]
+        state_ND = completion_states(policy, batch)
+        ids = [token for row in batch for token in row.completion_ids_T]
+        id_N1 = torch.tensor(ids, device=state_ND.device)[:, None]
+        for part, temperature_n, allowed_nW in vocabulary_parts(policy, batch):
+            logprob_nV = logprobs_of(policy, state_ND[part], temperature_n, allowed_nW)
+            found += logprob_nV.gather(1, id_N1[part]).squeeze(1).tolist()
+    values = iter(found)
+    return [tuple(next(values) for _ in row.completion_ids_T) for row in rows]
+
+
+def vocabulary_parts(
+    policy: Policy, rows: Sequence[Row]
+) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
+    """The rows' completion tokens, so many at a time that their log-probabilities fit.
+
+    With the temperature of each, and what it was allowed to be.
+    """
+    temperature_N, allowed_NW = temperatures(rows, policy.device), allowed_tokens(policy, rows)
+    size = _part_size(policy.model)
+    for start in range(0, len(temperature_N), size):
         part = slice(start, start + size)
-        held_nW = None if allowed_NW is None else allowed_NW[part]
-        logprob_nV = logprobs_of(policy, state_ND[part], temperature_N[part], held_nW)
-        found += logprob_nV.gather(1, id_N[part, None])[:, 0].tolist()
-    ends = accumulate(len(row.completion_ids_T) for row in rows)
-    return [found[end - len(r.completion_ids_T) : end] for r, end in zip(rows, ends, strict=True)]
+        yield part, temperature_N[part], None if allowed_NW is None else allowed_NW[part]
+
+
+def _part_size(model: Any) -> int:
+    """Of how many tokens log-probabilities over the vocabulary fit in ``CHUNK_BYTES``."""
+    return max(1, CHUNK_BYTES // (4 * int(model.config.get_text_config().vocab_size)))
 
 
 def completion_states(policy: Policy, rows: Sequence[Row]) -> Tensor:
@@ -358,7 +378,7 @@ def chosen_logprobs(
         entropy_n = -(logprob_nV.exp() * own_nV).sum(-1)
         return logprob_nV.gather(1, label_n[:, None]).squeeze(1), entropy_n
 
-    size = max(1, CHUNK_BYTES // (4 * model.config.get_text_config().vocab_size))
+    size = _part_size(model)
     found = [
         checkpoint(part_of, state_ND[part], label_N[part], allowed_NW[part], use_reentrant=False)
         for part in (slice(start, start + size) for start in range(0, len(label_N), size))

@@ -40,7 +40,7 @@ from fst_dspy.model.generate import (
     room_for,
 )
 from fst_dspy.model.hardware import global_rng_kept
-from fst_dspy.model.logprobs import CHUNK_BYTES, completion_logprobs
+from fst_dspy.model.logprobs import sampled_logprobs
 from fst_dspy.model.policy import Policy
 from fst_dspy.pretrained.gguf import SUFFIX
 from fst_dspy.pretrained.places import model_place
@@ -258,7 +258,7 @@ def engine_arguments(policy: Policy, place: str, lora: LoraConfig, share: float)
 
 @dataclass(frozen=True)
 class _Row:
-    """A completion that is read again, by ``completion_logprobs``."""
+    """A completion that is read again, by ``sampled_logprobs``."""
 
     prompt_ids_T: tuple[int, ...]
     completion_ids_T: tuple[int, ...]
@@ -377,28 +377,14 @@ def _is_cut(request: GenerationRequest) -> bool:
     return request.top_p < 1 or request.top_k is not None or request.is_penalised
 
 
-@torch.no_grad()
 def _read_again(policy: Policy, rows: Sequence[_Row]) -> list[tuple[float, ...]]:
     """The log-probabilities of completions under the whole distribution."""
-    model = policy.model
-    most = max(1, CHUNK_BYTES // (4 * model.config.get_text_config().vocab_size))
-    was_training, found = model.training, []
-    model.eval()
+    was_training = policy.model.training
+    policy.model.eval()
     try:
-        while rows:
-            taken = tokens = 0
-            while taken < len(rows) and (not taken or tokens < most):
-                tokens += len(rows[taken].completion_ids_T)
-                taken += 1
-            part, rows = rows[:taken], rows[taken:]
-            logprob_NV = completion_logprobs(policy, part)
-            ids = [token for row in part for token in row.completion_ids_T]
-            id_N1 = torch.tensor(ids, device=logprob_NV.device)[:, None]
-            values = iter(logprob_NV.gather(1, id_N1).squeeze(1).tolist())
-            found += [tuple(next(values) for _ in row.completion_ids_T) for row in part]
+        return sampled_logprobs(policy, rows)
     finally:
-        model.train(was_training)
-    return found
+        policy.model.train(was_training)
 
 
 def _closing(request: GenerationRequest) -> list[str]:

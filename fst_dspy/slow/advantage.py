@@ -107,14 +107,7 @@ def group_rows(
             )
         ]
     return [
-        TrainingRow(
-            call.prompt_ids_T,
-            call.completion_ids_T,
-            call.logprobs_T,
-            advantage,
-            call.temperature,
-            call.grammar,
-        )
+        row_of(call, advantage)
         for group, advantages_G in zip(groups_P, advantages_P, strict=True)
         for rollout, advantages in zip(group.rollouts_G, advantages_G, strict=True)
         for call, advantage in zip(rollout.calls, advantages, strict=True)
@@ -125,6 +118,18 @@ def group_rows(
 def gives_row(call: Call) -> bool:
     """Whether a call has something to learn from: it has an answer, drawn from the policy."""
     return bool(call.completion_ids_T) and call.temperature > 0
+
+
+def row_of(call: Call, advantage: float = 0.0) -> TrainingRow:
+    """A call as a training row."""
+    return TrainingRow(
+        call.prompt_ids_T,
+        call.completion_ids_T,
+        call.logprobs_T,
+        advantage,
+        call.temperature,
+        call.grammar,
+    )
 
 
 def step_advantages(groups_P: Sequence[Group], scale_rewards: Scale) -> list[list[float]]:

@@ -6,6 +6,7 @@ import torch
 from fst_dspy.config import LoraConfig
 from fst_dspy.errors import DataError
 from fst_dspy.model import divergence as drift
+from fst_dspy.model import logprobs
 from fst_dspy.model.divergence import kl_to_base, spread_calls, token_entropy
 from fst_dspy.model.policy import Policy
 from fst_dspy.types import Call, Rollout
@@ -93,7 +94,8 @@ def test_chunks_change_nothing(tiny_qwen3, monkeypatch):
     disturb(policy)
     calls = calls_for(9)
     whole = kl_to_base(policy, calls), token_entropy(policy, calls)
-    monkeypatch.setattr(drift, "CHUNK_BYTES", 10 * 4 * 320)
+    for module in (drift, logprobs):
+        monkeypatch.setattr(module, "CHUNK_BYTES", 10 * 4 * 320)
     monkeypatch.setattr(drift, "FORWARD_ROWS", 2)
     cut = kl_to_base(policy, calls), token_entropy(policy, calls)
     assert cut == pytest.approx(whole, rel=1e-4)
@@ -104,7 +106,8 @@ def test_the_weights_are_swapped_once(tiny_qwen3, monkeypatch):
     disturb(policy)
     expected = kl_to_base(policy, calls_for(9))
     swapped, whole = policy.at, sum(len(call.completion_ids_T) for call in calls_for(9)) * 4 * 320
-    monkeypatch.setattr(drift, "CHUNK_BYTES", whole // 5)  # of log-probabilities; states are small
+    for module in (drift, logprobs):  # of log-probabilities; states are small
+        monkeypatch.setattr(module, "CHUNK_BYTES", whole // 5)
     monkeypatch.setattr(drift, "FORWARD_ROWS", 2)
     monkeypatch.setattr(policy, "at", lambda version: swaps.append(version) or swapped(version))
     assert kl_to_base(policy, calls_for(9)) == pytest.approx(expected, rel=1e-4)
