@@ -106,12 +106,13 @@ class House:
     """
 
     def __init__(self, rule: dict[str, str], kind: str) -> None:
-        self._rule, self._kind, self._room = rule, kind, None
+        self._rule, self._kind = rule, kind
+        self._room: Any = None
         self.done, self.reward, self.feedback, self.mission = False, 0.0, "", ""
 
     def reset(self, seed: int) -> str:
         """Begin in the room of a seed."""
-        self._room: Any = room(self._rule, self._kind, seed)
+        self._room = room(self._rule, self._kind, seed)
         self._room.reset(seed=seed)
         self.mission = self._room.mission
         self.done, self.reward, self.feedback = False, 0.0, ""

@@ -53,8 +53,9 @@ def calculate(expression: str) -> str:
     """Work out a sum, such as 3*4 + 2."""
 
     def value(node: ast.AST) -> float:
-        if isinstance(node, ast.Constant) and type(node.value) in (int, float):
-            return node.value
+        number = node.value if isinstance(node, ast.Constant) else None
+        if isinstance(number, int | float) and not isinstance(number, bool):
+            return number
         if isinstance(node, ast.UnaryOp | ast.BinOp) and type(node.op) in OPERATORS:
             parts = [node.operand] if isinstance(node, ast.UnaryOp) else [node.left, node.right]
             return OPERATORS[type(node.op)](*map(value, parts))
