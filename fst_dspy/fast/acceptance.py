@@ -9,7 +9,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from gepa.proposer.base import CandidateProposal, SubsampleEvaluation
-from gepa.strategies.acceptance import AcceptanceCriterion, ImprovementOrEqualAcceptance
+from gepa.strategies.acceptance import (
+    AcceptanceCriterion,
+    ImprovementOrEqualAcceptance,
+    StrictImprovementAcceptance,
+)
 
 from fst_dspy.fast.proposers.demos import only_fewer
 from fst_dspy.student.candidate import DEMOS, split_component
@@ -62,6 +66,15 @@ def criterion_for(
     """
     as_well = child.source == "merge" or shows_fewer(child, parent)
     return ImprovementOrEqualAcceptance() if as_well else strict
+
+
+def needs_proof(child: Candidate, parent: Candidate, criterion: AcceptanceCriterion) -> bool:
+    """Whether a child must be better by more than chance (``fst_dspy.fast.decide``).
+
+    That is where strict improvement is asked for. Who only shows fewer demos claims to be as good;
+    who plugs in a criterion, or names ``"improvement_or_equal"``, has decided.
+    """
+    return isinstance(criterion, StrictImprovementAcceptance) and not shows_fewer(child, parent)
 
 
 def proposal_of(

@@ -10,7 +10,9 @@ from __future__ import annotations
 import dataclasses
 import logging
 import random
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, cast
 
 import dspy
@@ -22,6 +24,7 @@ from gepa.proposer.reflective_mutation.reflective_mutation import ReflectiveMuta
 
 from fst_dspy.config import FastConfig
 from fst_dspy.errors import ConfigError, DataError
+from fst_dspy.fast.decide import Block, race
 from fst_dspy.fast.gepa.adapter import GepaAdapter
 from fst_dspy.fast.gepa.events import Events
 from fst_dspy.fast.gepa.strategies import (
@@ -32,13 +35,18 @@ from fst_dspy.fast.gepa.strategies import (
 )
 from fst_dspy.fast.judge import Judge
 from fst_dspy.fast.memory import Memory
-from fst_dspy.fast.population import best, mean
+from fst_dspy.fast.population import Row, best, mean
 from fst_dspy.fast.reflector import Reflector, candidate_of
 from fst_dspy.fast.scores import PooledScores, Scores, ValidationScores
 from fst_dspy.student.candidate import instructions_in
 from fst_dspy.types import Candidate, Population
 
 logger = logging.getLogger(__name__)
+
+VAL_LOOKS = 3
+"""Parts of the validation set after which a child is looked at again."""
+TRAIN_LOOKS = 2
+"""Minibatches besides the first, on which a child is looked at again where none is validated."""
 
 
 class Iterations:
@@ -121,7 +129,10 @@ class Iterations:
                     trajectories = proposal.eval_after.trajectories or []
                     reflector.learn(child.components, trajectories)
                 reflector.known_ids.add(child.id)
-                if self.accepts(child, [parent], proposal, state):
+                proven = partial(
+                    self._proven, adapter, scores, trainset, child, parent, proposal, cycle, number
+                )
+                if self.accepts(child, [parent], proposal, state, proven):
                     self.add(child, members, scores, state, proposal)
             self.turn += 1
             self.events.end_iteration(state, len(members) > before)
@@ -133,13 +144,57 @@ class Iterations:
         parents: Sequence[Candidate],
         proposal: CandidateProposal,
         state: GEPAState,
+        proven: Callable[[], bool],
     ) -> bool:
         """Whether the judge accepts a child; callbacks hear it where it does not."""
-        accepted = self.judge.accepts(child, parents, proposal, state)
+        accepted = self.judge.accepts(child, parents, proposal, state, proven)
         if not accepted:
             reason = self.judge.reason(proposal, state)
             self.events.judged(proposal, accepted=False, index=-1, why=reason)
         return accepted
+
+    def _proven(
+        self,
+        adapter: GepaAdapter,
+        scores: Scores,
+        trainset: Sequence[dspy.Example],
+        child: Candidate,
+        parent: Candidate,
+        proposal: CandidateProposal,
+        cycle: int,
+        number: int,
+    ) -> bool:
+        """Whether a child is better than its parent by more than chance, with more rollouts if
+        its minibatch leaves that open: on validation examples, or on more training examples."""
+        after, before = proposal.subsample_scores_after, proposal.subsample_scores_before
+        blocks = [([a], [b]) for a, b in zip(after or [], before or [], strict=True)]
+        size = self.config.minibatch_size
+        if isinstance(scores, ValidationScores):
+            size = max(size, -(-len(scores.valset) // VAL_LOOKS))
+            more, looks = scores.more(child, [parent], size), 1 + -(-len(scores.valset) // size)
+        else:
+            rng = random.Random(f"{self.seed}|{cycle}|{number}|more")
+            more, looks = self._more(adapter, trainset, child, parent, rng), 1 + TRAIN_LOOKS
+        return race(blocks, more, looks)
+
+    def _more(
+        self,
+        adapter: GepaAdapter,
+        trainset: Sequence[dspy.Example],
+        child: Candidate,
+        parent: Candidate,
+        rng: random.Random,
+    ) -> Iterator[list[Block]]:
+        """Both on some more training examples, as often as it is asked for."""
+        size = min(len(trainset), self.config.minibatch_size)
+        while True:
+            batch = rng.sample(list(trainset), size)
+            rows = []
+            for one in (child, parent):
+                found = adapter.evaluate(batch, one.components, capture_traces=True)
+                adapter.reflector.learn(one.components, found.trajectories or [])
+                rows.append(found.scores)
+            yield [([a], [b]) for a, b in zip(*rows, strict=True)]
 
     def add(
         self,
@@ -224,22 +279,21 @@ class Iterations:
     def gepa_state(
         self,
         members: Sequence[Candidate],
-        score_K: Sequence[Sequence[float]],
+        score_K: Sequence[Row],
         objective_K: Sequence[Sequence[Mapping[str, float]]] = (),
     ) -> GEPAState:
         """gepa's state, as if it had found all the members by itself.
 
-        Where there are no objectives (yet), its front is over examples.
+        Where there are no objectives (yet), its front is over examples. One on which a single
+        member of several has run is left out, where there are others: nobody was beaten there.
         """
         frontier: FrontierType = self.config.frontier_type if objective_K else "instance"
-        evaluations: list[ValsetEvaluation] = [
-            ValsetEvaluation(
-                {},
-                dict(enumerate(row)),
-                {v: dict(cell) for v, cell in enumerate(objective_K[k])} if objective_K else None,
-            )
-            for k, row in enumerate(score_K)
-        ]
+        columns = shared_columns(score_K)
+        evaluations: list[ValsetEvaluation] = []
+        for k, row in enumerate(score_K):
+            scores = {v: score for v, score in enumerate(row) if v in columns and score is not None}
+            objectives = {v: dict(objective_K[k][v]) for v in scores} if objective_K else None
+            evaluations.append(ValsetEvaluation({}, scores, objectives))
         state: GEPAState = GEPAState(
             dict(members[0].components), evaluations[0], frontier_type=frontier
         )
@@ -311,6 +365,14 @@ class Iterations:
             experiment_tracker=ExperimentTracker(),
             callbacks=self.events.for_gepa,
         )
+
+
+def shared_columns(score_K: Sequence[Row]) -> set[int]:
+    """The columns that have scores of two members; all, where that leaves a member without any."""
+    seen = [{v for v, score in enumerate(row) if score is not None} for row in score_K]
+    counts = Counter(v for columns in seen for v in columns)
+    shared = {v for v, count in counts.items() if count >= min(2, len(seen))}
+    return shared if all(columns & shared for columns in seen) else set(counts)
 
 
 class _QuietLogger:

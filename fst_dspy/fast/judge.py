@@ -1,15 +1,19 @@
-"""Who is accepted: gepa's criterion, the count of what it said, and who descends from whom."""
+"""Who is accepted, the count of that, and who descends from whom.
+
+gepa's criterion says who has something to show: a higher sum on a minibatch. Of equal candidates
+four in ten have. Whether it is more than chance, ``fst_dspy.fast.decide`` says.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from gepa.core.state import GEPAState
 from gepa.proposer.base import CandidateProposal
 from gepa.strategies.acceptance import AcceptanceCriterion
 
-from fst_dspy.fast.acceptance import ProposalStats, criterion_for
+from fst_dspy.fast.acceptance import ProposalStats, criterion_for, needs_proof
 from fst_dspy.student.candidate import candidate_from_json, candidate_to_json
 from fst_dspy.types import Candidate
 
@@ -39,17 +43,21 @@ class Judge:
         parents: Sequence[Candidate],
         proposal: CandidateProposal,
         state: GEPAState,
+        proven: Callable[[], bool],
     ) -> bool:
-        """Whether the criterion accepts the child; it is counted, and remembered if so.
+        """Whether the child is accepted; it is counted, and remembered if so.
 
         Args:
             child: The candidate that was tried.
             parents: What it was made from, at least one.
             proposal: Its scores and its parents', as gepa's criteria take them.
             state: gepa's, with the parents among its candidates.
+            proven: Whether it is better by more than chance; asked where that is needed.
         """
         criterion = criterion_for(child, parents[0], self.acceptance)
         accepted = criterion.should_accept(proposal, state)
+        if accepted and needs_proof(child, parents[0], self.acceptance):
+            accepted = proven()
         self.count(
             proposals=1,
             accepted=int(accepted),
@@ -66,7 +74,8 @@ class Judge:
         if own is not None:
             return str(own(proposal, state))
         before, after = proposal.subsample_scores_before, proposal.subsample_scores_after
-        return f"scores {sum(after or []):g} on the minibatch, its parent {sum(before or []):g}"
+        sums = f"scores {sum(after or []):g} on the minibatch, its parent {sum(before or []):g}"
+        return sums if sum(after or []) <= sum(before or []) else f"{sums}, which may be chance"
 
     def count(self, **counts: Any) -> None:
         """Add to the fields of ``stats``."""

@@ -36,7 +36,8 @@ from gepa.core.state import GEPAState
 from fst_dspy import distributed
 from fst_dspy.config import FastConfig
 from fst_dspy.fast import population as populations
-from fst_dspy.fast.acceptance import ProposalStats, proposal_of
+from fst_dspy.fast.acceptance import ProposalStats, needs_proof, proposal_of
+from fst_dspy.fast.decide import LEVEL, better, gain, share
 from fst_dspy.fast.gepa.adapter import GepaAdapter
 from fst_dspy.fast.gepa.events import Events, Told, proposed, reflecting, selected
 from fst_dspy.fast.gepa.strategies import (
@@ -51,7 +52,14 @@ from fst_dspy.fast.judge import Judge
 from fst_dspy.fast.lineup import Trial, lineup
 from fst_dspy.fast.memory import Memory
 from fst_dspy.fast.merge import merge
-from fst_dspy.fast.pool import RolloutPool, minibatch, paired, pool_from_json, score_table
+from fst_dspy.fast.pool import (
+    RolloutPool,
+    minibatch,
+    observed,
+    paired,
+    pool_from_json,
+    score_table,
+)
 from fst_dspy.fast.proposers.demos import DemoProposer, without_answer
 from fst_dspy.fast.proposers.protocol import Proposer
 from fst_dspy.fast.reflector import Reflector, Trajectory, candidate_of
@@ -62,6 +70,8 @@ from fst_dspy.types import Candidate, Population, Rollout
 
 POOL_SIZE = 4096
 """Rollouts kept at most, however slowly the policy's version moves."""
+LOOKS = 2
+"""Verdicts of a trial at most: one that seems better, but may be chance, goes on as long again."""
 TRIED = 256
 """Candidates remembered by id, the latest, so that none is tried twice."""
 
@@ -208,8 +218,8 @@ class TrialPhase:
         if self.trial is not None:
             self.trial = dataclasses.replace(self.trial, steps_left=self.trial.steps_left - 1)
             if self.trial.steps_left == 0:
-                members += self._judge(self.trial, population)
-                self.trial = None
+                self.trial, joined = self._judge(self.trial, population)
+                members += joined
         population = self._choose(members, population, policy_version)
         if self.trial is None:
             self._begin_trial(population, trainset, cycle, policy_version, made)
@@ -259,6 +269,7 @@ class TrialPhase:
                 "parents": [candidate_to_json(parent) for parent in trial.parents],
                 "since": trial.since,
                 "steps_left": trial.steps_left,
+                "look": trial.look,
             },
         }
 
@@ -275,6 +286,7 @@ class TrialPhase:
             parents=tuple(map(candidate_from_json, row["parents"])),
             since=row["since"],
             steps_left=row["steps_left"],
+            look=row.get("look", 1),
         )
 
     def _choose(
@@ -292,21 +304,35 @@ class TrialPhase:
             policy_version,
             objective_K_V=table.objective_K_P,
             frontier=self.config.frontier_type,
+            seen_K_V=table.seen_K_P,
+            pairs=partial(observed, self.pool),
+            level=LEVEL / self.window,
         )
 
-    def _judge(self, trial: Trial, population: Population) -> list[Candidate]:
-        """The child, if it did better than its parents."""
-        before, after = paired(self.pool.since(trial.since), trial.child, trial.parents)
+    def _judge(
+        self, trial: Trial, population: Population
+    ) -> tuple[Trial | None, list[Candidate]]:
+        """A verdict: the trial that goes on, if it is open, or the child, if it is better."""
+        pool = self.pool.since(trial.since)
+        before, after = paired(pool, trial.child, trial.parents)
+        blocks = observed(pool, trial.child, *trial.parents)
+        proven = better(blocks, share(LOOKS))
+        strict = needs_proof(trial.child, trial.parents[0], self.judge.acceptance)
+        if strict and not proven and gain(blocks) > 0 and trial.look < LOOKS:
+            steps, look = self.trial_steps, trial.look + 1
+            return dataclasses.replace(trial, steps_left=steps, look=look), []
         by_id = {c.id: c for c in (*population.candidates, *trial.parents)}
         members = list(by_id.values())
         state = self._state(members)
         indices = [list(by_id).index(parent.id) for parent in trial.parents]
         proposal = proposal_of(trial.child, before, after, indices)
-        accepted = self.iterations.accepts(trial.child, trial.parents, proposal, state)
+        accepted = self.iterations.accepts(
+            trial.child, trial.parents, proposal, state, lambda: proven
+        )
         if accepted:
             self.iterations.add(trial.child, members, self.scores, state, proposal)
         self.events.end_iteration(state, accepted)
-        return [trial.child] if accepted else []
+        return None, [trial.child] if accepted else []
 
     def _state(self, members: Sequence[Candidate]) -> GEPAState:
         rows, objectives = self.scores.rows(members), self.scores.objectives(members)
@@ -392,9 +418,7 @@ class TrialPhase:
         told: list[Told],
     ) -> Candidate | None:
         """A child of a parent drawn from the front, from the parent's rollouts in the pool."""
-        state = self.iterations.gepa_state(
-            population.candidates, population.score_K_V, population.objective_K_V
-        )
+        state = self._state(population.candidates)
         k = candidate_selector(self.config, self.strategies, rng).select_candidate_idx(state)
         parent = population.candidates[k]
         examples = self.memory.by_id(trainset)
