@@ -68,13 +68,13 @@ def criterion_for(
     return ImprovementOrEqualAcceptance() if as_well else strict
 
 
-def needs_proof(child: Candidate, parent: Candidate, criterion: AcceptanceCriterion) -> bool:
-    """Whether a child must be better by more than chance (``fst_dspy.fast.decide``).
+def needs_proof(criterion: AcceptanceCriterion) -> bool:
+    """Whether a better sum is not enough, since it may be chance (``fst_dspy.fast.decide``).
 
-    That is where strict improvement is asked for. Who only shows fewer demos claims to be as good;
-    who plugs in a criterion, or names ``"improvement_or_equal"``, has decided.
+    That is where strict improvement is asked for. To do as well is not to be better; and who plugs
+    in a criterion has decided.
     """
-    return isinstance(criterion, StrictImprovementAcceptance) and not shows_fewer(child, parent)
+    return isinstance(criterion, StrictImprovementAcceptance)
 
 
 def proposal_of(

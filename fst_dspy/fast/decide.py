@@ -24,6 +24,9 @@ from numpy.typing import NDArray
 
 LEVEL = 0.05
 """Rate of false decisions: how often chance alone would make one."""
+PROMISING = 0.25
+"""Rate at which equals join the population. To join claims little: who joined leaves again when it
+is worse. The stricter it is, the later are small gains found (``docs/decisions.md``)."""
 DEALS = 1999
 """Deals that are drawn; the p-value counts the observed one in, and so is exact."""
 MANY = 5000
@@ -31,13 +34,6 @@ MANY = 5000
 
 Block = tuple[Sequence[float], Sequence[float]]
 """The rewards of a candidate, and of another, on one example under the same weights."""
-
-
-def gain(blocks: Sequence[Block]) -> float:
-    """How much higher the first's rewards are: the mean over blocks, 0 for none."""
-    if not blocks:
-        return 0.0
-    return math.fsum(math.fsum(a) / len(a) - math.fsum(b) / len(b) for a, b in blocks) / len(blocks)
 
 
 def chance(blocks: Iterable[Block]) -> float:
@@ -77,30 +73,9 @@ def worse(blocks: Sequence[Block], level: float = LEVEL) -> bool:
     return better([(b, a) for a, b in blocks], level)
 
 
-def share(looks: int, level: float = LEVEL) -> float:
+def share(looks: float, level: float = LEVEL) -> float:
     """The level of each of several looks at growing data, so that all together keep ``level``."""
     return level / looks
-
-
-def race(blocks: Sequence[Block], more: Iterable[Sequence[Block]], looks: int) -> bool:
-    """Whether the first is better, with more blocks as long as it seems so and might be chance.
-
-    All looks together call an equal one better in ``LEVEL`` of cases at most.
-
-    Args:
-        blocks: Those of the first look.
-        more: Those that are to be had besides; each is asked for when it is needed.
-        looks: How many there are at most.
-    """
-    seen, further = list(blocks), iter(more)
-    for look in range(1, looks + 1):
-        if gain(seen) <= 0:
-            return False
-        if better(seen, share(looks)):
-            return True
-        if look < looks:
-            seen += next(further, ())
-    return False
 
 
 def own_wins(blocks: Sequence[Block], level: float = LEVEL) -> bool:

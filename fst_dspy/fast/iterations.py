@@ -11,8 +11,7 @@ import dataclasses
 import logging
 import random
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import dspy
@@ -24,7 +23,7 @@ from gepa.proposer.reflective_mutation.reflective_mutation import ReflectiveMuta
 
 from fst_dspy.config import FastConfig
 from fst_dspy.errors import ConfigError, DataError
-from fst_dspy.fast.decide import Block, race
+from fst_dspy.fast.decide import Block
 from fst_dspy.fast.gepa.adapter import GepaAdapter
 from fst_dspy.fast.gepa.events import Events
 from fst_dspy.fast.gepa.strategies import (
@@ -35,18 +34,13 @@ from fst_dspy.fast.gepa.strategies import (
 )
 from fst_dspy.fast.judge import Judge
 from fst_dspy.fast.memory import Memory
-from fst_dspy.fast.population import Row, best, mean
+from fst_dspy.fast.population import Row, best, blocks_of, mean
 from fst_dspy.fast.reflector import Reflector, candidate_of
 from fst_dspy.fast.scores import PooledScores, Scores, ValidationScores
 from fst_dspy.student.candidate import instructions_in
 from fst_dspy.types import Candidate, Population
 
 logger = logging.getLogger(__name__)
-
-VAL_LOOKS = 3
-"""Parts of the validation set after which a child is looked at again."""
-TRAIN_LOOKS = 2
-"""Minibatches besides the first, on which a child is looked at again where none is validated."""
 
 
 class Iterations:
@@ -129,10 +123,9 @@ class Iterations:
                     trajectories = proposal.eval_after.trajectories or []
                     reflector.learn(child.components, trajectories)
                 reflector.known_ids.add(child.id)
-                proven = partial(
-                    self._proven, adapter, scores, trainset, child, parent, proposal, cycle, number
-                )
-                if self.accepts(child, [parent], proposal, state, proven):
+                after, own = proposal.subsample_scores_after, proposal.subsample_scores_before
+                blocks = blocks_of(after or [], own or [])
+                if self.accepts(child, [parent], proposal, state, blocks):
                     self.add(child, members, scores, state, proposal)
             self.turn += 1
             self.events.end_iteration(state, len(members) > before)
@@ -144,57 +137,14 @@ class Iterations:
         parents: Sequence[Candidate],
         proposal: CandidateProposal,
         state: GEPAState,
-        proven: Callable[[], bool],
+        blocks: Sequence[Block],
     ) -> bool:
         """Whether the judge accepts a child; callbacks hear it where it does not."""
-        accepted = self.judge.accepts(child, parents, proposal, state, proven)
+        accepted = self.judge.accepts(child, parents, proposal, state, blocks)
         if not accepted:
             reason = self.judge.reason(proposal, state)
             self.events.judged(proposal, accepted=False, index=-1, why=reason)
         return accepted
-
-    def _proven(
-        self,
-        adapter: GepaAdapter,
-        scores: Scores,
-        trainset: Sequence[dspy.Example],
-        child: Candidate,
-        parent: Candidate,
-        proposal: CandidateProposal,
-        cycle: int,
-        number: int,
-    ) -> bool:
-        """Whether a child is better than its parent by more than chance, with more rollouts if
-        its minibatch leaves that open: on validation examples, or on more training examples."""
-        after, before = proposal.subsample_scores_after, proposal.subsample_scores_before
-        blocks = [([a], [b]) for a, b in zip(after or [], before or [], strict=True)]
-        size = self.config.minibatch_size
-        if isinstance(scores, ValidationScores):
-            size = max(size, -(-len(scores.valset) // VAL_LOOKS))
-            more, looks = scores.more(child, [parent], size), 1 + -(-len(scores.valset) // size)
-        else:
-            rng = random.Random(f"{self.seed}|{cycle}|{number}|more")
-            more, looks = self._more(adapter, trainset, child, parent, rng), 1 + TRAIN_LOOKS
-        return race(blocks, more, looks)
-
-    def _more(
-        self,
-        adapter: GepaAdapter,
-        trainset: Sequence[dspy.Example],
-        child: Candidate,
-        parent: Candidate,
-        rng: random.Random,
-    ) -> Iterator[list[Block]]:
-        """Both on some more training examples, as often as it is asked for."""
-        size = min(len(trainset), self.config.minibatch_size)
-        while True:
-            batch = rng.sample(list(trainset), size)
-            rows = []
-            for one in (child, parent):
-                found = adapter.evaluate(batch, one.components, capture_traces=True)
-                adapter.reflector.learn(one.components, found.trajectories or [])
-                rows.append(found.scores)
-            yield [([a], [b]) for a, b in zip(*rows, strict=True)]
 
     def add(
         self,
@@ -368,11 +318,10 @@ class Iterations:
 
 
 def shared_columns(score_K: Sequence[Row]) -> set[int]:
-    """The columns that have scores of two members; all, where that leaves a member without any."""
+    """The columns that have scores of two members, if there are such."""
     seen = [{v for v, score in enumerate(row) if score is not None} for row in score_K]
     counts = Counter(v for columns in seen for v in columns)
-    shared = {v for v, count in counts.items() if count >= min(2, len(seen))}
-    return shared if all(columns & shared for columns in seen) else set(counts)
+    return {v for v, count in counts.items() if count >= min(2, len(seen))} or set(counts)
 
 
 class _QuietLogger:

@@ -1,12 +1,12 @@
 """Who is accepted, the count of that, and who descends from whom.
 
-gepa's criterion says who has something to show: a higher sum on a minibatch. Of equal candidates
-four in ten have. Whether it is more than chance, ``fst_dspy.fast.decide`` says.
+gepa's criterion says who has a higher sum than its parent: of equals, four in ten. So it must also
+be unlikely as a work of chance (``fst_dspy.fast.decide``).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from gepa.core.state import GEPAState
@@ -14,6 +14,7 @@ from gepa.proposer.base import CandidateProposal
 from gepa.strategies.acceptance import AcceptanceCriterion
 
 from fst_dspy.fast.acceptance import ProposalStats, criterion_for, needs_proof
+from fst_dspy.fast.decide import PROMISING, Block, better
 from fst_dspy.student.candidate import candidate_from_json, candidate_to_json
 from fst_dspy.types import Candidate
 
@@ -43,7 +44,7 @@ class Judge:
         parents: Sequence[Candidate],
         proposal: CandidateProposal,
         state: GEPAState,
-        proven: Callable[[], bool],
+        blocks: Sequence[Block],
     ) -> bool:
         """Whether the child is accepted; it is counted, and remembered if so.
 
@@ -52,12 +53,12 @@ class Judge:
             parents: What it was made from, at least one.
             proposal: Its scores and its parents', as gepa's criteria take them.
             state: gepa's, with the parents among its candidates.
-            proven: Whether it is better by more than chance; asked where that is needed.
+            blocks: What was observed of the child and its parents at once.
         """
         criterion = criterion_for(child, parents[0], self.acceptance)
         accepted = criterion.should_accept(proposal, state)
-        if accepted and needs_proof(child, parents[0], self.acceptance):
-            accepted = proven()
+        if accepted and needs_proof(criterion):
+            accepted = better(blocks, PROMISING)
         self.count(
             proposals=1,
             accepted=int(accepted),
@@ -75,7 +76,7 @@ class Judge:
             return str(own(proposal, state))
         before, after = proposal.subsample_scores_before, proposal.subsample_scores_after
         sums = f"scores {sum(after or []):g} on the minibatch, its parent {sum(before or []):g}"
-        return sums if sum(after or []) <= sum(before or []) else f"{sums}, which may be chance"
+        return f"{sums}, which may be chance" if sum(after or []) > sum(before or []) else sums
 
     def count(self, **counts: Any) -> None:
         """Add to the fields of ``stats``."""

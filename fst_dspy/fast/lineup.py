@@ -16,15 +16,13 @@ class Trial:
         child: The candidate.
         parents: What it was made from: one candidate, or two for a merge.
         since: Optimizer steps taken when the trial began; earlier rollouts do not count.
-        steps_left: Optimizer steps it still runs in, until the verdict.
-        look: Which verdict that is, the first or the second.
+        steps_left: Optimizer steps it still runs in.
     """
 
     child: Candidate
     parents: tuple[Candidate, ...]
     since: int
     steps_left: int
-    look: int = 1
 
 
 def lineup(population: Population, trial: Trial, group_size: int, k: int) -> tuple[Candidate, ...]:

@@ -43,7 +43,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import dspy
@@ -52,7 +51,6 @@ from fst_dspy.config import FastConfig
 from fst_dspy.errors import DataError
 from fst_dspy.fast import population as populations
 from fst_dspy.fast.acceptance import ProposalStats, proposal_of
-from fst_dspy.fast.decide import race
 from fst_dspy.fast.gepa.adapter import GepaAdapter
 from fst_dspy.fast.gepa.events import Events
 from fst_dspy.fast.gepa.strategies import NAMED, Strategies, acceptance_criterion
@@ -62,7 +60,7 @@ from fst_dspy.fast.memory import Memory
 from fst_dspy.fast.merge import merge
 from fst_dspy.fast.proposers.demos import DemoProposer, without_answer
 from fst_dspy.fast.proposers.protocol import Proposer
-from fst_dspy.fast.scores import ValidationScores
+from fst_dspy.fast.scores import Scores, ValidationScores
 from fst_dspy.rollouts.jobs import Runner
 from fst_dspy.types import Candidate, Population, Rollout
 
@@ -135,7 +133,7 @@ class FastPhase:
         for number in range(self.config.merge_iterations):
             if self.events.stopped is None:
                 rng = random.Random(f"{self.seed}|{cycle}|merge {number}")
-                self._merge_on(adapter, scores, members, trainset, cycle, rng)
+                self._merge_on(adapter, scores, members, trainset, valset, cycle, rng)
         self.iterations.count_reflection(reflector)
         if first:
             self.iterations.advise()
@@ -207,13 +205,14 @@ class FastPhase:
     def _merge_on(
         self,
         adapter: GepaAdapter,
-        scores: ValidationScores,
+        scores: Scores,
         members: list[Candidate],
         trainset: Sequence[dspy.Example],
+        valset: Sequence[dspy.Example],
         cycle: int,
         rng: random.Random,
     ) -> None:
-        """Add a merged child that does better than its parents on validation examples."""
+        """Add a merged child that does as well as both parents on a draw of validation examples."""
         rows = scores.rows(members)
         means = [populations.mean(row) for row in rows]
         known = adapter.reflector.known_ids
@@ -227,13 +226,13 @@ class FastPhase:
         parents = [m for m in members if m.id in child.parent_ids]
         indices = [members.index(parent) for parent in parents]
         self.events.merging(indices, child.components)
-        size = min(len(scores.valset), self.config.minibatch_size)
-        more = scores.more(child, parents, size)
-        blocks = next(more)
-        before = [rows[k][:size] for k in indices]
-        proposal = proposal_of(child, before, scores.by_id[child.id], indices)
-        proven = partial(race, blocks, more, -(-len(scores.valset) // size))
-        accepted = self.iterations.accepts(child, parents, proposal, state, proven)
+        size = min(len(valset), self.config.minibatch_size)
+        columns = sorted(rng.sample(range(len(valset)), size))
+        after = adapter.evaluate([valset[v] for v in columns], child.components).scores
+        before = [[rows[k][v] for v in columns] for k in indices]
+        proposal = proposal_of(child, before, after, indices)
+        blocks = [([own], others) for own, others in zip(after, zip(*before), strict=True)]
+        accepted = self.iterations.accepts(child, parents, proposal, state, blocks)
         if accepted:
             self.iterations.add(child, members, scores, state, proposal)
         self.events.end_iteration(state, accepted)

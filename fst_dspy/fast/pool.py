@@ -63,7 +63,8 @@ class ScoreTable:
         candidates: Those of which there is at least one score, in the order given.
         problem_ids: Length P, the columns.
         score_K_P: Mean reward; where a candidate has not run on a problem, the fitted value.
-        seen_K_P: Mean reward; where a candidate has not run on a problem, ``None``.
+        seen_K_P: Mean reward on the problems that the best candidate has run on, with which the
+            others are compared; where a candidate has not, ``None``.
         objective_K_P: As ``score_K_P``, for each of the metric's objectives; empty where it has
             none.
     """
@@ -85,8 +86,13 @@ def score_table(pool: RolloutPool, candidates: Sequence[Candidate]) -> ScoreTabl
     known = [(c, row) for c, row in zip(candidates, means, strict=True) if row]
     gaps_K_P = [[row.get(problem) for problem in problems] for _, row in known]
     there = tuple(candidate for candidate, _ in known)
-    seen_K_P = tuple(map(tuple, gaps_K_P))
-    return ScoreTable(there, problems, fill(gaps_K_P), seen_K_P, _objectives(pool, there, problems))
+    score_K_P = fill(gaps_K_P)
+    best_P = max(zip(score_K_P, gaps_K_P, strict=True), key=lambda r: sum(r[0]), default=((), []))[1]
+    seen_K_P = tuple(
+        tuple(s if best is not None else None for s, best in zip(row, best_P, strict=True))
+        for row in gaps_K_P
+    )
+    return ScoreTable(there, problems, score_K_P, seen_K_P, _objectives(pool, there, problems))
 
 
 def _objectives(

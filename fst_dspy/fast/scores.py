@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import dspy
 
-from fst_dspy.fast.decide import Block
 from fst_dspy.fast.gepa.adapter import GepaAdapter
 from fst_dspy.fast.pool import RolloutPool, score_table
 from fst_dspy.fast.population import Row
@@ -71,35 +70,12 @@ class ValidationScores:
             for row, score_V in zip(rows, self.rows(members), strict=True)
         )
 
-    def more(
-        self, child: Candidate, parents: Sequence[Candidate], size: int
-    ) -> Iterator[list[Block]]:
-        """Run a child on some more validation examples, as often as it is asked for.
-
-        Args:
-            child: Not accepted yet.
-            parents: Scored; it is compared with all of them together.
-            size: How many at a time.
-        """
-        for start in range(0, len(self.valset), size):
-            own_V = self._run(child, start + size)[start:]
-            rows = [self.by_id[parent.id][start : start + size] for parent in parents]
-            pairs = zip(own_V, zip(*rows, strict=True), strict=True)
-            yield [([own], others) for own, others in pairs]
-
     def add(self, child: Candidate) -> None:
-        """Run the child on the validation examples, those that it has not run on yet."""
-        self._run(child, len(self.valset))
-
-    def _run(self, child: Candidate, count: int) -> Sequence[float]:
-        known = list(self.by_id.get(child.id, ()))
-        batch = self.valset[len(known) : count]
-        if batch:
-            found = self.adapter.evaluate(batch, child.components)
-            self.by_id[child.id] = [*known, *found.scores]
-            objectives = found.objective_scores or ({},) * len(batch)
-            self._objectives[child.id] = (*self._objectives.get(child.id, ()), *objectives)
-        return self.by_id[child.id]
+        """Run the child on the validation examples."""
+        found = self.adapter.evaluate(self.valset, child.components)
+        self.by_id[child.id] = found.scores
+        if found.objective_scores is not None:
+            self._objectives[child.id] = tuple(found.objective_scores)
 
 
 class PooledScores:

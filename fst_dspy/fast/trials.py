@@ -36,8 +36,8 @@ from gepa.core.state import GEPAState
 from fst_dspy import distributed
 from fst_dspy.config import FastConfig
 from fst_dspy.fast import population as populations
-from fst_dspy.fast.acceptance import ProposalStats, needs_proof, proposal_of
-from fst_dspy.fast.decide import LEVEL, better, gain, share
+from fst_dspy.fast.acceptance import ProposalStats, proposal_of
+from fst_dspy.fast.decide import share
 from fst_dspy.fast.gepa.adapter import GepaAdapter
 from fst_dspy.fast.gepa.events import Events, Told, proposed, reflecting, selected
 from fst_dspy.fast.gepa.strategies import (
@@ -70,8 +70,6 @@ from fst_dspy.types import Candidate, Population, Rollout
 
 POOL_SIZE = 4096
 """Rollouts kept at most, however slowly the policy's version moves."""
-LOOKS = 2
-"""Verdicts of a trial at most: one that seems better, but may be chance, goes on as long again."""
 TRIED = 256
 """Candidates remembered by id, the latest, so that none is tried twice."""
 
@@ -218,8 +216,8 @@ class TrialPhase:
         if self.trial is not None:
             self.trial = dataclasses.replace(self.trial, steps_left=self.trial.steps_left - 1)
             if self.trial.steps_left == 0:
-                self.trial, joined = self._judge(self.trial, population)
-                members += joined
+                members += self._judge(self.trial, population)
+                self.trial = None
         population = self._choose(members, population, policy_version)
         if self.trial is None:
             self._begin_trial(population, trainset, cycle, policy_version, made)
@@ -269,7 +267,6 @@ class TrialPhase:
                 "parents": [candidate_to_json(parent) for parent in trial.parents],
                 "since": trial.since,
                 "steps_left": trial.steps_left,
-                "look": trial.look,
             },
         }
 
@@ -286,13 +283,17 @@ class TrialPhase:
             parents=tuple(map(candidate_from_json, row["parents"])),
             since=row["since"],
             steps_left=row["steps_left"],
-            look=row.get("look", 1),
         )
 
     def _choose(
         self, members: Sequence[Candidate], population: Population, policy_version: int
     ) -> Population:
-        """The K members that cover the front over the problems in the pool."""
+        """The K members that cover the front over the problems in the pool.
+
+        Who is clearly worse leaves as often as trials end: in one window of rollouts an equal
+        candidate is sent away at the stated rate at most, however often it is looked at.
+        """
+        due = policy_version % self.trial_steps == 0
         table = score_table(self.pool, members)
         if not table.candidates:
             return population
@@ -306,33 +307,24 @@ class TrialPhase:
             frontier=self.config.frontier_type,
             seen_K_V=table.seen_K_P,
             pairs=partial(observed, self.pool),
-            level=LEVEL / self.window,
+            level=share(self.window / self.trial_steps) if due else 0.0,
         )
 
-    def _judge(
-        self, trial: Trial, population: Population
-    ) -> tuple[Trial | None, list[Candidate]]:
-        """A verdict: the trial that goes on, if it is open, or the child, if it is better."""
+    def _judge(self, trial: Trial, population: Population) -> list[Candidate]:
+        """The child, if it did better than its parents."""
         pool = self.pool.since(trial.since)
         before, after = paired(pool, trial.child, trial.parents)
-        blocks = observed(pool, trial.child, *trial.parents)
-        proven = better(blocks, share(LOOKS))
-        strict = needs_proof(trial.child, trial.parents[0], self.judge.acceptance)
-        if strict and not proven and gain(blocks) > 0 and trial.look < LOOKS:
-            steps, look = self.trial_steps, trial.look + 1
-            return dataclasses.replace(trial, steps_left=steps, look=look), []
         by_id = {c.id: c for c in (*population.candidates, *trial.parents)}
         members = list(by_id.values())
         state = self._state(members)
         indices = [list(by_id).index(parent.id) for parent in trial.parents]
         proposal = proposal_of(trial.child, before, after, indices)
-        accepted = self.iterations.accepts(
-            trial.child, trial.parents, proposal, state, lambda: proven
-        )
+        blocks = observed(pool, trial.child, *trial.parents)
+        accepted = self.iterations.accepts(trial.child, trial.parents, proposal, state, blocks)
         if accepted:
             self.iterations.add(trial.child, members, self.scores, state, proposal)
         self.events.end_iteration(state, accepted)
-        return None, [trial.child] if accepted else []
+        return [trial.child] if accepted else []
 
     def _state(self, members: Sequence[Candidate]) -> GEPAState:
         rows, objectives = self.scores.rows(members), self.scores.objectives(members)
