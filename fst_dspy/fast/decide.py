@@ -24,9 +24,10 @@ from numpy.typing import NDArray
 
 LEVEL = 0.05
 """Rate of false decisions: how often chance alone would make one."""
-PROMISING = 0.25
-"""Rate at which equals join the population. To join claims little: who joined leaves again when it
-is worse. The stricter it is, the later are small gains found (``docs/decisions.md``)."""
+LIKELY = 0.25
+"""Rate of those that can be taken back: who joins the population leaves again when it is worse, and
+a pair that was kept is compared with the next one. The stricter they are, the later are small gains
+found (``docs/decisions.md``)."""
 DEALS = 1999
 """Deals that are drawn; the p-value counts the observed one in, and so is exact."""
 MANY = 5000

@@ -14,7 +14,7 @@ from gepa.proposer.base import CandidateProposal
 from gepa.strategies.acceptance import AcceptanceCriterion
 
 from fst_dspy.fast.acceptance import ProposalStats, criterion_for, needs_proof
-from fst_dspy.fast.decide import PROMISING, Block, better
+from fst_dspy.fast.decide import LIKELY, Block, better
 from fst_dspy.student.candidate import candidate_from_json, candidate_to_json
 from fst_dspy.types import Candidate
 
@@ -58,7 +58,7 @@ class Judge:
         criterion = criterion_for(child, parents[0], self.acceptance)
         accepted = criterion.should_accept(proposal, state)
         if accepted and needs_proof(criterion):
-            accepted = better(blocks, PROMISING)
+            accepted = better(blocks, LIKELY)
         self.count(
             proposals=1,
             accepted=int(accepted),

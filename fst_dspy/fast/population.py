@@ -169,18 +169,6 @@ def blocks_of(score_V: Row, other_V: Row) -> list[Block]:
     return [([s], [o]) for s, o in pairs if s is not None and o is not None]
 
 
-def better_by_two_errors(score_V: Sequence[float], other_V: Sequence[float]) -> bool:
-    """Whether scores on the same V examples are higher by two standard errors, and at all.
-
-    Args:
-        score_V, other_V: Length V, at least 1.
-    """
-    count = len(score_V)
-    gain_V = [a - b for a, b in zip(score_V, other_V, strict=True)]
-    variance = sum((gain - mean(gain_V)) ** 2 for gain in gain_V) / max(1, count - 1)
-    return mean(gain_V) > 0 and mean(gain_V) >= 2 * (variance / count) ** 0.5
-
-
 def ranked(population: Population) -> tuple[Candidate, ...]:
     """The candidates by mean score, best first; ties by id."""
     order = sorted(
