@@ -117,7 +117,8 @@ def nearest(
 ) -> str | None:
     """The task whose candidate scores best, if it is better than the program's own, not by chance.
 
-    Where none is, one is taken at the rate ``decide.LEVEL`` at most, however many there are. Runs (1 + tasks) x examples rollouts on channel ``fast``.
+    Where none is, one is taken at the rate ``decide.LEVEL`` at most, however many there are. Runs
+    (1 + tasks) x examples rollouts on channel ``fast``.
 
     Args:
         runner: Of the new task's program and metric.

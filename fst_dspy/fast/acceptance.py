@@ -9,11 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from gepa.proposer.base import CandidateProposal, SubsampleEvaluation
-from gepa.strategies.acceptance import (
-    AcceptanceCriterion,
-    ImprovementOrEqualAcceptance,
-    StrictImprovementAcceptance,
-)
+from gepa.strategies.acceptance import AcceptanceCriterion, ImprovementOrEqualAcceptance
 
 from fst_dspy.fast.proposers.demos import only_fewer
 from fst_dspy.student.candidate import DEMOS, split_component
@@ -28,6 +24,7 @@ class ProposalStats:
         iterations: Iterations run, merges included.
         proposals: Children that were tried.
         accepted: Children that did better, and joined the candidates.
+        proven: Those of them that did better by more than chance (``fst_dspy.fast.decide``).
         rejected: Children that did not.
         merges: Accepted children that merge two candidates.
         empty: Iterations whose proposer changed nothing, or that found nothing to merge.
@@ -39,6 +36,7 @@ class ProposalStats:
     iterations: int = 0
     proposals: int = 0
     accepted: int = 0
+    proven: int = 0
     rejected: int = 0
     merges: int = 0
     empty: int = 0
@@ -66,15 +64,6 @@ def criterion_for(
     """
     as_well = child.source == "merge" or shows_fewer(child, parent)
     return ImprovementOrEqualAcceptance() if as_well else strict
-
-
-def needs_proof(criterion: AcceptanceCriterion) -> bool:
-    """Whether a better sum is not enough, since it may be chance (``fst_dspy.fast.decide``).
-
-    That is where strict improvement is asked for. To do as well is not to be better; and who plugs
-    in a criterion has decided.
-    """
-    return isinstance(criterion, StrictImprovementAcceptance)
 
 
 def proposal_of(

@@ -25,9 +25,8 @@ from numpy.typing import NDArray
 LEVEL = 0.05
 """Rate of false decisions: how often chance alone would make one."""
 LIKELY = 0.25
-"""Rate of those that can be taken back: who joins the population leaves again when it is worse, and
-a pair that was kept is compared with the next one. The stricter they are, the later are small gains
-found (``docs/decisions.md``)."""
+"""Rate where a true difference that is missed costs more than a false one: whether a later pair of
+weights and prompt is returned (``docs/decisions.md``)."""
 DEALS = 1999
 """Deals that are drawn; the p-value counts the observed one in, and so is exact."""
 MANY = 5000

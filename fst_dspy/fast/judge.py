@@ -1,7 +1,9 @@
 """Who is accepted, the count of that, and who descends from whom.
 
-gepa's criterion says who has a higher sum than its parent: of equals, four in ten. So it must also
-be unlikely as a work of chance (``fst_dspy.fast.decide``).
+To be accepted is to join the population, which claims nothing and sends nobody away: gepa's
+criterion, a higher sum than the parent's, is enough for that. Whether it was more than chance
+(``fst_dspy.fast.decide``) is counted beside it. To ask it of who joins was tried: small gains, of
+which a search lives, are not found then (``docs/decisions.md``).
 """
 
 from __future__ import annotations
@@ -13,8 +15,8 @@ from gepa.core.state import GEPAState
 from gepa.proposer.base import CandidateProposal
 from gepa.strategies.acceptance import AcceptanceCriterion
 
-from fst_dspy.fast.acceptance import ProposalStats, criterion_for, needs_proof
-from fst_dspy.fast.decide import LIKELY, Block, better
+from fst_dspy.fast.acceptance import ProposalStats, criterion_for
+from fst_dspy.fast.decide import Block, better
 from fst_dspy.student.candidate import candidate_from_json, candidate_to_json
 from fst_dspy.types import Candidate
 
@@ -46,7 +48,7 @@ class Judge:
         state: GEPAState,
         blocks: Sequence[Block],
     ) -> bool:
-        """Whether the child is accepted; it is counted, and remembered if so.
+        """Whether the criterion accepts the child; it is counted, and remembered if so.
 
         Args:
             child: The candidate that was tried.
@@ -57,11 +59,10 @@ class Judge:
         """
         criterion = criterion_for(child, parents[0], self.acceptance)
         accepted = criterion.should_accept(proposal, state)
-        if accepted and needs_proof(criterion):
-            accepted = better(blocks, LIKELY)
         self.count(
             proposals=1,
             accepted=int(accepted),
+            proven=int(accepted and better(blocks)),
             rejected=int(not accepted),
             merges=int(accepted and child.source == "merge"),
         )
@@ -75,8 +76,7 @@ class Judge:
         if own is not None:
             return str(own(proposal, state))
         before, after = proposal.subsample_scores_before, proposal.subsample_scores_after
-        sums = f"scores {sum(after or []):g} on the minibatch, its parent {sum(before or []):g}"
-        return f"{sums}, which may be chance" if sum(after or []) > sum(before or []) else sums
+        return f"scores {sum(after or []):g} on the minibatch, its parent {sum(before or []):g}"
 
     def count(self, **counts: Any) -> None:
         """Add to the fields of ``stats``."""

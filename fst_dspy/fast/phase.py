@@ -231,7 +231,9 @@ class FastPhase:
         after = adapter.evaluate([valset[v] for v in columns], child.components).scores
         before = [[rows[k][v] for v in columns] for k in indices]
         proposal = proposal_of(child, before, after, indices)
-        blocks = [([own], others) for own, others in zip(after, zip(*before), strict=True)]
+        blocks = [
+            ([own], others) for own, others in zip(after, zip(*before, strict=True), strict=True)
+        ]
         accepted = self.iterations.accepts(child, parents, proposal, state, blocks)
         if accepted:
             self.iterations.add(child, members, scores, state, proposal)

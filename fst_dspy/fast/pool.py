@@ -87,7 +87,8 @@ def score_table(pool: RolloutPool, candidates: Sequence[Candidate]) -> ScoreTabl
     gaps_K_P = [[row.get(problem) for problem in problems] for _, row in known]
     there = tuple(candidate for candidate, _ in known)
     score_K_P = fill(gaps_K_P)
-    best_P = max(zip(score_K_P, gaps_K_P, strict=True), key=lambda r: sum(r[0]), default=((), []))[1]
+    best_k = max(range(len(known)), key=lambda k: sum(score_K_P[k]), default=None)
+    best_P = gaps_K_P[best_k] if best_k is not None else []
     seen_K_P = tuple(
         tuple(s if best is not None else None for s, best in zip(row, best_P, strict=True))
         for row in gaps_K_P

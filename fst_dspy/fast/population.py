@@ -142,7 +142,8 @@ def choose(
     chosen = [ids[0]]
     rest = ids[1:]
     while rest and len(chosen) < k:
-        best_C = [max(_seen(column), default=None) for column in zip(*(fronts[i] for i in chosen))]
+        columns_C = zip(*(fronts[i] for i in chosen), strict=True)
+        best_C = [max(_seen(column), default=None) for column in columns_C]
         gain = {i: _wins(fronts[i], best_C) if i in front else -1 for i in rest}
         pick = max(rest, key=lambda i: gain[i])  # the first of equals: rest is sorted by mean, id
         rest.remove(pick)
