@@ -164,11 +164,12 @@ class Iterations:
         after = self.gepa_state(members, rows, scores.objectives(members))
         self.events.front(state, after)
         if isinstance(scores, ValidationScores):
-            means = list(map(mean, rows))
+            score_K_V = scores.rows(members)
+            means = list(map(mean, score_K_V))
             self.events.validated(
                 len(members) - 1,
                 child.components,
-                dict(zip(scores.val_ids, rows[-1], strict=True)),
+                dict(zip(scores.val_ids, score_K_V[-1], strict=True)),
                 is_best=means[-1] == max(means),
                 parents=proposal.parent_program_ids,
             )
@@ -242,7 +243,9 @@ class Iterations:
         evaluations: list[ValsetEvaluation] = []
         for k, row in enumerate(score_K):
             scores = {v: score for v, score in enumerate(row) if v in columns and score is not None}
-            objectives = {v: dict(objective_K[k][v]) for v in scores} if objective_K else None
+            # gepa wants objectives of all: of one that was compared nowhere, those it has.
+            known = scores or dict(enumerate(row))
+            objectives = {v: dict(objective_K[k][v]) for v in known} if objective_K else None
             evaluations.append(ValsetEvaluation({}, scores, objectives))
         state: GEPAState = GEPAState(
             dict(members[0].components), evaluations[0], frontier_type=frontier

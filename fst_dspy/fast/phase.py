@@ -60,7 +60,7 @@ from fst_dspy.fast.memory import Memory
 from fst_dspy.fast.merge import merge
 from fst_dspy.fast.proposers.demos import DemoProposer, without_answer
 from fst_dspy.fast.proposers.protocol import Proposer
-from fst_dspy.fast.scores import Scores, ValidationScores
+from fst_dspy.fast.scores import ValidationScores
 from fst_dspy.rollouts.jobs import Runner
 from fst_dspy.types import Candidate, Population, Rollout
 
@@ -205,7 +205,7 @@ class FastPhase:
     def _merge_on(
         self,
         adapter: GepaAdapter,
-        scores: Scores,
+        scores: ValidationScores,
         members: list[Candidate],
         trainset: Sequence[dspy.Example],
         valset: Sequence[dspy.Example],

@@ -183,7 +183,7 @@ def observed(pool: RolloutPool, one: Candidate, *others: Candidate) -> list[Bloc
         A block for each problem and version of the weights that both have run on, oldest first.
     """
     own, *rest = [_rewards(pool, candidate) for candidate in (one, *others)]
-    found = []
+    found: list[Block] = []
     for key in own:
         other = [reward for rewards in rest for reward in rewards.get(key, ())]
         if other:

@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 from fst_dspy.errors import ConfigError
-from fst_dspy.fast.decide import LEVEL, Block, own_wins, worse
+from fst_dspy.fast.decide import LEVEL, Block, better, own_wins, share, worse
 from fst_dspy.types import Candidate, Population
 
 Row = Sequence[float | None]
@@ -107,7 +107,8 @@ def choose(
     other :func:`columns`) on which it beats all those chosen (ties: higher mean, then id). Where
     the front holds fewer than ``k``, the best means of the others follow. One that is worse than
     the best by more than chance stays only where it wins on problems of its own by more than
-    chance, so that there may be fewer than ``k``. The result depends on no order of the arguments.
+    chance, or in one of the objectives that ``frontier`` names, so that there may be fewer than
+    ``k``. The result depends on no order of the arguments.
 
     Args:
         candidates: At least one; of equal ids the first is taken.
@@ -129,15 +130,28 @@ def choose(
     for index, candidate in enumerate(candidates):
         row_of.setdefault(candidate.id, index)
     scores = {i: tuple(score_K_V[row]) for i, row in row_of.items()}
-    column_rows = columns(frontier, score_K_V if seen_K_V is None else seen_K_V, objective_K_V)
+    seen_K_V = score_K_V if seen_K_V is None else seen_K_V
+    column_rows = columns(frontier, seen_K_V, objective_K_V)
+    by_objective = frontier != "instance" and objective_K_V and objective_K_V[0]
+    names = sorted(objective_K_V[0][0]) if by_objective else []
     fronts = {i: column_rows[row] for i, row in row_of.items()}
     ids = sorted(row_of, key=lambda i: (-mean(scores[i]), i))
     front = {ids[index] for index in pareto_front([fronts[i] for i in ids])}
 
+    def of_objective(row: int, name: str) -> list[float | None]:
+        cells = zip(seen_K_V[row], objective_K_V[row], strict=True)
+        return [None if score is None else cell[name] for score, cell in cells]
+
     def earns_its_place(i: str) -> bool:
         one, other = candidates[row_of[i]], candidates[row_of[ids[0]]]
         blocks = pairs(one, other) if pairs else blocks_of(scores[i], scores[ids[0]])
-        return not worse(blocks, level) or own_wins(blocks)
+        if not worse(blocks, level) or own_wins(blocks):
+            return True
+        own, best = row_of[i], row_of[ids[0]]
+        return any(
+            better(blocks_of(of_objective(own, name), of_objective(best, name)), share(len(names)))
+            for name in names
+        )
 
     chosen = [ids[0]]
     rest = ids[1:]
