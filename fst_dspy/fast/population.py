@@ -4,7 +4,7 @@ Pure functions. The front is GEPA's: a candidate is on it if it is best on at le
 example, less those whose every win is shared with a better candidate that stays (gepa,
 ``gepa_utils.remove_dominated_programs``). The K kept are chosen greedily to cover the front.
 
-In one thing it departs from GEPA's: a candidate that is worse than the best by more than chance
+In one thing it departs from GEPA's: a candidate that is worse than a better one by more than chance
 does not stay, unless it wins on problems of its own by more than chance. Scores are single samples,
 so a bare prompt that guesses one answer in ten is soon on the front; in the slow phase it would
 take its share of every group, and teach the weights to do without the context. Wins and tests are
@@ -106,7 +106,7 @@ def choose(
     First the best mean; then, again and again, the one on the front with the most examples (or
     other :func:`columns`) on which it beats all those chosen (ties: higher mean, then id). Where
     the front holds fewer than ``k``, the best means of the others follow. One that is worse than
-    the best by more than chance stays only where it wins on problems of its own by more than
+    one before it by more than chance stays only where it wins on problems of its own by more than
     chance, or in one of the objectives that ``frontier`` names, so that there may be fewer than
     ``k``. The result depends on no order of the arguments.
 
@@ -119,7 +119,7 @@ def choose(
         objective_K_V, frontier: As for :func:`columns`.
         seen_K_V: The scores that were observed, on which wins count; ``None``: all were.
         pairs: What was observed of two candidates at once; ``None``: the scores, an example each.
-        level: Rate at which an equal candidate is called worse than the best.
+        level: Rate at which an equal candidate is called worse than some other.
 
     Raises:
         ConfigError: No candidates, or ``k`` below 1.
@@ -143,11 +143,16 @@ def choose(
         return [None if score is None else cell[name] for score, cell in cells]
 
     def earns_its_place(i: str) -> bool:
-        one, other = candidates[row_of[i]], candidates[row_of[ids[0]]]
-        blocks = pairs(one, other) if pairs else blocks_of(scores[i], scores[ids[0]])
-        if not worse(blocks, level) or own_wins(blocks):
+        # Not every two have met: who lost to one that is better leaves, be it not the best.
+        own, above = row_of[i], [row_of[other] for other in ids[: ids.index(i)]]
+        for other in above:
+            one, two = candidates[own], candidates[other]
+            blocks = pairs(one, two) if pairs else blocks_of(score_K_V[own], score_K_V[other])
+            if worse(blocks, share(len(above), level)) and not own_wins(blocks):
+                break
+        else:
             return True
-        own, best = row_of[i], row_of[ids[0]]
+        best = row_of[ids[0]]
         return any(
             better(blocks_of(of_objective(own, name), of_objective(best, name)), share(len(names)))
             for name in names

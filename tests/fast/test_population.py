@@ -95,11 +95,16 @@ def test_choose_properties(scores: list[list[float]], k: int, rng) -> None:
     # Of equals the front keeps the first: in the order that ``choose`` gives them.
     ordered = sorted(zip(candidates, scores, strict=True), key=lambda p: (-sum(p[1]), p[0].id))
     front = {ordered[i][0].id for i in pareto_front([row for _, row in ordered])}
-    gone = [blocks_of(row, table[ids[0]]) for i, row in table.items() if i not in ids]
+    gone = [
+        [blocks_of(row, other) for other in table.values()]
+        for i, row in table.items()
+        if i not in ids
+    ]
     if len(ids) < min(k, len(scores)):
-        assert all(worse(blocks) and not own_wins(blocks) for blocks in gone)
+        assert all(any(worse(b) and not own_wins(b) for b in blocks) for blocks in gone)
     if k > len(front):  # the best mean need not be on the front, and is always kept
-        assert all(worse(blocks_of(table[i], table[ids[0]])) for i in front - set(ids))
+        for row in (table[i] for i in front - set(ids)):
+            assert any(worse(blocks_of(row, other)) for other in table.values())
     order = list(range(len(scores)))
     rng.shuffle(order)
     again = choose([candidates[i] for i in order], [scores[i] for i in order], val_ids, k, 0)
@@ -127,6 +132,18 @@ def test_scores_that_nobody_observed_decide_nothing() -> None:
     kept = choose([best_mean, other], fitted, val_ids, 4, 0, seen_K_V=seen, pairs=lambda a, b: [])
     assert kept.candidates == (best_mean, other)
     assert choose([best_mean, other], fitted, val_ids, 4, 0).candidates == (best_mean,)
+    # Who never met the best, but lost to another, leaves all the same.
+    lost = {frozenset((best_mean.id, other.id)): [([0.0], [1.0])] * 12}
+    met = choose(
+        [best_mean, other],
+        fitted,
+        val_ids,
+        4,
+        0,
+        seen_K_V=seen,
+        pairs=lambda a, b: lost[frozenset((a.id, b.id))],
+    )
+    assert met.candidates == (best_mean,)
     assert pareto_front(seen) == (0,), "who ties has no win of its own"
     assert pareto_front([[None, 0.0, 1.0], [1.0, 1.0, 0.0]]) == (0, 1)
     assert pareto_front([[None, 0.0, None], [1.0, 1.0, 1.0]]) == (1,)
