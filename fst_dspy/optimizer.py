@@ -16,7 +16,7 @@ Departures from the paper (Tiwari et al., 2026), section 3:
 * Fewer than K candidates are kept where the others are worse than the best by more than chance; the
   pair that is returned is the latest that is not likely worse than the highest; validation has one
   sample an example (``val_samples``; mean@4 in the paper). ``docs/decisions.md`` has the rates.
-* Steps whose groups are mostly constant are shortened (``damp_constant``), and problems whose groups
+* Steps whose groups are mostly constant are shortened (``damp_constant``); problems whose groups
   were constant come back less often (``revisit_constant``).
 * Rollouts of a candidate on trial are trained on, whether it is accepted or not.
 * Demos are fast weights too (``demo_tokens``); the paper evolves instructions.

@@ -145,12 +145,14 @@ def choose(
     def earns_its_place(i: str) -> bool:
         # Not every two have met: who lost to one that is better leaves, be it not the best.
         own, above = row_of[i], [row_of[other] for other in ids[: ids.index(i)]]
-        for other in above:
-            one, two = candidates[own], candidates[other]
-            blocks = pairs(one, two) if pairs else blocks_of(score_K_V[own], score_K_V[other])
-            if worse(blocks, share(len(above), level)) and not own_wins(blocks):
-                break
-        else:
+        met = [
+            pairs(candidates[own], candidates[other])
+            if pairs
+            else blocks_of(score_K_V[own], score_K_V[other])
+            for other in above
+        ]
+        shared = share(max(1, sum(map(bool, met))), level)
+        if not any(worse(blocks, shared) and not own_wins(blocks) for blocks in met):
             return True
         best = row_of[ids[0]]
         return any(
