@@ -11,7 +11,7 @@ TESTS ?= not slow or insides
 LATEST_BUT ?=
 
 .PHONY: install demo test pytest test-fast test-gpu latest test-latest lowest test-lowest lint bench
-.PHONY: docs wheel clean real
+.PHONY: docs wheel clean real agents
 
 install: $(VENV)/.installed
 
@@ -79,6 +79,10 @@ $(DOCS)/.installed: pyproject.toml
 # SmolLM2 is fetched once; what has run is not run again. A job: make real REAL="--limit 1".
 real: install
 	$(BIN)/python benchmarks/real_lm.py $(REAL)
+
+# The arms on frozen_lake and gridworld; what has run is not run again. A job: AGENTS="--limit 1".
+agents: install
+	$(BIN)/python benchmarks/quality/agents.py $(AGENTS)
 
 wheel: install
 	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .

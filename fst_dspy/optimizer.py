@@ -193,7 +193,7 @@ class FST(Teleprompter):
         start = Start()
         if seed_candidates is not None:
             self.check(student, trainset, valset)
-            start = Start(read_seeds(student, seed_candidates))
+            start = Start(read_seeds(student, seed_candidates, self.config.fast.tool_descriptions))
         return self.compile_from(start, student, trainset=trainset, valset=valset)
 
     def compile_from(

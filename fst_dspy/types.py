@@ -8,7 +8,7 @@ Shape suffixes name the axes of nested sequences, outermost first:
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Literal
 
 from fst_dspy import display
@@ -54,7 +54,8 @@ class Candidate:
     Attributes:
         id: Content hash of ``components`` (12 hex digits): equal texts have equal ids.
         components: ``"<predictor>.instructions"`` holds an instruction, ``"<predictor>.demos"`` a
-            JSON list of demos. A component that is absent keeps the student's own value.
+            JSON list of demos, ``"<predictor>.tool:<name>"`` a tool's description. A component that
+            is absent keeps the student's own value.
         parent_ids: Candidates it was made from; empty for the seed.
         cycle: Cycle in which it was proposed (0 for the seed).
         source: How it was made: ``"seed"``, ``"instructions"``, ``"demos"`` or ``"merge"``.
@@ -306,6 +307,8 @@ class TrainingRow:
         advantage: The advantage of the call's rollout, computed once per problem over all G.
         temperature: The temperature it was sampled at, above 0.
         grammar: What it was held to as it was sampled, and is when it is trained on.
+        token_advantages_T: An advantage for each token, in place of ``advantage``; empty where all
+            have that one.
     """
 
     __repr__ = display.brief
@@ -316,6 +319,12 @@ class TrainingRow:
     advantage: float
     temperature: float = 1.0
     grammar: Grammar | None = None
+    token_advantages_T: tuple[float, ...] = ()
+
+    @property
+    def has_gradient(self) -> bool:
+        """Whether any of its tokens has an advantage other than 0."""
+        return any(self.token_advantages_T or (self.advantage,))
 
 
 @dataclass(frozen=True)
@@ -333,6 +342,9 @@ class StepStats:
         skipped: Why no step was taken (``"constant"``, ``"non_finite"``), or ``None``.
         drift: Mean absolute difference (nats a token) between the log-probabilities at sampling
             and at the step: rounding where both are of the same weights.
+        taught: Rows that were read again with feedback in their prompt (``slow_signal``).
+        lesson: Mean over these rows' tokens of how much more probable they are to the reader of the
+            feedback (nats; below 0 where it would not have said them).
     """
 
     loss: float
@@ -343,6 +355,8 @@ class StepStats:
     rows: int
     skipped: str | None = None
     drift: float = 0.0
+    taught: int = 0
+    lesson: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -409,6 +423,11 @@ class TurnCounts:
             seconds=self.seconds + sum(turn.seconds for turn in turns),
         )
 
+    def __add__(self, other: TurnCounts) -> TurnCounts:
+        """Both together."""
+        names = [one.name for one in fields(self)]
+        return TurnCounts(**{name: getattr(self, name) + getattr(other, name) for name in names})
+
 
 @dataclass(frozen=True)
 class StepRecord:
@@ -471,6 +490,8 @@ class CycleRecord:
             the model keeps to the format by itself. ``None`` where answers are free.
         cold_start: What was done as the first validation showed nothing to learn from, in words.
         turns: What agents did, from the start of the run; all 0 for other programs.
+        peak_memory: Bytes that were in use at most up to the end of the cycle, since the process
+            began: torch's on a GPU, else the process's; 0 where it is not known.
     """
 
     __repr__ = display.brief
@@ -498,3 +519,4 @@ class CycleRecord:
     format_share: float | None = None
     cold_start: tuple[str, ...] = ()
     turns: TurnCounts = field(default_factory=TurnCounts)
+    peak_memory: int = 0

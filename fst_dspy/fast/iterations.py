@@ -155,7 +155,7 @@ class Iterations:
         proposal: CandidateProposal,
     ) -> None:
         """Score an accepted child, put it to the members, and tell."""
-        scores.add(child)
+        self.judge.answered(scores.add(child))
         members.append(child)
         if not self.events.callbacks:
             return

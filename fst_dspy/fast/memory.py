@@ -20,7 +20,7 @@ from fst_dspy.fast.proposers.protocol import (
 )
 from fst_dspy.fast.proposers.reflection import ReflectionUsage
 from fst_dspy.fast.reflector import Reflector, Trajectory
-from fst_dspy.student.candidate import DEMOS, example_id, instructions_in, split_component
+from fst_dspy.student.candidate import DEMOS, example_id, split_component, texts_in
 from fst_dspy.types import Rollout
 
 
@@ -102,10 +102,10 @@ class Memory:
             self.demos.bank(rollouts)
 
     def ready(self, components: Mapping[str, str]) -> list[str]:
-        """The components to update: instructions, and demos once there is something to show."""
+        """The components to update: plain texts, and demos once there is something to show."""
         demos = [name for name in components if split_component(name)[1] == DEMOS]
         ready = [name for name in demos if self.demos is not None and self.demos.ready(name)]
-        return [*instructions_in(components), *ready]
+        return [*texts_in(components), *ready]
 
     def by_id(self, trainset: Sequence[dspy.Example]) -> dict[str, dspy.Example]:
         """The examples by their ids, which are hashes of what is in them, and not taken twice."""

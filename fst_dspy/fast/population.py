@@ -142,22 +142,25 @@ def choose(
         cells = zip(seen_K_V[row], objective_K_V[row], strict=True)
         return [None if score is None else cell[name] for score, cell in cells]
 
+    def good_for_more(own: int, other: int) -> bool:
+        """Whether it is better in an objective; also where these were not compared."""
+        rows = [blocks_of(of_objective(own, n), of_objective(other, n)) for n in names]
+        return any(not blocks or better(blocks, share(len(names))) for blocks in rows)
+
     def earns_its_place(i: str) -> bool:
         # Not every two have met: who lost to one that is better leaves, be it not the best.
-        own, above = row_of[i], [row_of[other] for other in ids[: ids.index(i)]]
-        met = [
-            pairs(candidates[own], candidates[other])
-            if pairs
-            else blocks_of(score_K_V[own], score_K_V[other])
-            for other in above
-        ]
-        shared = share(max(1, sum(map(bool, met))), level)
-        if not any(worse(blocks, shared) and not own_wins(blocks) for blocks in met):
-            return True
-        best = row_of[ids[0]]
-        return any(
-            better(blocks_of(of_objective(own, name), of_objective(best, name)), share(len(names)))
-            for name in names
+        own, met = row_of[i], list[tuple[int, Sequence[Block]]]()
+        for other in (row_of[above] for above in ids[: ids.index(i)]):
+            if pairs is None:
+                blocks: Sequence[Block] = blocks_of(score_K_V[own], score_K_V[other])
+            else:
+                blocks = pairs(candidates[own], candidates[other])
+            met += [(other, blocks)] if blocks else []
+        return not any(
+            worse(blocks, share(len(met), level))
+            and not own_wins(blocks)
+            and not good_for_more(own, other)
+            for other, blocks in met
         )
 
     chosen = [ids[0]]

@@ -48,7 +48,7 @@ from fst_dspy.fast.gepa.strategies import (
     component_selector,
 )
 from fst_dspy.fast.iterations import Iterations, check_instructions
-from fst_dspy.fast.judge import Judge
+from fst_dspy.fast.judge import Judge, Verdict
 from fst_dspy.fast.lineup import Trial, lineup
 from fst_dspy.fast.memory import Memory
 from fst_dspy.fast.merge import merge
@@ -243,6 +243,10 @@ class TrialPhase:
     def end(self, population: Population) -> None:
         """Hear of the end of the run."""
         self.iterations.end(population)
+
+    def take_verdicts(self) -> list[Verdict]:
+        """What became of the children that were tried since the last call."""
+        return self.judge.take_verdicts()
 
     def report(self) -> dict[str, Any]:
         """What became of the proposals, and what the reflection LM cost, for JSON."""

@@ -120,6 +120,7 @@ class Run:
                 iterations=fast.first_cycle_iterations if first else fast.cycle_iterations,
                 policy_version=self.policy.step,
             )
+            self._keep_verdicts()
         # An opening is validated before the weights move: what prompts alone reach is known then,
         # and kept should training harm it.
         opening = first and parts.has_opening
@@ -139,10 +140,10 @@ class Run:
         done = step - 1 - state.records[-1].step
         self._tell(cycle, f"step {done + 1}/{steps_per_cycle}")
         # G rollouts of each of P problems, spread over the population's candidates.
-        groups_P, stream = parts.sampler.sample(state.population, step, state.stream)
+        groups_P, candidates, stream = parts.sampler.sample(state.population, step, state.stream)
         # Exactly one optimizer step; all G rollouts of a problem are compared with each other.
         assert parts.learner is not None
-        stats = parts.learner.advance(groups_P)
+        stats = parts.learner.advance(groups_P, candidates)
         record = step_record(cycle, step, groups_P, stats)
         if parts.folder is not None:
             parts.folder.record_step(record, groups_P, parts.config.slow.scale_rewards)
@@ -167,22 +168,30 @@ class Run:
         if not parts.fast_on or (parts.slow_opens and cycle == 1):
             return state.population
         self.runner.counts = self.runner.counts.plus(RolloutCounts(reused=len(rollouts)))
-        return parts.fast.after_step(
+        population = parts.fast.after_step(
             state.population,
             parts.trainset,
             rollouts,
             cycle=cycle,
             policy_version=self.policy.step,
         )
+        self._keep_verdicts()
+        return population
+
+    def _keep_verdicts(self) -> None:
+        """Write down which candidates were accepted or not, and why."""
+        verdicts = self.parts.fast.take_verdicts()
+        if self.parts.folder is not None:
+            self.parts.folder.record_verdicts(verdicts, self.policy.step)
 
     def _validate(self, state: LoopState) -> LoopState:
         """Score the fast weights under the slow ones as they are, and close the cycle's record."""
         parts, started, first = self.parts, time.monotonic(), not state.records
         cycle = 0 if first else state.cycle + 1
         self._tell(cycle, "validation")
-        found = score(parts, state)
+        found = came = score(parts, state)
         if first:  # where it shows nothing to learn from, give it something
-            state, found = warmed_up(parts, state, found)
+            state, found = warmed_up(parts, state, came)
         seconds = _add_seconds(state.seconds, "eval", started)
         parts.fast.validated(found.population, parts.val_ids, found.score_V)
         record = cycle_record(parts, state, cycle, found, seconds)
@@ -193,6 +202,10 @@ class Run:
         best = better_of(parts, state, found, cycle)
         if parts.folder is not None:
             parts.folder.record_cycle(record, found.population)
+            if first:
+                parts.folder.record_answers(came.rollouts, cycle, record.step, parts.valset)
+            if best.cycle == cycle and not (first and found is came):
+                parts.folder.record_answers(found.rollouts, cycle, record.step)
         return replace(
             state,
             cycle=cycle,
@@ -335,7 +348,7 @@ class Run:
     def _tell_cycle(self, state: LoopState) -> bool:
         """Tell that a cycle has ended; whether the listener wants the run to end with it."""
         stop, record = False, state.records[-1]
-        for trouble in troubles(record) if distributed.is_main() else ():
+        for trouble in troubles(self.parts, record) if distributed.is_main() else ():
             logger.warning("cycle %d: %s", record.cycle, trouble)
         self.parts.trackers.cycle(record, state.population)
         try:

@@ -9,6 +9,7 @@ from fst_dspy.fast.population import best, mean
 from fst_dspy.loop.parts import Parts
 from fst_dspy.loop.state import LoopState
 from fst_dspy.loop.validation import Validation
+from fst_dspy.model.hardware import peak_memory
 from fst_dspy.results.result import FSTResult
 from fst_dspy.slow.advantage import constant_group_share
 from fst_dspy.types import CycleRecord, Group, Rollout, StepRecord, StepStats
@@ -65,6 +66,7 @@ def cycle_record(
         format_share=tally.format_share,
         cold_start=state.cold_start,
         turns=parts.runner.turns,
+        peak_memory=peak_memory(parts.policy.device),
         reward_range=None if tally.low is None or tally.high is None else (tally.low, tally.high),
     )
 

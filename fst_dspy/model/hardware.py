@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import MethodType
@@ -114,6 +115,22 @@ def total_memory(device: torch.device | str = "cpu") -> int:
     return torch.cuda.mem_get_info(device)[1]
 
 
+def peak_memory(device: torch.device | str = "cpu") -> int:
+    """Bytes that were in use at most since the process began: torch's on a GPU, else all of them.
+
+    0 where the system does not tell.
+    """
+    device = torch.device(device)
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # Windows
+        return int(getattr(psutil.Process().memory_info(), "peak_wset", 0))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
+
+
 _SIGNS = (
     "out of memory",
     "can't allocate memory",
@@ -154,11 +171,13 @@ DTYPES = {
 
 
 def dtype_named(dtype: str | torch.dtype | None) -> torch.dtype | None:
-    """A dtype by one of its names; ``None`` stays ``None``.
+    """A dtype by one of its names; ``None`` and ``"auto"`` are ``None``.
 
     Raises:
         ModelError: It is no dtype that weights can be trained in.
     """
+    if dtype == "auto":
+        return None
     found = DTYPES.get(dtype.removeprefix("torch.").lower()) if isinstance(dtype, str) else dtype
     if dtype is not None and found not in DTYPES.values():
         raise ModelError(

@@ -103,6 +103,10 @@ def test_rollouts_are_not_logged_where_that_is_off(tiny_qwen3, tmp_path):
     assert unlogged.weights_version == logged.weights_version
     assert (tmp_path / "on" / "rollouts.jsonl").exists()
     assert not (tmp_path / "off" / "rollouts.jsonl").exists()
+    assert not (tmp_path / "off" / "answers.jsonl").exists()
+    asked = [row for row in read_jsonl(tmp_path / "on" / "answers.jsonl") if "inputs" in row]
+    assert [row["inputs"]["question"] for row in asked] == [q.question for q in questions(4, 6)]
+    assert sum(row["reward"] for row in asked) / 4 == pytest.approx(logged.records[0].val_score)
     write_report([tmp_path / "off"], tmp_path / "page.html")
     assert (tmp_path / "page.html").stat().st_size > 1000
 
@@ -140,6 +144,11 @@ def test_a_killed_run_goes_on_to_the_same_end(tiny_qwen3, tmp_path, lora, monkey
     assert resumed.weights_version == whole.weights_version
     assert resumed.best == whole.best
     assert resumed.population == whole.population
+    for name in ("answers", "proposals"):  # each once, whenever it was killed
+        one, other = (
+            list(read_jsonl(tmp_path / run / f"{name}.jsonl")) for run in ("whole", "cut")
+        )
+        assert one == other
     for name in ("cycles", "steps", "rollouts"):
         lines = [
             (tmp_path / run / f"{name}.jsonl").read_text().count("\n") for run in ("whole", "cut")

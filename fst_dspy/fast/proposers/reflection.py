@@ -34,7 +34,7 @@ from fst_dspy.fast.proposers.protocol import (
     StudiesExamples,
     well_formed,
 )
-from fst_dspy.student.candidate import INSTRUCTIONS, split_component
+from fst_dspy.student.candidate import split_component, texts_in, tool_in
 
 logger = logging.getLogger(__name__)
 
@@ -136,7 +136,7 @@ class ReflectionLMProposer:
         Raises:
             ProposalError: The LM gave nothing usable, and there is no ``fallback``.
         """
-        names = [name for name in names if split_component(name)[1] == INSTRUCTIONS]
+        names = texts_in(names)
         self.observe_all(records)
 
         def one(name: str) -> str:
@@ -208,6 +208,15 @@ class ReflectionLMProposer:
         if isinstance(own, Mapping):
             own = own.get(name, own.get(split_component(name)[0]))
         words = max(1, self.instruction_tokens * 2 // 3)  # English: about 1.5 tokens a word
+        tool = tool_in(name)
+        if tool is not None:
+            return (
+                f"{own or InstructionProposalSignature.default_prompt_template}\n\n"
+                "What is to be written is not the instruction itself but the description of the "
+                f"tool {tool!r}, by which the assistant chooses and calls it. Say what it does, "
+                "when it is of use and when not; lines at the end may describe an argument each, "
+                f"as 'argument: what it is'. It must not be longer than {words} words."
+            )
         return (
             f"{own or InstructionProposalSignature.default_prompt_template}\n\n"
             f"The new instruction must not be longer than {words} words, and must still name every "
