@@ -80,12 +80,19 @@ class Memory:
                 proposer.study(self.by_id(trainset))
 
     def advice(self, stats: ProposalStats) -> str | None:
-        """What to do where feedback had nothing to learn from; ``None`` where it had."""
+        """What to do where nothing was learned from feedback; ``None`` where something was."""
         found = self.proposer.findings() if isinstance(self.proposer, TellsFindings) else None
-        if stats.accepted or not stats.iterations or found is None or found.lessons:
+        if stats.accepted or not stats.iterations or found is None:
             return None
+        if found.lessons and not stats.rejected:
+            return None  # there was nothing to mend, or it is yet to be tried
         said = "the metric gave no feedback"
-        if found.with_feedback:
+        if found.lessons:
+            said = (
+                f"what was read off feedback and labels ({found.lessons} rules) made no answers "
+                "better"
+            )
+        elif found.with_feedback:
             said = (
                 f"the feedback of {found.with_feedback} rollouts states nothing that holds beyond "
                 f"its own example (such as {found.sample!r}), and the labels show no rule"

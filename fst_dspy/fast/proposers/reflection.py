@@ -122,6 +122,7 @@ class ReflectionLMProposer:
         self.pause = pause
         self.usage = ReflectionUsage()
         self._faults: Counter[str] = Counter()
+        self._told: set[str] = set()
         self._lock = threading.RLock()
         self.template = template
 
@@ -193,7 +194,13 @@ class ReflectionLMProposer:
                     raise
                 self._count(error.kind)
                 words = visible(str(error))
-                logger.info("no usable reflection on %s (%s): %s", name, error.kind, words)
+                level = logging.INFO if error.kind in self._told else logging.WARNING
+                self._told.add(error.kind)
+                logger.log(
+                    level,
+                    "no usable reflection on %s (%s): %s; the lessons in the feedback stand in",
+                    *(name, error.kind, words),
+                )
         elif self.fallback is None:
             raise ProposalError(
                 "stopped", f"the reflection LM is no longer asked: {self.usage.stopped}"

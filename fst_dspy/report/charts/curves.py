@@ -7,8 +7,9 @@ from html import escape
 from typing import Any
 
 from fst_dspy.report import data
+from fst_dspy.report.answer.intervals import wilson
 from fst_dspy.report.charts.figure import Line, figure, score_range
-from fst_dspy.report.charts.intervals import Bounds, interval, wilson
+from fst_dspy.report.charts.intervals import Bounds, interval
 from fst_dspy.report.data import Run
 from fst_dspy.report.faults import FORMAT
 from fst_dspy.report.rollouts import Outcome

@@ -12,14 +12,14 @@ import pytest
 from run_folders import HOSTILE, change_rows, write_run
 
 from fst_dspy.report import data
-from fst_dspy.report.answer.intervals import gain_of
+from fst_dspy.report.answer.intervals import gain_of, wilson
 from fst_dspy.report.charts.agents import Acted, acted, agents
 from fst_dspy.report.charts.compare import compare
 from fst_dspy.report.charts.cost import cost, cost_facts
 from fst_dspy.report.charts.curves import curves, mean_bounds, score_bounds
 from fst_dspy.report.charts.figure import SHARE, Line, figure, score_range
 from fst_dspy.report.charts.health import health
-from fst_dspy.report.charts.intervals import interval, wilson
+from fst_dspy.report.charts.intervals import interval
 from fst_dspy.report.data import Run
 from fst_dspy.report.rollouts import Outcome, read_rollouts
 from fst_dspy.report.watch import run_view
