@@ -366,6 +366,10 @@ class SamplingConfig:
         max_calls: Model calls one rollout may make; a program that loops ends there.
         num_threads: Rollouts alive at once, each in its thread; the largest generation batch.
         val_size: V, validation examples scored each cycle; the rest of the set is not used.
+        val_samples: Most rollouts of each of them (the paper has 4). Of the best candidate, more
+            are run as long as it is open how it compares with the best so far
+            (``fst_dspy.loop.validation``). Where there are more examples, a larger ``val_size`` is
+            the better use.
         structured: Whether answers are held to the format that the adapter reads; they are then
             trained as they were sampled, over what the format allows. ``"auto"`` does it where more
             than a tenth of the first validation's answers cannot be read. ``False`` leaves what the
@@ -380,6 +384,7 @@ class SamplingConfig:
     max_calls: int = 64
     num_threads: int = 128
     val_size: int = 48
+    val_samples: int = 1
     structured: Literal["auto"] | bool = "auto"
 
     def __post_init__(self) -> None:
@@ -398,7 +403,7 @@ class SamplingConfig:
             self.rollout_timeout is None or self.rollout_timeout > 0,
             f"rollout_timeout must be positive or None, got {self.rollout_timeout}",
         )
-        for name in ("max_calls", "num_threads", "val_size"):
+        for name in ("max_calls", "num_threads", "val_size", "val_samples"):
             value = getattr(self, name)
             _require(value >= 1, f"{name} must be at least 1, got {value}")
         _require(
@@ -683,7 +688,7 @@ SINCE: dict[str, dict[str, Any]] = {
         "slow_signal": "reward",
         "distillation_weight": 0.5,
     },
-    "sampling": {"structured": "auto"},
+    "sampling": {"structured": "auto", "val_samples": 1},
     "budget": {"max_full_evals": None, "max_env_steps": None, "on_no_signal": "stop"},
 }
 """Settings that earlier versions did not have, by part, with what they did, or with what only the

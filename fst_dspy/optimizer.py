@@ -13,6 +13,14 @@ Departures from the paper (Tiwari et al., 2026), section 3:
   then the whole population is scored on the validation examples at the end of every cycle, under
   the weights of that moment, and the scores serve as validation and as the next Pareto front.
 * Rollouts of both channels are counted, scoring included.
+* Fewer than K candidates are kept where the others are likely worse than the best, and win on no
+  problems of their own; the pair that is returned is the latest that is not likely worse than the
+  highest; validation has one sample an example (``val_samples``; mean@4 in the paper).
+  ``docs/decisions.md`` has the rates.
+* Steps whose groups are mostly constant are shortened (``damp_constant``); problems whose groups
+  were constant come back less often (``revisit_constant``).
+* Rollouts of a candidate on trial are trained on, whether it is accepted or not.
+* Demos are fast weights too (``demo_tokens``); the paper evolves instructions.
 * The arms ``rl_only`` and ``gepa_only`` are this loop with one channel off.
 
 Example::

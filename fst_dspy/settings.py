@@ -183,6 +183,11 @@ class Settings(TypedDict, total=False):
     """Default 128. Rollouts alive at once, each in its thread; the largest generation batch."""
     val_size: int
     """Default 48. V, validation examples scored each cycle; the rest of the set is not used."""
+    val_samples: int
+    """Default 1. Most rollouts of each of them (the paper has 4). Of the best candidate, more
+    are run as long as it is open how it compares with the best so far
+    (``fst_dspy.loop.validation``). Where there are more examples, a larger ``val_size`` is
+    the better use."""
     structured: Literal["auto"] | bool
     """Default 'auto'. Whether answers are held to the format that the adapter reads; they are
     then trained as they were sampled, over what the format allows. ``"auto"`` does it where

@@ -15,7 +15,8 @@ import dspy
 from fst_dspy import distributed
 from fst_dspy.config import SamplingConfig
 from fst_dspy.errors import StoreError
-from fst_dspy.fast.population import better_by_two_errors
+from fst_dspy.fast.decide import better, share
+from fst_dspy.fast.population import blocks_of
 from fst_dspy.files import read_json, write_atomically
 from fst_dspy.lm.predictors import find_local_lm
 from fst_dspy.rollouts.evaluate import evaluate
@@ -114,9 +115,10 @@ def nearest(
     examples: Sequence[dspy.Example],
     version: str,
 ) -> str | None:
-    """The task whose candidate scores best, if it does clearly better than the program's own.
+    """The task whose candidate scores best, if it is better than the program's own, not by chance.
 
-    Runs (1 + tasks) x examples rollouts on channel ``fast``.
+    Where none is, one is taken at the rate ``decide.LEVEL`` at most, however many there are. Runs
+    (1 + tasks) x examples rollouts on channel ``fast``.
 
     Args:
         runner: Of the new task's program and metric.
@@ -126,18 +128,18 @@ def nearest(
         version: The weights to sample from.
 
     Returns:
-        Its name, the first of equals; ``None`` where none is clearly better.
+        Its name, the first of equals; ``None`` where none is better by more than chance.
     """
     candidates = [own, *known.values()]
     scored = evaluate(runner, candidates, examples, channel="fast", version=version)
     own_V, *others = scored.score_K_V
     means = dict(zip(known, scored.mean_K[1:], strict=True))
-    better = [
+    clearly = [
         name
         for name, score_V in zip(known, others, strict=True)
-        if better_by_two_errors(score_V, own_V)
+        if better(blocks_of(score_V, own_V), share(len(known)))
     ]
-    return max(better, key=lambda name: means[name], default=None)
+    return max(clearly, key=lambda name: means[name], default=None)
 
 
 def alike(one: Task, other: Task) -> bool:

@@ -24,6 +24,7 @@ class ProposalStats:
         iterations: Iterations run, merges included.
         proposals: Children that were tried.
         accepted: Children that did better, and joined the candidates.
+        proven: Those of them that did better by more than chance (``fst_dspy.fast.decide``).
         rejected: Children that did not.
         merges: Accepted children that merge two candidates.
         empty: Iterations whose proposer changed nothing, or that found nothing to merge.
@@ -35,6 +36,7 @@ class ProposalStats:
     iterations: int = 0
     proposals: int = 0
     accepted: int = 0
+    proven: int = 0
     rejected: int = 0
     merges: int = 0
     empty: int = 0

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import random
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
@@ -22,6 +23,7 @@ from gepa.proposer.reflective_mutation.reflective_mutation import ReflectiveMuta
 
 from fst_dspy.config import FastConfig
 from fst_dspy.errors import ConfigError, DataError
+from fst_dspy.fast.decide import Block
 from fst_dspy.fast.gepa.adapter import GepaAdapter
 from fst_dspy.fast.gepa.events import Events
 from fst_dspy.fast.gepa.strategies import (
@@ -32,7 +34,7 @@ from fst_dspy.fast.gepa.strategies import (
 )
 from fst_dspy.fast.judge import Judge
 from fst_dspy.fast.memory import Memory
-from fst_dspy.fast.population import best, mean
+from fst_dspy.fast.population import Row, best, blocks_of, mean
 from fst_dspy.fast.reflector import Reflector, candidate_of
 from fst_dspy.fast.scores import PooledScores, Scores, ValidationScores
 from fst_dspy.student.candidate import instructions_in
@@ -121,7 +123,9 @@ class Iterations:
                     trajectories = proposal.eval_after.trajectories or []
                     reflector.learn(child.components, trajectories)
                 reflector.known_ids.add(child.id)
-                if self.accepts(child, [parent], proposal, state):
+                after, own = proposal.subsample_scores_after, proposal.subsample_scores_before
+                blocks = blocks_of(after or [], own or [])
+                if self.accepts(child, [parent], proposal, state, blocks):
                     self.add(child, members, scores, state, proposal)
             self.turn += 1
             self.events.end_iteration(state, len(members) > before)
@@ -133,9 +137,10 @@ class Iterations:
         parents: Sequence[Candidate],
         proposal: CandidateProposal,
         state: GEPAState,
+        blocks: Sequence[Block],
     ) -> bool:
         """Whether the judge accepts a child; callbacks hear it where it does not."""
-        accepted = self.judge.accepts(child, parents, proposal, state)
+        accepted = self.judge.accepts(child, parents, proposal, state, blocks)
         if not accepted:
             reason = self.judge.reason(proposal, state)
             self.events.judged(proposal, accepted=False, index=-1, why=reason)
@@ -159,11 +164,12 @@ class Iterations:
         after = self.gepa_state(members, rows, scores.objectives(members))
         self.events.front(state, after)
         if isinstance(scores, ValidationScores):
-            means = list(map(mean, rows))
+            score_K_V = scores.rows(members)
+            means = list(map(mean, score_K_V))
             self.events.validated(
                 len(members) - 1,
                 child.components,
-                dict(zip(scores.val_ids, rows[-1], strict=True)),
+                dict(zip(scores.val_ids, score_K_V[-1], strict=True)),
                 is_best=means[-1] == max(means),
                 parents=proposal.parent_program_ids,
             )
@@ -224,22 +230,23 @@ class Iterations:
     def gepa_state(
         self,
         members: Sequence[Candidate],
-        score_K: Sequence[Sequence[float]],
+        score_K: Sequence[Row],
         objective_K: Sequence[Sequence[Mapping[str, float]]] = (),
     ) -> GEPAState:
         """gepa's state, as if it had found all the members by itself.
 
-        Where there are no objectives (yet), its front is over examples.
+        Where there are no objectives (yet), its front is over examples. One on which a single
+        member of several has run is left out, where there are others: nobody was beaten there.
         """
         frontier: FrontierType = self.config.frontier_type if objective_K else "instance"
-        evaluations: list[ValsetEvaluation] = [
-            ValsetEvaluation(
-                {},
-                dict(enumerate(row)),
-                {v: dict(cell) for v, cell in enumerate(objective_K[k])} if objective_K else None,
-            )
-            for k, row in enumerate(score_K)
-        ]
+        columns = shared_columns(score_K)
+        evaluations: list[ValsetEvaluation] = []
+        for k, row in enumerate(score_K):
+            scores = {v: score for v, score in enumerate(row) if v in columns and score is not None}
+            # gepa wants objectives of all: of one that was compared nowhere, those it has.
+            known = scores or range(len(row))
+            objectives = {v: dict(objective_K[k][v]) for v in known} if objective_K else None
+            evaluations.append(ValsetEvaluation({}, scores, objectives))
         state: GEPAState = GEPAState(
             dict(members[0].components), evaluations[0], frontier_type=frontier
         )
@@ -311,6 +318,13 @@ class Iterations:
             experiment_tracker=ExperimentTracker(),
             callbacks=self.events.for_gepa,
         )
+
+
+def shared_columns(score_K: Sequence[Row]) -> set[int]:
+    """The columns that have scores of two members, if there are such."""
+    seen = [{v for v, score in enumerate(row) if score is not None} for row in score_K]
+    counts = Counter(v for columns in seen for v in columns)
+    return {v for v, count in counts.items() if count >= min(2, len(seen))} or set(counts)
 
 
 class _QuietLogger:

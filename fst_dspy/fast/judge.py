@@ -1,4 +1,10 @@
-"""Who is accepted: gepa's criterion, the count of what it said, and who descends from whom."""
+"""Who is accepted, the count of that, and who descends from whom.
+
+To be accepted is to join the population, which claims nothing and sends nobody away: gepa's
+criterion, a higher sum than the parent's, is enough for that. Whether it was more than chance
+(``fst_dspy.fast.decide``) is counted beside it. To ask it of who joins was tried: small gains, of
+which a search lives, are not found then (``docs/decisions.md``).
+"""
 
 from __future__ import annotations
 
@@ -11,6 +17,7 @@ from gepa.proposer.base import CandidateProposal
 from gepa.strategies.acceptance import AcceptanceCriterion
 
 from fst_dspy.fast.acceptance import ProposalStats, criterion_for
+from fst_dspy.fast.decide import Block, better
 from fst_dspy.student.candidate import candidate_from_json, candidate_to_json
 from fst_dspy.types import Candidate, Rollout
 
@@ -80,6 +87,7 @@ class Judge:
         parents: Sequence[Candidate],
         proposal: CandidateProposal,
         state: GEPAState,
+        blocks: Sequence[Block],
     ) -> bool:
         """Whether the criterion accepts the child; it is counted, and remembered if so.
 
@@ -88,6 +96,7 @@ class Judge:
             parents: What it was made from, at least one.
             proposal: Its scores and its parents', as gepa's criteria take them.
             state: gepa's, with the parents among its candidates.
+            blocks: What was observed of the child and its parents at once.
         """
         criterion = criterion_for(child, parents[0], self.acceptance)
         accepted = criterion.should_accept(proposal, state)
@@ -107,6 +116,7 @@ class Judge:
         self.count(
             proposals=1,
             accepted=int(accepted),
+            proven=int(accepted and better(blocks)),
             rejected=int(not accepted),
             merges=int(accepted and child.source == "merge"),
         )

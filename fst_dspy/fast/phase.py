@@ -60,7 +60,7 @@ from fst_dspy.fast.memory import Memory
 from fst_dspy.fast.merge import merge
 from fst_dspy.fast.proposers.demos import DemoProposer, without_answer
 from fst_dspy.fast.proposers.protocol import Proposer
-from fst_dspy.fast.scores import Scores, ValidationScores
+from fst_dspy.fast.scores import ValidationScores
 from fst_dspy.rollouts.jobs import Runner
 from fst_dspy.types import Candidate, Population, Rollout
 
@@ -209,7 +209,7 @@ class FastPhase:
     def _merge_on(
         self,
         adapter: GepaAdapter,
-        scores: Scores,
+        scores: ValidationScores,
         members: list[Candidate],
         trainset: Sequence[dspy.Example],
         valset: Sequence[dspy.Example],
@@ -235,7 +235,10 @@ class FastPhase:
         after = adapter.evaluate([valset[v] for v in columns], child.components).scores
         before = [[rows[k][v] for v in columns] for k in indices]
         proposal = proposal_of(child, before, after, indices)
-        accepted = self.iterations.accepts(child, parents, proposal, state)
+        blocks = [
+            ([own], others) for own, others in zip(after, zip(*before, strict=True), strict=True)
+        ]
+        accepted = self.iterations.accepts(child, parents, proposal, state, blocks)
         if accepted:
             self.iterations.add(child, members, scores, state, proposal)
         self.events.end_iteration(state, accepted)

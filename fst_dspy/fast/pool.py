@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from fst_dspy.fast.decide import Block
 from fst_dspy.fast.proposers.demos import shown_examples
 from fst_dspy.rollouts.evaluate import objectives_in, score_of
 from fst_dspy.run.records import as_read_back, rollout_from_json, with_fields
@@ -62,12 +63,16 @@ class ScoreTable:
         candidates: Those of which there is at least one score, in the order given.
         problem_ids: Length P, the columns.
         score_K_P: Mean reward; where a candidate has not run on a problem, the fitted value.
-        objective_K_P: The same for each of the metric's objectives; empty where it has none.
+        seen_K_P: Mean reward on the problems that the best candidate has run on, with which the
+            others are compared; where a candidate has not, ``None``.
+        objective_K_P: As ``score_K_P``, for each of the metric's objectives; empty where it has
+            none.
     """
 
     candidates: tuple[Candidate, ...]
     problem_ids: tuple[str, ...]
     score_K_P: tuple[tuple[float, ...], ...]
+    seen_K_P: tuple[tuple[float | None, ...], ...]
     objective_K_P: tuple[tuple[Mapping[str, float], ...], ...] = ()
 
 
@@ -81,7 +86,14 @@ def score_table(pool: RolloutPool, candidates: Sequence[Candidate]) -> ScoreTabl
     known = [(c, row) for c, row in zip(candidates, means, strict=True) if row]
     gaps_K_P = [[row.get(problem) for problem in problems] for _, row in known]
     there = tuple(candidate for candidate, _ in known)
-    return ScoreTable(there, problems, fill(gaps_K_P), _objectives(pool, there, problems))
+    score_K_P = fill(gaps_K_P)
+    best_k = max(range(len(known)), key=lambda k: sum(score_K_P[k]), default=None)
+    best_P = gaps_K_P[best_k] if best_k is not None else []
+    seen_K_P = tuple(
+        tuple(s if best is not None else None for s, best in zip(row, best_P, strict=True))
+        for row in gaps_K_P
+    )
+    return ScoreTable(there, problems, score_K_P, seen_K_P, _objectives(pool, there, problems))
 
 
 def _objectives(
@@ -153,15 +165,40 @@ def fill(score_K_P: Sequence[Sequence[float | None]]) -> tuple[tuple[float, ...]
 def paired(
     pool: RolloutPool, child: Candidate, others: Sequence[Candidate]
 ) -> tuple[list[list[float]], list[float]]:
-    """Scores of the others, and of the child, on the problems that all of them have run on.
+    """Means of the others, and of the child, on what all of them have run on at once.
 
     Returns:
-        A row for each of ``others``, and the child's; problems in the same order.
+        A row for each of ``others``, and the child's; a problem and version of the weights each.
     """
-    rows = [problem_means(pool, candidate) for candidate in (child, *others)]
-    common = sorted(set.intersection(*(set(row) for row in rows)))
-    child_P, *others_P = [[row[problem] for problem in common] for row in rows]
-    return others_P, child_P
+    rows = [_rewards(pool, candidate) for candidate in (child, *others)]
+    common = [key for key in rows[0] if all(key in row for row in rows)]
+    child_B, *others_B = [[sum(row[key]) / len(row[key]) for key in common] for row in rows]
+    return others_B, child_B
+
+
+def observed(pool: RolloutPool, one: Candidate, *others: Candidate) -> list[Block]:
+    """What was observed of a candidate and of others, taken together, at once.
+
+    Returns:
+        A block for each problem and version of the weights that both have run on, oldest first.
+    """
+    own, *rest = [_rewards(pool, candidate) for candidate in (one, *others)]
+    found: list[Block] = []
+    for key in own:
+        other = [reward for rewards in rest for reward in rewards.get(key, ())]
+        if other:
+            found.append((own[key], other))
+    return found
+
+
+def _rewards(pool: RolloutPool, candidate: Candidate) -> dict[tuple[int, str], list[float]]:
+    """Rewards by version and problem, but for the problems that the candidate's demos show."""
+    shown = shown_examples(candidate)
+    rewards: dict[tuple[int, str], list[float]] = defaultdict(list)
+    for rollout in pool.of(candidate.id):
+        if rollout.example_id not in shown:
+            rewards[rollout.policy_version, rollout.example_id].append(rollout.reward)
+    return rewards
 
 
 def minibatch(rollouts: Sequence[Rollout], size: int, rng: random.Random) -> list[Rollout]:

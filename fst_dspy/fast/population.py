@@ -4,24 +4,25 @@ Pure functions. The front is GEPA's: a candidate is on it if it is best on at le
 example, less those whose every win is shared with a better candidate that stays (gepa,
 ``gepa_utils.remove_dominated_programs``). The K kept are chosen greedily to cover the front.
 
-In one thing it departs from GEPA's: a candidate that is clearly worse than the best, and best on
-few examples, does not stay. Scores are single samples, so a bare prompt that guesses one answer in
-ten is soon on the front; in the slow phase it would take its share of every group, and teach the
-weights to do without the context.
+In one thing it departs from GEPA's: to stay beside the best costs a share of every group's rollouts
+in the slow phase, and teaches the weights a context that is not returned. So it takes evidence: who
+ranks lower stays if it has met one that ranks above it, and either was not worse there at the level
+of the test, or won on problems of its own by more than chance. Wins and tests are of scores that
+were observed of both; where there are gaps, only the order is of fitted means.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from math import comb
+from collections.abc import Callable, Mapping, Sequence
 
 from fst_dspy.errors import ConfigError
+from fst_dspy.fast.decide import LEVEL, Block, better, own_wins, share, worse
 from fst_dspy.types import Candidate, Population
 
-CLEARLY = 0.05
-"""Level of the sign test by which a candidate is clearly worse than the best."""
-NICHE = 0.1
-"""Share of the examples on which a candidate must beat all others to stay nevertheless."""
+Row = Sequence[float | None]
+"""Scores of a candidate, ``None`` where none was observed."""
+Pairs = Callable[[Candidate, Candidate], Sequence[Block]]
+"""What was observed of two candidates at once."""
 
 
 def mean(values: Sequence[float]) -> float:
@@ -29,37 +30,42 @@ def mean(values: Sequence[float]) -> float:
     return sum(values) / len(values) if values else 0.0
 
 
-def pareto_front(score_K_V: Sequence[Sequence[float]]) -> tuple[int, ...]:
+def pareto_front(score_K_V: Sequence[Row]) -> tuple[int, ...]:
     """Indices of the candidates on the per-example front, ascending.
 
     Args:
-        score_K_V: K candidates on V examples; higher is better. Empty gives an empty front.
+        score_K_V: K candidates on V examples; higher is better. Empty gives an empty front. An
+            example counts where it has scores of two candidates, if there are two.
     """
-    if not score_K_V:
-        return ()
-    winners_V = [
-        {k for k, score in enumerate(score_K) if score == max(score_K)}
-        for score_K in zip(*score_K_V, strict=True)
-    ]
-    front = set().union(*winners_V) if winners_V else set()
-    for k in sorted(front, key=lambda k: (mean(score_K_V[k]), -k)):
+    winners_V = []
+    for score_K in zip(*score_K_V, strict=True):
+        seen = {k: score for k, score in enumerate(score_K) if score is not None}
+        if len(seen) >= min(2, len(score_K_V)):
+            top = max(seen.values())
+            winners_V.append({k for k, score in seen.items() if score == top})
+    front: set[int] = set().union(*winners_V)
+    for k in sorted(front, key=lambda k: (mean(_seen(score_K_V[k])), -k)):
         if all((winners & front) - {k} for winners in winners_V if k in winners):
             front.discard(k)
     return tuple(sorted(front))
 
 
+def _seen(row: Row) -> list[float]:
+    return [score for score in row if score is not None]
+
+
 def columns(
     frontier: str,
-    score_K_V: Sequence[Sequence[float]],
+    score_K_V: Sequence[Row],
     objective_K_V: Sequence[Sequence[Mapping[str, float]]],
-) -> Sequence[Sequence[float]]:
+) -> Sequence[Row]:
     """What the front is made over, a row a candidate, for one of gepa's ``frontier_type``.
 
     Args:
         frontier: ``"instance"``, an example a column; ``"objective"``, an objective's mean over the
             examples; ``"hybrid"``, both, with equal weight; ``"cartesian"``, an objective on an
             example.
-        score_K_V: Scores.
+        score_K_V: Scores, those that were observed.
         objective_K_V: Scores by objective, all with the same ones; where it is empty, the front is
             over examples.
     """
@@ -67,7 +73,13 @@ def columns(
         return score_K_V
     names = sorted(objective_K_V[0][0])
     if frontier == "cartesian":
-        return [[cell[name] for cell in row for name in names] for row in objective_K_V]
+        return [
+            [None if score is None else cell[name] for score, cell in cells for name in names]
+            for cells in (
+                list(zip(score_V, row, strict=True))
+                for score_V, row in zip(score_K_V, objective_K_V, strict=True)
+            )
+        ]
     means = [[mean([cell[name] for cell in row]) for name in names] for row in objective_K_V]
     if frontier == "objective":
         return means
@@ -85,22 +97,30 @@ def choose(
     *,
     objective_K_V: Sequence[Sequence[Mapping[str, float]]] = (),
     frontier: str = "instance",
+    seen_K_V: Sequence[Row] | None = None,
+    pairs: Pairs | None = None,
+    level: float = LEVEL,
 ) -> Population:
     """The ``k`` candidates that cover the front.
 
     First the best mean; then, again and again, the one on the front with the most examples (or
     other :func:`columns`) on which it beats all those chosen (ties: higher mean, then id). Where
-    the front holds fewer than ``k``, the best means of the others follow. One that is clearly worse
-    than the best is only taken for a niche of its own, so that there may be fewer than ``k``. The
-    result depends on no order of the arguments.
+    the front holds fewer than ``k``, the best means of the others follow. Beside the best stays
+    only who has met one that ranks above it. It is compared with the highest of these, and leaves
+    if it was worse, unless it won on problems of its own by more than chance or is better in one
+    of the objectives that ``frontier`` names. So there may be fewer than ``k``. The result depends
+    on no order of the arguments.
 
     Args:
         candidates: At least one; of equal ids the first is taken.
-        score_K_V: Their scores, a row each.
+        score_K_V: Their scores, a row each, gaps filled: for the order alone.
         val_ids: Length V.
         k: Candidates to keep, at least 1.
         policy_version: Optimizer steps taken when the scores were measured.
         objective_K_V, frontier: As for :func:`columns`.
+        seen_K_V: The scores that were observed, on which wins count; ``None``: all were.
+        pairs: What was observed of two candidates at once; ``None``: the scores, an example each.
+        level: Rate at which an equal candidate is called worse; 0: none is.
 
     Raises:
         ConfigError: No candidates, or ``k`` below 1.
@@ -111,23 +131,44 @@ def choose(
     for index, candidate in enumerate(candidates):
         row_of.setdefault(candidate.id, index)
     scores = {i: tuple(score_K_V[row]) for i, row in row_of.items()}
-    column_rows = columns(frontier, score_K_V, objective_K_V)
+    seen_K_V = score_K_V if seen_K_V is None else seen_K_V
+    column_rows = columns(frontier, seen_K_V, objective_K_V)
+    by_objective = frontier != "instance" and objective_K_V and objective_K_V[0]
+    names = sorted(objective_K_V[0][0]) if by_objective else []
     fronts = {i: column_rows[row] for i, row in row_of.items()}
     ids = sorted(row_of, key=lambda i: (-mean(scores[i]), i))
     front = {ids[index] for index in pareto_front([fronts[i] for i in ids])}
+
+    def of_objective(row: int, name: str) -> list[float | None]:
+        cells = zip(seen_K_V[row], objective_K_V[row], strict=True)
+        return [None if score is None else cell[name] for score, cell in cells]
+
+    def good_for_more(own: int, other: int) -> bool:
+        """Whether it is better in an objective; also where these were not compared."""
+        rows = [blocks_of(of_objective(own, n), of_objective(other, n)) for n in names]
+        return any(not blocks or better(blocks, share(len(names))) for blocks in rows)
+
+    def earns_its_place(i: str) -> bool:
+        own = row_of[i]
+        for other in (row_of[above] for above in ids[: ids.index(i)]):
+            if pairs is None:
+                blocks: Sequence[Block] = blocks_of(score_K_V[own], score_K_V[other])
+            else:
+                blocks = pairs(candidates[own], candidates[other])
+            if blocks:  # not every two have met
+                lost = level > 0 and worse(blocks, level)
+                return not lost or own_wins(blocks) or good_for_more(own, other)
+        return False
+
     chosen = [ids[0]]
     rest = ids[1:]
     while rest and len(chosen) < k:
-        best_C = [max(column) for column in zip(*(fronts[i] for i in chosen), strict=True)]
-        gain = {
-            i: sum(s > b for s, b in zip(fronts[i], best_C, strict=True)) if i in front else -1
-            for i in rest
-        }
+        columns_C = zip(*(fronts[i] for i in chosen), strict=True)
+        best_C = [max(_seen(column), default=None) for column in columns_C]
+        gain = {i: _wins(fronts[i], best_C) if i in front else -1 for i in rest}
         pick = max(rest, key=lambda i: gain[i])  # the first of equals: rest is sorted by mean, id
         rest.remove(pick)
-        if gain[pick] >= NICHE * len(best_C) or not worse_by_sign_test(
-            scores[pick], scores[ids[0]]
-        ):
+        if earns_its_place(pick):
             chosen.append(pick)
     rows = [row_of[i] for i in chosen]
     return Population(
@@ -139,28 +180,15 @@ def choose(
     )
 
 
-def worse_by_sign_test(score_V: Sequence[float], best_V: Sequence[float]) -> bool:
-    """Whether scores are lower than others on the same examples, by a one-sided sign test.
-
-    Args:
-        score_V, best_V: Length V; examples on which they are equal do not count.
-    """
-    wins = sum(s > b for s, b in zip(score_V, best_V, strict=True))
-    losses = sum(s < b for s, b in zip(score_V, best_V, strict=True))
-    unequal = wins + losses
-    return sum(comb(unequal, n) for n in range(wins + 1)) < CLEARLY * 2**unequal
+def _wins(row: Row, other: Row) -> int:
+    pairs = zip(row, other, strict=True)
+    return sum(s is not None and o is not None and s > o for s, o in pairs)
 
 
-def better_by_two_errors(score_V: Sequence[float], other_V: Sequence[float]) -> bool:
-    """Whether scores on the same V examples are higher by two standard errors, and at all.
-
-    Args:
-        score_V, other_V: Length V, at least 1.
-    """
-    count = len(score_V)
-    gain_V = [a - b for a, b in zip(score_V, other_V, strict=True)]
-    variance = sum((gain - mean(gain_V)) ** 2 for gain in gain_V) / max(1, count - 1)
-    return mean(gain_V) > 0 and mean(gain_V) >= 2 * (variance / count) ** 0.5
+def blocks_of(score_V: Row, other_V: Row) -> list[Block]:
+    """Scores of two candidates on V examples as blocks, those that were observed of both."""
+    pairs = zip(score_V, other_V, strict=True)
+    return [([s], [o]) for s, o in pairs if s is not None and o is not None]
 
 
 def ranked(population: Population) -> tuple[Candidate, ...]:

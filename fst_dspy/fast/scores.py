@@ -9,6 +9,7 @@ import dspy
 
 from fst_dspy.fast.gepa.adapter import GepaAdapter
 from fst_dspy.fast.pool import RolloutPool, score_table
+from fst_dspy.fast.population import Row
 from fst_dspy.types import Candidate, Population, Rollout
 
 Objectives = tuple[tuple[Mapping[str, float], ...], ...]
@@ -18,8 +19,8 @@ Objectives = tuple[tuple[Mapping[str, float], ...], ...]
 class Scores(Protocol):
     """Scores of the candidates that gepa draws a parent from."""
 
-    def rows(self, members: Sequence[Candidate]) -> tuple[tuple[float, ...], ...]:
-        """Scores of the members, a row each, on the same columns."""
+    def rows(self, members: Sequence[Candidate]) -> Sequence[Row]:
+        """Scores of the members, a row each, on the same columns; ``None`` where none was seen."""
         ...
 
     def objectives(self, members: Sequence[Candidate]) -> Objectives:
@@ -88,12 +89,12 @@ class PooledScores:
     def __init__(self) -> None:
         self.pool = RolloutPool()
 
-    def rows(self, members: Sequence[Candidate]) -> tuple[tuple[float, ...], ...]:
+    def rows(self, members: Sequence[Candidate]) -> tuple[tuple[float | None, ...], ...]:
         """K rows of P scores; before the first rollout, all candidates are alike."""
         table = score_table(self.pool, members)
         if len(table.candidates) < len(members):
             return tuple((0.0,) for _ in members)
-        return table.score_K_P
+        return table.seen_K_P
 
     def objectives(self, members: Sequence[Candidate]) -> Objectives:
         """K rows of P mappings; none before there are scores of all."""

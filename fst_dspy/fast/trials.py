@@ -5,14 +5,14 @@ Every optimizer step runs K candidates on P problems anyway. Here these rollouts
 * the Pareto scores: a table of candidates by problems, over the last ``reuse_window`` steps;
 * what is reflected on: the failures and feedback of the parent drawn from that front;
 * demos, and lessons for a proposer that keeps a memory;
-* the trial of a new candidate: for ``steps_per_cycle / cycle_iterations`` steps it gets the slots
-  of the weakest candidate in every group. It is accepted if it does better than its parent on the
-  same problems at the same time.
+* the trial of a new candidate: for ``steps_per_cycle / cycle_iterations`` steps it gets slots in
+  every group, those of the candidate that adds least to the front. It is accepted if it does better
+  than its parent on the same problems at the same time.
 
 A trial follows a trial, so a cycle has ``cycle_iterations`` of them, each on more rollouts than a
-minibatch of GEPA's. The weakest candidate, which gives way, leaves when nothing recent is known of
-it. Only the first fast phase has rollouts of its own, since there are no others yet; children are
-scored on their minibatches there, not on the validation examples. These are left for validation.
+minibatch of GEPA's. A candidate leaves, too, when nothing recent is known of it. Only the first
+fast phase has rollouts of its own, since there are no others yet; children are scored on their
+minibatches there, not on the validation examples. These are left for validation.
 
 A proposer that waits for others, such as a reflection LM, is asked for the next candidate while the
 last step of a trial runs, from what is known before that step. So the model does not wait for it,
@@ -37,6 +37,7 @@ from fst_dspy import distributed
 from fst_dspy.config import FastConfig
 from fst_dspy.fast import population as populations
 from fst_dspy.fast.acceptance import ProposalStats, proposal_of
+from fst_dspy.fast.decide import LIKELY, share
 from fst_dspy.fast.gepa.adapter import GepaAdapter
 from fst_dspy.fast.gepa.events import Events, Told, proposed, reflecting, selected
 from fst_dspy.fast.gepa.strategies import (
@@ -51,7 +52,14 @@ from fst_dspy.fast.judge import Judge, Verdict
 from fst_dspy.fast.lineup import Trial, lineup
 from fst_dspy.fast.memory import Memory
 from fst_dspy.fast.merge import merge
-from fst_dspy.fast.pool import RolloutPool, minibatch, paired, pool_from_json, score_table
+from fst_dspy.fast.pool import (
+    RolloutPool,
+    minibatch,
+    observed,
+    paired,
+    pool_from_json,
+    score_table,
+)
 from fst_dspy.fast.proposers.demos import DemoProposer, without_answer
 from fst_dspy.fast.proposers.protocol import Proposer
 from fst_dspy.fast.reflector import Reflector, Trajectory, candidate_of
@@ -164,7 +172,7 @@ class TrialPhase:
     def lineup(
         self, population: Population, group_size: int, problem: str | None = None
     ) -> tuple[Candidate, ...]:
-        """The candidate of each of a group's G rollouts: the one on trial takes the weakest's.
+        """The candidate of each of a group's G rollouts: the one on trial gets its share.
 
         A candidate whose demos show the problem's answer does without these; see ``FastChannel``.
 
@@ -284,7 +292,13 @@ class TrialPhase:
     def _choose(
         self, members: Sequence[Candidate], population: Population, policy_version: int
     ) -> Population:
-        """The K members that cover the front over the problems in the pool."""
+        """The K members that cover the front over the problems in the pool.
+
+        Who is likely worse leaves as often as trials end: in one window of rollouts an equal
+        candidate is sent away at the rate of ``LIKELY`` at most, however often it is looked at.
+        To lose an equal costs nothing; to keep a worse one, slots of every group.
+        """
+        due = policy_version % self.trial_steps == 0
         table = score_table(self.pool, members)
         if not table.candidates:
             return population
@@ -296,17 +310,22 @@ class TrialPhase:
             policy_version,
             objective_K_V=table.objective_K_P,
             frontier=self.config.frontier_type,
+            seen_K_V=table.seen_K_P,
+            pairs=partial(observed, self.pool),
+            level=share(self.window / self.trial_steps, LIKELY) if due else 0.0,
         )
 
     def _judge(self, trial: Trial, population: Population) -> list[Candidate]:
         """The child, if it did better than its parents."""
-        before, after = paired(self.pool.since(trial.since), trial.child, trial.parents)
+        pool = self.pool.since(trial.since)
+        before, after = paired(pool, trial.child, trial.parents)
         by_id = {c.id: c for c in (*population.candidates, *trial.parents)}
         members = list(by_id.values())
         state = self._state(members)
         indices = [list(by_id).index(parent.id) for parent in trial.parents]
         proposal = proposal_of(trial.child, before, after, indices)
-        accepted = self.iterations.accepts(trial.child, trial.parents, proposal, state)
+        blocks = observed(pool, trial.child, *trial.parents)
+        accepted = self.iterations.accepts(trial.child, trial.parents, proposal, state, blocks)
         if accepted:
             self.iterations.add(trial.child, members, self.scores, state, proposal)
         self.events.end_iteration(state, accepted)
@@ -396,9 +415,7 @@ class TrialPhase:
         told: list[Told],
     ) -> Candidate | None:
         """A child of a parent drawn from the front, from the parent's rollouts in the pool."""
-        state = self.iterations.gepa_state(
-            population.candidates, population.score_K_V, population.objective_K_V
-        )
+        state = self._state(population.candidates)
         k = candidate_selector(self.config, self.strategies, rng).select_candidate_idx(state)
         parent = population.candidates[k]
         examples = self.memory.by_id(trainset)

@@ -1,19 +1,25 @@
-"""Validation: the fast weights scored under the slow ones, and the best pair of both."""
+"""Validation: the fast weights scored under the slow ones, and the best pair of both.
+
+With ``val_samples`` above 1 an example is sampled again as long as it is open how the pair compares
+with the highest so far; that is looked at once all examples have one sample more.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from fst_dspy.fast import population as populations
-from fst_dspy.fast.population import mean
+from fst_dspy.fast.decide import LIKELY, better, share, worse
+from fst_dspy.fast.population import blocks_of, mean
 from fst_dspy.loop.parts import Parts
 from fst_dspy.loop.state import LoopState
 from fst_dspy.model.divergence import kl_to_base, spread_calls
 from fst_dspy.results.result import Best
-from fst_dspy.rollouts.evaluate import evaluate
+from fst_dspy.rollouts.evaluate import Evaluation, evaluate, evaluation_jobs, evaluation_of
 from fst_dspy.rollouts.health import check_first_rollouts, check_objectives
 from fst_dspy.rollouts.jobs import Channel
-from fst_dspy.types import Population, Rollout
+from fst_dspy.types import Candidate, Population, Rollout
 
 KL_TOKENS = 32_768
 """Prompt and completion tokens of the validation calls that the KL to the base model is measured
@@ -57,7 +63,13 @@ def score(parts: Parts, state: LoopState) -> Validation:
         return Validation(population, score_V, mean(score_V), kl)
     candidates = (population.candidates[best_k],) if best_only else population.candidates
     channel: Channel = "fast" if parts.fast_on and not parts.fast.reuses else "eval"
-    scored = evaluate(parts.runner, candidates, parts.valset, channel=channel, salt=step)
+    if best_only:
+        scored = _until_clear(parts, candidates[0], state.peak_V, channel, step)
+    else:
+        samples = parts.config.sampling.val_samples
+        scored = evaluate(
+            parts.runner, candidates, parts.valset, channel=channel, salt=step, samples=samples
+        )
     if not best_only:
         population = replace(
             population,
@@ -77,14 +89,35 @@ def score(parts: Parts, state: LoopState) -> Validation:
     return Validation(population, scored.score_K_V[k], scored.mean_K[k], kl, own, latest)
 
 
+def _until_clear(
+    parts: Parts, candidate: Candidate, peak_V: Sequence[float], channel: Channel, salt: int
+) -> Evaluation:
+    """Score a candidate with one sample an example after another; those that ``evaluate`` takes.
+
+    It ends where the scores are clearly above or below ``peak_V``, at a rate of ``decide.LEVEL``
+    for all looks together, or after ``val_samples`` of them.
+    """
+    samples, passes = parts.config.sampling.val_samples, list[Sequence[Rollout]]()
+    jobs = evaluation_jobs([candidate], parts.valset, samples)
+    for index in range(samples):
+        passes.append(parts.runner.run(jobs[index::samples], channel=channel, salt=salt))
+        rollouts = [rollout for own in zip(*passes, strict=True) for rollout in own]
+        scored = evaluation_of(rollouts, 1, len(passes))
+        blocks, level = blocks_of(scored.score_K_V[0], peak_V), share(2 * samples)
+        if better(blocks, level) or worse(blocks, level):
+            break
+    return scored
+
+
 def better_of(parts: Parts, state: LoopState, found: Validation, cycle: int) -> Best:
-    """The latest (weights, candidate) that is not clearly worse than the highest score.
+    """The latest (weights, candidate) that is not likely worse than the highest score.
 
     The highest of many noisy scores is luck as often as skill, and the later pair has learned
-    more. The weights of the pair are kept, those of the one before are let go.
+    more: of two equals the later is kept, but for ``decide.LIKELY`` of cases. The weights of the
+    pair are kept, those of the one before are let go.
     """
     best, policy = state.best, parts.policy
-    if best is not None and populations.worse_by_sign_test(found.score_V, state.peak_V):
+    if best is not None and worse(blocks_of(found.score_V, state.peak_V), LIKELY):
         return best
     candidate = found.population.candidates[populations.best(found.population)]
     version = policy.keep()

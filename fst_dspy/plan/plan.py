@@ -261,8 +261,9 @@ def _rollouts(config: FSTConfig, batch: int, slow_on: bool) -> tuple[int, int]:
     budget, fast = config.budget, config.fast
     trained = config.slow.steps_per_cycle * batch if slow_on else 0
     own = 0 if slow_on and fast.reuse else 2 * fast.cycle_iterations * fast.minibatch_size
-    cycle = trained + config.sampling.val_size + own
-    first = config.sampling.val_size + 2 * fast.first_cycle_iterations * fast.minibatch_size
+    scored = config.sampling.val_size * config.sampling.val_samples
+    cycle = trained + scored + own
+    first = scored + 2 * fast.first_cycle_iterations * fast.minibatch_size
     cycles = budget.max_cycles
     if budget.max_rollouts is not None:
         needed = max(1, -(-(budget.max_rollouts - first) // max(1, cycle)))

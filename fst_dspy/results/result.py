@@ -49,8 +49,8 @@ Tester = Callable[["Sequence[dspy.Example]", int], plots.FourScores]
 class Best:
     """The best (weights, candidate) pair on the validation examples.
 
-    That is the latest whose scores are not clearly worse (``population.worse_by_sign_test``) than
-    those of the highest mean.
+    That is the latest whose scores are not likely worse (``fst_dspy.fast.decide``) than those of
+    the highest mean.
 
     Attributes:
         version: Version id of the weights.

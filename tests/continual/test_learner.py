@@ -19,7 +19,6 @@ from fst_dspy.config import LoraConfig
 from fst_dspy.continual.origin import SEARCH_EXAMPLES, alike, nearest
 from fst_dspy.continual.scores import StreamScores
 from fst_dspy.errors import ConfigError, DataError, ModelError, ProgramError, StoreError
-from fst_dspy.fast.population import better_by_two_errors
 from fst_dspy.loop.parts import begin_lora
 from fst_dspy.rollouts.runner import RolloutRunner
 from fst_dspy.student.candidate import make_candidate
@@ -75,7 +74,7 @@ class ScriptedRunner:
         assert channel == "fast" and version == "v"
         self.jobs += jobs
         return [
-            make_rollout(self.rewards[job.candidate.id][n % 4], candidate_id=job.candidate.id)
+            make_rollout(self.rewards[job.candidate.id][n % 8], candidate_id=job.candidate.id)
             for n, job in enumerate(jobs)
         ]
 
@@ -83,25 +82,20 @@ class ScriptedRunner:
 @pytest.mark.parametrize(
     ("own", "one", "two", "expected"),
     [
-        ((0, 0, 0, 0), (1, 1, 1, 0), (1, 1, 1, 1), "two"),
-        ((0, 0, 0, 0), (1, 1, 1, 1), (1, 1, 1, 1), "one"),
-        ((0, 0, 0, 0), (0, 0, 0, 1), (0, 0, 0, 0), None),
-        ((1, 1, 1, 1), (1, 1, 1, 1), (0, 1, 1, 1), None),
-        ((0.1, 0.2, 0.1, 0.2), (0.3, 0.4, 0.3, 0.4), (0, 0, 0, 0), "one"),
+        ("00000000", "11111110", "11111111", "two"),
+        ("00000000", "11111111", "11111111", "one"),
+        ("00000000", "00001111", "00000000", None),
+        ("11111111", "11111111", "01111111", None),
+        ("12121212", "34343434", "00000000", "one"),
     ],
 )
 def test_the_nearest_task_is_the_best_of_those_clearly_better(own, one, two, expected):
     candidates = [make_candidate({"say.instructions": text}) for text in ("own", "one", "two")]
-    runner = ScriptedRunner(dict(zip([c.id for c in candidates], (own, one, two), strict=True)))
+    rows = [tuple(map(int, row)) for row in (own, one, two)]
+    runner = ScriptedRunner(dict(zip([c.id for c in candidates], rows, strict=True)))
     known = {"one": candidates[1], "two": candidates[2]}
-    assert nearest(runner, candidates[0], known, questions(4), "v") == expected
-    assert len(runner.jobs) == 3 * 4
-
-
-def test_better_by_two_errors():
-    assert not better_by_two_errors([1, 1, 1] + [0] * 13, [0] * 16)
-    assert better_by_two_errors([1, 1, 1, 1] + [0] * 12, [0] * 16)
-    assert not better_by_two_errors([0] * 16, [0] * 16)
+    assert nearest(runner, candidates[0], known, questions(8), "v") == expected
+    assert len(runner.jobs) == 3 * 8
 
 
 def test_tasks_share_candidates_where_predictors_and_fields_are_the_same():
@@ -159,7 +153,7 @@ def test_a_task_learned_again_goes_on_with_its_population(tiny_qwen3):
 def test_a_new_task_takes_the_nearest_population_and_counts_the_search(tiny_qwen3, monkeypatch):
     from fst_dspy.continual import origin as continual_search
 
-    monkeypatch.setattr(continual_search, "better_by_two_errors", lambda score_V, own_V: True)
+    monkeypatch.setattr(continual_search, "better", lambda blocks, level: True)
     learner = stream(tiny_qwen3, A, B)
     one, two = learner.stages
     if one.candidate.id == one.result.seed_candidate.id:

@@ -7,7 +7,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fst_dspy.fast.pool import RolloutPool, fill, minibatch, paired, pool_from_json, score_table
+from fst_dspy.fast.pool import (
+    RolloutPool,
+    fill,
+    minibatch,
+    observed,
+    paired,
+    pool_from_json,
+    score_table,
+)
 from fst_dspy.fast.proposers.demos import SOURCE
 from fst_dspy.student.candidate import encode_demos, make_candidate
 from fst_dspy.types import Call, Failure, PredictorTrace, Rollout
@@ -91,6 +99,27 @@ def test_pairs_meet_on_common_problems_only():
     )
     assert paired(pool, B, [A]) == ([[0.0, 0.0]], [1.0, 1.0])
     assert paired(pool, C, [A, B]) == ([[], []], [])
+
+
+def test_what_was_observed_at_once_is_a_block_and_nothing_else_is():
+    pool = RolloutPool().plus(
+        [
+            *(rollout(A, "p", 0.0), rollout(A, "p", 1.0), rollout(B, "p", 1.0)),
+            *(rollout(C, "p", 0.5), rollout(A, "q", 0.0), rollout(B, "r", 0.0)),
+            *(rollout(A, "s", 0.0, version=0), rollout(B, "s", 1.0, version=1)),
+        ]
+    )
+    assert observed(pool, A, B) == [([0.0, 1.0], [1.0])], "other problems, other weights"
+    assert observed(pool, A, B, C) == [([0.0, 1.0], [1.0, 0.5])]
+
+
+def test_wins_count_where_the_best_has_run():
+    pool = RolloutPool().plus(
+        [rollout(A, "p", 0.0), rollout(B, "p", 1.0), rollout(A, "q", 1.0), rollout(C, "q", 0.0)]
+    )
+    table = score_table(pool, [A, B, C])
+    assert table.score_K_P[0] == (0.0, 1.0), "B is fitted to be the best on q as well"
+    assert table.seen_K_P == ((0.0, None), (1.0, None), (None, None))
 
 
 def test_a_minibatch_is_mostly_failures_of_different_problems():

@@ -4,17 +4,16 @@ import pytest
 from gepa.gepa_utils import remove_dominated_programs
 from hypothesis import given
 from hypothesis import strategies as st
-from scipy.stats import binomtest
 
 from fst_dspy.errors import ConfigError
+from fst_dspy.fast.decide import own_wins, worse
 from fst_dspy.fast.population import (
-    NICHE,
     assign,
     best,
+    blocks_of,
     choose,
     pareto_front,
     ranked,
-    worse_by_sign_test,
 )
 from fst_dspy.student.candidate import make_candidate
 from fst_dspy.types import Candidate, Population
@@ -96,12 +95,11 @@ def test_choose_properties(scores: list[list[float]], k: int, rng) -> None:
     # Of equals the front keeps the first: in the order that ``choose`` gives them.
     ordered = sorted(zip(candidates, scores, strict=True), key=lambda p: (-sum(p[1]), p[0].id))
     front = {ordered[i][0].id for i in pareto_front([row for _, row in ordered])}
+    against = {i: blocks_of(row, table[ids[0]]) for i, row in table.items() if i not in ids}
     if len(ids) < min(k, len(scores)):
-        assert all(
-            worse_by_sign_test(row, table[ids[0]]) for i, row in table.items() if i not in ids
-        )
+        assert all(worse(b) and not own_wins(b) for b in against.values())
     if k > len(front):  # the best mean need not be on the front, and is always kept
-        assert all(worse_by_sign_test(table[i], table[ids[0]]) for i in front - set(ids))
+        assert all(worse(against[i]) for i in front - set(ids))
     order = list(range(len(scores)))
     rng.shuffle(order)
     again = choose([candidates[i] for i in order], [scores[i] for i in order], val_ids, k, 0)
@@ -113,7 +111,6 @@ def test_a_lucky_guesser_does_not_stay_but_a_specialist_does() -> None:
     good = [1.0] * 30 + [0.0] * 10
     guesses = [0.0] * 39 + [1.0]  # best where all others failed
     niche = [0.0] * 30 + [1.0] * 5 + [0.0] * 5
-    assert NICHE * 40 == 4
     val_ids = [str(v) for v in range(40)]
     scores = [good, guesses, niche]
     assert set(pareto_front(scores)) == {0, 1, 2}
@@ -121,15 +118,43 @@ def test_a_lucky_guesser_does_not_stay_but_a_specialist_does() -> None:
     assert chosen.candidates == (best_mean, specialist)
 
 
-@pytest.mark.parametrize(
-    ("wins", "losses", "expected"),
-    [(0, 0, False), (0, 4, False), (0, 5, True), (1, 6, False), (1, 7, True), (9, 3, False)],
-)
-def test_worse_by_sign_test_is_the_sign_test(wins: int, losses: int, expected: bool) -> None:
-    score = [1.0] * wins + [0.0] * losses + [0.5] * 3
-    other = [0.0] * wins + [1.0] * losses + [0.5] * 3
-    worst_p = binomtest(wins, wins + losses, alternative="less").pvalue if wins + losses else 1.0
-    assert worse_by_sign_test(score, other) is expected is bool(worst_p < 0.05)
+def test_only_what_was_observed_of_both_keeps_or_sends_away() -> None:
+    first, second, third = candidates_named(3)
+    seen = [[1.0] * 40, [1.0] * 4 + [None] * 36]
+    fitted = [[1.0] * 40, [1.0] * 4 + [0.2] * 36]
+    lost, tied, won = ([([a], [b])] * 12 for a, b in ((0.0, 1.0), (1.0, 1.0), (1.0, 0.0)))
+
+    def kept(members, scores, met, **more):
+        found = choose(
+            members,
+            scores,
+            [str(v) for v in range(40)],
+            4,
+            0,
+            pairs=lambda a, b: met.get((a.id, b.id), []),
+            **more,
+        )
+        return found.candidates
+
+    pair, both = (first.id, second.id), [first, second]
+    # All that is against the second is fitted; where it met the first, they tied.
+    assert kept(both, fitted, {pair[::-1]: tied}, seen_K_V=seen) == (first, second)
+    assert kept(both, fitted, {pair[::-1]: lost}, seen_K_V=seen) == (first,)
+    assert kept(both, fitted, {pair[::-1]: lost}, seen_K_V=seen, level=0) == (first, second)
+    assert kept(both, fitted, {}, seen_K_V=seen) == (first,), "nothing speaks for it"
+    # The third never met the first, and goes by how it did against the second.
+    rows = [*fitted, [1.0] * 4 + [0.1] * 36]
+    met = {pair[::-1]: tied, (third.id, second.id): won}
+    assert kept([first, second, third], rows, met) == (first, second, third)
+    met[third.id, second.id] = lost
+    assert kept([first, second, third], rows, met) == (first, second)
+
+
+def test_an_example_counts_for_the_front_where_two_were_seen() -> None:
+    seen = [[1.0] * 40, [1.0] * 4 + [None] * 36]
+    assert pareto_front(seen) == (0,), "who ties has no win of its own"
+    assert pareto_front([[None, 0.0, 1.0], [1.0, 1.0, 0.0]]) == (0, 1)
+    assert pareto_front([[None, 0.0, None], [1.0, 1.0, 1.0]]) == (1,)
 
 
 def test_choose_takes_equal_texts_once() -> None:

@@ -26,7 +26,7 @@ from fst_dspy.files import read_jsonl
 from fst_dspy.loop import joint, validation
 from fst_dspy.loop.progress import SilentProgress
 from fst_dspy.report import write_report
-from fst_dspy.rollouts.evaluate import evaluate
+from fst_dspy.rollouts.evaluate import evaluate, evaluation_of
 from fst_dspy.run.rollout_log import unpack
 
 pytestmark = pytest.mark.slow
@@ -390,19 +390,26 @@ def best_cycle_of(folder, scores, monkeypatch):
     rows = iter(scores)
 
     def scored(runner, candidates, valset, **_):
-        row = tuple(next(rows))
         found = evaluate(runner, candidates[:1], valset, channel="eval")
-        return replace(found, score_K_V=(row,))
+        return replace(found, score_K_V=(tuple(next(rows)),))
 
+    def of_sample(rollouts, *counts):
+        return replace(evaluation_of(rollouts, *counts), score_K_V=(tuple(next(rows)),))
+
+    # The first validation is of all candidates at once, later ones are sample by sample.
     monkeypatch.setattr(validation, "evaluate", scored)
+    monkeypatch.setattr(validation, "evaluation_of", of_sample)
     # Two of them are not of cycles with steps: the student's own and the opening's.
     return compile_tiny(folder, max_cycles=len(scores) - 2, steps_per_cycle=1)[2].best.cycle
 
 
-def test_best_is_the_latest_that_is_not_clearly_worse(tiny_qwen3, monkeypatch):
-    lucky, good, bad = [1.0] * 8, [1.0] * 6 + [0.0] * 2, [1.0] * 2 + [0.0] * 6
-    assert best_cycle_of(tiny_qwen3, [bad, lucky, good], monkeypatch) == 2
-    assert best_cycle_of(tiny_qwen3, [bad, lucky, good, bad], monkeypatch) == 2
-    middling = [1.0] * 4 + [0.0] * 4  # not clearly worse than the one before, but than the first
-    assert best_cycle_of(tiny_qwen3, [lucky, good, middling[::-1], bad], monkeypatch) == 2
-    assert best_cycle_of(tiny_qwen3, [lucky, good, [1.0] * 3 + [0.0] * 5], monkeypatch) == 1
+def test_best_is_the_latest_that_is_not_likely_worse(tiny_qwen3, monkeypatch):
+    def right(count):
+        return [1.0] * count + [0.0] * (8 - count)
+
+    assert best_cycle_of(tiny_qwen3, [right(2), right(8), right(7)], monkeypatch) == 2
+    assert best_cycle_of(tiny_qwen3, [right(2), right(8), right(7), right(2)], monkeypatch) == 2
+    # Likely worse than the highest, if not clearly; not than the one before.
+    assert best_cycle_of(tiny_qwen3, [right(8), right(7), right(5)], monkeypatch) == 1
+    equal = right(7)[::-1]  # as many as the one before, others than it
+    assert best_cycle_of(tiny_qwen3, [right(8), right(7), equal, right(2)], monkeypatch) == 2
