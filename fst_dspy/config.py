@@ -248,10 +248,16 @@ class SlowConfig:
             turns later counts for ``discount ** k``.
         advantage: What a rollout's reward is compared with: ``"problem"``, all G rollouts of the
             problem, as in the paper, or ``"candidate"``, those under the same candidate alone.
+        slow_signal: What the weights learn from: ``"reward"``, the advantages of rollouts;
+            ``"feedback"``, the metric's text: the policy that has read it teaches the one that has
+            not, token by token on what that has said (``fst_dspy.loop.self_teacher``; SDPO,
+            arXiv 2601.20802); or ``"both"``.
+        distillation_weight: Of the feedback with ``slow_signal="both"``, in (0, 1); rewards have
+            the rest (TRL: SDPO's ``distillation_weight``).
         beta: Weight of TRL's KL penalty to the base model; 0 switches it off.
         entropy_coef: Weight of TRL's entropy bonus, the mean entropy a token; 0 switches it off.
-        micro_batch_size: Most rows in one forward and backward pass; by default 16 on a CPU, and on
-            a GPU as many as memory seems to hold.
+        micro_batch_size: Most rows in one forward and backward pass; by default as many as memory
+            seems to hold, and on a CPU 16, where they are not read as a tree.
         revisit_constant: Probability, in (0, 1], that a problem's turn is taken after its latest
             group had a constant reward (no gradient); to the power of such groups in a row, but at
             least 1/16. 1 takes every turn. See ``fst_dspy.loop.problems``.
@@ -282,6 +288,8 @@ class SlowConfig:
     advantage: Literal["problem", "candidate"] = "problem"
     credit: Literal["rollout", "turn"] = "rollout"
     discount: float = 1.0
+    slow_signal: Literal["reward", "feedback", "both"] = "reward"
+    distillation_weight: float = 0.5
     beta: float = 0.0
     entropy_coef: float = 0.0
     micro_batch_size: int | None = None
@@ -329,6 +337,11 @@ class SlowConfig:
             f"revisit_constant must be above 0 and at most 1, got {self.revisit_constant}",
         )
         _require(self.epsilon_high > 0, f"epsilon_high must be positive, got {self.epsilon_high}")
+        _require(
+            0 < self.distillation_weight < 1,
+            "distillation_weight must be between 0 and 1 (slow_signal is reward or feedback alone "
+            f"there), got {self.distillation_weight}",
+        )
         _require(
             0 < self.discount <= 1, f"discount must be above 0 and at most 1, got {self.discount}"
         )
@@ -649,7 +662,12 @@ SINCE: dict[str, dict[str, Any]] = {
         "frontier_type": "instance",
         "copy_guard": True,  # there was none; a run of before goes on with it all the same
     },
-    "slow": {"credit": "rollout", "discount": 1.0},
+    "slow": {
+        "credit": "rollout",
+        "discount": 1.0,
+        "slow_signal": "reward",
+        "distillation_weight": 0.5,
+    },
     "sampling": {"structured": "auto", "val_samples": 1},
     "budget": {"max_full_evals": None, "max_env_steps": None, "on_no_signal": "stop"},
 }

@@ -128,13 +128,21 @@ class Settings(TypedDict, total=False):
     discount: float
     """Default 1.0. Of rewards of later turns, in (0, 1], with ``credit="turn"``: what is gained
     k turns later counts for ``discount ** k``."""
+    slow_signal: Literal["reward", "feedback", "both"]
+    """Default 'reward'. What the weights learn from: ``"reward"``, the advantages of rollouts;
+    ``"feedback"``, the metric's text: the policy that has read it teaches the one that has
+    not, token by token on what that has said (``fst_dspy.loop.self_teacher``; SDPO, arXiv
+    2601.20802); or ``"both"``."""
+    distillation_weight: float
+    """Default 0.5. Of the feedback with ``slow_signal="both"``, in (0, 1); rewards have the rest
+    (TRL: SDPO's ``distillation_weight``)."""
     beta: float
     """Default 0.0. Weight of TRL's KL penalty to the base model; 0 switches it off."""
     entropy_coef: float
     """Default 0.0. Weight of TRL's entropy bonus, the mean entropy a token; 0 switches it off."""
     micro_batch_size: int | None
-    """Default None. Most rows in one forward and backward pass; by default 16 on a CPU, and on a
-    GPU as many as memory seems to hold."""
+    """Default None. Most rows in one forward and backward pass; by default as many as memory
+    seems to hold, and on a CPU 16, where they are not read as a tree."""
     revisit_constant: float
     """Default 0.5. Probability, in (0, 1], that a problem's turn is taken after its latest group
     had a constant reward (no gradient); to the power of such groups in a row, but at least

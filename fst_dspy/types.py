@@ -306,6 +306,8 @@ class TrainingRow:
         advantage: The advantage of the call's rollout, computed once per problem over all G.
         temperature: The temperature it was sampled at, above 0.
         grammar: What it was held to as it was sampled, and is when it is trained on.
+        token_advantages_T: An advantage for each token, in place of ``advantage``; empty where all
+            have that one.
     """
 
     __repr__ = display.brief
@@ -316,6 +318,12 @@ class TrainingRow:
     advantage: float
     temperature: float = 1.0
     grammar: Grammar | None = None
+    token_advantages_T: tuple[float, ...] = ()
+
+    @property
+    def has_gradient(self) -> bool:
+        """Whether any of its tokens has an advantage other than 0."""
+        return any(self.token_advantages_T or (self.advantage,))
 
 
 @dataclass(frozen=True)
@@ -333,6 +341,9 @@ class StepStats:
         skipped: Why no step was taken (``"constant"``, ``"non_finite"``), or ``None``.
         drift: Mean absolute difference (nats a token) between the log-probabilities at sampling
             and at the step: rounding where both are of the same weights.
+        taught: Rows that were read again with feedback in their prompt (``slow_signal``).
+        lesson: Mean over these rows' tokens of how much more probable they are to the reader of the
+            feedback (nats; below 0 where it would not have said them).
     """
 
     loss: float
@@ -343,6 +354,8 @@ class StepStats:
     rows: int
     skipped: str | None = None
     drift: float = 0.0
+    taught: int = 0
+    lesson: float = 0.0
 
 
 @dataclass(frozen=True)

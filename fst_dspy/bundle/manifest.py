@@ -26,6 +26,7 @@ from fst_dspy.bundle.files import (
 )
 from fst_dspy.config import LoraConfig
 from fst_dspy.errors import FSTError, StoreError
+from fst_dspy.pretrained.quantized import METHODS
 
 FORMAT = "fst_dspy bundle"
 SCHEMA_VERSION = 1
@@ -45,11 +46,14 @@ class BaseRecord:
             as SmolLM2 is found; or ``"folder"`` for a local one, whose place is not told.
         id: ``"embedded"``, the hub id or name, or the folder's or GGUF file's name.
         version: Version id of its weights, ``"<name>@<12 hex digits>"``: a content hash.
+        quantization: How it was quantized as it was loaded, as transformers'
+            ``quantization_config`` says it; ``None`` where it was not.
     """
 
     source: str
     id: str
     version: str
+    quantization: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -114,6 +118,8 @@ class Manifest:
     def to_json(self) -> dict[str, Any]:
         """As plain values, sealed."""
         plain = {"format": FORMAT, "schema_version": SCHEMA_VERSION, **asdict(self)}
+        if self.weights.base.quantization is None:  # so that versions of before read it as well
+            del plain["weights"]["base"]["quantization"]
         return {**plain, "seal": _seal(plain)}
 
 
@@ -247,6 +253,13 @@ def _check_weights(weights: WeightsRecord) -> None:
         _matches(_HUB_ID, base.id) if base.source == "hub" else _is_text(base.id),
         f"{base.id!r} is not the id of a model",
     )
+    if base.quantization is not None:
+        _require(
+            isinstance(base.quantization, dict)
+            and base.quantization.get("quant_method") in METHODS
+            and _is_plain(base.quantization),
+            "it was quantized in a way that is not known here",
+        )
     if weights.lora is not None:
         lora = weights.lora
         _require(_is_int(lora.rank) and lora.rank <= 2**16, f"LoRA rank {lora.rank!r}")
@@ -271,6 +284,14 @@ def _folder_of(kind: str) -> str:
 
 def _matches(pattern: re.Pattern[str], value: Any) -> bool:
     return isinstance(value, str) and pattern.fullmatch(value) is not None
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, dict):
+        return all(map(_is_text, value)) and all(map(_is_plain, value.values()))
+    if isinstance(value, list):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, bool | int | float | str)
 
 
 def _is_text(value: Any) -> bool:

@@ -36,7 +36,8 @@ def write_weights(policy: Policy, version: str, folder: Path) -> WeightsRecord:
     with made_live(policy, version):
         base = base_record(policy)
         kind = "lora" if policy.lora is not None else "full"
-        if version == policy.base_version and base.source != "folder":
+        named = base.source != "folder" or base.quantization is not None
+        if version == policy.base_version and named:
             kind = "base"
         if kind == "full":
             write_model(policy.model, folder / "model")
@@ -138,14 +139,14 @@ def write_model(model: Any, folder: Path) -> None:
 
 def base_record(policy: Policy) -> BaseRecord:
     """Which model a policy was loaded from, in words that hold on another machine."""
-    name = policy.source["name_or_path"]
+    name, quantized = policy.source["name_or_path"], policy.source.get("quantization_config")
     if name == "embedded":
-        return BaseRecord("embedded", name, policy.base_version)
+        return BaseRecord("embedded", name, policy.base_version, quantized)
     if name in NAMES:
-        return BaseRecord("hub", name, policy.base_version)
+        return BaseRecord("hub", name, policy.base_version, quantized)
     if name[:1] in ("/", ".", "~") or Path(name).exists():
-        return BaseRecord("folder", policy.name, policy.base_version)
-    return BaseRecord("hub", name, policy.base_version)
+        return BaseRecord("folder", policy.name, policy.base_version, quantized)
+    return BaseRecord("hub", name, policy.base_version, quantized)
 
 
 @contextmanager
@@ -187,7 +188,13 @@ def _load_base(
         )
     try:
         name = _name(record.version)
-        policy = Policy.load(base or record.id, device=device, dtype=dtype, name=name)
+        policy = Policy.load(
+            base or record.id,
+            device=device,
+            dtype=dtype,
+            quantization_config=record.quantization,
+            name=name,
+        )
     except ModelError as error:
         raise ModelError(
             f"this needs {wanted}: {error}; or pass base=<the folder of that model>"

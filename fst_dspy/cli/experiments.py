@@ -15,6 +15,7 @@ from fst_dspy.cli.options import (
     AXIS_NAMES,
     GO_ON,
     RESULTS,
+    USUAL_ARM_NAMES,
     Experiment,
     Json,
     Program,
@@ -42,7 +43,7 @@ def compare(
     arms: Annotated[
         str | None,
         typer.Option(
-            help=f"Comma-separated, of {', '.join(ARM_NAMES)}; all if not given.",
+            help=f"Comma-separated, of {', '.join(ARM_NAMES)}; the usual six if not given.",
             autocompletion=completed(ARM_NAMES),
         ),
     ] = None,
@@ -55,7 +56,7 @@ def compare(
 ) -> None:
     """Compare FST with RL alone, GEPA alone and others: same model, data, seeds and rollouts."""
     with errors_told(GO_ON):
-        chosen = arms.split(",") if arms else ARM_NAMES
+        chosen = arms.split(",") if arms else USUAL_ARM_NAMES
         check_names("arm", chosen, ARM_NAMES)
         check_experiment([program], options)
         with console.status("loading"):

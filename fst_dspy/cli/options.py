@@ -100,7 +100,21 @@ Results = Annotated[Path | None, typer.Option(help=RESULTS)]
 
 GO_ON = "interrupted; start it again with the same --out to go on"
 
-ARM_NAMES = ("fst", "rl_only", "gepa_only", "sequential", "sequential_reverse", "fst_distill")
+USUAL_ARM_NAMES = ("fst", "rl_only", "gepa_only", "sequential", "sequential_reverse", "fst_distill")
+ARM_NAMES = (
+    "fst",
+    "rl_only",
+    "gepa_only",
+    "sequential",
+    "sequential_10",
+    "sequential_25",
+    "sequential_75",
+    "sequential_reverse",
+    "fst_distill",
+    "sdpo",
+    "fst_both",
+    "fst_blind",
+)
 """Arms of experiments, here as well so that telling a mistake imports nothing heavy."""
 AXIS_NAMES = ("K", "T", "advantage", "reuse", "first", "demos", "weights")
 """Axes of ``fst ablate``, likewise."""

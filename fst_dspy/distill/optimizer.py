@@ -31,12 +31,12 @@ from fst_dspy.config import FSTConfig
 from fst_dspy.distill.reader import ContextReader
 from fst_dspy.distill.trainer import DistillTrainer
 from fst_dspy.errors import ConfigError, ProgramError
+from fst_dspy.lm.local_lm import LocalLM
 from fst_dspy.lm.predictors import bound_to, find_local_lm
 from fst_dspy.loop.learner import schedule_steps
 from fst_dspy.loop.parts import make_parts
 from fst_dspy.loop.records import rollouts_of
 from fst_dspy.loop.state import Start
-from fst_dspy.model.policy import Policy
 from fst_dspy.optimizer import FST
 from fst_dspy.results.result import FSTResult
 from fst_dspy.slow.training_state import TrainingState
@@ -184,7 +184,7 @@ class DistillLearner:
     Args:
         reader: Renders the calls under the teacher's context.
         teacher_version: The teacher's weights, at hand in the policy.
-        policy, config, seed: As for ``GRPOLearner``.
+        lm, program, config, seed: As for ``GRPOLearner``.
     """
 
     learns_from_rewards = False
@@ -193,16 +193,17 @@ class DistillLearner:
         self,
         reader: ContextReader,
         teacher_version: str,
-        policy: Policy,
+        lm: LocalLM,
+        program: dspy.Module,
         config: FSTConfig,
         seed: int,
     ) -> None:
         self._reader = reader
         self._trainer = DistillTrainer(
-            policy, config.slow, config.sampling, schedule_steps(config), seed, teacher_version
+            lm.policy, config.slow, config.sampling, schedule_steps(config), seed, teacher_version
         )
 
-    def advance(self, groups_P: Sequence[Group]) -> StepStats:
+    def advance(self, groups_P: Sequence[Group], candidates: Mapping[str, Candidate]) -> StepStats:
         """See ``Learner.advance``; the rewards are not learned from."""
         return self._trainer.imitate(self._reader.read(rollouts_of(groups_P)))
 

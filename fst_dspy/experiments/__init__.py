@@ -7,7 +7,7 @@ for streams of tasks, in ``stream_worker.py``.
 """
 
 from fst_dspy.experiments.ablate import AXES, ablate
-from fst_dspy.experiments.arms import ARMS, Arm, Stage
+from fst_dspy.experiments.arms import ARMS, USUAL_ARMS, Arm, Stage
 from fst_dspy.experiments.compare import compare
 from fst_dspy.experiments.continual import SEED_PROMPT, continual
 from fst_dspy.experiments.findings.show import write_results
@@ -22,6 +22,7 @@ __all__ = [
     "ARMS",
     "AXES",
     "SEED_PROMPT",
+    "USUAL_ARMS",
     "Arm",
     "ExperimentStore",
     "Job",

@@ -13,7 +13,7 @@ fields, which would make the arm weaker for reasons of its own.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -21,6 +21,7 @@ from typing import Any
 from dspy.teleprompt import Teleprompter
 
 from fst_dspy.errors import ConfigError
+from fst_dspy.student.metric import call_metric
 from fst_dspy.types import Arm as Channels
 
 
@@ -53,10 +54,12 @@ class Arm:
     stages: tuple[Stage, ...]
 
 
-def _fst(channels: Channels, metric: Callable[..., Any], **options: Any) -> Teleprompter:
+def _fst(
+    channels: Channels, own: Mapping[str, Any], metric: Callable[..., Any], **options: Any
+) -> Teleprompter:
     from fst_dspy.optimizer import FST  # seconds of imports, which making jobs does not need
 
-    return FST(metric, arm=channels, **options)
+    return FST(metric, arm=channels, **{**options, **own})
 
 
 def _distill(metric: Callable[..., Any], **options: Any) -> Teleprompter:
@@ -65,18 +68,40 @@ def _distill(metric: Callable[..., Any], **options: Any) -> Teleprompter:
     return FSTDistill(metric, **options)
 
 
-def _stage(channels: Channels, until: float = 1.0) -> Stage:
-    return Stage(channels, partial(_fst, channels), until)
+def _blind(metric: Callable[..., Any], **options: Any) -> Teleprompter:
+    return _fst("fst", {}, ScoreAlone(metric), **options)
+
+
+def _stage(channels: Channels, until: float = 1.0, **own: Any) -> Stage:
+    """A compile of ``FST``, with settings that make the arm what it is."""
+    return Stage(channels, partial(_fst, channels, own), until)
+
+
+def _sequential(share: float) -> Arm:
+    return Arm(
+        f"prompts on {share:.0%} of the budget, then weights under the best prompts",
+        (_stage("gepa_only", share), _stage("rl_only")),
+    )
+
+
+class ScoreAlone:
+    """A metric whose feedback nobody hears: what was told is held apart from what is joint."""
+
+    def __init__(self, metric: Callable[..., Any]) -> None:
+        self.metric = metric
+
+    def __call__(self, gold: Any, pred: Any, trace: Any = None) -> float:
+        return call_metric(self.metric, gold, pred).reward
 
 
 ARMS: dict[str, Arm] = {
     "fst": Arm("prompts and weights together", (_stage("fst"),)),
     "rl_only": Arm("weights alone", (_stage("rl_only"),)),
     "gepa_only": Arm("prompts alone", (_stage("gepa_only"),)),
-    "sequential": Arm(
-        "prompts on half of the budget, then weights under the best prompts",
-        (_stage("gepa_only", 0.5), _stage("rl_only")),
-    ),
+    "sequential": _sequential(0.5),
+    "sequential_10": _sequential(0.1),
+    "sequential_25": _sequential(0.25),
+    "sequential_75": _sequential(0.75),
     "sequential_reverse": Arm(
         "weights on half of the budget, then prompts for the best weights",
         (_stage("rl_only", 0.5), _stage("gepa_only")),
@@ -85,7 +110,20 @@ ARMS: dict[str, Arm] = {
         "prompts on half of the budget, then distilled into the weights of the bare prompt",
         (Stage("fst_distill", _distill),),
     ),
+    "sdpo": Arm(
+        "weights alone, by the metric's text in place of its score",
+        (_stage("rl_only", slow_signal="feedback"),),
+    ),
+    "fst_both": Arm(
+        "prompts and weights together, the weights by score and text",
+        (_stage("fst", slow_signal="both"),),
+    ),
+    "fst_blind": Arm(
+        "prompts and weights together, by the metric's score alone", (Stage("fst", _blind),)
+    ),
 }
+USUAL_ARMS = ("fst", "rl_only", "gepa_only", "sequential", "sequential_reverse", "fst_distill")
+"""What is compared unless arms are named."""
 
 
 def find_arm(name: str) -> Arm:

@@ -8,7 +8,7 @@ from dataclasses import replace
 from rich.console import Console
 
 from fst_dspy.errors import ConfigError
-from fst_dspy.experiments.arms import ARMS, find_arm
+from fst_dspy.experiments.arms import USUAL_ARMS, find_arm
 from fst_dspy.experiments.plan import Plan
 from fst_dspy.experiments.runner import ExperimentStore, run_jobs
 from fst_dspy.experiments.tuned_rl import tune_rl
@@ -20,7 +20,7 @@ RL = "rl_only"
 def compare(
     store: ExperimentStore,
     plan: Plan,
-    arms: Sequence[str] = tuple(ARMS),
+    arms: Sequence[str] = USUAL_ARMS,
     *,
     workers: int = 1,
     rl_trials: int = 0,
@@ -33,7 +33,7 @@ def compare(
     Args:
         store: Where all of it goes.
         plan: The common footing.
-        arms: Names in ``ARMS``.
+        arms: Names in ``arms.ARMS``.
         workers: Processes at once.
         rl_trials: Trials of a study that tunes ``rl_only`` first (``tuned_rl.tune_rl``), at each of
             its budgets; 0 leaves it with the plan's settings. The other arms keep those.

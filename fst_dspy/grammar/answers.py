@@ -9,11 +9,12 @@ first place where the text that must follow it does.
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any, get_args, get_origin
+from typing import Annotated, Any, ClassVar, get_args, get_origin
 
 import dspy
 from dspy.adapters.chat_adapter import ChatAdapter
@@ -31,11 +32,13 @@ from fst_dspy.grammar.values import (
     is_valid,
     json_piece,
     json_values_of,
+    length_bodies,
     literal,
     members,
     moment,
     number,
     options,
+    reads_as,
     regex,
     schema_of,
     texts_of,
@@ -57,7 +60,7 @@ def grammar_of_answer(
 ) -> str | None:
     """The grammar of the answers that an adapter reads.
 
-    A field whose type cannot be held to is free text; the structure around it stands.
+    A field whose type cannot be held to is free text, which is told; the rest stands.
 
     Args:
         adapter: A ChatAdapter, XMLAdapter or JSONAdapter, or a subclass of one.
@@ -77,10 +80,30 @@ def grammar_of_answer(
     else:
         writer = _Plain(template, spell, mark=CHAT_MARK if CHAT_MARK in template.texts[0] else None)
     text = writer.write(signature)
+    for name in writer.left_free:
+        _tell_free(type(adapter).__name__, name, signature.output_fields[name].annotation)
     if is_valid(text.split("\n", 1)[1].removeprefix("start: ")):
         return text
     logger.warning("answers of %s cannot be held to its format", type(adapter).__name__)
     return None
+
+
+def _tell_free(adapter: str, name: str, annotation: Any) -> None:
+    """Say so, once for an adapter and a type."""
+    shown = getattr(annotation, "__name__", None) if not get_args(annotation) else None
+    kind = (adapter, shown or str(annotation))
+    if kind not in _told:
+        _told.add(kind)
+        logger.warning(
+            "answers are not held to %s, the type of the field %r, under %s: it is free text "
+            "within its markers, and may not be read",
+            kind[1],
+            name,
+            adapter,
+        )
+
+
+_told: set[tuple[str, str]] = set()
 
 
 def grammar_of_json_schema(schema: Mapping[str, Any]) -> str | None:
@@ -128,12 +151,14 @@ class _Plain:
 
     Attributes:
         mark: What may not stand in free text, other than where it ends.
+        left_free: Fields whose types cannot be held to.
     """
 
     template: Template
     spell: Spell | None
     mark: str | None = None
     definitions: list[str] = field(default_factory=list)
+    left_free: list[str] = field(default_factory=list)
 
     def write(self, signature: type[dspy.Signature]) -> str:
         texts = self.template.texts
@@ -141,6 +166,8 @@ class _Plain:
         for name, before, after in zip(self.template.names, texts, texts[1:], strict=False):
             info = signature.output_fields[name]
             piece = self.value(_annotated(info), info.annotation, before)
+            if piece is None or piece == self.unheld:
+                self.note_free(name, info)
             if piece is None:
                 parts.append(self.free_text(info, after))
             else:
@@ -159,7 +186,8 @@ class _Plain:
         bare = get_args(annotation)[0] if get_origin(annotation) is Annotated else annotation
         if is_text(bare):
             return self.text_value(annotation)
-        if written := options(bare, whole, self.spellings):
+        reads = functools.partial(self.reads_as, whole)
+        if written := options(bare, self.spellings, reads):
             return " | ".join(self.fixed(self.dumped(value), before) for value in written)
         if (pattern := number(bare)) is not None:
             bounded = _schema(annotation) if bare is not annotation else None
@@ -170,6 +198,10 @@ class _Plain:
             return None if None in parts else " | ".join(f"({part})" for part in parts)
         return self.structure(annotation)
 
+    def note_free(self, name: str, info: FieldInfo) -> None:
+        if not is_text(info.annotation):
+            self.left_free.append(name)
+
     def fixed(self, text: str, before: str = "") -> str:
         return literal(self.spelled(text, before))
 
@@ -177,6 +209,12 @@ class _Plain:
         return self.spell(text, before) if self.spell is not None else text
 
     # --- what the kinds of adapter write in different ways --------------------------------------
+
+    unheld: ClassVar[str | None] = None
+    """The piece of a type that cannot be held to; ``None`` for free text."""
+
+    def reads_as(self, whole: Any, text: Any, value: Any) -> bool:
+        return reads_as(text, whole, value)
 
     def text_value(self, annotation: Any) -> str | None:
         return None
@@ -215,6 +253,13 @@ class _Plain:
 class _Xml(_Plain):
     """Writes the grammar of values as XMLAdapter has them."""
 
+    def reads_as(self, whole: Any, text: Any, value: Any) -> bool:
+        try:
+            read = dspy.XMLAdapter().parse(_only(whole), f"<x>{xml_escaped(text)}</x>")
+        except Exception:  # AdapterParseError, and what DSPy trips over
+            return False
+        return bool(read["x"] == value)
+
     def dumped(self, value: Any) -> str:
         return xml_escaped(value)
 
@@ -245,6 +290,7 @@ class _Xml(_Plain):
             parts += [self.fixed(text)] if text else []
             piece = self.value(_annotated(info), info.annotation, text)
             if piece is None:
+                self.note_free(name, info)
                 end = closing if after.startswith(closing) else after
                 parts.append(self.free_text(info, end))
                 text = after.removeprefix(end)
@@ -291,8 +337,12 @@ class _Json(_Plain):
 
     def structure(self, annotation: Any) -> str | None:
         schema = None if self.spell is not None else _schema(annotation)
-        # What cannot be held to is a text in JSON: DSPy reads a structure from it, if it is one.
-        return (schema and json_piece(schema, INDENTED)) or regex(STRING)
+        if schema is not None and _is_plain_string(schema):
+            # DSPy looks for JSON within the text, which not every text is without.
+            return self.unheld
+        return (schema and json_piece(schema, INDENTED)) or self.unheld
+
+    unheld = regex(STRING)
 
 
 def _annotated(info: FieldInfo) -> Any:
@@ -300,6 +350,15 @@ def _annotated(info: FieldInfo) -> Any:
     if not info.metadata:
         return info.annotation
     return Annotated[(info.annotation, *info.metadata)]
+
+
+def _is_plain_string(schema: Mapping[str, Any]) -> bool:
+    return schema.get("type") == "string" and not schema.keys() & {"pattern", "enum", "const"}
+
+
+@functools.lru_cache(16)
+def _only(annotation: Any) -> type[dspy.Signature]:
+    return dspy.Signature({"q": (str, dspy.InputField()), "x": (annotation, dspy.OutputField())})
 
 
 def _schema(annotation: Any, *, by_alias: bool = True) -> dict[str, Any] | None:
@@ -315,8 +374,7 @@ def _bodies(info: FieldInfo) -> list[str]:
     bodies = []
     least = next((m.min_length for m in info.metadata if hasattr(m, "min_length")), 0)
     most = next((m.max_length for m in info.metadata if hasattr(m, "max_length")), None)
-    if least or most is not None:
-        bodies.append(f"(?s:.{{{least},{'' if most is None else most}}})")
+    bodies += length_bodies(least, most)
     for constraint in info.metadata:
         pattern = getattr(constraint, "pattern", None)
         if isinstance(pattern, str):

@@ -38,14 +38,29 @@ DATE = (
 )
 _CLOCK = r"(?:[01][0-9]|2[0-3]):[0-5][0-9]:[0-5][0-9](?:\.[0-9]{1,6})?"
 _ZONE = r"(?:Z|[+\-](?:0[0-9]|1[0-3]):[0-5][0-9])?"
-FORMATS = {"date": DATE, "time": _CLOCK, "date-time": rf"{DATE}T{_CLOCK}{_ZONE}"}
-"""By the name that JSON schema has for them. Its own patterns would let through February 30."""
+_SECONDS = r"[0-9]{1,5}(?:\.[0-9]{1,6})?S"
+_MINUTES = rf"[0-9]{{1,4}}M(?:{_SECONDS})?"
+_SPAN = rf"T(?:[0-9]{{1,4}}H(?:{_MINUTES}|{_SECONDS})?|{_MINUTES}|{_SECONDS})"
+_BYTE = r"(?:25[0-5]|2[0-4][0-9]|1[0-9]{2}|[1-9]?[0-9])"
+FORMATS = {
+    "date": DATE,
+    "time": _CLOCK,
+    "date-time": rf"{DATE}T{_CLOCK}{_ZONE}",
+    "duration": rf"-?P(?:[0-9]{{1,6}}D(?:{_SPAN})?|{_SPAN})",
+    "uuid": r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}",
+    "ipv4": rf"{_BYTE}(?:\.{_BYTE}){{3}}",
+}
+"""By the name that JSON schema has for them. Its own patterns would let through February 30, years
+in a ``timedelta`` and, within XML, any text."""
+_LABEL = r"[a-z0-9]{1,20}(?:-[a-z0-9]{1,20}){0,3}"
+_URL = rf"://{_LABEL}(?:\.{_LABEL}){{0,4}}\.[a-z]{{2,10}}(?:/[A-Za-z0-9_.\-]{{1,40}}){{0,9}}"
 
 _TIMES: Mapping[Any, str] = {
     datetime.date: FORMATS["date"],
     datetime.time: FORMATS["time"],
     datetime.datetime: FORMATS["date-time"],
 }
+_LIMITS = ("ge", "gt", "le", "lt", "multiple_of")
 STRING = r'"(?:[^"\\\x00-\x1f\x7f]|\\["\\/bfnrt])*"'
 """A string in JSON, without ``\\u``, by which surrogates would come in that are no text."""
 
@@ -87,13 +102,17 @@ def is_text(annotation: Any) -> bool:
     return _is_union(annotation) and str in get_args(annotation) and _allows_none(annotation)
 
 
-def options(annotation: Any, whole: Any, write: Callable[[Any], list[Any]]) -> list[Any]:
+def options(
+    annotation: Any,
+    write: Callable[[Any], list[Any]],
+    reads_as: Callable[[Any, Any], bool],
+) -> list[Any]:
     """The ways to write each value of a type that has few: the first of each that DSPy takes.
 
     Args:
         annotation: A Literal, an enum, ``bool`` or ``None``.
-        whole: The type of the field, of which it may be a part.
-        write: A value's spellings, as ``parse_value`` is given them, the best one first.
+        write: A value's spellings, the best one first.
+        reads_as: Whether DSPy reads a spelling as a value.
 
     Returns:
         Empty for other types.
@@ -110,7 +129,7 @@ def options(annotation: Any, whole: Any, write: Callable[[Any], list[Any]]) -> l
         return []
     found = []
     for value in values:
-        found += [text for text in write(value) if _reads_as(text, whole, value)][:1]
+        found += [text for text in write(value) if reads_as(text, value)][:1]
     return found
 
 
@@ -122,8 +141,12 @@ def texts_of(value: Any) -> list[Any]:
 
 
 def json_values_of(value: Any) -> list[Any]:
-    """A value's spellings in JSON, before they are dumped."""
-    return [value.value, value.name] if isinstance(value, enum.Enum) else [value]
+    """A value's spellings in JSON, as they are when they are read again."""
+    spellings = [value.value, value.name] if isinstance(value, enum.Enum) else [value]
+    try:
+        return [json.loads(json.dumps(spelling)) for spelling in spellings]
+    except (TypeError, ValueError):  # a member of an enum that JSON has nothing for
+        return [value.name]
 
 
 def number(annotation: Any) -> str | None:
@@ -172,17 +195,51 @@ def is_valid(piece: str) -> bool:
 
 
 class _Schema(GenerateJsonSchema):
-    """JSON schemas that say of the keys of a dict what they must be."""
+    """JSON schemas of what can be read again from text, where pydantic says less, or more."""
 
     def dict_schema(self, schema: Any) -> dict[str, Any]:
-        keys = schema.get("keys_schema", {})
+        keys = self._keys(schema["keys_schema"]) if "keys_schema" in schema else None
+        if keys is None:
+            return super().dict_schema(schema)
         values = self.generate_inner(schema["values_schema"]) if "values_schema" in schema else {}
         own: dict[str, Any] = {"type": "object", "additionalProperties": False}
-        if keys.get("type") == "int":
-            return own | {"patternProperties": {f"^(?:{INT})$": values}}
-        if keys.get("type") == "literal":
-            return own | {"properties": {str(value): values for value in keys["expected"]}}
-        return super().dict_schema(schema)
+        if isinstance(keys, str):
+            return own | {"patternProperties": {f"^(?:{keys})$": values}}
+        return own | {"properties": dict.fromkeys(keys, values)}
+
+    def _keys(self, schema: Any) -> str | list[str] | None:
+        """What the keys of a dict may be, which are texts: a pattern, or each; ``None`` for all."""
+        keys: Any = self.generate_inner(schema)
+        if "$ref" in keys:
+            keys = self.get_schema_from_definitions(keys["$ref"]) or {}
+        values = keys.get("enum", [keys["const"]] if "const" in keys else None)
+        if values is not None:
+            if texts := [value for value in values if isinstance(value, str)]:
+                return texts
+            raise ValueError("none of a dict's keys is a text")
+        if keys.get("type") == "boolean":
+            return ["true", "false"]
+        if keys.get("type") in ("integer", "number"):
+            return INT if keys["type"] == "integer" else FLOAT
+        own = _with_own_formats(keys)
+        if keys.get("format") in FORMATS or schema.get("type") in ("decimal", "url"):
+            return str(own["pattern"]).removeprefix("^(?:").removesuffix(")$")
+        return None
+
+    def decimal_schema(self, schema: Any) -> dict[str, Any]:
+        limits = {name: schema[name] for name in _LIMITS if name in schema}
+        if limits:
+            limited: Any = {"type": "float", **limits}
+            return self.float_schema(limited)
+        places = schema.get("decimal_places", FLOAT_DIGITS)
+        whole = max(1, schema.get("max_digits", DIGITS) - places)
+        behind = rf"(?:\.[0-9]{{1,{places}}})?" if places else ""
+        pattern = rf"-?(?:0|[1-9][0-9]{{0,{whole - 1}}}){behind}"
+        return {"type": "string", "pattern": f"^(?:{pattern})$"}
+
+    def url_schema(self, schema: Any) -> dict[str, Any]:
+        schemes = "|".join(schema.get("allowed_schemes") or ("https", "http"))
+        return {"type": "string", "pattern": f"^(?:(?:{schemes}){_URL})$"}
 
 
 def _with_own_formats(part: Any) -> Any:
@@ -196,11 +253,22 @@ def _with_own_formats(part: Any) -> Any:
     return own
 
 
-def _reads_as(text: Any, whole: Any, value: Any) -> bool:
+def reads_as(text: Any, annotation: Any, value: Any) -> bool:
+    """Whether DSPy takes a text, or what JSON holds, for a value of a type."""
     try:
-        return bool(parse_value(text, whole) == value)
+        return bool(parse_value(text, annotation) == value)
     except Exception:
         return False
+
+
+def length_bodies(least: int, most: int | None) -> list[str]:
+    """Texts of some length, after the white space around them is taken off, as expressions."""
+    bodies = [f"(?s:.{{0,{most}}})"] if most is not None else []
+    if least == 1:
+        bodies.append(r"(?s:.*\S.*)")
+    elif least:
+        bodies.append(rf"(?s:\s*\S.{{{least - 2},}}\S\s*)")
+    return bodies
 
 
 def _is_union(annotation: Any) -> bool:

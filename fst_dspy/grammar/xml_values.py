@@ -6,7 +6,16 @@ import re
 from collections.abc import Mapping
 from typing import Any, Protocol
 
-from fst_dspy.grammar.values import FLOAT, INT, escaped, is_valid, json_piece, literal, regex
+from fst_dspy.grammar.values import (
+    FLOAT,
+    INT,
+    escaped,
+    is_valid,
+    json_piece,
+    length_bodies,
+    literal,
+    regex,
+)
 
 # "<" and "&" begin something else, control characters cannot be in XML at all.
 TEXT = r"(?:[^<&\x00-\x08\x0b\x0c\x0e-\x1f\x{FFFE}\x{FFFF}]|&(?:amp|lt|gt|quot|apos);)*"
@@ -114,6 +123,11 @@ class NestedXml:
         name = f"N{len(self.writer.definitions)}"
         end = escaped(self.writer.spelled(close))
         parts = [regex(TEXT + end), r"~/(?s:.*)\]\]>(?s:.*)/"]
+        least = schema.get("minLength", 0)
+        if least:  # as it is written, "&amp;" is longer than what is read
+            parts.append(f"~/(?s:.*)&(?s:.*){end.replace('/', chr(92) + '/')}/")
+        bodies = length_bodies(least, schema.get("maxLength"))
+        parts += [regex(body + end) for body in bodies]
         pattern = schema.get("pattern")
         if pattern is not None:
             inner = re.sub(r"^\^|\$$", "", pattern)

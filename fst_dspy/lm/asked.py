@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import dspy
+from dspy import lm15
 from dspy.adapters.types.tool import ToolCalls
 from dspy.signatures.signature import ensure_signature
 
@@ -24,7 +25,7 @@ from fst_dspy.lm.answers import opens_thought
 from fst_dspy.lm.templates import chat_format, thinks
 from fst_dspy.model.policy import Policy
 from fst_dspy.model.sampling import vocabulary
-from fst_dspy.student.adapter import default_adapter
+from fst_dspy.student.adapter import default_adapter, texts_of_prompt
 from fst_dspy.types import Grammar
 
 KNOWN = 256
@@ -33,12 +34,12 @@ KNOWN = 256
 _default, _json = default_adapter(), dspy.JSONAdapter()
 
 
-def grammar_of_caller(policy: Policy, messages: Any) -> str | None:
+def grammar_of_caller(policy: Policy, prompt: Any) -> str | None:
     """The grammar of the answer that the calling predictor will read.
 
     Args:
         policy: Who answers.
-        messages: The prompt, as DSPy gives it to the language model.
+        prompt: As DSPy gives it to the language model: messages, or a request.
 
     Returns:
         ``None`` where no predictor calls, or another format is asked for than its signature's.
@@ -50,9 +51,9 @@ def grammar_of_caller(policy: Policy, messages: Any) -> str | None:
         (m for m in reversed(dspy.settings.caller_modules or []) if isinstance(m, dspy.Predict)),
         None,
     )
-    if predictor is None or not isinstance(messages, list | tuple):
+    if predictor is None or not isinstance(prompt, list | tuple | lm15.Request):
         return None
-    asked = "\n".join(text for message in messages for text in _texts(message))
+    asked = "\n".join(texts_of_prompt(prompt))
     adapter = dspy.settings.adapter or _default
     for own in dict.fromkeys((adapter, _json)):
         for signature in _variants(ensure_signature(predictor.signature)):
@@ -123,12 +124,3 @@ def _variants(signature: Any) -> Iterator[Any]:
                 left = left.delete(name)
         if left is not signature and left.output_fields:
             yield left
-
-
-def _texts(message: Any) -> Iterator[str]:
-    content = message.get("content") if isinstance(message, Mapping) else None
-    if isinstance(content, str):
-        yield content
-    for part in content if isinstance(content, list) else ():
-        if isinstance(part, Mapping) and isinstance(part.get("text"), str):
-            yield part["text"]

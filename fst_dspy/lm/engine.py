@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import json
 import re
 import secrets
 import threading
@@ -158,11 +159,9 @@ class LocalEngine:
     def dump_state(self) -> dict[str, Any]:
         """Where the weights came from and their base version; no weights."""
         source = self.policy.source
-        return {
-            "name_or_path": source["name_or_path"],
-            "dtype": source["dtype"],
-            "base_version": self.policy.base_version,
-        }
+        names = ("name_or_path", "dtype", "quantization_config")
+        kept = {name: source[name] for name in names if name in source}
+        return {**kept, "base_version": self.policy.base_version}
 
     @classmethod
     def load_state(cls, state: dict[str, Any]) -> LocalEngine:
@@ -171,13 +170,24 @@ class LocalEngine:
         Raises:
             ModelError: The model cannot be loaded, or its files hold other weights by now.
         """
-        key = (state["name_or_path"], state["dtype"], state["base_version"])
+        quantized = state.get("quantization_config")
+        key = (
+            *(state[name] for name in ("name_or_path", "dtype", "base_version")),
+            json.dumps(quantized, sort_keys=True),
+        )
         with _loading:
             engine = _loaded.get(key)
             if engine is None:
                 # Its folder may bear another name than the one it was saved under.
                 name = state["base_version"].rsplit("@", 1)[0]
-                engine = cls(Policy.load(state["name_or_path"], dtype=state["dtype"], name=name))
+                engine = cls(
+                    Policy.load(
+                        state["name_or_path"],
+                        dtype=state["dtype"],
+                        quantization_config=quantized,
+                        name=name,
+                    )
+                )
                 if engine.policy.base_version != state["base_version"]:
                     raise ModelError(
                         f"saved with the weights {state['base_version']} of "

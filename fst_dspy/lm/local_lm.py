@@ -6,10 +6,12 @@ import copy
 import logging
 import weakref
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import dspy
 import torch
+from dspy import lm15
 from dspy.clients.provider import Provider
 
 from fst_dspy.display import on_a_screen
@@ -33,6 +35,8 @@ ENTERED_WITH = "fst_entered_with"
 """The DSPy setting, in a tuple, that holds the settings' LM as a compiled program was entered."""
 COMPILED_ADAPTER = "fst_adapter"
 """The attribute of a compiled program that says which adapter it was compiled under."""
+MAX_TOKENS_TOO = "max_completion_tokens"
+"""OpenAI's later name for ``max_tokens``; DSPy would have both in one request."""
 _ANSWERS_WITH = "answers_with"  # in a pickle: the version id, also where ``model`` is the live one
 
 
@@ -54,6 +58,8 @@ class LocalLM(dspy.LM):
         dtype: By default bfloat16 on CUDA and, for models of over 30 million parameters, on CPUs
             that multiply it (AMX, AVX512-BF16), else float32.
         trust_remote_code: Run Python code that comes with the model.
+        quantization_config: Of transformers, such as ``BitsAndBytesConfig(load_in_4bit=True)`` or
+            its dict: load the weights in fewer bits, to train adapters over.
         cache: Keep answers in DSPy's cache.
         chat_template_kwargs: Variables of the model's chat template, such as
             ``{"enable_thinking": False}``.
@@ -63,8 +69,9 @@ class LocalLM(dspy.LM):
             ``frequency_penalty``, ``presence_penalty`` and ``reasoning_effort``; and
             ``repetition_penalty``, as in transformers.
 
-    All but the model's own (``device``, ``dtype``, ``trust_remote_code``) may be given with a call
-    as well, or as a predictor's ``config``, and are saved with a program.
+    All but the model's own (``device``, ``dtype``, ``trust_remote_code``,
+    ``quantization_config``) may be given with a call as well, or as a predictor's ``config``, and
+    are saved with a program.
 
     Raises:
         ModelError: The model cannot be loaded, or there is no such device or dtype.
@@ -83,6 +90,7 @@ class LocalLM(dspy.LM):
         device: str | torch.device | None = None,
         dtype: str | torch.dtype | None = None,
         trust_remote_code: bool = False,
+        quantization_config: Any = None,
         cache: bool = True,
         engine: LocalEngine | None = None,
         async_engine: AsyncLocalEngine | None = None,
@@ -104,6 +112,7 @@ class LocalLM(dspy.LM):
                     device=device_named(device),
                     dtype=dtype_named(dtype),
                     trust_remote_code=trust_remote_code,
+                    quantization_config=quantization_config,
                 )
             )
             engine, version = LocalEngine(policy), policy.version()
@@ -112,6 +121,7 @@ class LocalLM(dspy.LM):
             kwargs["chat_template_kwargs"] = check_options(engine.policy, chat_template_kwargs)
         if structured:
             kwargs["structured"] = True
+        max_tokens = kwargs.pop(MAX_TOKENS_TOO, max_tokens)
         super().__init__(
             version,
             temperature=temperature,
@@ -180,31 +190,51 @@ class LocalLM(dspy.LM):
         lm = self._within_program()
         if lm is not self:
             return lm(*args, **kwargs)
-        return super().__call__(*args, **self._carried(args, kwargs))
+        args, kwargs = self._carried(args, kwargs)
+        return super().__call__(*args, **kwargs)
 
     async def acall(self, *args: Any, **kwargs: Any) -> Any:
         lm = self._within_program()
-        if lm is self:
-            return await super().acall(*args, **self._carried(args, kwargs))
-        return await lm.acall(*args, **kwargs)
+        if lm is not self:
+            return await lm.acall(*args, **kwargs)
+        args, kwargs = self._carried(args, kwargs)
+        return await super().acall(*args, **kwargs)
 
-    def _carried(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    def _carried(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Put the settings that DSPy's requests have no field for where there is room for them.
 
         As ``metadata``, which goes through unread; the cache's keys take it in.
         """
-        own = {name: kwargs.get(name, self.kwargs.get(name)) for name in OWN}
+        if MAX_TOKENS_TOO in kwargs:
+            kwargs = {**kwargs, "max_tokens": kwargs[MAX_TOKENS_TOO]}
+            del kwargs[MAX_TOKENS_TOO]
+        request = kwargs.get("request", args[0] if args else None)
+        if not isinstance(request, lm15.Request):
+            request = None
+        given = kwargs if request is None else (request.config.extensions or {})
+        own = {name: given.get(name, self.kwargs.get(name)) for name in OWN}
         if own["structured"]:
             messages = kwargs.get("messages", args[1] if len(args) > 1 else None)
-            own["grammar"] = grammar_of_caller(self.policy, messages)
+            own["grammar"] = grammar_of_caller(self.policy, request or messages)
         own = {name: value for name, value in own.items() if value is not None}
         if not own:
-            return kwargs
+            return args, kwargs
         if "chat_template_kwargs" in own:
             check_options(self.policy, own["chat_template_kwargs"])
+        if request is not None:
+            # It takes no settings beside its own; those of the model's format are the LM's.
+            left = {name: value for name, value in given.items() if name not in own}
+            metadata = {**(left.get("metadata") or {}), EXTRA: own}
+            config = replace(request.config, extensions={**left, "metadata": metadata})
+            request = replace(request, config=config)
+            if "request" in kwargs:
+                return args, {**kwargs, "request": request}
+            return (request, *args[1:]), kwargs
         metadata = kwargs.get("metadata", self.kwargs.get("metadata")) or {}
         # None keeps those of ``self.kwargs`` out of the request.
-        return {**kwargs, **dict.fromkeys(own), "metadata": {**metadata, EXTRA: own}}
+        return args, {**kwargs, **dict.fromkeys(own), "metadata": {**metadata, EXTRA: own}}
 
     @property
     def supports_response_schema(self) -> bool:

@@ -139,10 +139,10 @@ class Run:
         done = step - 1 - state.records[-1].step
         self._tell(cycle, f"step {done + 1}/{steps_per_cycle}")
         # G rollouts of each of P problems, spread over the population's candidates.
-        groups_P, stream = parts.sampler.sample(state.population, step, state.stream)
+        groups_P, candidates, stream = parts.sampler.sample(state.population, step, state.stream)
         # Exactly one optimizer step; all G rollouts of a problem are compared with each other.
         assert parts.learner is not None
-        stats = parts.learner.advance(groups_P)
+        stats = parts.learner.advance(groups_P, candidates)
         record = step_record(cycle, step, groups_P, stats)
         if parts.folder is not None:
             parts.folder.record_step(record, groups_P, parts.config.slow.scale_rewards)
@@ -335,7 +335,7 @@ class Run:
     def _tell_cycle(self, state: LoopState) -> bool:
         """Tell that a cycle has ended; whether the listener wants the run to end with it."""
         stop, record = False, state.records[-1]
-        for trouble in troubles(record) if distributed.is_main() else ():
+        for trouble in troubles(self.parts, record) if distributed.is_main() else ():
             logger.warning("cycle %d: %s", record.cycle, trouble)
         self.parts.trackers.cycle(record, state.population)
         try:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
+import dspy
+
 from fst_dspy.config import FSTConfig
-from fst_dspy.model.policy import Policy
+from fst_dspy.lm.local_lm import LocalLM
+from fst_dspy.loop.self_teacher import SelfTeacher, taught_rows
 from fst_dspy.slow.advantage import group_rows
 from fst_dspy.slow.trainer import SlowTrainer
 from fst_dspy.slow.training_state import TrainingState
-from fst_dspy.types import Group, StepStats
+from fst_dspy.types import Candidate, Group, StepStats
 
 
 class Learner(Protocol):
@@ -28,8 +32,13 @@ class Learner(Protocol):
         """Steps in a row up to now whose loss or gradient was not finite."""
         ...
 
-    def advance(self, groups_P: Sequence[Group]) -> StepStats:
-        """Exactly one optimizer step on the groups of P problems, or a word why there was none."""
+    def advance(self, groups_P: Sequence[Group], candidates: Mapping[str, Candidate]) -> StepStats:
+        """Exactly one optimizer step on the groups of P problems, or a word why there was none.
+
+        Args:
+            groups_P: Sampled from the weights as they are.
+            candidates: Those that their rollouts ran under, by id.
+        """
         ...
 
     def state(self) -> TrainingState:
@@ -42,21 +51,35 @@ class Learner(Protocol):
 
 
 class GRPOLearner:
-    """The slow channel: advantages over each group, a row a call, one GRPO step on them."""
+    """The slow channel: advantages over each group, a row a call, one GRPO step on them.
 
-    learns_from_rewards = True
+    Args:
+        lm: The local model.
+        program: The program that the rollouts run.
+        config: The settings.
+        seed: Seed of dropout.
+    """
 
-    def __init__(self, policy: Policy, config: FSTConfig, seed: int) -> None:
+    def __init__(self, lm: LocalLM, program: dspy.Module, config: FSTConfig, seed: int) -> None:
         self._slow = config.slow
+        self.learns_from_rewards = self._slow.slow_signal == "reward"
+        self._teacher = SelfTeacher(program, lm, config.fast.perfect_score)
         self._trainer = SlowTrainer(
-            policy, config.slow, config.sampling, schedule_steps(config), seed
+            lm.policy, config.slow, config.sampling, schedule_steps(config), seed
         )
 
-    def advance(self, groups_P: Sequence[Group]) -> StepStats:
+    def advance(self, groups_P: Sequence[Group], candidates: Mapping[str, Candidate]) -> StepStats:
         """See :meth:`Learner.advance`."""
         slow = self._slow
         rows = group_rows(groups_P, slow.scale_rewards, credit=slow.credit, discount=slow.discount)
-        return self._trainer.advance(rows)
+        if self.learns_from_rewards:
+            return self._trainer.advance(rows)
+        # The feedback is read by the weights as they are, before the step moves them.
+        lessons = self._teacher.lessons(groups_P, candidates)
+        stats = self._trainer.advance(taught_rows(rows, lessons, slow))
+        nats = [value for lesson in lessons for value in lesson or ()]
+        taught = sum(lesson is not None for lesson in lessons)
+        return replace(stats, taught=taught, lesson=sum(nats) / max(1, len(nats)))
 
     @property
     def bad_steps(self) -> int:

@@ -74,7 +74,7 @@ class RunSpec:
     log_rollouts: bool = True
     report_to: Sequence[str] = ()
     progress: ProgressListener | None = None
-    make_learner: Callable[[Policy, FSTConfig, int], Learner] = GRPOLearner
+    make_learner: Callable[[LocalLM, dspy.Module, FSTConfig, int], Learner] = GRPOLearner
     identity: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -211,7 +211,7 @@ def make_parts(spec: RunSpec, student: dspy.Module, checked: CheckedInput, start
         runner=runner,
         fast=fast,
         sampler=StepSampler(runner, fast, config.slow, checked.trainset, seed),
-        learner=spec.make_learner(lm.policy, config, seed) if slow_on else None,
+        learner=spec.make_learner(lm, student, config, seed) if slow_on else None,
         budget=config.budget,
         plan=plan,
         folder=folder,

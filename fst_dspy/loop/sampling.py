@@ -13,7 +13,7 @@ from fst_dspy.rollouts.jobs import RolloutJob
 from fst_dspy.rollouts.runner import RolloutRunner
 from fst_dspy.slow.advantage import by_candidate, without_lost
 from fst_dspy.student.candidate import example_id
-from fst_dspy.types import Group, Population, Rollout
+from fst_dspy.types import Candidate, Group, Population, Rollout
 
 
 class StepSampler:
@@ -40,7 +40,7 @@ class StepSampler:
 
     def sample(
         self, population: Population, step: int, stream: ProblemStream
-    ) -> tuple[tuple[Group, ...], ProblemStream]:
+    ) -> tuple[tuple[Group, ...], dict[str, Candidate], ProblemStream]:
         """The groups of a step.
 
         Args:
@@ -49,12 +49,17 @@ class StepSampler:
             stream: The problems that come next.
 
         Returns:
-            The groups, and the problems behind them.
+            The groups, the candidates they ran under by id, and the problems behind them.
         """
-        size, revisit = self.config.problems_per_step, self.config.revisit_constant
+        size = self.config.problems_per_step
+        # Feedback on equal rewards teaches as well, so that there is no need to draw others.
+        by_reward = self.config.slow_signal == "reward"
+        revisit = self.config.revisit_constant if by_reward else 1.0
         problems_P, stream = stream.pick(self.trainset, size, self.seed, revisit)
-        rollouts = self.runner.run(self._jobs(problems_P, population), channel="slow", salt=step)
-        return self._groups(problems_P, rollouts), stream
+        jobs = self._jobs(problems_P, population)
+        rollouts = self.runner.run(jobs, channel="slow", salt=step)
+        candidates = {job.candidate.id: job.candidate for job in jobs}
+        return self._groups(problems_P, rollouts), candidates, stream
 
     def _jobs(self, problems_P: Sequence[dspy.Example], population: Population) -> list[RolloutJob]:
         size = self.config.group_size

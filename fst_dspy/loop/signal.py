@@ -11,7 +11,7 @@ ALL = 0.999
 """Share from which on a figure is that of all rollouts."""
 
 
-def troubles(record: CycleRecord) -> list[str]:
+def troubles(parts: Parts, record: CycleRecord) -> list[str]:
     """What a user should know of a cycle while there is time: failures, and steps without gradient.
 
     Each with its first cause and what to do about it.
@@ -19,6 +19,7 @@ def troubles(record: CycleRecord) -> list[str]:
     texts = told_failures(record.failure_shares, record.failure_messages)
     if (
         record.train_reward is not None
+        and _learns_from_rewards(parts)
         and record.constant_group_share >= ALL
         and not all_equal(record)
     ):
@@ -43,8 +44,7 @@ def without_signal(parts: Parts, record: CycleRecord) -> str | None:
     """
     learner = parts.learner
     opening = learner is not None and record.train_reward is None
-    learns_otherwise = learner is not None and not learner.learns_from_rewards
-    if record.cycle == 0 or opening or learns_otherwise or not all_equal(record):
+    if record.cycle == 0 or opening or not _learns_from_rewards(parts) or not all_equal(record):
         return None
     assert record.reward_range is not None
     text = (
@@ -58,3 +58,7 @@ def without_signal(parts: Parts, record: CycleRecord) -> str | None:
     if parts.config.budget.on_no_signal == "stop":
         raise TrainingError(f'{text}. on_no_signal="warn" goes on all the same')
     return text
+
+
+def _learns_from_rewards(parts: Parts) -> bool:
+    return parts.learner is None or parts.learner.learns_from_rewards

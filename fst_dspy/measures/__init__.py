@@ -2,10 +2,12 @@
 
 On records or plain curves: ``rollouts_to_score``, ``steps_to_score``, ``area_under_curve``,
 ``mean_curve``, ``kl_at_score``, ``kl_at_matched_score``, ``asymptote``. On scores: ``mean_at_k``,
-``mean_interval``, ``paired_difference``. On a model: ``held_out_drift``, ``forgetting``,
+``mean_interval``, ``paired_difference``; over families: ``interquartile_mean``,
+``probability_of_improvement``. On a model: ``held_out_drift``, ``forgetting``,
 ``quadrants``.
 """
 
+from fst_dspy.measures.aggregate import interquartile_mean, probability_of_improvement
 from fst_dspy.measures.curves import (
     MatchedKL,
     area_under_curve,
@@ -53,6 +55,7 @@ __all__ = [
     "forgetting",
     "held_out_drift",
     "ideal_candidate",
+    "interquartile_mean",
     "kl_at_matched_score",
     "kl_at_score",
     "kl_to_base",
@@ -60,6 +63,7 @@ __all__ = [
     "mean_curve",
     "mean_interval",
     "paired_difference",
+    "probability_of_improvement",
     "quadrants",
     "rollouts_to_score",
     "score_curve",

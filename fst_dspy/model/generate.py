@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fst_dspy.errors import ModelError, PromptTooLongError
 from fst_dspy.grammar.tokens import Walk
-from fst_dspy.model.cache_layers import CHANGED, left_out, obstacle, refuse
+from fst_dspy.model.cache_layers import CHANGED, DynamicLayer, left_out, obstacle, refuse
 from fst_dspy.model.endings import End, closing_tokens, eos_ids, kept_tokens, texts_of
 from fst_dspy.model.graph_decode import GraphDecode, begin, release
 from fst_dspy.model.growing_decode import GrowingDecode, forward
@@ -235,9 +235,10 @@ class _Batch:
         device = policy.device
         limits = [room_for(policy, request) for request in requests]
         total, self.steps = len(requests), max(limits)
-        self.ids = torch.zeros((total, self.steps), dtype=torch.long, device=device)
-        self.logprobs = torch.zeros((total, self.steps), device=device)
-        self.uniform = torch.from_numpy(uniforms([r.seed for r in requests], self.steps))
+        width = self.steps + 1  # one place for what is of no account
+        self.ids = torch.zeros((total, width), dtype=torch.long, device=device)
+        self.logprobs = torch.zeros((total, width), device=device)
+        self.uniform = torch.from_numpy(uniforms([r.seed for r in requests], width))
         self.uniform = self.uniform.to(device)
         self.lengths = torch.zeros(total, dtype=torch.long, device=device)
         self.stopped = torch.zeros(total, dtype=torch.bool, device=device)
@@ -259,20 +260,25 @@ class _Batch:
         self.eos = torch.tensor(sorted(eos_ids(policy)), dtype=torch.long, device=device)
         held = any(request.grammar is not None for request in requests)
         self.held = HeldRows(policy, requests, limits) if held else None
+        # Other rows may be over in the middle of a run, or draw by what was in it.
+        self.takes_runs = held and not self.any_stop and not penalised
 
     def run(self) -> list[GenerationResult]:
         rows = torch.arange(len(self.requests), device=self.policy.device)
         done = torch.zeros(len(rows), dtype=torch.bool, device=rows.device)
         logits_BV, decode, position_B = self._prefill()
+        takes_runs = self.takes_runs and decode.takes_runs
+        at_B = torch.zeros_like(rows)  # the place of each row's next token
         count = _Count(rows.device)
         for step in range(self.steps):
-            next_B, logprob_B = self._sample(logits_BV, rows, step)
-            self.ids[rows, step], self.logprobs[rows, step] = next_B, logprob_B
-            done = self._update_done(done, rows, next_B, step)
+            next_B, logprob_B = self._sample(logits_BV, rows, at_B)
+            self.ids[rows, at_B], self.logprobs[rows, at_B] = next_B, logprob_B
+            done = self._update_done(done, rows, next_B, step, at_B)
+            runs: list[list[int]] = []
             if self.held is not None:
-                closed = self.held.advance(next_B, rows, done)
-                self.lengths[rows] = torch.where(closed, step + 1, self.lengths[rows])
-                done = done | closed
+                closed, runs = self.held.advance(next_B, rows, done, at_B if takes_runs else None)
+                self.lengths[rows] = torch.where(closed, at_B + 1, self.lengths[rows])
+                done = done | closed | self._written(rows, at_B, runs)
             finished = count(done)
             if finished == len(rows):
                 break
@@ -282,11 +288,53 @@ class _Batch:
                     break
                 decode.keep(keep)
                 rows, next_B, done = rows[keep], next_B[keep], done[keep]
-                position_B = position_B[keep]
+                position_B, at_B = position_B[keep], at_B[keep]
+                runs = [runs[place] for place in keep.tolist()] if runs else runs
                 count = _Count(rows.device)
-            logits_BV = decode.step(next_B, position_B)
-            position_B = position_B + 1
+            length_B = torch.ones_like(at_B)
+            if any(runs) and isinstance(decode, GrowingDecode):
+                logits_BV = self._step_with_runs(decode, rows, next_B, position_B, runs)
+                length_B += torch.tensor([len(run) for run in runs], device=rows.device)
+            else:
+                logits_BV = decode.step(next_B, position_B)
+            position_B = position_B + length_B
+            # In the last place is what rows that are over go on to say.
+            at_B = (at_B + length_B).clamp(max=self.steps)
         return self._results()
+
+    def _written(self, rows: Tensor, at_B: Tensor, runs: list[list[int]]) -> Tensor:
+        """Write runs down, whose tokens are certain; the rows that are at their limit with them."""
+        over = [False] * len(rows)
+        for place, run in enumerate(runs):
+            if run:
+                row, start = int(rows[place]), int(at_B[place]) + 1
+                end = start + len(run)
+                self.ids[row, start:end] = torch.tensor(run, device=rows.device)
+                if end == self.limits[row]:
+                    over[place] = True
+                    self.lengths[row] = end
+                    run.clear()  # nothing is asked for behind it
+        return torch.tensor(over, device=rows.device)
+
+    def _step_with_runs(
+        self,
+        decode: GrowingDecode,
+        rows: Tensor,
+        next_B: Tensor,
+        position_B: Tensor,
+        runs: list[list[int]],
+    ) -> Tensor:
+        """The logits after the rows' next tokens and the runs behind these, in one pass."""
+        logits_NV = decode.step_with_runs(next_B, position_B, runs)
+        length_B = torch.tensor([1 + len(run) for run in runs], device=rows.device)
+        last_B = length_B.cumsum(0) - 1
+        before_N = torch.ones(len(logits_NV), dtype=torch.bool, device=rows.device)
+        before_N[last_B] = False
+        owner_N = rows.repeat_interleave(length_B - 1)
+        forced_N = torch.tensor([token for run in runs for token in run], device=rows.device)
+        assert self.held is not None
+        self.held.passed(logits_NV[before_N], owner_N, forced_N, self.scale[owner_N])
+        return logits_NV[last_B].float()
 
     def _prefill(self) -> tuple[Tensor, GrowingDecode | GraphDecode, Tensor]:
         """Read each distinct prompt once, then give every row its copy of the cache."""
@@ -322,6 +370,8 @@ class _Batch:
         if static is not None:
             return static
         many = len(owner_B) * mask_UT.shape[1] >= SHARE_TOKENS
+        if self.takes_runs:
+            many = many or all(type(y) is DynamicLayer for y in getattr(cache, "layers", [None]))
         shares = many and can_share(self.model) and share(cache, owner_B, mask_UT, steps)
         if not shares:
             if len(mask_UT) < len(owner_B):
@@ -352,7 +402,7 @@ class _Batch:
         mask_UT = (torch.arange(longest)[None] >= longest - lengths_U[:, None]).long()
         return ids_UT.to(self.policy.device), mask_UT.to(self.policy.device)
 
-    def _sample(self, logits_BV: Tensor, rows: Tensor, step: int) -> tuple[Tensor, Tensor]:
+    def _sample(self, logits_BV: Tensor, rows: Tensor, at_B: Tensor) -> tuple[Tensor, Tensor]:
         if self.any_scaled:
             logits_BV = logits_BV / self.scale[rows][:, None]
         if self.held is not None:
@@ -362,7 +412,7 @@ class _Batch:
             drawn_BV = self.penalties.lowered(logits_BV, rows).log_softmax(-1)
         next_B = draw(
             drawn_BV.exp(),
-            self.uniform[rows, step],
+            self.uniform[rows, at_B],
             self.top_p[rows] if self.any_top_p else None,
             self.top_k[rows] if self.any_top_k else None,
         )
@@ -376,14 +426,16 @@ class _Batch:
             self.may_close = torch.stack(found).any(0).to(logits_BV.device)
         return next_B, logprob_BV.gather(1, next_B[:, None]).squeeze(1)
 
-    def _update_done(self, done: Tensor, rows: Tensor, next_B: Tensor, step: int) -> Tensor:
+    def _update_done(
+        self, done: Tensor, rows: Tensor, next_B: Tensor, step: int, at_B: Tensor
+    ) -> Tensor:
         ended = torch.isin(next_B, self.eos)
         if self.any_stop:
             ended = ended | self._hit_stop_string(done, rows, step)
         if self.may_close is not None and step % self.look == self.look - 1:
-            ended = ended | self._closed(done, rows, step)
-        now = ~done & (ended | (self.limits[rows] <= step + 1))
-        self.lengths[rows] = torch.where(now, step + 1, self.lengths[rows])
+            ended = ended | self._closed(done, rows, step, at_B)
+        now = ~done & (ended | (self.limits[rows] <= at_B + 1))
+        self.lengths[rows] = torch.where(now, at_B + 1, self.lengths[rows])
         self.stopped[rows] |= now & ended
         return done | now
 
@@ -399,17 +451,18 @@ class _Batch:
                 hit[place] = any(s in text for s in stop)
         return torch.tensor(hit, device=done.device)
 
-    def _closed(self, done: Tensor, rows: Tensor, step: int) -> Tensor:
+    def _closed(self, done: Tensor, rows: Tensor, step: int, at_B: Tensor) -> Tensor:
         """Which rows have closed their answer before their latest token."""
         closed = torch.zeros_like(done)
         assert self.may_close is not None
         # Of all tokens since the last look and one before, for a row goes on by one behind it.
-        latest = self.ids[rows, max(0, step - self.look) : step]
+        since = slice(None) if self.takes_runs else slice(max(0, step - self.look), step)
+        latest = self.ids[rows, since]
         for place in (self.may_close[latest].any(1) & ~done).nonzero().squeeze(1).tolist():
             row = int(rows[place])
             end = self.requests[row].end
             if end is not None:
-                ids_T = self.ids[row, :step].tolist()
+                ids_T = self.ids[row, : int(at_B[place])].tolist()
                 closed[place] = end.place(self.tokenizer.decode(ids_T)) is not None
         return closed
 

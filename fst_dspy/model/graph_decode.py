@@ -65,6 +65,7 @@ class GraphDecode:
     """As ``growing_decode.GrowingDecode``; made by ``begin``. Tensors: B live rows."""
 
     drops_rows = True
+    takes_runs = False  # its pass has a fixed shape
 
     def __init__(
         self, policy: Policy, rooms: _Rooms, layers: Sequence[Any], owner_B: Tensor, mask_UT: Tensor

@@ -7,13 +7,18 @@ from __future__ import annotations
 
 import functools
 import inspect
+from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from fst_dspy.model.cache_layers import cache_name
-from fst_dspy.model.prompt_cache import keep_rows, shared_attention
+from fst_dspy.model.prompt_cache import keep_rows, read_next, shared_attention, takes_runs
+
+COPIED_COLUMNS = 2**17
+"""Tokens of a pass times tokens of the longest row, where rows have runs."""
 
 
 def forward(
@@ -66,10 +71,16 @@ class GrowingDecode:
     def __init__(self, model: Any, cache: Any, mask_BT: Tensor, shares: bool) -> None:
         self.model, self.cache, self.mask_BT, self.shares = model, cache, mask_BT, shares
         self.drops_rows = hasattr(cache, "reorder_cache")
+        self.takes_runs = shares and takes_runs(cache)
+        self._columns = 0  # tokens that all rows have had, up to the first run
+        self._columns_B: Tensor | None = None
 
     def step(self, next_B: Tensor, position_B: Tensor) -> Tensor:
         """Read the rows' next tokens; the logits after them, (B, V)."""
+        if self._columns_B is not None:
+            return self.step_with_runs(next_B, position_B, [()] * len(next_B)).float()
         ids_B1, position_B1 = next_B[:, None], position_B[:, None]
+        self._columns += 1
         if self.shares:
             with shared_attention(self.model, self.cache):
                 logits_BV, self.cache = forward(self.model, ids_B1, None, position_B1, self.cache)
@@ -80,7 +91,52 @@ class GrowingDecode:
             )
         return logits_BV.float()
 
+    def step_with_runs(
+        self, next_B: Tensor, position_B: Tensor, runs: Sequence[Sequence[int]]
+    ) -> Tensor:
+        """The same, with tokens of some rows that follow these, in the same pass.
+
+        Where ``takes_runs``. Each token counts as a row of the pass, so that none is padding.
+
+        Returns:
+            The logits after every token, (N, V), row by row, in the model's dtype.
+        """
+        counts_B = torch.tensor([1 + len(run) for run in runs], device=next_B.device)
+        begun_B = self._columns_B
+        if begun_B is None:
+            begun_B = torch.full_like(counts_B, self._columns)
+        self._columns_B = begun_B + counts_B
+        # A token's row is copied for it, so that there may be too many for one pass.
+        most = max(1, COPIED_COLUMNS // int(self._columns_B.max()))
+        parts: list[list[int]] = [[]]
+        total = 0
+        for row, run in enumerate(runs):
+            total += 1 + len(run)
+            if parts[-1] and total > most:
+                parts.append([])
+                total = 1 + len(run)
+            parts[-1].append(row)
+        logits = []
+        for part in parts:
+            part_R = torch.tensor(part, device=next_B.device)
+            row_N = part_R.repeat_interleave(counts_B[part_R])
+            places = [place for row in part for place in range(1 + len(runs[row]))]
+            place_N = torch.tensor(places, device=next_B.device)
+            ids_N = next_B[row_N]
+            said = [token for row in part for token in runs[row]]
+            ids_N[place_N > 0] = torch.tensor(said, dtype=ids_N.dtype, device=ids_N.device)
+            read_next(self.cache, row_N, begun_B[row_N] + place_N)
+            position_N1 = (position_B[row_N] + place_N)[:, None]
+            with shared_attention(self.model, self.cache):
+                logits_nV, self.cache = forward(
+                    self.model, ids_N[:, None], None, position_N1, self.cache
+                )
+            logits.append(logits_nV)
+        return torch.cat(logits)
+
     def keep(self, keep_B: Tensor) -> None:
         """Drop all rows but these."""
         keep_rows(self.cache, keep_B)
         self.mask_BT = self.mask_BT[keep_B]
+        if self._columns_B is not None:
+            self._columns_B = self._columns_B[keep_B]

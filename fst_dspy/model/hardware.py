@@ -154,11 +154,13 @@ DTYPES = {
 
 
 def dtype_named(dtype: str | torch.dtype | None) -> torch.dtype | None:
-    """A dtype by one of its names; ``None`` stays ``None``.
+    """A dtype by one of its names; ``None`` and ``"auto"`` are ``None``.
 
     Raises:
         ModelError: It is no dtype that weights can be trained in.
     """
+    if dtype == "auto":
+        return None
     found = DTYPES.get(dtype.removeprefix("torch.").lower()) if isinstance(dtype, str) else dtype
     if dtype is not None and found not in DTYPES.values():
         raise ModelError(

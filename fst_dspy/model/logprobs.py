@@ -10,8 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import accumulate
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -22,10 +24,13 @@ from fst_dspy.model.policy import Policy
 from fst_dspy.model.prefixes import (
     backbone_of,
     can_continue,
+    common_beginning,
+    find_prefixes,
     left_padded,
     positions,
     read_prefixes,
     right_padded,
+    worthwhile_bins,
     worthwhile_prefixes,
 )
 from fst_dspy.model.sampling import allowed_tokens
@@ -68,6 +73,30 @@ def completion_logprobs(policy: Policy, rows: Sequence[Row]) -> Tensor:
     """
     state_ND, temperature_N = completion_states(policy, rows), temperatures(rows, policy.device)
     return logprobs_of(policy, state_ND, temperature_N, allowed_tokens(policy, rows))
+
+
+def sampled_logprobs(policy: Policy, rows: Sequence[Row]) -> list[list[float]]:
+    """Log-probabilities (nats) of the completion tokens of each row; see ``completion_logprobs``.
+
+    Those over the vocabulary are made in parts and not kept.
+
+    Args:
+        policy: The caller holds its lock.
+        rows: At least one, each with a completion.
+    """
+    state_ND, temperature_N = completion_states(policy, rows), temperatures(rows, policy.device)
+    allowed_NW = allowed_tokens(policy, rows)
+    ids = [token for row in rows for token in row.completion_ids_T]
+    id_N = torch.tensor(ids, device=state_ND.device)
+    size = max(1, CHUNK_BYTES // (4 * policy.model.config.get_text_config().vocab_size))
+    found: list[float] = []
+    for start in range(0, len(ids), size):
+        part = slice(start, start + size)
+        held_nW = None if allowed_NW is None else allowed_NW[part]
+        logprob_nV = logprobs_of(policy, state_ND[part], temperature_N[part], held_nW)
+        found += logprob_nV.gather(1, id_N[part, None])[:, 0].tolist()
+    ends = accumulate(len(row.completion_ids_T) for row in rows)
+    return [found[end - len(r.completion_ids_T) : end] for r, end in zip(rows, ends, strict=True)]
 
 
 def completion_states(policy: Policy, rows: Sequence[Row]) -> Tensor:
@@ -158,10 +187,13 @@ def completion_inputs(
 
     Returns:
         Arguments of the model's forward, and where the hidden state that predicts each completion
-        token is, (B, T); of padding it is any place.
+        token is, (B, T), counted through all rows of these arguments; of padding it is any place.
     """
     if continues is None:
         continues = can_continue(model)
+    packed = _packed_inputs(model, rows, pad_id, device) if continues else None
+    if packed is not None:
+        return packed
     prefixes = worthwhile_prefixes([prompt for prompt, _ in rows]) if continues else None
     longest = max(len(completion) for _, completion in rows)
     steps_T = torch.arange(longest, device=device)
@@ -186,7 +218,91 @@ def completion_inputs(
         # Rotary positions count from anywhere, and TRL counts padding too: bit for bit as it does.
         own_positions = {} if is_rotary(model) else {"position_ids": positions(mask_BT)}
         more = {**own_positions, "use_cache": False}
+    at_BT = at_BT + torch.arange(len(rows), device=device)[:, None] * ids_BT.shape[1]
     return {"input_ids": ids_BT, "attention_mask": mask_BT, **more}, at_BT
+
+
+def read_of(rows: Sequence[tuple[Ids, Ids]]) -> list[tuple[int, ...]]:
+    """What has to be read of each row: all but its last token, behind which nothing is asked."""
+    return [(*prompt, *completion)[:-1] for prompt, completion in rows]
+
+
+def _packed_inputs(
+    model: Any, rows: Sequence[tuple[Ids, Ids]], pad_id: int, device: torch.device
+) -> tuple[dict[str, Any], Tensor] | None:
+    """As ``completion_inputs``, with rows in bins; ``None`` where that is not worth it.
+
+    Tensors: B bins of L tokens, behind beginnings of P tokens.
+    """
+    if min(len(prompt) for prompt, _ in rows) < 2:
+        return None
+    read_N = read_of(rows)
+    bins = worthwhile_bins(model, read_N)
+    if bins is None:
+        return None
+    stems = []
+    for part in bins:
+        first, last = (read_N[part.rows[place]] for place in (0, -1))
+        # What follows each prompt is asked for, so that no beginning goes further than one.
+        shortest = min(len(rows[number][0]) for number in part.rows)
+        stems.append(first[: min(common_beginning(first, last), shortest)])
+    prefixes = find_prefixes(stems)
+    begins_B = [len(prefixes.prefix_ids_P[owner]) for owner in prefixes.owner_N]
+    trees = [
+        _Tree([read_N[number][begins:] for number in part.rows])
+        for part, begins in zip(bins, begins_B, strict=True)
+    ]
+    width = max(len(tree.ids_L) for tree in trees)
+    ids_BL = np.full((len(bins), width), pad_id)
+    position_BL = np.zeros((len(bins), width), dtype=np.int64)
+    sees_BLL = np.broadcast_to(np.eye(width, dtype=bool), (len(bins), width, width)).copy()
+    at_BT = np.zeros((len(rows), max(len(completion) for _, completion in rows)), dtype=np.int64)
+    for place, (part, tree, begins) in enumerate(zip(bins, trees, begins_B, strict=True)):
+        length = len(tree.ids_L)
+        ids_BL[place, :length] = tree.ids_L
+        position_BL[place, :length] = begins + tree.depth_L
+        sees_BLL[place, :length, :length] = tree.sees_LL
+        for number, path_T in zip(part.rows, tree.paths, strict=True):
+            own_T = path_T[len(rows[number][0]) - 1 - begins :]
+            at_BT[number, : len(own_T)] = place * width + own_T
+    cache, mask_BP = read_prefixes(backbone_of(model), prefixes, pad_id, device)
+    sees_BLP = mask_BP.bool()[:, None].expand(-1, width, -1)
+    inputs = {
+        "input_ids": torch.from_numpy(ids_BL).to(device),
+        "attention_mask": torch.cat([sees_BLP, torch.from_numpy(sees_BLL).to(device)], -1)[:, None],
+        "position_ids": torch.from_numpy(position_BL).to(device),
+        cache_name(model): cache,
+        "use_cache": True,
+    }
+    return inputs, torch.from_numpy(at_BT).to(device)
+
+
+class _Tree:
+    """Sorted rows as one sequence of L tokens, what they have in common once.
+
+    Attributes:
+        ids_L: The tokens.
+        depth_L: Tokens before each in its row.
+        sees_LL: Whether one goes on from another, or is it.
+        paths: Where the tokens of each row are.
+    """
+
+    def __init__(self, rows: Sequence[Ids]) -> None:
+        ids: list[int] = []
+        path_T, before = np.zeros(0, dtype=np.int64), rows[0][:0]
+        self.paths: list[np.ndarray] = []
+        for row in rows:
+            common = common_beginning(before, row)
+            new = np.arange(len(ids), len(ids) + len(row) - common)
+            path_T, before = np.concatenate([path_T[:common], new]), row
+            ids += row[common:]
+            self.paths.append(path_T)
+        self.ids_L = np.array(ids)
+        self.depth_L = np.zeros(len(ids), dtype=np.int64)
+        self.sees_LL = np.zeros((len(ids), len(ids)), dtype=bool)
+        for path_T in self.paths:
+            self.depth_L[path_T] = np.arange(len(path_T))
+            self.sees_LL[np.ix_(path_T, path_T)] = np.tri(len(path_T), dtype=bool)
 
 
 def is_rotary(model: Any) -> bool:
@@ -196,7 +312,7 @@ def is_rotary(model: Any) -> bool:
 
 @contextmanager
 def only_at(model: Any, at_BT: Tensor) -> Iterator[None]:
-    """Inside the block the model's backbone gives its states at these places of each row alone."""
+    """Inside the block the model's backbone gives its states at these places alone."""
 
     def after_backbone(_module: Any, _inputs: Any, output: Any) -> Any:
         output.last_hidden_state = _taken(output.last_hidden_state, at_BT)
@@ -280,4 +396,4 @@ def _before_output_layer(model: Any, hook: Any) -> Iterator[None]:
 
 
 def _taken(state_BTD: Tensor, at_BT: Tensor) -> Tensor:
-    return state_BTD.gather(1, at_BT[..., None].expand(-1, -1, state_BTD.shape[-1]))
+    return state_BTD.flatten(0, 1)[at_BT]

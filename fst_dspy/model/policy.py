@@ -36,6 +36,7 @@ from fst_dspy.model.hardware import default_dtype, fuse_norms
 from fst_dspy.model.sizes import check_claims, described, parameter_count
 from fst_dspy.pretrained.gguf import SUFFIX, read_from, read_gguf
 from fst_dspy.pretrained.places import model_place
+from fst_dspy.pretrained.quantized import plain_quantization, quantization_of
 
 DEFAULT_CHAT_TEMPLATE = (
     "{% for message in messages %}{{ message['role'] + ': ' + message['content'] + '\n\n' }}"
@@ -109,6 +110,28 @@ class Policy:
         """The adapters' settings, or ``None`` when all weights are trained."""
         return self._lora
 
+    @property
+    def lora_in_use(self) -> LoraConfig | None:
+        """The settings of the adapters that answer now: inside ``at`` those of that version."""
+        if self._visiting is not None:
+            return self.lora_of(self._visiting)
+        return self._lora
+
+    @property
+    def visiting(self) -> str | None:
+        """The version that ``at`` has swapped in, inside its block."""
+        return self._visiting
+
+    def write_adapter(self, folder: Path) -> Path:
+        """Write the adapters that are in use, as peft does; the caller holds ``lock``.
+
+        Returns:
+            The folder that ``adapter_config.json`` is in.
+        """
+        name = self.model.active_adapter
+        self.model.save_pretrained(folder, selected_adapters=[name], save_embedding_layers=False)
+        return folder if name == _OWN else folder / name
+
     @classmethod
     def load(
         cls,
@@ -117,6 +140,7 @@ class Policy:
         device: str | torch.device | None = None,
         dtype: str | torch.dtype | None = None,
         trust_remote_code: bool = False,
+        quantization_config: Any = None,
         name: str | None = None,
     ) -> Policy:
         """Load a model.
@@ -129,6 +153,8 @@ class Policy:
             dtype: A torch dtype or its name; by default bfloat16 on CUDA and, for large models, on
                 CPUs that multiply it, else float32 (``fst_dspy.model.hardware.default_dtype``).
             trust_remote_code: Run Python code that comes with the model. Off unless asked for.
+            quantization_config: Of transformers, to load weights in fewer bits by bitsandbytes or
+                torchao, to train adapters over (``fst_dspy.pretrained.quantized``).
             name: First half of the version ids; defaults to the last part of ``name_or_path``.
 
         Returns:
@@ -141,7 +167,13 @@ class Policy:
         """
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         distributed.join(device.type)
+        quantized = plain_quantization(quantization_config)
         where = model_place(name_or_path)
+        if quantized is not None and where.endswith(SUFFIX):
+            raise ModelError(
+                "a GGUF file is unpacked, and not quantized as it is loaded: save the model as a "
+                "folder with policy.model.save_pretrained, and load that"
+            )
         try:
             named, more = read_from(where)
             # Before the tokenizer, which reads the configuration too. Code that is trusted may
@@ -157,7 +189,16 @@ class Policy:
             tokenizer = AutoTokenizer.from_pretrained(
                 named, trust_remote_code=trust_remote_code, **more
             )
-            model = _read_model(where, dtype, trust_remote_code).to(device)
+            if not tokenizer("words", add_special_tokens=False)["input_ids"]:
+                # Of a folder without one transformers makes an empty one of the model's kind.
+                raise ModelError("it comes without a tokenizer")
+            source = {
+                "name_or_path": str(name_or_path),
+                "dtype": str(dtype).removeprefix("torch."),
+                "trust_remote_code": trust_remote_code,
+                **({} if quantized is None else {"quantization_config": quantized}),
+            }
+            model = _read_model(where, source, device)
             if device.type == "cuda":
                 fuse_norms(model)
         except Exception as error:
@@ -171,11 +212,6 @@ class Policy:
             tokenizer.chat_template = DEFAULT_CHAT_TEMPLATE
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
-        source = {
-            "name_or_path": str(name_or_path),
-            "dtype": str(dtype).removeprefix("torch."),
-            "trust_remote_code": trust_remote_code,
-        }
         short = Path(str(name_or_path).rstrip("/")).name.removesuffix(SUFFIX)
         return cls(model, tokenizer, name or short, source)
 
@@ -236,6 +272,8 @@ class Policy:
         with self.lock:
             if version == self.base_version:
                 return None
+            if version in self._kept:  # inside ``at`` it is not the live weights that it has
+                return self._kept[version].lora
             return self._lora if version == self.version() else self._find(version).lora
 
     def kept_state(self, version: str) -> Mapping[str, Tensor]:
@@ -375,9 +413,8 @@ class Policy:
             # Under LoRA the base lies beneath the adapters, unchanged.
             return _Kept(None, self._weights)
         where = model_place(self.source["name_or_path"])
-        dtype = getattr(torch, self.source["dtype"])
         try:
-            model = _read_model(where, dtype, self.source["trust_remote_code"])
+            model = _read_model(where, self.source, torch.device("cpu"))
         except Exception as error:
             raise ModelError(f"cannot read the base weights again: {error}") from error
         weights = dict(model.named_parameters())
@@ -425,17 +462,25 @@ class Policy:
         self._lora = None
 
 
-def _read_model(where: str, dtype: torch.dtype, trust_remote_code: bool) -> Any:
+def _read_model(where: str, source: Mapping[str, Any], device: torch.device) -> Any:
+    """The model at a place, as a policy's ``source`` describes it."""
+    dtype = getattr(torch, source["dtype"])
     if where.endswith(SUFFIX):  # takes long enough for its bar
-        return read_gguf(Path(where), dtype)
+        return read_gguf(Path(where), dtype).to(device)
+    more: dict[str, Any] = {}
+    if "quantization_config" in source:
+        # It is quantized on its device, weight by weight, and some kinds cannot be moved later.
+        more["quantization_config"] = quantization_of(source["quantization_config"])
+        more["device_map"] = {"": device}
     # A bar for a second's work is noise, and so is the hint to install a CUDA kernel on a CPU.
     logging.getLogger("transformers.integrations.hub_kernels").addFilter(_no_kernel_hint)
     showed_bars = hf_logging.is_progress_bar_enabled()
     hf_logging.disable_progress_bar()
     try:
-        return AutoModelForCausalLM.from_pretrained(
-            where, dtype=dtype, trust_remote_code=trust_remote_code
+        model = AutoModelForCausalLM.from_pretrained(
+            where, dtype=dtype, trust_remote_code=source["trust_remote_code"], **more
         )
+        return model if "device_map" in more else model.to(device)
     finally:
         if showed_bars:
             hf_logging.enable_progress_bar()

@@ -1,10 +1,14 @@
 """Beginnings that prompts have in common, read once each.
 
 The prompts of a batch begin alike: the rollouts of a group have all of theirs in common, those of a
-candidate its instructions. ``find_prefixes`` cuts prompts into such beginnings and what is left;
-a model reads the beginnings, and goes on from their caches with the rest. Generation and optimizer
-step do so where ``can_continue`` says that the model's caches allow it. The outcome is that of
-reading every prompt whole, but for rounding.
+candidate its instructions, an agent's turns all that was before. ``find_prefixes`` cuts prompts
+into such beginnings and what is left; a model reads the beginnings, and goes on from their caches
+with the rest. Generation and optimizer step do so where ``can_continue`` says that the model's
+caches allow it. The outcome is that of reading every prompt whole, but for rounding.
+
+Where completions are read again, all of the rows are a tree. ``find_bins`` cuts it into parts; a
+part is read as one sequence, in which each token sees those that it goes on from
+(``fst_dspy.model.logprobs``), and what the parts begin with is read once as above.
 
 It leans on how transformers' caches hold what was read (``fst_dspy.model.cache_layers``). Where
 they do so in another way, prompts are read whole.
@@ -37,6 +41,28 @@ WINDOW = 256
 
 SAVED_TOKENS = 512
 """Tokens that need not be read again, from which on beginnings are worth a pass of their own."""
+
+
+PACKED_TOKENS = 4096
+"""Tokens in bins, from which on a pass on a CPU is no quicker for having more."""
+BIN_TOKENS = 640
+"""Most tokens of a bin of several rows, behind what it goes on from: attention looks at all pairs
+of them, also where two rows see nothing of each other."""
+
+
+@dataclass(frozen=True)
+class Bin:
+    """Rows that are next to each other when sorted by their tokens, read as one sequence.
+
+    Attributes:
+        rows: Their numbers, in that order.
+        begins: Tokens that they go on from, common to all bins that the same branch was cut into.
+        tokens: Those behind them, what rows have in common counted once.
+    """
+
+    rows: tuple[int, ...]
+    begins: int
+    tokens: int
 
 
 @dataclass(frozen=True)
@@ -117,10 +143,80 @@ def _grouped(sorted_N: Sequence[Sequence[int]]) -> list[range]:
 
 def _common(one: Sequence[int], other: Sequence[int]) -> int:
     """Tokens that both begin with, less the last of either."""
-    limit = min(len(one), len(other)) - 1
+    return min(common_beginning(one, other), len(one) - 1, len(other) - 1)
+
+
+def common_beginning(one: Sequence[int], other: Sequence[int]) -> int:
+    """How many tokens both begin with."""
+    limit = min(len(one), len(other))
     if one[:limit] == other[:limit]:
         return limit
     return next(n for n, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
+
+
+def find_bins(rows_N: Sequence[Sequence[int]], most_rows: int) -> list[Bin]:
+    """Parts of the tree that rows make, of a single row or of up to ``BIN_TOKENS``.
+
+    A larger branch is cut wherever its rows part first. Rows of a bin have 2 tokens in common at
+    least.
+
+    Args:
+        rows_N: At least one.
+        most_rows: Of a bin.
+    """
+    order = sorted(range(len(rows_N)), key=lambda number: tuple(rows_N[number]))
+    with_next = [common_beginning(rows_N[a], rows_N[b]) for a, b in pairwise(order)]
+    bins: list[Bin] = []
+    branches = [(0, len(order), 0)]
+    while branches:
+        start, end, begins = branches.pop()
+        common = with_next[start : end - 1]
+        tokens = sum(len(rows_N[number]) for number in order[start:end]) - sum(common) - begins
+        fits = tokens <= BIN_TOKENS and end - start <= most_rows and min(common, default=2) >= 2
+        if fits or end - start == 1:
+            bins.append(Bin(tuple(order[start:end]), begins, tokens))
+            continue
+        least = min(common)
+        cuts = [start + n + 1 for n, length in enumerate(common) if length == least]
+        parts = list(pairwise([start, *cuts, end]))
+        branches += [(*part, least) for part in reversed(parts)]
+    return bins
+
+
+def worthwhile_bins(
+    model: Any, rows_N: Sequence[Sequence[int]], most_rows: int | None = None
+) -> list[Bin] | None:
+    """Bins, where reading rows so saves ``SAVED_TOKENS`` and the model is one that can.
+
+    That is one that ``can_continue``, where attention is all that mixes tokens, takes any mask, and
+    knows of positions their distance alone.
+    """
+    total = sum(map(len, rows_N))
+    if min(map(len, rows_N)) < 2 or total < SAVED_TOKENS or not can_pack(model):
+        return None
+    bins = find_bins(rows_N, most_rows or len(rows_N))
+    return bins if total - tokens_of(bins, rows_N) >= SAVED_TOKENS else None
+
+
+def tokens_of(bins: Sequence[Bin], rows_N: Sequence[Sequence[int]]) -> int:
+    """About how many tokens are read of some bins, in their order, padding included."""
+    longest = max(part.tokens for part in bins)
+    total = bins[0].begins + longest * len(bins)
+    for before, part in pairwise(bins):
+        common = common_beginning(rows_N[before.rows[-1]], rows_N[part.rows[0]])
+        total += max(0, part.begins - common)
+    return total
+
+
+def can_pack(model: Any) -> bool:
+    """Whether a model that ``can_continue`` reads bins: see ``worthwhile_bins``."""
+    config = backbone_of(model).config.get_text_config()
+    return (
+        getattr(config, "rope_parameters", None) is not None
+        and getattr(backbone_of(model), "_supports_attention_backend", False)
+        and config._attn_implementation == "sdpa"
+        and all(type(layer) is DynamicLayer for layer in DynamicCache(config=config).layers)
+    )
 
 
 def can_continue(model: Any) -> bool:

@@ -44,15 +44,36 @@ class Sharing:
     Args:
         owner_B: The prompt of each row, 0 to U - 1, each with at least one row.
         mask_UT: 1 for a prompt's tokens, 0 for its padding.
+        steps: Most tokens a row will have of its own.
     """
 
-    def __init__(self, owner_B: Tensor, mask_UT: Tensor) -> None:
+    def __init__(self, owner_B: Tensor, mask_UT: Tensor, steps: int) -> None:
+        self.steps = steps
         self.mask_UT = mask_UT.bool()
+        self.rows_owner_B = owner_B
+        self.row_N: Tensor | None = None
         self._group(owner_B)
 
+    def read(self, row_N: Tensor, column_N: Tensor) -> None:
+        """What the next pass reads: tokens of some rows, of each row so many as there are.
+
+        Args:
+            row_N: The row of each token.
+            column_N: Its place among the row's own tokens; beyond the last are those of rows that
+                are over.
+        """
+        column_N = column_N.clamp(max=self.steps - 1)
+        if self.row_N is None or not torch.equal(row_N, self.row_N):
+            self._group(self.rows_owner_B[row_N])
+        self.row_N, self.column_N, self.length = row_N, column_N, int(column_N.max()) + 1
+        everyone = torch.arange(len(self.rows_owner_B), device=row_N.device)
+        self.each_row_once = torch.equal(row_N, everyone)
+        later_NT = torch.arange(self.length, device=row_N.device) > column_N[:, None]
+        bias_NT = torch.zeros(later_NT.shape, device=row_N.device)
+        self.later_bias_N11T = bias_NT.masked_fill_(later_NT, -torch.inf)[:, None, None]
+
     def _group(self, owner_B: Tensor) -> None:
-        self.owner_B = owner_B
-        counts_U = owner_B.bincount()
+        counts_U = owner_B.bincount(minlength=len(self.mask_UT))
         first_U = counts_U.cumsum(0) - counts_U
         order_B = owner_B.argsort(stable=True)
         number_B = torch.empty_like(owner_B)  # of a row among those of its prompt
@@ -64,6 +85,8 @@ class Sharing:
         rows = torch.zeros(self.prompts * self.width, dtype=torch.long, device=owner_B.device)
         rows[self.place_B] = torch.arange(len(owner_B), device=owner_B.device)
         self.row_UN = rows  # flat; places without a row repeat the first
+        everyone = torch.arange(len(rows), device=rows.device)
+        self.in_order = torch.equal(self.place_B, everyone)  # all prompts have rows alike
         self.bias_U11T = None
         if not bool(self.mask_UT.all()):
             self.bias_U11T = torch.zeros(self.mask_UT.shape, device=owner_B.device).masked_fill_(
@@ -72,25 +95,28 @@ class Sharing:
 
     def keep(self, keep_B: Tensor) -> Tensor | None:
         """Drop all rows but these; the prompts that are left, ``None`` where all are."""
-        owner_B = self.owner_B[keep_B]
+        owner_B = self.rows_owner_B[keep_B]
         left_U, owner_B = owner_B.unique(return_inverse=True)
         gone = len(left_U) < self.prompts
         if gone:
             self.mask_UT = self.mask_UT[left_U]
+        self.rows_owner_B, self.row_N = owner_B, None
         self._group(owner_B)
         return left_U if gone else None
 
     def by_prompt(self, values_BKGD: Tensor) -> Tensor:
         """(B, K, g, D) values of rows, as (U, K, N * g, D)."""
         _, heads, group, dim = values_BKGD.shape
-        values = values_BKGD[self.row_UN].view(self.prompts, self.width, heads, group, dim)
+        values = values_BKGD if self.in_order else values_BKGD[self.row_UN]
+        values = values.reshape(self.prompts, self.width, heads, group, dim)
         return values.transpose(1, 2).reshape(self.prompts, heads, self.width * group, dim)
 
     def by_row(self, values: Tensor) -> Tensor:
         """The inverse of ``by_prompt``."""
         _, heads, both, dim = values.shape
         values = values.view(self.prompts, heads, self.width, both // self.width, dim)
-        return values.transpose(1, 2).reshape(-1, heads, both // self.width, dim)[self.place_B]
+        values = values.transpose(1, 2).reshape(-1, heads, both // self.width, dim)
+        return values if self.in_order else values[self.place_B]
 
 
 class SharedLayer(DynamicLayer):
@@ -109,7 +135,7 @@ class SharedLayer(DynamicLayer):
         self.sharing, self.read = sharing, True
         self.prompt_keys, self.prompt_values = layer.keys, layer.values
         self._rooms = [
-            prompt.new_empty(len(sharing.owner_B), prompt.shape[1], steps, prompt.shape[3])
+            prompt.new_zeros(len(sharing.rows_owner_B), prompt.shape[1], steps, prompt.shape[3])
             for prompt in (layer.keys, layer.values)
         ]
         self._length = 0
@@ -120,10 +146,22 @@ class SharedLayer(DynamicLayer):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        start, self._length = self._length, self._length + key_states.shape[-2]
-        for room, new in zip(self._rooms, (key_states, value_states), strict=True):
-            room[:, :, start : self._length] = new
-        keys, values = (room[:, :, : self._length] for room in self._rooms)
+        sharing = self.sharing
+        if sharing.row_N is None:
+            start, self._length = self._length, self._length + key_states.shape[-2]
+            for room, new in zip(self._rooms, (key_states, value_states), strict=True):
+                room[:, :, start : self._length] = new
+            keys, values = (room[:, :, : self._length] for room in self._rooms)
+        else:
+            self._length = sharing.length
+            for room, new in zip(self._rooms, (key_states, value_states), strict=True):
+                room[sharing.row_N, :, sharing.column_N] = new[:, :, 0]
+            keys, values = (
+                room[:, :, : self._length]
+                if sharing.each_row_once
+                else room[sharing.row_N, :, : self._length]
+                for room in self._rooms
+            )
         keys.shared_layer = self  # how ``attend`` finds the prompts
         self.keys, self.values, self.read = keys, values, False
         return keys, values
@@ -150,7 +188,7 @@ def attend(
     Args:
         query: (B, heads, 1, dim).
         key, value: The rows' own tokens, as ``SharedLayer.update`` gave them.
-        attention_mask: Not used: padding is in prompts only, and no later token is there yet.
+        attention_mask: Not used: padding is in prompts only, and later tokens are known of.
         scaling: Of the scores; by default ``dim ** -0.5``.
 
     Returns:
@@ -167,6 +205,8 @@ def attend(
     if sharing.bias_U11T is not None:
         score_U = score_U + sharing.bias_U11T
     score_B = query_BKGD @ key.transpose(-1, -2)
+    if sharing.row_N is not None:
+        score_B = score_B + sharing.later_bias_N11T
     both_B = torch.cat([sharing.by_row(score_U), score_B], dim=-1)
     weight_B = both_B.softmax(-1, dtype=torch.float32).to(query.dtype)
     prompt_B, own_B = weight_B.split([weight_B.shape[-1] - length, length], dim=-1)
@@ -214,13 +254,23 @@ def share(cache: Any, owner_B: Tensor, mask_UT: Tensor, steps: int) -> bool:
     states = [not hasattr(layer, "keys") and hasattr(layer, "reorder_cache") for layer in layers]
     if not any(plain) or not all(a or b for a, b in zip(plain, states, strict=True)):
         return False
-    sharing = Sharing(owner_B, mask_UT)
+    sharing = Sharing(owner_B, mask_UT, steps)
     for place, layer in enumerate(layers):
         if plain[place]:
             layers[place] = SharedLayer(layer, sharing, steps)
         else:
             layer.reorder_cache(owner_B)
     return True
+
+
+def takes_runs(cache: Any) -> bool:
+    """Whether a pass may read several tokens of a row (``Sharing.read``): all layers keep keys."""
+    return all(isinstance(layer, SharedLayer) for layer in cache.layers)
+
+
+def read_next(cache: Any, row_N: Tensor, column_N: Tensor) -> None:
+    """Tell a cache that ``takes_runs`` what the next pass reads."""
+    cache.layers[0].sharing.read(row_N, column_N)
 
 
 def keep_rows(cache: Any, keep_B: Tensor) -> None:

@@ -22,6 +22,9 @@ from fst_dspy.model.endings import eos_ids
 from fst_dspy.model.policy import Policy
 from fst_dspy.types import Grammar
 
+PASSED_TOKENS = 64
+"""Forced tokens whose logits are in float32 at once."""
+
 
 class Penalised(Protocol):
     """What is asked of a request here; see ``fst_dspy.model.generate.GenerationRequest``."""
@@ -225,16 +228,24 @@ class HeldRows:
         self._asked[rows] += live_B.long()
         return masked_BV
 
-    def advance(self, next_B: Tensor, rows: Tensor, done: Tensor) -> Tensor:
+    def advance(
+        self, next_B: Tensor, rows: Tensor, done: Tensor, at_B: Tensor | None = None
+    ) -> tuple[Tensor, list[list[int]]]:
         """Take the rows' next tokens.
 
         Args:
             done: The rows that are over, those that ended with this token included.
+            at_B: Where these tokens are in their rows' answers, to take what is forced behind them
+                too; without it, that is left for the calls to come.
 
         Returns:
-            The rows whose rest is forced, to the end, and has been written down.
+            The rows whose rest is forced, to the end, and has been written down; and the tokens
+            that were taken behind those of the other rows, none of them beyond its row's limit.
         """
         closed = [False] * len(rows)
+        runs: list[list[int]] = [[] for _ in closed]
+        full = [False] * len(rows)
+        at = at_B.tolist() if at_B is not None else []
         taken = zip(rows.tolist(), next_B.tolist(), done.tolist(), strict=True)
         for place, (row, token, over) in enumerate(taken):
             walk = self._walks[row]
@@ -242,12 +253,29 @@ class HeldRows:
                 continue
             walk.advance(token)
             rest = walk.to_the_end()
+            if rest is None and at:
+                run = walk.begin()
+                if walk.ended:
+                    rest = run
+                else:
+                    room = self._limits[row] - at[place] - 1
+                    runs[place], full[place] = run[:room], len(run) >= room
             if rest is not None:
                 self._tails[row] = rest
                 closed[place] = True
         ended = torch.tensor(closed, device=done.device)
-        self._over[rows] |= done | ended
-        return ended
+        self._over[rows] |= done | ended | torch.tensor(full, device=done.device)
+        return ended, runs
+
+    def passed(self, logits_NV: Tensor, row_N: Tensor, forced_N: Tensor, scale_N: Tensor) -> None:
+        """Note how much of the model's own distribution forced tokens had, as ``masked`` does."""
+        for start in range(0, len(row_N), PASSED_TOKENS):
+            part = slice(start, start + PASSED_TOKENS)
+            logits_nV = logits_NV[part].float() / scale_N[part, None]
+            own_n = logits_nV.gather(1, forced_N[part, None]).squeeze(1).double()
+            share_n = (own_n - logits_nV.logsumexp(-1).double()).clamp(max=0)
+            self._share.index_add_(0, row_N[part], share_n)
+            self._asked.index_add_(0, row_N[part], torch.ones_like(row_N[part]))
 
     def completed(
         self, ids: list[list[int]], logprobs: list[list[float]], stopped: list[bool]

@@ -113,7 +113,29 @@ def described(where: str | Path, *, trust_remote_code: bool = False) -> Any:
 
 def parameter_count(model: Any) -> int:
     """Parameters of a model, those that it uses twice counted once, without adapters."""
-    return sum(w.numel() for name, w in model.named_parameters() if "lora_" not in name)
+    own = sum(w.numel() for name, w in model.named_parameters() if "lora_" not in name)
+    # bitsandbytes keeps several in one number.
+    linear = (module for module in model.modules() if isinstance(module, torch.nn.Linear))
+    return own + sum(max(0, m.in_features * m.out_features - m.weight.numel()) for m in linear)
+
+
+def quantized_bits(config: Any) -> float | None:
+    """Bits that a weight of a quantized linear layer takes, with what scales it; about.
+
+    Args:
+        config: Of the model.
+
+    Returns:
+        ``None`` where weights are not quantized, or it is not known how far.
+    """
+    found = getattr(config, "quantization_config", None)
+    plain = found if isinstance(found, dict) or found is None else found.to_dict()
+    text = str(plain).lower()
+    if plain is None:
+        return None
+    if plain.get("load_in_4bit") or plain.get("bits") == 4 or "int4" in text:
+        return 4.5
+    return 8.25 if plain.get("load_in_8bit") or plain.get("bits") == 8 or "int8" in text else None
 
 
 def parameter_bytes(model: Any) -> int:

@@ -1,20 +1,35 @@
 """vLLM in place of the decode loop, on the same GPU as training: ``pip install 'fst-dspy[vllm]'``.
 
-Building vLLM's engine and bringing it the trained weights is TRL's (``VLLMGeneration``); here are
-only the requests, each with its own seed, temperature and stop strings, and what comes back. The
-weights are brought over when they may have changed since the last call; they are not hashed.
+Here are the requests, each with its own seed, temperature and stop strings, what comes back, and
+how the trained weights get there, which is one of two ways:
 
-The tests hold it to what is asked of any engine with a stand-in for vLLM, and where there is a GPU
-with vLLM itself (``make test-gpu``).
+- *All weights*: building the engine and writing them into it is TRL's (``VLLMGeneration``).
+- *Adapters* are served as such, by vLLM's own ``LoRARequest``, over a base that stays as it is. TRL
+  would merge them into the base and take them out again, rounding it each time.
+
+Either way they are brought over when they may have changed since the last call, without hashing.
+
+vLLM gives log-probabilities after ``top_p``, ``top_k`` and penalties. What is learned from is the
+whole distribution (``GenerationResult``), so completions of such requests are read once more, by
+the policy itself.
+
+The tests hold it to what is asked of any engine with a stand-in for vLLM, whose calls are checked
+against vLLM's own signatures, and where there is a GPU with vLLM itself (``make test-gpu``).
 """
 
 from __future__ import annotations
 
+import os
+import shutil
+import tempfile
 from collections.abc import Callable, Sequence
-from typing import Any
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 
+from fst_dspy.config import LoraConfig
 from fst_dspy.distributed import refuse_fsdp
 from fst_dspy.errors import ConfigError
 from fst_dspy.model.endings import eos_ids, kept_tokens, texts_of
@@ -25,20 +40,32 @@ from fst_dspy.model.generate import (
     room_for,
 )
 from fst_dspy.model.hardware import global_rng_kept
+from fst_dspy.model.logprobs import CHUNK_BYTES, completion_logprobs
 from fst_dspy.model.policy import Policy
+from fst_dspy.pretrained.gguf import SUFFIX
+from fst_dspy.pretrained.places import model_place
+from fst_dspy.types import Grammar
 
 MAX_SEED = 2**63 - 1
 LOWEST_TEMPERATURE = 0.01
 """vLLM takes a lower one, but 0, for this."""
 LONGEST_CONVOLUTION = 4
 """Tokens that vLLM's kernel for short convolutions reads at most; of more, it would ignore some."""
+RANKS = (8, 16, 32, 64, 128, 256)
+"""Of adapters, that all versions of vLLM can make room for; lower ones fit within."""
+BATCHED_TOKENS = 4096
+"""Of one pass of vLLM's; its own default makes it expect a larger need of memory than there is."""
 
 
-def use_vllm(policy: Policy, *, gpu_memory_utilization: float = 0.3) -> None:
+def use_vllm(
+    policy: Policy, *, lora: bool | LoraConfig = False, gpu_memory_utilization: float = 0.3
+) -> None:
     """Generate with vLLM from here on; training stays where it is.
 
     Args:
-        policy: On a GPU, in bfloat16 or float16, without adapters; vLLM must know its architecture.
+        policy: On a GPU, in bfloat16 or float16; vLLM must know its architecture.
+        lora: Make room for adapters, as ``FST(lora=...)`` is given them; without it all weights
+            are trained.
         gpu_memory_utilization: Share of the GPU's memory that vLLM may take, weights and caches.
 
     Raises:
@@ -57,42 +84,198 @@ def use_vllm(policy: Policy, *, gpu_memory_utilization: float = 0.3) -> None:
             f"vLLM's convolutions read {LONGEST_CONVOLUTION} tokens, those of {policy.name} "
             f"{policy.model.config.conv_L_cache}; the built-in engine runs it"
         )
+    place = model_place(policy.source["name_or_path"])
+    if place.endswith(SUFFIX):
+        raise ConfigError(
+            "vLLM is given folders here, not GGUF files: write one with "
+            "policy.model.save_pretrained(folder) and policy.tokenizer.save_pretrained(folder)"
+        )
     try:
-        from vllm import SamplingParams
+        import vllm
     except ImportError as error:
         raise ConfigError("vLLM is not installed: pip install 'fst-dspy[vllm]'") from error
-    from accelerate import Accelerator
-    from trl.generation.vllm_generation import VLLMGeneration
-
     try:
         with global_rng_kept(policy.device):
-            vllm = VLLMGeneration(
-                model=policy.model,
-                accelerator=Accelerator(),
-                processing_class=policy.tokenizer,
-                gpu_memory_utilization=gpu_memory_utilization,
-                max_model_length=policy.context_length,
-                trust_remote_code=policy.source["trust_remote_code"],
-            )
+            weights: Weights
+            if lora:
+                lora = LoraConfig() if lora is True else lora
+                weights = Adapters.over(policy, place, lora, gpu_memory_utilization)
+            else:
+                weights = AllWeights(_trl_engine(policy, gpu_memory_utilization))
+    except ConfigError:
+        raise
     except Exception as error:
         raise ConfigError(
             f"vLLM cannot run {policy.name} ({type(error).__name__}: {error}); the built-in engine "
             "does without it"
         ) from error
-    policy.generator = VllmGenerator(vllm, SamplingParams)
+    policy.generator = VllmGenerator(weights, vllm.SamplingParams)
+
+
+def _trl_engine(policy: Policy, gpu_memory_utilization: float) -> Any:
+    from accelerate import Accelerator
+    from trl.generation.vllm_generation import VLLMGeneration
+
+    return VLLMGeneration(
+        model=policy.model,
+        accelerator=Accelerator(),
+        processing_class=policy.tokenizer,
+        gpu_memory_utilization=gpu_memory_utilization,
+        max_model_length=policy.context_length,
+        trust_remote_code=policy.source["trust_remote_code"],
+    )
+
+
+class Weights(Protocol):
+    """How vLLM gets the weights that the policy has.
+
+    Attributes:
+        llm: vLLM's ``LLM``.
+    """
+
+    llm: Any
+
+    def bring(self, policy: Policy) -> Any:
+        """Let vLLM have the weights now in the model; the caller holds its lock.
+
+        Returns:
+            vLLM's ``LoRARequest`` for the adapters; ``None`` without any.
+        """
+        ...
+
+
+class AllWeights:
+    """They are written into vLLM's model.
+
+    Args:
+        vllm: TRL's ``VLLMGeneration``, or what has its ``llm`` and ``sync_weights``.
+    """
+
+    def __init__(self, vllm: Any) -> None:
+        self.vllm, self.llm = vllm, vllm.llm
+        self._holds: Any = None  # the mark of the weights that it has
+
+    def bring(self, policy: Policy) -> None:
+        """As ``Weights``."""
+        if policy.lora is not None or policy.lora_in_use is not None:
+            raise ConfigError(
+                "this vLLM engine has no room for adapters: call use_vllm(policy, lora=True) "
+                "before, or train with lora=False"
+            )
+        mark = policy.mark()
+        if mark != self._holds:
+            self.vllm.sync_weights()
+            self._holds = mark
+
+
+class Adapters:
+    """The base stays, and the adapters in use lie in a folder that vLLM reads.
+
+    Args:
+        llm: vLLM's ``LLM``, with room for one set of adapters.
+        lora_request: vLLM's ``LoRARequest``.
+        max_rank: Of the adapters that it has room for.
+    """
+
+    def __init__(self, llm: Any, lora_request: Callable[..., Any], max_rank: int) -> None:
+        self.llm, self.max_rank = llm, max_rank
+        self._lora_request = lora_request
+        self._folder = tempfile.TemporaryDirectory(prefix="fst-adapters-")
+        self._served: tuple[Any, Any] | None = None  # the mark of the adapters, and their request
+        self._count = 0
+
+    @classmethod
+    def over(cls, policy: Policy, place: str, lora: LoraConfig, share: float) -> Adapters:
+        """Build vLLM's engine.
+
+        Args:
+            place: The folder or hub id of the base.
+            share: Of the GPU's memory.
+
+        Raises:
+            ConfigError: vLLM has no room for adapters of such a rank.
+        """
+        from accelerate import Accelerator
+        from trl.trainer.utils import ensure_master_addr_port
+        from vllm import LLM
+        from vllm.lora.request import LoRARequest
+
+        arguments = engine_arguments(policy, place, lora, share)
+        # As TRL does it: one engine in each process, beside what trains there.
+        own = Accelerator()
+        names = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
+        places = (own.process_index, own.local_process_index, own.num_processes)
+        os.environ.update(zip(names, map(str, places), strict=True))
+        ensure_master_addr_port()
+        return cls(LLM(**arguments), LoRARequest, arguments["max_lora_rank"])
+
+    def bring(self, policy: Policy) -> Any:
+        """As ``Weights``."""
+        lora = policy.lora_in_use
+        if lora is None:
+            if policy.version() != policy.base_version:
+                raise ConfigError(
+                    "this vLLM engine serves adapters over weights that stay as they are: train "
+                    "with lora=True, or call use_vllm(policy) without lora"
+                )
+            return None
+        if lora.rank > self.max_rank:
+            raise ConfigError(
+                f"vLLM was given room for adapters of rank {self.max_rank}, these have "
+                f"{lora.rank}: call use_vllm(policy, lora=LoraConfig(rank={lora.rank}))"
+            )
+        mark = policy.visiting or policy.mark()
+        if self._served is None or self._served[0] != mark:
+            # A new number for each: vLLM keeps what it has read under its number.
+            self._count += 1
+            name = f"{policy.name}-{self._count}"
+            where = policy.write_adapter(Path(self._folder.name) / name)
+            if self._count > 1:
+                shutil.rmtree(Path(self._folder.name) / f"{policy.name}-{self._count - 1}")
+            self._served = mark, self._lora_request(name, self._count, str(where))
+        return self._served[1]
+
+
+def engine_arguments(policy: Policy, place: str, lora: LoraConfig, share: float) -> dict[str, Any]:
+    """What vLLM's ``LLM`` is given for adapters over a base; arguments as ``Adapters.over``."""
+    room = next((rank for rank in RANKS if rank >= lora.rank), None)
+    if room is None:
+        raise ConfigError(f"vLLM has room for adapters of rank {RANKS[-1]}, not of {lora.rank}")
+    return {
+        "model": place,
+        "dtype": policy.source["dtype"],
+        "max_model_len": policy.context_length,
+        "gpu_memory_utilization": share,
+        "max_num_batched_tokens": BATCHED_TOKENS,
+        "distributed_executor_backend": "external_launcher",
+        "logprobs_mode": "processed_logprobs",
+        "enable_lora": True,
+        "max_lora_rank": room,
+        "max_loras": 1,
+        "trust_remote_code": policy.source["trust_remote_code"],
+    }
+
+
+@dataclass(frozen=True)
+class _Row:
+    """A completion that is read again, by ``completion_logprobs``."""
+
+    prompt_ids_T: tuple[int, ...]
+    completion_ids_T: tuple[int, ...]
+    temperature: float
+    grammar: Grammar | None
 
 
 class VllmGenerator:
     """What ``fst_dspy.model.generate.generate`` does, done by vLLM.
 
     Args:
-        vllm: TRL's ``VLLMGeneration``, or what has its ``llm`` and ``sync_weights``.
+        weights: How vLLM gets them.
         sampling_params: vLLM's ``SamplingParams``.
     """
 
-    def __init__(self, vllm: Any, sampling_params: Callable[..., Any]) -> None:
-        self.vllm, self.sampling_params = vllm, sampling_params
-        self._holds: Any = None  # the mark of the weights that it has
+    def __init__(self, weights: Weights, sampling_params: Callable[..., Any]) -> None:
+        self.weights, self.sampling_params = weights, sampling_params
 
     def __call__(
         self, policy: Policy, requests: Sequence[GenerationRequest]
@@ -101,16 +284,12 @@ class VllmGenerator:
 
         Raises:
             PromptTooLongError: A prompt leaves no room for a completion; nothing is generated.
-            ConfigError: Adapters, which TRL would merge into the base and take out again, rounding
-                it each time; ``top_p``, ``top_k`` or penalties, which vLLM's log-probabilities
-                would take in; or a temperature so low that vLLM takes another one.
+            ConfigError: Adapters that the engine has no room for, or none where it is made for
+                them; an answer held to a format behind a thought; or a temperature so low that
+                vLLM takes another one.
         """
         for request in requests:
             check_prompt(policy, request.prompt_ids_T)
-            if request.top_p < 1 or request.top_k or request.is_penalised:
-                raise ConfigError(
-                    "vLLM gives log-probabilities after top_p, top_k and penalties; leave them out"
-                )
             if request.grammar is not None and request.grammar.after:
                 raise ConfigError(
                     "vLLM holds an answer to its format from its first token on, and this model "
@@ -121,37 +300,52 @@ class VllmGenerator:
                     f"vLLM samples at {LOWEST_TEMPERATURE} or above, not at {request.temperature}; "
                     "0 takes the likeliest token"
                 )
-        if policy.lora is not None:
-            raise ConfigError("the vLLM engine has no adapters: use lora=False or no vLLM")
         with policy.lock:
-            mark = policy.mark()
-            if mark != self._holds:
-                self.vllm.sync_weights()
-                self._holds = mark
-            outputs = self.vllm.llm.generate(
+            adapters = self.weights.bring(policy)
+            outputs = self.weights.llm.generate(
                 [{"prompt_token_ids": list(r.prompt_ids_T)} for r in requests],
                 sampling_params=[self._params(policy, request) for request in requests],
                 use_tqdm=False,
+                lora_request=adapters,
             )
-        answers = [output.outputs[0] for output in outputs]
-        ids = [list(answer.token_ids) for answer in answers]
-        kept = [
-            kept_tokens(policy.tokenizer, row, r.end) for row, r in zip(ids, requests, strict=True)
-        ]
-        uncut_B = [n == len(row) for n, row in zip(kept, ids, strict=True)]
-        ids = [row[:n] for n, row in zip(kept, ids, strict=True)]
+            answers = [output.outputs[0] for output in outputs]
+            ids = [list(answer.token_ids) for answer in answers]
+            kept = [
+                kept_tokens(policy.tokenizer, row, r.end)
+                for row, r in zip(ids, requests, strict=True)
+            ]
+            uncut_B = [n == len(row) for n, row in zip(kept, ids, strict=True)]
+            ids = [row[:n] for n, row in zip(kept, ids, strict=True)]
+            logprobs = [
+                tuple(
+                    given[token].logprob
+                    for token, given in zip(ids_T, answer.logprobs[: len(ids_T)], strict=True)
+                )
+                for ids_T, answer in zip(ids, answers, strict=True)
+            ]
+            cut = [n for n, request in enumerate(requests) if _is_cut(request)]
+            rows = [
+                _Row(
+                    requests[n].prompt_ids_T,
+                    tuple(ids[n]),
+                    requests[n].temperature,
+                    requests[n].grammar,
+                )
+                for n in cut
+            ]
+            for n, whole in zip(cut, _read_again(policy, rows), strict=True):
+                logprobs[n] = whole
         texts = texts_of(policy, ids, [r.stop for r in requests], [r.end for r in requests])
         return [
             GenerationResult(
                 completion_ids_T=tuple(ids_T),
-                logprobs_T=tuple(
-                    given[token].logprob
-                    for token, given in zip(ids_T, answer.logprobs[: len(ids_T)], strict=True)
-                ),
+                logprobs_T=logprobs_T,
                 text=text,
                 finish_reason="length" if answer.finish_reason == "length" and uncut else "stop",
             )
-            for ids_T, text, answer, uncut in zip(ids, texts, answers, uncut_B, strict=True)
+            for ids_T, logprobs_T, text, answer, uncut in zip(
+                ids, logprobs, texts, answers, uncut_B, strict=True
+            )
         ]
 
     def _params(self, policy: Policy, request: GenerationRequest) -> Any:
@@ -163,6 +357,11 @@ class VllmGenerator:
             held["structured_outputs"] = StructuredOutputsParams(grammar=request.grammar.text)
         return self.sampling_params(
             temperature=request.temperature,
+            top_p=request.top_p,
+            top_k=request.top_k or 0,
+            frequency_penalty=request.frequency_penalty,
+            presence_penalty=request.presence_penalty,
+            repetition_penalty=request.repetition_penalty,
             max_tokens=room_for(policy, request),
             seed=request.seed & MAX_SEED,
             stop=[*request.stop, *_closing(request)],
@@ -171,6 +370,35 @@ class VllmGenerator:
             detokenize=bool(request.stop or request.end),  # the text is made by ``texts_of``
             **held,
         )
+
+
+def _is_cut(request: GenerationRequest) -> bool:
+    """Whether a token is drawn from another distribution than the one that is learned from."""
+    return request.top_p < 1 or request.top_k is not None or request.is_penalised
+
+
+@torch.no_grad()
+def _read_again(policy: Policy, rows: Sequence[_Row]) -> list[tuple[float, ...]]:
+    """The log-probabilities of completions under the whole distribution."""
+    model = policy.model
+    most = max(1, CHUNK_BYTES // (4 * model.config.get_text_config().vocab_size))
+    was_training, found = model.training, []
+    model.eval()
+    try:
+        while rows:
+            taken = tokens = 0
+            while taken < len(rows) and (not taken or tokens < most):
+                tokens += len(rows[taken].completion_ids_T)
+                taken += 1
+            part, rows = rows[:taken], rows[taken:]
+            logprob_NV = completion_logprobs(policy, part)
+            ids = [token for row in part for token in row.completion_ids_T]
+            id_N1 = torch.tensor(ids, device=logprob_NV.device)[:, None]
+            values = iter(logprob_NV.gather(1, id_N1).squeeze(1).tolist())
+            found += [tuple(next(values) for _ in row.completion_ids_T) for row in part]
+    finally:
+        model.train(was_training)
+    return found
 
 
 def _closing(request: GenerationRequest) -> list[str]:

@@ -15,6 +15,7 @@ from fst_dspy.model.sizes import (
     activation_bytes,
     cache_bytes,
     parameter_count,
+    quantized_bits,
 )
 
 USABLE = 0.8
@@ -95,11 +96,11 @@ def memory_of(
     """
     config, item = model.config, dtype.itemsize
     words = config.get_text_config().vocab_size
-    parameters, trainable = parameter_count(model), trainable_count(model, lora)
+    trainable = trainable_count(model, lora)
     trained_item = item if lora is None else 4  # adapters are in float32
     masters = 4 if trained_item < 4 else 0
     return Memory(
-        weights=parameters * item,
+        weights=_weights(model, item),
         gradients=trainable * trained_item,
         optimizer=trainable * (MOMENTS + masters) + (0 if lora is None else trainable * 4),
         copies=2 * trainable * trained_item,
@@ -109,10 +110,24 @@ def memory_of(
     )
 
 
+def _weights(model: Any, item: int) -> int:
+    """Bytes of a model's weights; quantized are the linear layers, but for the output."""
+    bits, parameters = quantized_bits(model.config), parameter_count(model)
+    if bits is None:
+        return parameters * item
+    output = model.get_output_embeddings()
+    packed = sum(
+        module.in_features * module.out_features
+        for module in model.modules()
+        if isinstance(module, nn.Linear) and module is not output
+    )
+    return round(packed * bits / 8) + (parameters - packed) * item
+
+
 def fitting_lora(
     model: Any, dtype: torch.dtype, device: torch.device, total: int
 ) -> LoraConfig | None:
-    """Adapters where training all weights would not fit, else ``None``.
+    """Adapters where training all weights would not fit, or they are quantized; else ``None``.
 
     It goes by the memory that the machine has, not by what is free: a run that goes on later must
     come to the same.
@@ -122,5 +137,7 @@ def fitting_lora(
         dtype, device: Of its weights, and where they are.
         total: Memory of the device, in bytes.
     """
+    if getattr(model, "is_quantized", False) or quantized_bits(model.config) is not None:
+        return LoraConfig()
     full = memory_of(model, dtype, None)
     return None if full.peak(device) <= USABLE * total else LoraConfig()

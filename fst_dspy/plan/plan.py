@@ -16,6 +16,7 @@ import torch
 
 from fst_dspy.config import FSTConfig, SlowConfig
 from fst_dspy.model.hardware import multiplies_bfloat16, total_memory
+from fst_dspy.model.prefixes import PACKED_TOKENS, can_pack
 from fst_dspy.model.sizes import (
     MAX_CPU_TOKENS,
     cache_bytes,
@@ -193,12 +194,16 @@ def make_plan(
     micro = training_tokens(model.config, item, room, most)
     length = prompts.tokens + new
     batch = slow.group_size * slow.problems_per_step
-    rows = max(1, min(micro // max(1, length), slow.micro_batch_size or MICRO_ROWS, batch))
+    most_rows = micro // max(1, length), MICRO_ROWS
+    if device.type == "cpu" and can_pack(model):
+        # A candidate's rollouts of a problem have the same prompt, which counts once.
+        shared = min(1.0, config.fast.population_size / slow.group_size)
+        most_rows = int(min(micro, PACKED_TOKENS) / (prompts.tokens * shared + new)), batch
+    rows = max(1, min(most_rows[0], slow.micro_batch_size or most_rows[1], batch))
     alive = min(batch, config.sampling.num_threads)
     fits = power_of_two(room // 2) // cache_bytes(text, item)
     cap = min(fits, MAX_CPU_TOKENS) if device.type != "cuda" else fits
     cached = min(alive * length, max(length, cap))
-    # A candidate's rollouts of a problem have the same prompt, which is read once.
     prompts_read = -(-rows * min(slow.group_size, config.fast.population_size) // slow.group_size)
     memory = memory_of(
         model, dtype, lora,

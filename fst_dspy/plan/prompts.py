@@ -10,7 +10,7 @@ from typing import Any
 
 import dspy
 
-from fst_dspy.student.adapter import strict_adapter
+from fst_dspy.student.adapter import strict_adapter, texts_of_prompt
 
 logger = logging.getLogger(__name__)
 
@@ -64,8 +64,7 @@ def _rendered(adapter: dspy.Adapter, predictor: dspy.Predict, given: Mapping[str
     signature = predictor.signature
     inputs = {name: given.get(name, "x" * OPEN_CHARACTERS) for name in signature.input_fields}
     try:
-        messages = adapter.format(signature, list(predictor.demos), inputs)
-        return "\n".join(str(message["content"]) for message in messages)
+        return "\n".join(texts_of_prompt(adapter.format(signature, list(predictor.demos), inputs)))
     except Exception as error:
         # An input that stands for what is not known yet may have the wrong type for an adapter.
         logger.debug("a prompt cannot be rendered for the plan: %s", error)

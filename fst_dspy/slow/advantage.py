@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 
 from fst_dspy.slow.credit import centred_returns, turns_of_calls
-from fst_dspy.types import Group, TrainingRow
+from fst_dspy.types import Call, Group, TrainingRow
 
 EPSILON = 1e-4
 """Added to the standard deviation, as in TRL."""
@@ -118,8 +118,13 @@ def group_rows(
         for group, advantages_G in zip(groups_P, advantages_P, strict=True)
         for rollout, advantages in zip(group.rollouts_G, advantages_G, strict=True)
         for call, advantage in zip(rollout.calls, advantages, strict=True)
-        if call.completion_ids_T and call.temperature > 0
+        if gives_row(call)
     ]
+
+
+def gives_row(call: Call) -> bool:
+    """Whether a call has something to learn from: it has an answer, drawn from the policy."""
+    return bool(call.completion_ids_T) and call.temperature > 0
 
 
 def step_advantages(groups_P: Sequence[Group], scale_rewards: Scale) -> list[list[float]]:

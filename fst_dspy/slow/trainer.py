@@ -26,8 +26,15 @@ from fst_dspy.config import SamplingConfig, SlowConfig
 from fst_dspy.errors import ModelError, StoreError, TrainingError
 from fst_dspy.model.graph_decode import release
 from fst_dspy.model.hardware import cudnn_attention, free_memory, is_out_of_memory
+from fst_dspy.model.logprobs import read_of
 from fst_dspy.model.policy import Policy
-from fst_dspy.model.prefixes import worthwhile_prefixes
+from fst_dspy.model.prefixes import (
+    PACKED_TOKENS,
+    Bin,
+    tokens_of,
+    worthwhile_bins,
+    worthwhile_prefixes,
+)
 from fst_dspy.model.sampling import allowed_tokens
 from fst_dspy.model.sizes import training_tokens
 from fst_dspy.slow.learning_rate import with_learning_rate
@@ -136,9 +143,9 @@ class SlowTrainer:
             raise TrainingError("a training row is greedy, without a gradient; leave such rows out")
         if self._trl.whole is not self.policy.model:
             raise TrainingError("the policy's adapters were changed; make a new SlowTrainer")
-        sampled = [(row.completion_ids_T, row.advantage) for row in rows]
+        sampled = [(row.completion_ids_T, row.advantage, row.token_advantages_T) for row in rows]
         distributed.check_same("training rows", sampled)
-        live_rows = [row for row in rows if row.advantage != 0 or self._all_count]
+        live_rows = [row for row in rows if row.has_gradient or self._all_count]
         if not live_rows:
             return self._pass_over(rows, Gradients(0.0, _sampled_entropy(rows), 0.0))
         while True:
@@ -273,18 +280,42 @@ class SlowTrainer:
 
     def _cut(self, rows: Sequence[TrainingRow]) -> list[list[TrainingRow]]:
         """At least one row, in parts that are not too large."""
+        read_N = read_of([(row.prompt_ids_T, row.completion_ids_T) for row in rows])
+        # Rows are not counted, unless they are asked to be: it is their tokens that take memory.
+        most_rows = self.micro_batch_size if self.slow.micro_batch_size else len(rows)
+        bins = None
+        if self._trl.continues and min(len(row.prompt_ids_T) for row in rows) > 1:
+            bins = worthwhile_bins(self.policy.model, read_N, most_rows)
+        if bins is not None:
+            parts = self._cut_bins(bins, read_N, most_rows)
+            return [[rows[number] for part in own for number in part.rows] for own in parts]
         size = self.micro_batch_size
         if len(rows) > size or _padded_tokens(rows) > self._most_tokens:
             # Rows of like length together need the least padding; one batch keeps its order.
             prompts = [row.prompt_ids_T for row in rows]
             shared = self._trl.continues and worthwhile_prefixes(prompts) is not None
             rows = sorted(rows, key=_alike if shared else _tokens)
-        parts: list[list[TrainingRow]] = [[]]
+        cut: list[list[TrainingRow]] = [[]]
         for row in rows:
-            part = parts[-1]
+            part = cut[-1]
             if part and (len(part) == size or _padded_tokens([*part, row]) > self._most_tokens):
+                cut.append([])
+            cut[-1].append(row)
+        return cut
+
+    def _cut_bins(
+        self, bins: Sequence[Bin], read_N: Sequence[tuple[int, ...]], most_rows: int
+    ) -> list[list[Bin]]:
+        most_tokens = self._most_tokens
+        if self.policy.device.type == "cpu":
+            most_tokens = min(most_tokens, PACKED_TOKENS)
+        parts: list[list[Bin]] = [[]]
+        for part in bins:
+            longer = [*parts[-1], part]
+            many = sum(len(each.rows) for each in longer) > most_rows
+            if parts[-1] and (many or tokens_of(longer, read_N) > most_tokens):
                 parts.append([])
-            parts[-1].append(row)
+            parts[-1].append(part)
         return parts
 
     def _idle(self, rows: Sequence[TrainingRow], own: int) -> list[dict[str, Any]]:
@@ -339,7 +370,7 @@ class SlowTrainer:
         """What a step is shortened to, in (0, 1]."""
         if self._all_count or not self.slow.damp_constant:
             return 1.0
-        return math.sqrt(sum(row.advantage != 0 for row in rows) / len(rows))
+        return math.sqrt(sum(row.has_gradient for row in rows) / len(rows))
 
     @contextmanager
     def _rates_times(self, factor: float) -> Iterator[None]:

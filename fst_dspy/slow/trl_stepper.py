@@ -4,7 +4,8 @@ This is the one file that leans on private parts of TRL 1.16 and transformers 5.
 their caches (``fst_dspy.model.cache_layers``). The test ``test_trl_contract`` holds it to
 the stock trainer, bit for bit on small batches and to rounding on large ones. They are:
 
-- ``GRPOTrainer._compute_loss(model, inputs)`` and the keys of ``inputs`` it reads;
+- ``GRPOTrainer._compute_loss(model, inputs)`` and the keys of ``inputs`` it reads, of which
+  ``advantages`` may be one a row or one a token;
 - ``GRPOTrainer._get_per_token_logps_and_entropies``, overridden, and the ``fused_lm_head`` forward
   that it calls, which runs ``model.base_model`` and reads its ``last_hidden_state``, takes
   ``shift_labels`` and hands the cache on; ``trl.trainer.utils.add_fused_lm_head``, which makes it
@@ -107,6 +108,7 @@ class SteppedGRPOTrainer(GRPOTrainer):
         device = next(model.parameters()).device
         places = [model] if _unwrapped(model) is model else [model, _unwrapped(model)]
         before = [(place, place.__dict__.get("forward")) for place in places]
+        trained = [(weight, weight.data) for weight in model.parameters() if weight.requires_grad]
         with (
             tempfile.TemporaryDirectory() as folder,
             global_rng_kept(device),
@@ -123,6 +125,11 @@ class SteppedGRPOTrainer(GRPOTrainer):
                 processing_class=tokenizer,
             )
             distributed.keep_to_itself(self.accelerator)
+            # Over a base of four or eight bits TRL rounds adapters to bfloat16: these would be
+            # other weights than those that a version names, and lose most of a small step.
+            for weight, data in trained:
+                if weight.dtype != data.dtype:
+                    weight.data = data
             self.whole = model
             if self.is_fsdp_enabled:
                 self.model = self.model_wrapped = copy.deepcopy(model)
@@ -379,12 +386,18 @@ def collate(
         allowed_BTW = allowed_NW.new_full((*completion_ids.shape, allowed_NW.shape[1]), -1)
         allowed_BTW[completion_mask.bool().cpu()] = allowed_NW
         held["allowed"] = allowed_BTW.to(device)
+    advantage_B = torch.tensor([row.advantage for row in rows], device=device)
+    if any(row.token_advantages_T for row in rows):
+        advantage_B = advantage_B[:, None].repeat(1, completion_ids.shape[1])  # TRL takes B x T too
+        for row, advantage_T in zip(rows, advantage_B, strict=True):
+            own_T = torch.tensor(row.token_advantages_T, device=device)
+            advantage_T[: len(own_T)] = own_T
     return held | {
         "prompt_ids": prompt_ids,
         "prompt_mask": prompt_mask,
         "completion_ids": completion_ids,
         "completion_mask": completion_mask,
-        "advantages": torch.tensor([row.advantage for row in rows], device=device),
+        "advantages": advantage_B,
         "sampled_logprobs": logprob_BT.to(device),
         "temperature": temperature,
     }

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import functools
 import weakref
+from collections.abc import Mapping
+from typing import Any
 
 import dspy
 from dspy.adapters.chat_adapter import ChatAdapter
@@ -33,6 +35,33 @@ def strict_adapter(adapter: dspy.Adapter | None) -> dspy.Adapter:
 def default_adapter() -> dspy.Adapter:
     """What DSPy takes where the settings name no adapter."""
     return ChatAdapter()
+
+
+def texts_of_prompt(prompt: Any) -> list[str]:
+    """The texts of a prompt, message by message.
+
+    Args:
+        prompt: Messages as OpenAI has them, which an adapter's ``format`` gives in DSPy 3.4; or
+            what has ``system`` and ``messages`` of lm15, as the ``Prompt`` that it gives from 3.5
+            on, and lm15's ``Request``.
+    """
+    if isinstance(prompt, list | tuple):
+        return [text for message in prompt for text in _texts(message)]
+    system = getattr(prompt, "system", None)
+    texts = _texts({"content": system}) if system is not None else []
+    return texts + [text for message in prompt.messages for text in _texts(message)]
+
+
+def _texts(message: Any) -> list[str]:
+    content = _of(message, "content") if isinstance(message, Mapping) else message.parts
+    if isinstance(content, str):
+        return [content]
+    found = (_of(part, "text") for part in content or ())
+    return [text for text in found if isinstance(text, str)]
+
+
+def _of(part: Any, name: str) -> Any:
+    return part.get(name) if isinstance(part, Mapping) else getattr(part, name, None)
 
 
 class _Probe(dspy.Signature):

@@ -18,13 +18,14 @@ from fst_dspy.cli.options import (
     ARM_NAMES,
     AXIS_NAMES,
     MEASURE_NAMES,
+    USUAL_ARM_NAMES,
     Tracker,
     completed,
     parse_settings,
 )
 from fst_dspy.display import Terminal, visible
 from fst_dspy.errors import ProgramError
-from fst_dspy.experiments import ARMS, AXES
+from fst_dspy.experiments import ARMS, AXES, USUAL_ARMS
 from fst_dspy.run.tracker_kinds import KINDS
 from fst_dspy.study.objective import DIRECTIONS
 from fst_dspy.tasks import load_task
@@ -151,14 +152,14 @@ def test_ctrl_c_is_answered_at_once_and_says_how_to_go_on(program, tiny_qwen3, t
 
 
 def test_names_that_are_written_twice_are_the_same():
-    assert tuple(ARMS) == ARM_NAMES and tuple(AXES) == AXIS_NAMES
+    assert tuple(ARMS) == ARM_NAMES and USUAL_ARMS == USUAL_ARM_NAMES and tuple(AXES) == AXIS_NAMES
     assert set(Tracker) == set(KINDS)
     assert tuple(DIRECTIONS) == MEASURE_NAMES
 
 
 def test_the_last_of_several_names_is_completed():
     assert completed(ARM_NAMES)("fst,rl") == ["fst,rl_only"]
-    assert completed(ARM_NAMES)("seq") == ["sequential", "sequential_reverse"]
+    assert completed(ARM_NAMES)("seq") == [name for name in ARM_NAMES if name.startswith("seq")]
 
 
 def test_a_file_without_load_is_refused(tmp_path):

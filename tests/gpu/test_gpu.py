@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,8 @@ from typing import Any
 import dspy
 import pytest
 import torch
+import vllm_calls
+from held_answers import DESKS, SMALL
 from helpers import Echo, RawAdapter, questions, sampled_logprobs, vowels
 from stock_trainer import STEPS, rows_of, run_stock, trainer_for
 from tiny_compile import SETTINGS, compile_tiny
@@ -273,6 +275,41 @@ def logprobs_apart(
     return sum(apart) / len(apart)
 
 
+def compile_with(policy: Policy, **settings: Any) -> None:
+    fst = FST(vowels, seed=0, track_stats=True, **(SETTINGS | settings))
+    with dspy.context(lm=LocalLM(policy), adapter=RawAdapter()):
+        result = fst.compile(Echo(), trainset=questions(6), valset=questions(4, 6))
+    assert result.detailed_results.records[-1].step == 4
+
+
+def test_vllm_serves_adapters_as_they_are_trained(tmp_path: Path) -> None:
+    vllm = pytest.importorskip("vllm", reason="needs fst-dspy[vllm]")
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.lora.request import LoRARequest
+
+    # What the stand-in of the other tests takes is what there is.
+    assert set(vllm_calls.LLM_ARGUMENTS) <= {each.name for each in fields(EngineArgs)}
+    own = {each.name for each in fields(vllm_calls.SamplingParams)}
+    assert own <= set(vllm.SamplingParams.__struct_fields__)
+    assert {"lora_name", "lora_int_id", "lora_path"} <= set(LoRARequest.__struct_fields__)
+
+    policy = Policy.load(save_for_vllm(tmp_path / "model"))
+    use_vllm(policy, lora=LoraConfig(rank=4), gpu_memory_utilization=0.1)
+    requests = mixed_requests(policy)
+    assert logprobs_apart(policy, requests, policy.generator(policy, requests)) < 0.05
+    policy.add_lora(LoraConfig(rank=4), seed=0)
+    for factor in (0.02, 0.05):
+        state = policy.trainable_state()
+        moved = {name: weight + factor * torch.randn_like(weight) for name, weight in state.items()}
+        policy.load_trainable_state(moved)
+        results = policy.generator(policy, requests)
+        assert logprobs_apart(policy, requests, results) < 0.05
+    with policy.at(policy.base_version):
+        assert logprobs_apart(policy, requests, policy.generator(policy, requests)) < 0.05
+        assert logprobs_apart(policy, requests, results) > 0.1
+    compile_with(policy, lora=LoraConfig(rank=4))
+
+
 def test_vllm_samples_from_the_weights_as_they_are_trained(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -300,11 +337,13 @@ def test_vllm_samples_from_the_weights_as_they_are_trained(
     assert logprobs_apart(policy, requests, results) > 0.2
     assert logprobs_apart(policy, requests, policy.generator(policy, requests)) < 0.05
 
-    lm = LocalLM(policy)
-    fst = FST(vowels, seed=0, track_stats=True, **SETTINGS)
-    with dspy.context(lm=lm, adapter=RawAdapter()):
-        result = fst.compile(Echo(), trainset=questions(6), valset=questions(4, 6))
-    assert result.detailed_results.records[-1].step == 4
+    narrow = [replace(request, top_p=0.5, top_k=20) for request in requests]
+    assert logprobs_apart(policy, narrow, policy.generator(policy, narrow)) < 0.05
+    held = [replace(request, grammar=SMALL) for request in requests]
+    answers = {result.text for result in policy.generator(policy, held)}
+    assert answers <= {f"to: {desk}.\n\nend" for desk in DESKS}
+
+    compile_with(policy)
     with pytest.raises(ConfigError, match="float32"):
         use_vllm(Policy.load(tmp_path / "model", dtype="float32"))
     with pytest.raises(ConfigError, match="convolutions"):

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import datetime
+import decimal
 import enum
 import logging
 import re
+import uuid
 from typing import Any, Literal, Optional
 
 import dspy
@@ -32,6 +34,13 @@ class Desk(enum.Enum):
     SAND = "<sand>"
 
 
+class Color(enum.StrEnum):
+    """Whose values are texts."""
+
+    RED = "red"
+    BLUE = "blue"
+
+
 class Level(enum.Enum):
     """Of which DSPy reads the names in text, and the values in JSON."""
 
@@ -47,6 +56,24 @@ class Person(pydantic.BaseModel):
     born: datetime.date
     nicknames: list[str] = []
     desk: Literal["a", "b"] | None = None
+
+
+class Place(enum.Enum):
+    """Values that no text is read as; their names are."""
+
+    HERE = (1, 2)
+    THERE = (3, 4)
+
+
+class Parcel(pydantic.BaseModel):
+    """Types that JSON schema calls texts, each of which is read from few."""
+
+    number: uuid.UUID
+    price: decimal.Decimal
+    paid: decimal.Decimal = pydantic.Field(ge=0, le=10)
+    on_the_way: datetime.timedelta
+    site: pydantic.HttpUrl
+    code: str = pydantic.Field(min_length=2, max_length=4)
 
 
 class Node(pydantic.BaseModel):
@@ -81,11 +108,18 @@ TYPES: dict[str, Any] = {
     "maybe": Person | None,
     "tree": Node,
     "set": set[int],
+    "place": Place,
+    "parcel": Parcel,
+    "span": datetime.timedelta,
+    "by desk": dict[Color, int],
+    "by day": dict[datetime.date, bool],
+    "pair": tuple[int, str],
+    "listed": list[Literal[1, 2]],
     "reasoning": dspy.Reasoning,
     "code": dspy.Code["python"],
 }
 """Types that answers can be held to, in all three formats."""
-ONLY_TEXT = {"XMLAdapter": {"tree"}}
+ONLY_TEXT = {"XMLAdapter": {"tree", "place", "pair", "listed"}}
 """Of those that DSPy cannot read in an adapter's format, though it may write them so."""
 
 
@@ -129,7 +163,8 @@ def test_a_random_model_under_the_mask_always_parses(
     policy: Policy, kinds: list[str], adapter: Any, reasons: bool, seed: int
 ) -> None:
     kinds = [k for k in kinds if k not in ONLY_TEXT.get(type(adapter).__name__, ())]
-    types = ({"reasoning": str} if reasons else {}) | {f"f_{k}": TYPES[k] for k in kinds}
+    fields = {f"f_{kind.replace(' ', '_')}": TYPES[kind] for kind in kinds}
+    types = ({"reasoning": str} if reasons else {}) | fields
     if not types:
         return
     signature = signature_of(**types)
@@ -225,6 +260,30 @@ def test_a_type_without_a_grammar_is_free_text_within_the_markers(policy: Policy
     matcher = vocabulary(policy).matcher(text)
     written = "<first>\nanything at all\n</first>\n\n<last>\nTrue\n</last>"
     assert matcher.consume_tokens(policy.tokenizer.encode(written)) and matcher.is_accepting()
+
+
+def test_what_is_left_free_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    class Odd(pydantic.BaseModel):
+        pair: tuple[int, str]
+
+    with caplog.at_level(logging.WARNING):
+        for name in ("one", "two"):
+            grammar_of_answer(dspy.XMLAdapter(), signature_of(**{name: Odd}))
+            grammar_of_answer(dspy.ChatAdapter(), signature_of(**{name: Odd}))
+    assert [r.getMessage().partition(":")[0] for r in caplog.records] == [
+        "answers are not held to Odd, the type of the field 'one', under XMLAdapter"
+    ]
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS, ids=lambda a: type(a).__name__)
+def test_fields_may_have_any_name(adapter: Any, policy: Policy) -> None:
+    kinds = {"class": bool, "größe": int, "None": Literal["a", "b"], "x_1": str, "x": list[int]}
+    signature = signature_of(**kinds)
+    text = grammar_of_answer(adapter, signature)
+    assert text is not None
+    answers = [drawn_answer(policy, Grammar(text), seed) for seed in range(6)]
+    read = [adapter.parse(signature, answer) for answer in answers if answer is not None]
+    assert read and all(each.keys() == kinds.keys() for each in read)
 
 
 def test_a_pattern_that_cannot_be_held_to_is_left_out(policy: Policy) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
+from typing import Any
 
 import dspy
 import pytest
@@ -14,11 +17,12 @@ from helpers import Echo
 import fst_dspy
 from fst_dspy import LocalLM
 from fst_dspy.config import LoraConfig, SamplingConfig, SlowConfig
-from fst_dspy.errors import ConfigError
+from fst_dspy.errors import ConfigError, ModelError
 from fst_dspy.lm.kept_weights import KeptWeights
 from fst_dspy.lm.predictors import check_trained
 from fst_dspy.lm.requests import prompt_ids
 from fst_dspy.model.endings import eos_ids
+from fst_dspy.pretrained import quantized
 from fst_dspy.slow.trainer import SlowTrainer
 from fst_dspy.types import TrainingRow
 
@@ -152,3 +156,69 @@ def test_adapters_over_a_model_in_eight_bits(folder_of, tmp_path: Path) -> None:
     trainer.advance(rows)
     assert lm.live()("where?") != before
     assert lm("where?", cache=False) == before
+
+
+def bits_of(method: str) -> Any:
+    """A quantization of transformers', where its package is installed."""
+    pytest.importorskip(method)
+    if method == "bitsandbytes":
+        return transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    from torchao.quantization import Int8WeightOnlyConfig
+
+    return transformers.TorchAoConfig(Int8WeightOnlyConfig())
+
+
+@pytest.mark.parametrize("method", ["bitsandbytes", "torchao"])
+def test_a_model_is_quantized_as_it_is_loaded_and_so_is_what_is_saved_of_it(
+    method: str, tmp_path: Path
+) -> None:
+    bits = bits_of(method)
+    # Of 64 and more, for bitsandbytes' kernels.
+    wide = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}
+    source = str(save_family(tmp_path / "qwen3", "qwen3", **wide))
+    lm = LocalLM(source, temperature=0.0, max_tokens=6, quantization_config=bits)
+    plain = LocalLM(source)
+    assert lm.policy.model.is_quantized and lm.model != plain.model
+    program, lora = Echo(), LoraConfig(rank=2)
+    with pytest.raises(ConfigError, match=r"quantized.*lora=True"):
+        check_trained(program, lm.policy)
+    lm.policy.add_lora(lora, seed=0)
+    slow = SlowConfig(learning_rate=1e-2, lora=lora)
+    trainer = SlowTrainer(lm.policy, slow, SamplingConfig(), total_steps=1, seed=0)
+    rows = [TrainingRow((5, 6, 7), (8, 9, n), (-5.0,) * 3, 1.0 - n % 2 * 2) for n in (10, 11)]
+    trainer.advance(rows)
+    assert lm("where?", cache=False) != [] and lm.model == lm.policy.base_version
+    program.set_lm(lm.at(lm.policy.keep()))
+    answer = program.say.lm("where?")
+    fst_dspy.save(program, tmp_path / "bundle")
+    loaded = fst_dspy.load(tmp_path / "bundle", program=Echo(), base=source)
+    assert loaded.say.lm("where?") == answer and loaded.say.lm.policy is not lm.policy
+    # As DSPy saves a program: it names the weights, and how they came to be.
+    state = LocalLM(source, quantization_config=bits).dump_state()
+    assert method in json.dumps(state)
+
+
+def test_bits_that_cannot_be_had_are_told(folder_of, monkeypatch) -> None:
+    source = str(folder_of("qwen3"))
+    with pytest.raises(ModelError, match="BitsAndBytesConfig"):
+        LocalLM(source, quantization_config="int4")
+    with pytest.raises(ModelError, match="not by 'gptq'"):
+        LocalLM(source, quantization_config={"quant_method": "gptq", "bits": 4})
+    monkeypatch.setattr(quantized, "find_spec", lambda name: None)
+    with pytest.raises(ModelError, match="pip install bitsandbytes"):
+        LocalLM(source, quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})
+
+
+def test_other_names_of_settings_and_a_folder_without_a_tokenizer(
+    folder_of, tmp_path: Path
+) -> None:
+    source = folder_of("qwen3")
+    lm = LocalLM(str(source), dtype="auto", max_completion_tokens=5, cache=False)
+    assert lm.kwargs["max_tokens"] == 5
+    lm("where?", max_completion_tokens=2)
+    assert lm.history[-1]["usage"]["completion_tokens"] <= 2
+    shutil.copytree(source, tmp_path / "bare")
+    for file in (tmp_path / "bare").glob("*token*"):
+        file.unlink()
+    with pytest.raises(ModelError, match="without a tokenizer"):
+        LocalLM(str(tmp_path / "bare"))

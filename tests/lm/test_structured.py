@@ -9,6 +9,7 @@ from typing import Any, Literal
 import dspy
 import pydantic
 import pytest
+from dspy import lm15
 from long_model import DESKS, Router, save_long_model
 
 from fst_dspy import LocalLM
@@ -104,6 +105,25 @@ def test_a_saved_program_and_a_compiled_one_remember_it(folder: Path, tmp_path: 
     compiled = bound_to(plain, seed_candidate(plain), lm, structured=True)
     assert compiled(ticket="visa").desk in DESKS
     assert "structured" not in plain.route.lm.kwargs
+
+
+def test_a_request_of_lm15_is_held_and_rendered_as_a_call_is(folder: Path) -> None:
+    """As adapters of DSPy 3.5 make them."""
+    lm, router = lm_of(folder, structured=True), Router()
+    system, *turns = dspy.ChatAdapter().format(router.route.signature, [], {"ticket": "visa"})
+    request = lm15.Request(
+        model=lm.model,
+        system=system["content"],
+        messages=tuple(lm15.Message.user(turn["content"]) for turn in turns),
+        config=lm15.Config(max_tokens=60),
+    )
+    with dspy.context(caller_modules=[router, router.route]):
+        text = lm(request).text
+        again = asyncio.run(lm.acall(request=request)).text
+    for answer in (text, again):
+        read = dspy.ChatAdapter().parse(router.route.signature, answer)
+        assert read["desk"] in DESKS
+    assert "[[ ##" not in lm(request).text  # no predictor's
 
 
 class Answer(pydantic.BaseModel):

@@ -22,7 +22,7 @@ from fst_dspy.config import LoraConfig, SamplingConfig, SlowConfig
 from fst_dspy.model.divergence import kl_to_base, token_entropy
 from fst_dspy.model.generate import GenerationRequest, generate
 from fst_dspy.model.policy import Policy
-from fst_dspy.model.prefixes import can_continue, find_prefixes
+from fst_dspy.model.prefixes import can_continue, find_bins, find_prefixes
 from fst_dspy.slow.trainer import SlowTrainer
 from fst_dspy.types import Call, TrainingRow
 
@@ -52,6 +52,58 @@ def test_candidates_are_told_apart_and_groups_share_all_but_the_last_token() -> 
     assert sorted(map(len, prefixes.prefix_ids_P)) == [31, 51, 71]
     same = find_prefixes([instructions[0]] * 3)
     assert same.prefix_ids_P == (tuple(instructions[0][:-1]),) and same.saved == 2 * 49
+
+
+@given(PROMPTS, st.integers(1, 4))
+def test_bins_hold_every_row_once_and_its_tokens_in_common_once(
+    rows: list[list[int]], most: int
+) -> None:
+    bins = find_bins(rows, most)
+    assert sorted(number for part in bins for number in part.rows) == list(range(len(rows)))
+    for part in bins:
+        own = [rows[number] for number in part.rows]
+        assert len(own) <= most and len({tuple(row[: part.begins]) for row in own}) == 1
+        nodes = {tuple(row[:n]) for row in own for n in range(part.begins + 1, len(row) + 1)}
+        assert part.tokens == len(nodes)
+
+
+def test_an_agents_turns_are_read_once(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = []
+    for rollout in range(4):
+        history = [*range(10, 30)]
+        for turn in range(3):
+            completion = tuple(range(40 + rollout, 47 + turn + rollout))
+            zeros = (0.0,) * len(completion)
+            rows.append(TrainingRow(tuple(history), completion, zeros, rollout - 1.4))
+            history += [*completion, 5, 60 + turn, 6]
+    nodes = {
+        ids[:n]
+        for ids in ((*row.prompt_ids_T, *row.completion_ids_T)[:-1] for row in rows)
+        for n in range(1, len(ids) + 1)
+    }
+    monkeypatch.setattr(prefixes_module, "SAVED_TOKENS", 10**9)
+    whole = gradient_of(tiny_llama, rows, [])
+    monkeypatch.setattr(prefixes_module, "SAVED_TOKENS", 1)
+    for size, least in ((640, len(nodes)), (30, len(nodes) + 1)):
+        monkeypatch.setattr(prefixes_module, "BIN_TOKENS", size)
+        read: list[int] = []
+        parts = gradient_of(tiny_llama, rows, read)
+        assert (parts - whole).norm() < 1e-5 * whole.norm()
+        assert least <= sum(read) <= 2 * len(nodes) and (size < 640 or sum(read) == least)
+
+
+def gradient_of(path: Path, rows: list[TrainingRow], read: list[int]) -> torch.Tensor:
+    """The gradient of a step on some rows; how many tokens each pass has read is written down."""
+    policy, caught = Policy.load(path), []
+    trainer = SlowTrainer(policy, SlowConfig(max_grad_norm=0), SamplingConfig(), 10, 0)
+    trainer._trl.optimizer.optimizer.register_step_pre_hook(
+        lambda *_: caught.extend(p.grad.flatten().clone() for p in trainer._trl.parameters)
+    )
+    policy.model.get_input_embeddings().register_forward_pre_hook(
+        lambda _, inputs: read.append(inputs[0].numel())
+    )
+    trainer.advance(rows)
+    return torch.cat(caught)
 
 
 @pytest.mark.parametrize("lora", [False, True])

@@ -1,16 +1,21 @@
 """What is asked of any engine: the decode loop, and vLLM's adapter with a stand-in for vLLM.
 
-The stand-in has weights of its own, which move only when it is told to sync them, and decodes with
-them: what is tested is the adapter's part, not vLLM.
+The stand-in has weights of its own, which move only when it is told to sync them, reads adapters
+from the folder that a request names, and decodes with them; it takes what vLLM's own signatures
+take. What is tested is the adapter's part, not vLLM.
 """
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from helpers import sampled_logprobs
+from peft import PeftModel
+from vllm_calls import LLM_ARGUMENTS, LORA_RANKS, LoRARequest, SamplingParams
 
 from fst_dspy import distributed
 from fst_dspy.config import LoraConfig
@@ -18,32 +23,48 @@ from fst_dspy.errors import ConfigError, PromptTooLongError
 from fst_dspy.lm.local_lm import LocalLM
 from fst_dspy.model.generate import GenerationRequest, generate
 from fst_dspy.model.policy import Policy
-from fst_dspy.model.vllm_engine import VllmGenerator, use_vllm
+from fst_dspy.model.vllm_engine import (
+    RANKS,
+    Adapters,
+    AllWeights,
+    VllmGenerator,
+    engine_arguments,
+    use_vllm,
+)
 
 
 class StandIn:
-    """TRL's ``VLLMGeneration``, as far as it is used, over a copy of the weights."""
+    """TRL's ``VLLMGeneration`` and vLLM's ``LLM``, as far as they are used, over a copy of the
+    weights."""
 
     def __init__(self, folder: Path, trained: Policy) -> None:
-        self.own, self.trained = Policy.load(folder), trained
+        self.folder, self.own, self.trained = folder, Policy.load(folder), trained
         self.llm = self
         self.syncs = 0
+        self.read: dict[int, Any] = {}
 
     def sync_weights(self) -> None:
         self.syncs += 1
         self.own.load_trainable_state(self.trained.trainable_state())
 
-    def generate(self, prompts, sampling_params, use_tqdm):
+    def generate(self, prompts, /, sampling_params=None, *, use_tqdm=True, lora_request=None):
+        assert not use_tqdm and all(p.logprobs == 0 for p in sampling_params)
         requests = [
             GenerationRequest(
-                tuple(prompt["prompt_token_ids"]), p.max_tokens, p.temperature,
-                stop=tuple(p.stop), seed=p.seed,
+                tuple(prompt["prompt_token_ids"]), p.max_tokens, p.temperature, p.top_p,
+                tuple(p.stop), p.seed, p.top_k or None, p.frequency_penalty, p.presence_penalty,
+                p.repetition_penalty,
             )
             for prompt, p in zip(prompts, sampling_params, strict=True)
         ]  # fmt: skip
-        assert all(p.logprobs == 0 for p in sampling_params)
-        assert all(0 <= p.seed < 2**63 for p in sampling_params)
-        results = generate(self.own, requests)
+        with self.adapted(lora_request):
+            results = generate(self.own, requests)
+        processed = [
+            # What vLLM gives of a token that was drawn by other rules is not its log-probability.
+            tuple(0.0 for _ in r.logprobs_T) if q.top_p < 1 or q.top_k or q.is_penalised
+            else r.logprobs_T
+            for q, r in zip(requests, results, strict=True)
+        ]  # fmt: skip
         return [
             SimpleNamespace(
                 outputs=[
@@ -51,16 +72,35 @@ class StandIn:
                         token_ids=list(result.completion_ids_T),
                         logprobs=[
                             {token: SimpleNamespace(logprob=value)}
-                            for token, value in zip(
-                                result.completion_ids_T, result.logprobs_T, strict=True
-                            )
+                            for token, value in zip(result.completion_ids_T, given_T, strict=True)
                         ],
                         finish_reason=result.finish_reason,
                     )
                 ]
             )
-            for result in results
+            for result, given_T in zip(results, processed, strict=True)
         ]
+
+    @contextmanager
+    def adapted(self, request):
+        if request is None:
+            yield
+            return
+        if request.lora_int_id not in self.read:  # as vLLM: what has been read stays
+            base = Policy.load(self.folder).model
+            self.read[request.lora_int_id] = PeftModel.from_pretrained(base, request.lora_path)
+        plain, self.own.model = self.own.model, self.read[request.lora_int_id].eval()
+        try:
+            yield
+        finally:
+            self.own.model = plain
+
+
+def stand_in(folder: Path, policy: Policy) -> StandIn:
+    """Generate with it."""
+    vllm = StandIn(folder, policy)
+    policy.generator = VllmGenerator(AllWeights(vllm), SamplingParams)
+    return vllm
 
 
 @pytest.fixture(params=["loop", "vllm"])
@@ -68,7 +108,7 @@ def engine(request, tiny_qwen3):
     """A policy, and what generates for it."""
     policy = Policy.load(tiny_qwen3)
     if request.param == "vllm":
-        policy.generator = VllmGenerator(StandIn(tiny_qwen3, policy), SimpleNamespace)
+        stand_in(tiny_qwen3, policy)
     return policy, policy.generator or generate
 
 
@@ -114,9 +154,9 @@ def test_weights_that_moved_are_sampled_from(engine):
         check_logprobs(policy, requests, run(policy, requests))
     assert run(policy, requests) == results
     if policy.generator is not None:  # on the first call and on every change, not on every call
-        assert policy.generator.vllm.syncs == 4
+        assert policy.generator.weights.vllm.syncs == 4
         run(policy, requests)
-        assert policy.generator.vllm.syncs == 4
+        assert policy.generator.weights.vllm.syncs == 4
 
 
 def test_weights_that_moved_are_not_hashed_to_be_brought_over(engine, monkeypatch):
@@ -125,11 +165,11 @@ def test_weights_that_moved_are_not_hashed_to_be_brought_over(engine, monkeypatc
         pytest.skip("the built-in engine brings nothing over")
     requests = requests_for(policy)
     run(policy, requests)
-    syncs = policy.generator.vllm.syncs
+    syncs = policy.generator.weights.vllm.syncs
     monkeypatch.setattr("fst_dspy.model.policy._hash", lambda *_: pytest.fail("hashed"))
     move(policy)
     run(policy, requests)
-    assert policy.generator.vllm.syncs == syncs + 1
+    assert policy.generator.weights.vllm.syncs == syncs + 1
 
 
 def test_stop_strings_and_limits(engine):
@@ -161,13 +201,86 @@ def test_vllm_is_refused_beside_fsdp(tiny_qwen3, monkeypatch):
 
 def test_what_vllm_cannot_do_is_refused(tiny_qwen3):
     policy = Policy.load(tiny_qwen3)
-    run = VllmGenerator(StandIn(tiny_qwen3, policy), SimpleNamespace)
-    with pytest.raises(ConfigError, match="top_p"):
-        run(policy, requests_for(policy, 1, top_p=0.5))
+    stand_in(tiny_qwen3, policy)
+    run = policy.generator
     with pytest.raises(ConfigError, match="likeliest"):
         run(policy, requests_for(policy, 1, temperature=0.001))
     with pytest.raises(ConfigError, match="GPU"):
         use_vllm(policy)
     policy.add_lora(LoraConfig(rank=2), seed=0)
-    with pytest.raises(ConfigError, match="adapters"):
+    with pytest.raises(ConfigError, match=r"use_vllm\(policy, lora=True\)"):
         run(policy, requests_for(policy, 1))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"top_p": 0.5}, {"top_k": 2, "temperature": 0.7}, {"repetition_penalty": 1.5}],
+    ids=["top_p", "top_k", "penalty"],
+)
+def test_what_is_learned_from_is_the_whole_distribution(engine, settings):
+    policy, run = engine
+    requests = requests_for(policy, **settings)
+    check_logprobs(policy, requests, run(policy, requests))
+
+
+def adapted(folder: Path, rank: int = 2) -> tuple[Policy, StandIn]:
+    """A policy with adapters, served as such."""
+    policy = Policy.load(folder)
+    policy.add_lora(LoraConfig(rank=rank), seed=0)
+    vllm = StandIn(folder, policy)
+    policy.generator = VllmGenerator(Adapters(vllm, LoRARequest, max_rank=8), SamplingParams)
+    move(policy)
+    return policy, vllm
+
+
+# As peft asks for it when adapters are read.
+former_name = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
+
+
+@former_name
+def test_adapters_are_served_as_they_are_trained(tiny_qwen3):
+    policy, vllm = adapted(tiny_qwen3)
+    run, requests = policy.generator, requests_for(policy)
+    first = run(policy, requests)
+    check_logprobs(policy, requests, first)
+    assert run(policy, requests) == first and list(vllm.read) == [1] and vllm.syncs == 0
+    before = policy.keep()
+    move(policy)
+    check_logprobs(policy, requests, run(policy, requests))
+    assert list(vllm.read) == [1, 2]
+    with policy.at(policy.base_version):
+        base = run(policy, requests)
+        check_logprobs(policy, requests, base)
+    with policy.at(before):
+        assert run(policy, requests) == first
+    assert list(vllm.read) == [1, 2, 3]
+    plain = Policy.load(tiny_qwen3)
+    assert base == generate(plain, requests)
+
+
+@former_name
+def test_adapters_of_another_shape_and_weights_without_any(tiny_qwen3):
+    policy, _ = adapted(tiny_qwen3, rank=4)
+    run, requests = policy.generator, requests_for(policy)
+    version, expected = policy.keep(), run(policy, requests)
+    policy.restore(policy.base_version)
+    check_logprobs(policy, requests, run(policy, requests))  # not yet trained
+    with policy.at(version):
+        assert policy.lora_of(version) == LoraConfig(rank=4)
+        assert run(policy, requests) == expected
+    move(policy)
+    with pytest.raises(ConfigError, match="stay as they are"):
+        run(policy, requests)
+    policy.restore(policy.base_version)
+    policy.add_lora(LoraConfig(rank=16), seed=0)
+    with pytest.raises(ConfigError, match=r"rank=16"):
+        run(policy, requests)
+
+
+def test_the_engine_is_asked_for_what_vllm_has(tiny_qwen3):
+    policy = Policy.load(tiny_qwen3)
+    found = engine_arguments(policy, str(tiny_qwen3), LoraConfig(rank=12), 0.3)
+    assert found.keys() <= LLM_ARGUMENTS
+    assert found["max_lora_rank"] == 16 and set(RANKS) <= set(LORA_RANKS)
+    with pytest.raises(ConfigError, match="rank 256"):
+        engine_arguments(policy, str(tiny_qwen3), LoraConfig(rank=300), 0.3)

@@ -1,11 +1,14 @@
-"""What is asked of an adapter: the line that it puts behind every answer."""
+"""What is asked of an adapter: the line that it puts behind every answer, and a prompt's texts."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import dspy
 import pytest
+from dspy import lm15
 
-from fst_dspy.student.adapter import end_marker
+from fst_dspy.student.adapter import end_marker, texts_of_prompt
 
 
 class Shouting(dspy.ChatAdapter):
@@ -35,3 +38,24 @@ class Bare(dspy.Adapter):
 )
 def test_the_line_behind_every_answer(adapter: dspy.Adapter | None, marker: str | None) -> None:
     assert end_marker(adapter) == marker
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What ``format`` gives from DSPy 3.5 on, in its form."""
+
+    messages: tuple[lm15.Message, ...]
+    system: str | tuple[lm15.TextPart, ...] | None = None
+
+
+def test_texts_of_prompts_of_both_forms() -> None:
+    signature = dspy.Signature("question -> answer")
+    demos = [{"question": "where?", "answer": "here"}]
+    messages = dspy.XMLAdapter().format(signature, demos, {"question": "when?"})
+    system, *turns = (message["content"] for message in messages)
+    prompt = Prompt(tuple(lm15.Message.user(text) for text in turns), system)
+    assert texts_of_prompt(messages) == texts_of_prompt(prompt) == [system, *turns]
+    in_parts = Prompt(prompt.messages, (lm15.TextPart(system),))
+    assert texts_of_prompt(in_parts) == [system, *turns]
+    with_image = [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "image"}]}]
+    assert texts_of_prompt(with_image) == ["a"]

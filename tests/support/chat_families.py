@@ -130,8 +130,8 @@ def family_tokenizer(name: str) -> transformers.PreTrainedTokenizerFast:
     return tokenizer
 
 
-def save_family(folder: Path, name: str, seed: int = 0) -> Path:
-    """Write a tiny model of a family, as a user's model folder would be."""
+def save_family(folder: Path, name: str, seed: int = 0, **more: Any) -> Path:
+    """Write a tiny model of a family, as a user's model folder would be, with more settings."""
     family, tokenizer = FAMILIES[name], family_tokenizer(name)
     shape = SHAPE | {
         "vocab_size": len(tokenizer),
@@ -141,7 +141,7 @@ def save_family(folder: Path, name: str, seed: int = 0) -> Path:
         "num_hidden_layers": 2,
         "max_position_embeddings": 2048,
     }
-    config = getattr(transformers, f"{family.config}Config")(**shape | dict(family.extra))
+    config = getattr(transformers, f"{family.config}Config")(**shape | dict(family.extra) | more)
     torch.manual_seed(seed)
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)

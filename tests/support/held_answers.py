@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 
 import numpy as np
@@ -56,13 +57,21 @@ def drawn_answer(policy: Policy, grammar: Grammar, seed: int, limit: int = 400) 
     """An answer of a model to which all tokens are alike, but that likes to come to an end."""
     own, walk, said = vocabulary(policy), Walk(vocabulary(policy), grammar), []
     rng, bits = np.random.default_rng(seed), np.zeros(own.words, dtype=np.int32)
+    ends = _ends(policy)
     while len(said) < limit:
         walk.allowed_into(bits)
         may = unpacked(torch.from_numpy(bits)[None], own.size)[0].nonzero().flatten().tolist()
-        ending = [t for t in may if set(policy.tokenizer.decode([t])) & set('\n<"]}')]
+        ending = [t for t in may if t in ends]
         pool = ending if ending and rng.random() < 0.3 else may
         said.append(int(rng.choice(pool)))
         walk.advance(said[-1])
         if walk.ended:
             return policy.tokenizer.decode(said, skip_special_tokens=True)
     return None
+
+
+@functools.cache
+def _ends(policy: Policy) -> frozenset[int]:
+    """Tokens by which values come to an end."""
+    texts = policy.tokenizer.batch_decode([[token] for token in range(vocabulary(policy).size)])
+    return frozenset(token for token, text in enumerate(texts) if set(text) & set('\n<"]}'))

@@ -1,0 +1,171 @@
+"""Text feedback into the weights, on tiny random models."""
+
+from dataclasses import replace
+
+import dspy
+import pytest
+import torch
+from helpers import Echo, questions, vowels
+from helpers import sampled_logprobs as by_one_pass
+from tiny_compile import compile_tiny, raw_adapter  # noqa: F401
+from training_rows import rows_for
+
+from fst_dspy import LocalLM
+from fst_dspy.config import SamplingConfig, SlowConfig
+from fst_dspy.loop.self_teacher import ANSWER, FEEDBACK, MOST_NATS, SelfTeacher, taught_rows
+from fst_dspy.model.logprobs import completion_logprobs, sampled_logprobs
+from fst_dspy.model.policy import Policy
+from fst_dspy.rollouts.jobs import RolloutJob
+from fst_dspy.rollouts.runner import RolloutRunner
+from fst_dspy.slow.advantage import group_rows
+from fst_dspy.slow.trainer import SlowTrainer
+from fst_dspy.student.candidate import seed_candidate
+from fst_dspy.types import Group
+
+SAMPLING = SamplingConfig(max_tokens=8)
+
+
+def groups_of(program, lm, metric, size=3):
+    """A group of rollouts for each of two questions."""
+    runner = RolloutRunner(program, metric, lm, SAMPLING, seed=0)
+    candidate = seed_candidate(program)
+    jobs = [RolloutJob(q, candidate, n) for q in questions(2) for n in range(size)]
+    rollouts = runner.run(jobs, channel="slow", salt=0)
+    parts = (rollouts[:size], rollouts[size:])
+    return [Group(p[0].example_id, tuple(p)) for p in parts], {candidate.id: candidate}
+
+
+def taught(lm, metric, perfect=1.0):
+    """Groups, rows of the reward, and what the teacher says of each."""
+    program = Echo()
+    groups, candidates = groups_of(program, lm, metric)
+    lessons = SelfTeacher(program, lm, perfect).lessons(groups, candidates)
+    return groups, group_rows(groups, "group"), lessons
+
+
+def under(lm, instructions, rollout):
+    """Log-probabilities of a rollout's answer where the instructions are others."""
+    program = Echo()
+    program.say.signature = program.say.signature.with_instructions(instructions)
+    call, candidate = rollout.calls[0], seed_candidate(program)
+    job = RolloutJob(next(q for q in questions(2) if q.question in str(rollout.traces)), candidate)
+    runner = RolloutRunner(program, vowels, lm, SAMPLING, seed=0)
+    (other,) = runner.run([job], channel="eval", salt=0)
+    asked = replace(call, prompt_ids_T=other.calls[0].prompt_ids_T)
+    return by_one_pass(lm.policy, asked, asked)
+
+
+def test_a_token_is_credited_with_what_the_feedback_makes_of_it(tiny_qwen3):
+    lm = LocalLM(str(tiny_qwen3))
+    groups, rows, lessons = taught(lm, vowels)
+    rollouts = [rollout for group in groups for rollout in group.rollouts_G]
+    assert len(rows) == len(lessons) == len(rollouts)
+    for rollout, lesson in zip(rollouts, lessons, strict=True):
+        note = f"Say something.\n\n{FEEDBACK.format(rollout.feedback)}"
+        expected = under(lm, note, rollout) - torch.tensor(rollout.calls[0].logprobs_T)
+        assert list(lesson) == pytest.approx(expected.tolist(), abs=1e-4)
+        assert max(map(abs, lesson)) > 1e-3
+
+
+def test_without_feedback_the_groups_best_answer_teaches_the_others(tiny_qwen3):
+    lm = LocalLM(str(tiny_qwen3))
+    groups, _, lessons = taught(lm, lambda *given: vowels(*given).score)
+    lessons = iter(lessons)
+    for group in groups:
+        best = max(group.rollouts_G, key=lambda rollout: rollout.reward)
+        for rollout in group.rollouts_G:
+            lesson = next(lessons)
+            if rollout.reward == best.reward:
+                assert lesson is None
+                continue
+            note = f"Say something.\n\n{ANSWER.format(best.calls[0].text.strip())}"
+            expected = under(lm, note, rollout) - torch.tensor(rollout.calls[0].logprobs_T)
+            assert list(lesson) == pytest.approx(expected.tolist(), abs=1e-4)
+
+
+def test_nothing_is_said_of_what_was_perfect(tiny_qwen3):
+    groups, _, lessons = taught(LocalLM(str(tiny_qwen3)), vowels, perfect=0.2)
+    rewards = [rollout.reward for group in groups for rollout in group.rollouts_G]
+    assert [lesson is None for lesson in lessons] == [reward >= 0.2 for reward in rewards]
+    assert 0 < sum(lesson is None for lesson in lessons) < len(lessons)
+
+
+def test_reward_and_feedback_are_mixed_by_the_weight():
+    rows = rows_for(0, count=3)
+    lessons = [[0.5] * len(rows[0].completion_ids_T), None, [9.0] * len(rows[2].completion_ids_T)]
+    both = taught_rows(rows, lessons, SlowConfig(slow_signal="both", distillation_weight=0.25))
+    first = 0.75 * rows[0].advantage + 0.125
+    assert both[0].token_advantages_T == (first,) * len(rows[0].completion_ids_T)
+    assert both[1].advantage == 0.75 * rows[1].advantage and not both[1].token_advantages_T
+    assert both[2].token_advantages_T[0] == 0.75 * rows[2].advantage + 0.25 * MOST_NATS
+    alone = taught_rows(rows, lessons, SlowConfig(slow_signal="feedback"))
+    assert set(alone[0].token_advantages_T) == {0.5}
+    assert not alone[1].has_gradient and alone[0].has_gradient
+
+
+@pytest.mark.parametrize("loss_type", ["cispo", "grpo", "dr_grpo"])
+def test_advantages_a_token_that_are_all_the_rows_make_the_same_step(loss_type, tiny_qwen3):
+    steps = []
+    for by_token in (False, True):
+        rows = rows_for(1)
+        if by_token:
+            rows = [
+                replace(
+                    row, advantage=7.0, token_advantages_T=(row.advantage,) * len(row.logprobs_T)
+                )
+                for row in rows
+            ]
+        policy = Policy.load(tiny_qwen3)
+        slow = SlowConfig(learning_rate=1e-2, loss_type=loss_type, micro_batch_size=4)
+        stats = SlowTrainer(policy, slow, SAMPLING, 3, seed=0).advance(rows)
+        steps.append((stats, policy.version()))
+    assert steps[0] == steps[1]
+
+
+def test_the_step_raises_what_the_teacher_prefers_token_by_token(tiny_qwen3):
+    policy = Policy.load(tiny_qwen3)
+    row = max(rows_for(2, advantages=[0.0] * 6), key=lambda row: len(row.logprobs_T))
+    wanted = tuple((-1.0) ** n for n in range(len(row.completion_ids_T)))
+    assert len(wanted) > 2
+    (before,) = sampled_logprobs(policy, [row])
+    slow = SlowConfig(learning_rate=1e-3, slow_signal="feedback")
+    trainer = SlowTrainer(policy, slow, SAMPLING, 3, seed=0)
+    for step in taught_rows([row], [wanted], slow):
+        trainer.advance([step])
+    (after,) = sampled_logprobs(policy, [row])
+    moved = [b - a for a, b in zip(before, after, strict=True)]
+    assert sum(m * w for m, w in zip(moved, wanted, strict=True)) > 0
+
+
+def test_logprobs_of_sampled_tokens_are_those_of_the_vocabulary(tiny_qwen3, monkeypatch):
+    policy, rows = Policy.load(tiny_qwen3), rows_for(3)
+    whole = completion_logprobs(policy, rows)
+    ids = torch.tensor([token for row in rows for token in row.completion_ids_T])
+    expected = whole.gather(1, ids[:, None])[:, 0].tolist()
+    # In parts of two tokens, which do not end where rows do.
+    vocabulary = policy.model.config.vocab_size
+    monkeypatch.setattr("fst_dspy.model.logprobs.CHUNK_BYTES", 2 * 4 * vocabulary)
+    found = sampled_logprobs(policy, rows)
+    assert [len(row.completion_ids_T) for row in rows] == list(map(len, found))
+    assert [value for row in found for value in row] == pytest.approx(expected, abs=1e-5)
+
+
+def wrong(gold, pred, *_):
+    return dspy.Prediction(score=0.0, feedback="Write the letter b.")
+
+
+@pytest.mark.parametrize("signal", ["reward", "feedback", "both"])
+def test_groups_of_equal_rewards_have_a_gradient_by_feedback(signal, tiny_qwen3, monkeypatch):
+    monkeypatch.setattr("tiny_compile.vowels", wrong)
+    settings = {"max_cycles": 1, "arm": "rl_only", "slow_signal": signal}
+    _, lm, result = compile_tiny(tiny_qwen3, on_no_signal="warn", **settings)
+    record = result.records[-1]
+    assert record.constant_group_share == 1.0
+    moved = record.weights_version != lm.policy.base_version
+    assert moved == (signal != "reward")
+
+
+def test_what_was_taught_is_recorded(tiny_qwen3, tmp_path):
+    compile_tiny(tiny_qwen3, max_cycles=1, slow_signal="both", log_dir=tmp_path)
+    lines = (tmp_path / "steps.jsonl").read_text().splitlines()
+    assert lines and all('"taught"' in line for line in lines)
