@@ -20,15 +20,22 @@ from typing import Any
 from fst_dspy import distributed
 from fst_dspy.errors import TrainingError
 from fst_dspy.fast.population import mean
-from fst_dspy.loop.budget import counts_spent, cycles_spent, recorded_spent, time_spent
 from fst_dspy.loop.cold_start import warmed_up
+from fst_dspy.loop.ending import (
+    counts_spent,
+    cycles_spent,
+    recorded_spent,
+    time_spent,
+    troubles,
+    without_signal,
+)
 from fst_dspy.loop.interrupt import Interrupt
 from fst_dspy.loop.parts import Parts
 from fst_dspy.loop.progress import StopRun, TellsPlan, tell
 from fst_dspy.loop.records import cycle_record, rollouts_of, step_record
-from fst_dspy.loop.signal import troubles, without_signal
+from fst_dspy.loop.share import KEPT, Evidence, Share, Verdict, next_share
 from fst_dspy.loop.state import LoopState
-from fst_dspy.loop.validation import better_of, score
+from fst_dspy.loop.validation import Validation, better_of, score
 from fst_dspy.plan.plan import Plan
 from fst_dspy.rollouts.health import Tally
 from fst_dspy.rollouts.jobs import Channel
@@ -107,9 +114,11 @@ class Run:
     def _fast_phase(self, state: LoopState) -> LoopState:
         """The population evolves under the weights as they are."""
         parts, started, cycle = self.parts, time.monotonic(), state.cycle + 1
-        population, fast = state.population, parts.config.fast
-        first = state.cycle == int(parts.slow_opens)
-        if parts.fast_on:
+        population, share = state.population, self._share(state)
+        # An opening is validated before the weights move: what prompts alone reach is known then,
+        # and kept should training harm it. So is every phase of prompts alone.
+        alone = parts.learner is not None and not share.weights
+        if share.prompts:
             self._tell(cycle, "fast phase")
             population = parts.fast.run(
                 self.runner,
@@ -117,16 +126,15 @@ class Run:
                 parts.trainset,
                 parts.valset,
                 cycle=cycle,
-                iterations=fast.first_cycle_iterations if first else fast.cycle_iterations,
+                iterations=self._iterations(state, alone),
                 policy_version=self.policy.step,
+                alone=alone,
             )
-        # An opening is validated before the weights move: what prompts alone reach is known then,
-        # and kept should training harm it.
-        opening = first and parts.has_opening
         return replace(
             state,
             population=population,
-            phase="slow" if parts.learner is not None and not opening else "validate",
+            share=share,
+            phase="slow" if parts.learner is not None and not alone else "validate",
             fast_state=parts.fast.state(),
             **self._counted(),
             seconds=_add_seconds(state.seconds, "fast", started),
@@ -173,6 +181,7 @@ class Run:
             rollouts,
             cycle=cycle,
             policy_version=self.policy.step,
+            tries=self._share(state).prompts,
         )
 
     def _validate(self, state: LoopState) -> LoopState:
@@ -185,7 +194,8 @@ class Run:
             state, found = warmed_up(parts, state, found)
         seconds = _add_seconds(state.seconds, "eval", started)
         parts.fast.validated(found.population, parts.val_ids, found.score_V)
-        record = cycle_record(parts, state, cycle, found, seconds)
+        state, verdict = self._shared_out(state, found)
+        record = cycle_record(parts, state, cycle, found, seconds, verdict)
         # Processes that no longer agree would only be noticed by their results.
         facts = (record.weights_version, record.val_scores, record.candidate_ids)
         distributed.check_same("weights and population", facts)
@@ -197,6 +207,7 @@ class Run:
             state,
             cycle=cycle,
             phase="slow" if first and parts.slow_opens else "fast",
+            share=verdict.share,
             population=found.population,
             records=(*state.records, record),
             steps=(),
@@ -205,6 +216,42 @@ class Run:
             **self._counted(),
             seconds=seconds,
         )
+
+    # --- who has the rollouts ------------------------------------------------------------------
+
+    def _share(self, state: LoopState) -> Share:
+        """Who has the rollouts of the cycle under way."""
+        parts = self.parts
+        if state.share is not None:
+            return state.share
+        opening = parts.has_opening and state.cycle == 0  # or a run of before there were turns
+        return Share(parts.fast_on, parts.learner is not None and not opening)
+
+    def _shared_out(self, state: LoopState, found: Validation) -> tuple[LoopState, Verdict]:
+        """The state with what the cycle has shown, and who has the rollouts of the next one."""
+        parts, now, last = self.parts, self._share(state), state.records[-1:]
+        proven = parts.fast.report().get("proven", 0)
+        proven -= last[0].proposals.get("proven", 0) if last else 0
+        name = now.name if last else ""
+        shown = Evidence(name, found.score_V, proven, self.runner.counts.total)
+        state = replace(state, evidence=(*state.evidence, shown)[-KEPT:])
+        if parts.learner is not None and not parts.learner.learns_from_rewards:
+            return state, Verdict(now)
+        goes_on = parts.config.budget.on_no_signal == "warn"
+        fast = parts.config.fast
+        turns = parts.fast.reuses and min(fast.first_cycle_iterations, fast.cycle_iterations) > 0
+        perfect = fast.perfect_score
+        verdict = next_share(state.evidence, now, turns=turns, perfect_score=perfect)
+        if verdict.over and goes_on:
+            return state, Verdict(Share(parts.fast_on, parts.learner is not None))
+        return state, verdict
+
+    def _iterations(self, state: LoopState, alone: bool) -> int:
+        """Iterations of a fast phase: the first has most to learn, one alone more than others."""
+        fast = self.parts.config.fast
+        if state.cycle == int(self.parts.slow_opens):
+            return fast.first_cycle_iterations
+        return max(fast.cycle_iterations, alone * fast.first_cycle_iterations // 2)
 
     # --- start, stop, resume ------------------------------------------------------------------
 
@@ -237,6 +284,8 @@ class Run:
         parts = self.parts
         if state.phase != "fast":
             return False
+        if state.records[-1].ended:
+            return True
         if cycles_spent(parts, state) or recorded_spent(parts, state.records[-1]):
             return True
         stopped = state.records[-1].proposals.get("stopped")
@@ -316,8 +365,11 @@ class Run:
         """Say of a run that had ended before why nothing happens, and how it is extended."""
         if not state.records or state.phase != "fast":
             return
-        spent = cycles_spent(self.parts, state) or recorded_spent(self.parts, state.records[-1])
-        if spent:
+        last = state.records[-1]
+        spent = cycles_spent(self.parts, state) or recorded_spent(self.parts, last)
+        if last.ended:
+            tell(self.parts.progress, f"this run had ended: {last.decided}")
+        elif spent:
             words = f"this run had ended, after {spent}; a higher limit lets it go on"
             tell(self.parts.progress, words)
 

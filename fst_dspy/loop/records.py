@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from fst_dspy.fast.population import best, mean
 from fst_dspy.loop.parts import Parts
+from fst_dspy.loop.share import Verdict
 from fst_dspy.loop.state import LoopState
 from fst_dspy.loop.validation import Validation
 from fst_dspy.results.result import FSTResult
@@ -29,7 +30,12 @@ def step_record(cycle: int, step: int, groups_P: Sequence[Group], stats: StepSta
 
 
 def cycle_record(
-    parts: Parts, state: LoopState, cycle: int, found: Validation, seconds: Mapping[str, float]
+    parts: Parts,
+    state: LoopState,
+    cycle: int,
+    found: Validation,
+    seconds: Mapping[str, float],
+    verdict: Verdict,
 ) -> CycleRecord:
     """The record of a cycle, once it is validated.
 
@@ -38,6 +44,7 @@ def cycle_record(
         cycle: The number of the cycle, 0 for the student as it came.
         found: What the validation found.
         seconds: Wall time so far, by channel.
+        verdict: On the next cycle.
     """
     steps, population, counts = state.steps, found.population, parts.runner.counts
     last = state.records[-1] if state.records else None
@@ -65,6 +72,9 @@ def cycle_record(
         format_share=tally.format_share,
         cold_start=state.cold_start,
         turns=parts.runner.turns,
+        share=state.evidence[-1].channels,
+        decided=verdict.words,
+        ended=verdict.over,
         reward_range=None if tally.low is None or tally.high is None else (tally.low, tally.high),
     )
 

@@ -1,9 +1,13 @@
-"""What is told of a cycle that went wrong, and whether there is anything to learn from."""
+"""Whether a run ends, in words: its budget is spent, or there is nothing (more) to learn from.
+
+And what is told of a cycle that went wrong.
+"""
 
 from __future__ import annotations
 
 from fst_dspy.errors import TrainingError
 from fst_dspy.loop.parts import Parts
+from fst_dspy.loop.state import LoopState
 from fst_dspy.rollouts.health import told_failures
 from fst_dspy.types import CycleRecord
 
@@ -42,9 +46,12 @@ def without_signal(parts: Parts, record: CycleRecord) -> str | None:
     Raises:
         TrainingError: None of its rollouts succeeded, and the run is to stop then.
     """
-    learner = parts.learner
-    opening = learner is not None and record.train_reward is None
-    if record.cycle == 0 or opening or not _learns_from_rewards(parts) or not all_equal(record):
+    if (
+        record.cycle == 0
+        or is_alone(parts, record)
+        or not _learns_from_rewards(parts)
+        or not all_equal(record)
+    ):
         return None
     assert record.reward_range is not None
     text = (
@@ -62,3 +69,39 @@ def without_signal(parts: Parts, record: CycleRecord) -> str | None:
 
 def _learns_from_rewards(parts: Parts) -> bool:
     return parts.learner is None or parts.learner.learns_from_rewards
+
+
+def cycles_spent(parts: Parts, state: LoopState) -> str | None:
+    """``"6 of 6 cycles"`` where that was the last one; prompts' own phases do not count."""
+    asked = parts.budget.max_cycles
+    if asked is None:
+        return None
+    alone = sum(is_alone(parts, record) for record in state.records)
+    asked, cycles = asked - int(parts.has_opening), state.cycle - alone
+    return f"{cycles} of {asked} cycles" if cycles >= asked and state.cycle else None
+
+
+def is_alone(parts: Parts, record: CycleRecord) -> bool:
+    """Whether a cycle was a phase of prompts alone, in a run that trains weights as well."""
+    return record.cycle > 0 and parts.learner is not None and record.train_reward is None
+
+
+def counts_spent(parts: Parts, rollouts: int, env_steps: int) -> str | None:
+    """``"312 of 300 rollouts"`` where a limit of what is counted is reached."""
+    budget = parts.budget
+    if budget.max_rollouts is not None and rollouts >= budget.max_rollouts:
+        return f"{rollouts:,} of {budget.max_rollouts:,} rollouts"
+    if budget.max_env_steps is not None and env_steps >= budget.max_env_steps:
+        return f"{env_steps:,} of {budget.max_env_steps:,} environment steps"
+    return None
+
+
+def time_spent(parts: Parts, state: LoopState) -> str | None:
+    """``"620 of 600 s"`` where time is up on this process's clock."""
+    asked, seconds = parts.budget.max_seconds, sum(state.seconds.values())
+    return f"{seconds:.0f} of {asked:g} s" if asked is not None and seconds >= asked else None
+
+
+def recorded_spent(parts: Parts, record: CycleRecord) -> str | None:
+    """As ``counts_spent``, of what a cycle's record says."""
+    return counts_spent(parts, record.total_rollouts.total, record.turns.steps)
