@@ -34,11 +34,15 @@ class Within(SilentProgress):
 
     def __init__(self, rollouts: int) -> None:
         self.rollouts = rollouts
+        self._most = 0
 
     def cycle_done(self, record: CycleRecord) -> None:
         """Say how the cycle went, for the log, and stop if it was the last one that fits."""
         print(cycle_line(record), flush=True)
-        if record.cycle and record.total_rollouts.total + record.rollouts.total > self.rollouts:
+        # After a phase of prompts alone there may be a cycle with optimizer steps, which is longer.
+        self._most = max(self._most, record.train_reward is not None and record.rollouts.total)
+        needed = max(self._most, record.rollouts.total)
+        if record.cycle and record.total_rollouts.total + needed > self.rollouts:
             raise StopRun
 
 

@@ -35,7 +35,7 @@ from fst_dspy.loop.progress import StopRun, TellsPlan, tell
 from fst_dspy.loop.records import cycle_record, rollouts_of, step_record
 from fst_dspy.loop.share import KEPT, Evidence, Share, Verdict, next_share
 from fst_dspy.loop.state import LoopState
-from fst_dspy.loop.validation import Validation, better_of, score
+from fst_dspy.loop.validation import Validation, better_of, is_scored, score
 from fst_dspy.plan.plan import Plan
 from fst_dspy.rollouts.health import Tally
 from fst_dspy.rollouts.jobs import Channel
@@ -233,7 +233,8 @@ class Run:
         proven = parts.fast.report().get("proven", 0)
         proven -= last[0].proposals.get("proven", 0) if last else 0
         name = now.name if last else ""
-        shown = Evidence(name, found.score_V, proven, self.runner.counts.total)
+        fresh = not is_scored(parts, state, found.population)
+        shown = Evidence(name, found.score_V, proven, self.runner.counts.total, fresh)
         state = replace(state, evidence=(*state.evidence, shown)[-KEPT:])
         if parts.learner is not None and not parts.learner.learns_from_rewards:
             return state, Verdict(now)

@@ -3,23 +3,24 @@
 Nobody knows beforehand what a task wants, so the run finds out, from what it has observed anyway:
 the scores of the same validation examples at the end of every cycle, and the trials of candidates.
 
-1. **Prompts first, and alone**, while that pays: a phase that was better than before it by more than
-   chance is followed by another, half as long as the first. Rollouts are best spent so: a phase
-   costs a third of a cycle with optimizer steps.
+1. **Prompts first, and alone**, while that pays: a phase that was better than before it by more
+   than chance is followed by another, half as long as the first. Rollouts are best spent so: a
+   phase costs a third of a cycle with optimizer steps.
 2. **Then weights**, with candidates on trial in their rollouts. Trials rest where those of
    ``TRIED`` cycles held none that was better by more than chance, and are taken up for a cycle
    after ``RESTED`` of rest.
-3. **Weights rest**, which still cost KL, once they have stopped paying: the later half of their
-   latest scores is not better than the earlier half by more than chance. Then prompts have a phase
-   alone again, and on as in 1.
+3. **Weights rest**, since to move them costs KL, once they have stopped paying: the mean of the
+   later half of their latest scores is no higher than that of the earlier half. Then prompts have a
+   phase alone again, and on as in 1.
 4. **The run ends** where that phase did not pay either: neither channel does. And where every one
    of the last ``PERFECT`` scores is the best there is.
 
-"More than chance" is at the rate ``decide.LIKELY``, one in four: to go on once more for nothing
-costs a phase, to stop what still pays costs the rest of the run. How much must be seen before a
-channel is given up is in scores, not in cycles: with few validation examples, chance alone is large,
-and a run goes on rather than end on ignorance. Rewards of optimizer steps are no evidence here:
-problems that are solved come back less often, so that their mean stands still while weights learn.
+"More than chance" in 1 is at the rate ``decide.LIKELY``, one in four: to go on once more for
+nothing costs a phase. That weights are given up on a mean alone, once enough was seen, is since
+they learn slowly: of a point a cycle, a test would miss most. How much must be seen is in scores,
+not in cycles: with few validation examples chance alone is large, and a run goes on rather than end
+on ignorance. Rewards of optimizer steps are no evidence here: problems that are solved come back
+less often, so that their mean stands still while weights learn.
 
 With one channel alone (``gepa_only``, ``rl_only``), and with ``reuse=False``, where both have their
 share in every cycle as in the paper, there is the end alone.
@@ -30,10 +31,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import takewhile
+from itertools import chain, takewhile
 
 from fst_dspy.fast.decide import LIKELY, better
-from fst_dspy.fast.population import blocks_of
+from fst_dspy.fast.population import blocks_of, mean
 
 LOOKS = 4
 """Validations, at least, in each half of the window that shows whether weights pay: with the one
@@ -72,12 +73,14 @@ class Evidence:
         score_V: Scores of the best candidate on the V validation examples.
         proven: Candidates of the cycle that did better than their parents by more than chance.
         rollouts: Rollouts so far.
+        fresh: Whether that pair of weights and candidate was not scored in the cycle before.
     """
 
     channels: str
     score_V: tuple[float, ...]
     proven: int
     rollouts: int
+    fresh: bool = True
 
     @property
     def alone(self) -> bool:
@@ -191,8 +194,7 @@ def _stalled(history: Sequence[Evidence]) -> bool:
     if len(scores) < 2 * half:
         return False
     later, earlier = scores[-half:], scores[-2 * half : -half]
-    blocks = list(zip(zip(*later, strict=True), zip(*earlier, strict=True), strict=True))
-    return not better(blocks, LIKELY)
+    return mean([*chain(*later)]) <= mean([*chain(*earlier)]) + 1e-9
 
 
 def _paid(before: Evidence, after: Evidence) -> bool:
@@ -208,7 +210,7 @@ def _perfect(history: Sequence[Evidence], perfect_score: float) -> int:
     for row in reversed([row for row in history if row.channels]):
         if any(abs(score - perfect_score) > 1e-9 for score in row.score_V):
             break
-        count += len(row.score_V)
+        count += row.fresh * len(row.score_V)
     return count if count >= PERFECT else 0
 
 

@@ -72,6 +72,8 @@ class Cycle(TypedDict):
     tokens: dict[str, Count]
     seconds: dict[str, Number]
     weights_version: str
+    share: NotRequired[str]
+    decided: NotRequired[str | None]
 
 
 @with_config(ConfigDict(strict=True))
