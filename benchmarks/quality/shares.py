@@ -4,9 +4,9 @@
 
 Simulated: a task is a score by how far prompts and weights are, and what a cycle of each adds.
 Validation draws one reward of 0 or 1 for each of 48 examples, from hard to easy. The rule
-(``fst_dspy.loop.share``) sees nothing else, but for the candidates that a trial proves better,
-drawn with the power of the test. Rollouts are those of the defaults. Beside it the same tasks without the
-rule: an opening of prompts, then both in every cycle. The table goes to
+(``fst_dspy.loop.share``) sees nothing else, but for the candidates that trials accept: 4 in 10 of
+equals, more of better ones. Rollouts are those of the defaults. Beside it the same tasks without
+the rule: an opening of prompts, then both in every cycle. The table goes to
 ``benchmarks/results/shares.md``. It takes some 20 seconds.
 """
 
@@ -79,7 +79,7 @@ def simulate(world: World, seed: int, *, rule: bool, budget: int = BUDGET) -> Ra
     rollouts, share, ran = 0, Share(True, False), Ran()
     history: list[Evidence] = []
     while True:
-        score, proven, name = world.score(prompts, weights), 0, share.name if ran.x else ""
+        score, accepted, name = world.score(prompts, weights), 0, share.name if ran.x else ""
         if ran.x:
             steps, first = share.weights, len(ran.x) == 1
             rollouts += STEPS if steps else OPENING if first else ALONE
@@ -87,14 +87,14 @@ def simulate(world: World, seed: int, *, rule: bool, budget: int = BUDGET) -> Ra
                 found = TRIALS if steps else FOUND + FOUND * first
                 better = max(0.0, (world.top(weights) - prompts) * found)
                 gain = world.score(prompts + better, weights) - score
-                proven = int(rng.binomial(2, norm.cdf(gain / 2 / 0.1 - 1.64)))
+                accepted = int(rng.binomial(2, norm.cdf(gain / 2 / 0.1 - 0.25)))
                 prompts += better
             if steps:
                 weights = min(1.0, weights + world.steady + (1 - weights) * world.pace)
             score = world.score(prompts, weights)
         rollouts += VALIDATION
         drawn_V = tuple(map(float, rng.random(EXAMPLES) < _by_example(score, hard_V)))
-        history.append(Evidence(name, drawn_V, proven, rollouts))
+        history.append(Evidence(name, drawn_V, accepted, rollouts))
         ran = replace(ran, x=(*ran.x, rollouts), y=(*ran.y, score), shares=(*ran.shares, name))
         if rule:
             verdict = next_share(history, share, turns=True, perfect_score=1.0)

@@ -230,11 +230,11 @@ class Run:
     def _shared_out(self, state: LoopState, found: Validation) -> tuple[LoopState, Verdict]:
         """The state with what the cycle has shown, and who has the rollouts of the next one."""
         parts, now, last = self.parts, self._share(state), state.records[-1:]
-        proven = parts.fast.report().get("proven", 0)
-        proven -= last[0].proposals.get("proven", 0) if last else 0
+        accepted = parts.fast.report().get("accepted", 0)
+        accepted -= last[0].proposals.get("accepted", 0) if last else 0
         name = now.name if last else ""
         fresh = not is_scored(parts, state, found.population)
-        shown = Evidence(name, found.score_V, proven, self.runner.counts.total, fresh)
+        shown = Evidence(name, found.score_V, accepted, self.runner.counts.total, fresh)
         state = replace(state, evidence=(*state.evidence, shown)[-KEPT:])
         if parts.learner is not None and not parts.learner.learns_from_rewards:
             return state, Verdict(now)

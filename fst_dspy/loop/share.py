@@ -6,9 +6,10 @@ the scores of the same validation examples at the end of every cycle, and the tr
 1. **Prompts first, and alone**, while that pays: a phase that was better than before it by more
    than chance is followed by another, half as long as the first. Rollouts are best spent so: a
    phase costs a third of a cycle with optimizer steps.
-2. **Then weights**, with candidates on trial in their rollouts. Trials rest where those of
-   ``TRIED`` cycles held none that was better by more than chance, and are taken up for a cycle
-   after ``RESTED`` of rest.
+2. **Then weights**, with candidates on trial in their rollouts, which cost none of their own. So
+   trials rest only where those of ``TRIED`` cycles held none that did better than its parent (or
+   nothing more is proposed), and are taken up for a cycle after ``RESTED`` of rest. To ask that it
+   was more than chance was simulated: prompts that can go on once weights have moved are missed.
 3. **Weights rest**, since to move them costs KL, once they have stopped paying: the mean of the
    later half of their latest scores is no higher than that of the earlier half. Then prompts have a
    phase alone again, and on as in 1.
@@ -36,15 +37,15 @@ from itertools import chain, takewhile
 from fst_dspy.fast.decide import LIKELY, better
 from fst_dspy.fast.population import blocks_of, mean
 
-LOOKS = 4
+LOOKS = 5
 """Validations, at least, in each half of the window that shows whether weights pay: with the one
-before them, seven cycles. Cycles of prompts alone are short, and get twice as many."""
+before them, nine cycles. Cycles of prompts alone are short, and get twice as many."""
 SCORES = 150
 """Validation scores, at least, in each half: their mean then has a standard error of 4 points."""
 TRIED, RESTED = 3, 3
-"""Cycles with trials none of which was proven before these rest, and cycles that they rest."""
-PERFECT = 45
-"""Perfect scores in a row that end a run: a true score of 95 % has as many in one case of ten."""
+"""Cycles with trials none of which was accepted before these rest, and cycles that they rest."""
+PERFECT = 90
+"""Perfect scores in a row that end a run: a true score of 95 % has as many in one case of 100."""
 KEPT = 64
 """Cycles that evidence is kept of."""
 
@@ -71,14 +72,14 @@ class Evidence:
     Attributes:
         channels: The name of its share; ``""`` for the student as it came.
         score_V: Scores of the best candidate on the V validation examples.
-        proven: Candidates of the cycle that did better than their parents by more than chance.
+        accepted: Candidates of the cycle that did better than their parents.
         rollouts: Rollouts so far.
         fresh: Whether that pair of weights and candidate was not scored in the cycle before.
     """
 
     channels: str
     score_V: tuple[float, ...]
-    proven: int
+    accepted: int
     rollouts: int
     fresh: bool = True
 
@@ -135,17 +136,20 @@ def next_share(
         words = f"{_named(now)} settled after {_since(history):,} rollouts; the run ends"
         return Verdict(Share(False, False), words)
     if last.alone:
-        return _after_prompts(history)
+        return _after_prompts(history, perfect_score)
     if _stalled(history):
         words = f"weights settled after {_since(history):,} rollouts; prompts since"
         return Verdict(Share(True, False), words)
     return _with_weights(history, now)
 
 
-def _after_prompts(history: Sequence[Evidence]) -> Verdict:
+def _after_prompts(history: Sequence[Evidence], perfect_score: float) -> Verdict:
     """Prompts had a phase alone: another one, or the weights' turn, or the end."""
+    if len(history) < 2:  # a run of before there were turns goes on
+        return Verdict(Share(True, True))
     before, last = history[-2:]
-    if _paid(before, last):
+    open_V = [score for score in last.score_V if abs(score - perfect_score) > 1e-9]
+    if open_V and _paid(before, last):
         return Verdict(Share(True, False), "prompts pay; the next rollouts are theirs alone")
     if not before.alone:  # they were tried since the weights had stopped
         words = f"neither prompts nor weights pay after {last.rollouts:,} rollouts; the run ends"
@@ -160,17 +164,17 @@ def _after_prompts(history: Sequence[Evidence]) -> Verdict:
 
 def _with_weights(history: Sequence[Evidence], now: Share) -> Verdict:
     """Weights go on; whether candidates are tried in their rollouts."""
-    spell = _spell(history)[1:]
-    if spell[-1].proven:
+    spell = [row for row in _spell(history) if not row.alone]
+    if spell[-1].accepted:
         return Verdict(Share(True, True), None if now.prompts else "prompts are tried again")
     if not now.prompts:
         again = all(not row.prompts for row in spell[-RESTED:]) and len(spell) >= RESTED
         return Verdict(Share(again, True), "prompts are tried again" if again else None)
-    # Where they were only taken up again, one cycle without a proof is enough.
+    # Where they were only taken up again, one cycle without any is enough.
     tried = list(takewhile(lambda row: row.prompts, reversed(spell)))
-    patience = TRIED if len(tried) == len(spell) or any(row.proven for row in tried) else 1
-    if len(tried) >= patience and not any(row.proven for row in tried[:patience]):
-        words = f"no candidate of {_cycles(patience)} was better by more than chance; prompts rest"
+    patience = TRIED if len(tried) == len(spell) or any(row.accepted for row in tried) else 1
+    if len(tried) >= patience and not any(row.accepted for row in tried[:patience]):
+        words = f"no candidate of {_cycles(patience)} did better; prompts rest"
         return Verdict(Share(False, True), words)
     return Verdict(now)
 
