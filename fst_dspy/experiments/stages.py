@@ -40,7 +40,8 @@ class Within(SilentProgress):
         """Say how the cycle went, for the log, and stop if it was the last one that fits."""
         print(cycle_line(record), flush=True)
         # After a phase of prompts alone there may be a cycle with optimizer steps, which is longer.
-        self._most = max(self._most, record.train_reward is not None and record.rollouts.total)
+        if record.train_reward is not None:
+            self._most = max(self._most, record.rollouts.total)
         needed = max(self._most, record.rollouts.total)
         if record.cycle and record.total_rollouts.total + needed > self.rollouts:
             raise StopRun
