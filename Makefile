@@ -5,13 +5,14 @@ BIN := $(VENV)/bin
 LATEST := .venv-latest
 LOWEST := .venv-lowest
 DOCS := .venv-docs
+DIST := .venv-dist
 # Of the tests, those that both ends of the allowed versions run: pytest's markers.
 TESTS ?= not slow or insides
 # What the latest versions are held to besides pyproject.toml: requirements.
 LATEST_BUT ?=
 
 .PHONY: install demo test pytest test-fast test-gpu latest test-latest lowest test-lowest lint bench
-.PHONY: docs wheel clean real
+.PHONY: docs dist wheel clean real agents
 
 install: $(VENV)/.installed
 
@@ -80,8 +81,24 @@ $(DOCS)/.installed: pyproject.toml
 real: install
 	$(BIN)/python benchmarks/real_lm.py $(REAL)
 
+# The arms on frozen_lake and gridworld; what has run is not run again. A job: AGENTS="--limit 1".
+agents: install
+	$(BIN)/python benchmarks/quality/agents.py $(AGENTS)
+
 wheel: install
 	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
 
+# What is published, checked as PyPI does; .ci/installed uses it in a new environment.
+dist: $(DIST)/.installed
+	rm -rf dist
+	$(DIST)/bin/python -m build --outdir dist
+	$(DIST)/bin/python -m twine check --strict dist/*
+
+$(DIST)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(DIST)
+	$(DIST)/bin/python -m pip install --quiet --upgrade "pip<26.2"
+	$(DIST)/bin/python -m pip install --quiet --group release
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(LATEST) $(LOWEST) $(DOCS) site dist build .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) $(LATEST) $(LOWEST) $(DOCS) $(DIST) site dist build .pytest_cache .ruff_cache .mypy_cache

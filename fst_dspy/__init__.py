@@ -10,7 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fst_dspy import measures, report
+    from fst_dspy import measures, report, study
     from fst_dspy.agents.gym import gym_factory
     from fst_dspy.agents.metric import env_reward
     from fst_dspy.agents.module import env
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from fst_dspy.results.result import FSTResult
     from fst_dspy.rollouts.evaluate import quadrants
     from fst_dspy.study import TunedFST
+    from fst_dspy.tasks import load_task
     from fst_dspy.types import Task
 
 __version__ = "0.1.0"
@@ -48,12 +49,13 @@ _HOME = {
     "export": "fst_dspy.bundle.saving",
     "gym_factory": "fst_dspy.agents.gym",
     "load": "fst_dspy.bundle.saving",
+    "load_task": "fst_dspy.tasks",
     "quadrants": "fst_dspy.rollouts.evaluate",
     "save": "fst_dspy.bundle.saving",
     "use_vllm": "fst_dspy.model.vllm_engine",
 }
 
-_MODULES = ("measures", "report")
+_MODULES = ("measures", "report", "study")
 
 __all__ = [
     "FST",
@@ -73,10 +75,12 @@ __all__ = [
     "export",
     "gym_factory",
     "load",
+    "load_task",
     "measures",
     "quadrants",
     "report",
     "save",
+    "study",
     "use_vllm",
 ]
 

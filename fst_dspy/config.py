@@ -143,6 +143,9 @@ class FastConfig:
         format_feedback: Where it does after all, or where answers cannot be read, what is told of
             such an answer says what was wrong with it and what was wanted, so that instructions
             can be written against it.
+        tool_descriptions: Let proposals also rewrite what the model reads of an agent's tools, a
+            component each (``fst_dspy.student.tools``). Without a ``reflection_lm`` those lessons
+            of the feedback go there that name the tool.
     """
 
     population_size: int = 4
@@ -172,6 +175,7 @@ class FastConfig:
     max_reflection_tokens: int | None = None
     cold_start_demos: int = 4
     format_feedback: bool = True
+    tool_descriptions: bool = False
 
     def __post_init__(self) -> None:
         _check_kinds(self, but=(*STRATEGIES, "reflection_prompt_template"))
@@ -661,6 +665,7 @@ SINCE: dict[str, dict[str, Any]] = {
         "format_feedback": True,
         "reflection_context": "step",
         "frontier_type": "instance",
+        "tool_descriptions": False,
         "copy_guard": True,  # there was none; a run of before goes on with it all the same
     },
     "slow": {

@@ -212,12 +212,16 @@ def score_text(value: float | None) -> str:
     return "—" if value is None else f"{value:.3f}"
 
 
-# --- what changed between two texts, word by word -------------------------------------------------
+# --- what changed between two texts, by lines and then by words -----------------------------------
 
 Piece = tuple[Literal["same", "removed", "added"], str]
 
 MOST_WORDS = 4000
 """Texts with more words than this are compared line by line: difflib takes quadratic time."""
+ALIKE = 0.4
+"""Two lines that share less than this of their words are two lines, not one that was changed."""
+MOST_PAIRS = 400
+"""Of lines that are compared with each other in one place; it takes time for each."""
 
 _WORDS = re.compile(r"\n|[^\S\n]+|\w+|[^\w\s]")
 
@@ -255,18 +259,66 @@ def _change(removed: str, added: str) -> Iterator[Piece]:
         yield "added", added
 
 
+def text_diff(before: str, after: str) -> list[Piece]:
+    """The pieces that turn ``before`` into ``after``: whole lines, and words of a changed line.
+
+    They give both texts back, as ``word_diff``'s do. Words are compared within a line and what
+    became of it alone: over a whole text they meet in lines that have nothing in common.
+    """
+    old, new = before.splitlines(keepends=True), after.splitlines(keepends=True)
+    pieces: list[Piece] = []
+    for kind, i1, i2, j1, j2 in SequenceMatcher(None, old, new, autojunk=False).get_opcodes():
+        if kind == "equal":
+            pieces.append(("same", "".join(old[i1:i2])))
+            continue
+        for was, now in _changed_lines(old[i1:i2], new[j1:j2]):
+            pieces += word_diff(was, now)
+    return pieces
+
+
+def _changed_lines(old: Sequence[str], new: Sequence[str]) -> list[tuple[str, str]]:
+    """Each line with what became of it, in order; empty where there is none.
+
+    Of all ways to pair them, the one in which the pairs are most alike.
+    """
+    gone, come = [(line, "") for line in old], [("", line) for line in new]
+    if len(old) * len(new) > MOST_PAIRS:
+        return gone + come
+    # row[j]: how alike the rest of the old lines and new[j:] can be, and the pairs that make it so.
+    row = [(0.0, come[j:]) for j in range(len(new) + 1)]
+    for i in reversed(range(len(old))):
+        below, row = row, [(0.0, gone[i:])]
+        for j in reversed(range(len(new))):
+            skipped = max(
+                (below[j][0], [gone[i], *below[j][1]]), (row[0][0], [come[j], *row[0][1]]),
+                key=lambda way: way[0],
+            )  # fmt: skip
+            share = _share(old[i], new[j])
+            paired = below[j + 1][0] + share, [(old[i], new[j]), *below[j + 1][1]]
+            row.insert(0, paired if share >= ALIKE and paired[0] > skipped[0] else skipped)
+    return row[0][1]
+
+
+def _share(old: str, new: str) -> float:
+    """How many of their words two lines have in common, from 0 to 1."""
+    before, after = old.split(), new.split()
+    if max(len(before), len(after)) > MOST_WORDS:
+        return 0.0
+    return SequenceMatcher(None, before, after, autojunk=False).ratio()
+
+
 def diff_html(before: str, after: str) -> str:
     """The diff as escaped HTML with ``<del>`` and ``<ins>``."""
     tags = {"same": ("", ""), "removed": ("<del>", "</del>"), "added": ("<ins>", "</ins>")}
     return "".join(
-        tags[kind][0] + escape(text) + tags[kind][1] for kind, text in word_diff(before, after)
+        tags[kind][0] + escape(text) + tags[kind][1] for kind, text in text_diff(before, after)
     )
 
 
 def diff_text(before: str, after: str) -> Text:
     """The diff for a terminal: removed words struck through, added ones underlined."""
     styles = {"same": "", "removed": "red strike", "added": "green underline"}
-    return Text().join(as_text(text, styles[kind]) for kind, text in word_diff(before, after))
+    return Text().join(as_text(text, styles[kind]) for kind, text in text_diff(before, after))
 
 
 def readable(component: str, text: str) -> str:

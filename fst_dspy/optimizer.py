@@ -17,11 +17,12 @@ Departures from the paper (Tiwari et al., 2026), section 3:
   run ends where neither gains (``fst_dspy.loop.share``); in the paper, and with ``reuse=False``,
   both have their share of every cycle.
 * Rollouts of both channels are counted, scoring included.
-* Fewer than K candidates are kept where the others are worse than the best by more than chance; the
-  pair that is returned is the latest that is not likely worse than the highest; validation has one
-  sample an example (``val_samples``; mean@4 in the paper). ``docs/decisions.md`` has the rates.
-* Steps whose groups are mostly constant are shortened (``damp_constant``), and problems whose
-  groups were constant come back less often (``revisit_constant``).
+* Fewer than K candidates are kept where the others are likely worse than the best, and win on no
+  problems of their own; the pair that is returned is the latest that is not likely worse than the
+  highest; validation has one sample an example (``val_samples``; mean@4 in the paper).
+  ``docs/decisions.md`` has the rates.
+* Steps whose groups are mostly constant are shortened (``damp_constant``); problems whose groups
+  were constant come back less often (``revisit_constant``).
 * Rollouts of a candidate on trial are trained on, whether it is accepted or not.
 * Demos are fast weights too (``demo_tokens``); the paper evolves instructions.
 * The arms ``rl_only`` and ``gepa_only`` are this loop with one channel off.
@@ -197,7 +198,7 @@ class FST(Teleprompter):
         start = Start()
         if seed_candidates is not None:
             self.check(student, trainset, valset)
-            start = Start(read_seeds(student, seed_candidates))
+            start = Start(read_seeds(student, seed_candidates, self.config.fast.tool_descriptions))
         return self.compile_from(start, student, trainset=trainset, valset=valset)
 
     def compile_from(

@@ -90,6 +90,10 @@ class Settings(TypedDict, total=False):
     """Default True. Where it does after all, or where answers cannot be read, what is told of
     such an answer says what was wrong with it and what was wanted, so that instructions can
     be written against it."""
+    tool_descriptions: bool
+    """Default False. Let proposals also rewrite what the model reads of an agent's tools, a
+    component each (``fst_dspy.student.tools``). Without a ``reflection_lm`` those lessons of
+    the feedback go there that name the tool."""
     steps_per_cycle: int
     """Default 6. T, optimizer steps after each fast phase."""
     group_size: int

@@ -8,7 +8,7 @@ Shape suffixes name the axes of nested sequences, outermost first:
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Literal
 
 from fst_dspy import display
@@ -54,7 +54,8 @@ class Candidate:
     Attributes:
         id: Content hash of ``components`` (12 hex digits): equal texts have equal ids.
         components: ``"<predictor>.instructions"`` holds an instruction, ``"<predictor>.demos"`` a
-            JSON list of demos. A component that is absent keeps the student's own value.
+            JSON list of demos, ``"<predictor>.tool:<name>"`` a tool's description. A component that
+            is absent keeps the student's own value.
         parent_ids: Candidates it was made from; empty for the seed.
         cycle: Cycle in which it was proposed (0 for the seed).
         source: How it was made: ``"seed"``, ``"instructions"``, ``"demos"`` or ``"merge"``.
@@ -422,6 +423,11 @@ class TurnCounts:
             seconds=self.seconds + sum(turn.seconds for turn in turns),
         )
 
+    def __add__(self, other: TurnCounts) -> TurnCounts:
+        """Both together."""
+        names = [one.name for one in fields(self)]
+        return TurnCounts(**{name: getattr(self, name) + getattr(other, name) for name in names})
+
 
 @dataclass(frozen=True)
 class StepRecord:
@@ -488,6 +494,8 @@ class CycleRecord:
             the student as it came, and in runs of before there were turns.
         decided: What was decided on the next cycles and why, in words; ``None``: go on as before.
         ended: Whether that was that the run is over.
+        peak_memory: Bytes that were in use at most up to the end of the cycle, since the process
+            began: torch's on a GPU, else the process's; 0 where it is not known.
     """
 
     __repr__ = display.brief
@@ -518,3 +526,4 @@ class CycleRecord:
     share: str = ""
     decided: str | None = None
     ended: bool = False
+    peak_memory: int = 0

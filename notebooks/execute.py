@@ -4,12 +4,14 @@
     python notebooks/execute.py 01 03        # those whose names begin so
 
 A notebook that raises is left as it was. What goes to standard error is not kept: warnings and log
-lines, with the times and folders of one machine.
+lines, with the times and folders of one machine; nor are progress bars on standard output, of which
+DSPy's optimizers write hundreds.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import sys
 import tempfile
 import time
@@ -58,8 +60,16 @@ def execute(notebook: NotebookNode, folder: Path, timeout: float = TIMEOUT) -> N
     fresh.metadata["language_info"] = {"name": "python"}  # without the interpreter's version
     for cell in fresh.cells:
         if cell.cell_type == "code":
-            cell.outputs = [out for out in cell.outputs if out.get("name") != "stderr"]
+            cell.outputs = [out for out in cell.outputs if is_kept(out)]
     return fresh
+
+
+def is_kept(output: NotebookNode) -> bool:
+    """Whether an output is what a reader wants to see: no log, no state of a progress bar."""
+    if output.output_type != "stream":
+        return True
+    bar = re.fullmatch(r"\s*|.*\d+/\d+ \[[\d:?<]+.*\]\s*", output.text, re.DOTALL)
+    return output.name != "stderr" and bar is None
 
 
 def main(prefixes: list[str]) -> None:

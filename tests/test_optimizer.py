@@ -48,6 +48,12 @@ def test_a_result_tests_its_program_and_writes_its_report(tiny_qwen3, tmp_path):
     testset = questions(4, 20)
     tested = compiled.detailed_results.quadrants(testset)
     assert tested.examples == 4
+    kept = json.loads((tmp_path / "run" / "quadrants.json").read_text())
+    assert (
+        kept["trained_evolved"]
+        == tested.trained_evolved
+        == pytest.approx(sum(kept["scores"]["trained_evolved"]) / 4)
+    )
     # As the validation of the student, before anything was learned: the same texts and weights.
     again = result.quadrants(questions(4, 6))
     assert again.base_original == pytest.approx(result.records[0].val_score, abs=0.2)

@@ -1,6 +1,8 @@
 """DSPy's own weight optimizers on triage, through the local provider: an honest baseline.
 
     python benchmarks/quality/dspy_grpo.py --seeds 0 --out benchmarks/results/dspy_grpo.json
+    python benchmarks/quality/dspy_grpo.py --programs frozen_lake,gridworld --seeds 0,1,2,3,4 \
+        --no-better-together --max-tokens 32 --out benchmarks/results/agents/dspy_grpo.json
 
 For each seed: ``dspy.GRPO`` for some steps from the bare prompt; and ``dspy.BetterTogether`` with
 ``p -> w -> p``, where p is ``dspy.GEPA`` with the lessons in the feedback and w is ``dspy.GRPO``.
@@ -9,6 +11,7 @@ DSPy's rollouts are sampled afresh at every run: the seeds fix the data and its 
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import time
@@ -27,6 +30,7 @@ from rich.console import Console
 
 from fst_dspy import LocalLM
 from fst_dspy.fast.proposers.lessons import LessonProposer
+from fst_dspy.files import write_atomically
 from fst_dspy.student.candidate import content_hash
 from fst_dspy.tasks import load_task
 from fst_dspy.types import Task
@@ -37,6 +41,7 @@ INSTRUCTION_TOKENS = 256
 THREADS = 64
 MAX_TOKENS = 48
 """Twice what a well-formed answer takes; one that runs on holds up its whole batch."""
+TOGETHER = "dspy.BetterTogether p -> w -> p"
 console = Console()
 
 
@@ -132,6 +137,7 @@ def run_grpo(task: Task, lm: LocalLM, seed: int, steps: int, rate: float) -> dic
         )
     return {
         "arm": "dspy.GRPO",
+        "program": task.name,
         "seed": seed,
         "learning_rate": rate,
         "base_version": base,
@@ -174,7 +180,8 @@ def run_better_together(
     own, latest = greedy(compiled, task), greedy(compiled, task, lm.live())
     named = greedy(compiled, task, lm.at(compiled.predictors()[0].lm.model))
     return {
-        "arm": "dspy.BetterTogether p -> w -> p",
+        "arm": TOGETHER,
+        "program": task.name,
         "seed": seed,
         "learning_rate": rate,
         "failed": compiled.flag_compilation_error_occurred,
@@ -244,6 +251,9 @@ def main(
     metric_calls: Annotated[int, typer.Option(help="Metric calls of each GEPA.")] = 400,
     model: Annotated[str, typer.Option(help='"embedded", a folder or a hub id.')] = "embedded",
     test_size: Annotated[int, typer.Option(help="Test examples, at most 200.")] = 200,
+    programs: Annotated[str, typer.Option(help="Comma-separated.")] = "triage",
+    better_together: Annotated[bool, typer.Option(help="Of triage: BetterTogether too.")] = True,
+    max_tokens: Annotated[int, typer.Option(help="Of an answer.")] = MAX_TOKENS,
     out: Annotated[Path, typer.Option(help="File to write.")] = RESULTS / "dspy_grpo.json",
 ) -> None:
     """Run both arms for every seed and write the figures."""
@@ -251,20 +261,36 @@ def main(
     dspy.configure_cache(enable_disk_cache=False, enable_memory_cache=True)
     # An answer that does not parse is an error to dspy.Evaluate; here it is data, and scored.
     dspy.configure(adapter=ADAPTER, max_errors=1_000_000)
-    runs = []
-    for seed in map(int, seeds.split(",")):
-        task = load_task("triage", seed)
+    runs: list[dict[str, Any]] = []
+    if out.is_file():  # what has run is not run again
+        before = json.loads(out.read_text())
+        runs = before["runs"] if before["model"] == model else []
+    done = {(run["arm"], run.get("program", "triage"), run["seed"]) for run in runs}
+    for program, seed in itertools.product(programs.split(","), map(int, seeds.split(","))):
+        task = load_task(program, seed)
         task = replace(task, testset=task.testset[:test_size])
-        lm = LocalLM(model, max_tokens=MAX_TOKENS)
-        runs.append(run_grpo(task, lm, seed, steps, learning_rate))
-        console.print(f"seed {seed} GRPO: test {runs[-1]['test_before']} -> {runs[-1]['test']}")
-        lm = LocalLM(model, max_tokens=MAX_TOKENS)
-        runs.append(run_better_together(task, lm, seed, steps, learning_rate, metric_calls))
-        best = runs[-1]["candidates"][0]
-        console.print(f"seed {seed} BetterTogether: {best['strategy']!r}, test {best['test']}")
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps({"schema_version": 1, "model": model, "runs": runs}, indent=1))
+        arms = ["dspy.GRPO", *([TOGETHER] if better_together else [])]
+        for arm in arms:
+            if (arm, task.name, seed) in done:
+                continue
+            lm = LocalLM(model, max_tokens=max_tokens)
+            if arm == TOGETHER:
+                run = run_better_together(task, lm, seed, steps, learning_rate, metric_calls)
+                test = run["candidates"][0]["test"]
+            else:
+                run = run_grpo(task, lm, seed, steps, learning_rate)
+                test = run["test"]
+            runs.append(run)
+            console.print(f"{task.name}, seed {seed}, {arm}: test {test}")
+            write(out, model, runs)
     console.print(f"written to {out}")
+
+
+def write(out: Path, model: str, runs: Sequence[Mapping[str, Any]]) -> None:
+    """Write the figures so far."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    plain = json.dumps({"schema_version": 1, "model": model, "runs": list(runs)}, indent=1)
+    write_atomically(out, lambda file: file.write(plain.encode()))
 
 
 if __name__ == "__main__":

@@ -97,10 +97,10 @@ def simulate(world: World, seed: int, *, rule: bool, budget: int = BUDGET) -> Ra
         history.append(Evidence(name, drawn_V, accepted, rollouts))
         ran = replace(ran, x=(*ran.x, rollouts), y=(*ran.y, score), shares=(*ran.shares, name))
         if rule:
-            verdict = next_share(history, share, turns=True, perfect_score=1.0)
-            if verdict.over:
-                return replace(ran, ended=verdict.words)
-            share = verdict.share
+            decision = next_share(history, share, turns=True, perfect_score=1.0)
+            if decision.over:
+                return replace(ran, ended=decision.words)
+            share = decision.share
         elif name:
             share = Share(True, True)
         if rollouts >= budget:

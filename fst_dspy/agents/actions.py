@@ -11,11 +11,12 @@ import ast
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any, Literal
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import BaseModel, PydanticUserError, TypeAdapter, ValidationError
 
-from fst_dspy.errors import FSTError
+from fst_dspy.errors import FSTError, ProgramError
 
 Tool = Callable[..., Any]
 """A method of an environment, with a docstring and typed arguments."""
@@ -32,18 +33,27 @@ class ActionForm:
     Attributes:
         tools: By name.
         kind: ``"argument"``, ``"name"`` or ``"call"``, as in the module's docstring.
+        texts: What the model reads of them, by tool; by default the docstrings' first paragraphs.
     """
 
     tools: Mapping[str, Tool]
     kind: Literal["argument", "name", "call"]
+    texts: Mapping[str, str]
 
     @classmethod
     def of(cls, tools: Mapping[str, Tool]) -> ActionForm:
-        """The simplest form that can say everything."""
+        """The simplest form that can say everything.
+
+        Raises:
+            ProgramError: A tool cannot be called by what a model writes.
+        """
+        for name, tool in tools.items():
+            _check(name, tool)
         arguments = [_parameters(tool) for tool in tools.values()]
+        texts = {name: _first_paragraph(tool.__doc__) for name, tool in tools.items()}
         if len(arguments) == 1 and len(arguments[0]) == 1:
-            return cls(tools, "argument")
-        return cls(tools, "call" if any(arguments) else "name")
+            return cls(tools, "argument", texts)
+        return cls(tools, "call" if any(arguments) else "name", texts)
 
     @property
     def annotation(self) -> Any:
@@ -59,10 +69,9 @@ class ActionForm:
     def description(self) -> str:
         """What the model is told of its actions, one line a tool."""
         if self.kind == "argument":
-            (name,) = _parameters(self._only)
-            said = _first_paragraph(self._only.__doc__)
+            (name,), (said,) = _parameters(self._only), self.texts.values()
             return f"Your action is the {name}: {said}" if said else f"Your action is the {name}."
-        lines = [f"- {_written(name, tool)}" for name, tool in self.tools.items()]
+        lines = [f"- {self._written(name)}" for name in self.tools]
         return "\n".join(["Your action is one of these:", *lines])
 
     def read(self, value: Any) -> tuple[str, dict[str, Any]]:
@@ -74,19 +83,99 @@ class ActionForm:
         if self.kind == "argument":
             ((name, tool),) = self.tools.items()
             (argument,) = _parameters(tool)
-            return name, _checked(name, tool, {argument: value})
+            return name, self._checked(name, {argument: value})
         text = str(value).strip()
         name, arguments = (text.removesuffix("()"), {}) if self.kind == "name" else _call(text)
         if name not in self.tools:
             raise InvalidActionError(
                 f"{text!r} is no action; it must be one of {', '.join(self.tools)}"
             )
-        return name, _checked(name, self.tools[name], arguments)
+        return name, self._checked(name, arguments)
 
     @property
     def _only(self) -> Tool:
         (tool,) = self.tools.values()
         return tool
+
+    def _checked(self, tool_name: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        """The arguments by name, each of its type."""
+        parameters = _parameters(self.tools[tool_name])
+        names = list(parameters)
+        found = {
+            (names[int(key)] if key.isdigit() and int(key) < len(names) else key): value
+            for key, value in arguments.items()
+        }
+        missing = [n for n, p in parameters.items() if p.default is p.empty and n not in found]
+        unknown = [name for name in found if name not in parameters]
+        if missing or unknown:
+            wrong = f"lacks {', '.join(missing)}" if missing else f"has no {', '.join(unknown)}"
+            raise InvalidActionError(
+                f"{tool_name} {wrong}; it is called as {self._written(tool_name)}"
+            )
+        for name, value in found.items():
+            annotation = parameters[name].annotation
+            if annotation is inspect.Parameter.empty:
+                continue
+            try:
+                found[name] = TypeAdapter(annotation).validate_python(value)
+            except ValidationError as error:
+                first = error.errors()[0]["msg"]
+                raise InvalidActionError(
+                    f"{tool_name}: {name}={value!r} is wrong: {first}"
+                ) from error
+        return found
+
+    def _written(self, name: str) -> str:
+        parameters = _parameters(self.tools[name])
+        arguments = ", ".join(
+            argument
+            if parameter.annotation is parameter.empty
+            else f"{argument}: {_type_text(parameter.annotation)}"
+            for argument, parameter in parameters.items()
+        )
+        shown = f"{name}({arguments})" if parameters else name
+        said = self.texts[name].replace("\n", "\n  ")  # those of tools stand in a list
+        return f"{shown}: {said}" if said else shown
+
+
+def _check(name: str, tool: Tool) -> None:
+    """Refuse a tool that no written action can call.
+
+    Raises:
+        ProgramError: Its annotations cannot be read, or an argument has no name or a type of which
+            nothing can be written.
+    """
+    try:
+        parameters = _parameters(tool)
+    except NameError as error:
+        raise ProgramError(
+            f"the annotations of the environment's tool {name!r} cannot be read: {error}"
+        ) from error
+    for argument, parameter in parameters.items():
+        if parameter.kind is parameter.POSITIONAL_ONLY:
+            raise ProgramError(
+                f"the argument {argument!r} of the environment's tool {name!r} has no name to be "
+                "called by: leave out the '/'"
+            )
+        if parameter.annotation is parameter.empty:
+            continue
+        try:
+            TypeAdapter(parameter.annotation)
+        except PydanticUserError as error:
+            raise ProgramError(
+                f"the argument {argument!r} of the environment's tool {name!r} is a "
+                f"{_type_text(parameter.annotation)}, which cannot be written as text"
+            ) from error
+
+
+def _type_text(annotation: Any) -> str:
+    """A type as the model reads it: of an enum its values, of a pydantic model its fields."""
+    if isinstance(annotation, type) and issubclass(annotation, Enum):
+        return f"one of {', '.join(repr(member.value) for member in annotation)}"
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        fields = annotation.model_fields.items()
+        return f"{{{', '.join(f'{name!r}: {_type_text(one.annotation)}' for name, one in fields)}}}"
+    return inspect.formatannotation(annotation)
 
 
 def _parameters(tool: Tool) -> dict[str, inspect.Parameter]:
@@ -116,46 +205,6 @@ def _call(text: str) -> tuple[str, dict[str, Any]]:
             f"{text!r} is not written as a call of a tool, such as tool(argument='value')"
         ) from error
     return node.func.id, arguments
-
-
-def _checked(tool_name: str, tool: Tool, arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments by name, each of its type."""
-    parameters = _parameters(tool)
-    names = list(parameters)
-    found = {
-        (names[int(key)] if key.isdigit() and int(key) < len(names) else key): value
-        for key, value in arguments.items()
-    }
-    missing = [n for n, p in parameters.items() if p.default is p.empty and n not in found]
-    unknown = [name for name in found if name not in parameters]
-    if missing or unknown:
-        wrong = f"lacks {', '.join(missing)}" if missing else f"has no {', '.join(unknown)}"
-        raise InvalidActionError(
-            f"{tool_name} {wrong}; it is called as {_written(tool_name, tool)}"
-        )
-    for name, value in found.items():
-        annotation = parameters[name].annotation
-        if annotation is inspect.Parameter.empty:
-            continue
-        try:
-            found[name] = TypeAdapter(annotation).validate_python(value)
-        except ValidationError as error:
-            first = error.errors()[0]["msg"]
-            raise InvalidActionError(f"{tool_name}: {name}={value!r} is wrong: {first}") from error
-    return found
-
-
-def _written(name: str, tool: Tool) -> str:
-    parameters = _parameters(tool)
-    arguments = ", ".join(
-        argument
-        if parameter.annotation is parameter.empty
-        else f"{argument}: {inspect.formatannotation(parameter.annotation)}"
-        for argument, parameter in parameters.items()
-    )
-    said = _first_paragraph(tool.__doc__)
-    shown = f"{name}({arguments})" if parameters else name
-    return f"{shown}: {said}" if said else shown
 
 
 def _first_paragraph(text: str | None) -> str:

@@ -5,13 +5,16 @@ and returns the first observation, or ``None``; every other public method of its
 which the model calls and whose return value it reads. Where the class has ``get_reward()``, the
 episode's reward is its own. Three attributes are optional, by the custom of TRL's and OpenEnv's
 examples: ``done``, true once the episode is over; ``reward``, the reward so far; ``feedback``, a
-text about how it went. An environment may have ``close()``.
+text about how it went. Each may be a property; a method ``reward()`` is taken for ``get_reward()``,
+while methods ``done()`` and ``feedback()`` are tools as any other. An environment may have
+``close()``.
 """
 
 from __future__ import annotations
 
 import asyncio
 import inspect
+import math
 import numbers
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -19,7 +22,7 @@ from typing import Any
 
 from fst_dspy.errors import ProgramError
 
-NOT_TOOLS = ("reset", "get_reward", "close")
+NOT_TOOLS = ("reset", "get_reward", "reward", "close")
 """Public methods of an environment that the model does not call."""
 
 Factory = Callable[[], Any]
@@ -53,8 +56,11 @@ def tools_of(environment: Any) -> dict[str, Callable[..., Any]]:
     names = [
         name
         for base in reversed(kind.__mro__)
-        for name, member in vars(base).items()
-        if inspect.isfunction(member) and not name.startswith("_") and name not in NOT_TOOLS
+        for name in vars(base)
+        # As TRL has it: static methods too, those of the class not.
+        if inspect.isfunction(getattr(kind, name, None))
+        and not name.startswith("_")
+        and name not in NOT_TOOLS
     ]
     if not names:
         raise ProgramError(
@@ -64,16 +70,38 @@ def tools_of(environment: Any) -> dict[str, Callable[..., Any]]:
     return {name: getattr(environment, name) for name in dict.fromkeys(names)}
 
 
+def tool_of(environment: Any, name: str) -> Callable[..., Any]:
+    """One of its tools, whatever attributes it has of that name."""
+    own = getattr(environment, "fst_tools", None)
+    return own()[name] if callable(own) else getattr(environment, name)
+
+
 def said_of(error: BaseException) -> str:
     """An error in a line: its kind and its message."""
     return str(error) if isinstance(error, RemoteError) else f"{type(error).__name__}: {error}"
 
 
 def reset(environment: Any, fields: Mapping[str, Any]) -> Any:
-    """Begin an episode; ``reset`` is given the fields that it takes."""
+    """Begin an episode; ``reset`` is given the fields that it takes.
+
+    Raises:
+        ProgramError: It takes one that the example does not have.
+    """
     parameters = inspect.signature(environment.reset).parameters.values()
     if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters):
         names = {p.name for p in parameters}
+        varying = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+        lacking = [
+            p.name
+            for p in parameters
+            if p.default is p.empty and p.name not in fields and p.kind not in varying
+        ]
+        if lacking:
+            raise ProgramError(
+                f"reset() of the environment needs {', '.join(map(repr, lacking))}, and the example"
+                f" has {', '.join(map(repr, fields)) or 'no inputs'}; name it in with_inputs, or "
+                "give the argument a default"
+            )
         fields = {name: value for name, value in fields.items() if name in names}
     return finished(environment.reset(**fields))
 
@@ -88,18 +116,49 @@ async def _awaited(value: Any) -> Any:
 
 
 def as_text(observation: Any) -> str:
-    """An observation as the model reads it; of TRL's content blocks, the texts."""
+    """An observation as the model reads it; of TRL's content blocks the texts.
+
+    Raises:
+        ProgramError: There are only pictures in it, which a local model is not shown.
+    """
     if observation is None:
         return ""
-    if isinstance(observation, list) and all(isinstance(part, dict) for part in observation):
-        texts = [str(part["text"]) for part in observation if part.get("type") == "text"]
-        return "\n".join(texts)
+    if _is_picture(observation):
+        raise ProgramError(f"the environment shows {_kind_of(observation)}, {NO_PICTURES}")
+    blocks = isinstance(observation, list) and bool(observation)
+    if blocks and all(isinstance(part, dict) and "type" in part for part in observation):
+        if all(part["type"] != "text" for part in observation):
+            raise ProgramError(f"the environment shows no text, {NO_PICTURES}")
+        parts = [
+            str(part["text"]) if part["type"] == "text" else f"[{part['type']}: not shown]"
+            for part in observation
+        ]
+        return "\n".join(parts)
     return str(observation)
+
+
+NO_PICTURES = "and pictures cannot be shown to the model yet: put into words what is to be seen"
+PIXELS = 1024
+"""Numbers in an array of two dimensions or more, from which on it is no observation in words."""
+
+
+def _is_picture(value: Any) -> bool:
+    shape = getattr(value, "shape", None)
+    if isinstance(shape, tuple):
+        return len(shape) > 1 and math.prod(shape) >= PIXELS
+    return any(
+        f"{kind.__module__}.{kind.__name__}" == "PIL.Image.Image" for kind in type(value).__mro__
+    )
+
+
+def _kind_of(value: Any) -> str:
+    return f"{type(value).__name__} of {getattr(value, 'shape', None) or value.size}"
 
 
 def is_done(environment: Any) -> bool:
     """Whether the episode is over, as far as the environment says."""
-    return bool(getattr(environment, "done", False))
+    done = getattr(environment, "done", False)
+    return bool(done) and not callable(done)
 
 
 def reward_so_far(environment: Any) -> float | None:
@@ -113,15 +172,17 @@ def final_reward(environment: Any) -> float | None:
 
     It is asked once an episode: it may be costly.
     """
-    if callable(getattr(type(environment), "get_reward", None)):
-        reward = finished(environment.get_reward())
-        return None if reward is None else float(reward)
+    for name in ("get_reward", "reward"):
+        if callable(getattr(type(environment), name, None)):
+            reward = finished(getattr(environment, name)())
+            return None if reward is None else float(reward)
     return reward_so_far(environment)
 
 
 def feedback_of(environment: Any) -> str:
     """What the environment says of the episode; empty where it says nothing."""
-    return str(getattr(environment, "feedback", None) or "")
+    said = getattr(environment, "feedback", None)
+    return "" if said is None or callable(said) else str(said)
 
 
 def close(environment: Any) -> None:

@@ -68,7 +68,7 @@ class Episode:
         began = time.perf_counter()
         status: TurnStatus = "ok"
         try:
-            result = contract.finished(getattr(self.environment, tool)(**arguments))
+            result = contract.finished(contract.tool_of(self.environment, tool)(**arguments))
         except LOST:
             raise
         except Exception as error:

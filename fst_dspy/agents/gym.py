@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Sequence
 from enum import Enum
 from typing import Any, Literal
 
+from fst_dspy.agents import contract
 from fst_dspy.agents.contract import described
 from fst_dspy.errors import ProgramError
 
@@ -90,14 +92,16 @@ def gym_factory(
         **settings: For ``gymnasium.make``.
 
     Raises:
-        ProgramError: gymnasium is not installed, does not know the id, or the environment's actions
-            are not discrete, or not as many as ``actions``.
+        ProgramError: gymnasium is not installed, does not know the id, the environment's actions
+            are not discrete, or not as many as ``actions``, or it shows pictures.
     """
     describe = describe or _as_it_is
 
     def make() -> GymEnvironment:
         environment = _make(name, settings)
         environment = environment if wrap is None else wrap(environment)
+        if describe is _as_it_is:
+            _check_words(name, environment)
         return GymEnvironment(environment, _action_names(name, environment, actions), describe)
 
     return make
@@ -135,6 +139,22 @@ def _action_names(name: str, environment: Any, given: Sequence[str] | None) -> l
             f"{name!r} has {count} actions; actions must name each of them once, got {names}"
         )
     return names
+
+
+def _check_words(name: str, environment: Any) -> None:
+    """Refuse observations that are pictures, which nobody has put into words."""
+    if environment.render_mode == "ansi":
+        return
+    space = environment.observation_space
+    parts = getattr(space, "spaces", None)
+    named = parts if isinstance(parts, dict) else {"observation": space}
+    for part, one in named.items():
+        shape = getattr(one, "shape", None) or ()
+        if len(shape) > 1 and math.prod(shape) >= contract.PIXELS:
+            raise ProgramError(
+                f"{name!r} shows pictures ({part} of {shape}), {contract.NO_PICTURES} with "
+                "describe=, or wrap it in one that does"
+            )
 
 
 def _as_it_is(observation: Any, environment: Any) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 import dspy
@@ -17,7 +18,7 @@ from fst_dspy.agents.contract import EpisodeOver, Factory, described
 from fst_dspy.agents.episode import EPISODE, Episode, current
 from fst_dspy.agents.gym import gym_factory
 from fst_dspy.agents.workers import Workers
-from fst_dspy.errors import ProgramError
+from fst_dspy.errors import FSTError, ProgramError
 from fst_dspy.types import Turn
 
 ENVIRONMENT = "environment"
@@ -103,6 +104,33 @@ class Env(dspy.Module):
         lines = [f"{n}. {t.action} -> {_clip(t.result)}" for n, t in enumerate(turns, 1)]
         return "\n".join(lines) or "(nothing yet)"
 
+    # --- what is read of tools (fst_dspy.student.tools) ----------------------------------------
+
+    def tool_texts(self) -> dict[str, str]:
+        """What the model reads of each tool; of several environments, by ``environment.tool``."""
+        if self.agent is not None:  # which has tools of DSPy's kind
+            return {}
+        return {
+            tool if name is None else f"{name}.{tool}": text
+            for name, form in self._forms.items()
+            for tool, text in form.texts.items()
+        }
+
+    def set_tool_texts(self, texts: Mapping[str, str]) -> None:
+        """Put other texts in their place; tools that are not named keep theirs."""
+        forms = {}
+        for name, form in self._forms.items():
+            own = {tool if name is None else f"{name}.{tool}": tool for tool in form.tools}
+            said = {tool: texts[key] for key, tool in own.items() if key in texts}
+            forms[name] = replace(form, texts={**form.texts, **said})
+        signature = self.act.signature
+        action, field = list(signature.output_fields.items())[-1]
+        desc = field.json_schema_extra["desc"]
+        for name, form in self._forms.items():
+            desc = desc.replace(form.description, forms[name].description)
+        self._forms = forms
+        self.act.signature = signature.with_updated_fields(action, desc=desc)
+
     # --- a turn -------------------------------------------------------------------------------
 
     def _turn(
@@ -170,7 +198,15 @@ class Env(dspy.Module):
 
     def _probe(self, name: str | None) -> ActionForm:
         """The actions of an environment, by one that is made for it and closed."""
-        environment = self._make(name)
+        try:
+            environment = self._make(name)
+        except FSTError:
+            raise
+        except Exception as error:
+            which = "" if name is None else f" {name!r}"
+            raise ProgramError(
+                f"the environment{which} cannot be made: {contract.said_of(error)}"
+            ) from error
         try:
             return ActionForm.of(contract.tools_of(environment))
         finally:

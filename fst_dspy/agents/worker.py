@@ -78,7 +78,8 @@ def _read(stream: IO[bytes], length: int) -> bytes:
 
 
 def _attributes(environment: Any) -> dict[str, Any]:
-    return {name: getattr(environment, name, None) for name in ATTRIBUTES}
+    found = {name: getattr(environment, name, None) for name in ATTRIBUTES}
+    return {name: None if callable(value) else value for name, value in found.items()}
 
 
 def _shape(environment: Any) -> dict[str, Any]:

@@ -38,7 +38,7 @@ _TOKENIZER_FILES = {
 }
 _MODEL_FILES = {"config.json", "generation_config.json", "model.safetensors"}
 ALLOWED_FILES = frozenset(
-    {"program.json", "population.json", "cycles.json", "adapter.safetensors"}
+    {"program.json", "tools.json", "population.json", "cycles.json", "adapter.safetensors"}
     | {f"tokenizer/{name}" for name in _TOKENIZER_FILES}
     | {f"model/{name}" for name in _MODEL_FILES | _TOKENIZER_FILES}
 )

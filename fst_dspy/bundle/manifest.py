@@ -30,6 +30,7 @@ from fst_dspy.pretrained.quantized import METHODS
 
 FORMAT = "fst_dspy bundle"
 SCHEMA_VERSION = 1
+TOOLS = "tools.json"
 
 _VERSION_ID = re.compile(r"[\w.-]+@[0-9a-f]{12}")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
@@ -273,7 +274,7 @@ def _check_content(manifest: Manifest) -> None:
     wanted |= {"model/config.json", "model/model.safetensors"} if kind == "full" else set()
     wanted |= {"adapter.safetensors"} if kind == "lora" else set()
     wanted |= {"population.json", "cycles.json"} if manifest.run is not None else set()
-    known = wanted | {name for name in files if name.startswith(_folder_of(kind))}
+    known = wanted | {TOOLS} | {name for name in files if name.startswith(_folder_of(kind))}
     _require(wanted <= set(files), f"a bundle of kind {kind!r} needs {sorted(wanted - set(files))}")
     _require(set(files) <= known, f"{sorted(set(files) - known)} do not belong to kind {kind!r}")
 

@@ -10,10 +10,11 @@ from typing import Any
 import dspy
 from dspy.utils.saving import get_dependency_versions
 
-from fst_dspy.bundle.manifest import Manifest, PredictorRecord, check_lm_settings
+from fst_dspy.bundle.manifest import TOOLS, Manifest, PredictorRecord, check_lm_settings
 from fst_dspy.errors import ProgramError, StoreError
 from fst_dspy.files import plain_json
 from fst_dspy.lm.local_lm import LocalLM
+from fst_dspy.student.tools import set_tool_texts, tool_texts
 
 _PREDICT_STATE = {"traces", "train", "demos", "signature", "lm", "fields"}
 # A program's class may save and load itself; these are DSPy's own ways.
@@ -83,6 +84,28 @@ def _dump_without_lms(program: dspy.Module) -> dict[str, Any]:
     finally:
         for predictor, lm in lms:
             predictor.lm = lm
+
+
+def dump_tools(program: dspy.Module) -> dict[str, dict[str, str]]:
+    """What is read of the program's tools, by predictor: DSPy's state does not have all of it."""
+    found: dict[str, dict[str, str]] = {}
+    for (predictor, tool), text in tool_texts(program).items():
+        found.setdefault(predictor, {})[tool] = text
+    return found
+
+
+def load_tools(program: dspy.Module, found: dict[str, dict[str, str]]) -> None:
+    """Put what is read of tools into a program; of those that it has, which are the caller's.
+
+    Raises:
+        StoreError: It is not what :func:`dump_tools` gives.
+    """
+    own = tool_texts(program)
+    said = found.values() if isinstance(found, dict) else [None]
+    if not all(isinstance(t, dict) and all(isinstance(x, str) for x in t.values()) for t in said):
+        raise StoreError(f"{TOOLS} does not hold the descriptions of tools")
+    texts = {(name, tool): text for name, said in found.items() for tool, text in said.items()}
+    set_tool_texts(program, {key: text for key, text in texts.items() if key in own})
 
 
 def new_instance(class_path: str) -> dspy.Module:

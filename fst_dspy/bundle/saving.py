@@ -4,6 +4,7 @@ Layout::
 
     manifest.json        versions, program class, base model, settings, metrics, SHA-256 of files
     program.json         DSPy's own state of the program, without its language models
+    tools.json           what the model reads of an agent's tools, by predictor; only of agents
     model/               full fine-tuning: weights (safetensors), config and tokenizer
     adapter.safetensors  LoRA: the adapters alone
     tokenizer/           with adapters, or where the base's weights are unchanged
@@ -27,6 +28,7 @@ import torch
 
 from fst_dspy.bundle.files import MANIFEST, file_records, read_plain_json, write_folder
 from fst_dspy.bundle.manifest import (
+    TOOLS,
     Manifest,
     damaged,
     is_bundle,
@@ -36,7 +38,9 @@ from fst_dspy.bundle.program import (
     bind_lms,
     copy_of,
     dump_state,
+    dump_tools,
     load_state,
+    load_tools,
     new_instance,
     predictor_record,
 )
@@ -74,11 +78,13 @@ def save(program: dspy.Module, folder: str | os.PathLike[str]) -> Path:
     """
     policy, version = _weights_of(program)
     predictors = {name: predictor_record(p) for name, p in program.named_predictors()}
-    state, result = dump_state(program), _result_of(program)
+    state, result, tools = dump_state(program), _result_of(program), dump_tools(program)
 
     def write(path: Path) -> None:
         weights = write_weights(policy, version, path)
         _write_json(path / "program.json", state)
+        if tools:
+            _write_json(path / TOOLS, tools)
         if result is not None:
             _write_json(path / "population.json", _population_to_json(result))
             _write_json(path / "cycles.json", [asdict(record) for record in result.records])
@@ -126,6 +132,8 @@ def load(
     with damaged(path):
         loaded = new_instance(manifest.program) if program is None else copy_of(program)
         load_state(loaded, manifest, read_plain_json(path / "program.json"))
+        if TOOLS in manifest.files:
+            load_tools(loaded, read_plain_json(path / TOOLS))
         result = _read_result(path, manifest)
     policy = read_weights(path, manifest, os.fspath(base) if base is not None else None, device)
     policy.keep()

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fst_dspy import distributed
 from fst_dspy.cli.checks import check_arguments, check_same_run
 from fst_dspy.cli.options import (
     ArmOption,
@@ -63,8 +60,6 @@ def compile(
             "report_to": report_to,
         }
         task, result, tested = _run(program, model, {**options, **given})
-        if out is not None and distributed.is_main():
-            _write_quadrants(out, tested)
         if as_json:
             print_json(_plain(task.name, model, result, tested))
         else:
@@ -97,13 +92,6 @@ def _run(program: str, model: str, options: dict[str, Any]) -> tuple[Task, FSTRe
         with console.status(f"testing on {len(task.testset)} examples"):
             tested = result.quadrants(task.testset)
     return task, result, tested
-
-
-def _write_quadrants(out: Path, tested: Quadrants) -> None:
-    from fst_dspy.files import as_plain, write_atomically
-
-    text = json.dumps(as_plain(tested), indent=1).encode()
-    write_atomically(out / "quadrants.json", lambda file: file.write(text))
 
 
 def _plain(name: str, model: str, result: FSTResult, tested: Quadrants) -> dict[str, Any]:

@@ -134,12 +134,12 @@ def nearest(
     scored = evaluate(runner, candidates, examples, channel="fast", version=version)
     own_V, *others = scored.score_K_V
     means = dict(zip(known, scored.mean_K[1:], strict=True))
-    better = [
+    clearly = [
         name
         for name, score_V in zip(known, others, strict=True)
         if better(blocks_of(score_V, own_V), share(len(known)))
     ]
-    return max(better, key=lambda name: means[name], default=None)
+    return max(clearly, key=lambda name: means[name], default=None)
 
 
 def alike(one: Task, other: Task) -> bool:

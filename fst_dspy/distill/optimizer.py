@@ -138,7 +138,8 @@ class FSTDistill(FST):
         if teacher is not None and seed_candidates is not None:
             raise ConfigError("seed_candidates are for the search for a teacher: give one of both")
         lm = self.check(student, trainset, valset).lm
-        bare, start, search = seed_candidate(student), Start(), None
+        tools = self.config.fast.tool_descriptions
+        bare, start, search = seed_candidate(student, tools), Start(), None
         if teacher is None:
             teacher = self._search.compile(
                 student, trainset=trainset, valset=valset, seed_candidates=seed_candidates
@@ -146,9 +147,9 @@ class FSTDistill(FST):
             search = teacher.detailed_results
             last = search.records[-1]
             start = Start((), last.total_rollouts, last.tokens, last.seconds)
-        elif seed_candidate(teacher).id == bare.id:
+        elif seed_candidate(teacher, tools).id == bare.id:
             raise ConfigError("the teacher has the student's own prompt: nothing to distill")
-        teacher_lm, context = find_local_lm(teacher), seed_candidate(teacher)
+        teacher_lm, context = find_local_lm(teacher), seed_candidate(teacher, tools)
         bind(student, context)
         if teacher_lm.policy is not lm.policy:
             raise ProgramError(

@@ -42,7 +42,8 @@ class Job:
         rollouts: Budget over all stages and channels. A run ends where another cycle like the last
             one would go beyond it.
         model: As for ``LocalLM``.
-        settings: FST's settings, flat, for every stage.
+        settings: FST's settings, flat, for every stage; but ``max_env_steps`` is a budget over all
+            of them, as ``rollouts`` is.
         samples: Rollouts a test example of the best pair: mean@k.
         test_size: Test examples; ``None`` takes them all.
         test_temperature: Of everything that is measured once the arm has ended: arms that sample
@@ -212,6 +213,7 @@ def _after(last: CycleRecord, record: CycleRecord) -> CycleRecord:
         cycle=last.cycle + 1 + record.cycle,
         step=last.step + record.step,
         total_rollouts=last.total_rollouts.plus(record.total_rollouts),
+        turns=last.turns + record.turns,
         tokens={k: last.tokens.get(k, 0) + n for k, n in record.tokens.items()},
         seconds={c: last.seconds.get(c, 0) + record.seconds.get(c, 0) for c in channels},
     )

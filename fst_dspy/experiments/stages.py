@@ -30,10 +30,12 @@ class Within(SilentProgress):
 
     Args:
         rollouts: The budget, over all channels.
+        env_steps: That in an agent's environment steps; ``None`` for none.
     """
 
-    def __init__(self, rollouts: int) -> None:
-        self.rollouts = rollouts
+    def __init__(self, rollouts: int, env_steps: int | None = None) -> None:
+        self.rollouts, self.env_steps = rollouts, env_steps
+        self._steps: int | None = None  # up to the cycle before, which a resumed run has not seen
         self._most = 0
 
     def cycle_done(self, record: CycleRecord) -> None:
@@ -42,8 +44,13 @@ class Within(SilentProgress):
         # After a phase of prompts alone there may be a cycle with optimizer steps, which is longer.
         if record.train_reward is not None:
             self._most = max(self._most, record.rollouts.total)
+        steps, before = record.turns.steps, self._steps
+        self._steps = steps
         needed = max(self._most, record.rollouts.total)
-        if record.cycle and record.total_rollouts.total + needed > self.rollouts:
+        too_many = record.total_rollouts.total + needed > self.rollouts
+        if self.env_steps is not None and before is not None:
+            too_many |= 2 * steps - before > self.env_steps
+        if record.cycle and too_many:
             raise StopRun
 
 
@@ -113,15 +120,20 @@ class _Turn(Teleprompter):
     ) -> dspy.Module:
         job, spent = self.job, sum(turn.result.rollouts.total for turn in self.before)
         budget = max(1, round(job.rollouts * self.stage.until) - spent)
+        settings: dict[str, Any] = {**job.settings, "max_rollouts": budget}
+        asked = settings.get("max_env_steps")
+        if asked is not None:  # the job's, as its rollouts are
+            taken = sum(turn.result.records[-1].turns.steps for turn in self.before)
+            settings["max_env_steps"] = max(1, round(asked * self.stage.until) - taken)
         try:
             optimizer = self.stage.make(
                 self.metric,
                 seed=job.seed,
                 log_dir=self.folder,
                 track_stats=True,
-                progress=Within(budget),
+                progress=Within(budget, settings.get("max_env_steps")),
                 reflection_lm=dspy.LM(job.reflection_lm) if job.reflection_lm else None,
-                **{**job.settings, "max_rollouts": budget},
+                **settings,
             )
             compiled = optimizer.compile(student, trainset=trainset, valset=valset)
         except Exception as error:

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import dspy
 
 from fst_dspy.fast.gepa.events import Events
+from fst_dspy.fast.judge import Verdict
 from fst_dspy.rollouts.jobs import Runner
 from fst_dspy.types import Candidate, Population, Rollout
 
@@ -119,6 +120,13 @@ class FastChannel(Protocol):
 
     def end(self, population: Population) -> None:
         """Hear of the end of the run."""
+        ...
+
+    def take_verdicts(self) -> list[Verdict]:
+        """What became of the children that were tried since the last call, oldest first.
+
+        Asked after every phase and step, so that none is left when the state is saved.
+        """
         ...
 
     def report(self) -> dict[str, Any]:

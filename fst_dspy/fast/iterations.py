@@ -155,7 +155,7 @@ class Iterations:
         proposal: CandidateProposal,
     ) -> None:
         """Score an accepted child, put it to the members, and tell."""
-        scores.add(child)
+        self.judge.answered(scores.add(child))
         members.append(child)
         if not self.events.callbacks:
             return
@@ -244,7 +244,7 @@ class Iterations:
         for k, row in enumerate(score_K):
             scores = {v: score for v, score in enumerate(row) if v in columns and score is not None}
             # gepa wants objectives of all: of one that was compared nowhere, those it has.
-            known = scores or dict(enumerate(row))
+            known = scores or range(len(row))
             objectives = {v: dict(objective_K[k][v]) for v in known} if objective_K else None
             evaluations.append(ValsetEvaluation({}, scores, objectives))
         state: GEPAState = GEPAState(

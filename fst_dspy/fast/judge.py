@@ -9,6 +9,7 @@ which a search lives, are not found then (``docs/decisions.md``).
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from gepa.core.state import GEPAState
@@ -18,10 +19,49 @@ from gepa.strategies.acceptance import AcceptanceCriterion
 from fst_dspy.fast.acceptance import ProposalStats, criterion_for
 from fst_dspy.fast.decide import Block, better
 from fst_dspy.student.candidate import candidate_from_json, candidate_to_json
-from fst_dspy.types import Candidate
+from fst_dspy.types import Candidate, Rollout
 
 ANCESTORS = 64
 """Accepted candidates remembered, the latest, so that merges can tell who descends from whom."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What became of a child that was tried.
+
+    Attributes:
+        child: Its texts, parents and cycle.
+        iteration: Of all iterations so far, counted from 1, the one that proposed it.
+        accepted: Whether it joined the candidates.
+        reason: Why, or why not, in a few words.
+        before, after: Scores of the better parent and the child, on the same examples.
+        changed: The texts that are not its first parent's, by component.
+        answers: Its rollouts on the validation examples, where it was scored on them at once.
+    """
+
+    child: Candidate
+    iteration: int
+    accepted: bool
+    reason: str
+    before: tuple[float, ...]
+    after: tuple[float, ...]
+    changed: Mapping[str, str]
+    answers: tuple[Rollout, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """For the run folder: plain values, with the texts that changed alone."""
+        return {
+            "cycle": self.child.cycle,
+            "iteration": self.iteration,
+            "id": self.child.id,
+            "parent_ids": list(self.child.parent_ids),
+            "source": self.child.source,
+            "components": dict(self.changed),
+            "accepted": self.accepted,
+            "reason": self.reason,
+            "before": list(self.before),
+            "after": list(self.after),
+        }
 
 
 class Judge:
@@ -39,6 +79,7 @@ class Judge:
         self.acceptance = acceptance
         self.stats = ProposalStats()
         self.ancestors: dict[str, Candidate] = {}
+        self._verdicts: list[Verdict] = []
 
     def accepts(
         self,
@@ -59,6 +100,19 @@ class Judge:
         """
         criterion = criterion_for(child, parents[0], self.acceptance)
         accepted = criterion.should_accept(proposal, state)
+        texts, first = child.components, parents[0].components
+        verdict = Verdict(
+            child,
+            self.stats.iterations,
+            accepted,
+            _why(proposal, criterion is self.acceptance)
+            if accepted
+            else self.reason(proposal, state),
+            tuple(proposal.subsample_scores_before or ()),
+            tuple(proposal.subsample_scores_after or ()),
+            {name: text for name, text in texts.items() if text != first.get(name)},
+        )
+        self._verdicts.append(verdict)
         self.count(
             proposals=1,
             accepted=int(accepted),
@@ -75,8 +129,16 @@ class Judge:
         own = getattr(self.acceptance, "reject_reason", None)
         if own is not None:
             return str(own(proposal, state))
-        before, after = proposal.subsample_scores_before, proposal.subsample_scores_after
-        return f"scores {sum(after or []):g} on the minibatch, its parent {sum(before or []):g}"
+        return _scores(proposal)
+
+    def answered(self, rollouts: Sequence[Rollout]) -> None:
+        """Keep the latest child's rollouts on the validation examples with its verdict."""
+        self._verdicts[-1] = replace(self._verdicts[-1], answers=tuple(rollouts))
+
+    def take_verdicts(self) -> list[Verdict]:
+        """The verdicts since the last call, oldest first."""
+        taken, self._verdicts = self._verdicts, []
+        return taken
 
     def count(self, **counts: Any) -> None:
         """Add to the fields of ``stats``."""
@@ -100,3 +162,14 @@ class Judge:
         """Take up the state that :meth:`state` gave."""
         self.stats = ProposalStats(**state["stats"])
         self.remember(map(candidate_from_json, state["ancestors"]))
+
+
+def _scores(proposal: CandidateProposal) -> str:
+    before, after = proposal.subsample_scores_before or [], proposal.subsample_scores_after or []
+    return f"scores {sum(after):g} on {len(after)} examples, its parent {sum(before):g}"
+
+
+def _why(proposal: CandidateProposal, by_rule: bool) -> str:
+    """Why a child was accepted: by the criterion, or as one that need only do as well."""
+    also = "" if by_rule else "; as well is enough for a merge, and for fewer demos"
+    return _scores(proposal) + also

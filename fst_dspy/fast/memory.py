@@ -20,7 +20,7 @@ from fst_dspy.fast.proposers.protocol import (
 )
 from fst_dspy.fast.proposers.reflection import ReflectionUsage
 from fst_dspy.fast.reflector import Reflector, Trajectory
-from fst_dspy.student.candidate import DEMOS, example_id, instructions_in, split_component
+from fst_dspy.student.candidate import DEMOS, example_id, split_component, texts_in
 from fst_dspy.types import Rollout
 
 
@@ -80,12 +80,19 @@ class Memory:
                 proposer.study(self.by_id(trainset))
 
     def advice(self, stats: ProposalStats) -> str | None:
-        """What to do where feedback had nothing to learn from; ``None`` where it had."""
+        """What to do where nothing was learned from feedback; ``None`` where something was."""
         found = self.proposer.findings() if isinstance(self.proposer, TellsFindings) else None
-        if stats.accepted or not stats.iterations or found is None or found.lessons:
+        if stats.accepted or not stats.iterations or found is None:
             return None
+        if found.lessons and not stats.rejected:
+            return None  # there was nothing to mend, or it is yet to be tried
         said = "the metric gave no feedback"
-        if found.with_feedback:
+        if found.lessons:
+            said = (
+                f"what was read off feedback and labels ({found.lessons} rules) made no answers "
+                "better"
+            )
+        elif found.with_feedback:
             said = (
                 f"the feedback of {found.with_feedback} rollouts states nothing that holds beyond "
                 f"its own example (such as {found.sample!r}), and the labels show no rule"
@@ -102,10 +109,10 @@ class Memory:
             self.demos.bank(rollouts)
 
     def ready(self, components: Mapping[str, str]) -> list[str]:
-        """The components to update: instructions, and demos once there is something to show."""
+        """The components to update: plain texts, and demos once there is something to show."""
         demos = [name for name in components if split_component(name)[1] == DEMOS]
         ready = [name for name in demos if self.demos is not None and self.demos.ready(name)]
-        return [*instructions_in(components), *ready]
+        return [*texts_in(components), *ready]
 
     def by_id(self, trainset: Sequence[dspy.Example]) -> dict[str, dspy.Example]:
         """The examples by their ids, which are hashes of what is in them, and not taken twice."""

@@ -55,7 +55,7 @@ from fst_dspy.fast.gepa.adapter import GepaAdapter
 from fst_dspy.fast.gepa.events import Events
 from fst_dspy.fast.gepa.strategies import NAMED, Strategies, acceptance_criterion
 from fst_dspy.fast.iterations import Iterations, check_instructions
-from fst_dspy.fast.judge import Judge
+from fst_dspy.fast.judge import Judge, Verdict
 from fst_dspy.fast.memory import Memory
 from fst_dspy.fast.merge import merge
 from fst_dspy.fast.proposers.demos import DemoProposer, without_answer
@@ -181,6 +181,10 @@ class FastPhase:
     ) -> None:
         """Let the proposers learn from rollouts; see ``FastChannel``."""
         self.memory.observe(components, trainset, rollouts)
+
+    def take_verdicts(self) -> list[Verdict]:
+        """What became of the children that were tried since the last call."""
+        return self.judge.take_verdicts()
 
     def report(self) -> dict[str, Any]:
         """What became of the proposals, and what the reflection LM cost, for JSON."""

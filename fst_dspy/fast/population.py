@@ -4,11 +4,11 @@ Pure functions. The front is GEPA's: a candidate is on it if it is best on at le
 example, less those whose every win is shared with a better candidate that stays (gepa,
 ``gepa_utils.remove_dominated_programs``). The K kept are chosen greedily to cover the front.
 
-In one thing it departs from GEPA's: a candidate that is worse than a better one by more than chance
-does not stay, unless it wins on problems of its own by more than chance. Scores are single samples,
-so a bare prompt that guesses one answer in ten is soon on the front; in the slow phase it would
-take its share of every group, and teach the weights to do without the context. Wins and tests are
-of scores that were observed of both; where there are gaps, only the order is of fitted means.
+In one thing it departs from GEPA's: to stay beside the best costs a share of every group's rollouts
+in the slow phase, and teaches the weights a context that is not returned. So it takes evidence: who
+ranks lower stays if it has met one that ranks above it, and either was not worse there at the level
+of the test, or won on problems of its own by more than chance. Wins and tests are of scores that
+were observed of both; where there are gaps, only the order is of fitted means.
 """
 
 from __future__ import annotations
@@ -105,10 +105,11 @@ def choose(
 
     First the best mean; then, again and again, the one on the front with the most examples (or
     other :func:`columns`) on which it beats all those chosen (ties: higher mean, then id). Where
-    the front holds fewer than ``k``, the best means of the others follow. One that is worse than
-    one before it by more than chance stays only where it wins on problems of its own by more than
-    chance, or in one of the objectives that ``frontier`` names, so that there may be fewer than
-    ``k``. The result depends on no order of the arguments.
+    the front holds fewer than ``k``, the best means of the others follow. Beside the best stays
+    only who has met one that ranks above it. It is compared with the highest of these, and leaves
+    if it was worse, unless it won on problems of its own by more than chance or is better in one
+    of the objectives that ``frontier`` names. So there may be fewer than ``k``. The result depends
+    on no order of the arguments.
 
     Args:
         candidates: At least one; of equal ids the first is taken.
@@ -119,7 +120,7 @@ def choose(
         objective_K_V, frontier: As for :func:`columns`.
         seen_K_V: The scores that were observed, on which wins count; ``None``: all were.
         pairs: What was observed of two candidates at once; ``None``: the scores, an example each.
-        level: Rate at which an equal candidate is called worse than some other.
+        level: Rate at which an equal candidate is called worse; 0: none is.
 
     Raises:
         ConfigError: No candidates, or ``k`` below 1.
@@ -142,21 +143,22 @@ def choose(
         cells = zip(seen_K_V[row], objective_K_V[row], strict=True)
         return [None if score is None else cell[name] for score, cell in cells]
 
+    def good_for_more(own: int, other: int) -> bool:
+        """Whether it is better in an objective; also where these were not compared."""
+        rows = [blocks_of(of_objective(own, n), of_objective(other, n)) for n in names]
+        return any(not blocks or better(blocks, share(len(names))) for blocks in rows)
+
     def earns_its_place(i: str) -> bool:
-        # Not every two have met: who lost to one that is better leaves, be it not the best.
-        own, above = row_of[i], [row_of[other] for other in ids[: ids.index(i)]]
-        for other in above:
-            one, two = candidates[own], candidates[other]
-            blocks = pairs(one, two) if pairs else blocks_of(score_K_V[own], score_K_V[other])
-            if worse(blocks, share(len(above), level)) and not own_wins(blocks):
-                break
-        else:
-            return True
-        best = row_of[ids[0]]
-        return any(
-            better(blocks_of(of_objective(own, name), of_objective(best, name)), share(len(names)))
-            for name in names
-        )
+        own = row_of[i]
+        for other in (row_of[above] for above in ids[: ids.index(i)]):
+            if pairs is None:
+                blocks: Sequence[Block] = blocks_of(score_K_V[own], score_K_V[other])
+            else:
+                blocks = pairs(candidates[own], candidates[other])
+            if blocks:  # not every two have met
+                lost = level > 0 and worse(blocks, level)
+                return not lost or own_wins(blocks) or good_for_more(own, other)
+        return False
 
     chosen = [ids[0]]
     rest = ids[1:]

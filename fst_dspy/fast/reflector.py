@@ -123,7 +123,7 @@ class Reflector:
         """Let a proposer of instructions that can learn from these rollouts."""
         if isinstance(self.proposer, LearnsFromRecords):
             for name in components:
-                if split_component(name)[1] == INSTRUCTIONS:
+                if split_component(name)[1] != DEMOS:
                     self.proposer.observe(name, make_records(name, trajectories))
 
     def _texts(

@@ -27,8 +27,8 @@ class Scores(Protocol):
         """Scores of the members by objective, likewise."""
         ...
 
-    def add(self, child: Candidate) -> None:
-        """Score an accepted child, where that takes rollouts."""
+    def add(self, child: Candidate) -> Sequence[Rollout]:
+        """Score an accepted child; the rollouts on validation examples that this took."""
         ...
 
 
@@ -70,12 +70,13 @@ class ValidationScores:
             for row, score_V in zip(rows, self.rows(members), strict=True)
         )
 
-    def add(self, child: Candidate) -> None:
+    def add(self, child: Candidate) -> Sequence[Rollout]:
         """Run the child on the validation examples."""
         found = self.adapter.evaluate(self.valset, child.components)
         self.by_id[child.id] = found.scores
         if found.objective_scores is not None:
             self._objectives[child.id] = tuple(found.objective_scores)
+        return found.outputs
 
 
 class PooledScores:
@@ -100,8 +101,9 @@ class PooledScores:
         table = score_table(self.pool, members)
         return table.objective_K_P if len(table.candidates) == len(members) else ()
 
-    def add(self, child: Candidate) -> None:
-        """Its minibatch is in the pool already."""
+    def add(self, child: Candidate) -> Sequence[Rollout]:
+        """None: its minibatch is in the pool already."""
+        return ()
 
     def keep(self, rollouts: Sequence[Rollout]) -> None:
         """Put rollouts into the pool."""

@@ -5,14 +5,14 @@ Every optimizer step runs K candidates on P problems anyway. Here these rollouts
 * the Pareto scores: a table of candidates by problems, over the last ``reuse_window`` steps;
 * what is reflected on: the failures and feedback of the parent drawn from that front;
 * demos, and lessons for a proposer that keeps a memory;
-* the trial of a new candidate: for ``steps_per_cycle / cycle_iterations`` steps it gets the slots
-  of the weakest candidate in every group. It is accepted if it does better than its parent on the
-  same problems at the same time.
+* the trial of a new candidate: for ``steps_per_cycle / cycle_iterations`` steps it gets slots in
+  every group, those of the candidate that adds least to the front. It is accepted if it does better
+  than its parent on the same problems at the same time.
 
 A trial follows a trial, so a cycle has ``cycle_iterations`` of them, each on more rollouts than a
-minibatch of GEPA's. The weakest candidate, which gives way, leaves when nothing recent is known of
-it. Only the first fast phase has rollouts of its own, since there are no others yet; children are
-scored on their minibatches there, not on the validation examples. These are left for validation.
+minibatch of GEPA's. A candidate leaves, too, when nothing recent is known of it. Only a
+fast phase that no steps follow, as the first, has rollouts of its own; children are scored on their
+minibatches there, not on the validation examples. These are left for validation.
 
 A proposer that waits for others, such as a reflection LM, is asked for the next candidate while the
 last step of a trial runs, from what is known before that step. So the model does not wait for it,
@@ -37,7 +37,7 @@ from fst_dspy import distributed
 from fst_dspy.config import FastConfig
 from fst_dspy.fast import population as populations
 from fst_dspy.fast.acceptance import ProposalStats, proposal_of
-from fst_dspy.fast.decide import share
+from fst_dspy.fast.decide import LIKELY, share
 from fst_dspy.fast.gepa.adapter import GepaAdapter
 from fst_dspy.fast.gepa.events import Events, Told, proposed, reflecting, selected
 from fst_dspy.fast.gepa.strategies import (
@@ -48,7 +48,7 @@ from fst_dspy.fast.gepa.strategies import (
     component_selector,
 )
 from fst_dspy.fast.iterations import Iterations, check_instructions
-from fst_dspy.fast.judge import Judge
+from fst_dspy.fast.judge import Judge, Verdict
 from fst_dspy.fast.lineup import Trial, lineup
 from fst_dspy.fast.memory import Memory
 from fst_dspy.fast.merge import merge
@@ -174,7 +174,7 @@ class TrialPhase:
     def lineup(
         self, population: Population, group_size: int, problem: str | None = None
     ) -> tuple[Candidate, ...]:
-        """The candidate of each of a group's G rollouts: the one on trial takes the weakest's.
+        """The candidate of each of a group's G rollouts: the one on trial gets its share.
 
         A candidate whose demos show the problem's answer does without these; see ``FastChannel``.
 
@@ -248,6 +248,10 @@ class TrialPhase:
         """Hear of the end of the run."""
         self.iterations.end(population)
 
+    def take_verdicts(self) -> list[Verdict]:
+        """What became of the children that were tried since the last call."""
+        return self.judge.take_verdicts()
+
     def report(self) -> dict[str, Any]:
         """What became of the proposals, and what the reflection LM cost, for JSON."""
         return self.iterations.report()
@@ -294,8 +298,9 @@ class TrialPhase:
     ) -> Population:
         """The K members that cover the front over the problems in the pool.
 
-        Who is clearly worse leaves as often as trials end: in one window of rollouts an equal
-        candidate is sent away at the stated rate at most, however often it is looked at.
+        Who is likely worse leaves as often as trials end: in one window of rollouts an equal
+        candidate is sent away at the rate of ``LIKELY`` at most, however often it is looked at.
+        To lose an equal costs nothing; to keep a worse one, slots of every group.
         """
         due = policy_version % self.trial_steps == 0
         table = score_table(self.pool, members)
@@ -311,7 +316,7 @@ class TrialPhase:
             frontier=self.config.frontier_type,
             seen_K_V=table.seen_K_P,
             pairs=partial(observed, self.pool),
-            level=share(self.window / self.trial_steps) if due else 0.0,
+            level=share(self.window / self.trial_steps, LIKELY) if due else 0.0,
         )
 
     def _judge(self, trial: Trial, population: Population) -> list[Candidate]:

@@ -1,13 +1,18 @@
-"""Whether a run ends, in words: its budget is spent, or there is nothing (more) to learn from.
+"""What comes after a cycle: who has the next one's rollouts, or the end, and why, in words.
 
-And what is told of a cycle that went wrong.
+A run ends where its budget is spent, or there is nothing (more) to learn from. And what is told of
+a cycle that went wrong.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from fst_dspy.errors import TrainingError
 from fst_dspy.loop.parts import Parts
+from fst_dspy.loop.share import KEPT, Decision, Evidence, Share, next_share
 from fst_dspy.loop.state import LoopState
+from fst_dspy.loop.validation import Validation, is_scored
 from fst_dspy.rollouts.health import told_failures
 from fst_dspy.types import CycleRecord
 
@@ -105,3 +110,39 @@ def time_spent(parts: Parts, state: LoopState) -> str | None:
 def recorded_spent(parts: Parts, record: CycleRecord) -> str | None:
     """As ``counts_spent``, of what a cycle's record says."""
     return counts_spent(parts, record.total_rollouts.total, record.turns.steps)
+
+
+def share_of(parts: Parts, state: LoopState) -> Share:
+    """Who has the rollouts of the cycle under way."""
+    if state.share is not None:
+        return state.share
+    opening = parts.has_opening and state.cycle == 0  # or a run of before there were turns
+    return Share(parts.fast_on, parts.learner is not None and not opening)
+
+
+def shared_out(parts: Parts, state: LoopState, found: Validation) -> tuple[LoopState, Decision]:
+    """The state with what a cycle has shown, and who has the rollouts of the next one."""
+    now, last, fast = share_of(parts, state), state.records[-1:], parts.config.fast
+    accepted = parts.fast.report().get("accepted", 0)
+    accepted -= last[0].proposals.get("accepted", 0) if last else 0
+    fresh = not is_scored(parts, state, found.population)
+    name, total = now.name if last else "", parts.runner.counts.total
+    shown = Evidence(name, found.score_V, accepted, total, fresh)
+    state = replace(state, evidence=(*state.evidence, shown)[-KEPT:])
+    # The settings may leave prompts out after the opening, or from the start.
+    turns = parts.fast.reuses and min(fast.first_cycle_iterations, fast.cycle_iterations) > 0
+    decision = next_share(state.evidence, now, turns=turns, perfect_score=fast.perfect_score)
+    if decision.over and parts.config.budget.on_no_signal == "warn":
+        decision = Decision(Share(parts.fast_on, parts.learner is not None))
+    # Without turns, the opening is followed by cycles of both all the same.
+    elif parts.fast.reuses and not turns and not decision.over and last:
+        decision = replace(decision, share=Share(True, True))
+    return state, decision
+
+
+def iterations_of(parts: Parts, state: LoopState, alone: bool) -> int:
+    """Iterations of a fast phase: the first has most to learn, one alone more than others."""
+    fast = parts.config.fast
+    if state.cycle == int(parts.slow_opens):
+        return fast.first_cycle_iterations
+    return max(fast.cycle_iterations, alone * fast.first_cycle_iterations // 2)

@@ -10,11 +10,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import dspy
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fst_dspy import distributed
 from fst_dspy.errors import StoreError
+from fst_dspy.fast.judge import Verdict
 from fst_dspy.files import read_json, reading, write_through, writing_to
 from fst_dspy.loop.learner import Learner
 from fst_dspy.loop.state import LoopState, state_from_json, state_to_json
@@ -22,6 +24,7 @@ from fst_dspy.model.hardware import free_memory
 from fst_dspy.model.policy import Policy
 from fst_dspy.plan.plan import Plan
 from fst_dspy.results.result import FSTResult
+from fst_dspy.run.answers import answer_rows
 from fst_dspy.run.background import BackgroundWriter
 from fst_dspy.run.records import with_plain_traces
 from fst_dspy.run.rollout_log import pack
@@ -33,6 +36,7 @@ from fst_dspy.types import (
     CycleRecord,
     Group,
     Population,
+    Rollout,
     StepRecord,
 )
 
@@ -136,6 +140,33 @@ class RunFolder:
             for advantage, row in zip(advantages, pack(rollouts), strict=True)
         ]
         self.store.append("rollouts", rows)
+
+    def record_verdicts(self, verdicts: Sequence[Verdict], step: int) -> None:
+        """Log which candidates were accepted or not, and the answers of those that were."""
+        if verdicts:
+            rows = [{"step": step, **verdict.to_dict()} for verdict in verdicts]
+            self.store.append("proposals", rows)
+        for verdict in verdicts:
+            self.record_answers(verdict.answers, verdict.child.cycle, step)
+
+    def record_answers(
+        self,
+        rollouts: Sequence[Rollout],
+        cycle: int,
+        step: int,
+        examples: Sequence[dspy.Example] | None = None,
+    ) -> None:
+        """Log the answers to the validation examples, unless that is off.
+
+        Args:
+            rollouts: One an example.
+            cycle, step: When they were run.
+            examples: In the same order, the first time, so that they are logged as well.
+        """
+        if self.log_rollouts and rollouts:
+            when = {"cycle": cycle, "step": step}
+            rows = answer_rows(rollouts, examples)
+            self.store.append("answers", [{**when, **row} for row in rows])
 
     def record_cycle(self, record: CycleRecord, population: Population) -> None:
         """Log a cycle and the population it ended with."""

@@ -24,7 +24,10 @@ from fst_dspy.loop.cold_start import warmed_up
 from fst_dspy.loop.ending import (
     counts_spent,
     cycles_spent,
+    iterations_of,
     recorded_spent,
+    share_of,
+    shared_out,
     time_spent,
     troubles,
     without_signal,
@@ -33,9 +36,8 @@ from fst_dspy.loop.interrupt import Interrupt
 from fst_dspy.loop.parts import Parts
 from fst_dspy.loop.progress import StopRun, TellsPlan, tell
 from fst_dspy.loop.records import cycle_record, rollouts_of, step_record
-from fst_dspy.loop.share import KEPT, Evidence, Share, Verdict, next_share
 from fst_dspy.loop.state import LoopState
-from fst_dspy.loop.validation import Validation, better_of, is_scored, score
+from fst_dspy.loop.validation import better_of, score
 from fst_dspy.plan.plan import Plan
 from fst_dspy.rollouts.health import Tally
 from fst_dspy.rollouts.jobs import Channel
@@ -114,7 +116,7 @@ class Run:
     def _fast_phase(self, state: LoopState) -> LoopState:
         """The population evolves under the weights as they are."""
         parts, started, cycle = self.parts, time.monotonic(), state.cycle + 1
-        population, share = state.population, self._share(state)
+        population, share = state.population, share_of(self.parts, state)
         # An opening is validated before the weights move: what prompts alone reach is known then,
         # and kept should training harm it. So is every phase of prompts alone.
         alone = parts.learner is not None and not share.weights
@@ -126,10 +128,11 @@ class Run:
                 parts.trainset,
                 parts.valset,
                 cycle=cycle,
-                iterations=self._iterations(state, alone),
+                iterations=iterations_of(parts, state, alone),
                 policy_version=self.policy.step,
                 alone=alone,
             )
+            self._keep_verdicts()
         return replace(
             state,
             population=population,
@@ -175,27 +178,35 @@ class Run:
         if not parts.fast_on or (parts.slow_opens and cycle == 1):
             return state.population
         self.runner.counts = self.runner.counts.plus(RolloutCounts(reused=len(rollouts)))
-        return parts.fast.after_step(
+        population = parts.fast.after_step(
             state.population,
             parts.trainset,
             rollouts,
             cycle=cycle,
             policy_version=self.policy.step,
-            tries=self._share(state).prompts,
+            tries=share_of(self.parts, state).prompts,
         )
+        self._keep_verdicts()
+        return population
+
+    def _keep_verdicts(self) -> None:
+        """Write down which candidates were accepted or not, and why."""
+        verdicts = self.parts.fast.take_verdicts()
+        if self.parts.folder is not None:
+            self.parts.folder.record_verdicts(verdicts, self.policy.step)
 
     def _validate(self, state: LoopState) -> LoopState:
         """Score the fast weights under the slow ones as they are, and close the cycle's record."""
         parts, started, first = self.parts, time.monotonic(), not state.records
         cycle = 0 if first else state.cycle + 1
         self._tell(cycle, "validation")
-        found = score(parts, state)
+        found = came = score(parts, state)
         if first:  # where it shows nothing to learn from, give it something
-            state, found = warmed_up(parts, state, found)
+            state, found = warmed_up(parts, state, came)
         seconds = _add_seconds(state.seconds, "eval", started)
         parts.fast.validated(found.population, parts.val_ids, found.score_V)
-        state, verdict = self._shared_out(state, found)
-        record = cycle_record(parts, state, cycle, found, seconds, verdict)
+        state, decision = shared_out(parts, state, found)
+        record = cycle_record(parts, state, cycle, found, seconds, decision)
         # Processes that no longer agree would only be noticed by their results.
         facts = (record.weights_version, record.val_scores, record.candidate_ids)
         distributed.check_same("weights and population", facts)
@@ -203,11 +214,15 @@ class Run:
         best = better_of(parts, state, found, cycle)
         if parts.folder is not None:
             parts.folder.record_cycle(record, found.population)
+            if first:
+                parts.folder.record_answers(came.rollouts, cycle, record.step, parts.valset)
+            if best.cycle == cycle and not (first and found is came):
+                parts.folder.record_answers(found.rollouts, cycle, record.step)
         return replace(
             state,
             cycle=cycle,
             phase="slow" if first and parts.slow_opens else "fast",
-            share=verdict.share,
+            share=decision.share,
             population=found.population,
             records=(*state.records, record),
             steps=(),
@@ -216,43 +231,6 @@ class Run:
             **self._counted(),
             seconds=seconds,
         )
-
-    # --- who has the rollouts ------------------------------------------------------------------
-
-    def _share(self, state: LoopState) -> Share:
-        """Who has the rollouts of the cycle under way."""
-        parts = self.parts
-        if state.share is not None:
-            return state.share
-        opening = parts.has_opening and state.cycle == 0  # or a run of before there were turns
-        return Share(parts.fast_on, parts.learner is not None and not opening)
-
-    def _shared_out(self, state: LoopState, found: Validation) -> tuple[LoopState, Verdict]:
-        """The state with what the cycle has shown, and who has the rollouts of the next one."""
-        parts, now, last = self.parts, self._share(state), state.records[-1:]
-        accepted = parts.fast.report().get("accepted", 0)
-        accepted -= last[0].proposals.get("accepted", 0) if last else 0
-        name = now.name if last else ""
-        fresh = not is_scored(parts, state, found.population)
-        shown = Evidence(name, found.score_V, accepted, self.runner.counts.total, fresh)
-        state = replace(state, evidence=(*state.evidence, shown)[-KEPT:])
-        if parts.learner is not None and not parts.learner.learns_from_rewards:
-            return state, Verdict(now)
-        goes_on = parts.config.budget.on_no_signal == "warn"
-        fast = parts.config.fast
-        turns = parts.fast.reuses and min(fast.first_cycle_iterations, fast.cycle_iterations) > 0
-        perfect = fast.perfect_score
-        verdict = next_share(state.evidence, now, turns=turns, perfect_score=perfect)
-        if verdict.over and goes_on:
-            return state, Verdict(Share(parts.fast_on, parts.learner is not None))
-        return state, verdict
-
-    def _iterations(self, state: LoopState, alone: bool) -> int:
-        """Iterations of a fast phase: the first has most to learn, one alone more than others."""
-        fast = self.parts.config.fast
-        if state.cycle == int(self.parts.slow_opens):
-            return fast.first_cycle_iterations
-        return max(fast.cycle_iterations, alone * fast.first_cycle_iterations // 2)
 
     # --- start, stop, resume ------------------------------------------------------------------
 

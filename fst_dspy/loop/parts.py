@@ -169,7 +169,7 @@ def make_parts(spec: RunSpec, student: dspy.Module, checked: CheckedInput, start
         check_trained(student, lm.policy, slow.adapters)
     valset = sample(checked.valset, config.sampling.val_size, seed)
     val_ids = tuple(example_id(example) for example in valset)
-    own = seed_candidate(student)
+    own = seed_candidate(student, config.fast.tool_descriptions)
 
     # The folder first: a run that belongs to another one must not touch weights or model.
     identity = _identity(spec, student, checked, own, val_ids, start)

@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 
 from fst_dspy.fast.population import best, mean
 from fst_dspy.loop.parts import Parts
-from fst_dspy.loop.share import Verdict
+from fst_dspy.loop.share import Decision
 from fst_dspy.loop.state import LoopState
 from fst_dspy.loop.validation import Validation
+from fst_dspy.model.hardware import peak_memory
 from fst_dspy.results.result import FSTResult
 from fst_dspy.slow.advantage import constant_group_share
 from fst_dspy.types import CycleRecord, Group, Rollout, StepRecord, StepStats
@@ -35,7 +36,7 @@ def cycle_record(
     cycle: int,
     found: Validation,
     seconds: Mapping[str, float],
-    verdict: Verdict,
+    decision: Decision,
 ) -> CycleRecord:
     """The record of a cycle, once it is validated.
 
@@ -44,7 +45,7 @@ def cycle_record(
         cycle: The number of the cycle, 0 for the student as it came.
         found: What the validation found.
         seconds: Wall time so far, by channel.
-        verdict: On the next cycle.
+        decision: On the next cycle.
     """
     steps, population, counts = state.steps, found.population, parts.runner.counts
     last = state.records[-1] if state.records else None
@@ -73,8 +74,9 @@ def cycle_record(
         cold_start=state.cold_start,
         turns=parts.runner.turns,
         share=state.evidence[-1].channels,
-        decided=verdict.words,
-        ended=verdict.over,
+        decided=decision.words,
+        ended=decision.over,
+        peak_memory=peak_memory(parts.policy.device),
         reward_range=None if tally.low is None or tally.high is None else (tally.low, tally.high),
     )
 

@@ -95,7 +95,7 @@ class Evidence:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class Decision:
     """The share of the next cycle.
 
     Attributes:
@@ -114,7 +114,7 @@ class Verdict:
 
 def next_share(
     history: Sequence[Evidence], now: Share, *, turns: bool, perfect_score: float
-) -> Verdict:
+) -> Decision:
     """Who gets the rollouts of the next cycle; the rule is the module's.
 
     Args:
@@ -125,58 +125,58 @@ def next_share(
     """
     last = history[-1]
     if not last.channels:
-        return Verdict(now)
+        return Decision(now)
     perfect = _perfect(history, perfect_score)
     if perfect:
         words = f"the last {perfect} validation scores are all {perfect_score:g}: nothing is left"
-        return Verdict(Share(False, False), f"{words} to gain; the run ends")
+        return Decision(Share(False, False), f"{words} to gain; the run ends")
     if not turns:
         if not _stalled(history):
-            return Verdict(now)
+            return Decision(now)
         words = f"{_named(now)} settled after {_since(history):,} rollouts; the run ends"
-        return Verdict(Share(False, False), words)
+        return Decision(Share(False, False), words)
     if last.alone:
         return _after_prompts(history, perfect_score)
     if _stalled(history):
         words = f"weights settled after {_since(history):,} rollouts; prompts since"
-        return Verdict(Share(True, False), words)
+        return Decision(Share(True, False), words)
     return _with_weights(history, now)
 
 
-def _after_prompts(history: Sequence[Evidence], perfect_score: float) -> Verdict:
+def _after_prompts(history: Sequence[Evidence], perfect_score: float) -> Decision:
     """Prompts had a phase alone: another one, or the weights' turn, or the end."""
     if len(history) < 2:  # a run of before there were turns goes on
-        return Verdict(Share(True, True))
+        return Decision(Share(True, True))
     before, last = history[-2:]
     open_V = [score for score in last.score_V if abs(score - perfect_score) > 1e-9]
     if open_V and _paid(before, last):
-        return Verdict(Share(True, False), "prompts pay; the next rollouts are theirs alone")
+        return Decision(Share(True, False), "prompts pay; the next rollouts are theirs alone")
     if not before.alone:  # they were tried since the weights had stopped
         words = f"neither prompts nor weights pay after {last.rollouts:,} rollouts; the run ends"
-        return Verdict(Share(False, False), words)
+        return Decision(Share(False, False), words)
     if before.channels:
         words = f"prompts settled after {before.rollouts:,} rollouts; weights since"
     else:
         words = f"{last.rollouts - before.rollouts:,} rollouts for prompts alone did not pay"
         words += "; weights since"
-    return Verdict(Share(True, True), words)
+    return Decision(Share(True, True), words)
 
 
-def _with_weights(history: Sequence[Evidence], now: Share) -> Verdict:
+def _with_weights(history: Sequence[Evidence], now: Share) -> Decision:
     """Weights go on; whether candidates are tried in their rollouts."""
     spell = [row for row in _spell(history) if not row.alone]
     if spell[-1].accepted:
-        return Verdict(Share(True, True), None if now.prompts else "prompts are tried again")
+        return Decision(Share(True, True), None if now.prompts else "prompts are tried again")
     if not now.prompts:
         again = all(not row.prompts for row in spell[-RESTED:]) and len(spell) >= RESTED
-        return Verdict(Share(again, True), "prompts are tried again" if again else None)
+        return Decision(Share(again, True), "prompts are tried again" if again else None)
     # Where they were only taken up again, one cycle without any is enough.
     tried = list(takewhile(lambda row: row.prompts, reversed(spell)))
     patience = TRIED if len(tried) == len(spell) or any(row.accepted for row in tried) else 1
     if len(tried) >= patience and not any(row.accepted for row in tried[:patience]):
         words = f"no candidate of {_cycles(patience)} did better; prompts rest"
-        return Verdict(Share(False, True), words)
-    return Verdict(now)
+        return Decision(Share(False, True), words)
+    return Decision(now)
 
 
 def _spell(history: Sequence[Evidence]) -> list[Evidence]:

@@ -470,7 +470,12 @@ class _Batch:
         if not torch.isfinite(self.logprobs).all():
             raise ModelError(
                 f"weights {self.policy.version()} give probabilities that are not finite in "
-                f"{self.policy.model.dtype}: load them in another dtype, or go back to a checkpoint"
+                f"{self.policy.model.dtype}: "
+                + (
+                    "training has diverged, so lower learning_rate, or go back to a checkpoint"
+                    if self.policy.step
+                    else "load them in another dtype"
+                )
             )
         lengths, stopped = self.lengths.tolist(), self.stopped.tolist()
         ids = [row[:n] for row, n in zip(self.ids.tolist(), lengths, strict=True)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import MethodType
@@ -112,6 +113,22 @@ def total_memory(device: torch.device | str = "cpu") -> int:
     if device.type != "cuda":
         return psutil.virtual_memory().total
     return torch.cuda.mem_get_info(device)[1]
+
+
+def peak_memory(device: torch.device | str = "cpu") -> int:
+    """Bytes that were in use at most since the process began: torch's on a GPU, else all of them.
+
+    0 where the system does not tell.
+    """
+    device = torch.device(device)
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # Windows
+        return int(getattr(psutil.Process().memory_info(), "peak_wset", 0))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
 
 
 _SIGNS = (

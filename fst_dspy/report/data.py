@@ -5,7 +5,6 @@ A run that is still going on can be read at any time: a line that is half writte
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +20,8 @@ from fst_dspy.student.candidate import make_candidate
 from fst_dspy.types import Candidate
 
 CHANNELS = ("fast", "slow", "eval")
+FAILURE_SCORE = 0.0
+"""What a failure scores where the settings do not say."""
 MOST_GENERATIONS = 200
 """A line of candidates that is longer is shown in parts: the tree is drawn by recursion."""
 
@@ -39,6 +40,8 @@ class Run:
         result: ``result.json``, or ``None`` while the run has not ended.
         quadrants: ``quadrants.json``, or ``None`` where no test set was run.
         age: Seconds since anything was written to the logs.
+        proposals: Rows of ``proposals.jsonl``, in the order in which they were judged.
+        answers: Rows of ``answers.jsonl``, oldest first; none of a run of an earlier version.
     """
 
     label: str
@@ -50,6 +53,8 @@ class Run:
     result: Mapping[str, Any] | None
     quadrants: Mapping[str, Any] | None
     age: float
+    proposals: Sequence[Mapping[str, Any]] = ()
+    answers: Sequence[Mapping[str, Any]] = ()
 
     @property
     def finished(self) -> bool:
@@ -79,6 +84,8 @@ def read_run(folder: Path, label: str | None = None) -> Run:
         result=_optional(folder / "result.json", schema.RESULT),
         quadrants=_optional(folder / "quadrants.json", schema.QUADRANTS),
         age=max(0.0, time.time() - max(logs)),
+        proposals=list(schema.read_checked_rows(folder / "proposals.jsonl", schema.PROPOSAL)),
+        answers=list(schema.read_checked_rows(folder / "answers.jsonl", schema.ANSWER)),
     )
 
 
@@ -103,22 +110,42 @@ def total(counts: Mapping[str, int]) -> int:
     return sum(counts[channel] for channel in CHANNELS)
 
 
+def failure_score(run: Run) -> float:
+    """What a rollout that could not be scored was given."""
+    sampling = run.config.get("settings", {}).get("sampling", {})
+    return float(sampling.get("failure_score", FAILURE_SCORE))
+
+
 def best_cycle(run: Run) -> Mapping[str, Any] | None:
-    """The cycle with the best validation score, of equals the later, as the joint loop has it."""
+    """The cycle whose weights and candidate the run has chosen.
+
+    Of one that has not ended, that with the best validation score, of equals the later: the best so
+    far.
+    """
+    chosen = run.result.get("best", {}).get("cycle") if run.result else None
     best: Mapping[str, Any] | None = None
     for cycle in run.cycles:
+        if cycle["cycle"] == chosen:
+            return cycle
         if best is None or cycle["val_score"] >= best["val_score"]:
             best = cycle
     return best
 
 
-def half_width(scores: Sequence[float]) -> float | None:
-    """Half the width of a 95 % interval of the mean (normal approximation); ``None`` below 2."""
-    if len(scores) < 2:
-        return None
-    mean = sum(scores) / len(scores)
-    variance = sum((score - mean) ** 2 for score in scores) / (len(scores) - 1)
-    return 1.96 * math.sqrt(variance / len(scores))
+def seed_id(run: Run) -> str | None:
+    """Of the student's own texts; ``None`` in a folder that does not say them."""
+    return make_candidate(run.config["student"]).id if "student" in run.config else None
+
+
+def chosen_id(run: Run) -> str | None:
+    """Of the candidate that the run has chosen, or the best so far; ``None`` before there is one.
+
+    Where the outcome and the log of cycles disagree, the outcome holds.
+    """
+    if run.result and "best" in run.result:
+        return str(run.result["best"]["candidate"]["id"])
+    best = best_cycle(run)
+    return None if best is None else str(best["best_candidate_id"])
 
 
 def best_scores(run: Run) -> Sequence[float]:
@@ -149,27 +176,28 @@ def spent(run: Run) -> dict[str, float]:
 
 
 def candidates(run: Run) -> dict[str, Candidate]:
-    """Every candidate whose texts the folder holds, by id, the student's own first.
+    """Every candidate whose texts the folder holds, by id: the student's own, then by cycle.
 
-    Candidates that were proposed and did not outlive their cycle are not kept in the folder.
+    Those that were tried and rejected are among them; earlier versions did not keep these.
     """
     found: dict[str, Candidate] = {}
     if "student" in run.config:
         seed = make_candidate(run.config["student"])
         found[seed.id] = seed
-    for row in run.populations:
-        for data in row["candidates"]:
-            found.setdefault(
-                data["id"],
-                Candidate(
-                    data["id"],
-                    data["components"],
-                    tuple(data["parent_ids"]),
-                    data["cycle"],
-                    data["source"],
-                ),
-            )
-    return found
+    rows = [one for row in run.populations for one in row["candidates"]]
+    if run.result and "best" in run.result:
+        rows.append(run.result["best"]["candidate"])
+    for row in rows:
+        found.setdefault(row["id"], _candidate(row, row["components"]))
+    for row in run.proposals:
+        parent = found.get(row["parent_ids"][0]) if row["parent_ids"] else None
+        texts = {**parent.components, **row["components"]} if parent else row["components"]
+        found.setdefault(row["id"], _candidate(row, texts))
+    return dict(sorted(found.items(), key=lambda item: item[1].cycle))
+
+
+def _candidate(row: Mapping[str, Any], components: Mapping[str, str]) -> Candidate:
+    return Candidate(row["id"], components, tuple(row["parent_ids"]), row["cycle"], row["source"])
 
 
 @dataclass(frozen=True)
@@ -182,7 +210,7 @@ class Node:
         scores: ``(cycle, mean score)`` for each cycle it lived through, on what the population
             was scored on at its end.
         alive: Whether it is in the newest population.
-        best: Whether it has the newest population's best mean.
+        chosen: Whether it is the one that the run has chosen, or the best so far.
         children: Its children, in the order in which they were proposed.
     """
 
@@ -190,7 +218,7 @@ class Node:
     parent: Candidate | None
     scores: tuple[tuple[int, float], ...]
     alive: bool
-    best: bool
+    chosen: bool
     children: tuple[Node, ...]
 
 
@@ -202,21 +230,24 @@ def lineage(run: Run) -> list[Node]:
         for name, score in zip(cycle["candidate_ids"], cycle["val_scores"], strict=True):
             scores.setdefault(name, []).append((cycle["cycle"], score))
     alive = run.cycles[-1]["candidate_ids"] if run.cycles else ()
-    best = run.cycles[-1]["best_candidate_id"] if run.cycles else None
+    chosen = chosen_id(run)
     parents = _parents(known)
 
+    below: dict[str | None, list[str]] = {}
+    for name, parent in parents.items():
+        below.setdefault(parent, []).append(name)
+
     def node(name: str) -> Node:
-        children = [child for child in known if parents[child] == name]
         return Node(
             candidate=known[name],
             parent=known.get(parents[name] or ""),
             scores=tuple(scores.get(name, ())),
             alive=name in alive,
-            best=name == best,
-            children=tuple(node(child) for child in children),
+            chosen=name == chosen,
+            children=tuple(node(child) for child in below.get(name, ())),
         )
 
-    return [node(name) for name in known if parents[name] is None]
+    return [node(name) for name in below.get(None, ())]
 
 
 def _parents(known: Mapping[str, Candidate]) -> dict[str, str | None]:

@@ -77,27 +77,71 @@
         || c.calls[n].some((call) => has(call[1]) || has(call[2]))
         || c.traces[n].some((trace) => has(trace[1]) || has(trace[2]));
     };
-    const result = c.step.map((_, n) => n).filter(test);
+    return c.step.map((_, n) => n).filter(test);
+  }
+
+  // What a rollout is ordered by, the smallest first; a problem by the mean over its rollouts.
+  function ranks() {
+    const c = run.columns;
     const length = (n) => c.calls[n].reduce((sum, call) => sum + call[3], 0);
-    const orders = {
-      low: (a, b) => c.reward[a] - c.reward[b],
-      high: (a, b) => c.reward[b] - c.reward[a],
-      strong: (a, b) => Math.abs(c.advantage[b]) - Math.abs(c.advantage[a]),
-      long: (a, b) => length(b) - length(a),
-    };
-    const order = orders[field.order.value];
-    return order ? result.sort(order) : result;
+    return {
+      low: (n) => c.reward[n],
+      high: (n) => -c.reward[n],
+      logged: (n) => n,
+      strong: (n) => -Math.abs(c.advantage[n]),
+      long: (n) => -length(n),
+    }[field.order.value];
+  }
+  const mean = (values) => values.reduce((sum, value) => sum + value, 0) / values.length;
+
+  function problems(found, rank) {
+    const groups = new Map();
+    for (const n of found) {
+      const example = run.columns.example[n];
+      if (!groups.has(example)) groups.set(example, []);
+      groups.get(example).push(n);
+    }
+    const ranked = [...groups].map(([example, own]) => ({ example, own, rank: mean(own.map(rank)) }));
+    return ranked.sort((a, b) => a.rank - b.rank || b.own.length - a.own.length);
   }
 
   function part(title, text, folded) {
     const pre = make("pre", text);
     if (!folded) {
       const box = make("div");
-      box.append(make("h5", title), pre);
+      box.append(make("p", title, "name"), pre);
       return box;
     }
     const box = make("details");
     box.append(make("summary", title), pre);
+    return box;
+  }
+
+  function calls(n, from, to, folded) {
+    return run.columns.calls[n].slice(from, to).flatMap(([name, prompt, completion, tokens, cut]) => {
+      const who = run.predictors[name], note = `${tokens} tokens${cut ? ", cut off" : ""}`;
+      const said = part(`${who}: completion (${note})`, textOf(completion), folded);
+      return prompt < 0 ? [said] : [part(`${who}: prompt`, textOf(prompt), true), said];
+    });
+  }
+
+  // What an agent saw, did and was shown, turn by turn; what it was shown is mostly what it saw next.
+  function trajectory(n) {
+    const turns = run.columns.turns[n], list = make("ol", undefined, "turns");
+    let asked = 0;
+    turns.forEach(([observation, action, result, reward, status, upTo], k) => {
+      const item = make("li"), state = textOf(status);
+      const earned = reward ? `, reward ${reward > 0 ? "+" : ""}${reward}` : "";
+      const head = make("p", `Turn ${k + 1}${earned}`, "turn");
+      if (state !== "ok") head.append(" ", make("span", state, "fail"));
+      item.append(head, part("observation", textOf(observation)), part("action", textOf(action)));
+      if (result !== turns[k + 1]?.[0]) item.append(part("result", textOf(result)));
+      item.append(...calls(n, asked, upTo, true));
+      asked = upTo;
+      list.append(item);
+    });
+    const box = make("div");
+    box.append(list, ...calls(n, asked, Infinity, true));
     return box;
   }
 
@@ -107,20 +151,18 @@
     box.append(make("p", `Rollout ${n + 1}, cycle ${c.cycle[n]}, step ${c.step[n]}, example `
       + `${run.examples[c.example[n]]}, candidate ${run.candidates[c.candidate[n]]}`));
     if (kind !== null) box.append(make("p", `${kind}: ${textOf(c.message[n])}`, "fail"));
-    c.traces[n].forEach(([name, inputs, , own]) => {
-      box.append(part(`${run.predictors[name]}: inputs`, textOf(inputs)));
-      if (own >= 0) box.append(part(`${run.predictors[name]}: feedback`, textOf(own)));
-    });
-    c.calls[n].forEach(([name, prompt, completion, tokens, cut]) => {
-      const who = run.predictors[name];
-      if (prompt >= 0) box.append(part(`${who}: prompt`, textOf(prompt), true));
-      const note = `${tokens} tokens${cut ? ", cut off" : ""}`;
-      box.append(part(`${who}: completion (${note})`, textOf(completion)));
-    });
-    c.traces[n].forEach(([name, , outputs]) => {
-      const words = outputs < 0 ? "nothing was parsed" : textOf(outputs);
-      box.append(part(`${run.predictors[name]}: parsed`, words, outputs >= 0));
-    });
+    if (c.turns[n].length) box.append(trajectory(n));
+    else {
+      c.traces[n].forEach(([name, inputs, , own]) => {
+        box.append(part(`${run.predictors[name]}: inputs`, textOf(inputs)));
+        if (own >= 0) box.append(part(`${run.predictors[name]}: feedback`, textOf(own)));
+      });
+      box.append(...calls(n, 0, c.calls[n].length));
+      c.traces[n].forEach(([name, , outputs]) => {
+        const words = outputs < 0 ? "nothing was parsed" : textOf(outputs);
+        box.append(part(`${run.predictors[name]}: parsed`, words, outputs >= 0));
+      });
+    }
     box.append(part("feedback", textOf(c.feedback[n])));
     const group = make("button", "Show the rollouts of this group");
     group.type = "button";
@@ -166,6 +208,46 @@
     details.addEventListener("toggle", () => {
       if (details.open && details.childElementCount === 1) details.append(body(n));
     });
+    if (shown.length === 1 && field.show.value === "rollout") details.open = true;
+    item.append(details);
+    return item;
+  }
+
+  function problem({ example, own }) {
+    const c = run.columns, item = make("li"), details = make("details"), summary = make("summary");
+    const rewards = own.map((n) => c.reward[n]);
+    const first = Math.min(...own.map((n) => c.cycle[n])), last = Math.max(...own.map((n) => c.cycle[n]));
+    const of = (cycle) => mean(own.filter((n) => c.cycle[n] === cycle).map((n) => c.reward[n]));
+    const failed = own.filter((n) => c.kind[n] >= 0).length;
+    const inputs = c.traces[own[0]][0], seen = c.turns[own[0]][0];
+    const text = seen ? textOf(seen[0]) : inputs ? textOf(inputs[1]) : "";
+    summary.append(
+      make("span", `r ${mean(rewards).toFixed(2)}`, "reward"),
+      make("span", first < last ? `${of(first).toFixed(2)} → ${of(last).toFixed(2)}` : ""),
+      make("span", `${own.length} rollout${own.length === 1 ? "" : "s"}`),
+      make("span", failed ? `${failed} failed` : "", "fail"),
+      make("span", `${text.replace(/\s+/g, " ").slice(0, 160) || run.examples[example]}`, "peek"),
+    );
+    details.append(summary);
+    const open = () => {
+      if (!details.open || details.childElementCount > 1) return;
+      const rank = ranks(), sorted = [...own].sort((a, b) => rank(a) - rank(b) || a - b);
+      const inner = make("ol", undefined, "rows"), more = make("button");
+      more.type = "button";
+      const add = () => {
+        const from = inner.childElementCount;
+        inner.append(...sorted.slice(from, from + PER_PAGE).map(row));
+        const left = sorted.length - inner.childElementCount;
+        more.textContent = `${Math.min(left, PER_PAGE)} more of ${left}`;
+        more.hidden = left === 0;
+        if (from) inner.children[from].querySelector("summary").focus();
+      };
+      more.addEventListener("click", add);
+      details.append(make("p", `Example ${run.examples[example]}`, "about"), inner, more);
+      add();
+    };
+    details.addEventListener("toggle", open);
+    if (shown.length === 1) details.open = true;
     item.append(details);
     return item;
   }
@@ -173,7 +255,8 @@
   function draw() {
     const count = Math.max(1, Math.ceil(shown.length / PER_PAGE));
     at = Math.min(Math.max(0, at), count - 1);
-    list.replaceChildren(...shown.slice(at * PER_PAGE, (at + 1) * PER_PAGE).map(row));
+    const draws = field.show.value === "problem" ? problem : row;
+    list.replaceChildren(...shown.slice(at * PER_PAGE, (at + 1) * PER_PAGE).map(draws));
     pages.hidden = count === 1;
     page.value = at + 1;
     page.max = count;
@@ -187,12 +270,17 @@
   // The choice is kept in the address, so that a page that loads itself again does not lose it.
   function update() {
     choose(+field.run.value);
-    shown = matches();
+    const found = matches(), rank = ranks(), grouped = field.show.value === "problem";
+    shown = grouped ? problems(found, rank) : found.sort((a, b) => rank(a) - rank(b) || a - b);
     at = 0;
     const total = run.columns.step.length.toLocaleString("en");
-    $("count").textContent = `${shown.length.toLocaleString("en")} of ${total} rollouts`;
+    const words = shown.length === 1 ? "problem" : "problems";
+    const of = grouped ? `, of ${shown.length.toLocaleString("en")} ${words}` : "";
+    $("count").textContent = `${found.length.toLocaleString("en")} of ${total} rollouts${of}`;
     draw();
-    const chosen = new URLSearchParams([...new FormData(form)].filter(([, value]) => value !== ""));
+    const usual = (name) => field[name].options?.[0]?.value ?? "";
+    const chosen = new URLSearchParams(
+      [...new FormData(form)].filter(([name, value]) => value !== usual(name)));
     if (runs.length === 1) chosen.delete("run");
     if (String(chosen)) history.replaceState(null, "", `#rollouts:${chosen}`);
     else if (location.hash.startsWith("#rollouts:")) history.replaceState(null, "", "#rollouts");

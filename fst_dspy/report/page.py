@@ -15,15 +15,33 @@ from typing import Any
 
 from fst_dspy.errors import StoreError
 from fst_dspy.files import write_atomically
-from fst_dspy.report import sections
+from fst_dspy.report import data, sections
+from fst_dspy.report.answer.answer import answer
+from fst_dspy.report.answer.candidates import candidates
+from fst_dspy.report.answer.examples import examples
+from fst_dspy.report.answer.prompts import prompt
+from fst_dspy.report.charts.agents import acted, agents
+from fst_dspy.report.charts.compare import compare, settings
+from fst_dspy.report.charts.cost import cost
+from fst_dspy.report.charts.curves import curves
+from fst_dspy.report.charts.figure import legend
+from fst_dspy.report.charts.health import health
 from fst_dspy.report.data import Run, read_runs
 from fst_dspy.report.failures import failures
 from fst_dspy.report.faults import find_faults
 from fst_dspy.report.prompts import find_decoder
 from fst_dspy.report.rollouts import Rollouts, read_rollouts
 
-FAILURE_SCORE = 0.0
-"""What a failure scores where the settings do not say."""
+STYLES = ("charts/uPlot.min.css", "page.css", "charts/charts.css", "answer/answer.css")
+SCRIPTS = ("charts/uPlot.iife.min.js", "charts/charts.js", "page.js", "answer/answer.js")
+EXPLAINED = (("prompt", "Prompt"), ("lineage", "Candidates"), ("examples", "Examples"))
+DETAILS = (
+    ("pareto", "Scores by example"),
+    ("failures", "Failures"),
+    ("faults", "Faults"),
+    ("cost", "Cost"),
+)
+"""Sections of a run and what they are called in the list of sections."""
 
 
 def write_report(
@@ -78,44 +96,52 @@ def render(runs: Sequence[Run], rollouts: Sequence[Rollouts], refresh: float | N
         rollouts: Theirs, in the same order.
         refresh: Seconds after which a browser loads the page again; ``None`` for never.
     """
-    style, script = _asset("page.css"), _asset("page.js")
+    style = "\n".join(map(_asset, STYLES))
+    script = "\n".join((_licence(), *map(_asset, SCRIPTS)))
     policy = (
         f"default-src 'none'; style-src '{_hash(style)}'; script-src '{_hash(script)}'; "
         "img-src data:; base-uri 'none'; form-action 'none'"
     )
     again = f'<meta http-equiv="refresh" content="{refresh:g}">' if refresh else ""
+    several, explained = len(runs) > 1, ""
     packed, parts = [], []
-    for number, (run, own) in enumerate(zip(runs, rollouts, strict=True)):
-        sampling = run.config.get("settings", {}).get("sampling", {})
-        failure_score = float(sampling.get("failure_score", FAILURE_SCORE))
-        found = find_faults(own.outcomes, failure_score)
-        columns = {**own.packed["columns"], "stock": [int(s) for s in found.stock]}
-        packed.append({"label": run.label, **own.packed, "columns": columns})
-        blocks = (
-            ("lineage", "Candidates", sections.lineage(run)),
+    for number, (run, logged) in enumerate(zip(runs, rollouts, strict=True)):
+        failure_score = data.failure_score(run)
+        found = find_faults(logged.outcomes, failure_score)
+        columns = {**logged.packed["columns"], "stock": [int(s) for s in found.stock]}
+        packed.append({"label": run.label, **logged.packed, "columns": columns})
+        own = (
+            ("prompt", "The evolved prompt", prompt(run)),
+            ("lineage", "Candidates", candidates(run, number)),
+            ("examples", "Examples before and after", examples(run)),
+        )
+        more = (
             ("pareto", "Scores by example", sections.pareto(run)),
             ("failures", "Failures", failures(run)),
-            ("faults", "Faults", sections.faults(run, found, own.outcomes, failure_score)),
-            ("split", "Where time and rollouts went", sections.split(run)),
+            ("faults", "Faults", sections.faults(run, found, logged.outcomes, failure_score)),
+            ("cost", "Cost", cost(run)),
         )
-        parts.append(_run_part(number, run, blocks, several=len(runs) > 1))
+        # Of one run, what explains the answer follows it; several are compared first.
+        if several:
+            parts.append(_run_part(number, run, (*own, *more), several=True))
+        else:
+            explained = _run_part(number, run, own, several=False)
+            parts.append(_run_part(number, run, more, several=False))
+    outcomes = [own.outcomes for own in rollouts]
+    names = legend([run.label for run in runs]) if several else ""
+    acts = any(map(acted, runs))
     title = ", ".join(run.label for run in runs)
     made = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
     links = (
+        ("answer", "Answer"),
+        *((f"{name}-0", word) for name, word in EXPLAINED if not several),
+        *((("compare", "Differences"),) if several else ()),
         ("summary", "Summary"),
         ("curves", "Curves"),
-        *((f"run-{n}", run.label) for n, run in enumerate(runs) if len(runs) > 1),
-        *(
-            (f"{name}-0", word)
-            for name, word in (
-                ("lineage", "Candidates"),
-                ("pareto", "Examples"),
-                ("failures", "Failures"),
-                ("faults", "Faults"),
-                ("split", "Cost"),
-            )
-            if len(runs) == 1
-        ),
+        ("health", "Optimization"),
+        *((("agents", "Agent"),) if acts else ()),
+        *((f"run-{n}", run.label) for n, run in enumerate(runs) if several),
+        *((f"{name}-0", word) for name, word in DETAILS if not several),
         ("rollouts", "Rollouts"),
         ("settings", "Settings"),
     )
@@ -130,14 +156,23 @@ def render(runs: Sequence[Run], rollouts: Sequence[Rollouts], refresh: float | N
         f"<header><h1>Fast-Slow Training <span>{escape(title)}</span></h1>"
         f"<p>Made {made}{_refresh_words(refresh)}</p>"
         f'<nav aria-label="Sections"><ul>{nav}</ul></nav></header><main id="main" tabindex="-1">'
+        f'<section id="answer"><h2>Answer</h2>{answer(runs)}</section>'
+        f"{explained}"
+        f"{_section('compare', 'Differences', compare(runs)) if several else ''}"
         f'<section id="summary"><h2>Summary</h2>{sections.headline(runs)}</section>'
-        f'<section id="curves"><h2>Curves</h2>{sections.curves(runs)}</section>'
+        f"{_section('curves', 'Curves', f'{_CHARTS}{names}{curves(runs, outcomes)}')}"
+        f"{_section('health', 'Optimization', names + health(runs))}"
+        f"{_section('agents', 'Agent', names + agents(runs, outcomes)) if acts else ''}"
         f"{''.join(parts)}"
         f'<section id="rollouts"><h2>Rollouts</h2>{_BROWSER}</section>'
-        f'<section id="settings"><h2>Settings</h2>{sections.settings(runs)}</section></main>'
+        f'<section id="settings"><h2>Settings</h2>{settings(runs)}</section></main>'
         f'<script type="application/json" id="data">{script_json(packed)}</script>'
         f"<script>{script}</script></body></html>"
     )
+
+
+def _section(name: str, title: str, html: str) -> str:
+    return f'<section id="{name}"><h2>{title}</h2>{html}</section>'
 
 
 def _run_part(
@@ -171,25 +206,42 @@ def script_json(value: Any) -> str:
 
 
 def _asset(name: str) -> str:
-    return (files("fst_dspy.report") / name).read_text("utf-8")
+    text = (files("fst_dspy.report") / name).read_text("utf-8")
+    # The first line of uPlot is its address: no address is in the page.
+    return text.partition("\n")[2] if text.startswith("/*! http") else text
+
+
+def _licence() -> str:
+    return f"/*! uPlot 1.6.32\n{_asset('charts/uPlot.LICENSE')}*/"
 
 
 def _hash(text: str) -> str:
     return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
 
+_CHARTS = """
+<p class=about>Point at a chart to read it, drag over a part to see it closer, double-click for the
+whole; with the keyboard: arrows, plus and minus, 0.</p>
+<noscript><p>Charts take JavaScript; the tables below have the same figures.</p></noscript>
+"""
+
+
 _BROWSER = """
 <p>The rollouts of the slow phases; those of the fast phases and of validation are not logged.
-A row has the step, the reward r, the advantage A, the candidate or what failed, and the answer.</p>
+A problem has the mean reward of its rollouts, and how it went from the first cycle to the last. A
+rollout has its step, the reward r, the advantage A, the candidate or what failed, and the
+answer.</p>
 <noscript><p>Reading the rollouts takes JavaScript; the rest of the page does not.</p></noscript>
 <form id="filters" hidden aria-label="Choose rollouts">
 <label data-run>Run <select name="run"></select></label>
+<label>Show <select name="show"><option value="problem">by problem</option>
+<option value="rollout">one by one</option></select></label>
 <label>Outcome <select name="kind"></select></label>
 <label>Candidate <select name="candidate"></select></label>
 <label>Example <select name="example"></select></label>
 <label>Step <input name="step" type="number" min="1" step="1" placeholder="all"></label>
-<label>Order <select name="order"><option value="">as logged</option>
-<option value="low">lowest reward</option><option value="high">highest reward</option>
+<label>Order <select name="order"><option value="low">worst first</option>
+<option value="high">best first</option><option value="logged">as logged</option>
 <option value="strong">largest advantage</option><option value="long">longest answer</option>
 </select></label>
 <label class=wide>Text <input name="text" type="search"

@@ -17,7 +17,7 @@ from fst_dspy.run.rollout_log import unpack
 
 COLUMNS = (
     "step", "cycle", "reward", "advantage", "example", "candidate", "kind", "message", "feedback",
-    "calls", "traces",
+    "calls", "traces", "turns",
 )  # fmt: skip
 
 Decoder = Callable[[Sequence[int]], str]
@@ -98,7 +98,9 @@ def read_rollouts(folder: Path, decode: Decoder | None = None) -> Rollouts:
         entry a rollout: ``step``, ``cycle``, ``reward``, ``advantage``, ``example``,
         ``candidate``, ``kind`` (-1: none), ``message`` and ``feedback`` (text numbers), ``calls``
         (lists of ``[predictor, prompt or -1, completion, tokens, cut]``), ``traces`` (lists of
-        ``[predictor, inputs, outputs or -1, feedback or -1]``).
+        ``[predictor, inputs, outputs or -1, feedback or -1]``), ``turns`` of an agent (lists of
+        ``[observation, action, result, reward, status, calls so far]``, text numbers but for
+        reward and calls).
 
     Raises:
         StoreError: The log is damaged.
@@ -141,6 +143,15 @@ def read_rollouts(folder: Path, decode: Decoder | None = None) -> Rollouts:
                 for call in row["calls"]
             ],
             "traces": _traces(row, names["predictors"], texts),
+            "turns": [
+                [
+                    *(texts(turn[name]) for name in ("observation", "action", "result")),
+                    _short(turn["reward"]),
+                    texts(turn["status"]),
+                    turn["calls"],
+                ]
+                for turn in row.get("turns", ())
+            ],
         }
         for name, value in values.items():
             columns[name].append(value)

@@ -45,6 +45,30 @@ class _Counts(TypedDict):
     reused: Count
 
 
+@with_config(ConfigDict(strict=True))
+class _Turns(TypedDict):
+    turns: Count
+    steps: Count
+    invalid: Count
+    errors: Count
+    seconds: Number
+
+
+@with_config(ConfigDict(strict=True))
+class _Reflection(TypedDict):
+    calls: Count
+    tokens: Count
+    cost: Number
+    unpriced: Count
+
+
+@with_config(ConfigDict(strict=True))
+class _Proposals(TypedDict):
+    reflection: NotRequired[_Reflection | None]
+    empty: NotRequired[Count]
+    duplicate: NotRequired[Count]
+
+
 def _scored(cycle: Cycle) -> Cycle:
     if len(cycle["candidate_ids"]) != len(cycle["val_scores"]):
         raise ValueError("has not as many val_scores as candidate_ids")
@@ -74,12 +98,21 @@ class Cycle(TypedDict):
     weights_version: str
     share: NotRequired[str]
     decided: NotRequired[str | None]
+    proposals: NotRequired[_Proposals]
+    reward_range: NotRequired[Annotated[list[Number], Field(min_length=2, max_length=2)] | None]
+    format_share: NotRequired[Number | None]
+    turns: NotRequired[_Turns]
+    peak_memory: NotRequired[Count]
+    cold_start: NotRequired[list[str]]
 
 
 @with_config(ConfigDict(strict=True))
 class _StepStats(TypedDict):
     entropy: Diagnostic
     grad_norm: Diagnostic
+    loss: NotRequired[Diagnostic]
+    learning_rate: NotRequired[Diagnostic]
+    clip_share: NotRequired[Diagnostic]
     skipped: str | None
 
 
@@ -148,6 +181,17 @@ class _Trace(TypedDict):
 
 
 @with_config(ConfigDict(strict=True))
+class _Turn(TypedDict):
+    observation: str
+    action: str
+    result: str
+    reward: Number
+    status: str
+    seconds: Number
+    calls: Count
+
+
+@with_config(ConfigDict(strict=True))
 class RolloutRow(TypedDict):
     """A row of ``rollouts.jsonl``: ``types.Rollout`` as packed, with its step and advantage."""
 
@@ -162,6 +206,7 @@ class RolloutRow(TypedDict):
     calls: list[_Call]
     traces: list[_Trace]
     feedback_by_predictor: NotRequired[dict[str, str]]
+    turns: NotRequired[list[_Turn]]
 
 
 def _failure_score(settings: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -194,15 +239,74 @@ class Quadrants(TypedDict):
     trained_original: Number
     trained_evolved: Number
     examples: Count
+    scores: NotRequired[dict[str, list[Number]]]
+
+
+def _of_each_example(found: Quadrants) -> Quadrants:
+    scores = found.get("scores", {})
+    if scores and scores.keys() != found.keys() - {"examples", "scores"}:
+        raise ValueError("scores are not those of the four quadrants")
+    if any(len(score_V) != found["examples"] for score_V in scores.values()):
+        raise ValueError("scores has not one for each example")
+    return found
+
+
+@with_config(ConfigDict(strict=True))
+class Proposal(TypedDict):
+    """A row of ``proposals.jsonl``: ``fast.judge.Verdict``, and the optimizer steps by then."""
+
+    step: Count
+    cycle: Count
+    iteration: Count
+    id: str
+    parent_ids: list[str]
+    source: str
+    components: dict[str, str]
+    accepted: bool
+    reason: str
+    before: list[Number]
+    after: list[Number]
+
+
+@with_config(ConfigDict(strict=True))
+class Answer(TypedDict):
+    """A row of ``answers.jsonl``: ``run.answers.answer_rows``, and when it was given."""
+
+    cycle: Count
+    step: Count
+    candidate_id: str
+    example_id: str
+    reward: Number
+    feedback: str
+    failure: str | None
+    outputs: dict[str, str] | None
+    text: str
+    inputs: NotRequired[dict[str, str]]
+    labels: NotRequired[dict[str, str]]
+
+
+@with_config(ConfigDict(strict=True))
+class _Best(TypedDict):
+    cycle: Count
+    candidate: _Candidate
+
+
+@with_config(ConfigDict(strict=True))
+class Result(TypedDict):
+    """``result.json``: what is shown of it."""
+
+    best: NotRequired[_Best]
 
 
 CONFIG = TypeAdapter(Config)
-QUADRANTS = TypeAdapter(Quadrants)
-RESULT = TypeAdapter(dict[str, Any])
+QUADRANTS = TypeAdapter(Annotated[Quadrants, AfterValidator(_of_each_example)])
+RESULT = TypeAdapter(Result)
 CYCLE = TypeAdapter(Annotated[Cycle, AfterValidator(_scored)])
 STEP = TypeAdapter(Step)
 POPULATION = TypeAdapter(Annotated[PopulationRow, AfterValidator(_complete)])
 ROLLOUT = TypeAdapter(RolloutRow)
+PROPOSAL = TypeAdapter(Proposal)
+ANSWER = TypeAdapter(Answer)
 
 
 def read_checked(path: Path, schema: TypeAdapter[Any]) -> Any:

@@ -14,6 +14,7 @@ from rich.table import Table
 
 from fst_dspy.display import changed_components, diff_text, named_lines, panel, table
 from fst_dspy.report import data
+from fst_dspy.report.charts.agents import Acted, acted
 from fst_dspy.report.data import Run
 from fst_dspy.report.faults import skipped_steps
 from fst_dspy.report.sections import duration, percent
@@ -62,6 +63,8 @@ def run_view(run: Run) -> RenderableType:
         parts.append(_cycles(run))
     if run.steps:
         parts.append(_steps(run.steps))
+    if found := acted(run):
+        parts.append(_agent(found))
     parts += _population(run)
     return Group(*parts)
 
@@ -93,6 +96,20 @@ def _steps(steps: Sequence[Mapping[str, Any]]) -> Table:
             ("reward", f"{sparkline(reward)} {reward[-1]:.3f}"),
             ("entropy", f"{sparkline(entropy)} {entropy[-1]:.3f} nats a token"),
             ("failures", f"{sparkline(failed)} {percent(failed[-1])} of the rollouts"),
+        ]
+    )
+
+
+def _agent(found: Sequence[Acted]) -> Table:
+    last = found[-1]
+    turns = [one.turns or 0.0 for one in found]
+    invalid = [one.invalid_share or 0.0 for one in found]
+    took = f"{last.errors:,} failed, {duration(last.seconds)}"
+    return named_lines(
+        [
+            ("environment", f"{last.steps:,} steps ({took})"),
+            ("turns", f"{sparkline(turns)} {turns[-1]:.1f} an episode"),
+            ("invalid", f"{sparkline(invalid)} {percent(invalid[-1])} of the actions"),
         ]
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import webbrowser
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,7 +27,7 @@ from fst_dspy.display import (
     score_text,
 )
 from fst_dspy.errors import ConfigError, DataError
-from fst_dspy.files import read_jsonl
+from fst_dspy.files import as_plain, read_jsonl, write_atomically, writing_to
 from fst_dspy.results import plots
 from fst_dspy.results.cycles import cycle_html, cycle_table, records_frame
 from fst_dspy.run.records import cycle_record
@@ -166,8 +167,8 @@ class FSTResult:
     def candidates(self) -> list[Candidate]:
         """The candidates that are known: the student's, the run folder's, the last population's.
 
-        Each once; those that did not outlive their cycle are kept nowhere. Without a run folder
-        the populations of earlier cycles are missing.
+        Each once; those that did not outlive their cycle are in the folder's ``proposals.jsonl``
+        alone. Without a run folder the populations of earlier cycles are missing.
         """
         found = {self.seed_candidate.id: self.seed_candidate}
         if self.log_dir is not None:
@@ -243,10 +244,15 @@ class FSTResult:
             samples: Rollouts an example; the scores are their means. 4 x len(testset) x samples
                 rollouts are run, with the program, metric and model of the compile.
 
+        Returns:
+            The scores, which are also written to ``quadrants.json`` in the run folder, where there
+            is one: the report opens with them.
+
         Raises:
             ConfigError: This is not the result that the compile returned, but one read from a
                 folder or a pickle, which has no program: ``fst_dspy.quadrants`` takes one.
             DataError: There are no examples.
+            StoreError: The run folder cannot be written to.
         """
         tester: Tester | None = vars(self).get("_tester")
         if tester is None:
@@ -257,7 +263,12 @@ class FSTResult:
             )
         if not testset:
             raise DataError("the testset is empty; give examples that nothing was learned on")
-        return tester(testset, samples)
+        found = tester(testset, samples)
+        if self.log_dir is not None and (folder := Path(self.log_dir)).is_dir():
+            text = json.dumps(as_plain(found), indent=1).encode()
+            with writing_to(folder):
+                write_atomically(folder / "quadrants.json", lambda file: file.write(text))
+        return found
 
     def with_tester(self, tester: Tester) -> Self:
         """This result, which now can test its program; for who made it."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import dspy
 
@@ -38,6 +38,7 @@ class Quadrants:
     Attributes:
         base_original, base_evolved, trained_original, trained_evolved: Mean scores.
         examples: Test examples behind each figure.
+        scores: The score of each example, in the order of the test set, by the names above.
     """
 
     base_original: float
@@ -45,6 +46,7 @@ class Quadrants:
     trained_original: float
     trained_evolved: float
     examples: int
+    scores: Mapping[str, tuple[float, ...]] = field(default_factory=dict, repr=False)
 
 
 def evaluate(
@@ -149,16 +151,9 @@ def quadrants(
         trained_version: Version id of the weights after it.
         samples: Rollouts an example.
     """
-    scores = {
-        name: evaluate(
-            runner, [original, evolved], testset, samples=samples, version=version
-        ).mean_K
-        for name, version in (("base", base_version), ("trained", trained_version))
-    }
-    return Quadrants(
-        base_original=scores["base"][0],
-        base_evolved=scores["base"][1],
-        trained_original=scores["trained"][0],
-        trained_evolved=scores["trained"][1],
-        examples=len(testset),
-    )
+    scores: dict[str, tuple[float, ...]] = {}
+    for name, version in (("base", base_version), ("trained", trained_version)):
+        found = evaluate(runner, [original, evolved], testset, samples=samples, version=version)
+        scores[f"{name}_original"], scores[f"{name}_evolved"] = found.score_K_V
+    means = {name: sum(score_V) / len(score_V) for name, score_V in scores.items()}
+    return Quadrants(**means, examples=len(testset), scores=scores)

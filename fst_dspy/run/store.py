@@ -5,6 +5,8 @@ Layout::
     config.json        settings, seed, arm, program, versions
     cycles.jsonl       one CycleRecord a line
     rollouts.jsonl     one rollout a line, with its text, reward and feedback
+    proposals.jsonl    one candidate that was tried a line: texts, scores, whether it was accepted
+    answers.jsonl      one answer to a validation example a line
     checkpoints/N/     all that the loop needs to go on, N counting up
     versions/X.safetensors   weights worth keeping: the best on the validation set
     result.json        the outcome, once the run has ended

@@ -1,8 +1,10 @@
 """Fast weights as text: from a DSPy program to a ``Candidate`` and back.
 
 A candidate holds, for every predictor, ``"<predictor>.instructions"`` (plain text) and
-``"<predictor>.demos"`` (a JSON list of demos). Its id is a hash of these texts, so the same texts
-have the same id in every run, process and cycle.
+``"<predictor>.demos"`` (a JSON list of demos), and where that is asked for, the descriptions of the
+tools that a predictor chooses among, ``"<predictor>.tool:<name>"`` (``fst_dspy.student.tools``).
+Its id is a hash of these texts, so the same texts have the same id in every run, process and
+cycle.
 
 What the package relies on of DSPy beyond what it documents, here and elsewhere; ran with 3.4.0 and
 3.4.1, held by the test ``test_dspy_contract``:
@@ -45,10 +47,13 @@ from pydantic import BaseModel
 from fst_dspy.errors import ConfigError
 from fst_dspy.files import plain_json
 from fst_dspy.student.modules import copy_program
+from fst_dspy.student.tools import set_tool_texts, tool_texts
 from fst_dspy.types import Candidate, Population
 
 INSTRUCTIONS = "instructions"
 DEMOS = "demos"
+TOOL = "tool:"
+"""What the kind of a tool's component begins with; the tool's name follows."""
 
 
 def canonical_json(value: Any) -> str:
@@ -69,7 +74,7 @@ def predictor_names(program: dspy.Module) -> tuple[str, ...]:
 
 
 def component_name(predictor: str, kind: str) -> str:
-    """The component that holds ``kind`` (``"instructions"`` or ``"demos"``) of a predictor."""
+    """The component that holds ``kind`` of a predictor: ``"instructions"``, ``"demos"``, a tool."""
     return f"{predictor}.{kind}"
 
 
@@ -77,14 +82,29 @@ def split_component(component: str) -> tuple[str, str]:
     """The predictor's name and the kind of a component name.
 
     Raises:
-        ConfigError: The name does not end in ``.instructions`` or ``.demos``.
+        ConfigError: The name does not end in ``.instructions``, ``.demos`` or ``.tool:<name>``.
     """
+    predictor, found, tool = component.partition(f".{TOOL}")
+    if predictor and tool:
+        return predictor, f"{TOOL}{tool}"
     predictor, _, kind = component.rpartition(".")
-    if not predictor or kind not in (INSTRUCTIONS, DEMOS):
+    if found or not predictor or kind not in (INSTRUCTIONS, DEMOS):
         raise ConfigError(
-            f"component {component!r} is not '<predictor>.{INSTRUCTIONS}' or '<predictor>.{DEMOS}'"
+            f"component {component!r} is not '<predictor>.{INSTRUCTIONS}', '<predictor>.{DEMOS}' "
+            f"or '<predictor>.{TOOL}<name>'"
         )
     return predictor, kind
+
+
+def tool_in(component: str) -> str | None:
+    """The name of the tool that a component describes; ``None`` for other components."""
+    kind = split_component(component)[1]
+    return kind.removeprefix(TOOL) if kind.startswith(TOOL) else None
+
+
+def texts_in(components: Iterable[str]) -> list[str]:
+    """Those of the component names that hold plain text, as all but demos do, in their order."""
+    return [name for name in components if split_component(name)[1] != DEMOS]
 
 
 def instructions_in(components: Iterable[str]) -> list[str]:
@@ -147,10 +167,14 @@ def make_candidate(
     )
 
 
-def seed_candidate(program: dspy.Module) -> Candidate:
+def seed_candidate(program: dspy.Module, tools: bool = False) -> Candidate:
     """The student's own instructions and demos, both for every predictor (demos may be ``[]``).
 
     Demos of typed values (dates, say) get no component, so they stay the student's own.
+
+    Args:
+        program: The student.
+        tools: Its tools' descriptions too, as ``FastConfig.tool_descriptions`` has it.
 
     Raises:
         ConfigError: The program has no predictor, so there is nothing to learn; or demos that could
@@ -167,6 +191,9 @@ def seed_candidate(program: dspy.Module) -> Candidate:
             f"{type(program).__name__} has no predictors; a program to compile needs at least one "
             "dspy.Predict or dspy.ChainOfThought as an attribute"
         )
+    if tools:
+        for (predictor, tool), text in tool_texts(program).items():
+            components[component_name(predictor, f"{TOOL}{tool}")] = text
     return make_candidate(components)
 
 
@@ -184,17 +211,19 @@ def _check_savable(predictor: str, demos: Sequence[Any]) -> None:
 
 
 def bind(program: dspy.Module, candidate: Candidate) -> dspy.Module:
-    """A copy of ``program`` with the candidate's instructions and demos put in.
+    """A copy of ``program`` with the candidate's texts put in.
 
     Modules and predictors are its own; all else it shares (``fst_dspy.student.modules``).
 
     Components the candidate lacks keep the program's own value; ``program`` is left as it was.
 
     Raises:
-        ConfigError: A component names no predictor of the program, or its demos do not parse.
+        ConfigError: A component names no predictor or tool of the program, or its demos do not
+            parse.
     """
     bound = copy_program(program)
     predictors = dict(bound.named_predictors())
+    tools = {}
     for component, text in candidate.components.items():
         name, kind = split_component(component)
         if name not in predictors:
@@ -205,8 +234,16 @@ def bind(program: dspy.Module, candidate: Candidate) -> dspy.Module:
         predictor = predictors[name]
         if kind == DEMOS:
             predictor.demos = decode_demos(text)
-        else:
+        elif kind == INSTRUCTIONS:
             predictor.signature = predictor.signature.with_instructions(text)
+        else:
+            tools[name, kind.removeprefix(TOOL)] = text
+    try:  # last, for some modules write their tools into the instructions
+        set_tool_texts(bound, tools)
+    except KeyError as error:
+        raise ConfigError(
+            f"candidate {candidate.id} describes what the program does not have: {error.args[0]}"
+        ) from error
     return bound
 
 

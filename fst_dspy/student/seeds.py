@@ -14,11 +14,12 @@ from fst_dspy.student.candidate import (
     component_name,
     make_candidate,
     seed_candidate,
+    tool_in,
 )
 from fst_dspy.types import Candidate
 
 
-def read_seeds(student: dspy.Module, given: Any) -> tuple[Candidate, ...]:
+def read_seeds(student: dspy.Module, given: Any, tools: bool = False) -> tuple[Candidate, ...]:
     """The candidates of a first population: the student's own, then those given.
 
     Args:
@@ -27,6 +28,7 @@ def read_seeds(student: dspy.Module, given: Any) -> tuple[Candidate, ...]:
             ``seed_candidate`` (a component's name, ``"<predictor>.demos"``, does too), or a program
             of the student's shape. What a dict does not name is as the student has it. ``None``
             for no candidates.
+        tools: As for ``seed_candidate``.
 
     Returns:
         Candidates that differ, each with all components; empty for ``None``.
@@ -41,7 +43,7 @@ def read_seeds(student: dspy.Module, given: Any) -> tuple[Candidate, ...]:
             "seed_candidates must be a list of {predictor: instruction} or of programs, got "
             f"{given if not given else type(given).__name__}"
         )
-    own = seed_candidate(student)
+    own = seed_candidate(student, tools)
     found = {own.id: own}
     for number, one in enumerate(given):
         candidate = _read(student, own, one, f"seed_candidates[{number}]")
@@ -56,7 +58,8 @@ def _read(student: dspy.Module, own: Candidate, given: Any, who: str) -> Candida
                 f"{who} is another program: its predictors and fields are {_shape(given)}, the "
                 f"student's {_shape(student)}"
             )
-        return make_candidate({**own.components, **seed_candidate(given).components})
+        described = any(map(tool_in, own.components))
+        return make_candidate({**own.components, **seed_candidate(given, described).components})
     if not isinstance(given, Mapping) or not given:
         raise ConfigError(f"{who} must be {{predictor: instruction}} or a program, got {given!r}")
     components = dict(own.components)

@@ -64,7 +64,7 @@ def test_reset_is_given_the_fields_that_it_takes():
 
 
 def test_content_blocks_are_read_as_their_texts():
-    assert contract.as_text(Game().reset()) == "a\nb"
+    assert contract.as_text(Game().reset()) == "a\n[image: not shown]\nb"
     assert contract.as_text(None) == ""
 
 

@@ -74,7 +74,7 @@ class ScriptedRunner:
         assert channel == "fast" and version == "v"
         self.jobs += jobs
         return [
-            make_rollout(self.rewards[job.candidate.id][n % 4], candidate_id=job.candidate.id)
+            make_rollout(self.rewards[job.candidate.id][n % 8], candidate_id=job.candidate.id)
             for n, job in enumerate(jobs)
         ]
 

@@ -57,6 +57,7 @@ FEEDBACK = {
     "long": "Please have a look: the ticket you got had to go to {gold}, and not to {said}, sorry.",
     "none": "",
 }
+USELESS = {"useless": "Lesson: read every ticket twice."}
 
 
 class ColonRunner:
@@ -76,7 +77,7 @@ class ColonRunner:
         shown = f'"queue": "{example.queue}"' in job.candidate.components.get(DEMOS, "")
         right = rng.random() < (0.8 if known or shown else 0.06)
         answer = example.queue if right else rng.choice(list(QUEUES.values()))
-        text = FEEDBACK[self.feedback].format(gold=example.queue, said=answer)
+        text = {**FEEDBACK, **USELESS}[self.feedback].format(gold=example.queue, said=answer)
         return rollout_of(example, answer, text, job.candidate)
 
 
@@ -235,7 +236,12 @@ NOTHING = [dspy.Example(ticket=f"ticket {n}", queue=f"q{n}", topic="visa").with_
 
 @pytest.mark.parametrize(
     ("feedback", "said"),
-    [("expected", "such as 'Expected q"), ("should", "such as"), ("none", "gave no feedback")],
+    [
+        ("expected", "such as 'Expected q"),
+        ("should", "such as"),
+        ("none", "gave no feedback"),
+        ("useless", "(1 rules) made no answers better"),
+    ],
 )
 def test_it_is_said_once_where_there_was_nothing_to_learn(feedback, said, caplog):
     with caplog.at_level(logging.WARNING):
@@ -332,7 +338,7 @@ def test_the_slow_phase_asks_for_each_problem():
     config = SlowConfig(group_size=2, problems_per_step=6)
     sampler = StepSampler(runner, phase, config, TRAIN[:6], 0)
     start = choose([candidate], [[1.0]], ["x"], 1, 0)
-    groups, _ = sampler.sample(start, 1, ProblemStream())
+    groups, *_ = sampler.sample(start, 1, ProblemStream())
     assert len(groups) == 6 and len(runner.jobs) == 12
     assert not any(example_id(j.example) in shown_examples(j.candidate) for j in runner.jobs)
 

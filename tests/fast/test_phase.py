@@ -92,6 +92,9 @@ def test_every_rollout_is_counted_on_fast_and_salts_differ() -> None:
     assert spent == 12 * stats.iterations + 12 * stats.proposals + 24 * stats.accepted
     assert stats.iterations == stats.proposals + stats.empty + stats.duplicate == 8
     assert stats.proposals == stats.accepted + stats.rejected and stats.accepted > 0
+    verdicts = phase.take_verdicts()
+    assert [verdict.accepted for verdict in verdicts].count(True) == stats.accepted
+    assert {len(verdict.answers) for verdict in verdicts if verdict.accepted} == {24}
 
 
 def test_the_same_seed_gives_the_same_population() -> None:
@@ -144,6 +147,14 @@ def test_a_child_that_does_worse_is_not_kept() -> None:
     population = run(phase, runner, start, iterations=5)
     assert [c.id for c in population.candidates] == [whole.id]
     assert phase.stats == ProposalStats(iterations=5, proposals=5, rejected=5)
+    verdicts = phase.take_verdicts()
+    assert [verdict.iteration for verdict in verdicts] == [1, 2, 3, 4, 5]
+    for verdict in verdicts:
+        assert verdict.changed.keys() == {NAME} and verdict.changed[NAME].startswith("Bare")
+        assert not verdict.accepted and len(verdict.before) == len(verdict.after) == 12
+        assert sum(verdict.after) < sum(verdict.before) and "its parent" in verdict.reason
+        assert not verdict.answers
+    assert phase.take_verdicts() == []
 
 
 def test_failed_proposals_are_counted_and_the_phase_goes_on() -> None:

@@ -95,16 +95,11 @@ def test_choose_properties(scores: list[list[float]], k: int, rng) -> None:
     # Of equals the front keeps the first: in the order that ``choose`` gives them.
     ordered = sorted(zip(candidates, scores, strict=True), key=lambda p: (-sum(p[1]), p[0].id))
     front = {ordered[i][0].id for i in pareto_front([row for _, row in ordered])}
-    gone = [
-        [blocks_of(row, other) for other in table.values()]
-        for i, row in table.items()
-        if i not in ids
-    ]
+    against = {i: blocks_of(row, table[ids[0]]) for i, row in table.items() if i not in ids}
     if len(ids) < min(k, len(scores)):
-        assert all(any(worse(b) and not own_wins(b) for b in blocks) for blocks in gone)
+        assert all(worse(b) and not own_wins(b) for b in against.values())
     if k > len(front):  # the best mean need not be on the front, and is always kept
-        for row in (table[i] for i in front - set(ids)):
-            assert any(worse(blocks_of(row, other)) for other in table.values())
+        assert all(worse(against[i]) for i in front - set(ids))
     order = list(range(len(scores)))
     rng.shuffle(order)
     again = choose([candidates[i] for i in order], [scores[i] for i in order], val_ids, k, 0)
@@ -123,27 +118,40 @@ def test_a_lucky_guesser_does_not_stay_but_a_specialist_does() -> None:
     assert chosen.candidates == (best_mean, specialist)
 
 
-def test_scores_that_nobody_observed_decide_nothing() -> None:
-    best_mean, other = candidates_named(2)
-    # They met on four problems alone, and tied there; all that is against the other is fitted.
-    seen = [[1.0] * 4 + [1.0] * 36, [1.0] * 4 + [None] * 36]
+def test_only_what_was_observed_of_both_keeps_or_sends_away() -> None:
+    first, second, third = candidates_named(3)
+    seen = [[1.0] * 40, [1.0] * 4 + [None] * 36]
     fitted = [[1.0] * 40, [1.0] * 4 + [0.2] * 36]
-    val_ids = [str(v) for v in range(40)]
-    kept = choose([best_mean, other], fitted, val_ids, 4, 0, seen_K_V=seen, pairs=lambda a, b: [])
-    assert kept.candidates == (best_mean, other)
-    assert choose([best_mean, other], fitted, val_ids, 4, 0).candidates == (best_mean,)
-    # Who never met the best, but lost to another, leaves all the same.
-    lost = {frozenset((best_mean.id, other.id)): [([0.0], [1.0])] * 12}
-    met = choose(
-        [best_mean, other],
-        fitted,
-        val_ids,
-        4,
-        0,
-        seen_K_V=seen,
-        pairs=lambda a, b: lost[frozenset((a.id, b.id))],
-    )
-    assert met.candidates == (best_mean,)
+    lost, tied, won = ([([a], [b])] * 12 for a, b in ((0.0, 1.0), (1.0, 1.0), (1.0, 0.0)))
+
+    def kept(members, scores, met, **more):
+        found = choose(
+            members,
+            scores,
+            [str(v) for v in range(40)],
+            4,
+            0,
+            pairs=lambda a, b: met.get((a.id, b.id), []),
+            **more,
+        )
+        return found.candidates
+
+    pair, both = (first.id, second.id), [first, second]
+    # All that is against the second is fitted; where it met the first, they tied.
+    assert kept(both, fitted, {pair[::-1]: tied}, seen_K_V=seen) == (first, second)
+    assert kept(both, fitted, {pair[::-1]: lost}, seen_K_V=seen) == (first,)
+    assert kept(both, fitted, {pair[::-1]: lost}, seen_K_V=seen, level=0) == (first, second)
+    assert kept(both, fitted, {}, seen_K_V=seen) == (first,), "nothing speaks for it"
+    # The third never met the first, and goes by how it did against the second.
+    rows = [*fitted, [1.0] * 4 + [0.1] * 36]
+    met = {pair[::-1]: tied, (third.id, second.id): won}
+    assert kept([first, second, third], rows, met) == (first, second, third)
+    met[third.id, second.id] = lost
+    assert kept([first, second, third], rows, met) == (first, second)
+
+
+def test_an_example_counts_for_the_front_where_two_were_seen() -> None:
+    seen = [[1.0] * 40, [1.0] * 4 + [None] * 36]
     assert pareto_front(seen) == (0,), "who ties has no win of its own"
     assert pareto_front([[None, 0.0, 1.0], [1.0, 1.0, 0.0]]) == (0, 1)
     assert pareto_front([[None, 0.0, None], [1.0, 1.0, 1.0]]) == (1,)

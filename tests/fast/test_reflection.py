@@ -274,8 +274,8 @@ def lessons() -> LessonProposer:
 
 
 @pytest.mark.parametrize("kind", FAULTS)
-def test_every_fault_is_counted_and_the_fallback_stands_in(
-    server: tuple[Script, str], kind: str
+def test_every_fault_is_counted_and_told_and_the_fallback_stands_in(
+    server: tuple[Script, str], kind: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     script, url = server
     script.answers = [FAULTS[kind]]
@@ -289,6 +289,8 @@ def test_every_fault_is_counted_and_the_fallback_stands_in(
     assert phase.stats.errors == {kind.split()[0]: 1}
     assert phase.report()["reflection"]["fallbacks"] == 1
     assert proposer.usage.failures == (kind in RETRIED)
+    told = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
+    assert sum(f"no usable reflection on {NAME} ({kind.split()[0]})" in one for one in told) == 1
     # The feedback says that the sky is blue; the proposer without an LM puts that in the prompt.
     assert "blue" in end.candidates[best(end)].components[NAME]
 

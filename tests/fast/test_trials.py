@@ -160,6 +160,9 @@ def test_a_worse_child_is_sent_away_and_not_tried_again():
     assert [c.id for c in population.candidates] == [WHOLE.id]
     assert (phase.stats.proposals, phase.stats.rejected) == (1, 1)
     assert phase.trial is None and phase.stats.duplicate == 3
+    (verdict,) = phase.take_verdicts()
+    assert (verdict.child.parent_ids, verdict.accepted) == ((WHOLE.id,), False)
+    assert verdict.changed == {NAME: "Bare."} and sum(verdict.after) < sum(verdict.before)
 
 
 def test_no_iterations_mean_no_trials():

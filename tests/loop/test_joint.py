@@ -26,7 +26,7 @@ from fst_dspy.files import read_jsonl
 from fst_dspy.loop import joint, validation
 from fst_dspy.loop.progress import SilentProgress
 from fst_dspy.report import write_report
-from fst_dspy.rollouts.evaluate import evaluate
+from fst_dspy.rollouts.evaluate import evaluate, evaluation_of
 from fst_dspy.run.rollout_log import unpack
 
 pytestmark = pytest.mark.slow
@@ -103,6 +103,10 @@ def test_rollouts_are_not_logged_where_that_is_off(tiny_qwen3, tmp_path):
     assert unlogged.weights_version == logged.weights_version
     assert (tmp_path / "on" / "rollouts.jsonl").exists()
     assert not (tmp_path / "off" / "rollouts.jsonl").exists()
+    assert not (tmp_path / "off" / "answers.jsonl").exists()
+    asked = [row for row in read_jsonl(tmp_path / "on" / "answers.jsonl") if "inputs" in row]
+    assert [row["inputs"]["question"] for row in asked] == [q.question for q in questions(4, 6)]
+    assert sum(row["reward"] for row in asked) / 4 == pytest.approx(logged.records[0].val_score)
     write_report([tmp_path / "off"], tmp_path / "page.html")
     assert (tmp_path / "page.html").stat().st_size > 1000
 
@@ -140,6 +144,11 @@ def test_a_killed_run_goes_on_to_the_same_end(tiny_qwen3, tmp_path, lora, monkey
     assert resumed.weights_version == whole.weights_version
     assert resumed.best == whole.best
     assert resumed.population == whole.population
+    for name in ("answers", "proposals"):  # each once, whenever it was killed
+        one, other = (
+            list(read_jsonl(tmp_path / run / f"{name}.jsonl")) for run in ("whole", "cut")
+        )
+        assert one == other
     for name in ("cycles", "steps", "rollouts"):
         lines = [
             (tmp_path / run / f"{name}.jsonl").read_text().count("\n") for run in ("whole", "cut")
@@ -381,19 +390,26 @@ def best_cycle_of(folder, scores, monkeypatch):
     rows = iter(scores)
 
     def scored(runner, candidates, valset, **_):
-        row = tuple(next(rows))
         found = evaluate(runner, candidates[:1], valset, channel="eval")
-        return replace(found, score_K_V=(row,))
+        return replace(found, score_K_V=(tuple(next(rows)),))
 
+    def of_sample(rollouts, *counts):
+        return replace(evaluation_of(rollouts, *counts), score_K_V=(tuple(next(rows)),))
+
+    # The first validation is of all candidates at once, later ones are sample by sample.
     monkeypatch.setattr(validation, "evaluate", scored)
+    monkeypatch.setattr(validation, "evaluation_of", of_sample)
     # Two of them are not of cycles with steps: the student's own and the opening's.
     return compile_tiny(folder, max_cycles=len(scores) - 2, steps_per_cycle=1)[2].best.cycle
 
 
-def test_best_is_the_latest_that_is_not_clearly_worse(tiny_qwen3, monkeypatch):
-    lucky, good, bad = [1.0] * 8, [1.0] * 6 + [0.0] * 2, [1.0] * 2 + [0.0] * 6
-    assert best_cycle_of(tiny_qwen3, [bad, lucky, good], monkeypatch) == 2
-    assert best_cycle_of(tiny_qwen3, [bad, lucky, good, bad], monkeypatch) == 2
-    middling = [1.0] * 4 + [0.0] * 4  # not clearly worse than the one before, but than the first
-    assert best_cycle_of(tiny_qwen3, [lucky, good, middling[::-1], bad], monkeypatch) == 2
-    assert best_cycle_of(tiny_qwen3, [lucky, good, [1.0] * 3 + [0.0] * 5], monkeypatch) == 1
+def test_best_is_the_latest_that_is_not_likely_worse(tiny_qwen3, monkeypatch):
+    def right(count):
+        return [1.0] * count + [0.0] * (8 - count)
+
+    assert best_cycle_of(tiny_qwen3, [right(2), right(8), right(7)], monkeypatch) == 2
+    assert best_cycle_of(tiny_qwen3, [right(2), right(8), right(7), right(2)], monkeypatch) == 2
+    # Likely worse than the highest, if not clearly; not than the one before.
+    assert best_cycle_of(tiny_qwen3, [right(8), right(7), right(5)], monkeypatch) == 1
+    equal = right(7)[::-1]  # as many as the one before, others than it
+    assert best_cycle_of(tiny_qwen3, [right(8), right(7), equal, right(2)], monkeypatch) == 2

@@ -8,8 +8,8 @@ from helpers import kill_before_steps
 from tiny_compile import compile_tiny, raw_adapter  # noqa: F401
 
 from benchmarks.quality.shares import WORLDS, simulate
-from fst_dspy.loop import joint
-from fst_dspy.loop.share import LOOKS, RESTED, TRIED, Evidence, Share, Verdict, next_share
+from fst_dspy.loop import ending
+from fst_dspy.loop.share import LOOKS, RESTED, TRIED, Decision, Evidence, Share, next_share
 from fst_dspy.report import write_report
 
 PROMPTS, WEIGHTS, BOTH = Share(True, False), Share(False, True), Share(True, True)
@@ -33,7 +33,7 @@ def judged(*cycles, turns=True, examples=V):
 
 
 def test_prompts_go_on_alone_while_they_pay_and_then_it_is_the_weights_turn():
-    assert judged(("", 5)) == Verdict(PROMPTS)
+    assert judged(("", 5)) == Decision(PROMPTS)
     opened = judged(("", 5), ("prompts", 20))
     assert opened.share == PROMPTS and "theirs alone" in opened.words
     settled = judged(("", 5), ("prompts", 20), ("prompts", 20))
@@ -46,7 +46,7 @@ def test_prompts_go_on_alone_while_they_pay_and_then_it_is_the_weights_turn():
 def test_trials_rest_where_none_is_proven_and_are_taken_up_again():
     start = [("", 5), ("prompts", 5)]
     for count in range(1, TRIED):
-        assert judged(*start, *[("both", 9)] * count) == Verdict(BOTH)
+        assert judged(*start, *[("both", 9)] * count) == Decision(BOTH)
     rests = judged(*start, *[("both", 9)] * TRIED)
     assert rests.share == WEIGHTS and "prompts rest" in rests.words
     assert judged(*start, *[("both", 9)] * (TRIED - 1), ("both", 9, 1)).share == BOTH
@@ -98,7 +98,7 @@ def test_a_perfect_score_ends_the_run_once_enough_examples_have_it():
 @pytest.mark.parametrize("channels", ["prompts", "weights", "both"])
 def test_without_turns_there_is_the_end_alone(channels):
     rows = [("", 5), *[(channels, 9)] * 40]
-    assert judged(*rows[:5], turns=False) == Verdict(BY_NAME[channels])
+    assert judged(*rows[:5], turns=False) == Decision(BY_NAME[channels])
     end = judged(*rows, turns=False)
     assert end.over and "settled after" in end.words and end.words.endswith("the run ends")
 
@@ -139,9 +139,9 @@ def test_the_loop_gives_the_rollouts_as_decided_and_goes_on_after_a_kill(
         assert turns and len(history[-1].score_V) == 4
         share = script[len(history) - 1]
         kept[len(history)] = history
-        return Verdict(share, f"decision {len(history)}" if share != now else None)
+        return Decision(share, f"decision {len(history)}" if share != now else None)
 
-    monkeypatch.setattr(joint, "next_share", scripted)
+    monkeypatch.setattr(ending, "next_share", scripted)
     settings = {"max_cycles": 9, "cycle_iterations": 1}
     whole = compile_tiny(tiny_qwen3, log_dir=tmp_path / "whole", **settings)[2]
     evidence = dict(kept)

@@ -316,8 +316,10 @@ def test_weights_that_are_not_numbers_are_a_clear_error(
     policy = Policy.load(tiny_model)
     policy.model.get_input_embeddings().weight.data.fill_(float("nan"))
     request = GenerationRequest(encode(policy, WORDS[0]), 4, temperature, seed=1)
-    with pytest.raises(ModelError, match="not finite"):
-        generate(policy, [request])
+    for step, advice in ((0, "another dtype"), (3, "lower learning_rate")):
+        policy.step = step
+        with pytest.raises(ModelError, match=f"not finite.*{advice}"):
+            generate(policy, [request])
 
 
 def test_the_train_flag_is_put_back(tiny_qwen3: Path) -> None:

@@ -10,7 +10,7 @@ from places import ROOT
 DOCUMENTS = ["README.md", "CONTRIBUTING.md", "benchmarks/RESULTS.md"]
 DOCUMENTS += [f"docs/{page.name}" for page in sorted((ROOT / "docs").glob("*.md"))]
 BEGINNINGS = ["", "fst_dspy/", "tests/", "benchmarks/"]
-OF_A_USER = {"my_program.py", "path/to/file.py"}
+OF_A_USER = {"desks.py", "my_progam.py", "my_program.py", "path/to/file.py"}
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)

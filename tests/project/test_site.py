@@ -148,10 +148,10 @@ def test_settings_that_pages_name_exist() -> None:
             assert "unknown setting" not in str(told.value), (page.name, name)
 
 
-def test_the_table_of_wordings_is_the_measured_one() -> None:
-    page = (DOCS / "metric.md").read_text()
-    table = (ROOT / "benchmarks" / "results" / "feedback.md").read_text()
-    assert f"feedback.py -->\n{table}<!-- end -->" in page
+@pytest.mark.parametrize("page, name", [("metric.md", "feedback"), ("ten_tasks.md", "mistakes")])
+def test_a_table_is_the_measured_one(page: str, name: str) -> None:
+    table = (ROOT / "benchmarks" / "results" / f"{name}.md").read_text()
+    assert f"{name}.py -->\n{table}<!-- end -->" in (DOCS / page).read_text()
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 from run_folders import HOSTILE, write_run
 
-from fst_dspy.display import MOST_WORDS, changed_components, diff_html, show, word_diff
+from fst_dspy.display import MOST_WORDS, changed_components, diff_html, show, text_diff, word_diff
 from fst_dspy.results import plots
 from fst_dspy.rollouts.evaluate import Quadrants
 from fst_dspy.student.candidate import make_candidate
@@ -42,11 +42,11 @@ words = st.lists(st.sampled_from(["a", "visa", " ", "  ", "\n", "go", ".", "é",
 
 @given(words, words)
 @settings(max_examples=300)
-def test_a_word_diff_holds_both_texts(before, after):
-    pieces = word_diff(before, after)
-    assert "".join(t for kind, t in pieces if kind != "added") == before
-    assert "".join(t for kind, t in pieces if kind != "removed") == after
-    assert all(text for _, text in pieces)
+def test_a_diff_holds_both_texts(before, after):
+    for pieces in (word_diff(before, after), text_diff(before, after)):
+        assert "".join(t for kind, t in pieces if kind != "added") == before
+        assert "".join(t for kind, t in pieces if kind != "removed") == after
+        assert all(text for _, text in pieces)
     assert visible(diff_html(before, before)) == before
 
 
@@ -55,6 +55,21 @@ def test_a_rewritten_phrase_is_one_change():
         ("removed", "Route the"),
         ("added", "Send each"),
         ("same", " ticket."),
+    ]
+
+
+def test_words_are_compared_within_a_line_and_what_became_of_it():
+    before = "Route it.\nvisa tickets go to amber.\nBe brief."
+    after = "Route it.\nrefund tickets go to jade.\nvisa tickets go to coral.\nAnswer in one word."
+    assert text_diff(before, after) == [
+        ("same", "Route it.\n"),
+        ("added", "refund tickets go to jade.\n"),
+        ("same", "visa tickets go to "),
+        ("removed", "amber"),
+        ("added", "coral"),
+        ("same", ".\n"),
+        ("removed", "Be brief."),
+        ("added", "Answer in one word."),
     ]
 
 

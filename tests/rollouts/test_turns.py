@@ -38,11 +38,10 @@ def lm(tiny_qwen3):
     return fst_dspy.LocalLM(str(tiny_qwen3))
 
 
-def run(lm, program, examples, adapter):
+def run(lm, program, examples, adapter, **sampling):
     with dspy.context(lm=lm, adapter=adapter):
-        runner = RolloutRunner(
-            program, fst_dspy.env_reward, lm, SamplingConfig(max_tokens=3), seed=0
-        )
+        config = SamplingConfig(max_tokens=3, **sampling)
+        runner = RolloutRunner(program, fst_dspy.env_reward, lm, config, seed=0)
         jobs = [RolloutJob(example, seed_candidate(program)) for example in examples]
         return runner, runner.run(jobs, channel="slow", salt=0)
 
@@ -71,6 +70,24 @@ def test_an_environment_that_fails_takes_nobody_along(lm, harm):
     assert (fine.reward, also.reward) == (1.0, 1.0)
     assert raised.failure is None
     assert "ValueError: stuck" in raised.feedback
+
+
+@pytest.mark.parametrize(
+    ("harm", "kind"), [("hang", "timeout"), ("offline", "infrastructure"), ("slow", None)]
+)
+def test_nor_does_one_in_a_thread(lm, harm, kind):
+    examples = [dspy.Example(harm=each).with_inputs("harm") for each in (harm, "no", "raise", "no")]
+    program = fst_dspy.env(Fragile, max_turns=1)
+    runner, rollouts = run(lm, program, examples, Push(), rollout_timeout=3.0)
+    first, fine, raised, also = rollouts
+    assert (first.failure.kind if first.failure else None) == kind
+    assert (fine.reward, also.reward) == (1.0, 1.0)
+    assert "ValueError: stuck" in raised.feedback
+    assert runner.counts.slow == 4
+    assert runner.turns.errors == 1
+    if kind is None:
+        assert (first.reward, first.turns[0].status) == (1.0, "ok")
+        assert first.turns[0].seconds >= 1.0
 
 
 def test_turns_are_read_back_from_a_run_folder(lm):

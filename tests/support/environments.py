@@ -45,6 +45,8 @@ class Fragile:
             os._exit(3)
         if self.harm == "hang":
             time.sleep(3600)
+        if self.harm == "slow":
+            time.sleep(1.0)
         if self.harm == "print":
             print("noise on the standard output", flush=True)
         if self.harm == "raise":

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import random
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
+
+import dspy
 
 from fst_dspy.config import FSTConfig
+from fst_dspy.fast.judge import Verdict
+from fst_dspy.files import read_jsonl
 from fst_dspy.loop.folder import RunFolder
 from fst_dspy.results.result import Best, FSTResult
 from fst_dspy.student.candidate import make_candidate
@@ -42,6 +49,9 @@ def write_run(
 ) -> FSTResult:
     """Write a run of ``steps * per_step`` rollouts in groups of 8, 4 candidates a population.
 
+    A proposal a cycle is rejected, with hostile HTML in its text. The validation examples are
+    answered by the student and by each cycle's best.
+
     About one rollout in eight does not parse, one in twenty is cut off, and one completion in
     fifty is hostile HTML; the reward of the others rises from step to step.
     """
@@ -65,7 +75,8 @@ def write_run(
     for cycle in range(cycles + 1):
         rewards: list[float] = []
         if cycle:
-            population = _evolve(population, cycle, rng)
+            before, population = population, _evolve(population, cycle, rng)
+            run.record_verdicts(_verdicts(before, population, cycle), step)
             counts = counts.plus(RolloutCounts(fast=40, reused=5))
             for _ in range(steps // cycles):
                 step += 1
@@ -94,6 +105,8 @@ def write_run(
         if best is None or records[-1].val_score >= best.score:
             top = next(c for c in population.candidates if c.id == records[-1].best_candidate_id)
             best = Best(f"synthetic@{cycle:012}", top, records[-1].val_score, cycle)
+            answers = _answers(population, top, step, rng)
+            run.record_answers(answers, cycle, step, None if cycle else _examples())
     assert best is not None
     result = FSTResult(
         arm=arm,
@@ -132,6 +145,52 @@ def _evolve(population: Population, cycle: int, rng: random.Random) -> Populatio
         )
         new.append(make_candidate(texts, [parent.id], cycle, "instructions"))
     return replace(population, candidates=(*kept, *new), score_K_V=())
+
+
+def _verdicts(before: Population, after: Population, cycle: int) -> list[Verdict]:
+    """The two new candidates were accepted, a third one was not."""
+    known = {c.id: c for c in (*before.candidates, *after.candidates)}
+    verdicts = []
+    for n, child in enumerate(c for c in after.candidates if c not in before.candidates):
+        changed = {"route.instructions": child.components["route.instructions"]}
+        assert child.parent_ids[0] in known
+        verdicts.append(
+            Verdict(child, 3 * cycle - 2 + n, True, "scores 3", (0.0, 1.0), (1.0, 1.0), changed)
+        )
+    parent = after.candidates[-1]
+    changed = {"route.instructions": f"Guess. {HOSTILE} {cycle}"}
+    child = make_candidate({**parent.components, **changed}, [parent.id], cycle, "instructions")
+    why = f"scores 0, its parent 1 {HOSTILE}"
+    verdicts.append(Verdict(child, 3 * cycle, False, why, (1.0, 0.0), (0.0, 0.0), changed))
+    return verdicts
+
+
+def _examples() -> list[dspy.Example]:
+    return [
+        dspy.Example(
+            ticket=f"My {TOPICS[v % 8]}, number {v}. {HOSTILE}", queue=QUEUES[v % 8]
+        ).with_inputs("ticket")
+        for v in range(VAL)
+    ]
+
+
+def _answers(
+    population: Population, candidate: Candidate, step: int, rng: random.Random
+) -> list[Rollout]:
+    """A candidate's answers to the validation examples, which agree with its scores."""
+    k = population.candidates.index(candidate)
+    rollouts = []
+    for v, score in enumerate(population.score_K_V[k]):
+        queue = QUEUES[v % 8] if score else "amber"
+        outputs = (
+            {"reasoning": f"I think {HOSTILE}", "queue": queue} if rng.random() < 0.9 else None
+        )
+        trace = PredictorTrace("route", {"ticket": "…"}, outputs, f"{queue}, I think. {HOSTILE}")
+        told = f"{'Right' if score else 'Wrong'}: it goes to {QUEUES[v % 8]}. {HOSTILE}"
+        failure = None if outputs else Failure("parse", "No field queue.")
+        own = (f"v{v:03}", candidate.id, (), (trace,), score, told, failure, step)
+        rollouts.append(Rollout(*own))
+    return rollouts
 
 
 def _score(population: Population, step: int, skill: float, rng: random.Random) -> Population:
@@ -241,3 +300,9 @@ def fake_prompt(ids_T) -> str:
         f"Ticket {ids_T[-1]} of the batch.\n\nRespond with the corresponding output fields."
         "<|assistant|>"
     )
+
+
+def change_rows(folder: Path, name: str, change: Callable[[dict[str, Any]], Mapping[str, Any]]):
+    """Change every row of a log: each with what ``change`` gives for it."""
+    rows = [{**row, **change(row)} for row in read_jsonl(folder / name)]
+    (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -16,7 +16,7 @@ from typing import Any
 import dspy
 
 from fst_dspy.fast.proposers.protocol import ProposalError
-from fst_dspy.student.candidate import INSTRUCTIONS, split_component
+from fst_dspy.student.candidate import texts_in
 
 RUN = 50
 """Characters of a training example, in a row, that an instruction may not hold."""
@@ -53,9 +53,8 @@ class CopyGuard:
         Raises:
             ProposalError: An instruction is a copy, of kind ``"copied_example"``.
         """
-        for name, text in changed.items():
-            if split_component(name)[1] != INSTRUCTIONS:
-                continue
+        for name in texts_in(changed):
+            text = changed[name]
             run = self.copied(text, components.get(name, ""))
             if run is not None:
                 raise ProposalError(

@@ -22,7 +22,7 @@ import dspy
 from fst_dspy.fast.proposers.copying import CopyGuard
 from fst_dspy.fast.proposers.labels import Rule, read_rules
 from fst_dspy.fast.proposers.protocol import Findings, Record, well_formed
-from fst_dspy.student.candidate import INSTRUCTIONS, split_component
+from fst_dspy.student.candidate import texts_in, tool_in
 
 MARKER = re.compile(r"\b(?:lesson|rule|hint|note|remember|tip)s?\s*:\s*", re.IGNORECASE)
 BULLET = re.compile(r"^\s*(?:[-*•]|\d+[.)])\s+")
@@ -148,11 +148,7 @@ class LessonProposer:
         """The instructions with all lessons known by now; see ``proposers.Proposer``."""
         for name in names:
             self.observe(name, records[name])
-        return {
-            name: self._rewrite(name, components[name])
-            for name in names
-            if split_component(name)[1] == INSTRUCTIONS
-        }
+        return {name: self._rewrite(name, components[name]) for name in texts_in(names)}
 
     def observe(self, component: str, records: Sequence[Record]) -> None:
         """Remember the lessons of some rollouts; to see the same ones again changes nothing."""
@@ -315,6 +311,10 @@ class LessonProposer:
 
     def _rewrite(self, component: str, instruction: str) -> str:
         memory, rules = self._memory.get(component, {}), self.rules(component)
+        tool = tool_in(component)
+        if tool is not None:  # all others stand in the instructions, once
+            memory = {key: le for key, le in memory.items() if f" {key_of(tool)} " in f" {key} "}
+            rules = []
         live = {key: lesson for key, lesson in memory.items() if lesson.usable}
         if self.guard is not None:  # else no proposal with such a lesson in it would pass
             live = {k: v for k, v in live.items() if not self.guard.copied(v.text, instruction)}

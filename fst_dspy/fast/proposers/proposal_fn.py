@@ -18,8 +18,8 @@ from fst_dspy.fast.proposers.protocol import TRAJECTORY, Record
 from fst_dspy.student.candidate import (
     INSTRUCTIONS,
     component_name,
-    instructions_in,
     split_component,
+    texts_in,
 )
 
 ARGUMENTS = ("candidate", "reflective_dataset", "components_to_update")
@@ -56,14 +56,14 @@ class ProposalFnProposer:
         Raises:
             TypeError: It returned no texts by component.
         """
-        wanted = [split_component(name)[0] for name in instructions_in(names)]
-        candidate = {split_component(n)[0]: components[n] for n in instructions_in(components)}
+        wanted = [_short(name) for name in texts_in(names)]
+        candidate = {_short(name): components[name] for name in texts_in(components)}
         dataset = {
-            name: [
+            _short(name): [
                 {key: record[key] for key in RECORD_KEYS if key in record}
-                for record in records[component_name(name, INSTRUCTIONS)]
+                for record in records[name]
             ]
-            for name in wanted
+            for name in texts_in(names)
         }
         context = dspy.context(lm=self.lm) if self.lm is not None else contextlib.nullcontext()
         with context:
@@ -72,6 +72,12 @@ class ProposalFnProposer:
             name if name in components else component_name(name, INSTRUCTIONS): text
             for name, text in texts.items()
         }
+
+
+def _short(component: str) -> str:
+    """An instruction's component goes by its predictor's name, as in dspy.GEPA."""
+    predictor, kind = split_component(component)
+    return predictor if kind == INSTRUCTIONS else component
 
 
 def is_proposal_fn(function: Any) -> bool:

@@ -34,7 +34,7 @@ from fst_dspy.fast.proposers.protocol import (
     StudiesExamples,
     well_formed,
 )
-from fst_dspy.student.candidate import INSTRUCTIONS, split_component
+from fst_dspy.student.candidate import split_component, texts_in, tool_in
 
 logger = logging.getLogger(__name__)
 
@@ -122,6 +122,7 @@ class ReflectionLMProposer:
         self.pause = pause
         self.usage = ReflectionUsage()
         self._faults: Counter[str] = Counter()
+        self._told: set[str] = set()
         self._lock = threading.RLock()
         self.template = template
 
@@ -136,7 +137,7 @@ class ReflectionLMProposer:
         Raises:
             ProposalError: The LM gave nothing usable, and there is no ``fallback``.
         """
-        names = [name for name in names if split_component(name)[1] == INSTRUCTIONS]
+        names = texts_in(names)
         self.observe_all(records)
 
         def one(name: str) -> str:
@@ -193,7 +194,13 @@ class ReflectionLMProposer:
                     raise
                 self._count(error.kind)
                 words = visible(str(error))
-                logger.info("no usable reflection on %s (%s): %s", name, error.kind, words)
+                level = logging.INFO if error.kind in self._told else logging.WARNING
+                self._told.add(error.kind)
+                logger.log(
+                    level,
+                    "no usable reflection on %s (%s): %s; the lessons in the feedback stand in",
+                    *(name, error.kind, words),
+                )
         elif self.fallback is None:
             raise ProposalError(
                 "stopped", f"the reflection LM is no longer asked: {self.usage.stopped}"
@@ -208,6 +215,15 @@ class ReflectionLMProposer:
         if isinstance(own, Mapping):
             own = own.get(name, own.get(split_component(name)[0]))
         words = max(1, self.instruction_tokens * 2 // 3)  # English: about 1.5 tokens a word
+        tool = tool_in(name)
+        if tool is not None:
+            return (
+                f"{own or InstructionProposalSignature.default_prompt_template}\n\n"
+                "What is to be written is not the instruction itself but the description of the "
+                f"tool {tool!r}, by which the assistant chooses and calls it. Say what it does, "
+                "when it is of use and when not; lines at the end may describe an argument each, "
+                f"as 'argument: what it is'. It must not be longer than {words} words."
+            )
         return (
             f"{own or InstructionProposalSignature.default_prompt_template}\n\n"
             f"The new instruction must not be longer than {words} words, and must still name every "

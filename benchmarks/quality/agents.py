@@ -1,0 +1,228 @@
+"""The arms on programs that act: success against environment steps, which all arms have as many of.
+
+    python benchmarks/quality/agents.py                              # all of it; ``make agents``
+    python benchmarks/quality/agents.py --limit 1                    # the next job
+    python benchmarks/quality/agents.py --draw-only
+
+A job is a program, an arm and a seed. Its budget is ``ENV_STEPS`` calls of the environment over all
+channels, training, validation and prompts' trials alike, and ``ROLLOUTS`` episodes, for a model
+whose actions are no actions takes no steps. Started again, what has run is not run again, and what
+was stopped goes on. The stores are ``runs/agents/PROGRAM``; the tables and the figure go to
+``benchmarks/results/agents``. ``dspy.GRPO`` on the same programs: ``benchmarks/quality/dspy_grpo.py
+--programs frozen_lake,gridworld``; what it has written is in the table, too.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Annotated, Any
+
+import typer
+
+from fst_dspy.cli.options import parse_settings
+from fst_dspy.experiments import ExperimentStore, Plan, Run, load_runs, run_jobs, write_results
+from fst_dspy.experiments.findings.tables import Table, interval_text
+from fst_dspy.experiments.runs import by_label, scores_by_seed
+from fst_dspy.files import write_atomically
+from fst_dspy.measures import mean_interval, paired_difference
+from fst_dspy.results.notebook_figure import NotebookFigure
+
+STORES = Path("runs/agents")
+RESULTS = Path(__file__).parent.parent / "results" / "agents"
+ARMS = "fst,rl_only,gepa_only,sequential"
+PROGRAMS = ("frozen_lake", "gridworld:max_turns=16")
+ENV_STEPS: Mapping[str, int] = {"frozen_lake": 1_800, "gridworld:max_turns=16": 2_400}
+ROLLOUTS = 600
+SETTINGS: Mapping[str, Any] = {
+    "max_tokens": 24,
+    "val_size": 16,
+    "group_size": 8,
+    "problems_per_step": 4,
+    "steps_per_cycle": 2,
+    "first_cycle_iterations": 3,
+    "cycle_iterations": 1,
+    "minibatch_size": 8,
+}
+"""Small, for forty jobs are to take an hour of one core: a call takes 20 to 40 ms."""
+COLOURS = {"fst": "C0", "gepa_only": "C1", "rl_only": "C3", "sequential": "C4"}
+HEADS = (
+    "program",
+    "arm",
+    "seeds",
+    "success before",
+    "success after",
+    "fst minus it",
+    "turns",
+    "invalid",
+    "steps",
+    "episodes",
+    "seconds",
+)
+NOTE = (
+    "Success: mean reward of held-out episodes, each played twice, of the model and prompt as they "
+    "came (played once) and of the best pair, with 95 % intervals over seeds. fst minus it: paired "
+    "by seed. Turns and invalid: of an episode, and the share whose action was none, in the last "
+    "cycle. Steps: calls of environments, of all channels; episodes likewise. Seconds: without the "
+    "test. dspy.GRPO counts its training's episodes only, and none of its steps."
+)
+
+
+def make_plan(
+    program: str, env_steps: int, seeds: int, settings: Sequence[str], test_size: int = 24
+) -> Plan:
+    """The common footing of a program's jobs."""
+    return Plan(
+        program=program,
+        rollouts=ROLLOUTS,
+        seeds=seeds,
+        settings={**SETTINGS, "max_env_steps": env_steps, **parse_settings(settings)},
+        samples=2,
+        test_size=test_size,
+    )
+
+
+def run(
+    store: ExperimentStore, plan: Plan, arms: Sequence[str], workers: int, limit: int
+) -> tuple[int, list[str]]:
+    """Run what has not run yet of a program, ``limit`` jobs at most.
+
+    Returns:
+        How many it tried, and the names of those that failed.
+    """
+    with store.locked():
+        store.begin("compare")
+        jobs = [job for arm in arms for job in plan.jobs(arm, arm) if not store.is_done(job.name)]
+        # Seed by seed: a store that is looked at early compares whole seeds.
+        jobs = sorted(jobs, key=lambda job: job.seed)[:limit]
+        return len(jobs), run_jobs(store, jobs, workers=workers)
+
+
+def table(found: Mapping[str, Sequence[Run]], others: Sequence[Mapping[str, Any]] = ()) -> Table:
+    """A line an arm of each program.
+
+    Args:
+        found: Runs by program.
+        others: Runs of ``dspy.GRPO``, as ``benchmarks/quality/dspy_grpo.py`` writes them.
+    """
+    rows = []
+    for program, runs in found.items():
+        groups = by_label(runs)
+        ours = scores_by_seed(groups.get("fst", ()))
+        for label, group in groups.items():
+            scores = scores_by_seed(group)
+            last = [one.records[-1].turns for one in group]
+            first = [one.records[-2].turns if len(one.records) > 1 else None for one in group]
+            turns, episodes, invalid = _last_cycle(group, last, first)
+            against = "—" if label == "fst" or len(ours.keys() & scores.keys()) < 2 else (
+                interval_text(paired_difference(ours, scores).difference)
+            )  # fmt: skip
+            rows.append(
+                (
+                    program,
+                    label,
+                    str(len(group)),
+                    interval_text(mean_interval([one.quadrant("base_original") for one in group])),
+                    interval_text(mean_interval(list(scores.values()))),
+                    against,
+                    f"{turns / episodes:.1f}" if episodes else "—",
+                    f"{invalid / turns:.3f}" if turns else "—",
+                    f"{fmean(one.steps for one in last):.0f}",
+                    f"{fmean(one.outcome.rollouts.total for one in group):.0f}",
+                    f"{fmean(one.train_seconds for one in group):.0f}",
+                )
+            )
+        rows += _grpo_rows(program, others)
+    return Table("Agents on equal environment steps", HEADS, tuple(rows), NOTE)
+
+
+def _last_cycle(group: Sequence[Run], last: Sequence[Any], first: Sequence[Any]) -> tuple[int, ...]:
+    turns = sum(a.turns - (b.turns if b else 0) for a, b in zip(last, first, strict=True))
+    invalid = sum(a.invalid - (b.invalid if b else 0) for a, b in zip(last, first, strict=True))
+    return turns, sum(one.records[-1].rollouts.total for one in group), invalid
+
+
+def _grpo_rows(program: str, others: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
+    own = [
+        one
+        for one in others
+        if (one["program"], one["arm"]) == (program.partition(":")[0], "dspy.GRPO")
+    ]
+    if not own:
+        return []
+    before = mean_interval([one["test_before"] / 100 for one in own])
+    after = mean_interval([one["test"] / 100 for one in own])
+    episodes = fmean(sum(step["rollouts"] for step in one["steps"]) for one in own)
+    cells = ("—", "—", "—", "—", f"{episodes:.0f}", f"{fmean(one['seconds'] for one in own):.0f}")
+    texts = (interval_text(before), interval_text(after))
+    return [(program, "dspy.GRPO", str(len(own)), *texts, *cells)]
+
+
+def draw(found: Mapping[str, Sequence[Run]]) -> NotebookFigure:
+    """Success on the validation set against environment steps; a panel a program."""
+    figure = NotebookFigure(figsize=(4.2 * len(found), 3.6), layout="constrained")
+    panels = figure.subplots(1, len(found), sharey=True, squeeze=False)[0]
+    for axes, (program, runs) in zip(panels, found.items(), strict=True):
+        for label, group in by_label(runs).items():
+            for number, one in enumerate(group):
+                axes.plot(
+                    [record.turns.steps for record in one.records],
+                    [record.val_score for record in one.records],
+                    ".-",
+                    color=COLOURS.get(label, "C7"),
+                    label=label if number == 0 else None,
+                    alpha=0.6,
+                    markersize=4,
+                )
+        axes.set(title=program, xlabel="environment steps, all channels", ylim=(-0.02, 1.02))
+        axes.grid(alpha=0.25)
+    panels[0].set(ylabel="success, validation")
+    panels[0].legend(frameon=False, fontsize=9)
+    return figure
+
+
+def main(
+    programs: Annotated[str, typer.Option(help="Comma-separated.")] = ",".join(PROGRAMS),
+    arms: Annotated[str, typer.Option(help="Comma-separated.")] = ARMS,
+    seeds: Annotated[int, typer.Option(min=1)] = 5,
+    workers: Annotated[int, typer.Option(min=1)] = 2,
+    env_steps: Annotated[
+        int | None, typer.Option(min=1, help="Budget of a job; by default the program's.")
+    ] = None,
+    test_size: Annotated[int, typer.Option(min=1, help="Episodes, each played twice.")] = 24,
+    limit: Annotated[int, typer.Option(min=1, help="Jobs that this call runs at most.")] = 10**6,
+    setting: Annotated[list[str], typer.Option(help="name=value, for FST.")] = [],  # noqa: B006
+    draw_only: bool = False,
+    stores: Annotated[Path, typer.Option(help="Where the jobs are kept.")] = STORES,
+    results: Annotated[Path, typer.Option(help="Where the tables go.")] = RESULTS,
+) -> None:
+    """Run the jobs that have not run yet, and write what all of them have found."""
+    left, failed = limit, []
+    found: dict[str, list[Run]] = {}
+    for program in programs.split(","):
+        name = program.partition(":")[0]
+        store = ExperimentStore(stores / name)
+        if left and not draw_only:
+            steps = env_steps or ENV_STEPS[program]
+            plan = make_plan(program, steps, seeds, setting, test_size)
+            tried, wrong = run(store, plan, arms.split(","), workers, left)
+            left -= tried
+            failed += wrong
+        if runs := load_runs(store):
+            found[program] = runs
+            write_results(store.folder, results / name)
+    if found:
+        grpo = results / "dspy_grpo.json"
+        others = json.loads(grpo.read_text())["runs"] if grpo.is_file() else []
+        text = table(found, others).markdown()
+        write_atomically(results / "agents.md", lambda file: file.write(text.encode()))
+        draw(found).savefig(results / "agents.png", dpi=130)
+        typer.echo(text)
+    if failed:
+        raise typer.Exit(1)
+
+
+if __name__ == "__main__":
+    typer.run(main)

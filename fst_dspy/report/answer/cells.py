@@ -1,0 +1,128 @@
+"""The four scores that tell prompts and weights apart, as far as a run folder has them.
+
+Test scores come from ``quadrants.json``. Without it, the validation scores of the run give some of
+the cells: the student as it came always, the chosen pair always, the other two where the population
+was validated with the texts and weights in question. A cell that was not measured stays empty.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from fst_dspy.report import data
+from fst_dspy.report.answer.intervals import Estimate, gain_of, mean_of
+from fst_dspy.report.data import Run
+
+CELLS = ("base_original", "base_evolved", "trained_original", "trained_evolved")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A score under one pair of weights and prompt.
+
+    Attributes:
+        mean: Over the examples.
+        scores: By example, in an order that the cells of an answer share; empty where only the mean
+            is known.
+    """
+
+    mean: float
+    scores: tuple[float, ...] = ()
+
+    @property
+    def estimate(self) -> Estimate | None:
+        """The mean with its interval; ``None`` without the examples' scores."""
+        return mean_of(self.scores) if self.scores else None
+
+
+@dataclass(frozen=True)
+class Cells:
+    """What is known of the four.
+
+    Attributes:
+        tested: Whether the examples are of a test set; else they are the validation examples, on
+            which the best pair was chosen.
+        examples: How many.
+        trained: Whether the chosen weights are others than those the run began with.
+        evolved: Whether the chosen prompt is another than the student's own.
+        cells: By name, of ``CELLS``; a name that is not there was not measured.
+        cycle: The cycle of the chosen pair.
+    """
+
+    tested: bool
+    examples: int
+    trained: bool
+    evolved: bool
+    cells: Mapping[str, Cell]
+    cycle: int
+
+    def gain(self, before: str, after: str) -> Estimate | None:
+        """What the way from one cell to another brought, over the same examples."""
+        one, other = self.cells.get(before), self.cells.get(after)
+        if one is None or other is None:
+            return None
+        if one.scores and other.scores:
+            return gain_of(one.scores, other.scores)
+        return Estimate(other.mean - one.mean, None, None, self.examples, "")
+
+
+def cells_of(run: Run) -> Cells | None:
+    """The four scores of a run; ``None`` before its first validation."""
+    best = data.best_cycle(run)
+    if best is None:
+        return None
+    trained, evolved = best["step"] > 0, data.chosen_id(run) != data.seed_id(run)
+    names = [
+        name
+        for name in CELLS
+        if (trained or name.startswith("base")) and (evolved or name.endswith("original"))
+    ]
+    if run.quadrants:
+        kept = run.quadrants.get("scores", {})
+        cells = {name: Cell(run.quadrants[name], tuple(kept.get(name, ()))) for name in names}
+        return Cells(True, run.quadrants["examples"], trained, evolved, cells, best["cycle"])
+    found = {name: _validated(run, best, name, own=name == names[-1]) for name in names}
+    cells = {name: cell for name, cell in found.items() if cell is not None}
+    examples = len(run.config["val_ids"])
+    return Cells(False, examples, trained, evolved, cells, best["cycle"])
+
+
+def _validated(run: Run, best: Mapping[str, Any], name: str, *, own: bool) -> Cell | None:
+    """A cell that validations of the run give; ``own`` for that of the chosen pair."""
+    candidate = data.chosen_id(run) if name.endswith("evolved") else data.seed_id(run)
+    step = 0 if name.startswith("base") else best["step"]
+    first = name == "base_original"  # as the student came, before a cold start changed anything
+    answers = {
+        row["example_id"]: row["reward"]
+        for row in run.answers
+        if row["candidate_id"] == candidate
+        and row["step"] == step
+        and row["cycle"] <= best["cycle"]
+        and ("inputs" in row or not first)
+    }
+    scores = _in_order(run, answers) or _of_populations(run, candidate, step)
+    recorded = run.cycles[0]["val_score"] if first else best["val_score"] if own else None
+    mean = sum(scores) / len(scores) if scores else None
+    if mean is not None and (first or recorded is None or abs(mean - recorded) < 1e-9):
+        return Cell(mean, scores)
+    return None if recorded is None else Cell(recorded)
+
+
+def _of_populations(run: Run, candidate: str | None, step: int) -> tuple[float, ...]:
+    """The latest scores of a candidate where the population was validated after so many steps."""
+    cycles = {cycle["cycle"] for cycle in run.cycles if cycle["step"] == step}
+    for row in reversed(run.populations):
+        ids = [one["id"] for one in row["candidates"]]
+        if row["cycle"] in cycles and candidate in ids and row["score_K_V"]:
+            score_V = row["score_K_V"][ids.index(candidate)]
+            if found := _in_order(run, dict(zip(row["val_ids"], score_V, strict=True))):
+                return found
+    return ()
+
+
+def _in_order(run: Run, score_by_id: Mapping[str, float]) -> tuple[float, ...]:
+    """Scores of all validation examples; none where one is missing, as of training problems."""
+    ids = run.config["val_ids"]
+    return tuple(score_by_id[name] for name in ids) if score_by_id.keys() >= set(ids) else ()

@@ -1,0 +1,220 @@
+"""Environments as people write them for TRL, of every kind: they run, or a word says why not."""
+
+from __future__ import annotations
+
+import enum
+from typing import Literal, Optional
+
+import dspy
+import numpy as np
+import pydantic
+import pytest
+from dspy.utils import DummyLM
+
+import fst_dspy
+from fst_dspy.agents import contract
+from fst_dspy.errors import ProgramError
+
+
+class Colour(enum.Enum):
+    RED = "red"
+    BLUE = "blue"
+
+
+class Point(pydantic.BaseModel):
+    x: int
+    colour: Colour
+
+
+class Base:
+    def reset(self, **fields):
+        self.seen, self.done, self.reward = [], False, 0.0
+
+    def paint(self, colour: Colour, at: Point, sizes: list[int], note: Optional[str] = None):  # noqa: UP045
+        """Paint."""
+        self.seen.append((colour, at.x, at.colour, sizes, note))
+        return {"painted": colour.value}
+
+    async def wait(self, how: Literal["long", "short"]) -> int:
+        """Wait."""
+        return len(how)
+
+    @staticmethod
+    def rules() -> str:
+        """Read the rules."""
+        return "no running"
+
+    @classmethod
+    def made(cls):
+        raise AssertionError("TRL does not call it, nor do we")
+
+    def _private(self):
+        raise AssertionError
+
+    @property
+    def costly(self):
+        raise AssertionError
+
+
+class Child(Base):
+    def wait(self, how: str) -> str:
+        """Wait otherwise."""
+        self.done = True
+        return f"waited {how}"
+
+
+def played(factory, actions, signature="observation -> action", **fields):
+    program = fst_dspy.env(factory, signature, max_turns=len(actions))
+    lm = DummyLM([{"action": action} for action in actions])
+    with dspy.context(lm=lm, adapter=dspy.ChatAdapter()):
+        pred = program(**fields)
+    return pred, "\n".join(m["content"] for call in lm.history for m in call["messages"])
+
+
+def test_typed_arguments_are_told_and_taken():
+    paint = "paint('red', {'x': 1, 'colour': 'blue'}, ['3'])"
+    pred, shown = played(Base, [paint, "wait('long')", "rules()", "paint('green', {}, [])"])
+    assert [turn.status for turn in pred.turns] == ["ok", "ok", "ok", "invalid"]
+    assert [turn.result for turn in pred.turns[:3]] == ["{'painted': 'red'}", "4", "no running"]
+    assert "paint(colour: one of 'red', 'blue', at: {'x': int, 'colour': one of" in shown
+    assert "'red' or 'blue'" in pred.turns[3].result
+
+
+def test_of_an_inherited_method_that_is_the_childs():
+    pred, shown = played(Child, ["wait(how='on')"])
+    assert (pred.done, pred.turns[0].result) == (True, "waited on")
+    assert "Wait otherwise." in shown and "made" not in shown and "_private" not in shown
+
+
+@pytest.mark.parametrize(
+    ("begins", "seen"),
+    [
+        (None, ""),
+        ("a hall", "a hall"),
+        ([{"type": "text", "text": "a"}, {"type": "image", "image": 1}], "a\n[image: not shown]"),
+        ({"place": "hall"}, "{'place': 'hall'}"),
+        ([], "[]"),
+        (np.zeros(3), "[0. 0. 0.]"),
+    ],
+)
+def test_reset_may_return_anything_in_words(begins, seen):
+    class Begins(Base):
+        async def reset(self):
+            return begins
+
+    pred, _ = played(Begins, ["rules()"], unknown="of no interest to it")
+    assert pred.turns[0].observation == seen
+
+
+@pytest.mark.parametrize(
+    "begins",
+    [[{"type": "image", "image": 1}], np.zeros((64, 64, 3)), pytest.param("PIL", id="PIL")],
+)
+def test_pictures_are_refused_with_a_word(begins):
+    if isinstance(begins, str):
+        begins = pytest.importorskip("PIL.Image").new("RGB", (4, 4))
+
+    class Begins(Base):
+        def reset(self):
+            return begins
+
+    with pytest.raises(ProgramError, match="pictures cannot be shown to the model yet"):
+        played(Begins, ["rules()"])
+
+
+def test_a_gymnasium_of_pixels_is_refused_when_it_is_made():
+    gymnasium = pytest.importorskip("gymnasium")
+
+    class Pixels(gymnasium.Wrapper):
+        observation_space = gymnasium.spaces.Box(0, 255, (64, 64, 3), np.uint8)
+
+    with pytest.raises(ProgramError, match=r"observation of \(64, 64, 3\).*describe="):
+        fst_dspy.env(fst_dspy.gym_factory("FrozenLake-v1", wrap=Pixels))
+    told = fst_dspy.gym_factory("FrozenLake-v1", wrap=Pixels, describe=lambda seen, env: "ice")
+    assert fst_dspy.env(told) is not None
+
+
+def rewarded(**members):
+    return type("Rewarded", (Base,), members)
+
+
+@pytest.mark.parametrize(
+    ("kind", "reward"),
+    [
+        (rewarded(reset=lambda self: setattr(self, "reward", 0.5)), 0.5),
+        (rewarded(reset=lambda self: None, reward=property(lambda self: 0.25)), 0.25),
+        (rewarded(reset=lambda self: None, reward=lambda self: 1), 1.0),
+        (rewarded(reset=lambda self: None, get_reward=lambda self: 2, reward=0.5), 2.0),
+        (rewarded(reset=lambda self: None), None),
+    ],
+)
+def test_a_reward_may_be_an_attribute_a_property_or_a_method(kind, reward):
+    assert "reward" not in contract.tools_of(kind())
+    pred, _ = played(kind, ["rules()"])
+    assert pred.reward == reward
+
+
+def test_done_and_feedback_that_are_methods_are_tools():
+    class Says(Base):
+        def done(self) -> str:
+            """Say that it is done."""
+            return "well"
+
+        def feedback(self) -> str:
+            """Give feedback."""
+            return "thanks"
+
+        def reset(self): ...
+
+    pred, _ = played(Says, ["done()", "feedback()"])
+    assert [turn.result for turn in pred.turns] == ["well", "thanks"]
+    assert (pred.done, pred.feedback) == (False, "")
+    pred = fst_dspy.env(Says, max_turns=1, processes=True)
+    with dspy.context(lm=DummyLM([{"action": "done()"}]), adapter=dspy.ChatAdapter()):
+        assert pred().turns[0].result == "well"
+
+
+def broken_by(**members):
+    return type("Broken", (), {"reset": lambda self, **fields: None, **members})
+
+
+def fails(self):
+    raise OSError("no licence")
+
+
+def unwritable(self, x: np.ndarray): ...
+
+
+def unnamed(self, x, /): ...
+
+
+def unreadable(self, x): ...
+
+
+unreadable.__annotations__ = {"x": "Nowhere"}
+
+
+@pytest.mark.parametrize(
+    ("factory", "said"),
+    [
+        (broken_by(__init__=fails), "cannot be made: OSError: no licence"),
+        ({"good": Base, "bad": broken_by(__init__=fails)}, "'bad' cannot be made"),
+        (broken_by(), "has no tool"),
+        (type("NoReset", (), {"act": fails}), r"has no reset\(\)"),
+        ({}, "needs a factory"),
+        (broken_by(act=unwritable), "is a numpy.ndarray, which cannot be written"),
+        (broken_by(act=unnamed), "has no name to be called by"),
+        (broken_by(act=unreadable), "cannot be read: name 'Nowhere'"),
+    ],
+)
+def test_what_cannot_be_served_is_refused_when_it_is_made(factory, said):
+    with pytest.raises(ProgramError, match=said):
+        fst_dspy.env(factory)
+
+
+def test_a_field_that_reset_needs_and_the_example_lacks_is_named():
+    class Needs(Base):
+        def reset(self, seed: int, level: int = 1): ...
+
+    with pytest.raises(ProgramError, match=r"needs 'seed', and the example has 'way'"):
+        played(Needs, ["rules()"], way="left")

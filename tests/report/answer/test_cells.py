@@ -1,0 +1,83 @@
+"""The four scores: those that a folder has, each what was measured, and no others."""
+
+import dataclasses
+import json
+
+import pytest
+from run_folders import write_run
+
+from fst_dspy.errors import StoreError
+from fst_dspy.report import data
+from fst_dspy.report.answer.answer import answer
+from fst_dspy.report.answer.cells import CELLS, cells_of
+
+MEANS = {"base_original": 0.25, "base_evolved": 0.5, "trained_original": 0.5, "trained_evolved": 1}
+SCORES = {
+    "base_original": [0, 0, 0, 1],
+    "base_evolved": [0, 0, 1, 1],
+    "trained_original": [1, 1, 0, 0],
+    "trained_evolved": [1, 1, 1, 1],
+}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    write_run(tmp_path / "run", steps=4, per_step=16, cycles=2, seed=2)
+    return tmp_path / "run"
+
+
+def with_test_scores(folder, **more):
+    text = json.dumps({**MEANS, "examples": 4, **more})
+    (folder / "quadrants.json").write_text(text)
+    return data.read_run(folder)
+
+
+def test_validations_give_the_cells_that_were_measured(folder):
+    run = data.read_run(folder)
+    found, result = cells_of(run), json.loads((folder / "result.json").read_text())
+    assert not found.tested and found.examples == 24 and found.trained and found.evolved
+    assert found.cells["base_original"].mean == run.cycles[0]["val_score"]
+    assert found.cells["trained_evolved"].mean == result["best"]["score"]
+    # The chosen prompt came with the trained weights: nothing says how it does without them.
+    assert "base_evolved" not in found.cells
+    shown = answer([run])
+    assert shown.count("not measured") >= 1 and "a little too high" in shown
+    # Without the answers, means and populations are left; still nothing is made up.
+    run = dataclasses.replace(run, answers=(), populations=())
+    found = cells_of(run)
+    assert {name: cell.scores for name, cell in found.cells.items()} == {
+        "base_original": (),
+        "trained_evolved": (),
+    }
+    assert "no interval" in answer([run])
+
+
+def test_test_scores_come_first_where_there_are_some(folder):
+    run = with_test_scores(folder, scores=SCORES)
+    found = cells_of(run)
+    assert found.tested and {name: found.cells[name].mean for name in CELLS} == MEANS
+    way = found.gain("base_original", "trained_evolved")
+    assert way.mean == 0.75 and way.low > 0
+    shown = answer([run])
+    assert "4 test examples went from <b>0.250</b> to <b>1.000</b>" in shown
+    assert "more than chance" in shown and "which may be chance" in shown
+    # Those of before had means alone.
+    old = cells_of(with_test_scores(folder))
+    assert old.gain("base_original", "base_evolved").low is None
+
+
+def test_scores_that_do_not_fit_are_refused(folder):
+    for scores in ({"base_original": [1]}, {**SCORES, "base_evolved": [1, 0]}):
+        with pytest.raises(StoreError, match="scores"):
+            with_test_scores(folder, scores=scores)
+
+
+def test_what_was_not_changed_is_said(folder):
+    run = data.read_run(folder)
+    seed = run.config["student"]
+    first = dataclasses.replace(run, cycles=run.cycles[:1], result=None, quadrants=None)
+    assert cells_of(first).cells.keys() == {"base_original"} and seed
+    shown = answer([first])
+    assert shown.startswith("<div class=answer><p class=lead>So far, nothing was learned")
+    assert "the prompt is the original" in shown and "weights are as they came" in shown
+    assert "Nothing is validated yet" in answer([dataclasses.replace(first, cycles=())])
