@@ -174,3 +174,10 @@ def test_the_loop_gives_the_rollouts_as_decided_and_goes_on_after_a_kill(
     # A run that has ended stays so, and says why.
     again = compile_tiny(tiny_qwen3, log_dir=tmp_path / "cut", **settings)[2]
     assert again.records == cut.records
+
+
+@pytest.mark.slow
+def test_prompts_that_may_not_go_on_give_way_after_the_opening(tiny_qwen3):
+    result = compile_tiny(tiny_qwen3, cycle_iterations=0, max_cycles=1, merge_iterations=0)[2]
+    assert [record.share for record in result.records] == ["", "prompts", "both"]
+    assert result.stopped is None
