@@ -154,7 +154,9 @@ def _after_prompts(history: Sequence[Evidence], perfect_score: float) -> Decisio
     if not before.alone:  # they were tried since the weights had stopped
         words = f"neither prompts nor weights pay after {last.rollouts:,} rollouts; the run ends"
         return Decision(Share(False, False), words)
-    if before.channels:
+    if not open_V:
+        words = "prompts have nothing left to gain on validation; weights since"
+    elif before.channels:
         words = f"prompts settled after {before.rollouts:,} rollouts; weights since"
     else:
         words = f"{last.rollouts - before.rollouts:,} rollouts for prompts alone did not pay"

@@ -84,6 +84,7 @@ def test_a_run_does_not_end_on_ignorance():
 def test_a_perfect_score_ends_the_run_once_enough_examples_have_it():
     once = judged(("", 5), ("prompts", V))
     assert once.share == BOTH  # prompts cannot show a gain, and one look may be luck
+    assert once.words.startswith("prompts have nothing left to gain")
     few = [("", 5), ("prompts", V), ("both", V)]
     end = judged(*few)
     assert end.over and "all 1: nothing is left to gain" in end.words
