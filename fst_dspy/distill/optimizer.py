@@ -137,7 +137,8 @@ class FSTDistill(FST):
         """
         if teacher is not None and seed_candidates is not None:
             raise ConfigError("seed_candidates are for the search for a teacher: give one of both")
-        lm = self.check(student, trainset, valset).lm
+        given = self.check(student, trainset, valset)
+        lm, trainset, valset = given.lm, given.trainset, given.valset
         tools = self.config.fast.tool_descriptions
         bare, start, search = seed_candidate(student, tools), Start(), None
         if teacher is None:

@@ -11,8 +11,10 @@ with the LM that they were compiled for. ``LocalLM`` reads the marks. Copies kee
 
 from __future__ import annotations
 
+import copy
 import inspect
-from collections.abc import Iterable, Mapping
+import types
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import dspy
@@ -44,8 +46,11 @@ def mark_compiled(
         setattr(program, COMPILED_ADAPTER, adapter)
     if not isinstance(program, dspy.Predict):
         for name in ("forward", "aforward"):
-            if hasattr(type(program), name):
-                vars(program)[name] = Entry(program, name)
+            own = vars(program).get(name)
+            if own is not None or hasattr(type(program), name):
+                vars(program)[name] = Entry(
+                    program, name, own.own if isinstance(own, Entry) else own
+                )
 
 
 def follows(predictor: dspy.Predict) -> bool:
@@ -54,27 +59,34 @@ def follows(predictor: dspy.Predict) -> bool:
 
 
 class Entry:
-    """A compiled program's ``forward``, which notes the settings' LM and runs the class's own.
+    """A compiled program's ``forward``, which notes the settings' LM and runs the program's.
 
     As an attribute of the program, whose class stays the student's.
+
+    Args:
+        program: It.
+        name: ``"forward"`` or ``"aforward"``.
+        own: What the program had as this attribute; ``None`` where it had the class's.
     """
 
-    def __init__(self, program: dspy.Module | None, name: str) -> None:
-        self.program, self.name = program, name
+    def __init__(
+        self, program: dspy.Module | None, name: str, own: Callable[..., Any] | None = None
+    ) -> None:
+        self.program, self.name, self.own = program, name, own
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         # DSPy copies attribute by attribute where a program cannot be copied whole; then it does
         # not know itself, but DSPy says which module is running.
         program = self.program if self.program is not None else dspy.settings.caller_modules[-1]
-        run = getattr(type(program), self.name)
+        run = self.own or types.MethodType(getattr(type(program), self.name), program)
         if inspect.iscoroutinefunction(run):
-            return self._awaited(run, program, *args, **kwargs)
+            return self._awaited(run, *args, **kwargs)
         with dspy.context(**{ENTERED_WITH: (dspy.settings.lm,)}):
-            return run(program, *args, **kwargs)
+            return run(*args, **kwargs)
 
-    async def _awaited(self, run: Any, program: dspy.Module, *args: Any, **kwargs: Any) -> Any:
+    async def _awaited(self, run: Any, *args: Any, **kwargs: Any) -> Any:
         with dspy.context(**{ENTERED_WITH: (dspy.settings.lm,)}):
-            return await run(program, *args, **kwargs)
+            return await run(*args, **kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Entry:
-        return Entry(memo.get(id(self.program)), self.name)
+        return Entry(memo.get(id(self.program)), self.name, copy.deepcopy(self.own, memo))

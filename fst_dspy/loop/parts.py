@@ -21,7 +21,7 @@ from fst_dspy.fast.phase import FastPhase
 from fst_dspy.fast.proposers.copying import CopyGuard
 from fst_dspy.fast.proposers.demos import DemoProposer
 from fst_dspy.fast.proposers.lessons import LessonProposer
-from fst_dspy.fast.proposers.protocol import Proposer
+from fst_dspy.fast.proposers.protocol import Proposer, well_formed
 from fst_dspy.fast.proposers.reflection import ReflectionLMProposer
 from fst_dspy.fast.trials import TrialPhase
 from fst_dspy.lm.local_lm import LocalLM
@@ -316,7 +316,7 @@ def _make_proposer(spec: RunSpec, count_tokens: Callable[[str], int]) -> Propose
 
 def count_tokens(policy: Policy, text: str) -> int:
     """Tokens of a text under the policy's tokenizer."""
-    return len(policy.tokenizer(text, add_special_tokens=False)["input_ids"])
+    return len(policy.tokenizer(well_formed(text), add_special_tokens=False)["input_ids"])
 
 
 def _open_folder(spec: RunSpec, identity: Mapping[str, Any], opened: list[RunFolder]) -> None:

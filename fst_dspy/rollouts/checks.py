@@ -66,7 +66,14 @@ def check_input(
     check_metric(metric)
     if not isinstance(student, dspy.Module):
         raise ProgramError(f"the student must be a dspy.Module, got {type(student).__name__}")
-    if not predictor_names(student):
+    try:
+        names = predictor_names(student)
+    except RecursionError:
+        raise ProgramError(
+            f"a module of {type(student).__name__} holds a module that it lies in, and DSPy cannot "
+            "list the predictors of such a program; hold that one by a weakref.ref, or a function"
+        ) from None
+    if not names:
         raise ProgramError(
             f"{type(student).__name__} has no predictors to tune; give it a dspy.Predict or "
             "dspy.ChainOfThought as an attribute"
@@ -84,7 +91,12 @@ def check_input(
 
 
 def _check_examples(name: str, examples: Sequence[dspy.Example] | None) -> list[dspy.Example]:
-    examples = list(examples or [])
+    try:
+        examples = [] if examples is None else list(examples)
+    except TypeError:
+        raise DataError(
+            f"the {name} must be a list of dspy.Example, got {type(examples).__name__}"
+        ) from None
     if not examples:
         raise DataError(f"the {name} is empty; FST needs at least one dspy.Example")
     for position, example in enumerate(examples):
@@ -95,7 +107,12 @@ def _check_examples(name: str, examples: Sequence[dspy.Example] | None) -> list[
                 f"{name}[{position}] does not say which fields are inputs; "
                 'call .with_inputs("field", ...) on it'
             )
-        example_id(example)
+        try:
+            example_id(example)
+        except RecursionError:
+            raise DataError(
+                f"{name}[{position}] holds a value that holds itself; leave that field out"
+            ) from None
     return examples
 
 
@@ -138,9 +155,9 @@ def _check_metric_on(metric: Callable[..., Any], example: dspy.Example, frontier
         return
     try:
         score = call_metric(metric, example, dspy.Prediction(**labels))
-    except MetricError:
+    except (MetricError, KeyboardInterrupt):
         raise
-    except Exception:
+    except BaseException:  # SystemExit among them, which in a rollout ends that rollout alone
         # It may need fields that only a real prediction has; then the first rollouts tell.
         logger.debug("the metric raised on an example's own labels", exc_info=True)
         return

@@ -182,7 +182,9 @@ class RolloutThread:
             self._finish(self._parse_failure(error))
         except MetricError as error:
             self.error = error.__cause__ or error
-            self._finish(self._failed("metric", str(error)))
+            # A judge that could not be reached says nothing of the answer.
+            lost = is_infrastructure(error)
+            self._finish(self._failed("infrastructure" if lost else "metric", str(error)))
         except KeyboardInterrupt as error:
             self.interrupt = error
             self._finish(self._failed("infrastructure", "interrupted"))

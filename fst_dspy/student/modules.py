@@ -15,6 +15,7 @@ All else, language models, clients, arrays and indexes, is shared.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import types
@@ -88,10 +89,11 @@ class ProgramCopier:
 
     def _module(self, module: dspy.Module, made: dict[int, Any]) -> dspy.Module:
         twin = made[id(module)] = object.__new__(type(module))
-        values = {name: self._copy(value, made) for name, value in vars(module).items()}
+        values = {name: self._copy(value, made) for name, value in _attributes(module).items()}
         # As ``deepcopy``, which leaves them out; but who listens to a program goes on listening.
         own = {"history": [], "callbacks": list(values.get("callbacks") or [])}
-        vars(twin).update(values | own)
+        for name, value in (values | own).items():
+            object.__setattr__(twin, name, value)
         return twin
 
     def _container(self, items: Any, made: dict[int, Any]) -> Any:
@@ -138,9 +140,10 @@ class ProgramCopier:
         return twin
 
     def _object(self, item: Any, made: dict[int, Any]) -> Any:
-        twin = made[id(item)] = copy.copy(item)
-        for name, value in _attributes(item).items():
-            object.__setattr__(twin, name, self._copy(value, made))  # also where it is frozen
+        twin = made[id(item)] = _empty_twin(item)
+        if twin is not item:
+            for name, value in _attributes(item).items():
+                object.__setattr__(twin, name, self._copy(value, made))  # also where it is frozen
         return twin
 
 
@@ -225,7 +228,7 @@ def _children(item: Any) -> Iterator[tuple[str, Any]]:
         held = iter([])
     elif isinstance(item, dspy.Module):
         skipped = ("history", "callbacks")
-        held = ((f".{name}", value) for name, value in vars(item).items() if name not in skipped)
+        held = ((f".{n}", value) for n, value in _attributes(item).items() if n not in skipped)
     elif isinstance(item, dict):
         held = ((f"['{key}']", value) for key, value in _short(item).items())
     elif isinstance(item, list | tuple | set | frozenset | deque):
@@ -245,6 +248,22 @@ def _children(item: Any) -> Iterator[tuple[str, Any]]:
     else:
         held = ((f".{name}", value) for name, value in _attributes(item).items())
     return ((label, value) for label, value in held if not isinstance(value, _LEAVES))
+
+
+def _empty_twin(item: Any) -> Any:
+    """Another object of the same kind, to be given its attributes; itself where there is none.
+
+    Classes may forbid copies, or be unfit for them (a ``__getattr__`` that asks
+    an attribute, a ``__getstate__`` that raises), or say that they are their own copy, as a
+    function with a cache does.
+    """
+    with contextlib.suppress(Exception):
+        if (twin := copy.copy(item)) is not item:
+            return twin
+    try:
+        return object.__new__(type(item))
+    except TypeError:  # it is not made of attributes alone
+        return item
 
 
 def _attributes(item: Any) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import contextvars
 import copy
 import datetime
 import decimal
+import functools
 import logging
 import tempfile
 import threading
@@ -199,6 +200,33 @@ class Slotted:
         self.a = dspy.Predict(DRAFT)
 
 
+class Uncopied:
+    """An object that forbids copies."""
+
+    def __init__(self, a: dspy.Module) -> None:
+        self.a, self.lock = a, threading.Lock()
+
+    def __copy__(self) -> Any:
+        raise TypeError("there is one of me")
+
+
+class Its(Uncopied):
+    """An object that is its own copy."""
+
+    def __copy__(self) -> Any:
+        return self
+
+
+class Around:
+    """A wrapper that hands everything on, also before it has what it wraps."""
+
+    def __init__(self, a: dspy.Module) -> None:
+        self.a = a
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.a, name)
+
+
 class OfItsClass(dspy.Module):
     """A predictor that all instances share."""
 
@@ -237,6 +265,13 @@ for title, make in {
         lambda p: p["x"][0], collections.OrderedDict(x=collections.deque([dspy.Predict(DRAFT)], 3))
     ),
     "in a set": lambda m: by_draft(lambda p: next(iter(p)), {dspy.Predict(DRAFT)}),
+    "in an object that forbids copies": lambda m: by_draft(
+        lambda p: p.a, Uncopied(dspy.Predict(DRAFT))
+    ),
+    "in an object that is its own copy": lambda m: by_draft(
+        lambda p: p.a, Its(dspy.Predict(DRAFT))
+    ),
+    "in a wrapper": lambda m: by_draft(lambda p: p.a, Around(dspy.Predict(DRAFT))),
     "of its class": lambda m: OfItsClass(),
 }.items():
     SHAPES[title] = (make, QUESTION)
@@ -608,6 +643,13 @@ def _(m):
     return module(lambda self, question: (self.a(question=question), 1), a=dspy.Predict(QA))
 
 
+@shape("a forward of the instance")
+def _(m):
+    program = module(lambda self, question: None, a=dspy.Predict(DRAFT), b=dspy.Predict(QA))
+    program.forward = lambda question: program.b(question=program.a(question=question).draft)
+    return program
+
+
 @shape("any arguments", question="where?", extra=[1, {"a": 2}])
 def _(m):
     return module(lambda self, **given: self.a(question=str(given)), a=dspy.Predict(QA))
@@ -700,6 +742,19 @@ def test_a_predictor_is_named_and_copied_wherever_it_lies(models: Models, name: 
     assert first.startswith("parts") and last == "b"
     assert own not in list(every_predictor(copy_program(program)).values())
     assert not own.callbacks and own.lm is None
+
+
+def test_a_function_with_a_cache_is_left_as_it_was(models: Models) -> None:
+    a = dspy.Predict(DRAFT)
+
+    @functools.lru_cache
+    def ask(question: str) -> Any:
+        return a(question=question)
+
+    inner, program = ask.__wrapped__, by_draft(lambda p: lambda question: p(question), ask)
+    with dspy.context(lm=models.local()):
+        (rollout,), _ = roll(program, {"question": "where?"})
+    assert rollout.failure is None and ask.__wrapped__ is inner
 
 
 @pytest.mark.filterwarnings("ignore")

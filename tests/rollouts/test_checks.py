@@ -3,11 +3,12 @@
 import logging
 
 import dspy
+import numpy as np
 import pytest
 from helpers import Echo, RawAdapter, questions, vowels
 
-from fst_dspy import LocalLM
-from fst_dspy.errors import DataError
+from fst_dspy import FST, FSTDistill, LocalLM
+from fst_dspy.errors import ConfigError, DataError, ProgramError
 from fst_dspy.rollouts.checks import check_input
 from fst_dspy.student.candidate import example_id
 
@@ -68,3 +69,45 @@ def test_the_same_set_for_both_is_refused_with_what_to_do(check):
             check(examples, valset)
     with pytest.raises(DataError, match="cannot be split"):
         check(questions(1) * 3)
+
+
+def test_sets_may_be_anything_that_is_gone_through(check):
+    train, val = np.empty(4, dtype=object), iter(questions(2, 4))
+    for place, example in enumerate(questions(4)):  # whole, it would be an array of field names
+        train[place] = example
+    found = check(train, val)
+    assert (len(found.trainset), len(found.valset)) == (4, 2)
+    with pytest.raises(DataError, match="Example, got int"):
+        check(3)
+    endless = dspy.Example(question="a", answer="b").with_inputs("question")
+    endless.links = {"me": endless}
+    with pytest.raises(DataError, match=r"trainset\[1\] holds a value that holds itself"):
+        check([questions(1)[0], endless])
+
+
+def test_an_iterator_of_examples_is_gone_through_once(tiny_qwen3):
+    for fst in (FST(vowels), FSTDistill(vowels)):
+        with (
+            dspy.context(lm=LocalLM(str(tiny_qwen3)), adapter=RawAdapter()),
+            pytest.raises(ConfigError, match="unheard"),
+        ):
+            seeds = [{"unheard": "Do."}]
+            fst.compile(Echo(), trainset=iter(questions(4)), seed_candidates=seeds)
+
+
+def test_a_metric_that_exits_on_labels_does_not_end_the_process(tiny_qwen3):
+    def metric(gold, pred, trace=None):
+        raise SystemExit(0)
+
+    with dspy.context(lm=LocalLM(str(tiny_qwen3)), adapter=RawAdapter()):
+        check_input(Echo(), metric, questions(4), None)
+
+
+def test_a_module_that_holds_the_one_around_it_is_refused_in_words(tiny_qwen3):
+    outer, inner = Echo(), Echo()
+    outer.inner, inner.outer = inner, outer
+    with (
+        dspy.context(lm=LocalLM(str(tiny_qwen3)), adapter=RawAdapter()),
+        pytest.raises(ProgramError, match="holds a module that it lies in"),
+    ):
+        check_input(outer, vowels, questions(4), None)

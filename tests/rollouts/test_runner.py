@@ -114,6 +114,15 @@ def test_a_metric_that_raises_and_a_program_that_raises_end_only_their_rollout(l
     assert None in kinds[0:3]
 
 
+def test_a_judge_that_cannot_be_reached_says_nothing_of_the_answer(lm):
+    def metric(gold, pred, trace=None):
+        raise ConnectionError("the judge is away")
+
+    rollouts = make_runner(lm, metric=metric).run(jobs_for(Echo()), channel="slow", salt=0)
+    scored = [r for r in rollouts if "the judge is away" in r.failure.message]
+    assert scored and all(r.failure.kind == "infrastructure" for r in scored)
+
+
 def test_a_program_that_never_calls_its_predictor_is_marked(lm):
     class Silent(Echo):
         def forward(self, question):
