@@ -39,8 +39,8 @@ class BudgetConfig:
     """When the joint loop stops: at whichever limit is reached first.
 
     Attributes:
-        max_cycles: Cycles to run, at least 1, or ``None``; the opening one, which has no optimizer
-            steps (``fst_dspy.optimizer``), does not count.
+        max_cycles: Cycles to run, at least 1, or ``None``; those of prompts alone, which have no
+            optimizer steps (``fst_dspy.optimizer``), do not count.
         max_rollouts: Rollouts to run over all channels (fast, slow and eval), or ``None``. The
             cycle under way when it is reached is finished.
         max_seconds: Wall time of the compile, or ``None``. Likewise.
@@ -48,9 +48,10 @@ class BudgetConfig:
             validation together, as ``dspy.GEPA`` counts; or ``None``. One of the two.
         max_env_steps: Tool calls of agents in their environments (``fst_dspy.env``), or ``None``.
             Likewise.
-        on_no_signal: What to do after a full cycle all of whose rollouts had the same reward, from
-            which neither channel can learn: ``"stop"`` ends the run (with an error where all of
-            them failed), ``"warn"`` says so and goes on.
+        on_no_signal: What to do where nothing is left to learn: after a full cycle all of whose
+            rollouts had the same reward, or where neither channel pays any more
+            (``fst_dspy.loop.share``). ``"stop"`` ends the run, whatever is left of its limits (with
+            an error where all rollouts failed), ``"warn"`` says so and goes on.
     """
 
     max_cycles: int | None = None

@@ -7,11 +7,15 @@ The fast phase comes first, because RL under a prompt that gives no reward damag
 Departures from the paper (Tiwari et al., 2026), section 3:
 
 * Rollouts are used twice: those of the slow phase score, feed and try the candidates of the fast
-  channel (``fst_dspy.fast.trials``). Its one fast phase with rollouts of its own is cycle 1, an
-  opening that is validated before the weights move: what prompts alone reach is known, and kept
-  should training harm it. With ``reuse=False`` it runs its own in every cycle, as in the paper;
-  then the whole population is scored on the validation examples at the end of every cycle, under
-  the weights of that moment, and the scores serve as validation and as the next Pareto front.
+  channel (``fst_dspy.fast.trials``). Fast phases with rollouts of their own are cycles by
+  themselves: the opening, and others while they pay. They are validated before the weights move:
+  what prompts alone reach is known, and kept should training harm it. With ``reuse=False`` it runs
+  its own in every cycle, as in the paper; then the whole population is scored on the validation
+  examples at the end of every cycle, under the weights of that moment, and the scores serve as
+  validation and as the next Pareto front.
+* Who has the rollouts of a cycle, prompts, weights or both, is decided by what they gained, and the
+  run ends where neither gains (``fst_dspy.loop.share``); in the paper, and with ``reuse=False``,
+  both have their share of every cycle.
 * Rollouts of both channels are counted, scoring included.
 * Fewer than K candidates are kept where the others are likely worse than the best, and win on no
   problems of their own; the pair that is returned is the latest that is not likely worse than the

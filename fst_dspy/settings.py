@@ -194,8 +194,8 @@ class Settings(TypedDict, total=False):
     more than a tenth of the first validation's answers cannot be read. ``False`` leaves what
     the ``LocalLM`` says."""
     max_cycles: int | None
-    """Default 6. Cycles to run, at least 1, or ``None``; the opening one, which has no optimizer
-    steps (``fst_dspy.optimizer``), does not count."""
+    """Default 6. Cycles to run, at least 1, or ``None``; those of prompts alone, which have no
+    optimizer steps (``fst_dspy.optimizer``), do not count."""
     max_rollouts: int | None
     """Default None. Rollouts to run over all channels (fast, slow and eval), or ``None``. The
     cycle under way when it is reached is finished."""
@@ -208,9 +208,10 @@ class Settings(TypedDict, total=False):
     """Default None. Tool calls of agents in their environments (``fst_dspy.env``), or ``None``.
     Likewise."""
     on_no_signal: Literal["stop", "warn"]
-    """Default 'stop'. What to do after a full cycle all of whose rollouts had the same reward,
-    from which neither channel can learn: ``"stop"`` ends the run (with an error where all of
-    them failed), ``"warn"`` says so and goes on."""
+    """Default 'stop'. What to do where nothing is left to learn: after a full cycle all of whose
+    rollouts had the same reward, or where neither channel pays any more
+    (``fst_dspy.loop.share``). ``"stop"`` ends the run, whatever is left of its limits (with
+    an error where all rollouts failed), ``"warn"`` says so and goes on."""
     rollouts_per_candidate: int
     """Rollouts a problem under each candidate: group_size is this times population_size. In
     place of group_size."""

@@ -490,6 +490,10 @@ class CycleRecord:
             the model keeps to the format by itself. ``None`` where answers are free.
         cold_start: What was done as the first validation showed nothing to learn from, in words.
         turns: What agents did, from the start of the run; all 0 for other programs.
+        share: Who had the cycle's rollouts: ``"prompts"``, ``"weights"``, ``"both"``; ``""`` for
+            the student as it came, and in runs of before there were turns.
+        decided: What was decided on the next cycles and why, in words; ``None``: go on as before.
+        ended: Whether that was that the run is over.
         peak_memory: Bytes that were in use at most up to the end of the cycle, since the process
             began: torch's on a GPU, else the process's; 0 where it is not known.
     """
@@ -519,4 +523,7 @@ class CycleRecord:
     format_share: float | None = None
     cold_start: tuple[str, ...] = ()
     turns: TurnCounts = field(default_factory=TurnCounts)
+    share: str = ""
+    decided: str | None = None
+    ended: bool = False
     peak_memory: int = 0

@@ -82,5 +82,11 @@ def scores_by_seed(runs: Sequence[Run]) -> dict[int, float]:
 
 
 def shared_budget(runs: Sequence[Run]) -> int:
-    """Rollouts that all runs have run: areas under curves are compared up to there."""
-    return min(run.records[-1].total_rollouts.total for run in runs)
+    """Rollouts that all runs have run, or could have: areas under curves are compared up to there.
+
+    A run that has ended of itself, with nothing left to gain, holds its last score to the budget.
+    """
+    return min(
+        run.job.rollouts if run.records[-1].ended else run.records[-1].total_rollouts.total
+        for run in runs
+    )

@@ -36,13 +36,18 @@ class Within(SilentProgress):
     def __init__(self, rollouts: int, env_steps: int | None = None) -> None:
         self.rollouts, self.env_steps = rollouts, env_steps
         self._steps: int | None = None  # up to the cycle before, which a resumed run has not seen
+        self._most = 0
 
     def cycle_done(self, record: CycleRecord) -> None:
         """Say how the cycle went, for the log, and stop if it was the last one that fits."""
         print(cycle_line(record), flush=True)
+        # After a phase of prompts alone there may be a cycle with optimizer steps, which is longer.
+        if record.train_reward is not None:
+            self._most = max(self._most, record.rollouts.total)
         steps, before = record.turns.steps, self._steps
         self._steps = steps
-        too_many = record.total_rollouts.total + record.rollouts.total > self.rollouts
+        needed = max(self._most, record.rollouts.total)
+        too_many = record.total_rollouts.total + needed > self.rollouts
         if self.env_steps is not None and before is not None:
             too_many |= 2 * steps - before > self.env_steps
         if record.cycle and too_many:

@@ -36,6 +36,7 @@ class FastChannel(Protocol):
         cycle: int,
         iterations: int,
         policy_version: int,
+        alone: bool = False,
     ) -> Population:
         """One fast phase: the population after some iterations.
 
@@ -47,6 +48,7 @@ class FastChannel(Protocol):
             cycle: Number of the cycle, part of every seed.
             iterations: GEPA iterations; 0 returns the population as it is.
             policy_version: Optimizer steps taken so far.
+            alone: Whether no slow phase follows, so that all it needs to know is to be run here.
 
         Raises:
             DataError: No training examples, or scores that do not belong to ``valset``.
@@ -75,6 +77,7 @@ class FastChannel(Protocol):
         *,
         cycle: int,
         policy_version: int,
+        tries: bool = True,
     ) -> Population:
         """Learn from the rollouts of an optimizer step; the population for the next one.
 
@@ -85,6 +88,7 @@ class FastChannel(Protocol):
                 them would be scored on them.
             cycle: Number of the cycle.
             policy_version: Optimizer steps taken, this one included.
+            tries: Whether a new candidate may go on trial; one that is on trial stays.
         """
         ...
 

@@ -95,7 +95,7 @@ class Iterations:
         members, reflector = list(population.candidates), adapter.reflector
         self.memory.study(trainset)
         self.judge.remember(members)
-        if isinstance(scores, PooledScores) and len(members) > 1:
+        if isinstance(scores, PooledScores) and not scores.pool.rollouts and len(members) > 1:
             self._compare(adapter, members, trainset, cycle)
         reflection = self._reflection(adapter, trainset, cycle)
         for number in range(iterations):

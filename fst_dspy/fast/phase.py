@@ -111,6 +111,7 @@ class FastPhase:
         cycle: int,
         iterations: int,
         policy_version: int,
+        alone: bool = False,
     ) -> Population:
         """One fast phase: the population after some iterations and merges; see ``FastChannel``.
 
@@ -162,6 +163,7 @@ class FastPhase:
         *,
         cycle: int,
         policy_version: int,
+        tries: bool = True,
     ) -> Population:
         """Learn from the rollouts of an optimizer step; the population stays as it is.
 

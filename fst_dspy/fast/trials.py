@@ -10,8 +10,8 @@ Every optimizer step runs K candidates on P problems anyway. Here these rollouts
   than its parent on the same problems at the same time.
 
 A trial follows a trial, so a cycle has ``cycle_iterations`` of them, each on more rollouts than a
-minibatch of GEPA's. A candidate leaves, too, when nothing recent is known of it. Only the first
-fast phase has rollouts of its own, since there are no others yet; children are scored on their
+minibatch of GEPA's. A candidate leaves, too, when nothing recent is known of it. Only a
+fast phase that no steps follow, as the first, has rollouts of its own; children are scored on their
 minibatches there, not on the validation examples. These are left for validation.
 
 A proposer that waits for others, such as a reflection LM, is asked for the next candidate while the
@@ -140,8 +140,9 @@ class TrialPhase:
         cycle: int,
         iterations: int,
         policy_version: int,
+        alone: bool = False,
     ) -> Population:
-        """The fast phase before a slow one; it runs rollouts only while there are no others.
+        """A fast phase; it runs rollouts where no slow one follows, or while there are no others.
 
         Arguments and errors are those of ``FastPhase.run``; ``valset`` is not touched. The
         population that comes back is scored on training problems, which ``val_ids`` names.
@@ -152,7 +153,8 @@ class TrialPhase:
         self.memory.study(trainset)
         self.iterations.begin(population, trainset, valset)
         members = list(population.candidates)
-        if not self.pool.rollouts:
+        if alone or not self.pool.rollouts:
+            self._drop_trial(members)
             check_instructions(population, trainset)
             first = self.stats.iterations == 0
             reflector = self.memory.reflector(c.id for c in members)
@@ -164,7 +166,7 @@ class TrialPhase:
             if first:
                 self.iterations.advise()
         population = self._choose(members, population, policy_version)
-        if self.trial is None:
+        if self.trial is None and not alone:
             self._begin_trial(population, trainset, cycle, policy_version)
             self._ask_ahead(cycle, policy_version)
         return population
@@ -200,6 +202,7 @@ class TrialPhase:
         *,
         cycle: int,
         policy_version: int,
+        tries: bool = True,
     ) -> Population:
         """Learn from a step's rollouts, judge a trial that is over, and begin the next.
 
@@ -219,9 +222,10 @@ class TrialPhase:
                 members += self._judge(self.trial, population)
                 self.trial = None
         population = self._choose(members, population, policy_version)
-        if self.trial is None:
+        if self.trial is None and tries:
             self._begin_trial(population, trainset, cycle, policy_version, made)
-        self._ask_ahead(cycle, policy_version)
+        if tries:
+            self._ask_ahead(cycle, policy_version)
         return population
 
     def observe(
@@ -370,6 +374,13 @@ class TrialPhase:
         if child.source == "merge":
             indices = [list(members).index(parent.id) for parent in parents]
             self.events.merging(indices, child.components)
+
+    def _drop_trial(self, members: Sequence[Candidate]) -> None:
+        """Give a trial up that has not begun to run: what it was to show is found out here."""
+        self._due = self._asked = None
+        if self.trial is not None:
+            self.trial = None
+            self.events.end_iteration(self._state(members), accepted=False)
 
     def _ask_ahead(self, cycle: int, policy_version: int) -> None:
         """Have the next candidate made during the next step, where that is the trial's last."""

@@ -20,13 +20,22 @@ from typing import Any
 from fst_dspy import distributed
 from fst_dspy.errors import TrainingError
 from fst_dspy.fast.population import mean
-from fst_dspy.loop.budget import counts_spent, cycles_spent, recorded_spent, time_spent
 from fst_dspy.loop.cold_start import warmed_up
+from fst_dspy.loop.ending import (
+    counts_spent,
+    cycles_spent,
+    iterations_of,
+    recorded_spent,
+    share_of,
+    shared_out,
+    time_spent,
+    troubles,
+    without_signal,
+)
 from fst_dspy.loop.interrupt import Interrupt
 from fst_dspy.loop.parts import Parts
 from fst_dspy.loop.progress import StopRun, TellsPlan, tell
 from fst_dspy.loop.records import cycle_record, rollouts_of, step_record
-from fst_dspy.loop.signal import troubles, without_signal
 from fst_dspy.loop.state import LoopState
 from fst_dspy.loop.validation import better_of, score
 from fst_dspy.plan.plan import Plan
@@ -107,9 +116,11 @@ class Run:
     def _fast_phase(self, state: LoopState) -> LoopState:
         """The population evolves under the weights as they are."""
         parts, started, cycle = self.parts, time.monotonic(), state.cycle + 1
-        population, fast = state.population, parts.config.fast
-        first = state.cycle == int(parts.slow_opens)
-        if parts.fast_on:
+        population, share = state.population, share_of(self.parts, state)
+        # An opening is validated before the weights move: what prompts alone reach is known then,
+        # and kept should training harm it. So is every phase of prompts alone.
+        alone = parts.learner is not None and not share.weights
+        if share.prompts:
             self._tell(cycle, "fast phase")
             population = parts.fast.run(
                 self.runner,
@@ -117,17 +128,16 @@ class Run:
                 parts.trainset,
                 parts.valset,
                 cycle=cycle,
-                iterations=fast.first_cycle_iterations if first else fast.cycle_iterations,
+                iterations=iterations_of(parts, state, alone),
                 policy_version=self.policy.step,
+                alone=alone,
             )
             self._keep_verdicts()
-        # An opening is validated before the weights move: what prompts alone reach is known then,
-        # and kept should training harm it.
-        opening = first and parts.has_opening
         return replace(
             state,
             population=population,
-            phase="slow" if parts.learner is not None and not opening else "validate",
+            share=share,
+            phase="slow" if parts.learner is not None and not alone else "validate",
             fast_state=parts.fast.state(),
             **self._counted(),
             seconds=_add_seconds(state.seconds, "fast", started),
@@ -174,6 +184,7 @@ class Run:
             rollouts,
             cycle=cycle,
             policy_version=self.policy.step,
+            tries=share_of(self.parts, state).prompts,
         )
         self._keep_verdicts()
         return population
@@ -194,7 +205,8 @@ class Run:
             state, found = warmed_up(parts, state, came)
         seconds = _add_seconds(state.seconds, "eval", started)
         parts.fast.validated(found.population, parts.val_ids, found.score_V)
-        record = cycle_record(parts, state, cycle, found, seconds)
+        state, decision = shared_out(parts, state, found)
+        record = cycle_record(parts, state, cycle, found, seconds, decision)
         # Processes that no longer agree would only be noticed by their results.
         facts = (record.weights_version, record.val_scores, record.candidate_ids)
         distributed.check_same("weights and population", facts)
@@ -210,6 +222,7 @@ class Run:
             state,
             cycle=cycle,
             phase="slow" if first and parts.slow_opens else "fast",
+            share=decision.share,
             population=found.population,
             records=(*state.records, record),
             steps=(),
@@ -250,6 +263,8 @@ class Run:
         parts = self.parts
         if state.phase != "fast":
             return False
+        if state.records[-1].ended:
+            return True
         if cycles_spent(parts, state) or recorded_spent(parts, state.records[-1]):
             return True
         stopped = state.records[-1].proposals.get("stopped")
@@ -329,8 +344,11 @@ class Run:
         """Say of a run that had ended before why nothing happens, and how it is extended."""
         if not state.records or state.phase != "fast":
             return
-        spent = cycles_spent(self.parts, state) or recorded_spent(self.parts, state.records[-1])
-        if spent:
+        last = state.records[-1]
+        spent = cycles_spent(self.parts, state) or recorded_spent(self.parts, last)
+        if last.ended:
+            tell(self.parts.progress, f"this run had ended: {last.decided}")
+        elif spent:
             words = f"this run had ended, after {spent}; a higher limit lets it go on"
             tell(self.parts.progress, words)
 

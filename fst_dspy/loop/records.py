@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from fst_dspy.fast.population import best, mean
 from fst_dspy.loop.parts import Parts
+from fst_dspy.loop.share import Decision
 from fst_dspy.loop.state import LoopState
 from fst_dspy.loop.validation import Validation
 from fst_dspy.model.hardware import peak_memory
@@ -30,7 +31,12 @@ def step_record(cycle: int, step: int, groups_P: Sequence[Group], stats: StepSta
 
 
 def cycle_record(
-    parts: Parts, state: LoopState, cycle: int, found: Validation, seconds: Mapping[str, float]
+    parts: Parts,
+    state: LoopState,
+    cycle: int,
+    found: Validation,
+    seconds: Mapping[str, float],
+    decision: Decision,
 ) -> CycleRecord:
     """The record of a cycle, once it is validated.
 
@@ -39,6 +45,7 @@ def cycle_record(
         cycle: The number of the cycle, 0 for the student as it came.
         found: What the validation found.
         seconds: Wall time so far, by channel.
+        decision: On the next cycle.
     """
     steps, population, counts = state.steps, found.population, parts.runner.counts
     last = state.records[-1] if state.records else None
@@ -66,6 +73,9 @@ def cycle_record(
         format_share=tally.format_share,
         cold_start=state.cold_start,
         turns=parts.runner.turns,
+        share=state.evidence[-1].channels,
+        decided=decision.words,
+        ended=decision.over,
         peak_memory=peak_memory(parts.policy.device),
         reward_range=None if tally.low is None or tally.high is None else (tally.low, tally.high),
     )

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from fst_dspy.loop.problems import ProblemStream
+from fst_dspy.loop.share import Evidence, Share
 from fst_dspy.results.result import Best
 from fst_dspy.rollouts.health import Tally
 from fst_dspy.run.records import cycle_record
@@ -67,6 +68,8 @@ class LoopState:
         seconds: Wall time so far, by channel.
         fast_state: What the fast phase remembers: plain values, and rollouts.
         stream: The problems that come next.
+        share: Who has the rollouts of the cycle under way; ``None`` before that is known.
+        evidence: What the student and the latest cycles have shown, in order.
         cold_start: As ``CycleRecord.cold_start``.
         structured, explains_format: As the runner's, since then.
     """
@@ -88,6 +91,8 @@ class LoopState:
     seconds: Mapping[str, float] = field(default_factory=dict)
     fast_state: Mapping[str, Any] = field(default_factory=dict)
     stream: ProblemStream = field(default_factory=ProblemStream)
+    share: Share | None = None
+    evidence: tuple[Evidence, ...] = ()
     cold_start: tuple[str, ...] = ()
     structured: bool = False
     explains_format: bool = False
@@ -138,6 +143,11 @@ def state_from_json(plain: Mapping[str, Any]) -> LoopState:
         seconds=plain["seconds"],
         fast_state=plain["fast_state"],
         stream=ProblemStream(**plain["stream"]),
+        share=Share(**plain["share"]) if plain.get("share") else None,
+        evidence=tuple(
+            Evidence(**{**row, "score_V": tuple(row["score_V"])})
+            for row in plain.get("evidence", ())
+        ),
         cold_start=tuple(plain.get("cold_start", ())),
         structured=plain.get("structured", False),
         explains_format=plain.get("explains_format", False),

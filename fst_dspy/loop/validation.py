@@ -61,6 +61,9 @@ def score(parts: Parts, state: LoopState) -> Validation:
     if not (first or best_only or population.policy_version != step):
         score_V = population.score_K_V[best_k]
         return Validation(population, score_V, mean(score_V), kl)
+    if best_only and is_scored(parts, state, population):
+        score_V = state.evidence[-1].score_V
+        return Validation(population, score_V, mean(score_V), kl)
     candidates = (population.candidates[best_k],) if best_only else population.candidates
     channel: Channel = "fast" if parts.fast_on and not parts.fast.reuses else "eval"
     if best_only:
@@ -87,6 +90,17 @@ def score(parts: Parts, state: LoopState) -> Validation:
         kl = kl_to_base(parts.policy, calls)
     own, latest = tuple(scored.rollouts_K[k]), tuple(scored.rollouts_K[-1])
     return Validation(population, scored.score_K_V[k], scored.mean_K[k], kl, own, latest)
+
+
+def is_scored(parts: Parts, state: LoopState, population: Population) -> bool:
+    """Whether the last cycle has validated the best candidate under the weights as they are.
+
+    The same rollouts would be run again: their seeds are of the candidate and the step.
+    """
+    if not state.evidence:
+        return False
+    last, best = state.records[-1], population.candidates[populations.best(population)]
+    return (last.best_candidate_id, last.step) == (best.id, parts.policy.step)
 
 
 def _until_clear(

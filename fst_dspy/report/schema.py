@@ -98,6 +98,8 @@ class Cycle(TypedDict):
     tokens: dict[str, Count]
     seconds: dict[str, Number]
     weights_version: str
+    share: NotRequired[str]
+    decided: NotRequired[str | None]
     proposals: NotRequired[_Proposals]
     reward_range: NotRequired[Annotated[list[Number], Field(min_length=2, max_length=2)] | None]
     format_share: NotRequired[Number | None]

@@ -148,8 +148,12 @@ class FSTResult:
 
     @property
     def stopped(self) -> str | None:
-        """Which stop callback ended the run; ``None`` where a budget did."""
-        return self.records[-1].proposals.get("stopped")
+        """What ended the run: a stop callback, or that nothing is left to gain, in words.
+
+        ``None`` where a budget did.
+        """
+        last = self.records[-1]
+        return last.decided if last.ended else last.proposals.get("stopped")
 
     @property
     def rollouts(self) -> RolloutCounts:

@@ -23,6 +23,7 @@ from fst_dspy.experiments.worker import run_job
 from fst_dspy.files import read_json
 from fst_dspy.loop.progress import StopRun
 from fst_dspy.measures import Forgetting, Interval, mean_at_k
+from fst_dspy.types import RolloutCounts
 
 # --- what a job does ------------------------------------------------------------------------------
 
@@ -119,6 +120,11 @@ def test_a_run_ends_where_another_cycle_does_not_fit():
     within.cycle_done(record(1, 60, 0.0))
     with pytest.raises(StopRun):
         within.cycle_done(record(2, 61, 0.0))
+    # After a short one of prompts alone there may be one with optimizer steps again.
+    within = Within(100)
+    within.cycle_done(replace(record(1, 40, 0.0), train_reward=0.5))
+    with pytest.raises(StopRun):
+        within.cycle_done(record(2, 61, 0.0, last=21))
 
 
 # --- jobs, plans and stores -----------------------------------------------------------------------
@@ -240,6 +246,11 @@ def test_the_tables_give_what_can_be_worked_out_by_hand():
     runs = two_arms()
     means = summary(runs)
     assert shared_budget(runs) == 100
+    # One that ended of itself holds its last score to its budget.
+    early = replace(runs[0].records[-1], total_rollouts=RolloutCounts(slow=50), ended=True)
+    assert shared_budget([replace(runs[0], records=(early,)), *runs[1:]]) == 100
+    budget_cut = replace(early, ended=False)
+    assert shared_budget([replace(runs[0], records=(budget_cut,)), *runs[1:]]) == 50
     # Seeds score 0.9 and 0.8: standard error 0.05, Student's factor 12.706 at one degree.
     assert column(means, "test")["fst"] == "0.850 ± 0.635"
     assert column(means, "area")["fst"] == f"{(30 * 0.1 + 70 * 0.7) / 100:.3f}"

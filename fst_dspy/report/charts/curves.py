@@ -8,6 +8,7 @@ from typing import Any
 
 from fst_dspy.report import data
 from fst_dspy.report.charts.figure import Line, figure, score_range
+from fst_dspy.report.charts.shares import shares
 from fst_dspy.report.data import Run
 from fst_dspy.report.faults import FORMAT
 from fst_dspy.report.intervals import Bounds, interval, wilson
@@ -145,7 +146,7 @@ def mean_bounds(
 
 
 def _tables(run: Run) -> str:
-    return _cycle_table(run) + _step_table(run)
+    return shares(run) + _cycle_table(run) + _step_table(run)
 
 
 def _cycle_table(run: Run) -> str:

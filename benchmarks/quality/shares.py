@@ -1,0 +1,163 @@
+"""What the rule of shares does on tasks that want prompts, weights, both in turns, or neither.
+
+    python benchmarks/quality/shares.py
+
+Simulated: a task is a score by how far prompts and weights are, and what a cycle of each adds.
+Validation draws one reward of 0 or 1 for each of 48 examples, from hard to easy. The rule
+(``fst_dspy.loop.share``) sees nothing else, but for the candidates that trials accept: 4 in 10 of
+equals, more of better ones. Rollouts are those of the defaults. Beside it the same tasks without
+the rule: an opening of prompts, then both in every cycle. The table goes to
+``benchmarks/results/shares.md``. It takes some 20 seconds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from scipy.stats import norm
+
+from fst_dspy.loop.share import Evidence, Share, next_share
+from fst_dspy.measures.curves import area_under_curve
+
+RESULTS = Path(__file__).parent.parent / "results" / "shares.md"
+BUDGET, RUNS = 6000, 40
+EXAMPLES = 48
+OPENING, ALONE, STEPS, VALIDATION = 192, 96, 384, 48
+"""Rollouts of the first phase, of a later one alone, of a cycle's steps, of validation."""
+FOUND, TRIALS = 0.4, 0.2
+"""What a phase of prompts alone adds, as a share of what is left to find, and a cycle's trials."""
+
+
+@dataclass(frozen=True)
+class World:
+    """A task.
+
+    Attributes:
+        name: What it wants.
+        score: The score, 0 to 1, by how far prompts and weights are, each 0 to 1.
+        pace: What a cycle adds to the weights, as a share of what is left.
+        top: How far prompts can go under given weights.
+        steady: What a cycle adds to the weights whatever is left.
+    """
+
+    name: str
+    score: Callable[[float, float], float]
+    pace: float = 0.15
+    top: Callable[[float], float] = lambda weights: 1.0
+    steady: float = 0.0
+
+
+WORLDS = (
+    World("prompts alone", lambda p, w: 0.05 + 0.9 * p),
+    World("weights alone", lambda p, w: 0.05 + 0.9 * w),
+    World("weights alone, slowly: a point a cycle", lambda p, w: 0.2 + 0.6 * w, 0.0, steady=1 / 60),
+    World("both at once", lambda p, w: 0.05 + 0.45 * p + 0.45 * w),
+    World("in turns", lambda p, w: 0.05 + 0.9 * p, 0.3, lambda w: 0.4 if w < 0.8 else 1.0),
+    World("neither", lambda p, w: 0.4),
+    World("neither, nearly solved", lambda p, w: 0.97),
+)
+
+
+@dataclass(frozen=True)
+class Ran:
+    """A simulated run: rollouts and true scores by cycle, shares, and why it ended, if early."""
+
+    x: tuple[int, ...] = ()
+    y: tuple[float, ...] = ()
+    shares: tuple[str, ...] = ()
+    ended: str | None = None
+
+
+def simulate(world: World, seed: int, *, rule: bool, budget: int = BUDGET) -> Ran:
+    """One run to the budget, or to its end."""
+    rng = np.random.default_rng(seed)
+    hard_V = rng.normal(0, 1.5, EXAMPLES)
+    prompts = weights = 0.0
+    rollouts, share, ran = 0, Share(True, False), Ran()
+    history: list[Evidence] = []
+    while True:
+        score, accepted, name = world.score(prompts, weights), 0, share.name if ran.x else ""
+        if ran.x:
+            steps, first = share.weights, len(ran.x) == 1
+            rollouts += STEPS if steps else OPENING if first else ALONE
+            if share.prompts:
+                found = TRIALS if steps else FOUND + FOUND * first
+                better = max(0.0, (world.top(weights) - prompts) * found)
+                gain = world.score(prompts + better, weights) - score
+                accepted = int(rng.binomial(2, norm.cdf(gain / 2 / 0.1 - 0.25)))
+                prompts += better
+            if steps:
+                weights = min(1.0, weights + world.steady + (1 - weights) * world.pace)
+            score = world.score(prompts, weights)
+        rollouts += VALIDATION
+        drawn_V = tuple(map(float, rng.random(EXAMPLES) < _by_example(score, hard_V)))
+        history.append(Evidence(name, drawn_V, accepted, rollouts))
+        ran = replace(ran, x=(*ran.x, rollouts), y=(*ran.y, score), shares=(*ran.shares, name))
+        if rule:
+            decision = next_share(history, share, turns=True, perfect_score=1.0)
+            if decision.over:
+                return replace(ran, ended=decision.words)
+            share = decision.share
+        elif name:
+            share = Share(True, True)
+        if rollouts >= budget:
+            return ran
+
+
+def _by_example(score: float, hard_V: np.ndarray) -> np.ndarray:
+    """Chances of examples from hard to easy with a mean, about, of the score."""
+    shift = np.log(score / (1 - score)) * np.sqrt(1 + 1.5**2 / 2.89)
+    return np.asarray(1 / (1 + np.exp(-(shift + hard_V))))
+
+
+def reached(ran: Ran, score: float) -> float:
+    """Rollouts to a true score; the budget where it was not reached."""
+    return next((x for x, y in zip(ran.x, ran.y, strict=True) if y >= score), BUDGET)
+
+
+def row(world: World) -> tuple[str, ...]:
+    """A world's figures, before and with the rule."""
+    both: list[Sequence[Ran]] = [
+        [simulate(world, seed, rule=rule) for seed in range(RUNS)] for rule in (False, True)
+    ]
+    goal = 0.95 * float(np.median([ran.y[-1] for ran in both[0]]))
+    before, after = (
+        (
+            np.mean([area_under_curve(r.x, r.y, BUDGET, running_best=True) for r in runs]),
+            np.median([reached(r, goal) for r in runs]),
+            np.mean([max(r.y) for r in runs]),
+        )
+        for runs in both
+    )
+    ended = [ran.x[-1] for ran in both[1] if ran.ended]
+    return (
+        world.name,
+        f"{before[0]:.3f}, {after[0]:.3f}",
+        f"{before[1]:,.0f}, {after[1]:,.0f}",
+        f"{before[2]:.3f}, {after[2]:.3f}",
+        f"{np.mean([min(ran.x[-1], BUDGET) for ran in both[1]]):,.0f}",
+        f"{len(ended)} of {RUNS}",
+    )
+
+
+def main() -> None:
+    """Simulate, print and write the table."""
+    from fst_dspy.experiments.findings.tables import Table  # takes longer to import than all this
+
+    table = Table(
+        "Shares of the rollouts, simulated",
+        ("the task wants", "area", "rollouts to 95 % of the best", "best", "used", "ended early"),
+        tuple(map(row, WORLDS)),
+        f"Without and with the rule, true scores; means (rollouts: median) of {RUNS} seeds, "
+        f"budget {BUDGET:,} rollouts. `python benchmarks/quality/shares.py`",
+    )
+    text = table.markdown()
+    RESULTS.write_text(text + "\n", encoding="utf-8")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,148 @@
+"""What comes after a cycle: who has the next one's rollouts, or the end, and why, in words.
+
+A run ends where its budget is spent, or there is nothing (more) to learn from. And what is told of
+a cycle that went wrong.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from fst_dspy.errors import TrainingError
+from fst_dspy.loop.parts import Parts
+from fst_dspy.loop.share import KEPT, Decision, Evidence, Share, next_share
+from fst_dspy.loop.state import LoopState
+from fst_dspy.loop.validation import Validation, is_scored
+from fst_dspy.rollouts.health import told_failures
+from fst_dspy.types import CycleRecord
+
+ALL = 0.999
+"""Share from which on a figure is that of all rollouts."""
+
+
+def troubles(parts: Parts, record: CycleRecord) -> list[str]:
+    """What a user should know of a cycle while there is time: failures, and steps without gradient.
+
+    Each with its first cause and what to do about it.
+    """
+    texts = told_failures(record.failure_shares, record.failure_messages)
+    if (
+        record.train_reward is not None
+        and _learns_from_rewards(parts)
+        and record.constant_group_share >= ALL
+        and not all_equal(record)
+    ):
+        texts.append(
+            "no optimizer step had a gradient: the rollouts of every problem are all as good as "
+            "each other (where they are not solved: mix easier and harder problems, or give "
+            "partial credit in the metric)"
+        )
+    return texts
+
+
+def all_equal(record: CycleRecord) -> bool:
+    """Whether all rollouts of a cycle that are learned from had one and the same reward."""
+    return record.reward_range is not None and record.reward_range[0] == record.reward_range[1]
+
+
+def without_signal(parts: Parts, record: CycleRecord) -> str | None:
+    """Why neither channel had anything to learn from in a full cycle; ``None`` where one had.
+
+    Raises:
+        TrainingError: None of its rollouts succeeded, and the run is to stop then.
+    """
+    if (
+        record.cycle == 0
+        or is_alone(parts, record)
+        or not _learns_from_rewards(parts)
+        or not all_equal(record)
+    ):
+        return None
+    assert record.reward_range is not None
+    text = (
+        f"every rollout of cycle {record.cycle} had the reward {record.reward_range[0]:g}, so that "
+        "there is nothing to learn from"
+    )
+    failures = told_failures(record.failure_shares, record.failure_messages)
+    if sum(record.failure_shares.values()) < ALL:
+        return text
+    text = "; ".join([text, *failures])
+    if parts.config.budget.on_no_signal == "stop":
+        raise TrainingError(f'{text}. on_no_signal="warn" goes on all the same')
+    return text
+
+
+def _learns_from_rewards(parts: Parts) -> bool:
+    return parts.learner is None or parts.learner.learns_from_rewards
+
+
+def cycles_spent(parts: Parts, state: LoopState) -> str | None:
+    """``"6 of 6 cycles"`` where that was the last one; prompts' own phases do not count."""
+    asked = parts.budget.max_cycles
+    if asked is None:
+        return None
+    alone = sum(is_alone(parts, record) for record in state.records)
+    asked, cycles = asked - int(parts.has_opening), state.cycle - alone
+    return f"{cycles} of {asked} cycles" if cycles >= asked and state.cycle else None
+
+
+def is_alone(parts: Parts, record: CycleRecord) -> bool:
+    """Whether a cycle was a phase of prompts alone, in a run that trains weights as well."""
+    return record.cycle > 0 and parts.learner is not None and record.train_reward is None
+
+
+def counts_spent(parts: Parts, rollouts: int, env_steps: int) -> str | None:
+    """``"312 of 300 rollouts"`` where a limit of what is counted is reached."""
+    budget = parts.budget
+    if budget.max_rollouts is not None and rollouts >= budget.max_rollouts:
+        return f"{rollouts:,} of {budget.max_rollouts:,} rollouts"
+    if budget.max_env_steps is not None and env_steps >= budget.max_env_steps:
+        return f"{env_steps:,} of {budget.max_env_steps:,} environment steps"
+    return None
+
+
+def time_spent(parts: Parts, state: LoopState) -> str | None:
+    """``"620 of 600 s"`` where time is up on this process's clock."""
+    asked, seconds = parts.budget.max_seconds, sum(state.seconds.values())
+    return f"{seconds:.0f} of {asked:g} s" if asked is not None and seconds >= asked else None
+
+
+def recorded_spent(parts: Parts, record: CycleRecord) -> str | None:
+    """As ``counts_spent``, of what a cycle's record says."""
+    return counts_spent(parts, record.total_rollouts.total, record.turns.steps)
+
+
+def share_of(parts: Parts, state: LoopState) -> Share:
+    """Who has the rollouts of the cycle under way."""
+    if state.share is not None:
+        return state.share
+    opening = parts.has_opening and state.cycle == 0  # or a run of before there were turns
+    return Share(parts.fast_on, parts.learner is not None and not opening)
+
+
+def shared_out(parts: Parts, state: LoopState, found: Validation) -> tuple[LoopState, Decision]:
+    """The state with what a cycle has shown, and who has the rollouts of the next one."""
+    now, last, fast = share_of(parts, state), state.records[-1:], parts.config.fast
+    accepted = parts.fast.report().get("accepted", 0)
+    accepted -= last[0].proposals.get("accepted", 0) if last else 0
+    fresh = not is_scored(parts, state, found.population)
+    name, total = now.name if last else "", parts.runner.counts.total
+    shown = Evidence(name, found.score_V, accepted, total, fresh)
+    state = replace(state, evidence=(*state.evidence, shown)[-KEPT:])
+    # The settings may leave prompts out after the opening, or from the start.
+    turns = parts.fast.reuses and min(fast.first_cycle_iterations, fast.cycle_iterations) > 0
+    decision = next_share(state.evidence, now, turns=turns, perfect_score=fast.perfect_score)
+    if decision.over and parts.config.budget.on_no_signal == "warn":
+        decision = Decision(Share(parts.fast_on, parts.learner is not None))
+    # Without turns, the opening is followed by cycles of both all the same.
+    elif parts.fast.reuses and not turns and not decision.over and last:
+        decision = replace(decision, share=Share(True, True))
+    return state, decision
+
+
+def iterations_of(parts: Parts, state: LoopState, alone: bool) -> int:
+    """Iterations of a fast phase: the first has most to learn, one alone more than others."""
+    fast = parts.config.fast
+    if state.cycle == int(parts.slow_opens):
+        return fast.first_cycle_iterations
+    return max(fast.cycle_iterations, alone * fast.first_cycle_iterations // 2)
