@@ -17,7 +17,7 @@ from typing import Any, Literal
 from fst_dspy.errors import ConfigError
 from fst_dspy.kinds import wrong_kind
 
-Auto = Literal["light", "medium", "heavy"]
+Auto = Literal["light", "medium", "heavy", "paper"]
 
 
 def _require(condition: bool, message: str) -> None:
@@ -711,7 +711,7 @@ def without_removed(config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-AUTO: dict[str, dict[str, int]] = {
+AUTO: dict[str, dict[str, Any]] = {
     "light": {"max_cycles": 6},
     "medium": {"max_cycles": 15, "first_cycle_iterations": 12},
     "heavy": {
@@ -719,5 +719,31 @@ AUTO: dict[str, dict[str, int]] = {
         "first_cycle_iterations": 16,
         "cycle_iterations": 3,
         "val_size": 96,
+    },
+    # Tiwari et al., 2026, sections 3 and 4; what it leaves open has the value that leaves out what
+    # is ours. The learning rate goes by the model's size, as ever.
+    "paper": {
+        "max_cycles": 33,  # section 4: 200 optimizer steps a task
+        "steps_per_cycle": 6,  # section 4: T
+        "group_size": 8,  # section 4: G
+        "population_size": 4,  # section 4: K is 4 or 8
+        "loss_type": "cispo",  # section 3
+        "advantage": "problem",  # section 3: one baseline for all G, whatever their prompts
+        "reuse": False,  # section 3: GEPA's rollouts are its own, in every cycle
+        # Section 3: a light round of GEPA. dspy.GEPA's auto="light" is six candidates, which it
+        # takes ten trials for in a program of one predictor, on three examples each.
+        "first_cycle_iterations": 10,
+        "cycle_iterations": 10,
+        "minibatch_size": 3,
+        "merge_iterations": 0,
+        "demo_tokens": 0,  # section 3: instructions alone are evolved
+        "val_samples": 4,  # section 4: mean@4 at the sampling temperature
+        "temperature": 1.0,
+        "revisit_constant": 1.0,  # ours, and so are the next ones
+        "damp_constant": False,
+        "cold_start_demos": 0,
+        "format_feedback": False,
+        "structured": False,
+        "on_no_signal": "warn",
     },
 }

@@ -4,7 +4,8 @@ A cycle is one fast phase (GEPA evolves the instructions and demos) and then T o
 (GRPO on the local model), whose groups are spread over the K candidates that the fast phase left.
 The fast phase comes first, because RL under a prompt that gives no reward damages the model.
 
-Departures from the paper (Tiwari et al., 2026), section 3:
+Departures from the paper (Tiwari et al., 2026), section 3; ``auto="paper"`` leaves out those that
+are settings:
 
 * Rollouts are used twice: those of the slow phase score, feed and try the candidates of the fast
   channel (``fst_dspy.fast.trials``). Fast phases with rollouts of their own are cycles by
@@ -25,6 +26,11 @@ Departures from the paper (Tiwari et al., 2026), section 3:
   were constant come back less often (``revisit_constant``).
 * Rollouts of a candidate on trial are trained on, whether it is accepted or not.
 * Demos are fast weights too (``demo_tokens``); the paper evolves instructions.
+* Where the first validation shows nothing to learn from, labelled demos, answers held to the format
+  and feedback on it make a start (``cold_start_demos``, ``structured``, ``format_feedback``).
+* The metric's text can reach the weights too (``slow_signal``); the paper's weights learn from
+  rewards alone.
+* Without a ``reflection_lm``, lessons in the feedback are put into the instruction by rule.
 * The arms ``rl_only`` and ``gepa_only`` are this loop with one channel off.
 
 Example::
@@ -85,7 +91,8 @@ class FST(Teleprompter):
             lessons in the feedback are distilled into the instruction by a proposer that needs
             no LM.
         auto: Budget preset: ``"light"`` (the default when no limit is given), ``"medium"`` or
-            ``"heavy"``. See ``fst_dspy.config.AUTO``.
+            ``"heavy"``; or ``"paper"``, the paper's settings without what we have added, which take
+            far more rollouts. See ``fst_dspy.config.AUTO``.
         arm: ``"fst"``; ``"rl_only"`` and ``"gepa_only"`` switch one channel off.
         seed: Seed of everything random.
         log_dir: Run folder. A compile that was killed goes on when started again with the same

@@ -31,6 +31,13 @@ def test_light_is_the_default_budget_and_names_win_over_a_preset():
     assert FSTConfig.make("heavy", max_cycles=3).budget.max_cycles == 3
 
 
+def test_the_papers_settings_are_a_preset_without_what_is_ours():
+    config = FSTConfig.make("paper", max_cycles=2)
+    assert (config.fast.reuse, config.slow.steps_per_cycle, config.slow.group_size) == (False, 6, 8)
+    assert (config.slow.damp_constant, config.slow.revisit_constant) == (False, 1)
+    assert (config.sampling.val_samples, config.budget.max_cycles) == (4, 2)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

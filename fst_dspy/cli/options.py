@@ -52,7 +52,7 @@ ArmOption = Annotated[
     typer.Option(help="Prompts and weights, weights alone, or prompts alone."),
 ]
 Preset = Annotated[
-    Literal["light", "medium", "heavy"] | None,
+    Literal["light", "medium", "heavy", "paper"] | None,
     typer.Option(help="How long to run, where --set gives no limit: light if not given."),
 ]
 Settings = Annotated[
