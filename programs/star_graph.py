@@ -1,6 +1,7 @@
 """Path finding in star graphs: the paper's star-graph search.
 
-Eight arms leave the start and one of them ends at the goal. A model that walks forward has to
+Eight arms leave the start (``degree``), and one of them ends at the goal, three steps off
+(``length``); more of them are harder to guess. A model that walks forward has to
 guess the arm, so the bare prompt earns next to nothing; walking back from the goal there is
 nothing to guess. That strategy is what feedback teaches and an instruction holds. A model that
 walks back now and then can also learn it by reinforcement alone. With ``tell=false`` the feedback
@@ -17,11 +18,12 @@ import dspy
 
 from fst_dspy.embedded.corpus.star_graph import Star, draw_star
 from fst_dspy.embedded.corpus.words import ENGLISH
+from fst_dspy.errors import DataError
 from fst_dspy.types import Task
 
 INSTRUCTIONS = "Find the path from the start to the goal."
 STRATEGY = "Begin at the goal and walk back to the start."
-ARMS, LENGTH = 8, 3
+DEGREE, LENGTH = 8, 3
 
 
 class FindPath(dspy.Signature):
@@ -66,12 +68,27 @@ def make_metric(tell: bool = True) -> Callable[..., dspy.Prediction]:
 
 
 def load(
-    seed: int = 0, train: int = 200, val: int = 64, test: int = 200, tell: bool = True
+    seed: int = 0,
+    train: int = 200,
+    val: int = 64,
+    test: int = 200,
+    tell: bool = True,
+    degree: int = DEGREE,
+    length: int = LENGTH,
 ) -> Task:
-    """The task: ``seed`` draws the graphs; no graph is in two splits. ``tell`` the strategy."""
+    """The task: ``seed`` draws the graphs; no graph is in two splits. ``tell`` the strategy.
+
+    Raises:
+        DataError: A star of fewer than one arm or step, or of more nodes than there are words.
+    """
+    if min(degree, length) < 1 or degree * length >= len(ENGLISH):
+        raise DataError(
+            f"a star of {degree} arms of {length} steps cannot be drawn of {len(ENGLISH)} words"
+        )
     rng = Random(f"star_graph {seed}")
     examples = [
-        make_example(rng, draw_star(rng, ARMS, LENGTH, ENGLISH)) for _ in range(train + val + test)
+        make_example(rng, draw_star(rng, degree, length, ENGLISH))
+        for _ in range(train + val + test)
     ]
     return Task(
         name="star_graph",

@@ -2,6 +2,11 @@
 
 The policy is drawn from the seed, so no model can know it: it has to be learned from feedback, and
 it fits in 12 lines of instruction. ``policy`` changes the mapping alone, for streams of tasks.
+
+With more ``topics`` than the instruction may hold (``instruction_tokens``; a rule takes some 10),
+prompts and weights must share the policy. With a ``skew`` besides, topics come as often as words do
+in a language: the rules that are worth a line at first are not those that are worth it once the
+weights know the frequent ones.
 """
 
 from __future__ import annotations
@@ -12,6 +17,7 @@ from typing import Any
 
 import dspy
 
+from fst_dspy.embedded.corpus.words import ENGLISH
 from fst_dspy.errors import DataError
 from fst_dspy.types import Task
 
@@ -50,17 +56,42 @@ class RouteTicket(dspy.Signature):
     queue: str = dspy.OutputField(desc=f"one of: {', '.join(QUEUES)}")
 
 
-def draw_policy(seed: int, policy: int = 0) -> dict[str, str]:
-    """The hidden mapping from topic to queue: 12 different queues out of 16."""
-    return dict(zip(TOPICS, Random(f"triage {seed} {policy}").sample(QUEUES, 12), strict=True))
-
-
-def draw_tickets(seed: int, count: int) -> list[tuple[str, str]]:
-    """``count`` different tickets with their topics, the topics as even as can be.
+def topic_names(count: int) -> tuple[str, ...]:
+    """The first ``count`` topics: those above, then ordinary words.
 
     Raises:
-        DataError: More are asked for than can be written (4,800).
+        DataError: More than there are words for, or none.
     """
+    used = {word for text in (*_OPENINGS, *_BODIES, *_CLOSINGS) for word in text.lower().split()}
+    others = [word for word in ENGLISH if word not in {*TOPICS, *QUEUES, *used}]
+    if not 0 < count <= len(TOPICS) + len(others):
+        raise DataError(f"topics must be 1 to {len(TOPICS) + len(others)}, got {count}")
+    Random("triage topics").shuffle(others)
+    return (*TOPICS, *others)[:count]
+
+
+def draw_policy(seed: int, policy: int = 0, topics: int = 12) -> dict[str, str]:
+    """The hidden mapping from topic to queue; the first 12 have different queues out of 16."""
+    rng = Random(f"triage {seed} {policy}")
+    queues = rng.sample(QUEUES, len(TOPICS))
+    queues += rng.choices(QUEUES, k=max(0, topics - len(TOPICS)))
+    return dict(zip(topic_names(topics), queues, strict=False))
+
+
+def draw_tickets(
+    seed: int, count: int, topics: int = 12, skew: float = 0.0
+) -> list[tuple[str, str]]:
+    """``count`` different tickets with their topics.
+
+    Args:
+        topics: How many topics there are.
+        skew: 0: topics come as evenly as can be. Else the k-th of them, in an order that the seed
+            draws, comes in proportion to ``k ** -skew``.
+
+    Raises:
+        DataError: More are asked for than can be written (400 of a topic), or a negative skew.
+    """
+    names = topic_names(topics)
     texts = {
         topic: [
             " ".join(part for part in (opening, body.format(topic) + ".", closing) if part)
@@ -68,15 +99,24 @@ def draw_tickets(seed: int, count: int) -> list[tuple[str, str]]:
             for body in _BODIES
             for closing in _CLOSINGS
         ]
-        for topic in TOPICS
+        for topic in names
     }
-    limit = sum(map(len, texts.values()))
-    if count > limit:
-        raise DataError(f"{count} different tickets asked for; there are {limit}")
     rng = Random(f"triage tickets {seed}")
     for lines in texts.values():
         rng.shuffle(lines)
-    tickets = [(texts[TOPICS[i % 12]][i // 12], TOPICS[i % 12]) for i in range(count)]
+    if skew < 0:
+        raise DataError(f"skew must not be negative, got {skew}")
+    drawn = [names[i % topics] for i in range(count)]
+    if skew:
+        ranked, weights = rng.sample(names, topics), [(k + 1) ** -skew for k in range(topics)]
+        drawn = rng.choices(ranked, weights, k=count)
+    most = max((drawn.count(topic) for topic in names), default=0)
+    if most > len(texts[names[0]]):
+        raise DataError(
+            f"{count} different tickets asked for, {most} of one topic; there are "
+            f"{len(texts[names[0]])} of each"
+        )
+    tickets = [(texts[topic].pop(0), topic) for topic in drawn]
     rng.shuffle(tickets)
     return tickets
 
@@ -103,21 +143,29 @@ def make_metric(policy: Mapping[str, str]) -> Callable[..., dspy.Prediction]:
     return metric
 
 
-def load(seed: int = 0, policy: int = 0, train: int = 200, val: int = 64, test: int = 200) -> Task:
+def load(
+    seed: int = 0,
+    policy: int = 0,
+    train: int = 200,
+    val: int = 64,
+    test: int = 200,
+    topics: int = 12,
+    skew: float = 0.0,
+) -> Task:
     """The task: ``seed`` draws tickets and policies, ``policy`` picks one of the seed's policies.
 
     Tasks of one seed and different ``policy`` have the same tickets in the same splits, with other
-    right queues. No ticket is in two splits.
+    right queues. No ticket is in two splits. ``topics`` and ``skew`` are those of ``draw_tickets``.
 
     Raises:
-        DataError: More tickets than there are, or a negative number.
+        DataError: More tickets or topics than there are, or a negative number.
     """
     if min(train, val, test) < 0:
         raise DataError(f"a split cannot have fewer than 0 tickets: {train}, {val}, {test}")
-    mapping = draw_policy(seed, policy)
+    mapping = draw_policy(seed, policy, topics)
     examples = [
         dspy.Example(ticket=text, queue=mapping[topic], topic=topic).with_inputs("ticket")
-        for text, topic in draw_tickets(seed, train + val + test)
+        for text, topic in draw_tickets(seed, train + val + test, topics, skew)
     ]
     rules = "\n".join(f"{topic} tickets go to {queue}." for topic, queue in mapping.items())
     return Task(

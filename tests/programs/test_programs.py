@@ -8,6 +8,7 @@ import dspy
 import pytest
 
 from fst_dspy.embedded.corpus.list_program import OPERATIONS
+from fst_dspy.errors import DataError
 from fst_dspy.fast.proposers.copying import CopyGuard
 from fst_dspy.fast.proposers.lessons import marked_lessons
 from fst_dspy.student.candidate import example_id
@@ -81,6 +82,13 @@ def test_what_is_to_be_learned_is_no_copy_of_an_example(task: Task) -> None:
     for name, predictor in task.program.named_predictors():
         bare = {f"{name}.instructions": predictor.signature.instructions}
         guard.check({f"{name}.instructions": task.ideal_instructions[name]}, bare)
+
+
+def test_a_star_has_the_arms_and_steps_that_are_asked_for() -> None:
+    for example in load_task("star_graph:degree=12,length=5", seed=1).trainset[:5]:
+        assert len(example.path.split()) == 6 and example.graph.count(",") == 12 * 5 - 1
+    with pytest.raises(DataError, match="of 100 arms of 5 steps cannot be drawn"):
+        load_task("star_graph:degree=100,length=5", seed=1)
 
 
 def test_star_graph_labels_are_the_only_path() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from random import Random
 
 import dspy
@@ -65,8 +66,20 @@ def test_ideal_instructions_state_every_rule_for_a_predictor_of_the_program() ->
 
 
 def test_too_many_tickets_are_refused() -> None:
-    with pytest.raises(ValueError, match="there are 4800"):
+    with pytest.raises(ValueError, match="there are 400 of each"):
         triage.draw_tickets(0, 5000)
+    with pytest.raises(ValueError, match="topics must be 1 to"):
+        triage.load(topics=1000)
+
+
+def test_a_policy_may_have_more_rules_and_come_as_unevenly_as_words() -> None:
+    task = triage.load(2, topics=40, skew=1.0)
+    assert triage.draw_policy(2).items() <= triage.draw_policy(2, 0, 40).items()
+    seen = Counter(example.topic for example in (*task.trainset, *task.valset, *task.testset))
+    assert 20 < len(seen) <= 40 and seen.most_common(1)[0][1] > 60
+    tickets = [e.ticket for e in [*task.trainset, *task.valset, *task.testset]]
+    assert len(set(tickets)) == len(tickets)
+    assert task.ideal_instructions["predict"].count("tickets go to") == 40
 
 
 @pytest.fixture(scope="module")
