@@ -1,21 +1,27 @@
-"""The arms on all four program families: ``fst compare`` with its options set, and one figure.
+"""The arms on all program families: ``fst compare`` with its options set, and two figures.
 
     python benchmarks/quality/families.py --workers 2
     python benchmarks/quality/families.py --draw-only
 
-A family has four stores below ``runs/families``: ``FAMILY-rl`` for ``fst`` and tuned ``rl_only``,
+A family has five stores below ``runs/families``: ``FAMILY-rl`` for ``fst`` and tuned ``rl_only``,
 with what they forget; ``FAMILY-untuned`` for ``rl_only`` at the defaults, where tuning chose other
-settings; ``FAMILY-others`` for the other arms; and ``FAMILY-long`` for ``rl_only`` on five times
-the budget, at the settings that the first store's study found, on three of the seeds.
+settings; ``FAMILY-others`` and ``FAMILY-rivals`` for the other arms; and ``FAMILY-long`` for
+``rl_only`` on five times the budget, at the settings that the first store's study found, on three
+of the seeds.
 Started again, what has run is not run again. The tables go to ``benchmarks/results/families``, in
-folders of the same names; beside them the figure, and ``against.md``, which sets ``fst`` against
-every other arm. List programs are learned last and get the larger budget.
+folders of the same names; beside them the figures, ``against.md``, which sets ``fst`` against every
+other arm family by family, and ``together.md``, which does so over all of them. List programs are
+learned last and get the larger budget.
+
+Two families are there since they ask for both channels, chosen before any result was seen:
+``long_policy`` has three times the rules that its instruction may hold, of topics some of which are
+frequent, and ``hard_stars`` are wider and longer than what can be guessed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import fmean
@@ -26,6 +32,11 @@ import typer
 from fst_dspy.cli.experiments import compare
 from fst_dspy.experiments import Run, load_runs, write_results
 from fst_dspy.experiments.findings.contrasts import mean_curve_on, to_best_cells
+from fst_dspy.experiments.findings.over_families import (
+    against_best,
+    draw_over_families,
+    over_families,
+)
 from fst_dspy.experiments.findings.show import open_store
 from fst_dspy.experiments.findings.tables import Table, interval_text
 from fst_dspy.experiments.runs import by_label, scores_by_seed
@@ -35,7 +46,30 @@ from fst_dspy.results.plots import drift_curves, score_curves
 
 STORES = Path("runs/families")
 RESULTS = Path(__file__).parent.parent / "results" / "families"
-BUDGETS = {"triage": 2400, "star_graph": 2400, "multihop": 2400, "list_program": 8000}
+HEADLINE = RESULTS.parent / "headline.png"
+NAMES = {"fst": "FST", "gepa_only": "prompts alone", "rl_only": "weights alone (GRPO, tuned)"}
+"""The arms of the figure on the first page, and what they are called there."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """A program, its budget in rollouts, and settings of its own."""
+
+    program: str
+    rollouts: int = 2400
+    settings: tuple[str, ...] = ()
+
+
+FAMILIES = {
+    "triage": Family("triage"),
+    "star_graph": Family("star_graph"),
+    "multihop": Family("multihop"),
+    "list_program": Family("list_program", 8000),
+    "long_policy": Family("triage:topics=36,skew=1.0", 4800, ("instruction_tokens=160",)),
+    "hard_stars": Family("star_graph:degree=16,length=4", 4800),
+}
+ORDINARY = ("triage", "star_graph", "multihop", "list_program")
+"""What others forget is measured on these."""
 RL, UNTUNED, LONG = "rl", "untuned", "long"
 LONGER, LONG_SEEDS = 5, 3
 LABELS = {UNTUNED: "rl_only-untuned", LONG: f"rl_only-{LONGER}x"}
@@ -46,6 +80,7 @@ STORES_OF = {
     RL: "fst,rl_only",
     UNTUNED: "rl_only",
     "others": "gepa_only,sequential,sequential_reverse,fst_distill",
+    "rivals": "sequential_10,sequential_25,sequential_75,sdpo,fst_both,fst_blind",
     LONG: "rl_only",
 }
 """The arms of each store of a family."""
@@ -63,7 +98,7 @@ COLOURS = {
 
 
 def main(
-    families: Annotated[str, typer.Option(help="Comma-separated.")] = ",".join(BUDGETS),
+    families: Annotated[str, typer.Option(help="Comma-separated.")] = ",".join(FAMILIES),
     stores: Annotated[str, typer.Option(help="Comma-separated.")] = ",".join(STORES_OF),
     seeds: int = 5,
     workers: int = 2,
@@ -73,7 +108,7 @@ def main(
     """Run what has not run yet, then write the tables and the figure."""
     found: dict[str, list[Run]] = {}
     for family in families.split(","):
-        found[family] = []
+        own, found[family] = FAMILIES[family], []
         for kind in stores.split(","):
             out, results = STORES / f"{family}-{kind}", RESULTS / f"{family}-{kind}"
             if draw_only and not out.exists():
@@ -82,22 +117,29 @@ def main(
                 continue
             run = partial(
                 compare,
-                family,
+                own.program,
                 STORES_OF[kind],
                 seeds=min(seeds, LONG_SEEDS) if kind == LONG else seeds,
-                rollouts=BUDGETS[family] * (LONGER if kind == LONG else 1),
+                rollouts=own.rollouts * (LONGER if kind == LONG else 1),
                 workers=workers,
                 tune_rl=tune_rl if kind == RL else 0,
-                settings=SETTINGS + (tuned(family) if kind == LONG else []),
-                forget_on=[o for o in BUDGETS if o != family] if kind in (RL, UNTUNED) else None,
+                settings=[*SETTINGS, *own.settings, *(tuned(family) if kind == LONG else [])],
+                forget_on=(
+                    [name for name in ORDINARY if name != own.program.partition(":")[0]]
+                    if kind in (RL, UNTUNED)
+                    else None
+                ),
             )
             runs = runs_of(run, out, results, draw_only)
             if kind in LABELS:
                 runs = [replace(one, job=replace(one.job, label=LABELS[kind])) for one in runs]
             found[family] += runs
-    if families == ",".join(BUDGETS):
+    if families == ",".join(FAMILIES) and all(found.values()):
         draw(found).savefig(RESULTS / "families.png", dpi=130)
         (RESULTS / "against.md").write_text(against(found).markdown())
+        tables = (over_families(found), against_best(found))
+        (RESULTS / "together.md").write_text("\n".join(one.markdown() for one in tables))
+        draw_over_families(found, NAMES, COLOURS).savefig(HEADLINE, dpi=130)
 
 
 def tuned(family: str) -> list[str]:

@@ -1,0 +1,218 @@
+"""Arms compared over several families of tasks at once: a table, and one figure.
+
+A dead or a lucky seed moves a mean of five; so what is compared are interquartile means and
+probabilities of improvement, with intervals stratified by family (``fst_dspy.measures.aggregate``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from fst_dspy.errors import DataError
+from fst_dspy.experiments.findings.tables import NONE, Table, interval_text
+from fst_dspy.experiments.runs import Run, by_label, shared_budget
+from fst_dspy.measures import (
+    Interval,
+    area_under_curve,
+    interquartile_mean,
+    probability_of_improvement,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+OURS = "fst"
+RIVALS = ("gepa_only", "rl_only", "sequential")
+"""Beginnings of the labels of the arms that ``fst`` is not to fall behind of, whichever is best."""
+POINTS = 200
+"""Points of a figure's curve."""
+Found = Mapping[str, Sequence[Run]]
+"""Runs by family."""
+
+
+def areas(runs: Sequence[Run]) -> dict[str, dict[int, float]]:
+    """The mean validation score, best so far, over the rollouts that all runs had; by label, seed.
+
+    Args:
+        runs: Of one family.
+    """
+    budget = shared_budget(runs)
+    return {
+        label: {
+            run.job.seed: area_under_curve(*run.curve, budget, running_best=True) for run in group
+        }
+        for label, group in by_label(runs).items()
+    }
+
+
+def over_families(found: Found) -> Table:
+    """A line an arm that every family has runs of.
+
+    Raises:
+        DataError: No arm is in every family, or none of them is ``fst``.
+    """
+    area = {family: areas(runs) for family, runs in found.items()}
+    tests = {family: by_label(runs) for family, runs in found.items()}
+    labels = _shared(found)
+    rows = []
+    for label in labels:
+        own = {family: list(groups[label].values()) for family, groups in area.items()}
+        ours = {family: list(groups[OURS].values()) for family, groups in area.items()}
+        test = {f: [run.test for run in groups[label]] for f, groups in tests.items()}
+        our_test = {f: [run.test for run in groups[OURS]] for f, groups in tests.items()}
+        against = [NONE, NONE]
+        if label != OURS:
+            against = [
+                _span(probability_of_improvement(ours, own)),
+                _span(probability_of_improvement(our_test, test)),
+            ]
+        rows.append(
+            (
+                label,
+                str(sum(map(len, own.values()))),
+                _span(interquartile_mean(own)),
+                against[0],
+                _span(interquartile_mean(test)),
+                against[1],
+                *(f"{fmean(values):.3f}" for values in own.values()),
+            )
+        )
+    return Table(
+        "All families together",
+        (
+            "arm",
+            "runs",
+            "area",
+            "fst better: area",
+            "test",
+            "fst better: test",
+            *(f"area, {family}" for family in found),
+        ),
+        tuple(rows),
+        "Area: mean over the rollouts of the best validation score so far. Area and test: "
+        "interquartile means over families and seeds; fst better: probability that fst is above "
+        "the arm on a family; 95 % bootstrap intervals, stratified by family.",
+    )
+
+
+def against_best(found: Found) -> Table:
+    """``fst`` beside the best of its rivals on each family, whichever that is."""
+    rows = []
+    for family, runs in found.items():
+        means = {label: fmean(by_seed.values()) for label, by_seed in areas(runs).items()}
+        rivals = {label: mean for label, mean in means.items() if label.startswith(RIVALS)}
+        if OURS in means and rivals:
+            best = max(rivals, key=rivals.__getitem__)
+            share = f"{means[OURS] / rivals[best]:.3f}" if rivals[best] else NONE
+            rows.append((family, best, f"{rivals[best]:.3f}", f"{means[OURS]:.3f}", share))
+    return Table(
+        "fst beside the best rival of each family",
+        ("family", "best rival", "its area", "fst's", "share"),
+        tuple(rows),
+        "Mean areas over seeds; the best of prompts alone, tuned RL and the splits of sequential.",
+    )
+
+
+@dataclass(frozen=True)
+class ArmCurve:
+    """The course of an arm over all families.
+
+    Attributes:
+        label: The arm's.
+        x: Shares of a family's rollouts, 0 to 1.
+        mean: Validation score, the mean of all families and seeds.
+        low, high: Its 95 % bootstrap interval, stratified by family.
+    """
+
+    label: str
+    x: tuple[float, ...]
+    mean: tuple[float, ...]
+    low: tuple[float, ...]
+    high: tuple[float, ...]
+
+
+def arm_curves(found: Found, labels: Sequence[str]) -> list[ArmCurve]:
+    """Score against the share of the rollouts that are spent, over all families.
+
+    Raises:
+        DataError: A family has no runs of an arm.
+    """
+    missing = [label for label in labels if label not in _shared(found)]
+    if missing:
+        raise DataError(f"not every family has runs of {', '.join(missing)}")
+    x = np.linspace(0, 1, POINTS)
+    rng = np.random.default_rng(0)
+    curves = []
+    for label in labels:
+        drawn, means = [], []
+        for runs in found.values():
+            budget = shared_budget(runs)
+            score_SX = np.array([_score_at(run, x * budget) for run in by_label(runs)[label]])
+            picked = rng.integers(0, len(score_SX), (1000, len(score_SX)))
+            drawn.append(score_SX[picked].mean(1))
+            means.append(score_SX.mean(0))
+        low, high = np.quantile(np.mean(drawn, axis=0), [0.025, 0.975], axis=0)
+        shown = (x, np.mean(means, axis=0), low, high)
+        curves.append(ArmCurve(label, *(tuple(values.tolist()) for values in shown)))
+    return curves
+
+
+def draw_over_families(
+    found: Found, names: Mapping[str, str], colours: Mapping[str, str]
+) -> Figure:
+    """The arms' courses, labels on the lines.
+
+    Args:
+        found: Runs by family.
+        names: What the arms are called in the figure, by label.
+        colours: By label.
+    """
+    from fst_dspy.results.notebook_figure import NotebookFigure
+
+    figure = NotebookFigure(figsize=(7, 3.8), layout="constrained")
+    axes = figure.subplots()
+    curves = arm_curves(found, list(names))
+    # Labels stand at the lines' ends, at least a line's height apart.
+    place = -1.0
+    for curve in sorted(curves, key=lambda curve: curve.mean[-1]):
+        colour = colours[curve.label]
+        axes.plot(curve.x, curve.mean, color=colour, linewidth=2, drawstyle="steps-post")
+        axes.fill_between(curve.x, curve.low, curve.high, color=colour, alpha=0.15, step="post")
+        place = max(curve.mean[-1], place + 0.07)
+        axes.text(1.02, place, names[curve.label], color=colour, va="center", fontsize=9)
+    families = f"{len(found)} families" if len(found) > 1 else next(iter(found))
+    axes.set(
+        xlim=(0, 1.4),
+        ylim=(0, 1),
+        xlabel="share of the rollouts, all channels",
+        ylabel=f"validation score, mean of {families}",
+    )
+    axes.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0", "25 %", "50 %", "75 %", "100 %"])
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.25)
+    return figure
+
+
+def _shared(found: Found) -> list[str]:
+    groups = [by_label(runs) for runs in found.values()]
+    labels = [label for label in (groups[0] if groups else ()) if all(label in g for g in groups)]
+    if OURS not in labels:
+        raise DataError(f"not every family has runs of {OURS}")
+    return labels
+
+
+def _score_at(run: Run, x: np.ndarray) -> np.ndarray:
+    """The latest score at each number of rollouts; before the first one, the first."""
+    at, score = run.curve
+    return np.array(score)[np.maximum(np.searchsorted(at, x, side="right") - 1, 0)]
+
+
+def _span(interval: Interval) -> str:
+    if interval.low is None:
+        return interval_text(interval)
+    return f"{interval.mean:.3f} ({interval.low:.3f} to {interval.high:.3f})"
