@@ -46,6 +46,10 @@ class Server(Protocol):
         """The policy whose calls it answers."""
         ...
 
+    def history(self, lm: Any) -> list[Any]:
+        """What it has asked a language model, as DSPy keeps it."""
+        ...
+
     def complete(self, request: lm15.Request) -> lm15.Response:
         """As ``LocalEngine.complete``, whatever weights the request names."""
         ...

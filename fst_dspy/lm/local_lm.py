@@ -296,6 +296,25 @@ class LocalLM(dspy.LM):
         return all(lm.model == self.model for lm in own if lm.policy is self.policy)
 
     @property
+    def history(self) -> list[Any]:
+        """What was asked and answered, as DSPy keeps it; within a rollout, of that rollout."""
+        rollout = serving(self.policy)
+        return self._history if rollout is None else rollout.history(self)
+
+    @history.setter
+    def history(self, value: list[Any]) -> None:
+        self._history = value
+
+    def update_history(self, entry: dict[str, Any]) -> None:
+        """As DSPy does; what rollouts say is not in the history that all programs share."""
+        if serving(self.policy) is None:
+            super().update_history(entry)
+            return
+        most = dspy.settings.max_history_size
+        for owner in (self, *(dspy.settings.caller_modules or ())) if most else ():
+            owner.history[:] = [*owner.history[1 - most :], entry] if most > 1 else [entry]
+
+    @property
     def _cache_responses(self) -> bool:
         """DSPy's switch: no answer in a rollout is taken from the cache, nor kept there."""
         return serving(self.policy) is None

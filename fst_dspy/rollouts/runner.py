@@ -110,7 +110,6 @@ class RolloutRunner:
         self._settings = {
             "lm": self._lms.of(self._lms.settings_lm),
             "adapter": strict_adapter(dspy.settings.adapter),
-            "disable_history": True,
         }
         self._bound: dict[str, ProgramCopier] = {}
         self.explains_format = False

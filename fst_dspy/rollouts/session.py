@@ -85,6 +85,10 @@ class Within:
         """The policy that the rollout samples from."""
         return self.session.calls.policy
 
+    def history(self, lm: Any) -> list[Any]:
+        """What the rollout has asked a language model, as DSPy keeps it."""
+        return self.session.histories.setdefault(id(lm), (lm, []))[1]
+
     def complete(self, request: lm15.Request) -> lm15.Response:
         """Answer a call of the local model; see ``fst_dspy.lm.engine.serving``."""
         name = self.running.predictor if self.running else _caller()
@@ -114,6 +118,7 @@ class Session(BaseCallback):
         trace: list[Any] | None = None if dspy.settings.trace is None else []
         self.settings = {**settings, ROLLOUT: Within(self), "callbacks": heard, "trace": trace}
         self.turns: list[Turn] = []
+        self.histories: dict[int, tuple[Any, list[Any]]] = {}  # with the LM: ids are reused
         self._guard = threading.Lock()
         self._open: dict[str, OpenCall] = {}
         self._closed: list[OpenCall] = []

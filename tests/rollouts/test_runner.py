@@ -2,6 +2,7 @@ import threading
 
 import dspy
 import pytest
+from dspy.clients.base_lm import GLOBAL_HISTORY
 from helpers import Echo, RawAdapter, Twice, questions, vowels
 
 from fst_dspy.config import SamplingConfig
@@ -65,6 +66,25 @@ def test_every_call_of_several_predictors_is_kept(lm):
             times = 1 + len(job.example.question) % 3
             assert [c.predictor for c in rollout.calls] == ["first", *["second"] * times]
             assert [t.predictor for t in rollout.traces] == [c.predictor for c in rollout.calls]
+
+
+def test_a_program_reads_its_own_history_as_it_runs(lm):
+    class Reads(Echo):
+        def forward(self, question):
+            self.say(question=question)
+            found = super().forward(question)
+            histories = (dspy.settings.lm.history, self.say.history, self.history)
+            assert [len(history) for history in histories] == [2, 2, 2]
+            assert all(question in str(history[-1]["messages"]) for history in histories)
+            return dspy.Prediction(answer=str(self.say.history[-1]["outputs"][0]) + found.answer)
+
+    before = len(GLOBAL_HISTORY)
+    program = Reads()
+    with dspy.context(lm=lm):
+        rollouts = make_runner(lm, program).run(jobs_for(program), channel="slow", salt=1)
+    assert all(r.failure is None or r.failure.kind != "program" for r in rollouts)
+    assert sum(r.failure is None for r in rollouts) > len(rollouts) // 2
+    assert not lm.history and not program.say.history and len(GLOBAL_HISTORY) == before
 
 
 def test_a_parse_failure_is_a_scored_rollout_with_its_text(lm):
