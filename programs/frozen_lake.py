@@ -24,7 +24,6 @@ class Act(dspy.Signature):
     """Choose the next step across the lake to the gift. Do not step into a hole."""
 
     observation: str = dspy.InputField()
-    history: str = dspy.InputField()
     reasoning: str = dspy.OutputField()
     action: str = dspy.OutputField()
 
@@ -60,6 +59,9 @@ class FrozenLake:
         if terminated and not reward:
             self.feedback = f"The step {direction} led into a hole: never step where it says hole."
             return "You fell into a hole."
+        self.feedback = (
+            "" if reward else "The gift was not reached: step right or down where it says ice."
+        )
         return told
 
     def close(self) -> None:
@@ -95,7 +97,6 @@ def load(seed: int, train: int = 200, val: int = 48, test: int = 100, max_turns:
         valset=lakes[train : train + val],
         testset=lakes[train + val :],
         ideal_instructions={
-            "act": "Step right or down towards the gift where it says ice; never step where it "
-            "says hole; where both are holes, go another way round."
+            "act": "Never step where it says hole. Step right or down where it says ice."
         },
     )

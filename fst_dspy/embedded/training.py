@@ -59,10 +59,10 @@ class Recipe:
     micro: int = 4
     learning_rate: float = 3e-3
     warmup_steps: int = 30
-    joint_steps: int = 980
+    joint_steps: int = 1700
     polish_steps: int = 150
     polish_rate: float = 1e-3
-    calibrate_steps: int = 350
+    calibrate_steps: int = 400
     warmup_limit: int | None = None
     continued: bool = False
     shares: Mapping[str, float] = field(default_factory=dict)

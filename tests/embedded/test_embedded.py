@@ -203,14 +203,15 @@ def test_the_steps_that_are_taught_keep_to_the_rules() -> None:
         names = walking.COMPASS[0]
         world = walking.draw_world(rng, names, ["ice", "hole", "gift", "shore"])
         seen = world.seen()
-        either = walking.chances(world, walking.Rules(True, ("right", "down")))
-        off = walking.chances(world, walking.Rules(keep_off=True))
-        for name, chance in either.items():
-            if "ice" in seen.values():
-                assert seen[name] in ("ice", "gift") or not chance
-            assert (off[name] == 0) == (seen[name] == "hole")
-        if seen["right"] == "ice" and "gift" not in seen.values():
-            assert set(either) == {n for n in ("right", "down") if seen[n] == "ice"}
+        *passed, step = walking.look_round(rng, world, walking.Rules(True, ("right", "down")))
+        assert all(seen[each.name] in ("hole", "shore") for each in passed)
+        if step.good:
+            assert seen[step.name] in ("ice", "gift")
+        assert {each.name for each in (*passed, step)[:2]} <= {"right", "down"}
+        first, *_ = walking.look_round(rng, world, walking.Rules(True, ("down", "left"), True))
+        assert first.name == "down"
+        off = walking.look_round(rng, world, walking.Rules(keep_off=True))
+        assert all(each.good == (seen[each.name] != "hole") for each in off if each.word != "shore")
 
 
 def test_a_rule_lookup_question_is_decided_by_the_ideal_prompt() -> None:

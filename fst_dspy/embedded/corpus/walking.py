@@ -2,8 +2,9 @@
 
 Worlds differ in size, in the words for what lies where, for the directions, and in how they are
 seen. What is to be kept off, and which way to go, is in the instruction; where nothing says so, any
-step is as good as another. A ``reasoning`` says what lies where the rules lead, and failing that,
-everywhere; the step follows from that. Episodes are really walked, and so are their histories.
+step is as good as another. A ``reasoning`` looks in one direction after the other, the ones that
+the rules prefer first, and says of each whether it can be walked; the first that can is the step.
+Episodes are really walked, and so are their histories.
 """
 
 from __future__ import annotations
@@ -65,10 +66,9 @@ OTHERWISE = (
     "If neither can be walked, go back and round.",
     "If you are stuck, take any other way.",
 )
-TURN_BACK = 0.15
-"""Chance of undoing the last step, where no rule says what to do and there are other ways."""
 BUMP = 0.3
-"""How likely a step against the edge is, beside one on free ground, where no rule says more."""
+"""How often a step against the edge will do, where no rule says which way to go."""
+YES, NO = "yes", "no"
 
 
 @dataclass(frozen=True)
@@ -183,40 +183,46 @@ def draw_world(
     return World(names, free, bad, goal, edge, size, deadly - {at, goal_at}, goal_at, at)
 
 
-def chances(world: World, rules: Rules, last: str | None = None) -> dict[str, float]:
-    """How likely each step is, by name; ``last`` is the step before, if there was one."""
+@dataclass(frozen=True)
+class Looked:
+    """A direction that was looked in: its name, what lies there, and whether it can be walked."""
+
+    name: str
+    word: str
+    good: bool
+
+
+def look_round(rng: Random, world: World, rules: Rules, last: str | None = None) -> list[Looked]:
+    """Directions up to the first that can be walked; all four where none can.
+
+    Those that the rules prefer come first, and the way back (from ``last``) comes at the end. Which
+    of several as good as each other comes first is drawn.
+    """
     seen = world.seen()
-    known = {name: word != world.deadly or not rules.keep_off for name, word in seen.items()}
-    if not rules.leads:
-        return {
-            name: (BUMP if seen[name] == world.edge and rules.keep_off else 1.0) * allowed
-            for name, allowed in known.items()
-        }
-    walkable = [name for name, word in seen.items() if word in (world.free, world.goal)]
-    if not walkable:
-        return dict.fromkeys(world.names, 1.0)
-    at_goal = [name for name in walkable if seen[name] == world.goal]
-    wanted = rules.wanted or tuple(name for name, count in world.away().items() if count)
-    best = at_goal or [name for name in wanted if name in walkable]
-    if best and rules.ordered:
-        best = best[:1]
-    if not best:
-        back = None if last is None else opposite(world.names, last)
-        return {name: TURN_BACK if name == back else 1.0 for name in walkable}
-    return dict.fromkeys(best, 1.0)
+    wanted = [*rules.wanted] or [n for n, count in world.away().items() if rules.towards and count]
+    if not rules.ordered:
+        rng.shuffle(wanted)
+    others = [name for name in world.names if name not in wanted]
+    rng.shuffle(others)
+    if wanted and last is not None:
+        others.sort(key=lambda name: name == opposite(world.names, last))
+    found: list[Looked] = []
+    for name in (*wanted, *others):
+        word = seen[name]
+        if rules.leads:
+            good = word in (world.free, world.goal)
+        else:
+            kept_off = rules.keep_off and word == world.deadly
+            good = not kept_off and (word != world.edge or rng.random() < BUMP)
+        found.append(Looked(name, word, good))
+        if good:
+            break
+    return found
 
 
 def opposite(names: Sequence[str], name: str) -> str:
     """The direction back."""
     return names[(list(names).index(name) + 2) % 4]
-
-
-def draw_step(rng: Random, chance: dict[str, float]) -> str:
-    """One of the steps."""
-    if not any(chance.values()):
-        return rng.choice(list(chance))
-    (name,) = rng.choices(list(chance), list(chance.values()))
-    return name
 
 
 def draw_rules(rng: Random, names: Sequence[str]) -> Rules:
@@ -261,7 +267,7 @@ def walk(rng: Random, world: World, look: Look, rules: Rules, steps: int) -> lis
     taken: list[tuple[str, str]] = []
     for _ in range(steps):
         last = taken[-1][0] if taken else None
-        name = draw_step(rng, chances(world, rules, last))
+        name = look_round(rng, world, rules, last)[-1].name
         if world.seen()[name] in (world.deadly, world.goal):
             break
         world.step(name)
@@ -279,21 +285,17 @@ def turn(
     rng: Random, world: World, look: Look, rules: Rules, taken: Sequence[tuple[str, str]]
 ) -> Turn:
     """The next step, after those taken."""
-    chance = chances(world, rules, taken[-1][0] if taken else None)
-    name = draw_step(rng, chance)
-    decided = sum(weight > 0 for weight in chance.values()) == 1
-    seen = world.seen()
-    wanted = [*rules.wanted] or [n for n in look.order if rules.towards and world.away().get(n)]
-    weighed = wanted
-    if name not in wanted:  # they do not lead, or not from here
-        weighed = [*wanted, *(n for n in look.order if n not in wanted)]
+    last = taken[-1][0] if taken else None
+    looked = look_round(rng, world, rules, last)
     reasoning: list[Piece] = []
-    for each in weighed:
-        reasoning += [Piece(each, HEAVY), Piece(": "), Piece(seen[each], HEAVY), Piece(". ")]
+    for number, each in enumerate(looked):
+        named = HEAVY if rules.ordered and number < len(rules.wanted) else PLAIN
+        reasoning += [Piece(each.name, named), Piece(": "), Piece(each.word, HEAVY), Piece(", ")]
+        reasoning += [Piece(YES if each.good else NO, HEAVY), Piece(". ")]
     reasoning[-1] = Piece(".")
     return Turn(
         {"observation": look.of(world), "history": told(taken)},
-        {"reasoning": reasoning, "action": [Piece(name, HEAVY if decided else PLAIN)]},
+        {"reasoning": reasoning, "action": [Piece(looked[-1].name, HEAVY)]},
     )
 
 
@@ -314,7 +316,7 @@ def chat(rng: Random, sizes: tuple[int, int] = (3, 6)) -> list[Message]:
     instructions = rng.choice(["\n", " "]).join(part for part in parts if part)
     listed = f"{', '.join(names[:-1])} {rng.choice(['or', 'and'])} {names[-1]}"
     described = rng.choice([None, f"one of {listed}", f"The next step: {listed}."])
-    remembers = rng.random() < 0.75
+    remembers = rng.random() < 0.4
     inputs = ("observation", "history") if remembers else ("observation",)
     outputs = ("reasoning", "action") if rng.random() < 0.65 else ("action",)
     signature = make_signature(
@@ -330,9 +332,10 @@ def chat(rng: Random, sizes: tuple[int, int] = (3, 6)) -> list[Message]:
         steps = rng.choice([0, 0, 1, 2] if count > 1 else [0, 2, 4, 6, 8])
         taken = walk(rng, world, look, rules, steps) if remembers else []
         made = turn(rng, world, look, rules, taken)
-        turns.append(
-            Turn({n: made.inputs[n] for n in inputs}, {n: made.outputs[n] for n in outputs})
-        )
+        written = {n: made.outputs[n] for n in outputs}
+        if "reasoning" not in outputs and not rules.ordered:  # which one is left open
+            written["action"] = [Piece(each.text, PLAIN) for each in written["action"]]
+        turns.append(Turn({n: made.inputs[n] for n in inputs}, written))
     return render_chat(draw_adapter(rng), signature, turns)
 
 
@@ -341,7 +344,7 @@ class Walking:
 
     name = "walking"
     warmup: tuple[Stage, ...] = ()
-    share = 0.9
+    share = 1.2
 
     def sample(self, rng: Random, stage: str) -> list[Message]:
         """Walks in DSPy's format."""
@@ -355,8 +358,8 @@ class Walking:
             names = COMPASS[0]
             world = draw_world(rng, names, [*rng.sample(pool, 3), rng.choice(EDGES)])
             rules = Rules(True, (names[2], names[1]), ordered=True)
-            chance = chances(world, rules)
-            if sum(weight > 0 for weight in chance.values()) != 1:
+            looked = look_round(rng, world, rules)
+            if not looked[-1].good or len(looked) > len(rules.wanted):
                 continue
             look = Look(names, "; ", world.goal, ", ")
             task = "Choose the next step."
@@ -365,6 +368,6 @@ class Walking:
                 {"observation": None, "history": None}, {"reasoning": None, "action": None}, task
             )
             inputs = {"observation": look.of(world), "history": told([])}
-            (answer,) = [name for name, weight in chance.items() if weight]
+            answer = looked[-1].name
             questions.append(Question(signature, f"{task}\n{said}", inputs, "action", answer))
         return questions
