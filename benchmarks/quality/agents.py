@@ -37,7 +37,7 @@ PROGRAMS = ("frozen_lake", "gridworld:max_turns=16")
 ENV_STEPS: Mapping[str, int] = {"frozen_lake": 1_800, "gridworld:max_turns=16": 2_400}
 ROLLOUTS = 600
 SETTINGS: Mapping[str, Any] = {
-    "max_tokens": 24,
+    "max_tokens": 48,
     "val_size": 16,
     "group_size": 8,
     "problems_per_step": 4,
