@@ -57,11 +57,9 @@ class FrozenLake:
         self.reward, self.done = float(reward), bool(terminated or truncated)
         told = self._told(place)
         if terminated and not reward:
-            self.feedback = f"The step {direction} led into a hole: never step where it says hole."
+            self.feedback = f"{direction} was a hole.\nLesson: Never step where it says hole."
             return "You fell into a hole."
-        self.feedback = (
-            "" if reward else "The gift was not reached: step right or down where it says ice."
-        )
+        self.feedback = "" if reward else "Lesson: Step right or down where it says ice."
         return told
 
     def close(self) -> None:

@@ -127,7 +127,7 @@ class House:
             door = self._ahead()
             self.done = action == "toggle" and getattr(door, "is_open", False)
             if action == "toggle" and self._room.wrong_key:
-                self.feedback = f"{colour} doors need the {self._rule[colour]} key here."
+                self.feedback = f"Lesson: {colour} doors need the {self._rule[colour]} key here."
         elif self._kind == "goto":
             thing = self._ahead()
             self.done = thing is not None and (thing.type, thing.color) == ("ball", colour)

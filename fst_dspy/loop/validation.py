@@ -100,7 +100,8 @@ def is_scored(parts: Parts, state: LoopState, population: Population) -> bool:
     if not state.evidence:
         return False
     last, best = state.records[-1], population.candidates[populations.best(population)]
-    return (last.best_candidate_id, last.step) == (best.id, parts.policy.step)
+    # Not by steps: some move nothing, and the policy counts those that did.
+    return last.best_candidate_id == best.id and last.weights_version == parts.policy.version()
 
 
 def _until_clear(

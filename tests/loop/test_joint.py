@@ -4,6 +4,7 @@ import datetime
 import re
 import signal
 from dataclasses import replace
+from itertools import pairwise
 
 import dspy
 import pytest
@@ -55,6 +56,19 @@ def test_the_same_seed_gives_the_same_weights_and_population(tiny_qwen3):
     assert one.weights_version == two.weights_version
     assert one.population == two.population
     assert compile_tiny(tiny_qwen3, seed=1)[2].weights_version != one.weights_version
+
+
+def test_weights_that_moved_are_validated_also_after_steps_that_moved_nothing(tiny_qwen3):
+    def metric(gold, pred, trace=None):  # the groups of one problem are constant
+        return 0.5 if gold.question.endswith("1") else vowels(gold, pred)
+
+    own = {"problems_per_step": 1, "steps_per_cycle": 1, "max_cycles": 12, "on_no_signal": "warn"}
+    own |= {"first_cycle_iterations": 0, "cycle_iterations": 0, "revisit_constant": 1.0}
+    records = compile_tiny(tiny_qwen3, metric=metric, **own)[2].records
+    pairs = [*pairwise(records)]
+    moved = [after for before, after in pairs if before.weights_version != after.weights_version]
+    assert 2 <= len(moved) < len(pairs) - 1  # the opening moves none
+    assert all(record.rollouts.eval for record in moved)
 
 
 def test_arms_are_the_same_loop_with_one_channel_off(tiny_qwen3):

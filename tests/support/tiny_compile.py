@@ -27,11 +27,13 @@ def raw_adapter():
         yield
 
 
-def compile_tiny(folder, program=None, *, seed=0, log_dir=None, arm="fst", **settings):
+def compile_tiny(
+    folder, program=None, *, seed=0, log_dir=None, arm="fst", metric=vowels, **settings
+):
     """Compile on a freshly loaded model: the compiled program, its LM and its results."""
     lm = LocalLM(str(folder))
     fst = FST(
-        vowels, seed=seed, log_dir=log_dir, arm=arm, track_stats=True, **{**SETTINGS, **settings}
+        metric, seed=seed, log_dir=log_dir, arm=arm, track_stats=True, **{**SETTINGS, **settings}
     )
     with dspy.context(lm=lm):
         compiled = fst.compile(program or Echo(), trainset=questions(6), valset=questions(4, 6))

@@ -30,7 +30,7 @@ SENTENCE_END = re.compile(r"(?<=[.!?])(?<!\be\.g\.)(?<!\bi\.e\.)(?<!\bvs\.)\s+")
 QUOTED = re.compile(r"\"[^\"]+\"|`[^`]+`|(?<!\w)'[^']+'(?!\w)")
 VERDICT = re.compile(
     r"^(?:correct|incorrect|wrong|right|expected|got|predicted|gold|score|this (?:is|was)"
-    r"|the (?:correct|expected|right|gold|answer|prediction|output)"
+    r"|the (?:correct|expected|right|gold|answer|prediction|output|episode (?:ended|was cut off))"
     r"|your (?:answer|output|response|prediction)|you (?:answered|said|wrote|predicted|chose))\b",
     re.IGNORECASE,
 )
