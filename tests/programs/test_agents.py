@@ -156,7 +156,10 @@ def test_the_rule_is_told_by_feedback_alone_and_never_the_same_colour():
             seen = environment.act(action)
             if environment.feedback:
                 told = True
-                assert environment.feedback == f"{colour} doors need the {rule[colour]} key here."
+                assert (
+                    environment.feedback
+                    == f"Lesson: {colour} doors need the {rule[colour]} key here."
+                )
                 assert not environment.done
                 break
     assert told
