@@ -17,6 +17,9 @@ SIZE = 4
 STEPS = {"left": (0, -1), "down": (1, 0), "right": (0, 1), "up": (-1, 0)}
 """Rows and columns of each step, in the order of gymnasium's actions."""
 ACTIONS = tuple(STEPS)
+HOLE, SHORE, ICE = "hole, no.", "shore, no.", "ice, yes."
+WAY = "Step right or down where it says ice."
+"""What an episode that failed teaches, in the words of what is seen."""
 WORDS = {b"F": "ice", b"S": "ice", b"H": "hole", b"G": "gift"}
 
 
@@ -34,6 +37,8 @@ class FrozenLake:
     def __init__(self) -> None:
         self.done, self.reward, self.feedback = False, 0.0, ""
         self._lake: Any = None
+        self._place = 0
+        self._lessons: dict[str, None] = {}
 
     def reset(self, seed: int) -> str:
         """Begin on the lake of a seed."""
@@ -41,11 +46,11 @@ class FrozenLake:
         from gymnasium.envs.toy_text.frozen_lake import generate_random_map
 
         self.close()
-        lake = generate_random_map(size=SIZE, p=0.75, seed=seed)
+        lake = generate_random_map(size=SIZE, seed=seed)
         self._lake = gymnasium.make("FrozenLake-v1", desc=lake, is_slippery=False)
-        place, _ = self._lake.reset(seed=seed)
-        self.done, self.reward, self.feedback = False, 0.0, ""
-        return self._told(place)
+        self._place, _ = self._lake.reset(seed=seed)
+        self.done, self.reward, self.feedback, self._lessons = False, 0.0, "", {}
+        return self._told()
 
     def step(self, direction: str) -> str:
         """The next step: left, down, right or up."""
@@ -53,23 +58,28 @@ class FrozenLake:
             raise ValueError(
                 f"{direction!r} is no direction; it must be one of {', '.join(ACTIONS)}"
             )
-        place, reward, terminated, truncated, _ = self._lake.step(ACTIONS.index(direction))
+        before = self._place
+        self._place, reward, terminated, truncated, _ = self._lake.step(ACTIONS.index(direction))
         self.reward, self.done = float(reward), bool(terminated or truncated)
-        told = self._told(place)
-        if terminated and not reward:
-            self.feedback = f"{direction} was a hole.\nLesson: Never step where it says hole."
-            return "You fell into a hole."
-        self.feedback = "" if reward else "Lesson: Step right or down where it says ice."
-        return told
+        fell = terminated and not reward
+        if self._place == before:
+            self._lessons[SHORE] = None
+        lessons = [HOLE] if fell else [ICE, WAY]
+        self.feedback = (
+            ""
+            if reward
+            else "\n".join(f"Lesson: {lesson}" for lesson in (*self._lessons, *lessons))
+        )
+        return "You fell into a hole." if fell else self._told()
 
     def close(self) -> None:
         """Close it."""
         if self._lake is not None:
             self._lake.close()
 
-    def _told(self, place: int) -> str:
+    def _told(self) -> str:
         desc = self._lake.unwrapped.desc
-        row, column = divmod(int(place), SIZE)
+        row, column = divmod(int(self._place), SIZE)
         seen = []
         for name, (down, right) in STEPS.items():
             r, c = row + down, column + right
@@ -95,6 +105,6 @@ def load(seed: int, train: int = 200, val: int = 48, test: int = 100, max_turns:
         valset=lakes[train : train + val],
         testset=lakes[train + val :],
         ideal_instructions={
-            "act": "Never step where it says hole. Step right or down where it says ice."
+            "act": "\n".join((ICE, WAY, SHORE, HOLE)),
         },
     )

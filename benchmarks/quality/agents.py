@@ -34,7 +34,7 @@ STORES = Path("runs/agents")
 RESULTS = Path(__file__).parent.parent / "results" / "agents"
 ARMS = "fst,rl_only,gepa_only,sequential"
 PROGRAMS = ("frozen_lake", "gridworld:max_turns=16")
-ENV_STEPS = 5_000
+ENV_STEPS = 6_000
 ROLLOUTS = 1_500
 SETTINGS: Mapping[str, Any] = {
     "max_tokens": 48,
@@ -43,7 +43,7 @@ SETTINGS: Mapping[str, Any] = {
     "problems_per_step": 8,
     "steps_per_cycle": 2,
     "credit": "turn",
-    "learning_rate": 1.5e-4,
+    "learning_rate": 1e-4,
     "first_cycle_iterations": 3,
     "cycle_iterations": 1,
     "minibatch_size": 8,
