@@ -89,7 +89,7 @@ def test_load_without_a_seed_is_refused(tmp_path: Path) -> None:
 def test_sizes_that_cannot_be_are_refused() -> None:
     with pytest.raises(DataError, match="fewer than 0 tickets"):
         load_task("triage:train=-5")
-    with pytest.raises(DataError, match="there are 4800"):
+    with pytest.raises(DataError, match="there are 400 of each"):
         load_task("triage:train=9000")
 
 

@@ -70,7 +70,9 @@ def grammar_of_answer(
     Returns:
         ``None`` for adapters of other kinds, and where the answer has no fields.
     """
-    template = _template(adapter, signature)
+    # Where words are spelled by what stands before them, a marker may be a token together with the
+    # white space behind it, which no other token writes.
+    template = _template(adapter, signature, whole=spell is not None)
     if template is None:
         return None
     if isinstance(adapter, JSONAdapter):
@@ -128,7 +130,9 @@ class Template:
     texts: list[str]
 
 
-def _template(adapter: Any, signature: type[dspy.Signature]) -> Template | None:
+def _template(
+    adapter: Any, signature: type[dspy.Signature], *, whole: bool = False
+) -> Template | None:
     names = list(signature.output_fields)
     if not isinstance(adapter, ChatAdapter) or not names:
         return None
@@ -142,7 +146,7 @@ def _template(adapter: Any, signature: type[dspy.Signature]) -> Template | None:
         texts.append(before)
     if any(place in text for text in (*texts, written) for place in places.values()):
         return None
-    return Template(names, [*texts, written.rstrip()])
+    return Template(names, [*texts, written if whole else written.rstrip()])
 
 
 @dataclass

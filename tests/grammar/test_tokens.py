@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import dspy
 import pytest
 import torch
 from held_answers import DESKS, SMALL, all_answers, allowed_after, encode
 
 from fst_dspy.errors import ModelError
+from fst_dspy.grammar.answers import grammar_of_answer
 from fst_dspy.grammar.tokens import Walk, single, unpacked
 from fst_dspy.model.policy import Policy
 from fst_dspy.model.sampling import allowed_tokens, vocabulary
@@ -26,6 +28,20 @@ def test_the_answers_are_the_grammar_s_and_no_others(tiny_llama: Path) -> None:
     # Each way to write them, but for where one way is forced.
     assert len(found) == len(set(found)) > len(ANSWERS)
     assert all(ids[-1] == policy.tokenizer.eos_token_id for ids in found)
+
+
+@pytest.mark.parametrize("adapter", [dspy.ChatAdapter(), dspy.XMLAdapter(), dspy.JSONAdapter()])
+def test_what_the_embedded_model_was_taught_to_write_is_allowed(adapter) -> None:
+    policy = Policy.load("embedded")
+    signature = dspy.Signature("ticket -> reasoning, queue")
+    text = grammar_of_answer(adapter, signature, vocabulary(policy).spell)
+    assert text is not None
+    values = {"reasoning": "visa goes to teal.", "queue": "teal"}
+    answer = adapter.format_assistant_message_content(signature, values)
+    said = tuple(policy.tokenizer.encode(answer))
+    for number, token in enumerate(said):
+        assert token in allowed_after(policy, Grammar(text), said[:number]), answer
+    assert policy.tokenizer.eos_token_id in allowed_after(policy, Grammar(text), said)
 
 
 def test_all_that_begins_an_answer_is_allowed_and_nothing_else(tiny_llama: Path) -> None:
