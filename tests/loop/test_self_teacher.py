@@ -155,10 +155,9 @@ def wrong(gold, pred, *_):
 
 
 @pytest.mark.parametrize("signal", ["reward", "feedback", "both"])
-def test_groups_of_equal_rewards_have_a_gradient_by_feedback(signal, tiny_qwen3, monkeypatch):
-    monkeypatch.setattr("tiny_compile.vowels", wrong)
+def test_groups_of_equal_rewards_have_a_gradient_by_feedback(signal, tiny_qwen3):
     settings = {"max_cycles": 1, "arm": "rl_only", "slow_signal": signal}
-    _, lm, result = compile_tiny(tiny_qwen3, on_no_signal="warn", **settings)
+    _, lm, result = compile_tiny(tiny_qwen3, metric=wrong, on_no_signal="warn", **settings)
     record = result.records[-1]
     assert record.constant_group_share == 1.0
     moved = record.weights_version != lm.policy.base_version
