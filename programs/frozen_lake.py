@@ -38,7 +38,7 @@ class FrozenLake:
         self.done, self.reward, self.feedback = False, 0.0, ""
         self._lake: Any = None
         self._place = 0
-        self._lessons: dict[str, None] = {}
+        self._bumped = False
 
     def reset(self, seed: int) -> str:
         """Begin on the lake of a seed."""
@@ -49,7 +49,7 @@ class FrozenLake:
         lake = generate_random_map(size=SIZE, seed=seed)
         self._lake = gymnasium.make("FrozenLake-v1", desc=lake, is_slippery=False)
         self._place, _ = self._lake.reset(seed=seed)
-        self.done, self.reward, self.feedback, self._lessons = False, 0.0, "", {}
+        self.done, self.reward, self.feedback, self._bumped = False, 0.0, "", False
         return self._told()
 
     def step(self, direction: str) -> str:
@@ -62,14 +62,9 @@ class FrozenLake:
         self._place, reward, terminated, truncated, _ = self._lake.step(ACTIONS.index(direction))
         self.reward, self.done = float(reward), bool(terminated or truncated)
         fell = terminated and not reward
-        if self._place == before:
-            self._lessons[SHORE] = None
-        lessons = [HOLE] if fell else [ICE, WAY]
-        self.feedback = (
-            ""
-            if reward
-            else "\n".join(f"Lesson: {lesson}" for lesson in (*self._lessons, *lessons))
-        )
+        self._bumped = self._bumped or self._place == before
+        lessons = [*([SHORE] if self._bumped else []), *([HOLE] if fell else [ICE, WAY])]
+        self.feedback = "" if reward else "\n".join(f"Lesson: {lesson}" for lesson in lessons)
         return "You fell into a hole." if fell else self._told()
 
     def close(self) -> None:

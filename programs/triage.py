@@ -91,6 +91,8 @@ def draw_tickets(
     Raises:
         DataError: More are asked for than can be written (400 of a topic), or a negative skew.
     """
+    if skew < 0:
+        raise DataError(f"skew must not be negative, got {skew}")
     names = topic_names(topics)
     texts = {
         topic: [
@@ -104,8 +106,6 @@ def draw_tickets(
     rng = Random(f"triage tickets {seed}")
     for lines in texts.values():
         rng.shuffle(lines)
-    if skew < 0:
-        raise DataError(f"skew must not be negative, got {skew}")
     drawn = [names[i % topics] for i in range(count)]
     if skew:
         ranked, weights = rng.sample(names, topics), [(k + 1) ** -skew for k in range(topics)]

@@ -10,10 +10,9 @@ from __future__ import annotations
 
 import json
 import subprocess
-from functools import partial
 from pathlib import Path
 from statistics import fmean
-from typing import IO, Annotated, Any
+from typing import Annotated, Any
 
 import dspy
 import typer
@@ -63,10 +62,6 @@ def measure(lm: fst_dspy.LocalLM, name: str, adapter: str, test: int, seed: int)
     return row
 
 
-def _write(text: bytes, file: IO[bytes]) -> None:
-    file.write(text)
-
-
 def main(
     model: Annotated[str, typer.Option(help="As LocalLM takes it.")] = "embedded",
     tasks: Annotated[str, typer.Option(help="Comma-separated.")] = "triage,frozen_lake,gridworld",
@@ -90,8 +85,8 @@ def main(
             rows = [old for old in rows if any(old[k] != row[k] for k in key)]
             rows.append(row)
             typer.echo(json.dumps(row))
-            text = (json.dumps(rows, indent=1) + "\n").encode()
-            write_atomically(out, partial(_write, text))
+            text = json.dumps(rows, indent=1) + "\n"
+            write_atomically(out, lambda file, text=text: file.write(text.encode()))
 
 
 if __name__ == "__main__":

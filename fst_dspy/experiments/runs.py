@@ -7,7 +7,13 @@ from dataclasses import dataclass
 
 from fst_dspy.experiments.jobs import Job, Outcome, read_outcome, read_records
 from fst_dspy.experiments.runner import ExperimentStore
-from fst_dspy.measures import mean_at_k, rollouts_to_score, score_curve, steps_to_score
+from fst_dspy.measures import (
+    area_under_curve,
+    mean_at_k,
+    rollouts_to_score,
+    score_curve,
+    steps_to_score,
+)
 from fst_dspy.types import CycleRecord
 
 PAIR = "trained_evolved"
@@ -90,3 +96,18 @@ def shared_budget(runs: Sequence[Run]) -> int:
         run.job.rollouts if run.records[-1].ended else run.records[-1].total_rollouts.total
         for run in runs
     )
+
+
+def areas(runs: Sequence[Run]) -> dict[str, dict[int, float]]:
+    """The mean validation score, best so far, over the rollouts that all runs had; by label, seed.
+
+    Args:
+        runs: Of one family.
+    """
+    budget = shared_budget(runs)
+    return {
+        label: {
+            run.job.seed: area_under_curve(*run.curve, budget, running_best=True) for run in group
+        }
+        for label, group in by_label(runs).items()
+    }

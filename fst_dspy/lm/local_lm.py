@@ -311,8 +311,9 @@ class LocalLM(dspy.LM):
             super().update_history(entry)
             return
         most = dspy.settings.max_history_size
-        for owner in (self, *(dspy.settings.caller_modules or ())) if most else ():
-            owner.history[:] = [*owner.history[1 - most :], entry] if most > 1 else [entry]
+        for owner in (self, *(dspy.settings.caller_modules or ())):
+            owner.history.append(entry)
+            del owner.history[: max(0, len(owner.history) - most)]
 
     @property
     def _cache_responses(self) -> bool:

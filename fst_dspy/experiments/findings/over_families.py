@@ -15,13 +15,8 @@ import numpy as np
 
 from fst_dspy.errors import DataError
 from fst_dspy.experiments.findings.tables import NONE, Table, interval_text
-from fst_dspy.experiments.runs import Run, by_label, shared_budget
-from fst_dspy.measures import (
-    Interval,
-    area_under_curve,
-    interquartile_mean,
-    probability_of_improvement,
-)
+from fst_dspy.experiments.runs import Run, areas, by_label, shared_budget
+from fst_dspy.measures import Interval, interquartile_mean, probability_of_improvement
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -33,21 +28,6 @@ POINTS = 200
 """Points of a figure's curve."""
 Found = Mapping[str, Sequence[Run]]
 """Runs by family."""
-
-
-def areas(runs: Sequence[Run]) -> dict[str, dict[int, float]]:
-    """The mean validation score, best so far, over the rollouts that all runs had; by label, seed.
-
-    Args:
-        runs: Of one family.
-    """
-    budget = shared_budget(runs)
-    return {
-        label: {
-            run.job.seed: area_under_curve(*run.curve, budget, running_best=True) for run in group
-        }
-        for label, group in by_label(runs).items()
-    }
 
 
 def over_families(found: Found) -> Table:

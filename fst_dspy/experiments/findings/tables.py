@@ -16,8 +16,8 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table as RichTable
 
 from fst_dspy.display import as_text
-from fst_dspy.experiments.runs import PAIR, QUADRANTS, Run, by_label, shared_budget
-from fst_dspy.measures import Interval, area_under_curve, mean_at_k, mean_interval
+from fst_dspy.experiments.runs import PAIR, QUADRANTS, Run, areas, by_label, shared_budget
+from fst_dspy.measures import Interval, mean_at_k, mean_interval
 
 NONE = "—"
 LONGEST_NUMBER = len("-0.000 ± 0.000")
@@ -69,18 +69,17 @@ class Table:
 
 def summary(runs: Sequence[Run]) -> Table:
     """Means over seeds."""
-    budget = shared_budget(runs)
+    area = areas(runs)
     rows = []
     for label, group in by_label(runs).items():
         test = mean_at_k([run.outcome.test[PAIR] for run in group])
-        areas = [area_under_curve(*run.curve, budget, running_best=True) for run in group]
         rows.append(
             (
                 label,
                 str(len(group)),
                 interval_text(mean_interval(run.test for run in group)),
                 number_text(test.se_examples),
-                f"{fmean(areas):.3f}",
+                f"{fmean(area[label].values()):.3f}",
                 f"{fmean(run.outcome.kl_to_base for run in group):.4f}",
                 f"{fmean(run.outcome.entropy for run in group):.3f}",
                 *counts_text(group),
@@ -104,8 +103,9 @@ def summary(runs: Sequence[Run]) -> Table:
         ),
         tuple(rows),
         f"Test: mean@{runs[0].job.samples} of the best pair, 95 % interval over seeds; SE from the "
-        f"draw of examples. Area: under the best validation score so far, to {budget} rollouts. KL "
-        f"to the base and entropy: nats a token, on test prompts. {COUNTED}",
+        "draw of examples. Area: under the best validation score so far, to "
+        f"{shared_budget(runs)} rollouts. KL to the base and entropy: nats a token, on test "
+        f"prompts. {COUNTED}",
     )
 
 
