@@ -33,9 +33,9 @@ from fst_dspy.results.notebook_figure import NotebookFigure
 STORES = Path("runs/agents")
 RESULTS = Path(__file__).parent.parent / "results" / "agents"
 ARMS = "fst,rl_only,gepa_only,sequential"
-PROGRAMS = ("frozen_lake", "gridworld:max_turns=16")
-ENV_STEPS = 6_000
-ROLLOUTS = 1_500
+PROGRAMS = ("gridworld", "frozen_lake")
+ENV_STEPS = 12_000
+ROLLOUTS = 3_000
 SETTINGS: Mapping[str, Any] = {
     "max_tokens": 48,
     "val_size": 24,

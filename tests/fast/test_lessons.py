@@ -293,3 +293,27 @@ def test_only_keys_that_open_alike_contradict():
     assert all(opening(a) == opening(b) for a, b in pairs)
     alike = [(a, b) for a in keys for b in keys if opening(a) == opening(b)]
     assert len(alike) < len(keys) ** 2 / 4
+
+
+def test_sentences_learned_before_the_first_marker_are_taken_back() -> None:
+    by = proposer()
+    before = propose(by, [record("The desk is closed at noon today.", "e1")])
+    assert "noon" in before
+    told = [record("The desk is closed at noon today.\nLesson: tax goes to teal.", "e2")]
+    after = propose(by, told, {NAME: before})
+    assert "tax goes to teal." in after
+    assert "noon" not in after
+
+
+def test_a_quotation_of_several_sentences_is_one_and_teaches_nothing() -> None:
+    action = "red doors need a red key. you carry a green key. use it"
+    line = f"Turn 15, '{action}': no action as asked was stated."
+    assert unmarked_sentences(line) == [line]
+    assert quotes_example(line, record(line))
+
+
+def test_a_sentence_that_the_example_itself_holds_is_no_lesson() -> None:
+    seen = {"Inputs": {"observation": "You carry nothing. A red door is straight ahead of you."}}
+    sentence = "A red door is straight ahead of you."
+    assert quotes_example(sentence, record("", **seen))
+    assert sentence not in propose(proposer(), [record(f"Blocked. {sentence}", **seen)])

@@ -169,6 +169,9 @@ class LessonProposer:
         everywhere = set.intersection(*map(set, inputs)) if len(inputs) > 1 else set()
         stated = [marked_lessons(record["Feedback"]) for record in told]
         marked = any(stated) or any(lesson.marked for lesson in memory.values())
+        if marked:  # feedback that marks its lessons says so of all others: they are none
+            for known in memory.values():
+                known.live = known.marked and known.live
         for record, words, lessons in zip(told, inputs, stated, strict=True):
             failed = record["score"] < top or top == worst
             subject = set(words) - everywhere
@@ -380,14 +383,29 @@ def marked_lessons(feedback: str) -> list[str]:
 
 
 def unmarked_sentences(feedback: str) -> list[str]:
-    """The sentences of feedback without markers that may say more than right or wrong."""
+    """The sentences of feedback without markers that may say more than right or wrong.
+
+    Quotations stay whole, however many sentences they hold: a part of one says nothing.
+    """
     lines = [BULLET.sub("", line).strip() for line in feedback.split("\n")]
     return [
         sentence
         for line in lines
-        for sentence in sentences(line)
+        for sentence in _unquoted_sentences(line)
         if len(sentence.split()) >= MIN_WORDS and not VERDICT.search(sentence)
     ]
+
+
+def _unquoted_sentences(line: str) -> list[str]:
+    quoted = [found.span() for found in QUOTED.finditer(line)]
+    ends = [
+        found.span()
+        for found in SENTENCE_END.finditer(line)
+        if not any(start < found.start() < end for start, end in quoted)
+    ]
+    starts = [0, *(end for _, end in ends)]
+    parts = [line[a:b].strip() for a, b in zip(starts, [*(a for a, _ in ends), None], strict=True)]
+    return [part for part in parts if part]
 
 
 def sentences(line: str) -> list[str]:
@@ -396,14 +414,15 @@ def sentences(line: str) -> list[str]:
 
 
 def quotes_example(sentence: str, record: Record) -> bool:
-    """Whether a sentence repeats a value of its own example: an input, an output or a label."""
+    """Whether a sentence repeats its own example: a value of it, or words that stand in one."""
     if QUOTED.search(sentence):
         return True
     outputs = record["Generated Outputs"]
     values = [*record["Inputs"].values(), *record["labels"].values()]
     values += outputs.values() if isinstance(outputs, Mapping) else [outputs]
     inside = f" {key_of(sentence)} "
-    return any(f" {key} " in inside for key in (key_of(str(value)) for value in values) if key)
+    keys = [f" {key} " for key in (key_of(str(value)) for value in values) if key]
+    return any(key in inside or inside in key for key in keys)
 
 
 def template_of(sentence: str, record: Record) -> tuple[str, str] | None:
