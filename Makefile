@@ -65,7 +65,7 @@ lint: install
 	$(BIN)/mypy
 
 bench: install
-	$(BIN)/python -m benchmarks.speed --report benchmarks/RESULTS.md
+	$(BIN)/python -m benchmarks.speed --report benchmarks/results/speed.md
 
 # The site, in site/. The reference is read off the sources, so that nothing else is installed.
 docs: $(DOCS)/.installed

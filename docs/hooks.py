@@ -21,7 +21,8 @@ ELSEWHERE = {
     "benchmarks/RESULTS.md": "results.md",
 }
 """Files of the repository that are pages of the site; the first page stands for the README."""
-PICTURES = "benchmarks/results"
+FINDINGS = "benchmarks/results"
+"""Its texts are pages of the site, its pictures are in it."""
 LINK = re.compile(r"(\]\()([^)#:\s]+)((?:#[^)\s]*)?\))")
 CSS_LOADS = re.compile(r"""(?:url\(\s*|@import\s+)["']?((?:https?:)?//[^"')\s]+)""")
 LOADS = {
@@ -46,9 +47,16 @@ def site_path(path: str) -> str | None:
     """Where a file of the repository is in the site; ``None`` where it is not."""
     if path in ELSEWHERE:
         return ELSEWHERE[path]
-    if path.startswith(f"{PICTURES}/") and path.endswith(".png"):
-        return f"results/{path.removeprefix(f'{PICTURES}/')}"
+    inside = path.removeprefix(f"{FINDINGS}/")
+    if inside != path and (inside.endswith(".png") or re.fullmatch(r"[^/]+\.md", inside)):
+        return f"results/{inside}"
     return path.removeprefix("docs/") if path.startswith("docs/") else None
+
+
+def pages_from_elsewhere() -> dict[str, str]:
+    """Pages of the site whose files are not in ``docs``: by file, each as the site names it."""
+    found = [file.relative_to(ROOT).as_posix() for file in sorted((ROOT / FINDINGS).glob("*.md"))]
+    return {**ELSEWHERE, **{path: str(site_path(path)) for path in found}}
 
 
 def with_site_links(markdown: str, path: str, page: str) -> str:
@@ -121,11 +129,11 @@ def loads_of_site(folder: Path) -> list[str]:
 def on_files(files: Any, config: Any) -> Any:
     from mkdocs.structure.files import File
 
-    for path, page in ELSEWHERE.items():
+    for path, page in pages_from_elsewhere().items():
         if page != "index.md":
             text = with_site_links((ROOT / path).read_text(), path, page)
             files.append(File.generated(config, page, content=text))
-    for picture in sorted((ROOT / PICTURES).rglob("*.png")):
+    for picture in sorted((ROOT / FINDINGS).rglob("*.png")):
         page = site_path(picture.relative_to(ROOT).as_posix())
         files.append(File.generated(config, page, abs_src_path=str(picture)))
     return files

@@ -50,7 +50,7 @@ SETTINGS: Mapping[str, Any] = {
 }
 """Of all arms. The embedded model's own learning rate, 3e-4, is that of single answers; the rows of
 a step are five times as many here, most of them of tokens that nothing depends on, and it wears the
-format away. What was tried, on seeds 0 and 1, is in ``benchmarks/RESULTS.md``."""
+format away. What was tried, on seeds 0 and 1, is in ``benchmarks/results/agents_notes.md``."""
 COLOURS = {"fst": "C0", "gepa_only": "C1", "rl_only": "C3", "sequential": "C4"}
 HEADS = (
     "program",

@@ -1,4 +1,4 @@
-"""Run the speed benchmarks and write the figures: JSON, and a table in ``benchmarks/RESULTS.md``.
+"""Run the speed benchmarks; figures as JSON, and as a table in ``benchmarks/results/speed.md``.
 
 python -m benchmarks.speed               # all parts, half an hour on an idle core
 python -m benchmarks.speed --parts ae    # some; the others' figures are kept
@@ -29,7 +29,6 @@ PARTS = {
     "g": "large_step",
 }
 RESULTS = Path(__file__).parent.parent / "results" / "speed.json"
-REPORT = Path(__file__).parent.parent / "RESULTS.md"
 BEGIN, END = "<!-- speed: made by `make bench` -->", "<!-- speed: end -->"
 console = Console()
 

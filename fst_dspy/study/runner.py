@@ -149,7 +149,8 @@ def tune(
         study_name: The study's name in the storage.
         warm_start: Earlier studies, on this or other tasks, whose best settings are tried early.
         seed: Seed of the task, of every compile and of the draws.
-        arm, reflection_lm: As for ``FST``.
+        arm: As for ``FST``.
+        reflection_lm: As for ``FST``.
         on_trial: Called in this process with every trial that has finished.
 
     Returns:

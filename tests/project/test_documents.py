@@ -8,7 +8,8 @@ import pytest
 from places import ROOT
 
 DOCUMENTS = ["README.md", "CONTRIBUTING.md", "benchmarks/RESULTS.md"]
-DOCUMENTS += [f"docs/{page.name}" for page in sorted((ROOT / "docs").glob("*.md"))]
+for folder in ("docs", "benchmarks/results"):
+    DOCUMENTS += [f"{folder}/{page.name}" for page in sorted((ROOT / folder).glob("*.md"))]
 BEGINNINGS = ["", "fst_dspy/", "tests/", "benchmarks/"]
 OF_A_USER = {"desks.py", "my_progam.py", "my_program.py", "path/to/file.py"}
 

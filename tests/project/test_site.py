@@ -72,14 +72,18 @@ def test_links_of_the_repository_become_those_of_the_site() -> None:
     text = "![f](results/families/families.png) [c](../CONTRIBUTING.md) [d](../docs/metric.md)"
     expected = "![f](results/families/families.png) [c](contributing.md) [d](metric.md)"
     assert hooks().with_site_links(text, "benchmarks/RESULTS.md", "results.md") == expected
+    text = "[a](budget.md#demos) ![b](families/families.png) [c](../../docs/metric.md#measured)"
+    expected = "[a](budget.md#demos) ![b](families/families.png) [c](../metric.md#measured)"
+    file, page = "benchmarks/results/families.md", "results/families.md"
+    assert hooks().with_site_links(text, file, page) == expected
 
 
 # --- what pages say -----------------------------------------------------------------------------
 
 
 def test_every_page_is_in_the_navigation() -> None:
-    listed = set(re.findall(r": ([\w-]+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE))
-    pages = {page.name for page in DOCS.glob("*.md")} | set(hooks().ELSEWHERE.values())
+    listed = set(re.findall(r": ([\w/-]+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE))
+    pages = {page.name for page in DOCS.glob("*.md")} | set(hooks().pages_from_elsewhere().values())
     assert listed == pages
 
 
