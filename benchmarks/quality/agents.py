@@ -70,7 +70,7 @@ NOTE = (
     "came (played once) and of the best pair, with 95 % intervals over seeds. fst minus it: paired "
     "by seed. Turns and invalid: of an episode, and the share whose action was none, in the last "
     "cycle. Steps: calls of environments, of all channels; episodes likewise. Seconds: without the "
-    "test. dspy.GRPO counts its training's episodes only, and none of its steps."
+    "test. dspy.GRPO counts its training's episodes only, and as steps their calls of the model."
 )
 
 
@@ -158,8 +158,9 @@ def _grpo_rows(program: str, others: Sequence[Mapping[str, Any]]) -> list[tuple[
         return []
     before = mean_interval([one["test_before"] / 100 for one in own])
     after = mean_interval([one["test"] / 100 for one in own])
-    episodes = fmean(sum(step["rollouts"] for step in one["steps"]) for one in own)
-    cells = ("—", "—", "—", "—", f"{episodes:.0f}", f"{fmean(one['seconds'] for one in own):.0f}")
+    calls = fmean(sum(step["calls"] for step in one["steps"]) for one in own)
+    episodes, seconds = (fmean(one[key] for one in own) for key in ("rollouts", "seconds"))
+    cells = ("—", "—", "—", f"{calls:.0f}", f"{episodes:.0f}", f"{seconds:.0f}")
     texts = (interval_text(before), interval_text(after))
     return [(program, "dspy.GRPO", str(len(own)), *texts, *cells)]
 

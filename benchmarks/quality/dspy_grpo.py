@@ -38,6 +38,8 @@ from fst_dspy.types import Task
 RESULTS = Path(__file__).parent.parent / "results"
 ADAPTER = dspy.ChatAdapter(use_json_adapter_fallback=False)
 INSTRUCTION_TOKENS = 256
+PROBLEMS, GROUP = 8, 8
+"""Problems a step, and rollouts of each."""
 THREADS = 64
 MAX_TOKENS = 48
 """Twice what a well-formed answer takes; one that runs on holds up its whole batch."""
@@ -108,14 +110,14 @@ class Validation(BaseCallback):
 
 
 def grpo(task: Task, seed: int, steps: int, learning_rate: float) -> GRPO:
-    """``dspy.GRPO`` with 8 problems of 8 rollouts a step, as FST's slow phase has."""
+    """``dspy.GRPO`` with as many problems and rollouts a step as FST's slow phase has."""
     return GRPO(
         metric=task.metric,
         adapter=ADAPTER,
         exclude_demos=True,
         num_train_steps=steps,
-        num_dspy_examples_per_grpo_step=8,
-        num_rollouts_per_grpo_step=8,
+        num_dspy_examples_per_grpo_step=PROBLEMS,
+        num_rollouts_per_grpo_step=GROUP,
         num_steps_for_val=5,
         num_threads=THREADS,
         failure_score=0.0,
@@ -143,6 +145,7 @@ def run_grpo(task: Task, lm: LocalLM, seed: int, steps: int, rate: float) -> dic
         "base_version": base,
         "weights_version": lm.model,
         "validation": validation.scores,
+        "rollouts": steps * PROBLEMS * GROUP,
         "steps": step_figures(lm),
         "test_before": before,
         "test": score(compiled, task),
@@ -213,7 +216,7 @@ def step_figures(lm: LocalLM) -> list[dict[str, Any]]:
             # Not measured where no step was taken: the sampled log-probabilities are gone.
             "entropy": None if record.stats.skipped else record.stats.entropy,
             "grad_norm": None if record.stats.skipped else record.stats.grad_norm,
-            "rollouts": record.rollouts,
+            "calls": record.rollouts,  # rows: DSPy's provider gives one a call, not one a rollout
             "skipped": record.stats.skipped,
         }
         for record in lm.provider.jobs[-1].records
