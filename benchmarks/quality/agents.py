@@ -2,14 +2,16 @@
 
     python benchmarks/quality/agents.py                              # all of it; ``make agents``
     python benchmarks/quality/agents.py --limit 1                    # the next job
+    python benchmarks/quality/agents.py --model smollm2 --seeds 1    # another model's
     python benchmarks/quality/agents.py --draw-only
 
 A job is a program, an arm and a seed. Its budget is ``ENV_STEPS`` calls of the environment over all
 channels, training, validation and prompts' trials alike, and ``ROLLOUTS`` episodes, for a model
 whose actions are no actions takes no steps. Started again, what has run is not run again, and what
 was stopped goes on. The stores are ``runs/agents/PROGRAM``; the tables and the figure go to
-``benchmarks/results/agents``. ``dspy.GRPO`` on the same programs: ``benchmarks/quality/dspy_grpo.py
---programs frozen_lake,gridworld``; what it has written is in the table, too.
+``benchmarks/results/agents``; those of another model than the embedded one to ``MODEL`` below.
+``dspy.GRPO`` on the same programs: ``benchmarks/quality/dspy_grpo.py --programs
+frozen_lake,gridworld``; what it has written is in the table, too.
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ from fst_dspy.files import write_atomically
 from fst_dspy.measures import mean_interval, paired_difference
 from fst_dspy.results.notebook_figure import NotebookFigure
 
+EMBEDDED = "embedded"
 STORES = Path("runs/agents")
 RESULTS = Path(__file__).parent.parent / "results" / "agents"
 ARMS = "fst,rl_only,gepa_only,sequential"
@@ -75,14 +78,21 @@ NOTE = (
 
 
 def make_plan(
-    program: str, env_steps: int, seeds: int, settings: Sequence[str], test_size: int = 24
+    program: str,
+    env_steps: int,
+    seeds: int,
+    settings: Sequence[str],
+    test_size: int = 24,
+    model: str = EMBEDDED,
 ) -> Plan:
     """The common footing of a program's jobs."""
+    own = {**SETTINGS} if model == EMBEDDED else {**SETTINGS, "learning_rate": None}
     return Plan(
         program=program,
+        model=model,
         rollouts=ROLLOUTS,
         seeds=seeds,
-        settings={**SETTINGS, "max_env_steps": env_steps, **parse_settings(settings)},
+        settings={**own, "max_env_steps": env_steps, **parse_settings(settings)},
         samples=2,
         test_size=test_size,
     )
@@ -198,19 +208,22 @@ def main(
     ] = ENV_STEPS,
     test_size: Annotated[int, typer.Option(min=1, help="Episodes, each played twice.")] = 24,
     limit: Annotated[int, typer.Option(min=1, help="Jobs that this call runs at most.")] = 10**6,
+    model: Annotated[str, typer.Option(help="A preset, folder or hub id.")] = EMBEDDED,
     setting: Annotated[list[str], typer.Option(help="name=value, for FST.")] = [],  # noqa: B006
     draw_only: bool = False,
     stores: Annotated[Path, typer.Option(help="Where the jobs are kept.")] = STORES,
     results: Annotated[Path, typer.Option(help="Where the tables go.")] = RESULTS,
 ) -> None:
     """Run the jobs that have not run yet, and write what all of them have found."""
+    if model != EMBEDDED:
+        stores, results = stores / Path(model).name, results / Path(model).name
     left, failed = limit, []
     found: dict[str, list[Run]] = {}
     for program in programs.split(","):
         name = program.partition(":")[0]
         store = ExperimentStore(stores / name)
         if left and not draw_only:
-            plan = make_plan(program, env_steps, seeds, setting, test_size)
+            plan = make_plan(program, env_steps, seeds, setting, test_size, model)
             tried, wrong = run(store, plan, arms.split(","), workers, left)
             left -= tried
             failed += wrong
