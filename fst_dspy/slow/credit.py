@@ -5,6 +5,9 @@ discounted sum of the rewards of that turn and all later ones. It is compared wi
 the group's rollouts gained from the same turn on, so that a call is not blamed for what went wrong
 before it, nor praised for what had been gained. A turn that one rollout of the group alone came to
 has no such mean, and is compared with that of the first turn.
+
+A turn whose action was none changed nothing, so what is gained later is not its gain: it has the
+losses alone. Else a model learns to talk past its limit now and then, where another try is left.
 """
 
 from __future__ import annotations
@@ -28,7 +31,11 @@ def turn_returns(rollout: Rollout, discount: float) -> list[float]:
     rewards = [turn.reward for turn in rollout.turns] or [0.0]
     rewards[-1] += rollout.reward - sum(rewards)
     backwards = accumulate(reversed(rewards), lambda later, own: own + discount * later)
-    return list(backwards)[::-1]
+    return_T = list(backwards)[::-1]
+    for turn, one in enumerate(rollout.turns):
+        if one.status == "invalid":
+            return_T[turn] = min(return_T[turn], 0.0)
+    return return_T
 
 
 def turns_of_calls(rollout: Rollout) -> list[int]:

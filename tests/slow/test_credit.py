@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from fst_dspy.slow.advantage import group_rows
@@ -68,3 +70,15 @@ def test_without_turns_both_kinds_of_credit_are_the_same_but_for_rounding(scale)
 def test_equal_returns_have_no_advantage_at_any_scale():
     group = Group("e", (rollout([0.0, 1.0]), rollout([0.0, 1.0])))
     assert {row.advantage for row in group_rows([group], "group", credit="turn")} == {0.0}
+
+
+def test_an_action_that_was_none_earns_nothing_of_what_came_later():
+    # Both end alike; the first rollout's first action was none, and its second did what counts.
+    first = replace(turn(0.0, 1), status="invalid")
+    talked = replace(rollout([0.0, 1.0]), turns=(first, turn(1.0, 2)))
+    lost = replace(rollout([0.0, -1.0]), turns=(first, turn(-1.0, 2)))
+    assert turn_returns(talked, 1.0) == [0.0, 1.0]
+    assert turn_returns(lost, 1.0) == [-1.0, -1.0]
+    group = Group("e", (talked, rollout([0.0, 1.0])))
+    by_turn = [row.advantage for row in group_rows([group], "none", credit="turn")]
+    assert by_turn == [-0.5, 0.0, 0.5, 0.0]
