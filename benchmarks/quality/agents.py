@@ -86,13 +86,13 @@ def make_plan(
     model: str = EMBEDDED,
 ) -> Plan:
     """The common footing of a program's jobs."""
-    own = {**SETTINGS} if model == EMBEDDED else {**SETTINGS, "learning_rate": None}
+    rate = {} if model == EMBEDDED else {"learning_rate": None}
     return Plan(
         program=program,
         model=model,
         rollouts=ROLLOUTS,
         seeds=seeds,
-        settings={**own, "max_env_steps": env_steps, **parse_settings(settings)},
+        settings={**SETTINGS, **rate, "max_env_steps": env_steps, **parse_settings(settings)},
         samples=2,
         test_size=test_size,
     )

@@ -171,7 +171,7 @@ class LessonProposer:
         marked = any(stated) or any(lesson.marked for lesson in memory.values())
         if marked:  # feedback that marks its lessons says so of all others: they are none
             for known in memory.values():
-                known.live = known.marked and known.live
+                known.live &= known.marked
         for record, words, lessons in zip(told, inputs, stated, strict=True):
             failed = record["score"] < top or top == worst
             subject = set(words) - everywhere
@@ -391,13 +391,14 @@ def unmarked_sentences(feedback: str) -> list[str]:
     return [
         sentence
         for line in lines
-        for sentence in _unquoted_sentences(line)
+        for sentence in sentences(line, quotations_whole=True)
         if len(sentence.split()) >= MIN_WORDS and not VERDICT.search(sentence)
     ]
 
 
-def _unquoted_sentences(line: str) -> list[str]:
-    quoted = [found.span() for found in QUOTED.finditer(line)]
+def sentences(line: str, *, quotations_whole: bool = False) -> list[str]:
+    """The sentences of one line; where quotations are whole, none ends within one."""
+    quoted = [found.span() for found in QUOTED.finditer(line)] if quotations_whole else []
     ends = [
         found.span()
         for found in SENTENCE_END.finditer(line)
@@ -406,11 +407,6 @@ def _unquoted_sentences(line: str) -> list[str]:
     starts = [0, *(end for _, end in ends)]
     parts = [line[a:b].strip() for a, b in zip(starts, [*(a for a, _ in ends), None], strict=True)]
     return [part for part in parts if part]
-
-
-def sentences(line: str) -> list[str]:
-    """The sentences of one line."""
-    return [part.strip() for part in SENTENCE_END.split(line) if part.strip()]
 
 
 def quotes_example(sentence: str, record: Record) -> bool:
