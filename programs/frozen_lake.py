@@ -18,7 +18,7 @@ STEPS = {"left": (0, -1), "down": (1, 0), "right": (0, 1), "up": (-1, 0)}
 """Rows and columns of each step, in the order of gymnasium's actions."""
 ACTIONS = tuple(STEPS)
 HOLE, SHORE, ICE = "hole, no.", "shore, no.", "ice, yes."
-WAY = "Step right or down where it says ice."
+WAY = "Go towards the gift."
 """What an episode that failed teaches, in the words of what is seen."""
 WORDS = {b"F": "ice", b"S": "ice", b"H": "hole", b"G": "gift"}
 

@@ -57,8 +57,8 @@ class Episode:
     def step(self, tool: str, arguments: Mapping[str, Any], action: str) -> Any:
         """Take a turn by calling a tool; its result is the next observation.
 
-        An error of the tool is a result like any other, for the agent to read. One of what the
-        environment runs on is raised.
+        An error of the tool is the turn's result, for the agent to read, and no observation: what
+        was seen before still holds. One of what the environment runs on is raised.
 
         Raises:
             EpisodeOver: No turn was left.
@@ -76,7 +76,8 @@ class Episode:
         self.done = contract.is_done(self.environment)
         seconds = time.perf_counter() - began
         self._note(action, result, status, self._gained(), seconds)
-        self.observation = result
+        if status == "ok":
+            self.observation = result
         return result
 
     def invalid(self, action: str, why: str) -> None:

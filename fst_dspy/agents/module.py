@@ -173,7 +173,13 @@ class Env(dspy.Module):
     def _observation(self, episode: Episode) -> Any:
         annotation = self.act.signature.input_fields["observation"].annotation
         seen = episode.observation
-        return contract.as_text(seen) if annotation is str else seen
+        if annotation is not str:
+            return seen
+        text = contract.as_text(seen)
+        last = episode.turns[-1] if episode.turns else None
+        if last is not None and last.status != "ok" and "history" not in self._inputs:
+            return f"{text}\n{last.result}"  # nothing else would say why nothing has changed
+        return text
 
     def _run_agent(
         self, agent: dspy.Module, episode: Episode, inputs: Mapping[str, Any]

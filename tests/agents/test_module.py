@@ -64,6 +64,23 @@ def test_the_model_is_told_its_actions_and_what_happened():
     assert "1. right -> a wall" in second[-1]["content"]
 
 
+def test_an_action_without_effect_leaves_what_was_seen_and_says_why():
+    def seen(signature: str) -> list[str]:
+        lm = answers("right", "up", "nowhere", "left")
+        pred = play(fst_dspy.env(Hall, signature), lm, way="left")
+        assert [turn.observation for turn in pred.turns[1:]] == ["a wall"] * 3
+        return [entry["messages"][-1]["content"] for entry in lm.history]
+
+    told, error = seen("observation, history -> action"), "ValueError: there are no stairs"
+    assert all("a wall" in text for text in told[1:])
+    assert f"2. up -> {error}" in told[2]
+    assert told[2].count(error) == 1  # the history says it
+    forgetful = seen("observation -> action")
+    assert f"a wall\n{error}" in forgetful[2]
+    assert error not in forgetful[3]
+    assert "a wall\nThe answer did not state the field" in forgetful[3]
+
+
 def test_history_may_be_dspys_own():
     class Act(dspy.Signature):
         observation: str = dspy.InputField()
