@@ -364,7 +364,8 @@ class SamplingConfig:
             than that, the least it has given in the run: to fail must never pay.
         rollout_timeout: Seconds a program may run between two model calls, and a metric may take,
             before the rollout is given up; ``None`` waits for ever. Generation does not count.
-        max_calls: Model calls one rollout may make; a program that loops ends there.
+        max_calls: Model calls one rollout may make, beside the turns (``max_turns``) of
+            environments in the program; a program that loops ends there.
         num_threads: Rollouts alive at once, each in its thread; the largest generation batch.
         val_size: V, validation examples scored each cycle; the rest of the set is not used.
         val_samples: Most rollouts of each of them (the paper has 4). Of the best candidate, more

@@ -178,7 +178,8 @@ class Settings(TypedDict, total=False):
     """Default 120.0. Seconds a program may run between two model calls, and a metric may take,
     before the rollout is given up; ``None`` waits for ever. Generation does not count."""
     max_calls: int
-    """Default 64. Model calls one rollout may make; a program that loops ends there."""
+    """Default 64. Model calls one rollout may make, beside the turns (``max_turns``) of
+    environments in the program; a program that loops ends there."""
     num_threads: int
     """Default 128. Rollouts alive at once, each in its thread; the largest generation batch."""
     val_size: int

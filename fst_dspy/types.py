@@ -227,6 +227,7 @@ class Turn:
         status: ``"invalid"`` where the environment never saw the action.
         seconds: Time that the environment took.
         calls: Calls of the local model that the rollout had made by the end of the turn.
+        said: The answer's other fields by name, such as a ``reasoning``, as text.
     """
 
     __repr__ = display.brief
@@ -238,6 +239,7 @@ class Turn:
     status: TurnStatus
     seconds: float
     calls: int
+    said: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import ast
 import inspect
+import re
+import textwrap
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel, PydanticUserError, TypeAdapter, ValidationError
 
@@ -33,7 +36,8 @@ class ActionForm:
     Attributes:
         tools: By name.
         kind: ``"argument"``, ``"name"`` or ``"call"``, as in the module's docstring.
-        texts: What the model reads of them, by tool; by default the docstrings' first paragraphs.
+        texts: What the model reads of them, by tool; by default the first paragraph of the
+            docstring and a line an argument that it describes, ``name: what it is``.
     """
 
     tools: Mapping[str, Tool]
@@ -50,7 +54,7 @@ class ActionForm:
         for name, tool in tools.items():
             _check(name, tool)
         arguments = [_parameters(tool) for tool in tools.values()]
-        texts = {name: _first_paragraph(tool.__doc__) for name, tool in tools.items()}
+        texts = {name: _told(tool) for name, tool in tools.items()}
         if len(arguments) == 1 and len(arguments[0]) == 1:
             return cls(tools, "argument", texts)
         return cls(tools, "call" if any(arguments) else "name", texts)
@@ -80,10 +84,15 @@ class ActionForm:
         Raises:
             InvalidActionError: It calls none, or not as it is to be called.
         """
+        if isinstance(value, Enum):
+            value = value.value
         if self.kind == "argument":
             ((name, tool),) = self.tools.items()
             (argument,) = _parameters(tool)
             return name, self._checked(name, {argument: value})
+        if isinstance(value, BaseModel):  # of the only tool its arguments, see ``check_type``
+            (name,) = self.tools
+            return name, self._checked(name, dict(value))
         text = str(value).strip()
         name, arguments = (text.removesuffix("()"), {}) if self.kind == "name" else _call(text)
         if name not in self.tools:
@@ -91,6 +100,31 @@ class ActionForm:
                 f"{text!r} is no action; it must be one of {', '.join(self.tools)}"
             )
         return name, self._checked(name, arguments)
+
+    def check_type(self, annotation: Any) -> None:
+        """Refuse a type of the signature's, no value of which can be an action.
+
+        Raises:
+            ProgramError: It is such a one.
+        """
+        if self.kind == "argument" or annotation is str:
+            return
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+            if self.kind == "call" and len(self.tools) == 1:
+                return
+        else:
+            values = [member.value for member in annotation] if _is_enum(annotation) else (
+                get_args(annotation)
+            )  # fmt: skip
+            with suppress(InvalidActionError):
+                for value in values:
+                    self.read(value)
+                if values:
+                    return
+        raise ProgramError(
+            f"the output field of the action is a {_type_text(annotation)}, and not all of those "
+            f"are actions of this environment; make it a str. {self.description}"
+        )
 
     @property
     def _only(self) -> Tool:
@@ -114,15 +148,8 @@ class ActionForm:
             )
         for name, value in found.items():
             annotation = parameters[name].annotation
-            if annotation is inspect.Parameter.empty:
-                continue
-            try:
-                found[name] = TypeAdapter(annotation).validate_python(value)
-            except ValidationError as error:
-                first = error.errors()[0]["msg"]
-                raise InvalidActionError(
-                    f"{tool_name}: {name}={value!r} is wrong: {first}"
-                ) from error
+            if annotation is not inspect.Parameter.empty:
+                found[name] = _as_argument(tool_name, name, value, annotation)
         return found
 
     def _written(self, name: str) -> str:
@@ -168,9 +195,33 @@ def _check(name: str, tool: Tool) -> None:
             ) from error
 
 
+def _as_argument(tool: str, name: str, value: Any, annotation: Any) -> Any:
+    """A value of an argument's type.
+
+    Raises:
+        InvalidActionError: It is none, nor is it as text: signatures may have types of their own,
+            an ``int`` for what is the ``Literal`` of ``"0"`` and ``"1"`` here.
+    """
+    adapter = TypeAdapter(annotation)
+    try:
+        return adapter.validate_python(value)
+    except ValidationError as error:
+        with suppress(ValidationError):
+            if not isinstance(value, str):
+                return adapter.validate_python(str(value))
+        first = error.errors()[0]["msg"]
+        raise InvalidActionError(f"{tool}: {name}={value!r} is wrong: {first}") from error
+
+
+def _is_enum(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, Enum)
+
+
 def _type_text(annotation: Any) -> str:
     """A type as the model reads it: of an enum its values, of a pydantic model its fields."""
-    if isinstance(annotation, type) and issubclass(annotation, Enum):
+    if get_origin(annotation) is Annotated:
+        annotation = get_args(annotation)[0]
+    if _is_enum(annotation):
         return f"one of {', '.join(repr(member.value) for member in annotation)}"
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         fields = annotation.model_fields.items()
@@ -207,6 +258,16 @@ def _call(text: str) -> tuple[str, dict[str, Any]]:
     return node.func.id, arguments
 
 
-def _first_paragraph(text: str | None) -> str:
-    """The first paragraph of a docstring, in one line: what follows are its arguments."""
-    return " ".join(inspect.cleandoc(text or "").split("\n\n")[0].split())
+def _told(tool: Tool) -> str:
+    """What a docstring of Google's form, as TRL asks for, says of a tool and its arguments."""
+    description, _, rest = inspect.cleandoc(tool.__doc__ or "").partition("\n\n")
+    section = _ARGS.search(rest)
+    lines = [description]
+    if section is not None:
+        described = _ARGUMENT.findall(textwrap.dedent(section[1]))
+        lines += [f"{name}: {said}" for name, said in described if name in _parameters(tool)]
+    return "\n".join(" ".join(line.split()) for line in lines)
+
+
+_ARGS = re.compile(r"^Arg(?:ument)?s:[ \t]*\n((?:[ \t]+\S.*\n?|[ \t]*\n)+)", re.MULTILINE)
+_ARGUMENT = re.compile(r"^(\w+)(?: *\([^\n]*?\))?: *(.*(?:\n[ \t]+.*)*)", re.MULTILINE)

@@ -12,14 +12,13 @@ while methods ``done()`` and ``feedback()`` are tools as any other. An environme
 
 from __future__ import annotations
 
-import asyncio
 import inspect
 import math
-import numbers
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Any
 
+from fst_dspy.agents.event_loop import EventLoop
 from fst_dspy.errors import ProgramError
 
 NOT_TOOLS = ("reset", "get_reward", "reward", "close")
@@ -44,9 +43,8 @@ def tools_of(environment: Any) -> dict[str, Callable[..., Any]]:
         ProgramError: It has no ``reset``, or no tool.
     """
     kind = type(environment)
-    own = getattr(environment, "fst_tools", None)
-    if callable(own):  # of one whose class does not say what they are
-        return own()
+    if callable(getattr(kind, "fst_tools", None)):  # of one whose class does not say what they are
+        return environment.fst_tools()
     if not callable(getattr(kind, "reset", None)):
         raise ProgramError(
             f"the environment {kind.__name__} has no reset(); an environment has reset(**fields) "
@@ -72,8 +70,9 @@ def tools_of(environment: Any) -> dict[str, Callable[..., Any]]:
 
 def tool_of(environment: Any, name: str) -> Callable[..., Any]:
     """One of its tools, whatever attributes it has of that name."""
-    own = getattr(environment, "fst_tools", None)
-    return own()[name] if callable(own) else getattr(environment, name)
+    if callable(getattr(type(environment), "fst_tools", None)):
+        return environment.fst_tools()[name]
+    return getattr(environment, name)
 
 
 def said_of(error: BaseException) -> str:
@@ -81,38 +80,29 @@ def said_of(error: BaseException) -> str:
     return str(error) if isinstance(error, RemoteError) else f"{type(error).__name__}: {error}"
 
 
-def reset(environment: Any, fields: Mapping[str, Any]) -> Any:
+def reset(environment: Any, fields: Mapping[str, Any], loop: EventLoop) -> Any:
     """Begin an episode; ``reset`` is given the fields that it takes.
 
     Raises:
         ProgramError: It takes one that the example does not have.
     """
     parameters = inspect.signature(environment.reset).parameters.values()
+    varying = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    lacking = [
+        p.name
+        for p in parameters
+        if p.default is p.empty and p.name not in fields and p.kind not in varying
+    ]
+    if lacking:
+        raise ProgramError(
+            f"reset() of the environment needs {', '.join(map(repr, lacking))}, and the example"
+            f" has {', '.join(map(repr, fields)) or 'no inputs'}; name it in with_inputs, or "
+            "give the argument a default"
+        )
     if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters):
         names = {p.name for p in parameters}
-        varying = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-        lacking = [
-            p.name
-            for p in parameters
-            if p.default is p.empty and p.name not in fields and p.kind not in varying
-        ]
-        if lacking:
-            raise ProgramError(
-                f"reset() of the environment needs {', '.join(map(repr, lacking))}, and the example"
-                f" has {', '.join(map(repr, fields)) or 'no inputs'}; name it in with_inputs, or "
-                "give the argument a default"
-            )
         fields = {name: value for name, value in fields.items() if name in names}
-    return finished(environment.reset(**fields))
-
-
-def finished(value: Any) -> Any:
-    """What a method returned, awaited where it is to be."""
-    return asyncio.run(_awaited(value)) if inspect.isawaitable(value) else value
-
-
-async def _awaited(value: Any) -> Any:
-    return await value
+    return loop.finished(environment.reset(**fields))
 
 
 def as_text(observation: Any) -> str:
@@ -163,19 +153,28 @@ def is_done(environment: Any) -> bool:
 
 def reward_so_far(environment: Any) -> float | None:
     """The environment's ``reward``; ``None`` where it has none that is a number."""
-    reward = getattr(environment, "reward", None)
-    return float(reward) if isinstance(reward, numbers.Real) else None
+    return _number(getattr(environment, "reward", None))
 
 
-def final_reward(environment: Any) -> float | None:
+def _number(reward: Any) -> float | None:
+    """A reward of any kind of number, an array's or a tensor's only element among them."""
+    if reward is None or callable(reward) or isinstance(reward, str | bytes):
+        return None
+    try:
+        found = float(reward)
+    except (TypeError, ValueError, RuntimeError):
+        return None
+    return found if math.isfinite(found) else None
+
+
+def final_reward(environment: Any, loop: EventLoop) -> float | None:
     """The reward of an episode that has ended: ``get_reward()``, or else ``reward``.
 
     It is asked once an episode: it may be costly.
     """
     for name in ("get_reward", "reward"):
         if callable(getattr(type(environment), name, None)):
-            reward = finished(getattr(environment, name)())
-            return None if reward is None else float(reward)
+            return _number(loop.finished(getattr(environment, name)()))
     return reward_so_far(environment)
 
 
@@ -185,11 +184,12 @@ def feedback_of(environment: Any) -> str:
     return "" if said is None or callable(said) else str(said)
 
 
-def close(environment: Any) -> None:
-    """Close it, whatever state it is in; errors on the way out are of no use to anybody."""
-    if callable(getattr(environment, "close", None)):
-        with suppress(Exception):
-            finished(environment.close())
+def close(environment: Any, loop: EventLoop) -> None:
+    """Close it and its loop, whatever state they are in; errors then are of no use to anybody."""
+    with suppress(Exception):
+        if callable(getattr(environment, "close", None)):
+            loop.finished(environment.close())
+    loop.close()
 
 
 def factory_for(factories: Factory | Mapping[str, Factory], name: str | None) -> Factory:

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 import dspy
 
 from fst_dspy.agents import contract
 from fst_dspy.agents.contract import EpisodeOver
+from fst_dspy.agents.event_loop import EventLoop
 from fst_dspy.errors import LOST
 from fst_dspy.rollouts.session import calls_so_far, note_turn
 from fst_dspy.types import Turn, TurnStatus
 
+NOTHING: Mapping[str, str] = {}
 EPISODE = "fst_episode"
 """The DSPy setting that holds the episode in which an agent's tools are called."""
 
@@ -28,33 +32,44 @@ class Episode:
 
     Attributes:
         turns: Those taken so far.
-        observation: What the environment showed last, as it gave it.
+        observation: What the environment showed last, as it gave it: a copy, as the environment
+            may change its own.
+        seen: The same as text.
         done: Whether it is over.
+        lost: What the environment runs on has failed, in a tool that an agent called.
     """
 
     def __init__(self, environment: Any, fields: Mapping[str, Any], max_turns: int) -> None:
         self.environment, self.max_turns = environment, max_turns
         self.turns: list[Turn] = []
+        self.lost: BaseException | None = None
+        self._loop = EventLoop()
         try:
-            self.observation = contract.reset(environment, fields)
+            self._see(contract.reset(environment, fields, self._loop))
+            self._reward = contract.reward_so_far(environment)
+            self.done = contract.is_done(environment)
         except BaseException:
-            contract.close(environment)
+            contract.close(environment, self._loop)
             raise
-        self._reward = contract.reward_so_far(environment)
-        self.done = contract.is_done(environment)
 
     def __enter__(self) -> Episode:
         return self
 
     def __exit__(self, *_: object) -> None:
-        contract.close(self.environment)
+        contract.close(self.environment, self._loop)
 
     @property
     def over(self) -> bool:
         """Whether no turn is left."""
         return self.done or len(self.turns) >= self.max_turns
 
-    def step(self, tool: str, arguments: Mapping[str, Any], action: str) -> Any:
+    def step(
+        self,
+        tool: str,
+        arguments: Mapping[str, Any],
+        action: str,
+        said: Mapping[str, str] = NOTHING,
+    ) -> Any:
         """Take a turn by calling a tool; its result is the next observation.
 
         An error of the tool is the turn's result, for the agent to read, and no observation: what
@@ -68,25 +83,25 @@ class Episode:
         began = time.perf_counter()
         status: TurnStatus = "ok"
         try:
-            result = contract.finished(contract.tool_of(self.environment, tool)(**arguments))
+            result = self._loop.finished(contract.tool_of(self.environment, tool)(**arguments))
         except LOST:
             raise
         except Exception as error:
             status, result = "error", contract.said_of(error)
         self.done = contract.is_done(self.environment)
         seconds = time.perf_counter() - began
-        self._note(action, result, status, self._gained(), seconds)
+        self._note(action, result, status, self._gained(), seconds, said)
         if status == "ok":
-            self.observation = result
+            self._see(result)
         return result
 
-    def invalid(self, action: str, why: str) -> None:
+    def invalid(self, action: str, why: str, said: Mapping[str, str] = NOTHING) -> None:
         """Take a turn by an action that is none: the environment does not see it."""
-        self._note(action, why, "invalid", 0.0, 0.0)
+        self._note(action, why, "invalid", 0.0, 0.0, said)
 
     def prediction(self, **fields: Any) -> dspy.Prediction:
         """How it went, once it has ended: see ``fst_dspy.agents.module.Env``."""
-        reward = contract.final_reward(self.environment)
+        reward = contract.final_reward(self.environment, self._loop)
         return dspy.Prediction(
             **fields,
             turns=tuple(self.turns),
@@ -95,22 +110,35 @@ class Episode:
             feedback=contract.feedback_of(self.environment),
         )
 
+    def _see(self, observation: Any) -> None:
+        self.seen = contract.as_text(observation)
+        self.observation = observation
+        with suppress(Exception):  # what cannot be copied is shown as it is
+            self.observation = copy.deepcopy(observation)
+
     def _gained(self) -> float:
         """What the reward has grown by since it was last looked at."""
         before, self._reward = self._reward, contract.reward_so_far(self.environment)
         return (self._reward or 0.0) - (before or 0.0)
 
     def _note(
-        self, action: str, result: Any, status: TurnStatus, reward: float, seconds: float
+        self,
+        action: str,
+        result: Any,
+        status: TurnStatus,
+        reward: float,
+        seconds: float,
+        said: Mapping[str, str],
     ) -> None:
         turn = Turn(
-            observation=contract.as_text(self.observation),
+            observation=self.seen,
             action=action,
             result=contract.as_text(result),
             reward=reward,
             status=status,
             seconds=seconds,
             calls=calls_so_far(),
+            said=dict(said),
         )
         self.turns.append(turn)
         note_turn(turn)

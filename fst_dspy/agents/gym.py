@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 import math
+import operator
+import sys
 from collections.abc import Callable, Sequence
 from enum import Enum
 from typing import Any, Literal
@@ -36,6 +38,7 @@ class GymEnvironment:
 
     def reset(self, seed: int | None = None, options: dict[str, Any] | None = None) -> str:
         """Begin an episode; the example's field ``seed`` decides which."""
+        seed = None if seed is None else operator.index(seed)  # numpy's, too
         observation, _ = self._environment.reset(seed=seed, options=options)
         self.done, self.reward = False, 0.0
         self.mission = str(getattr(self._environment.unwrapped, "mission", ""))
@@ -45,9 +48,8 @@ class GymEnvironment:
         """What to do next."""
         if self.done:
             raise ValueError("the episode is over")
-        observation, reward, terminated, truncated, _ = self._environment.step(
-            self._actions.index(action)
-        )
+        number = self._actions.index(action) + int(self._environment.action_space.start)
+        observation, reward, terminated, truncated, _ = self._environment.step(number)
         self.reward += float(reward)
         self.done = bool(terminated or truncated)
         return self._describe(observation, self._environment)
@@ -99,12 +101,31 @@ def gym_factory(
 
     def make() -> GymEnvironment:
         environment = _make(name, settings)
-        environment = environment if wrap is None else wrap(environment)
-        if describe is _as_it_is:
-            _check_words(name, environment)
-        return GymEnvironment(environment, _action_names(name, environment, actions), describe)
+        return _adapted(name, environment if wrap is None else wrap(environment), actions, describe)
 
     return make
+
+
+def made(factory: Callable[[], Any]) -> Any:
+    """What a factory makes; a gymnasium environment as ``gym_factory`` would have it.
+
+    Raises:
+        ProgramError: It is one that ``gym_factory`` refuses.
+    """
+    environment = factory()
+    gymnasium = sys.modules.get("gymnasium")
+    if gymnasium is None or not isinstance(environment, gymnasium.Env):
+        return environment
+    name = environment.spec.id if environment.spec else type(environment).__name__
+    return _adapted(name, environment, None, _as_it_is)
+
+
+def _adapted(
+    name: str, environment: Any, actions: Sequence[str] | None, describe: Describe
+) -> GymEnvironment:
+    if describe is _as_it_is:
+        _check_words(name, environment)
+    return GymEnvironment(environment, _action_names(name, environment, actions), describe)
 
 
 def _make(name: str, settings: dict[str, Any]) -> Any:
@@ -124,16 +145,21 @@ def _make(name: str, settings: dict[str, Any]) -> Any:
 
 
 def _action_names(name: str, environment: Any, given: Sequence[str] | None) -> list[str]:
-    count = getattr(environment.action_space, "n", None)
-    if count is None:
+    import gymnasium
+
+    space = environment.action_space
+    if not isinstance(space, gymnasium.spaces.Discrete):
         raise ProgramError(
-            f"the actions of {name!r} are {environment.action_space}, not discrete; wrap it in one "
+            f"the actions of {name!r} are {space}, not discrete; wrap it in one "
             "whose are, or write an environment with tools of its own"
         )
+    count = int(space.n)
     own = getattr(environment.unwrapped, "actions", None)
     if given is None and isinstance(own, type) and issubclass(own, Enum):
         given = [member.name for member in own]
-    names = list(given) if given is not None else [str(number) for number in range(count)]
+    names = (
+        list(given) if given is not None else [str(space.start + number) for number in range(count)]
+    )
     if len(names) != count or len(set(names)) != len(names):
         raise ProgramError(
             f"{name!r} has {count} actions; actions must name each of them once, got {names}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import dspy
@@ -26,18 +27,19 @@ def env_reward(
     tools that failed, and how the episode ended.
 
     Raises:
+        AttributeError: ``pred`` is not what ``fst_dspy.env`` returns.
         MetricError: The environment gives no reward.
     """
-    if getattr(pred, "reward", None) is None:
+    turns = pred.turns  # of what is no episode, such as an example's labels, nothing can be said
+    if pred.reward is None:
         raise MetricError(
             "the environment gives no reward: it needs get_reward() or an attribute reward that is "
             "a number; or score pred.turns with a metric of your own"
         )
-    return dspy.Prediction(score=float(pred.reward), feedback=_feedback(pred))
+    return dspy.Prediction(score=float(pred.reward), feedback=_feedback(pred, turns))
 
 
-def _feedback(pred: dspy.Prediction) -> str:
-    turns: tuple[Turn, ...] = pred.turns
+def _feedback(pred: dspy.Prediction, turns: Sequence[Turn]) -> str:
     said = [pred.feedback] if pred.feedback else []
     wrong = {
         (turn.action, turn.result): number

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
+from enum import Enum
 from typing import Any
 
 import dspy
@@ -16,17 +17,20 @@ from fst_dspy.agents import contract
 from fst_dspy.agents.actions import ActionForm, InvalidActionError
 from fst_dspy.agents.contract import EpisodeOver, Factory, described
 from fst_dspy.agents.episode import EPISODE, Episode, current
-from fst_dspy.agents.gym import gym_factory
+from fst_dspy.agents.event_loop import EventLoop
+from fst_dspy.agents.gym import gym_factory, made
 from fst_dspy.agents.workers import Workers
-from fst_dspy.errors import FSTError, ProgramError
+from fst_dspy.errors import LOST, FSTError, ProgramError
 from fst_dspy.types import Turn
 
 ENVIRONMENT = "environment"
 """The field of an example that names its environment, where there are several."""
-OWN = ("observation", "history", "actions")
+OWN = ("observation", "history")
 """Input fields that the module fills in itself."""
+PREDICTED = ("turns", "reward", "done", "feedback")
+"""What a prediction has beside the outputs of the last turn."""
 SHOWN = 200
-"""Characters of a turn's result in the text of a history."""
+"""Characters of an answer that could not be read, in its turn."""
 
 
 class Env(dspy.Module):
@@ -66,6 +70,12 @@ class Env(dspy.Module):
         self._forms = {name: self._probe(name) for name in self._names}
         signature = ensure_signature(signature)
         assert not isinstance(signature, str)
+        taken = [name for name in signature.output_fields if name in PREDICTED]
+        if taken:
+            raise ProgramError(
+                f"the output field {taken[0]!r} has the name of what an episode returns beside its "
+                f"outputs ({', '.join(PREDICTED)}); give it another"
+            )
         self.agent: dspy.Module | None = None
         if agent is not None:
             tools = _dispatching(self._forms.values())
@@ -75,34 +85,50 @@ class Env(dspy.Module):
             self.act = dspy.Predict(self._with_actions(signature))
             self._inputs = list(self.act.signature.input_fields)
 
+    async def aforward(self, **fields: Any) -> dspy.Prediction:
+        """Play one episode, in a thread."""
+        return await dspy.asyncify(self.forward)(**fields)
+
     def forward(self, **fields: Any) -> dspy.Prediction:
         """Play one episode on the fields of an example."""
         name = fields.get(ENVIRONMENT) if isinstance(self._factories, Mapping) else None
         given = {key: value for key, value in fields.items() if key != ENVIRONMENT or name is None}
         with Episode(self._make(name), given, self.max_turns) as episode:
-            inputs = self._constant_inputs(given, episode.environment)
             if self.agent is not None:
+                inputs = self._other_inputs(given, episode.environment)
                 return self._run_agent(self.agent, episode, inputs)
             form = self._forms[name]
             if isinstance(self._factories, Mapping):
-                inputs["actions"] = form.description
+                given["actions"] = form.description
             outputs: dict[str, Any] = {}
             while not episode.over:
-                outputs = self._turn(episode, form, inputs) or outputs
+                outputs = self._turn(episode, form, given) or outputs
             return episode.prediction(**outputs)
 
     def past(self, turns: Sequence[Turn]) -> Any:
         """The ``history`` field: a ``dspy.History`` where the signature says so, otherwise text.
 
-        Override it to show earlier turns in another way.
+        It begins with what was seen first, where many environments put the task. Override it to
+        show earlier turns in another way.
+
+        Args:
+            turns: Those taken so far; of a history too long for the model the first and the later
+                ones.
         """
         annotation = self.act.signature.input_fields["history"].annotation
         if annotation is dspy.History:
-            (action,) = list(self.act.signature.output_fields)[-1:]
-            messages = [{"observation": turn.observation, action: turn.action} for turn in turns]
+            action = _action_of(self.act.signature)
+            seen = ["", *(_without_effect(turn) for turn in turns)]
+            messages = [
+                {"observation": told + turn.observation, **turn.said, action: turn.action}
+                for told, turn in zip(seen, turns, strict=False)
+            ]
             return dspy.History(messages=messages)
-        lines = [f"{n}. {t.action} -> {_clip(t.result)}" for n, t in enumerate(turns, 1)]
-        return "\n".join(lines) or "(nothing yet)"
+        if not turns:
+            return "(nothing yet)"
+        lines = [f"0. {_in_line(turns[0].observation)}"] if turns[0].observation else []
+        lines += [f"{n}. {t.action} -> {_in_line(t.result)}" for n, t in enumerate(turns, 1)]
+        return "\n".join(lines)
 
     # --- what is read of tools (fst_dspy.student.tools) ----------------------------------------
 
@@ -124,8 +150,8 @@ class Env(dspy.Module):
             said = {tool: texts[key] for key, tool in own.items() if key in texts}
             forms[name] = replace(form, texts={**form.texts, **said})
         signature = self.act.signature
-        action, field = list(signature.output_fields.items())[-1]
-        desc = field.json_schema_extra["desc"]
+        action = _action_of(signature)
+        desc = signature.output_fields[action].json_schema_extra["desc"]
         for name, form in self._forms.items():
             desc = desc.replace(form.description, forms[name].description)
         self._forms = forms
@@ -134,24 +160,27 @@ class Env(dspy.Module):
     # --- a turn -------------------------------------------------------------------------------
 
     def _turn(
-        self, episode: Episode, form: ActionForm, inputs: Mapping[str, Any]
+        self, episode: Episode, form: ActionForm, given: Mapping[str, Any]
     ) -> dict[str, Any] | None:
         """One prediction and what it does; its outputs, if it could be read."""
         try:
-            prediction = self._predict(episode, inputs)
+            prediction = self._predict(episode, self._other_inputs(given, episode.environment))
         except AdapterParseError as error:
             fields = ", ".join(error.signature.output_fields)
             why = f"The answer did not state the fields {fields} as asked."
             episode.invalid(_clip(error.lm_response or ""), why)
             return None
         outputs = dict(prediction.items())
-        action = outputs[list(self.act.signature.output_fields)[-1]]
+        name = _action_of(self.act.signature)
+        action = outputs[name]
+        said = {key: str(value) for key, value in outputs.items() if key != name}
+        written = str(action.value if isinstance(action, Enum) else action)
         try:
             tool, arguments = form.read(action)
         except InvalidActionError as error:
-            episode.invalid(str(action), str(error))
+            episode.invalid(written, str(error), said)
             return outputs
-        episode.step(tool, arguments, str(action))
+        episode.step(tool, arguments, written, said)
         return outputs
 
     def _predict(self, episode: Episode, inputs: Mapping[str, Any]) -> dspy.Prediction:
@@ -168,29 +197,31 @@ class Env(dspy.Module):
             except ContextWindowExceededError:
                 if "history" not in self._inputs or not turns:
                     raise
-                turns = turns[len(turns) // 2 + 1 :]
+                later = turns[len(turns) // 2 + 1 :]
+                turns = (turns[0], *later) if len(turns) > 1 else ()
 
     def _observation(self, episode: Episode) -> Any:
-        annotation = self.act.signature.input_fields["observation"].annotation
-        seen = episode.observation
-        if annotation is not str:
-            return seen
-        text = contract.as_text(seen)
-        last = episode.turns[-1] if episode.turns else None
-        if last is not None and last.status != "ok" and "history" not in self._inputs:
-            return f"{text}\n{last.result}"  # nothing else would say why nothing has changed
-        return text
+        fields = self.act.signature.input_fields
+        if fields["observation"].annotation is not str:
+            return episode.observation
+        written = "history" in fields and fields["history"].annotation is not dspy.History
+        if written or not episode.turns:
+            return episode.seen
+        # Nothing else would say why nothing has changed.
+        return _without_effect(episode.turns[-1]) + episode.seen
 
     def _run_agent(
         self, agent: dspy.Module, episode: Episode, inputs: Mapping[str, Any]
     ) -> dspy.Prediction:
         if "observation" in self._inputs:
-            inputs = {**inputs, "observation": contract.as_text(episode.observation)}
+            inputs = {**inputs, "observation": episode.seen}
         outputs: dict[str, Any] = {}
         # An environment that is done needs no answer.
         with dspy.context(**{EPISODE: episode}), suppress(EpisodeOver):
             outputs = dict(agent(**inputs).items())
-        return episode.prediction(**{k: v for k, v in outputs.items() if k not in _PREDICTED})
+        if episode.lost is not None:
+            raise episode.lost
+        return episode.prediction(**{k: v for k, v in outputs.items() if k not in PREDICTED})
 
     # --- environments -------------------------------------------------------------------------
 
@@ -200,7 +231,7 @@ class Env(dspy.Module):
 
     def _make(self, name: str | None) -> Any:
         factory = contract.factory_for(self._factories, name)
-        return factory() if self._workers is None else self._workers.make(factory)
+        return made(factory) if self._workers is None else self._workers.make(factory)
 
     def _probe(self, name: str | None) -> ActionForm:
         """The actions of an environment, by one that is made for it and closed."""
@@ -216,13 +247,14 @@ class Env(dspy.Module):
         try:
             return ActionForm.of(contract.tools_of(environment))
         finally:
-            contract.close(environment)
+            contract.close(environment, EventLoop())
 
     def _with_actions(self, signature: type[dspy.Signature]) -> type[dspy.Signature]:
-        """The signature whose last output says what actions there are, and is of their type."""
+        """The signature, whose action says what actions there are, and is of their type."""
         if not signature.output_fields:
             raise ProgramError("the signature has no output field for the action")
-        action, field = list(signature.output_fields.items())[-1]
+        action = _action_of(signature)
+        field = signature.output_fields[action]
         said = (field.json_schema_extra or {}).get("desc", "")
         said = "" if said == f"${{{action}}}" else said
         if isinstance(self._factories, Mapping):
@@ -234,13 +266,14 @@ class Env(dspy.Module):
         else:
             (form,) = self._forms.values()
             told = form.description
+            form.check_type(field.annotation)
             # A type of the user's own, such as a narrower Literal, stands.
             annotation = form.annotation if field.annotation is str else field.annotation
         desc = f"{said}\n{told}" if said else told
         return signature.with_updated_fields(action, type_=annotation, desc=desc)
 
-    def _constant_inputs(self, fields: Mapping[str, Any], environment: Any) -> dict[str, Any]:
-        """Inputs that stay the same: the example's, or else the environment's attributes."""
+    def _other_inputs(self, fields: Mapping[str, Any], environment: Any) -> dict[str, Any]:
+        """The example's, or else the environment's attributes, as they are now."""
         inputs = {}
         for name in self._inputs:
             if name in fields:
@@ -253,9 +286,6 @@ class Env(dspy.Module):
                     )
                 inputs[name] = getattr(environment, name)
         return inputs
-
-
-_PREDICTED = ("turns", "reward", "done", "feedback")
 
 
 def env(
@@ -274,8 +304,9 @@ def env(
             callable; or several by name, of which the example's field ``environment`` names its
             own; or the id of a gymnasium environment (``fst_dspy.agents.gym``).
         signature: Of one turn. ``observation`` and ``history`` are filled in from the episode;
-            other inputs are the example's fields or the environment's attributes, such as a
-            ``mission``. The last output is the action; one before it may be a ``reasoning``.
+            other inputs are the example's fields or the environment's attributes as they are at
+            that turn, such as a ``mission``. The output ``action``, or else the last one, is the
+            action; one before it may be a ``reasoning``.
         max_turns: After which the episode is cut off, at least 1.
         agent: Makes the agent instead, called as ``dspy.ReAct`` is, with ``tools=`` and
             ``max_iters=``: its tools are the environment's, and the signature is that of the whole.
@@ -312,17 +343,61 @@ def _factories(given: Any) -> Factory | Mapping[str, Factory]:
     return given
 
 
+def _action_of(signature: type[dspy.Signature]) -> str:
+    """The output field that holds the action: the one of that name, or else the last."""
+    names = list(signature.output_fields)
+    return "action" if "action" in names else names[-1]
+
+
 def _dispatching(forms: Iterable[ActionForm]) -> list[dspy.Tool]:
-    """Tools for an agent that is made once: each calls that of the episode that is running."""
-    methods = {name: method for form in forms for name, method in form.tools.items()}
-    return [dspy.Tool(_dispatch(name, method), name=name) for name, method in methods.items()]
+    """Tools for an agent that is made once: each calls that of the episode that is running.
+
+    Raises:
+        ProgramError: Two environments have a tool of one name, and not the same.
+    """
+    methods: dict[str, Callable[..., Any]] = {}
+    for form in forms:
+        for name, method in form.tools.items():
+            other = methods.setdefault(name, method)
+            if inspect.signature(other, eval_str=True) != inspect.signature(method, eval_str=True):
+                raise ProgramError(
+                    f"two environments have a tool {name!r} with different arguments, and an agent "
+                    "is told of one; give one of them another name"
+                )
+    return [_EpisodeTool(_dispatch(name, method), name=name) for name, method in methods.items()]
+
+
+class _EpisodeTool(dspy.Tool):
+    """A tool of the episode that is running. A call that does not fit it is an invalid turn."""
+
+    def __call__(self, **arguments: Any) -> Any:
+        with self._noted(arguments):
+            return super().__call__(**arguments)
+
+    async def acall(self, **arguments: Any) -> Any:
+        with self._noted(arguments):
+            return await super().acall(**arguments)
+
+    @contextmanager
+    def _noted(self, arguments: Mapping[str, Any]) -> Iterator[None]:
+        episode = current()
+        before = len(episode.turns)
+        try:
+            yield
+        except Exception as error:  # which the agent reads
+            if len(episode.turns) == before and not episode.over:
+                episode.invalid(_written(str(self.name), arguments), str(error))
+            raise
 
 
 def _dispatch(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
     def call(**arguments: Any) -> Any:
-        shown = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
         episode = current()
-        result = episode.step(name, arguments, f"{name}({shown})")
+        try:
+            result = episode.step(name, arguments, _written(name, arguments))
+        except LOST as error:  # an agent would take it for what the tool answers
+            episode.lost = error
+            raise EpisodeOver from error
         if episode.done:  # where turns have run out, the agent may still give its answer
             raise EpisodeOver
         return result
@@ -330,6 +405,20 @@ def _dispatch(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
     return described(call, name, inspect.signature(method, eval_str=True), method.__doc__)
 
 
+def _written(name: str, arguments: Mapping[str, Any]) -> str:
+    shown = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
+    return f"{name}({shown})"
+
+
+def _without_effect(turn: Turn) -> str:
+    """What to say before the observation that such a turn has left as it was."""
+    return "" if turn.status == "ok" else f"{turn.result}\n"
+
+
+def _in_line(text: str) -> str:
+    return " ".join(text.split())
+
+
 def _clip(text: str) -> str:
-    text = " ".join(text.split())
+    text = _in_line(text)
     return text if len(text) <= SHOWN else text[: SHOWN - 1] + "…"

@@ -9,15 +9,16 @@ import inspect
 import os
 import struct
 import sys
+from contextlib import suppress
 from typing import IO, Any
 
 import cloudpickle
 
 from fst_dspy.agents import contract
+from fst_dspy.agents.event_loop import EventLoop
+from fst_dspy.agents.gym import made
 from fst_dspy.errors import LOST
 
-ATTRIBUTES = ("done", "reward", "feedback")
-"""Attributes of an environment that are sent with each answer."""
 _LENGTH = struct.Struct(">Q")
 
 
@@ -44,6 +45,7 @@ def serve() -> None:
     # What an environment prints is not to get between the answers.
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     environment: Any = None
+    loop = EventLoop()
     while True:
         try:
             what, arguments, more = receive(questions)
@@ -51,23 +53,28 @@ def serve() -> None:
             return
         try:
             if what == "make":
-                environment = more[0]()
+                environment = made(more[0])
                 value: Any = _shape(environment)
             elif what == "close":
-                contract.close(environment)
+                contract.close(environment, loop)
                 environment = value = None
             elif what == "reset":
-                value = contract.reset(environment, arguments)
+                value = contract.reset(environment, arguments, loop)
             elif what == "final_reward":
-                value = contract.final_reward(environment)
+                value = contract.final_reward(environment, loop)
             elif what == "get":
                 value = (hasattr(environment, more[0]), getattr(environment, more[0], None))
             else:
-                value = contract.finished(getattr(environment, more[0])(**arguments))
-            send(answers, ("returned", value, _attributes(environment)))
+                value = loop.finished(contract.tool_of(environment, more[0])(**arguments))
+            # Before the reset there is no state that could be asked about.
+            told = {} if what in ("make", "close") else _attributes(environment)
+            send(answers, ("returned", value, told))
         except Exception as error:
             kind = "lost" if isinstance(error, LOST) else "raised"
-            send(answers, (kind, contract.said_of(error), _attributes(environment)))
+            told = {}
+            with suppress(Exception):  # one of these may be what has raised
+                told = _attributes(environment)
+            send(answers, (kind, contract.said_of(error), told))
 
 
 def _read(stream: IO[bytes], length: int) -> bytes:
@@ -78,8 +85,12 @@ def _read(stream: IO[bytes], length: int) -> bytes:
 
 
 def _attributes(environment: Any) -> dict[str, Any]:
-    found = {name: getattr(environment, name, None) for name in ATTRIBUTES}
-    return {name: None if callable(value) else value for name, value in found.items()}
+    """How far the episode is, which is sent with each answer."""
+    return {
+        "done": contract.is_done(environment),
+        "reward": contract.reward_so_far(environment),
+        "feedback": contract.feedback_of(environment),
+    }
 
 
 def _shape(environment: Any) -> dict[str, Any]:

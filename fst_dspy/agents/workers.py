@@ -23,6 +23,9 @@ from fst_dspy.agents import contract
 from fst_dspy.agents.worker import receive, send
 from fst_dspy.errors import ProgramError
 
+MAKING = 60.0
+"""Seconds that an environment may take to be made, beyond what a tool of it may take."""
+
 
 class EnvironmentCrashedError(ConnectionError):
     """The process of an environment has died; an error of what a rollout runs on."""
@@ -32,7 +35,8 @@ class Workers:
     """Processes for environments, kept for the next episode once they are idle.
 
     Args:
-        timeout: Seconds that a reset or a tool may take; ``None`` waits for ever.
+        timeout: Seconds that a reset or a tool may take; ``None`` waits for ever. Making the
+            environment, for which its libraries are imported, may take ``MAKING`` more.
     """
 
     def __init__(self, timeout: float | None) -> None:
@@ -129,8 +133,11 @@ class RemoteEnvironment:
     def _ask(self, what: str, arguments: Mapping[str, Any], *more: Any) -> Any:
         if not self._whole:
             raise EnvironmentCrashedError("the process of the environment has been ended")
+        timeout = self._workers.timeout
+        if timeout is not None and what == "make":
+            timeout += MAKING
         try:
-            answer = self._worker.ask((what, dict(arguments), more), self._workers.timeout)
+            answer = self._worker.ask((what, dict(arguments), more), timeout)
         except BaseException:  # also Ctrl-C: the answer would be taken for that of the next call
             self._end()
             raise

@@ -191,6 +191,7 @@ class _Turn(TypedDict):
     status: str
     seconds: Number
     calls: Count
+    said: NotRequired[dict[str, str]]
 
 
 @with_config(ConfigDict(strict=True))

@@ -92,7 +92,7 @@ class RolloutThread:
         self.time = OwnTime()
         self._given_up = False
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._calls_under_way = self._calls_begun = 0
+        self._calls_under_way = self._calls_begun = self._turns = 0
         self._lock = threading.Lock()
         self._rollout: Rollout | None = None
 
@@ -142,12 +142,16 @@ class RolloutThread:
 
     def complete(self, predictor: str, request: lm15.Request) -> tuple[lm15.Response, Call]:
         """Answer a call; the clock stands still meanwhile."""
-        limit = self.setting.sampling.max_calls
+        limit = self.setting.sampling.max_calls + self._turns
         with self._lock:
             if self._given_up:
                 raise RolloutEnded("this rollout was given up")
             if self._calls_begun >= limit:
-                raise RuntimeError(f"the program made more than max_calls={limit} model calls")
+                beside = f", beside {self._turns} turns of environments" if self._turns else ""
+                raise RuntimeError(
+                    f"the program made more than max_calls={self.setting.sampling.max_calls} model "
+                    f"calls{beside}"
+                )
             self._calls_begun += 1
             self._calls_under_way += 1
         try:
@@ -195,6 +199,7 @@ class RolloutThread:
 
     def _run_program(self) -> Any:
         program, self.predictors = self.make_program()
+        self._turns = _turns_of(program)
         for predictor in self.predictors.values():
             # DSPy's settings, where it listens as well, do not reach a program's own threads.
             predictor.callbacks = [*predictor.callbacks, self.session]
@@ -327,3 +332,9 @@ def _outside_rollouts(record: logging.LogRecord) -> bool:
 
 
 logging.getLogger("dspy.clients.lm").addFilter(_outside_rollouts)
+
+
+def _turns_of(program: dspy.Module) -> int:
+    """Turns that the environments in a program (``fst_dspy.env``) may take, a call each."""
+    limits = [getattr(one, "max_turns", 0) for _, one in program.named_sub_modules(dspy.Module)]
+    return sum(limit for limit in limits if isinstance(limit, int))

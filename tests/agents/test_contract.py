@@ -4,6 +4,7 @@ import pytest
 
 from fst_dspy.agents import contract
 from fst_dspy.agents.actions import ActionForm, InvalidActionError
+from fst_dspy.agents.event_loop import EventLoop
 from fst_dspy.errors import ProgramError
 
 
@@ -60,7 +61,7 @@ def test_reset_is_given_the_fields_that_it_takes():
         def reset(self, level):
             return f"level {level}"
 
-    assert contract.reset(Strict(), {"level": 3, "answer": "x"}) == "level 3"
+    assert contract.reset(Strict(), {"level": 3, "answer": "x"}, EventLoop()) == "level 3"
 
 
 def test_content_blocks_are_read_as_their_texts():
@@ -69,13 +70,13 @@ def test_content_blocks_are_read_as_their_texts():
 
 
 def test_the_environments_own_reward_may_be_awaited_and_wins_over_the_attribute():
-    assert contract.final_reward(Game()) == 0.75
+    assert contract.final_reward(Game(), EventLoop()) == 0.75
     assert contract.reward_so_far(Game()) == 0.5
     assert contract.reward_so_far(Base()) is None
 
 
 def test_errors_on_closing_are_of_no_use_to_anybody():
-    contract.close(Game())
+    contract.close(Game(), EventLoop())
 
 
 def test_of_several_environments_the_example_names_its_own():
@@ -135,7 +136,8 @@ def test_tools_without_arguments_are_called_by_name():
     assert form.read("left") == ("left", {}) == form.read("left()")
 
 
-def test_the_description_names_the_tools_and_their_first_paragraph():
+def test_the_description_names_the_tools_with_their_first_paragraph_and_arguments():
     said = ActionForm.of(contract.tools_of(Game())).description
-    assert "- move(steps: int, fast: bool): Move on.\n- look: Look around." in said
-    assert "How many" not in said
+    assert (
+        "- move(steps: int, fast: bool): Move on.\n  steps: How many.\n- look: Look around." in said
+    )

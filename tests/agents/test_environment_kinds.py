@@ -218,3 +218,112 @@ def test_a_field_that_reset_needs_and_the_example_lacks_is_named():
 
     with pytest.raises(ProgramError, match=r"needs 'seed', and the example has 'way'"):
         played(Needs, ["rules()"], way="left")
+
+
+class Steered:
+    """A tool of one argument, whose values are texts."""
+
+    def reset(self):
+        self.done, self.reward = False, 0.0
+
+    def steer(self, way: Literal["0", "1"]) -> str:
+        """Steer."""
+        self.done, self.reward = True, float(way)
+        return "steered"
+
+
+class Way(enum.Enum):
+    LEFT = "0"
+    RIGHT = "1"
+
+
+@pytest.mark.parametrize("kind", [int, Way, Literal[0, 1]])
+def test_an_action_of_a_type_of_the_users_own_is_understood(kind):
+    signature = dspy.Signature("observation -> action").with_updated_fields("action", type_=kind)
+    with dspy.context(lm=DummyLM([{"action": "1"}]), adapter=dspy.ChatAdapter()):
+        pred = fst_dspy.env(Steered, signature)()
+    assert ([turn.status for turn in pred.turns], pred.reward) == (["ok"], 1.0)
+    assert pred.turns[0].action == "1"
+
+
+class Move(pydantic.BaseModel):
+    steps: int
+    fast: bool = False
+
+
+class Walk(Base):
+    def walk(self, steps: int, fast: bool = False) -> str:
+        """Walk."""
+        return f"{steps} {fast}"
+
+
+class OneTool:
+    def reset(self):
+        return ""
+
+    def walk(self, steps: int, fast: bool = False) -> str:
+        """Walk."""
+        return f"{steps} {fast}"
+
+
+def test_a_model_may_be_the_arguments_of_the_only_tool():
+    signature = dspy.Signature("observation -> action").with_updated_fields("action", type_=Move)
+    answer = DummyLM([{"action": '{"steps": 2, "fast": true}'}])
+    with dspy.context(lm=answer, adapter=dspy.ChatAdapter()):
+        pred = fst_dspy.env(OneTool, signature, max_turns=1)()
+    assert pred.turns[0].result == "2 True"
+
+
+@pytest.mark.parametrize("kind", [int, bool, Move, list[str], Literal["fly"]])
+def test_a_type_whose_values_are_no_actions_is_refused(kind):
+    signature = dspy.Signature("observation -> action").with_updated_fields("action", type_=kind)
+    with pytest.raises(ProgramError, match="make it a str"):
+        fst_dspy.env(Walk, signature)
+
+
+def test_agents_arguments_that_do_not_fit_are_invalid_turns():
+    def asks(**arguments):
+        return {"next_thought": "?", "next_tool_name": "steer", "next_tool_args": arguments}
+
+    lm = DummyLM([asks(wheel="0"), asks(way="7"), asks(way="1"), {"reasoning": "", "answer": "x"}])
+    program = fst_dspy.env(Steered, "observation -> answer", agent=dspy.ReAct, max_turns=5)
+    with dspy.context(lm=lm, adapter=dspy.ChatAdapter()):
+        pred = program()
+    assert [turn.status for turn in pred.turns] == ["invalid", "invalid", "ok"]
+    assert "wheel" in pred.turns[0].action and pred.reward == 1.0
+    assert "wheel" in fst_dspy.env_reward(None, pred).feedback
+
+
+def test_a_connection_that_breaks_under_an_agent_loses_the_rollout():
+    class Offline(Steered):
+        def steer(self, way: str) -> str:
+            """Steer."""
+            raise ConnectionError("the server is down")
+
+    lm = DummyLM([{"next_thought": "?", "next_tool_name": "steer", "next_tool_args": {"way": "1"}}])
+    program = fst_dspy.env(Offline, "observation -> answer", agent=dspy.ReAct)
+    with (
+        dspy.context(lm=lm, adapter=dspy.ChatAdapter()),
+        pytest.raises(ConnectionError, match="the server is down"),
+    ):
+        program()
+
+
+def test_an_agent_is_not_given_two_tools_of_one_name():
+    class Other(Steered):
+        def steer(self, degrees: int) -> str:
+            """Steer."""
+            return ""
+
+    factories = {"a": Steered, "b": Other}
+    with pytest.raises(ProgramError, match="'steer' with different arguments"):
+        fst_dspy.env(factories, "observation -> answer", agent=dspy.ReAct)
+
+
+def test_reset_is_told_what_it_lacks_whatever_else_it_takes():
+    class Asking(Base):
+        def reset(self, prompt, **fields):
+            return prompt
+
+    with dspy.context(lm=DummyLM([])), pytest.raises(ProgramError, match="needs 'prompt'"):
+        fst_dspy.env(Asking)(question="?")

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dspy
+import numpy as np
 import pytest
 from dspy.utils import DummyLM
 
@@ -58,3 +59,46 @@ def test_minigrids_own_actions_and_mission_are_used():
 def test_what_does_not_fit_is_told(name, settings, said):
     with pytest.raises(ProgramError, match=said):
         fst_dspy.gym_factory(name, **settings)()
+
+
+def test_an_environment_of_gymnasiums_is_adapted_whoever_makes_it():
+    program = fst_dspy.env(lambda: gymnasium.make("FrozenLake-v1"), max_turns=2)
+    with dspy.context(lm=DummyLM([{"action": "2"}] * 2), adapter=dspy.ChatAdapter()):
+        pred = program(seed=1)
+    assert [turn.status for turn in pred.turns] == ["ok"] * len(pred.turns)
+    assert pred.reward == 0.0
+
+
+def test_so_it_is_in_a_process_of_its_own():
+    program = fst_dspy.env(lambda: gymnasium.make("FrozenLake-v1"), max_turns=1, processes=True)
+    with dspy.context(lm=DummyLM([{"action": "2"}]), adapter=dspy.ChatAdapter()):
+        assert program(seed=1).turns[0].status == "ok"
+
+
+class Spaced(gymnasium.Env):
+    """Shows which number it was given."""
+
+    observation_space = gymnasium.spaces.Discrete(9)
+
+    def __init__(self, space):
+        self.action_space = space
+
+    def reset(self, seed=None, options=None):
+        super().reset(seed=seed)
+        return 0, {}
+
+    def step(self, action):
+        return action, 0.0, False, False, {}
+
+
+def test_actions_are_counted_from_where_they_start():
+    program = fst_dspy.env(lambda: Spaced(gymnasium.spaces.Discrete(3, start=-1)), max_turns=2)
+    with dspy.context(lm=DummyLM([{"action": "-1"}, {"action": "1"}]), adapter=dspy.ChatAdapter()):
+        pred = program(seed=np.int64(3))  # as a generator of numpy's draws them
+    assert [(turn.action, turn.result) for turn in pred.turns] == [("-1", "-1"), ("1", "1")]
+
+
+@pytest.mark.parametrize("space", [gymnasium.spaces.MultiBinary(3), gymnasium.spaces.Box(0, 1)])
+def test_actions_that_are_not_discrete_are_refused(space):
+    with pytest.raises(ProgramError, match="not discrete"):
+        fst_dspy.env(lambda: Spaced(space))

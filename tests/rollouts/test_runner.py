@@ -5,6 +5,7 @@ import pytest
 from dspy.clients.base_lm import GLOBAL_HISTORY
 from helpers import Echo, RawAdapter, Twice, questions, vowels
 
+import fst_dspy
 from fst_dspy.config import SamplingConfig
 from fst_dspy.lm.local_lm import LocalLM
 from fst_dspy.rollouts.jobs import RolloutJob
@@ -165,6 +166,24 @@ def test_a_program_that_loops_is_stopped_at_max_calls(lm):
     stopped = [r for r in rollouts if r.failure.kind == "program"]
     assert stopped and all("max_calls=3" in r.failure.message for r in stopped)
     assert all(len(r.calls) == 3 for r in stopped)
+
+
+def test_an_environments_turns_are_no_loop(lm):
+    class Long:
+        def reset(self, question):
+            self.reward = 0.0
+            return "go on"
+
+        def step(self, text: str) -> str:
+            """Go on."""
+            self.reward += 1.0
+            return "go on"
+
+    program = fst_dspy.env(Long, "observation -> action", max_turns=6)
+    sampling = SamplingConfig(max_tokens=2, max_calls=3)
+    runner = make_runner(lm, program, fst_dspy.env_reward, sampling)
+    rollouts = runner.run(jobs_for(program, 2), channel="slow", salt=0)
+    assert {(len(r.calls), r.failure) for r in rollouts} == {(6, None)}
 
 
 @pytest.mark.slow
