@@ -55,7 +55,10 @@ def grammar_of_caller(policy: Policy, prompt: Any) -> str | None:
         return None
     asked = "\n".join(texts_of_prompt(prompt))
     adapter = dspy.settings.adapter or _default
-    for own in dict.fromkeys((adapter, _json)):
+    # ChatAdapter's own is what others ask through, such as TwoStepAdapter when it extracts.
+    for own in dict.fromkeys((adapter, _default, _json)):
+        if not isinstance(own, dspy.ChatAdapter):
+            continue  # its formats are not known, nor need it say what it wants
         for signature in _variants(ensure_signature(predictor.signature)):
             if wanted_format(own, signature) in asked:
                 return _grammar(own, signature, vocabulary(policy).spell)

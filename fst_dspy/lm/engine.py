@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import hashlib
 import json
 import re
 import secrets
@@ -18,7 +19,8 @@ import time
 import weakref
 from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from operator import methodcaller
 from typing import Any, Protocol
 
@@ -59,6 +61,44 @@ def serving(policy: Policy) -> Server | None:
     """The rollout of a policy that the caller is in, if it is in one."""
     rollout = dspy.settings.get(ROLLOUT)
     return rollout if rollout is not None and rollout.policy is policy else None
+
+
+@dataclass
+class _Call:
+    """A call of an LM, which asks ``n`` times; the cache tells it from others by ``rollout_id``."""
+
+    rollout_id: Any
+    asked: int = 0
+
+
+_CALL: contextvars.ContextVar[_Call | None] = contextvars.ContextVar("fst_call", default=None)
+
+
+@contextmanager
+def one_call(rollout_id: Any) -> Iterator[None]:
+    """What is asked within belongs to one call of an LM."""
+    token = _CALL.set(_Call(rollout_id))
+    try:
+        yield
+    finally:
+        _CALL.reset(token)
+
+
+def _apart(pending: Pending) -> Pending:
+    """Mix into a request's seed which of a call's answers it is for, and the ``rollout_id``.
+
+    As it is, the seed would make all ``n`` of them copies, and those that ``dspy.BestOfN`` tries.
+    """
+    call = _CALL.get()
+    if call is None:
+        return pending
+    number, call.asked = call.asked, call.asked + 1
+    seed = pending.request.config.seed
+    if seed is not None and (number or call.rollout_id is not None):
+        digest = hashlib.sha256(repr((seed, call.rollout_id, number)).encode()).digest()
+        mixed = int.from_bytes(digest[:8], "big")
+        pending.generation = replace(pending.generation, seed=mixed)
+    return pending
 
 
 def streamed(response: lm15.Response) -> Iterator[Any]:
@@ -119,7 +159,7 @@ class LocalEngine:
         """
         if (rollout := serving(self.policy)) is not None:
             return rollout.complete(request)
-        pending = prepare(self.policy, request, secrets.randbits(63))
+        pending = _apart(prepare(self.policy, request, secrets.randbits(63)))
         with self._guard:
             self._waiting.append(pending)
         # Whoever gets the turn serves everybody who is waiting, so the others find theirs done.

@@ -17,8 +17,9 @@ from dspy.clients.provider import Provider
 from fst_dspy.display import on_a_screen
 from fst_dspy.errors import ModelError
 from fst_dspy.lm.asked import grammar_of_caller
-from fst_dspy.lm.engine import AsyncLocalEngine, LocalEngine, serving
+from fst_dspy.lm.engine import AsyncLocalEngine, LocalEngine, one_call, serving
 from fst_dspy.lm.in_use import over_base, remember
+from fst_dspy.lm.lm_settings import MAX_TOKENS_TOO, check_settings
 from fst_dspy.lm.requests import DEFAULT_MAX_TOKENS, EXTRA, OWN
 from fst_dspy.lm.templates import check_options, thinks
 from fst_dspy.model.hardware import device_named, dtype_named
@@ -35,8 +36,6 @@ ENTERED_WITH = "fst_entered_with"
 """The DSPy setting, in a tuple, that holds the settings' LM as a compiled program was entered."""
 COMPILED_ADAPTER = "fst_adapter"
 """The attribute of a compiled program that says which adapter it was compiled under."""
-MAX_TOKENS_TOO = "max_completion_tokens"
-"""OpenAI's later name for ``max_tokens``; DSPy would have both in one request."""
 _ANSWERS_WITH = "answers_with"  # in a pickle: the version id, also where ``model`` is the live one
 
 
@@ -75,7 +74,8 @@ class LocalLM(dspy.LM):
 
     Raises:
         ModelError: The model cannot be loaded, or there is no such device or dtype.
-        ConfigError: The chat template does not read a variable in ``chat_template_kwargs``.
+        ConfigError: There is no such setting, a value is out of its range, or the chat template
+            does not read a variable in ``chat_template_kwargs``.
     """
 
     # DSPy writes this name into saved programs, so it must not tell where the code lies.
@@ -98,6 +98,9 @@ class LocalLM(dspy.LM):
         structured: bool = False,
         **kwargs: Any,
     ) -> None:
+        max_tokens = kwargs.pop(MAX_TOKENS_TOO, max_tokens)
+        own = {"temperature": temperature, "max_tokens": max_tokens, "structured": structured}
+        check_settings({**kwargs, **own})
         if engine is not None:  # a saved state: the engine was loaded, ``model`` is the version id
             serving = _serving(engine, str(model))
             if serving is not engine:
@@ -121,7 +124,6 @@ class LocalLM(dspy.LM):
             kwargs["chat_template_kwargs"] = check_options(engine.policy, chat_template_kwargs)
         if structured:
             kwargs["structured"] = True
-        max_tokens = kwargs.pop(MAX_TOKENS_TOO, max_tokens)
         super().__init__(
             version,
             temperature=temperature,
@@ -191,14 +193,16 @@ class LocalLM(dspy.LM):
         if lm is not self:
             return lm(*args, **kwargs)
         args, kwargs = self._carried(args, kwargs)
-        return super().__call__(*args, **kwargs)
+        with one_call(kwargs.get("rollout_id", self.kwargs.get("rollout_id"))):
+            return super().__call__(*args, **kwargs)
 
     async def acall(self, *args: Any, **kwargs: Any) -> Any:
         lm = self._within_program()
         if lm is not self:
             return await lm.acall(*args, **kwargs)
         args, kwargs = self._carried(args, kwargs)
-        return await super().acall(*args, **kwargs)
+        with one_call(kwargs.get("rollout_id", self.kwargs.get("rollout_id"))):
+            return await super().acall(*args, **kwargs)
 
     def _carried(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -329,6 +333,15 @@ class LocalLM(dspy.LM):
     def version(self) -> str:
         """Version id of the weights this LM answers with; of a live LM, as they are now."""
         return self.policy.version() if self.model == self.policy.live_id else self.model
+
+    def copy(self, **kwargs: Any) -> Any:
+        """As ``dspy.LM.copy``.
+
+        Raises:
+            ConfigError: There is no such setting, or a value is out of its range.
+        """
+        check_settings({name: value for name, value in kwargs.items() if not hasattr(self, name)})
+        return super().copy(**kwargs)
 
     def at(self, version: str) -> LocalLM:
         """A copy bound to other weights of the same policy.

@@ -345,7 +345,17 @@ def _refuse_unknown(config: lm15.Config) -> None:
             "repetition_penalty, reasoning_effort, response_format and chat_template_kwargs",
             feature=f"config.{wanted[0]}",
         )
-    penalty = _extra(config).get("repetition_penalty", 1.0)
+    checked_penalty(_extra(config).get("repetition_penalty"))
+
+
+def checked_penalty(penalty: Any) -> None:
+    """Check a ``repetition_penalty``, which lm15 does not know.
+
+    Raises:
+        lm15.InvalidRequestError: It is none.
+    """
+    if penalty is None:
+        return
     if not isinstance(penalty, int | float) or isinstance(penalty, bool) or not penalty > 0:
         raise lm15.InvalidRequestError(f"repetition_penalty must be above 0, got {penalty!r}")
 
