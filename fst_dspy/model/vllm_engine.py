@@ -290,7 +290,7 @@ class VllmGenerator:
         """
         for request in requests:
             check_prompt(policy, request.prompt_ids_T)
-            if request.grammar is not None and request.grammar.after:
+            if request.grammar is not None and request.grammar.thought is not None:
                 raise ConfigError(
                     "vLLM holds an answer to its format from its first token on, and this model "
                     "thinks first; use the built-in engine, or structured=False"
