@@ -62,6 +62,12 @@ def grammar_of_caller(policy: Policy, prompt: Any) -> str | None:
     return None
 
 
+def calling_predictor() -> dspy.Predict | None:
+    """The predictor in whose call this is, the innermost one; ``None`` outside of predictors."""
+    modules = reversed(dspy.settings.caller_modules or [])
+    return next((module for module in modules if isinstance(module, dspy.Predict)), None)
+
+
 def grammar_of_format(response_format: Mapping[str, Any] | None) -> str | None:
     """The grammar of a request's ``response_format``; ``None`` without one.
 

@@ -388,7 +388,10 @@ def _read_again(policy: Policy, rows: Sequence[_Row]) -> list[tuple[float, ...]]
 
 
 def _closing(request: GenerationRequest) -> list[str]:
-    """The end of an answer as a stop string; in a thought it would end nothing but the thought."""
-    if request.end is None or request.end.thought is not None:
+    """The end of an answer as a stop string; in a thought it would end nothing but the thought.
+
+    Nor can a stop string pass over a field's header that is the same.
+    """
+    if request.end is None or request.end.thought is not None or request.end.count > 1:
         return []
     return ["\n" + request.end.marker]
