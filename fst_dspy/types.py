@@ -147,15 +147,18 @@ class Grammar:
 
     Attributes:
         text: In llguidance's variant of Lark.
-        after: Token ids that end a thought; the grammar begins after them, and before them anything
-            may be said but the end. Empty where it begins at once.
         takes_runs: Whether text that alone can follow is taken as the tokenizer writes it, as the
             built-in engine does; else the model chooses among the ways to write it, as in vLLM.
+        thought: The marks around a thought that may come first; the grammar begins after it, and in
+            it anything may be said but the end. ``None`` where the grammar begins at once.
+        opened: Whether the prompt has opened the thought. Else the first text that is not white
+            space decides: the opening mark begins a thought, and all other text the answer.
     """
 
     text: str
-    after: tuple[int, ...] = ()
     takes_runs: bool = True
+    thought: tuple[str, str] | None = None
+    opened: bool = False
 
 
 @dataclass(frozen=True)

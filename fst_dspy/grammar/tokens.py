@@ -29,6 +29,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from fst_dspy.errors import ConfigError, ModelError
+from fst_dspy.grammar.thoughts import Lead, Pieces
 from fst_dspy.types import Grammar
 
 logger = logging.getLogger(__name__)
@@ -65,10 +66,8 @@ class Vocabulary:
         self._begun: dict[str, Any] = {}
         self._guard = threading.Lock()
         self.end_bits = np.zeros(self.words, dtype=np.int32)
-        self.mid_bits = np.full(self.words, ALL)
         for token in self.eos:
             self.end_bits[token // WORD_BITS] |= _bit(token)
-            self.mid_bits[token // WORD_BITS] &= ~_bit(token)
 
     def matcher(self, text: str) -> Any:
         """A matcher at the beginning of a grammar; each grammar is compiled once.
@@ -85,6 +84,16 @@ class Vocabulary:
                     raise ModelError(f"llguidance refuses a grammar: {made.get_error()[:500]}")
                 self._begun[text] = made
             return self._begun[text].deep_copy()
+
+    @functools.cached_property
+    def pieces(self) -> Pieces:
+        """The texts of the tokens; made where the model may think first."""
+        texts = (b"" if t in self.eos else self._ll.decode_bytes([t]) for t in range(self.size))
+        return Pieces(tuple(texts), self.words)
+
+    def tokens_of(self, text: bytes) -> list[int]:
+        """A text in tokens."""
+        return list(self._ll.tokenize_bytes(text))
 
     def _tokenizer(self, tokenizer: Any) -> Any:
         backend = getattr(tokenizer, "backend_tokenizer", None)
@@ -115,12 +124,15 @@ class Walk:
     def __init__(self, vocabulary: Vocabulary, grammar: Grammar) -> None:
         self._vocabulary = vocabulary
         self._matcher = vocabulary.matcher(grammar.text)
-        self._after, self._takes_runs = grammar.after, grammar.takes_runs
-        self._said: deque[int] = deque(maxlen=max(1, len(grammar.after)))
+        self._grammar, self._takes_runs = grammar, grammar.takes_runs
+        self._lead: Lead | None = None
+        if grammar.thought is not None:
+            self._lead = Lead(vocabulary.pieces, grammar.thought, grammar.opened)
+        self._fits = True  # what was said where it may be a thought or not begins an answer as well
         self._queue: deque[int] = deque()
         self._free = False  # it has left the grammar, as tokens that others chose may
         self.ended = False
-        if not self._after:
+        if self._lead is None:
             self._refill()
 
     @property
@@ -145,8 +157,8 @@ class Walk:
         own = self._vocabulary
         if self.ended or self._free:
             bits_W[:] = ALL
-        elif self._after:
-            bits_W[:] = own.mid_bits
+        elif self._lead is not None and (self._lead.inside or not self._fits):
+            bits_W[:] = self._lead.bits
         elif self._queue:
             bits_W[:] = 0
             bits_W[self._queue[0] // WORD_BITS] = _bit(self._queue[0])
@@ -154,6 +166,8 @@ class Walk:
             self._matcher.unsafe_compute_mask_ptr(bits_W.ctypes.data, bits_W.nbytes)
             if self._matcher.is_accepting():
                 bits_W |= own.end_bits
+            if self._lead is not None:
+                bits_W |= self._lead.bits
             if self._matcher.is_error() or not bits_W.any():
                 self._leave()
                 bits_W[:] = ALL
@@ -162,11 +176,8 @@ class Walk:
         """Take a token; one that is not allowed makes all that follow free."""
         if self.ended or self._free:
             return
-        if self._after:
-            self._said.append(token)
-            if tuple(self._said) == self._after:
-                self._after = ()
-                self._refill()
+        if self._lead is not None:
+            self._lead_on(self._lead, token)
         elif self._queue:
             if token != self._queue.popleft():
                 self._free = True
@@ -175,8 +186,32 @@ class Walk:
         elif not self._matcher.consume_token(token):
             self._leave()
         self.ended = token in self._vocabulary.eos
-        if not (self._queue or self._after or self.ended or self._free):
+        if not (self._queue or self._lead or self.ended or self._free):
             self._refill()
+
+    def _lead_on(self, lead: Lead, token: int) -> None:
+        """Take a token that may stand before the answer, or be its first."""
+        if token in self._vocabulary.eos:
+            self._free = lead.inside or not self._fits or not self._matcher.is_accepting()
+            return
+        lead.take(token)
+        if lead.over:
+            self._lead = None
+        if lead.inside:
+            if lead.over:
+                self._matcher = self._vocabulary.matcher(self._grammar.text)
+                self._free = not lead.clean
+        elif not lead.blank:
+            self._fits = self._fits and self._begins([token], lead.first)
+            self._free = lead.over and not self._fits
+
+    def _begins(self, tokens: list[int], first: bytes) -> bool:
+        """Take the answer's first tokens, or their text without white space; whether it is one."""
+        if first and self._matcher.validate_tokens(tokens) < len(tokens):
+            tokens = self._vocabulary.tokens_of(first)
+        if self._matcher.validate_tokens(tokens) < len(tokens):
+            return False
+        return bool(self._matcher.consume_tokens(tokens))
 
     def _refill(self) -> None:
         tokens = self._matcher.compute_ff_tokens() if self._takes_runs else []

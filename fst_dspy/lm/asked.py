@@ -65,6 +65,12 @@ def grammar_of_caller(policy: Policy, prompt: Any) -> str | None:
     return None
 
 
+def calling_predictor() -> dspy.Predict | None:
+    """The predictor in whose call this is, the innermost one; ``None`` outside of predictors."""
+    modules = reversed(dspy.settings.caller_modules or [])
+    return next((module for module in modules if isinstance(module, dspy.Predict)), None)
+
+
 def grammar_of_format(response_format: Mapping[str, Any] | None) -> str | None:
     """The grammar of a request's ``response_format``; ``None`` without one.
 
@@ -85,6 +91,8 @@ def held_to(
 ) -> Grammar | None:
     """A grammar as the answer to a prompt is held to it: where the model thinks first, after that.
 
+    Where it may think, but the prompt does not make it, a model that does not is held at once.
+
     Args:
         ids_T: The prompt.
         options: Of the chat template.
@@ -93,10 +101,10 @@ def held_to(
         return None
     takes_runs = policy.generator is None
     marks = chat_format(policy.tokenizer).thought
-    if marks is None or not (opens_thought(policy, ids_T) or thinks(policy.tokenizer, options)):
-        return Grammar(text, takes_runs=takes_runs)
-    closing = policy.tokenizer(marks[1], add_special_tokens=False)["input_ids"]
-    return Grammar(text, tuple(closing), takes_runs)
+    opened = opens_thought(policy, ids_T)
+    if marks is None or not (opened or thinks(policy.tokenizer, options)):
+        return Grammar(text, takes_runs)
+    return Grammar(text, takes_runs, marks, opened)
 
 
 @functools.lru_cache(KNOWN)

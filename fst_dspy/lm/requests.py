@@ -13,10 +13,11 @@ from typing import Any
 
 import dspy
 from dspy import lm15
+from dspy.signatures.signature import ensure_signature
 
 from fst_dspy.errors import ConfigError, PromptTooLongError
 from fst_dspy.lm.answers import Answer, opens_thought, read_answer, tool_call_parts
-from fst_dspy.lm.asked import grammar_of_format, held_to
+from fst_dspy.lm.asked import calling_predictor, grammar_of_format, held_to
 from fst_dspy.lm.templates import (
     EFFORT,
     Prompt,
@@ -30,7 +31,7 @@ from fst_dspy.lm.templates import (
 from fst_dspy.model.endings import End
 from fst_dspy.model.generate import GenerationRequest, GenerationResult, check_prompt, generate
 from fst_dspy.model.policy import Policy
-from fst_dspy.student.adapter import end_marker
+from fst_dspy.student.adapter import end_lines, end_marker
 from fst_dspy.types import Grammar
 
 logger = logging.getLogger(__name__)
@@ -324,11 +325,15 @@ def _grammar(
 
 def _end(policy: Policy, prompt_ids_T: tuple[int, ...]) -> End | None:
     """The line that closes an answer of the adapter in use, if its answers have one."""
-    marker = end_marker(dspy.settings.adapter)
-    if marker is None:
+    marker, predictor = end_marker(dspy.settings.adapter), calling_predictor()
+    count = 1
+    if marker is not None and predictor is not None:
+        count = end_lines(dspy.settings.adapter, ensure_signature(predictor.signature))
+    if marker is None or count == 0:
         return None
     thought = chat_format(policy.tokenizer).thought
-    return End(marker, thought, thought is not None and opens_thought(policy, prompt_ids_T))
+    opened = thought is not None and opens_thought(policy, prompt_ids_T)
+    return End(marker, thought, opened, count)
 
 
 def _refuse_unknown(config: lm15.Config) -> None:

@@ -68,15 +68,17 @@ class End:
         thought: The marks around a thought, in which the marker means nothing; ``None`` where the
             model has none.
         opened: Whether the prompt has opened the thought already.
+        count: The how many-th such line it is; those before it are headers of fields.
     """
 
     marker: str
     thought: tuple[str, str] | None = None
     opened: bool = False
+    count: int = 1
 
     def place(self, text: str) -> int | None:
         """The place in a completion's text behind the marker; ``None`` where it is not there."""
-        start = 0
+        start, left = 0, self.count
         if self.thought is not None:
             opening, closing = self.thought
             closed = text.find(closing)
@@ -86,7 +88,8 @@ class End:
                 return None
         while (at := text.find(self.marker, start)) >= 0:
             line = text.rfind("\n", 0, at) + 1
-            if not text[max(line, start) : at].strip():
+            left -= not text[max(line, start) : at].strip()
+            if left == 0:
                 return at + len(self.marker)
             start = at + 1
         return None

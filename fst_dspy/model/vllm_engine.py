@@ -290,7 +290,7 @@ class VllmGenerator:
         """
         for request in requests:
             check_prompt(policy, request.prompt_ids_T)
-            if request.grammar is not None and request.grammar.after:
+            if request.grammar is not None and request.grammar.thought is not None:
                 raise ConfigError(
                     "vLLM holds an answer to its format from its first token on, and this model "
                     "thinks first; use the built-in engine, or structured=False"
@@ -388,7 +388,10 @@ def _read_again(policy: Policy, rows: Sequence[_Row]) -> list[tuple[float, ...]]
 
 
 def _closing(request: GenerationRequest) -> list[str]:
-    """The end of an answer as a stop string; in a thought it would end nothing but the thought."""
-    if request.end is None or request.end.thought is not None:
+    """The end of an answer as a stop string; in a thought it would end nothing but the thought.
+
+    Nor can a stop string pass over a field's header that is the same.
+    """
+    if request.end is None or request.end.thought is not None or request.end.count > 1:
         return []
     return ["\n" + request.end.marker]

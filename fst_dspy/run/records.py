@@ -49,8 +49,16 @@ def _call(row: Mapping[str, Any]) -> Call:
     sequences = ("prompt_ids_T", "completion_ids_T", "logprobs_T")
     own: dict[str, Any] = {name: tuple(row[name]) for name in sequences}
     if row.get("grammar") is not None:
-        own["grammar"] = Grammar(**{**row["grammar"], "after": tuple(row["grammar"]["after"])})
+        own["grammar"] = _grammar(**row["grammar"])
     return Call(**{**row, **own})
+
+
+def _grammar(
+    text: str, takes_runs: bool, thought: Any = None, opened: bool = False, **_: Any
+) -> Grammar:
+    # Earlier versions had token ids for the end of a thought, from which its marks are not to be
+    # had.
+    return Grammar(text, takes_runs, None if thought is None else (thought[0], thought[1]), opened)
 
 
 def with_plain_traces(rollout: Rollout) -> Rollout:

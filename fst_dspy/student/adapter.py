@@ -13,6 +13,8 @@ from dspy.adapters.chat_adapter import ChatAdapter
 
 BOUND_PROGRAMS = 64
 """Programs with a candidate's texts in them that are kept to be copied."""
+SIGNATURES = 256
+"""Signatures whose answers' ends are known; a candidate has signatures of its own."""
 
 
 def strict_adapter(adapter: dspy.Adapter | None) -> dspy.Adapter:
@@ -86,6 +88,23 @@ def end_marker(adapter: dspy.Adapter | None) -> str | None:
     if adapter not in _markers:
         _markers[adapter] = _find_marker(adapter)
     return _markers[adapter]
+
+
+@functools.lru_cache(SIGNATURES)
+def end_lines(adapter: dspy.Adapter | None, signature: Any) -> int:
+    """How many lines of an answer begin with the adapter's end marker; the last one closes it.
+
+    More than one where a field's header is the same, as of one named ``completed``. Where no answer
+    can be written for a try, one; none without a marker.
+    """
+    adapter = adapter or _default
+    marker, values = end_marker(adapter), dict.fromkeys(signature.output_fields, _A)
+    try:
+        written = adapter.format_assistant_message_content(signature, values)
+    except Exception:  # of an adapter that takes no text for a field of another type
+        return int(marker is not None)
+    lines = str(written).splitlines()
+    return sum(line.strip().startswith(marker) for line in lines) if marker is not None else 0
 
 
 def _find_marker(adapter: dspy.Adapter) -> str | None:

@@ -15,10 +15,15 @@ from helpers import Echo, RawAdapter, vowels
 
 import fst_dspy
 from fst_dspy import FST, LocalLM
+from fst_dspy.config import SamplingConfig
 from fst_dspy.errors import ConfigError
 from fst_dspy.lm.predictors import bound_to, check_trained
 from fst_dspy.lm.requests import prepare, prompt_ids
-from fst_dspy.model.generate import GenerationResult
+from fst_dspy.model.endings import kept_tokens, texts_of
+from fst_dspy.model.generate import GenerationRequest, GenerationResult
+from fst_dspy.model.policy import Policy
+from fst_dspy.rollouts.jobs import RolloutJob
+from fst_dspy.rollouts.runner import RolloutRunner
 from fst_dspy.student.candidate import seed_candidate
 
 OFF = {"enable_thinking": False}
@@ -206,3 +211,33 @@ def test_the_adapters_end_is_the_rows_end_in_a_rollouts_context(qwen3: str) -> N
         ends[type(adapter).__name__] = end and (end.marker, end.thought)
     own = ("[[ ## completed ## ]]", ("<think>", "</think>"))
     assert ends == {"NoneType": own, "XMLAdapter": None, "RawAdapter": own}
+
+
+@pytest.mark.parametrize("in_rollout", [False, True])
+def test_a_field_named_as_the_adapters_end_does_not_end_the_answer(
+    qwen3: str, monkeypatch: pytest.MonkeyPatch, in_rollout: bool
+) -> None:
+    lm, program = LocalLM(qwen3, cache=False), dspy.Predict("task -> completed: bool, notes")
+    fields = {"completed": True, "notes": "fine"}
+    said = dspy.ChatAdapter().format_assistant_message_content(program.signature, fields)
+    tokenizer = lm.policy.tokenizer
+    kept = []
+
+    def generator(policy: Policy, requests: list[GenerationRequest]) -> list[GenerationResult]:
+        (request,) = requests
+        ids = tokenizer(f"{said.rstrip()}\nAnd so on.", add_special_tokens=False)["input_ids"]
+        ids = tuple(ids[: kept_tokens(tokenizer, ids, request.end)])
+        kept.extend(texts_of(policy, [ids], [()], [request.end]))
+        return [GenerationResult(ids, (-1.0,) * len(ids), kept[-1], "stop")]
+
+    monkeypatch.setattr(lm.policy, "generator", generator)
+    if in_rollout:
+        example = dspy.Example(task="a").with_inputs("task")
+        runner = RolloutRunner(program, lambda *_: 1.0, lm, SamplingConfig(), 0)
+        jobs = [RolloutJob(example, seed_candidate(program))]
+        (rollout,) = runner.run(jobs, channel="slow", salt=0)
+        found = rollout.traces[0].outputs
+    else:
+        with dspy.context(lm=lm):
+            found = dict(program(task="a"))
+    assert found == fields and [text.rstrip() for text in kept] == [said.rstrip()]

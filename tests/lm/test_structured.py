@@ -9,13 +9,17 @@ from typing import Any, Literal
 import dspy
 import pydantic
 import pytest
+import torch
+from chat_families import save_family
 from dspy import lm15
 from long_model import DESKS, Router, save_long_model
 
 from fst_dspy import LocalLM
-from fst_dspy.lm.asked import grammar_of_caller
+from fst_dspy.lm.asked import grammar_of_caller, held_to
 from fst_dspy.lm.predictors import bound_to
+from fst_dspy.model.policy import Policy
 from fst_dspy.student.candidate import seed_candidate
+from fst_dspy.types import Grammar
 
 # A random model now and then goes on with white space until it is cut off.
 pytestmark = pytest.mark.usefixtures("repeatable_sampling")
@@ -124,6 +128,28 @@ def test_a_request_of_lm15_is_held_and_rendered_as_a_call_is(folder: Path) -> No
         read = dspy.ChatAdapter().parse(router.route.signature, answer)
         assert read["desk"] in DESKS
     assert "[[ ##" not in lm(request).text  # no predictor's
+
+
+def test_where_the_prompt_opens_no_thought_the_model_may_begin_one(tmp_path: Path) -> None:
+    policy = Policy.load(save_family(tmp_path / "qwen3", "qwen3"))
+    marks, text = ("<think>", "</think>"), '%llguidance {}\nstart: "yes" | "no"'
+
+    def held(said: str, **options: Any) -> Grammar | None:
+        return held_to(policy, text, policy.tokenizer.encode(said), options)
+
+    assert held("<|im_start|>assistant\n") == Grammar(text, thought=marks)
+    assert held("<|im_start|>assistant\n<think>\n") == Grammar(text, thought=marks, opened=True)
+    assert held("<think>\n\n</think>\n\n", enable_thinking=False) == Grammar(text)
+
+
+def test_a_model_that_could_think_and_does_not_answers_in_the_format(tmp_path: Path) -> None:
+    size = {"max_position_embeddings": 2048}
+    lm = lm_of(save_family(tmp_path / "qwen3", "qwen3", **size), structured=True, cache=False)
+    thought = torch.tensor(lm.policy.tokenizer.encode("<think>"))
+    head = lm.policy.model.get_output_embeddings()
+    head.register_forward_hook(lambda _, __, logits: logits.index_fill_(-1, thought, -99.0))
+    with dspy.context(lm=lm, adapter=dspy.ChatAdapter(use_json_adapter_fallback=False)):
+        assert {Router()(ticket=f"visa {n}").desk for n in range(6)} <= set(DESKS)
 
 
 class Answer(pydantic.BaseModel):

@@ -45,6 +45,17 @@ def test_in_a_thought_it_means_nothing(text: str, opened: bool, counts: bool) ->
     assert place is None or text[:place].endswith(MARK)
 
 
+def test_headers_of_fields_that_are_the_same_are_passed_over() -> None:
+    end, answer = End(MARK, count=2), f"{MARK}\nTrue, not {MARK}\n\n[[ ## why ## ]]\nSo.\n\n{MARK}"
+    assert end.place(answer) == len(answer) and end.place(f"{answer}\n{MARK}") == len(answer)
+    assert end.place(f"{MARK}\nTrue") is None
+    thinking = End(MARK, THOUGHT, count=2)
+    assert thinking.place(f"<think>\n{MARK}\n</think>\n{answer}") == len(answer) + 39
+    tokenizer = make_tokenizer()
+    ids = tokenizer(answer)["input_ids"]
+    assert kept_tokens(tokenizer, [*ids, *ids], end) == len(ids) + 1
+
+
 def test_one_token_is_kept_behind_it() -> None:
     tokenizer = make_tokenizer()
     ids = tokenizer(f"silver\n\n{MARK}")["input_ids"]

@@ -192,19 +192,19 @@ def test_decoding_from_a_fixed_cache_is_held_as_well(
 
 def test_a_thought_is_free_and_ends_with_its_mark(tiny_llama: Path) -> None:
     policy = Policy.load(tiny_llama)
-    mark = encode(policy, "visa")
-    assert len(mark) == 1  # which a random model comes upon
-    grammar = Grammar(SMALL.text, mark)
+    mark = "visa"
+    assert len(encode(policy, mark)) == 1  # which a random model comes upon
+    grammar = Grammar(SMALL.text, thought=("none", mark), opened=True)
     requests = [
         GenerationRequest(encode(policy, "abc"), 500, temperature=1.5, seed=seed, grammar=grammar)
         for seed in range(6)
     ]
     thought = 0
     for result in generate(policy, requests):
-        ids = result.completion_ids_T
-        place = ids.index(mark[0]) if mark[0] in ids else len(ids)
-        assert policy.tokenizer.eos_token_id not in ids[:place]
-        answer = policy.tokenizer.decode(ids[place + 1 :], skip_special_tokens=True)
+        said = policy.tokenizer.decode(result.completion_ids_T)
+        before, _, answer = said.partition(mark)
+        assert policy.tokenizer.eos_token not in before
+        answer = answer.removesuffix(policy.tokenizer.eos_token).lstrip()
         thought += bool(SMALL_FORM.fullmatch(answer))
         assert SMALL_FORM.fullmatch(answer) or result.finish_reason == "length"
     assert thought >= 3

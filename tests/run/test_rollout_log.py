@@ -1,6 +1,7 @@
 """What is written of rollouts comes back whole, and long prompts are written once."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -8,7 +9,7 @@ from fst_dspy.errors import StoreError
 from fst_dspy.fast.pool import RolloutPool, pool_from_json
 from fst_dspy.run.records import rollout_from_json
 from fst_dspy.run.rollout_log import pack, unpack
-from fst_dspy.types import Call, PredictorTrace, Rollout
+from fst_dspy.types import Call, Grammar, PredictorTrace, Rollout
 
 PROMPT = tuple(range(1000, 3000))
 
@@ -48,6 +49,13 @@ def through_json(rows):
 def test_rollouts_come_back_whole(rollouts):
     rows, _ = through_json(pack(rollouts))
     assert [rollout_from_json(row) for row in unpack(rows)] == rollouts
+
+
+@pytest.mark.parametrize("thought", [None, ("<think>", "</think>")])
+def test_what_a_call_was_held_to_comes_back_too(thought):
+    held = replace(call(PROMPT), grammar=Grammar("start: /a/", False, thought, bool(thought)))
+    ((row,), _) = through_json(pack([rollout([held])]))
+    assert rollout_from_json(next(iter(unpack([row])))).calls == (held,)
 
 
 def test_a_prompt_or_input_is_written_once_for_a_group():

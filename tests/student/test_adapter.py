@@ -8,7 +8,7 @@ import dspy
 import pytest
 from dspy import lm15
 
-from fst_dspy.student.adapter import end_marker, texts_of_prompt
+from fst_dspy.student.adapter import end_lines, end_marker, texts_of_prompt
 
 
 class Shouting(dspy.ChatAdapter):
@@ -38,6 +38,22 @@ class Bare(dspy.Adapter):
 )
 def test_the_line_behind_every_answer(adapter: dspy.Adapter | None, marker: str | None) -> None:
     assert end_marker(adapter) == marker
+
+
+@pytest.mark.parametrize(
+    ("adapter", "signature", "lines"),
+    [
+        (None, "task -> answer", 1),
+        (dspy.ChatAdapter(), "completed -> answer: int, why: list[str]", 1),
+        (dspy.ChatAdapter(), "task -> completed: bool", 2),
+        (dspy.ChatAdapter(), "task -> notes, completed: bool, why", 2),
+        (Shouting(), "task -> completed: bool", 1),
+        (dspy.JSONAdapter(), "task -> completed: bool", 0),
+        (Bare(), "task -> completed: bool", 0),
+    ],
+)
+def test_lines_that_begin_as_the_last_one_does(adapter, signature, lines) -> None:
+    assert end_lines(adapter, dspy.Signature(signature)) == lines
 
 
 @dataclass(frozen=True)
