@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, Protocol
 
+from fst_dspy.grammar.limits import LONGEST
 from fst_dspy.grammar.values import (
     FLOAT,
     INT,
@@ -123,10 +124,11 @@ class NestedXml:
         name = f"N{len(self.writer.definitions)}"
         end = escaped(self.writer.spelled(close))
         parts = [regex(TEXT + end), r"~/(?s:.*)\]\]>(?s:.*)/"]
-        least = schema.get("minLength", 0)
+        least, most = schema.get("minLength", 0), schema.get("maxLength")
+        least, most = (n if (n or 0) <= LONGEST else None for n in (least, most))
         if least:  # as it is written, "&amp;" is longer than what is read
             parts.append(f"~/(?s:.*)&(?s:.*){end.replace('/', chr(92) + '/')}/")
-        bodies = length_bodies(least, schema.get("maxLength"))
+        bodies = length_bodies(least or 0, most)
         parts += [regex(body + end) for body in bodies]
         pattern = schema.get("pattern")
         if pattern is not None:

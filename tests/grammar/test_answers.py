@@ -334,3 +334,42 @@ def test_json_schemas_have_grammars(policy: Policy) -> None:
     assert anything is not None
     matcher = vocabulary(policy).matcher(anything)
     assert matcher.consume_tokens(policy.tokenizer.encode('{"a": [1, null]}'))
+
+
+def held_text(**lengths: int) -> type[dspy.Signature]:
+    fields: dict[str, Any] = {"question": (str, dspy.InputField())}
+    fields["first"] = (str, dspy.OutputField(**lengths))
+    fields["last"] = (Literal["a", "b"], dspy.OutputField())
+    return dspy.Signature(fields)
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS, ids=lambda a: type(a).__name__)
+def test_lengths_that_are_too_much_to_count_are_left_out_and_told(
+    adapter: Any, policy: Policy, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        text = grammar_of_answer(adapter, held_text(max_length=200_000))
+    assert text is not None
+    assert vocabulary(policy).matcher(text)
+    assert "the lengths of str" in caplog.text and "free text" not in caplog.text
+
+
+def test_what_llguidance_refuses_is_seen_where_the_grammar_is_made(
+    policy: Policy, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from llguidance import LLParserLimits
+
+    import fst_dspy.grammar.answers as answers_module
+    import fst_dspy.grammar.limits as limits_module
+
+    signature, adapter = held_text(max_length=2000), dspy.XMLAdapter()
+    text = grammar_of_answer(adapter, signature)
+    assert text is not None and "2000" in text
+    assert vocabulary(policy).matcher(text)
+    narrow = LLParserLimits(initial_lexer_fuel=1_000_000)
+    monkeypatch.setattr(limits_module, "parser_limits", lambda: narrow)
+    monkeypatch.setattr(answers_module, "_told", set())
+    with caplog.at_level(logging.WARNING):
+        text = grammar_of_answer(adapter, signature)
+    assert text is not None and "2000" not in text
+    assert "the lengths of str" in caplog.text
