@@ -241,7 +241,7 @@ class _Plain:
             return (bounded and json_piece(bounded, COMPACT)) or regex(pattern)
         if (pattern := moment(bare)) is not None:
             return regex(self.quoted(pattern))
-        if parts := [self.value(part, whole, before) for part in members(bare)]:
+        if parts := [self.value(part, whole, before) for part in _parts(annotation)]:
             return None if None in parts else " | ".join(f"({part})" for part in parts)
         return self.structure(annotation)
 
@@ -319,6 +319,8 @@ class _Xml(_Plain):
             annotation = _annotated(fields[name])
             if self.value(annotation, annotation, "\n") is None and not is_text(annotation):
                 schema = _schema(annotation, by_alias=False)
+                if schema is None:  # with constraints that not every part can have
+                    schema = _schema(fields[name].annotation, by_alias=False)
                 piece = schema and NestedXml(self, schema).element(name, schema, top=True)
                 if piece:
                     nested[name] = piece
@@ -397,6 +399,18 @@ def _annotated(info: FieldInfo) -> Any:
     if not info.metadata:
         return info.annotation
     return Annotated[(info.annotation, *info.metadata)]
+
+
+def _parts(annotation: Any) -> list[Any]:
+    """The types of a union, each with the union's constraints where it can have them."""
+    if get_origin(annotation) is not Annotated:
+        return list(members(annotation))
+    bare, *constraints = get_args(annotation)
+    parts = []
+    for part in members(bare):
+        own = part if part is type(None) else Annotated[(part, *constraints)]
+        parts.append(part if _schema(own) is None else own)
+    return parts
 
 
 def _is_plain_string(schema: Mapping[str, Any]) -> bool:

@@ -253,6 +253,41 @@ def test_constraints_of_a_field_hold(policy: Policy) -> None:
             assert 3 <= read["share"] <= 12
 
 
+def is_let_through(policy: Policy, adapter: Any, kind: Any, value: Any, **constraints: Any) -> bool:
+    """Whether an answer may be what the adapter writes for a value."""
+    field = dspy.OutputField(**constraints)
+    signature = dspy.Signature({"question": (str, dspy.InputField()), "first": (kind, field)})
+    text = grammar_of_answer(adapter, signature)
+    assert text is not None
+    written = adapter.format_assistant_message_content(signature, {"first": value}).rstrip()
+    return takes(policy, text, written)
+
+
+def takes(policy: Policy, text: str, written: str) -> bool:
+    ids = policy.tokenizer.encode(written, add_special_tokens=False)
+    matcher = vocabulary(policy).matcher(text)
+    return bool(matcher.try_consume_tokens(ids) == len(ids) and matcher.is_accepting())
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS, ids=lambda a: type(a).__name__)
+@pytest.mark.parametrize(
+    ("kind", "constraints", "good", "bad"),
+    [
+        (Optional[int], {"ge": 1, "le": 5}, [5, None], [99, 0]),  # noqa: UP045
+        (float | None, {"ge": 0, "le": 1}, [0.5, None], [7.5]),
+        (list[int] | None, {"max_length": 1}, [[3]], [[1, 2, 3]]),
+        (bool | int, {"le": 5}, [5, True], [6]),
+        (int | bool, {"pattern": "^a$"}, [5, True], []),  # neither can have it
+    ],
+)
+def test_constraints_of_a_union_hold_for_its_parts(
+    policy: Policy, adapter: Any, kind: Any, constraints: Any, good: list[Any], bad: list[Any]
+) -> None:
+    for value in (*good, *bad):
+        held = is_let_through(policy, adapter, kind, value, **constraints)
+        assert held == (value in good), value
+
+
 def test_a_type_without_a_grammar_is_free_text_within_the_markers(policy: Policy) -> None:
     signature = signature_of(first=tuple[int, str], last=bool)
     text = grammar_of_answer(dspy.XMLAdapter(), signature)
