@@ -83,6 +83,25 @@ class Node(pydantic.BaseModel):
     children: list[Node] = []
 
 
+class Cat(pydantic.BaseModel):
+    """One of two animals."""
+
+    lives: int
+
+
+class Dog(pydantic.BaseModel):
+    """The other, with a list."""
+
+    tricks: list[str]
+
+
+class Event(pydantic.BaseModel):
+    """A union within a model."""
+
+    who: int | str
+    note: str | None = None
+
+
 TYPES: dict[str, Any] = {
     "literal": Literal["a", "b c", "d"],
     "numbers": Literal[1, 2, 30],
@@ -117,9 +136,20 @@ TYPES: dict[str, Any] = {
     "listed": list[Literal[1, 2]],
     "reasoning": dspy.Reasoning,
     "code": dspy.Code["python"],
+    "number or text": int | str,
+    "animal": Cat | Dog,
+    "event": Event,
+    "mixed": list[int | str],
+    "some": list[Cat | int],
+    "odd keys": dict[Literal["R&D", 'a "b"', "x"], int],
+    "list or text": list[int] | str,
 }
 """Types that answers can be held to, in all three formats."""
-ONLY_TEXT = {"XMLAdapter": {"tree", "place", "pair", "listed"}}
+ONLY_TEXT = {
+    "ChatAdapter": {"number or text", "list or text"},
+    "JSONAdapter": {"number or text", "list or text"},
+    "XMLAdapter": {"tree", "place", "pair", "listed"},
+}
 """Of those that DSPy cannot read in an adapter's format, though it may write them so."""
 
 
@@ -286,6 +316,48 @@ def test_constraints_of_a_union_hold_for_its_parts(
     for value in (*good, *bad):
         held = is_let_through(policy, adapter, kind, value, **constraints)
         assert held == (value in good), value
+
+
+@pytest.mark.parametrize(
+    ("kind", "value"),
+    [
+        (int | str, "abc"),
+        (float | str, "n/a"),
+        (Event, Event(who="bob")),
+        (Event, Event(who=3, note="x")),
+        (list[int | str], ["a", "b"]),
+        (dict[Literal["x y"], int | str], {"x y": "b"}),
+        (list[int] | str, "abc"),
+        (list[Cat | int], [Cat(lives=1), 3]),
+        (dict[Literal["R&D", "<c>"], int], {"R&D": 3, "<c>": 4}),
+        (dict[Literal["R&D"], list[int]], {"R&D": []}),
+        (list[str], []),
+        (Person | None, Person(name="A", age=3, born=datetime.date(2020, 2, 29))),
+    ],
+)
+def test_xml_takes_each_type_of_a_union_and_any_key(policy: Policy, kind: Any, value: Any) -> None:
+    assert is_let_through(policy, dspy.XMLAdapter(), kind, value)
+
+
+def test_each_type_of_a_field_s_own_union_is_read_from_xml(policy: Policy) -> None:
+    adapter, kind = dspy.XMLAdapter(), Cat | Dog
+    signature = dspy.Signature(
+        {"question": (str, dspy.InputField()), "first": (kind, dspy.OutputField())}
+    )
+    text = grammar_of_answer(adapter, signature)
+    assert text is not None
+    for written, value in (
+        ("<first><lives>9</lives></first>", Cat(lives=9)),
+        ("<first><tricks><item>sit</item></tricks></first>", Dog(tricks=["sit"])),
+    ):
+        assert adapter.parse(signature, written)["first"] == value
+        assert takes(policy, text, written)
+
+
+def test_a_union_that_xml_cannot_say_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        grammar_of_answer(dspy.XMLAdapter(), signature_of(first=list[Cat | Dog]))
+    assert "free text" in caplog.text
 
 
 def test_a_type_without_a_grammar_is_free_text_within_the_markers(policy: Policy) -> None:
