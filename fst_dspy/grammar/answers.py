@@ -9,6 +9,7 @@ first place where the text that must follow it does.
 
 from __future__ import annotations
 
+import copy
 import functools
 import json
 import logging
@@ -22,6 +23,7 @@ from dspy.adapters.json_adapter import JSONAdapter
 from dspy.adapters.xml_adapter import XMLAdapter
 from pydantic.fields import FieldInfo
 
+from fst_dspy.grammar.limits import LONGEST
 from fst_dspy.grammar.values import (
     COMPACT,
     INDENTED,
@@ -53,6 +55,7 @@ HEADER = "%llguidance {}"
 CHAT_MARK = "[[ ##"
 """What ChatAdapter takes for the beginning of a field, also of one that was not asked for."""
 ANY_TEXT = "(?s:.*)"
+_LENGTHS = ("min_length", "max_length")
 
 
 def grammar_of_answer(
@@ -60,7 +63,8 @@ def grammar_of_answer(
 ) -> str | None:
     """The grammar of the answers that an adapter reads.
 
-    A field whose type cannot be held to is free text, which is told; the rest stands.
+    A field whose type cannot be held to is free text, and one whose lengths llguidance cannot count
+    has any length; both are told, and the rest stands.
 
     Args:
         adapter: A ChatAdapter, XMLAdapter or JSONAdapter, or a subclass of one.
@@ -75,27 +79,66 @@ def grammar_of_answer(
     template = _template(adapter, signature, whole=spell is not None)
     if template is None:
         return None
-    if isinstance(adapter, JSONAdapter):
-        writer: _Plain = _Json(template, spell)
-    elif isinstance(adapter, XMLAdapter):
-        writer = _Xml(template, spell)
+    fields = {
+        name: _without_lengths(info) if _is_too_long(info) else info
+        for name, info in signature.output_fields.items()
+    }
+    shorter = {name: _without_lengths(info) for name, info in fields.items()}
+    for held in (fields, shorter):
+        writer = _writer(adapter, template, spell)
+        text = writer.write(held)
+        if is_valid(text.split("\n", 1)[1].removeprefix("start: ")):
+            break
     else:
-        writer = _Plain(template, spell, mark=CHAT_MARK if CHAT_MARK in template.texts[0] else None)
-    text = writer.write(signature)
-    for name in writer.left_free:
-        _tell_free(type(adapter).__name__, name, signature.output_fields[name].annotation)
-    if is_valid(text.split("\n", 1)[1].removeprefix("start: ")):
-        return text
-    logger.warning("answers of %s cannot be held to its format", type(adapter).__name__)
-    return None
+        logger.warning("answers of %s cannot be held to its format", type(adapter).__name__)
+        return None
+    for name, info in signature.output_fields.items():
+        if name in writer.left_free:
+            _tell_free(type(adapter).__name__, name, info.annotation)
+        elif held[name] is not info:
+            _tell_free(type(adapter).__name__, name, info.annotation, "the lengths of ")
+    return text
 
 
-def _tell_free(adapter: str, name: str, annotation: Any) -> None:
+def _writer(adapter: Any, template: Template, spell: Spell | None) -> _Plain:
+    if isinstance(adapter, JSONAdapter):
+        return _Json(template, spell)
+    if isinstance(adapter, XMLAdapter):
+        return _Xml(template, spell)
+    return _Plain(template, spell, mark=CHAT_MARK if CHAT_MARK in template.texts[0] else None)
+
+
+def _is_too_long(info: FieldInfo) -> bool:
+    lengths = (getattr(m, name, None) for m in info.metadata for name in _LENGTHS)
+    return is_text(info.annotation) and any((length or 0) > LONGEST for length in lengths)
+
+
+def _without_lengths(info: FieldInfo) -> FieldInfo:
+    """A field with its other constraints alone; the same one where it has no lengths."""
+    kept = [m for m in info.metadata if not any(hasattr(m, name) for name in _LENGTHS)]
+    if len(kept) == len(info.metadata):
+        return info
+    own = copy.copy(info)
+    own.metadata = kept
+    return own
+
+
+def _tell_free(adapter: str, name: str, annotation: Any, what: str = "") -> None:
     """Say so, once for an adapter and a type."""
     shown = getattr(annotation, "__name__", None) if not get_args(annotation) else None
-    kind = (adapter, shown or str(annotation))
-    if kind not in _told:
-        _told.add(kind)
+    kind = (adapter, what + (shown or str(annotation)))
+    if kind in _told:
+        return
+    _told.add(kind)
+    if what:
+        logger.warning(
+            "answers are not held to %s, the type of the field %r, under %s: they are too much to "
+            "count, and an answer may be of another length",
+            kind[1],
+            name,
+            adapter,
+        )
+    else:
         logger.warning(
             "answers are not held to %s, the type of the field %r, under %s: it is free text "
             "within its markers, and may not be read",
@@ -164,11 +207,11 @@ class _Plain:
     definitions: list[str] = field(default_factory=list)
     left_free: list[str] = field(default_factory=list)
 
-    def write(self, signature: type[dspy.Signature]) -> str:
+    def write(self, fields: Mapping[str, FieldInfo]) -> str:
         texts = self.template.texts
         parts = [self.fixed(texts[0])] if texts[0] else []
         for name, before, after in zip(self.template.names, texts, texts[1:], strict=False):
-            info = signature.output_fields[name]
+            info = fields[name]
             piece = self.value(_annotated(info), info.annotation, before)
             if piece is None or piece == self.unheld:
                 self.note_free(name, info)
@@ -198,7 +241,7 @@ class _Plain:
             return (bounded and json_piece(bounded, COMPACT)) or regex(pattern)
         if (pattern := moment(bare)) is not None:
             return regex(self.quoted(pattern))
-        if parts := [self.value(part, whole, before) for part in members(bare)]:
+        if parts := [self.value(part, whole, before) for part in _parts(annotation)]:
             return None if None in parts else " | ".join(f"({part})" for part in parts)
         return self.structure(annotation)
 
@@ -270,12 +313,14 @@ class _Xml(_Plain):
     def structure(self, annotation: Any) -> str | None:
         return None  # ``write`` puts nested elements in their places
 
-    def write(self, signature: type[dspy.Signature]) -> str:
+    def write(self, fields: Mapping[str, FieldInfo]) -> str:
         nested: dict[str, str] = {}
         for name in self.template.names:
-            annotation = _annotated(signature.output_fields[name])
+            annotation = _annotated(fields[name])
             if self.value(annotation, annotation, "\n") is None and not is_text(annotation):
                 schema = _schema(annotation, by_alias=False)
+                if schema is None:  # with constraints that not every part can have
+                    schema = _schema(fields[name].annotation, by_alias=False)
                 piece = schema and NestedXml(self, schema).element(name, schema, top=True)
                 if piece:
                     nested[name] = piece
@@ -283,7 +328,7 @@ class _Xml(_Plain):
         parts, at = [], 0
         text = texts[0]
         for at, name in enumerate(self.template.names, 1):
-            after, info = texts[at], signature.output_fields[name]
+            after, info = texts[at], fields[name]
             opening, closing = f"<{name}>\n", f"\n</{name}>"
             if name in nested and text.endswith(opening) and after.startswith(closing):
                 text = text.removesuffix(opening)
@@ -354,6 +399,18 @@ def _annotated(info: FieldInfo) -> Any:
     if not info.metadata:
         return info.annotation
     return Annotated[(info.annotation, *info.metadata)]
+
+
+def _parts(annotation: Any) -> list[Any]:
+    """The types of a union, each with the union's constraints where it can have them."""
+    if get_origin(annotation) is not Annotated:
+        return list(members(annotation))
+    bare, *constraints = get_args(annotation)
+    parts = []
+    for part in members(bare):
+        own = part if part is type(None) else Annotated[(part, *constraints)]
+        parts.append(part if _schema(own) is None else own)
+    return parts
 
 
 def _is_plain_string(schema: Mapping[str, Any]) -> bool:

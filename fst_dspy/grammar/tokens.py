@@ -29,6 +29,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from fst_dspy.errors import ConfigError, ModelError
+from fst_dspy.grammar.limits import parser_limits
 from fst_dspy.grammar.thoughts import Lead, Pieces
 from fst_dspy.types import Grammar
 
@@ -37,6 +38,8 @@ logger = logging.getLogger(__name__)
 WORD_BITS = 32
 """Bits of one number of a packed mask."""
 ALL = np.int32(-1)
+NOT_ALLOWED = "doesn't satisfy the grammar"
+"""What llguidance says of a token that may not follow; all its other errors are its own limits."""
 GLUE, SPELLED_GLUE = "\u00ff", "\ue0ff"
 """A byte that no text holds, as byte-level alphabets write it, and a character in its place: some
 tokenizers (the embedded model's) put it where a word begins without a space."""
@@ -64,6 +67,7 @@ class Vocabulary:
         self.spell: Callable[[str, str], str] | None = None
         self._ll = self._tokenizer(tokenizer)
         self._begun: dict[str, Any] = {}
+        self._told: set[str] = set()
         self._guard = threading.Lock()
         self.end_bits = np.zeros(self.words, dtype=np.int32)
         for token in self.eos:
@@ -79,7 +83,7 @@ class Vocabulary:
 
         with self._guard:
             if text not in self._begun:
-                made = LLMatcher(self._ll, text, log_level=0)
+                made = LLMatcher(self._ll, text, log_level=0, limits=parser_limits())
                 if made.is_error():
                     raise ModelError(f"llguidance refuses a grammar: {made.get_error()[:500]}")
                 self._begun[text] = made
@@ -94,6 +98,22 @@ class Vocabulary:
     def tokens_of(self, text: bytes) -> list[int]:
         """A text in tokens."""
         return list(self._ll.tokenize_bytes(text))
+
+    def forget(self, text: str, error: str) -> None:
+        """Drop what was made of a grammar that llguidance gave up on; told once for each."""
+        with self._guard:
+            # Copies of a matcher share its lexer, which stays broken.
+            self._begun.pop(text, None)
+            if text in self._told:
+                return
+            self._told.add(text)
+        logger.warning(
+            "an answer is free from some token on: llguidance gave up on its format (%s); should "
+            "many answers not be read, lower max_length, leave pattern out, or give a Literal "
+            "fewer values. It is told once for each format: %s",
+            error[:500],
+            text[:500],
+        )
 
     def _tokenizer(self, tokenizer: Any) -> Any:
         backend = getattr(tokenizer, "backend_tokenizer", None)
@@ -224,10 +244,13 @@ class Walk:
             self._queue.append(self._vocabulary.end)
 
     def _leave(self) -> None:
-        # Where it happens it happens again as the tokens are read again, so what is trained is
-        # what was sampled.
         self._free = True
-        logger.debug("an answer left its grammar: %s", self._matcher.get_error()[:500])
+        error = self._matcher.get_error()
+        if NOT_ALLOWED in error:
+            # Tokens that others chose; as they are read again, they leave at the same place.
+            logger.debug("an answer left its grammar: %s", error[:500])
+        else:
+            self._vocabulary.forget(self._grammar.text, error or "no token may follow")
 
 
 def unpacked(bits_NW: Tensor, size: int) -> Tensor:

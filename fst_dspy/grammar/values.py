@@ -21,6 +21,8 @@ from dspy.adapters.utils import parse_value
 from pydantic import TypeAdapter
 from pydantic.json_schema import GenerateJsonSchema
 
+from fst_dspy.grammar.limits import refusal
+
 DIGITS = 300
 """Digits of a number at most: ``int`` takes 4,300, ``float`` is infinite from 309."""
 FLOAT_DIGITS = 17
@@ -188,10 +190,7 @@ def json_piece(schema: Mapping[str, Any], layout: Mapping[str, Any]) -> str | No
 
 def is_valid(piece: str) -> bool:
     """Whether llguidance takes a piece."""
-    from llguidance import LLMatcher  # only where answers are held to a format
-
-    failed, _ = LLMatcher.validate_grammar_with_warnings(f"start: {piece}")
-    return not failed
+    return not refusal(f"start: {piece}")
 
 
 class _Schema(GenerateJsonSchema):

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
+from xml.sax import saxutils
 
+from fst_dspy.grammar.limits import LONGEST
 from fst_dspy.grammar.values import (
     FLOAT,
     INT,
@@ -26,6 +28,11 @@ _BOUNDS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multip
 def xml_escaped(text: str) -> str:
     """As XMLAdapter escapes it."""
     return text.replace("&", "&amp;").replace("<", "&lt;")
+
+
+def _in_attribute(text: str) -> str:
+    """As it stands between the quotes of an attribute."""
+    return saxutils.escape(text, {'"': "&quot;", "\n": "&#10;", "\t": "&#9;", "\r": "&#13;"})
 
 
 class Writer(Protocol):
@@ -61,21 +68,15 @@ class NestedXml:
         """The element of a value; ``None`` where XML as DSPy reads it cannot hold to the schema.
 
         Args:
-            opening: The piece of the opening tag, where it has more in it than its name.
+            opening: The piece of the opening tag, but for its end, where it has more in it than its
+                name.
             top: It is a field's own, and not within another.
         """
         if reference := schema.get("$ref"):
             return self._rule(tag, reference.rsplit("/", 1)[-1], opening)
-        begin, end = opening or self.writer.fixed(f"<{tag}>"), self.writer.fixed(f"</{tag}>")
-        if choices := schema.get("anyOf"):
-            # DSPy reads what there is as the first of them.
-            kinds = [choice for choice in choices if choice.get("type") != "null"]
-            if not kinds or not (top or self._needs_no_schema(kinds[0])):
-                return None
-            piece = self.element(tag, kinds[0], opening)
-            if piece is None or len(kinds) == len(choices):
-                return piece
-            return f"({begin} {end} | {piece})"
+        if choices := schema.get("anyOf", schema.get("oneOf")):
+            return self._union(tag, choices, opening, top=top, known="anyOf" in schema)
+        begin, end = self._tags(tag, opening)
         values = schema.get("enum", [schema["const"]] if "const" in schema else None)
         if values is not None:
             if not all(isinstance(v, str) and v == v.strip() for v in values):
@@ -93,18 +94,71 @@ class NestedXml:
             values = (self.writer.fixed(value, ">") for value in ("True", "False"))
             return f"{begin} ({' | '.join(values)}) {end}"
         inner = self._items(schema) if kind == "array" else self._properties(schema)
-        return None if inner is None else f"{begin} {inner} {end}"
+        if inner is None:
+            return None
+        piece = f"{begin} {inner} {end}"
+        if kind == "array" and not schema.get("minItems"):
+            return f"({self._empty(tag, opening)} | {piece})"
+        return piece
 
-    def _needs_no_schema(self, schema: Mapping[str, Any]) -> bool:
-        """Whether DSPy, which does not look up what a choice refers to, reads it all the same."""
-        if "$ref" not in schema:
-            return True
-        own = self.named[schema["$ref"].rsplit("/", 1)[-1]]
-        inner = own.get("properties", {}).values()
-        return bool(inner) and not any(
-            part.keys() & {"$ref", "anyOf"} or part.get("type") in ("array", "object")
-            for part in inner
+    def _tags(self, tag: str, opening: str | None) -> tuple[str, str]:
+        begin = self.writer.fixed(f"<{tag}>") if opening is None else f"{opening} {literal('>')}"
+        return begin, self.writer.fixed(f"</{tag}>")
+
+    def _empty(self, tag: str, opening: str | None) -> str:
+        """An element with nothing in it, as DSPy writes it for ``None`` and empty lists, or not."""
+        closed = (
+            self.writer.fixed(f"<{tag} />") if opening is None else f"{opening} {literal(' />')}"
         )
+        return f"{closed} | {' '.join(self._tags(tag, opening))}"
+
+    def _union(
+        self,
+        tag: str,
+        choices: Sequence[Mapping[str, Any]],
+        opening: str | None,
+        *,
+        top: bool,
+        known: bool,
+    ) -> str | None:
+        """One of several; ``None`` where DSPy would not read one of them back.
+
+        Args:
+            known: DSPy tells choices from other schemas (it does not know ``oneOf``).
+        """
+        kinds = [choice for choice in choices if choice.get("type") != "null"]
+        # A field's own choices DSPy tries one after the other. Within a value it reads elements as
+        # the first choice that is no text, and does not look up what that refers to.
+        first = next((k for k in kinds if k.get("type") != "string"), {}) if known else {}
+        if not kinds or not ((top and known) or all(self._is_read(k, first, kinds) for k in kinds)):
+            return None
+        pieces = [self.element(tag, kind, opening) for kind in kinds]
+        if len(kinds) < len(choices):
+            pieces.insert(0, self._empty(tag, opening))
+        return None if None in pieces else f"({' | '.join(str(piece) for piece in pieces)})"
+
+    def _is_read(
+        self, kind: Mapping[str, Any], first: Mapping[str, Any], kinds: Sequence[Mapping[str, Any]]
+    ) -> bool:
+        """Whether DSPy, which reads a choice as the first of them, reads it all the same."""
+        own = self._resolved(kind)
+        if own.get("type") not in ("array", "object"):
+            return kinds[0].get("type") != "array"
+        if kind is first and "$ref" not in kind:
+            return True
+        inner = own.get("properties", {}).values()
+        return (
+            first.get("type") not in ("array", "object")
+            and bool(inner)
+            and not any(
+                part.keys() & {"$ref", "anyOf", "oneOf"} or part.get("type") in ("array", "object")
+                for part in inner
+            )
+        )
+
+    def _resolved(self, schema: Mapping[str, Any]) -> Mapping[str, Any]:
+        reference = schema.get("$ref")
+        return self.named[reference.rsplit("/", 1)[-1]] if reference else schema
 
     def _rule(self, tag: str, name: str, opening: str | None) -> str | None:
         """A rule of its own, to which the value itself may refer again."""
@@ -123,10 +177,11 @@ class NestedXml:
         name = f"N{len(self.writer.definitions)}"
         end = escaped(self.writer.spelled(close))
         parts = [regex(TEXT + end), r"~/(?s:.*)\]\]>(?s:.*)/"]
-        least = schema.get("minLength", 0)
+        least, most = schema.get("minLength", 0), schema.get("maxLength")
+        least, most = (n if (n or 0) <= LONGEST else None for n in (least, most))
         if least:  # as it is written, "&amp;" is longer than what is read
             parts.append(f"~/(?s:.*)&(?s:.*){end.replace('/', chr(92) + '/')}/")
-        bodies = length_bodies(least, schema.get("maxLength"))
+        bodies = length_bodies(least or 0, most)
         parts += [regex(body + end) for body in bodies]
         pattern = schema.get("pattern")
         if pattern is not None:
@@ -154,7 +209,7 @@ class NestedXml:
             piece = (
                 self.element(name, own)
                 if name.isidentifier()
-                else self.element("entry", own, self._entry(escaped(name)))
+                else self.element("entry", own, self._entry(regex(escaped(_in_attribute(name)))))
             )
             if piece is None:
                 return None
@@ -166,10 +221,14 @@ class NestedXml:
         if values is None:
             more = schema.get("additionalProperties", True)
             values = more if isinstance(more, dict) else {}
-        entry = self.element("entry", values, self._entry(keys[1:-1]))
+        key = f"K{len(self.writer.definitions)}"
+        self.writer.definitions.append(
+            f"{key}: {regex(keys[1:-1])} & {regex(KEY)}" if patterns else f"{key}: {regex(KEY)}"
+        )
+        entry = self.element("entry", values, self._entry(key))
         return None if entry is None else f"({entry})*"
 
     def _entry(self, key: str) -> str:
-        """The opening tag of a value whose key is no name, or one of many."""
+        """The opening tag, but for its end, of a value whose key is no name, or one of many."""
         begin = self.writer.fixed("<entry key=")
-        return " ".join((begin, literal('"'), regex(key), literal('">')))
+        return " ".join((begin, literal('"'), key, literal('"')))

@@ -47,10 +47,7 @@ def grammar_of_caller(policy: Policy, prompt: Any) -> str | None:
     Raises:
         ConfigError: The model's tokenizer is not one that answers can be held to a grammar with.
     """
-    predictor = next(
-        (m for m in reversed(dspy.settings.caller_modules or []) if isinstance(m, dspy.Predict)),
-        None,
-    )
+    predictor = calling_predictor()
     if predictor is None or not isinstance(prompt, list | tuple | lm15.Request):
         return None
     asked = "\n".join(texts_of_prompt(prompt))

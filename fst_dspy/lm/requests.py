@@ -15,7 +15,7 @@ import dspy
 from dspy import lm15
 from dspy.signatures.signature import ensure_signature
 
-from fst_dspy.errors import ConfigError, PromptTooLongError
+from fst_dspy.errors import ConfigError, ModelError, PromptTooLongError
 from fst_dspy.lm.answers import Answer, opens_thought, read_answer, tool_call_parts
 from fst_dspy.lm.asked import calling_predictor, grammar_of_format, held_to
 from fst_dspy.lm.templates import (
@@ -31,6 +31,7 @@ from fst_dspy.lm.templates import (
 from fst_dspy.model.endings import End
 from fst_dspy.model.generate import GenerationRequest, GenerationResult, check_prompt, generate
 from fst_dspy.model.policy import Policy
+from fst_dspy.model.sampling import vocabulary
 from fst_dspy.student.adapter import end_lines, end_marker
 from fst_dspy.types import Grammar
 
@@ -273,7 +274,7 @@ def prepare(
         lm15.ContextLengthError: The prompt leaves no room for an answer.
         lm15.UnsupportedModelError: The weights are not at hand.
         lm15.UnsupportedFeatureError: Images, or another thing that the model lacks.
-        lm15.InvalidRequestError: The chat template refuses the messages.
+        lm15.InvalidRequestError: The chat template refuses the messages, or llguidance a grammar.
     """
     config = request.config
     _refuse_unknown(config)
@@ -320,7 +321,13 @@ def _grammar(
         raise lm15.InvalidRequestError(str(error)) from error
     if text is None and not _tools(request):
         text = _extra(request.config).get("grammar")
-    return held_to(policy, text, ids, json.loads(prompt.options))
+    grammar = held_to(policy, text, ids, json.loads(prompt.options))
+    if grammar is not None and policy.generator is None:
+        try:  # here, where it is this call's own error, and no other's of its batch
+            vocabulary(policy).matcher(grammar.text)
+        except ModelError as error:
+            raise lm15.InvalidRequestError(str(error)) from error
+    return grammar
 
 
 def _end(policy: Policy, prompt_ids_T: tuple[int, ...]) -> End | None:

@@ -83,6 +83,25 @@ class Node(pydantic.BaseModel):
     children: list[Node] = []
 
 
+class Cat(pydantic.BaseModel):
+    """One of two animals."""
+
+    lives: int
+
+
+class Dog(pydantic.BaseModel):
+    """The other, with a list."""
+
+    tricks: list[str]
+
+
+class Event(pydantic.BaseModel):
+    """A union within a model."""
+
+    who: int | str
+    note: str | None = None
+
+
 TYPES: dict[str, Any] = {
     "literal": Literal["a", "b c", "d"],
     "numbers": Literal[1, 2, 30],
@@ -117,9 +136,20 @@ TYPES: dict[str, Any] = {
     "listed": list[Literal[1, 2]],
     "reasoning": dspy.Reasoning,
     "code": dspy.Code["python"],
+    "number or text": int | str,
+    "animal": Cat | Dog,
+    "event": Event,
+    "mixed": list[int | str],
+    "some": list[Cat | int],
+    "odd keys": dict[Literal["R&D", 'a "b"', "x"], int],
+    "list or text": list[int] | str,
 }
 """Types that answers can be held to, in all three formats."""
-ONLY_TEXT = {"XMLAdapter": {"tree", "place", "pair", "listed"}}
+ONLY_TEXT = {
+    "ChatAdapter": {"number or text", "list or text"},
+    "JSONAdapter": {"number or text", "list or text"},
+    "XMLAdapter": {"tree", "place", "pair", "listed"},
+}
 """Of those that DSPy cannot read in an adapter's format, though it may write them so."""
 
 
@@ -253,6 +283,83 @@ def test_constraints_of_a_field_hold(policy: Policy) -> None:
             assert 3 <= read["share"] <= 12
 
 
+def is_let_through(policy: Policy, adapter: Any, kind: Any, value: Any, **constraints: Any) -> bool:
+    """Whether an answer may be what the adapter writes for a value."""
+    field = dspy.OutputField(**constraints)
+    signature = dspy.Signature({"question": (str, dspy.InputField()), "first": (kind, field)})
+    text = grammar_of_answer(adapter, signature)
+    assert text is not None
+    written = adapter.format_assistant_message_content(signature, {"first": value}).rstrip()
+    return takes(policy, text, written)
+
+
+def takes(policy: Policy, text: str, written: str) -> bool:
+    ids = policy.tokenizer.encode(written, add_special_tokens=False)
+    matcher = vocabulary(policy).matcher(text)
+    return bool(matcher.try_consume_tokens(ids) == len(ids) and matcher.is_accepting())
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS, ids=lambda a: type(a).__name__)
+@pytest.mark.parametrize(
+    ("kind", "constraints", "good", "bad"),
+    [
+        (Optional[int], {"ge": 1, "le": 5}, [5, None], [99, 0]),  # noqa: UP045
+        (float | None, {"ge": 0, "le": 1}, [0.5, None], [7.5]),
+        (list[int] | None, {"max_length": 1}, [[3]], [[1, 2, 3]]),
+        (bool | int, {"le": 5}, [5, True], [6]),
+        (int | bool, {"pattern": "^a$"}, [5, True], []),  # neither can have it
+    ],
+)
+def test_constraints_of_a_union_hold_for_its_parts(
+    policy: Policy, adapter: Any, kind: Any, constraints: Any, good: list[Any], bad: list[Any]
+) -> None:
+    for value in (*good, *bad):
+        held = is_let_through(policy, adapter, kind, value, **constraints)
+        assert held == (value in good), value
+
+
+@pytest.mark.parametrize(
+    ("kind", "value"),
+    [
+        (int | str, "abc"),
+        (float | str, "n/a"),
+        (Event, Event(who="bob")),
+        (Event, Event(who=3, note="x")),
+        (list[int | str], ["a", "b"]),
+        (dict[Literal["x y"], int | str], {"x y": "b"}),
+        (list[int] | str, "abc"),
+        (list[Cat | int], [Cat(lives=1), 3]),
+        (dict[Literal["R&D", "<c>"], int], {"R&D": 3, "<c>": 4}),
+        (dict[Literal["R&D"], list[int]], {"R&D": []}),
+        (list[str], []),
+        (Person | None, Person(name="A", age=3, born=datetime.date(2020, 2, 29))),
+    ],
+)
+def test_xml_takes_each_type_of_a_union_and_any_key(policy: Policy, kind: Any, value: Any) -> None:
+    assert is_let_through(policy, dspy.XMLAdapter(), kind, value)
+
+
+def test_each_type_of_a_field_s_own_union_is_read_from_xml(policy: Policy) -> None:
+    adapter, kind = dspy.XMLAdapter(), Cat | Dog
+    signature = dspy.Signature(
+        {"question": (str, dspy.InputField()), "first": (kind, dspy.OutputField())}
+    )
+    text = grammar_of_answer(adapter, signature)
+    assert text is not None
+    for written, value in (
+        ("<first><lives>9</lives></first>", Cat(lives=9)),
+        ("<first><tricks><item>sit</item></tricks></first>", Dog(tricks=["sit"])),
+    ):
+        assert adapter.parse(signature, written)["first"] == value
+        assert takes(policy, text, written)
+
+
+def test_a_union_that_xml_cannot_say_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        grammar_of_answer(dspy.XMLAdapter(), signature_of(first=list[Cat | Dog]))
+    assert "free text" in caplog.text
+
+
 def test_a_type_without_a_grammar_is_free_text_within_the_markers(policy: Policy) -> None:
     signature = signature_of(first=tuple[int, str], last=bool)
     text = grammar_of_answer(dspy.XMLAdapter(), signature)
@@ -334,3 +441,42 @@ def test_json_schemas_have_grammars(policy: Policy) -> None:
     assert anything is not None
     matcher = vocabulary(policy).matcher(anything)
     assert matcher.consume_tokens(policy.tokenizer.encode('{"a": [1, null]}'))
+
+
+def held_text(**lengths: int) -> type[dspy.Signature]:
+    fields: dict[str, Any] = {"question": (str, dspy.InputField())}
+    fields["first"] = (str, dspy.OutputField(**lengths))
+    fields["last"] = (Literal["a", "b"], dspy.OutputField())
+    return dspy.Signature(fields)
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS, ids=lambda a: type(a).__name__)
+def test_lengths_that_are_too_much_to_count_are_left_out_and_told(
+    adapter: Any, policy: Policy, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        text = grammar_of_answer(adapter, held_text(max_length=200_000))
+    assert text is not None
+    assert vocabulary(policy).matcher(text)
+    assert "the lengths of str" in caplog.text and "free text" not in caplog.text
+
+
+def test_what_llguidance_refuses_is_seen_where_the_grammar_is_made(
+    policy: Policy, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from llguidance import LLParserLimits
+
+    import fst_dspy.grammar.answers as answers_module
+    import fst_dspy.grammar.limits as limits_module
+
+    signature, adapter = held_text(max_length=2000), dspy.XMLAdapter()
+    text = grammar_of_answer(adapter, signature)
+    assert text is not None and "2000" in text
+    assert vocabulary(policy).matcher(text)
+    narrow = LLParserLimits(initial_lexer_fuel=1_000_000)
+    monkeypatch.setattr(limits_module, "parser_limits", lambda: narrow)
+    monkeypatch.setattr(answers_module, "_told", set())
+    with caplog.at_level(logging.WARNING):
+        text = grammar_of_answer(adapter, signature)
+    assert text is not None and "2000" not in text
+    assert "the lengths of str" in caplog.text

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
+from typing import Literal
 
 import dspy
 import pytest
 import torch
 from held_answers import DESKS, SMALL, all_answers, allowed_after, encode
 
+import fst_dspy.grammar.tokens as tokens_module
 from fst_dspy.errors import ModelError
 from fst_dspy.grammar.answers import grammar_of_answer
 from fst_dspy.grammar.tokens import Walk, single, unpacked
@@ -106,3 +109,60 @@ def test_the_embedded_model_writes_a_grammar_s_words_in_its_own_tokens() -> None
             assert token == walk.forced
         walk.advance(token)
     assert walk.forced == own.end
+
+
+@pytest.mark.parametrize("most", [130, 500, 2000])
+def test_a_text_of_limited_length_is_held_to_the_end(tiny_llama: Path, most: int) -> None:
+    policy = Policy.load(tiny_llama)
+    fields = {
+        "ticket": (str, dspy.InputField()),
+        "summary": (str, dspy.OutputField(max_length=most)),
+        "desk": (Literal["silver", "gold"], dspy.OutputField()),
+    }
+    grammar = Grammar(str(grammar_of_answer(dspy.ChatAdapter(), dspy.Signature(fields))))
+    text = "Visa goes to silver. " * (most // 25)
+    said = encode(policy, f"[[ ## summary ## ]]\n{text}.\n\n[[ ## desk ## ]]\n")
+    for _ in range(2):  # the second answer is as well held as the first
+        allowed = allowed_after(policy, grammar, said)
+        pieces = {policy.tokenizer.decode([token]).strip() for token in allowed}
+        assert pieces and all(any(d.startswith(p) for d in ("silver", "gold")) for p in pieces)
+
+
+def test_a_literal_of_thousands_of_values_is_held(tiny_llama: Path) -> None:
+    policy = Policy.load(tiny_llama)
+    names = Literal[tuple(f"v{number}" for number in range(3000))]  # type: ignore[valid-type]
+    fields = {"ticket": (str, dspy.InputField()), "name": (names, dspy.OutputField())}
+    grammar = Grammar(str(grammar_of_answer(dspy.ChatAdapter(), dspy.Signature(fields))))
+    said = encode(policy, "[[ ## name ## ]]\nv2999")
+    allowed = allowed_after(policy, grammar, said)
+    assert allowed and all(policy.tokenizer.decode([t]).startswith("\n") for t in allowed)
+
+
+def test_a_grammar_that_is_given_up_on_is_told_once_and_spoils_no_other_answer(
+    tiny_llama: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from llguidance import LLParserLimits
+
+    narrow = LLParserLimits(step_lexer_fuel=100_000)
+    monkeypatch.setattr(tokens_module, "parser_limits", lambda: narrow)
+    policy = Policy.load(tiny_llama)
+    grammar = Grammar(r"start: T" "\n" r"T: /(?s:.{0,900})x\n/ & ~/(?s:.*)\[#(?s:.*)/")
+    short, long = encode(policy, "ab"), encode(policy, "ab [" * 10)
+    size = len(policy.tokenizer)
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            assert len(allowed_after(policy, grammar, short)) < size
+            assert len(allowed_after(policy, grammar, long)) == size
+    (record,) = caplog.records
+    assert "llguidance gave up" in record.getMessage()
+
+
+def test_tokens_that_a_grammar_does_not_allow_are_no_warning(
+    tiny_llama: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    policy = Policy.load(tiny_llama)
+    walk = Walk(vocabulary(policy), Grammar(SMALL.text, takes_runs=False))
+    with caplog.at_level(logging.WARNING):
+        for token in encode(policy, "other"):
+            walk.advance(token)
+    assert not caplog.records

@@ -184,3 +184,23 @@ def test_a_schema_that_cannot_be_held_to_is_refused(folder: Path) -> None:
     given = {"type": "json_schema", "json_schema": {"name": "far", "schema": schema}}
     with pytest.raises(Exception, match="cannot be held to this schema"):
         lm_of(folder)("which desk?", response_format=given)
+
+
+def test_a_grammar_that_is_refused_is_the_error_of_its_own_call(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And of no other call of its batch."""
+    lm = lm_of(folder, structured=True)
+    monkeypatch.setattr(
+        "fst_dspy.lm.local_lm.grammar_of_caller",
+        lambda policy, prompt: "start: nothing" if "spoilt" in str(prompt) else None,
+    )
+
+    async def both() -> list[Any]:
+        asked = (lm15.Message.user(text) for text in ("spoilt", "whole"))
+        calls = (lm.acall(request=lm15.Request(lm.model, (m,))) for m in asked)
+        return await asyncio.gather(*calls, return_exceptions=True)
+
+    spoilt, whole = asyncio.run(both())
+    assert isinstance(spoilt, Exception) and "refuses a grammar" in str(spoilt)
+    assert not isinstance(whole, Exception)
