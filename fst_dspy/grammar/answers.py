@@ -29,6 +29,7 @@ from fst_dspy.grammar.values import (
     INDENTED,
     STRING,
     Spell,
+    bare_pattern,
     escaped,
     is_text,
     is_valid,
@@ -279,7 +280,10 @@ class _Plain:
 
     def structure(self, annotation: Any) -> str | None:
         schema = None if self.spell is not None else _schema(annotation)
-        return None if schema is None else json_piece(schema, COMPACT)
+        if schema is None:
+            return None
+        pattern = bare_pattern(schema)
+        return json_piece(schema, COMPACT) if pattern is None else regex(pattern)
 
     def free_text(self, info: FieldInfo, after: str) -> str:
         """A rule for free text, and the fixed text after it, by which it is known to have ended."""
@@ -311,7 +315,11 @@ class _Xml(_Plain):
         return xml_escaped(value)
 
     def structure(self, annotation: Any) -> str | None:
-        return None  # ``write`` puts nested elements in their places
+        schema = None if self.spell is not None else _schema(annotation)
+        pattern = None if schema is None else bare_pattern(schema)
+        if pattern is None:
+            return None  # ``write`` puts nested elements in their places
+        return self.terminal([regex(pattern), regex(XML_TEXT)])
 
     def write(self, fields: Mapping[str, FieldInfo]) -> str:
         nested: dict[str, str] = {}

@@ -54,8 +54,15 @@ FORMATS = {
 }
 """By the name that JSON schema has for them. Its own patterns would let through February 30, years
 in a ``timedelta`` and, within XML, any text."""
-_LABEL = r"[a-z0-9]{1,20}(?:-[a-z0-9]{1,20}){0,3}"
-_URL = rf"://{_LABEL}(?:\.{_LABEL}){{0,4}}\.[a-z]{{2,10}}(?:/[A-Za-z0-9_.\-]{{1,40}}){{0,9}}"
+_LABEL = r"[A-Za-z0-9]{1,20}(?:-[A-Za-z0-9]{1,20}){0,3}"
+_HOST = rf"(?:localhost|{_BYTE}(?:\.{_BYTE}){{3}}|{_LABEL}(?:\.{_LABEL}){{0,4}}\.[A-Za-z]{{2,10}})"
+_PORT = r"(?::(?:[1-9][0-9]{0,3}|[1-5][0-9]{4}))?"
+_IN_URL = r"(?:[A-Za-z0-9_.~!$'()*+,;=:@&\-]|%[0-9A-Fa-f]{2})"
+_URL = (
+    rf"://{_HOST}{_PORT}(?:/{_IN_URL}{{0,40}}){{0,9}}"
+    rf"(?:\?(?:{_IN_URL}|[/?]){{0,200}})?(?:#(?:{_IN_URL}|[/?]){{0,60}})?"
+)
+"""Within the 2,083 characters that pydantic takes, also where it escapes some of them."""
 
 _TIMES: Mapping[Any, str] = {
     datetime.date: FORMATS["date"],
@@ -178,6 +185,13 @@ def schema_of(annotation: Any, *, by_alias: bool = True) -> dict[str, Any]:
     return _with_own_formats(schema)
 
 
+def bare_pattern(schema: Mapping[str, Any]) -> str | None:
+    """The pattern of a type that is written as a text of its own form, such as a UUID."""
+    pattern = str(schema.get("pattern", ""))
+    own = schema.keys() == {"type", "pattern"} and pattern.startswith("^(?:")
+    return pattern.removeprefix("^(?:").removesuffix(")$") if own else None
+
+
 def json_piece(schema: Mapping[str, Any], layout: Mapping[str, Any]) -> str | None:
     """The piece of a JSON schema; ``None`` where llguidance cannot hold to it."""
     for lenient in (False, True):  # at worst without the constraints that it does not know
@@ -220,10 +234,7 @@ class _Schema(GenerateJsonSchema):
             return ["true", "false"]
         if keys.get("type") in ("integer", "number"):
             return INT if keys["type"] == "integer" else FLOAT
-        own = _with_own_formats(keys)
-        if keys.get("format") in FORMATS or schema.get("type") in ("decimal", "url"):
-            return str(own["pattern"]).removeprefix("^(?:").removesuffix(")$")
-        return None
+        return bare_pattern(_with_own_formats(keys))
 
     def decimal_schema(self, schema: Any) -> dict[str, Any]:
         limits = {name: schema[name] for name in _LIMITS if name in schema}

@@ -137,6 +137,9 @@ TYPES: dict[str, Any] = {
     "reasoning": dspy.Reasoning,
     "code": dspy.Code["python"],
     "number or text": int | str,
+    "uuid": uuid.UUID,
+    "address": pydantic.HttpUrl,
+    "addresses": dict[pydantic.HttpUrl, uuid.UUID] | None,
     "animal": Cat | Dog,
     "event": Event,
     "mixed": list[int | str],
@@ -352,6 +355,40 @@ def test_each_type_of_a_field_s_own_union_is_read_from_xml(policy: Policy) -> No
     ):
         assert adapter.parse(signature, written)["first"] == value
         assert takes(policy, text, written)
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS, ids=lambda a: type(a).__name__)
+@pytest.mark.parametrize(
+    "value",
+    [
+        uuid.UUID("12345678-1234-1234-1234-123456789012"),
+        datetime.timedelta(days=1, hours=2),
+        *map(
+            pydantic.HttpUrl,
+            (
+                "https://a.com",
+                "https://www.youtube.com/watch?v=abc#t=1",
+                "http://localhost:8000/x/",
+                "http://127.0.0.1/",
+                "https://en.wikipedia.org/wiki/Foo_(bar)",
+                "https://GitHub.com/Foo/bar%20baz",
+            ),
+        ),
+    ],
+    ids=str,
+)
+def test_texts_with_a_form_are_written_as_the_adapter_writes_them(
+    policy: Policy, adapter: Any, value: Any
+) -> None:
+    assert is_let_through(policy, adapter, type(value), value)
+
+
+def test_an_address_with_an_ampersand_is_escaped_in_xml(policy: Policy) -> None:
+    signature = signature_of(first=pydantic.HttpUrl)
+    text = grammar_of_answer(dspy.XMLAdapter(), signature)
+    assert text is not None
+    assert takes(policy, text, "<first>\nhttps://a.com/?a=1&amp;b=2\n</first>")
+    assert not takes(policy, text, "<first>\nhttps://a.com/?a=1&b=2\n</first>")
 
 
 def test_a_union_that_xml_cannot_say_is_told(caplog: pytest.LogCaptureFixture) -> None:
