@@ -11,6 +11,9 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+MOST_BLANK = 4
+"""Tokens of line ends alone that may stand before an answer, or a model could go on with them."""
+
 
 class Pieces:
     """The texts of a vocabulary's tokens, and which of them go with the marks of thoughts.
@@ -36,9 +39,20 @@ class Pieces:
             self._known[key] = self._packed(self._opens(mark, begun, t) for t in self.texts_V)
         return self._known[key]
 
+    def blank(self) -> np.ndarray:
+        """The tokens of line ends alone, packed."""
+        key = ("blank", b"", b"")
+        if key not in self._known:
+            self._known[key] = self._packed(map(_is_blank, self.texts_V))
+        return self._known[key]
+
+    def none(self) -> np.ndarray:
+        """No token, packed."""
+        return np.zeros(self._words, dtype=np.int32)
+
     def _opens(self, mark: bytes, begun: bytes, text: bytes) -> bool:
         if not text.strip():
-            return bool(text) and not begun and not text.strip(b"\n")
+            return not begun and _is_blank(text)
         said = begun + text if begun else text.lstrip()
         return said.startswith(mark) or self.may_become(mark, said)
 
@@ -70,7 +84,7 @@ class Pieces:
 
 
 class Lead:
-    """What stands before one answer, token by token: white space, then a thought or none.
+    """What stands before one answer, token by token: a thought or none, and line ends around it.
 
     Args:
         pieces: The vocabulary's.
@@ -79,10 +93,11 @@ class Lead:
 
     Attributes:
         inside: The thought is open.
-        blank: Nothing but white space has been said.
+        closed: It has been; no other may follow.
+        blank: Nothing but white space has been said, since the thought was closed if it was.
         first: What the token before said behind such white space in itself, else empty.
-        over: What may stand before the answer has come to its end, by the closing mark or by a
-            text that begins no thought.
+        over: What may stand before the answer has come to its end, by a text that begins no
+            thought.
         clean: Nothing of the answer was in the token that closed the thought.
     """
 
@@ -90,15 +105,20 @@ class Lead:
         self._pieces = pieces
         self._opening, self._closing = (mark.encode() for mark in marks)
         self._begun = b""
+        self._blanks = 0
         self.inside, self.blank, self.over, self.clean = opened, True, False, True
-        self.first = b""
+        self.closed, self.first = False, b""
 
     @property
     def bits(self) -> np.ndarray:
         """The tokens with which it may go on, packed."""
         if self.inside:
             return self._pieces.inside(self._closing, self._begun)
-        return self._pieces.opening(self._opening, self._begun)
+        enough = self._blanks >= MOST_BLANK
+        if self.closed:
+            return self._pieces.none() if enough else self._pieces.blank()
+        bits = self._pieces.opening(self._opening, self._begun)
+        return bits & ~self._pieces.blank() if enough else bits
 
     def take(self, token: int) -> None:
         """Take a token of it, or the first of what it is not."""
@@ -107,6 +127,10 @@ class Lead:
             white, said = said, said.lstrip()
             self.first = said if said != white else b""
             self.blank = self.blank and not said
+            self._blanks += self.blank
+            if self.closed:
+                self.over = bool(said)
+                return
             self.inside = said.startswith(self._opening)
             self._begun = said
             if not self.inside:
@@ -114,9 +138,15 @@ class Lead:
                 return
             said = said[len(self._opening) :]
         _, closing, behind = said.partition(self._closing)
-        self.over = bool(closing)
-        self.clean = not behind.strip()
-        self._begun = _begun(self._closing, said)
+        if closing:
+            self.inside, self.closed, self.blank, self._blanks = False, True, True, 0
+            self.clean, self._begun = not behind.strip(), b""
+        else:
+            self._begun = _begun(self._closing, said)
+
+
+def _is_blank(text: bytes) -> bool:
+    return bool(text) and not text.strip(b"\n")
 
 
 def _begun(mark: bytes, said: bytes) -> bytes:

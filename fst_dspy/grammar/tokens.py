@@ -214,14 +214,15 @@ class Walk:
         if token in self._vocabulary.eos:
             self._free = lead.inside or not self._fits or not self._matcher.is_accepting()
             return
+        was_closed = lead.closed
         lead.take(token)
         if lead.over:
             self._lead = None
-        if lead.inside:
-            if lead.over:
-                self._matcher = self._vocabulary.matcher(self._grammar.text)
-                self._free = not lead.clean
-        elif not lead.blank:
+        if lead.closed and not was_closed:
+            # What may have begun an answer, too, was a thought.
+            self._matcher, self._fits = self._vocabulary.matcher(self._grammar.text), True
+            self._free = not lead.clean
+        elif not (lead.inside or lead.blank):
             self._fits = self._fits and self._begins([token], lead.first)
             self._free = lead.over and not self._fits
 

@@ -9,6 +9,7 @@ import torch
 from held_answers import SMALL, allowed_after, encode
 from tiny_models import TEXTS, make_model, make_tokenizer
 
+from fst_dspy.grammar.thoughts import MOST_BLANK
 from fst_dspy.model.generate import GenerationRequest, generate
 from fst_dspy.model.logprobs import completion_logprobs
 from fst_dspy.model.policy import Policy
@@ -52,10 +53,10 @@ def goes(policy: Policy, grammar: Grammar, said: str) -> bool:
 
 
 def is_held(policy: Policy, grammar: Grammar, closed: tuple[int, ...]) -> bool:
-    """Whether the answer, and no other text, may follow."""
+    """Whether the answer, perhaps behind line ends, and no other text may follow."""
     behind = {policy.tokenizer.decode([t]) for t in allowed_after(policy, grammar, closed)}
     whole = (*closed, *encode(policy, ANSWER), policy.tokenizer.eos_token_id)
-    return all("to: ".startswith(text[:4]) for text in behind) and all(
+    return all("to: ".startswith(text.lstrip("\n")[:4]) for text in behind) and all(
         whole[place] in allowed_after(policy, grammar, whole[:place])
         for place in range(len(closed), len(whole))
     )
@@ -79,6 +80,17 @@ def test_a_thought_is_free_and_its_mark_closes_it(policy: Policy, thought: str) 
         assert {"z", "["} <= may_follow(policy, grammar, begun)
         assert policy.tokenizer.eos_token not in may_follow(policy, grammar, begun)
         assert is_held(policy, grammar, encode(policy, f"{begun}</think>"))
+
+
+def test_line_ends_may_stand_behind_a_thought_as_templates_write_them(policy: Policy) -> None:
+    for said in ("<think>hm</think>\n\n", "<think>\nhm\n</think>\n\n\n", "\n"):
+        assert goes(policy, MAY, said + ANSWER)
+    # But no model may go on with them.
+    for said in ("<think>hm</think>", ""):
+        line = (*encode(policy, said), *[encode(policy, "\n")[0]] * MOST_BLANK)
+        after = {policy.tokenizer.decode([t]) for t in allowed_after(policy, MAY, line)}
+        assert after and not any(text.strip("\n") == "" for text in after)
+    assert "<" not in may_follow(policy, MAY, "<think>hm</think>\n")
 
 
 def test_an_answer_and_the_mark_may_begin_alike(policy: Policy) -> None:
