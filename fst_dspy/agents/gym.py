@@ -113,8 +113,9 @@ def made(factory: Callable[[], Any]) -> Any:
         ProgramError: It is one that ``gym_factory`` refuses.
     """
     environment = factory()
-    gymnasium = sys.modules.get("gymnasium")
-    if gymnasium is None or not isinstance(environment, gymnasium.Env):
+    # Another thread may be in the middle of its import; then this is none of its environments.
+    kind = getattr(sys.modules.get("gymnasium"), "Env", None)
+    if kind is None or not isinstance(environment, kind):
         return environment
     name = environment.spec.id if environment.spec else type(environment).__name__
     return _adapted(name, environment, None, _as_it_is)

@@ -1,9 +1,13 @@
 from __future__ import annotations
 
+import sys
+import types
+
 import dspy
 import numpy as np
 import pytest
 from dspy.utils import DummyLM
+from environments import Hall
 
 import fst_dspy
 from fst_dspy.errors import ProgramError
@@ -73,6 +77,13 @@ def test_so_it_is_in_a_process_of_its_own():
     program = fst_dspy.env(lambda: gymnasium.make("FrozenLake-v1"), max_turns=1, processes=True)
     with dspy.context(lm=DummyLM([{"action": "2"}]), adapter=dspy.ChatAdapter()):
         assert program(seed=1).turns[0].status == "ok"
+
+
+def test_gymnasium_may_be_in_the_middle_of_its_import_by_another_thread(monkeypatch):
+    monkeypatch.setitem(sys.modules, "gymnasium", types.ModuleType("gymnasium"))
+    program = fst_dspy.env(Hall)
+    with dspy.context(lm=DummyLM([{"action": "left"}]), adapter=dspy.ChatAdapter()):
+        assert program(way="left").reward == 1.0
 
 
 class Spaced(gymnasium.Env):
