@@ -109,13 +109,12 @@ class ActionForm:
         """
         if self.kind == "argument" or annotation is str:
             return
-        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        if _is_a(annotation, BaseModel):
             if self.kind == "call" and len(self.tools) == 1:
                 return
         else:
-            values = [member.value for member in annotation] if _is_enum(annotation) else (
-                get_args(annotation)
-            )  # fmt: skip
+            enum = _is_a(annotation, Enum)
+            values = [one.value for one in annotation] if enum else get_args(annotation)
             with suppress(InvalidActionError):
                 for value in values:
                     self.read(value)
@@ -213,17 +212,17 @@ def _as_argument(tool: str, name: str, value: Any, annotation: Any) -> Any:
         raise InvalidActionError(f"{tool}: {name}={value!r} is wrong: {first}") from error
 
 
-def _is_enum(annotation: Any) -> bool:
-    return isinstance(annotation, type) and issubclass(annotation, Enum)
+def _is_a(annotation: Any, kind: type) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, kind)
 
 
 def _type_text(annotation: Any) -> str:
     """A type as the model reads it: of an enum its values, of a pydantic model its fields."""
     if get_origin(annotation) is Annotated:
         annotation = get_args(annotation)[0]
-    if _is_enum(annotation):
+    if _is_a(annotation, Enum):
         return f"one of {', '.join(repr(member.value) for member in annotation)}"
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+    if _is_a(annotation, BaseModel):
         fields = annotation.model_fields.items()
         return f"{{{', '.join(f'{name!r}: {_type_text(one.annotation)}' for name, one in fields)}}}"
     return inspect.formatannotation(annotation)

@@ -7,7 +7,7 @@ one token, and so may ``>`` with the white space behind it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -35,16 +35,11 @@ class Pieces:
         has any in front of a header.
         """
         key = ("opening", mark, begun)
-        if key not in self._known:
-            self._known[key] = self._packed(self._opens(mark, begun, t) for t in self.texts_V)
-        return self._known[key]
+        return self._packed(key, lambda text: self._opens(mark, begun, text))
 
     def blank(self) -> np.ndarray:
         """The tokens of line ends alone, packed."""
-        key = ("blank", b"", b"")
-        if key not in self._known:
-            self._known[key] = self._packed(map(_is_blank, self.texts_V))
-        return self._known[key]
+        return self._packed(("blank", b"", b""), _is_blank)
 
     def none(self) -> np.ndarray:
         """No token, packed."""
@@ -69,18 +64,18 @@ class Pieces:
         These are all but those that end the answer, or have more than white space behind the mark:
         it would be a part of the answer that no grammar has seen.
         """
-        key = ("inside", mark, begun)
-        if key not in self._known:
-            self._known[key] = self._packed(
-                bool(text) and not (begun + text).partition(mark)[2].strip()
-                for text in self.texts_V
-            )
-        return self._known[key]
+        return self._packed(
+            ("inside", mark, begun),
+            lambda text: bool(text) and not (begun + text).partition(mark)[2].strip(),
+        )
 
-    def _packed(self, may: Iterator[bool]) -> np.ndarray:
-        bits = np.zeros(self._words * 32, dtype=bool)
-        bits[: len(self.texts_V)] = np.fromiter(may, dtype=bool, count=len(self.texts_V))
-        return np.packbits(bits, bitorder="little").view("<i4").astype(np.int32)
+    def _packed(self, key: tuple[str, bytes, bytes], may: Callable[[bytes], bool]) -> np.ndarray:
+        """The tokens whose text may follow, one bit each; kept by the key."""
+        if key not in self._known:
+            bits = np.zeros(self._words * 32, dtype=bool)
+            bits[: len(self.texts_V)] = [may(text) for text in self.texts_V]
+            self._known[key] = np.packbits(bits, bitorder="little").view("<i4").astype(np.int32)
+        return self._known[key]
 
 
 class Lead:

@@ -74,7 +74,11 @@ class Vocabulary:
             self.end_bits[token // WORD_BITS] |= _bit(token)
 
     def matcher(self, text: str) -> Any:
-        """A matcher at the beginning of a grammar; each grammar is compiled once.
+        """A matcher at the beginning of a grammar, the caller's own; errors as ``compiled``."""
+        return self.compiled(text).deep_copy()
+
+    def compiled(self, text: str) -> Any:
+        """A grammar's matcher, of which copies are to be taken; each grammar is compiled once.
 
         Raises:
             ModelError: llguidance refuses the grammar.
@@ -87,7 +91,7 @@ class Vocabulary:
                 if made.is_error():
                     raise ModelError(f"llguidance refuses a grammar: {made.get_error()[:500]}")
                 self._begun[text] = made
-            return self._begun[text].deep_copy()
+            return self._begun[text]
 
     @functools.cached_property
     def pieces(self) -> Pieces:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
-import hashlib
 import json
 import re
 import secrets
@@ -95,9 +94,7 @@ def _apart(pending: Pending) -> Pending:
     number, call.asked = call.asked, call.asked + 1
     seed = pending.request.config.seed
     if seed is not None and (number or call.rollout_id is not None):
-        digest = hashlib.sha256(repr((seed, call.rollout_id, number)).encode()).digest()
-        mixed = int.from_bytes(digest[:8], "big")
-        pending.generation = replace(pending.generation, seed=mixed)
+        pending.seed_from(seed, call.rollout_id, number)
     return pending
 
 

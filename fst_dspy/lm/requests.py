@@ -5,6 +5,7 @@ Raises lm15 errors, which DSPy turns into its own and, for these kinds, does not
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -95,6 +96,12 @@ class Pending:
             end=self.generation.end,
             tools=_tools(self.request),
         )
+
+    def seed_from(self, *parts: Any) -> None:
+        """Sample with a seed that is drawn from all of these."""
+        digest = hashlib.sha256(repr(parts).encode()).digest()
+        seed = int.from_bytes(digest[:8], "big")
+        self.generation = replace(self.generation, seed=seed)
 
     def _data(self) -> dict[str, Any]:
         assert self.result is not None
@@ -324,7 +331,7 @@ def _grammar(
     grammar = held_to(policy, text, ids, json.loads(prompt.options))
     if grammar is not None and policy.generator is None:
         try:  # here, where it is this call's own error, and no other's of its batch
-            vocabulary(policy).matcher(grammar.text)
+            vocabulary(policy).compiled(grammar.text)
         except ModelError as error:
             raise lm15.InvalidRequestError(str(error)) from error
     return grammar

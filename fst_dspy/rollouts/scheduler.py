@@ -12,12 +12,11 @@ batches of which that may differ from run to run.
 from __future__ import annotations
 
 import functools
-import hashlib
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from dspy import lm15
@@ -309,10 +308,7 @@ class Scheduler:
         order = (slot.key, prompt_ids_T, self._asked[asked])
         # A seed in the request is mixed in only: taken as it is, it would make a group's rollouts
         # copies of each other.
-        parts = (slot.seed, pending.request.config.seed, *order[1:])
-        digest = hashlib.sha256(repr(parts).encode()).digest()
-        seed = int.from_bytes(digest[:8], "big")
-        pending.generation = replace(pending.generation, seed=seed)
+        pending.seed_from(slot.seed, pending.request.config.seed, *order[1:])
         self._asked[asked] += 1
         blocked = _Blocked(pending, slot, predictor, order, threading.get_native_id())
         self._callers.add(blocked.thread)
