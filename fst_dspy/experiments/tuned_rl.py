@@ -5,12 +5,15 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
+import optuna
 from optuna.trial import TrialState
 
 from fst_dspy.experiments.plan import Plan
 from fst_dspy.experiments.runner import ExperimentStore, threads_each
+from fst_dspy.run.store import delete_checkpoints
 from fst_dspy.study import Categorical, Float, Int, Objective, Space, best_settings, tune
 from fst_dspy.study.runner import OnTrial
 
@@ -66,6 +69,12 @@ def tune_rl(
         ConfigError: No trial has completed, or all that could be tuned is fixed.
         FSTError: As ``study.tune``.
     """
+
+    def ended(study: optuna.Study, trial: optuna.trial.FrozenTrial) -> None:
+        delete_checkpoints(Path(trial.user_attrs["folder"]))  # nobody goes on with it
+        if on_trial is not None:
+            on_trial(study, trial)
+
     space = rl_space()
     space = space.without(*(p.name for p in space.parameters if p.name in plan.settings))
     with _threads(threads_each(workers)):
@@ -80,7 +89,7 @@ def tune_rl(
             folder=store.folder / f"tune-{label}",
             seed=SEED,
             arm="rl_only",
-            on_trial=on_trial,
+            on_trial=ended,
         )
     best = best_settings(study)
     del best["max_rollouts"]

@@ -36,6 +36,7 @@ from fst_dspy.plan.plan import Plan, fitted, make_plan
 from fst_dspy.plan.prompts import prompts_of
 from fst_dspy.rollouts.checks import CheckedInput
 from fst_dspy.rollouts.runner import RolloutRunner
+from fst_dspy.run.store import free_bytes
 from fst_dspy.run.trackers import Trackers
 from fst_dspy.student.candidate import example_id, seed_candidate
 from fst_dspy.student.identity import (
@@ -241,6 +242,7 @@ def _plan(spec: RunSpec, student: dspy.Module, checked: CheckedInput) -> Plan:
         max_tokens=checked.lm.kwargs["max_tokens"],
         context=policy.context_length,
         arm=spec.arm,
+        free_disk=None if spec.log_dir is None else free_bytes(spec.log_dir),
     )
 
 

@@ -17,6 +17,7 @@ from fst_dspy.model.sizes import (
     parameter_count,
     quantized_bits,
 )
+from fst_dspy.run.store import KEPT_CHECKPOINTS
 
 USABLE = 0.8
 """Of a machine's memory, that a compile is planned to take: programs and data want some as well."""
@@ -56,6 +57,16 @@ class Memory:
     def to_dict(self) -> dict[str, int]:
         """Plain values, for JSON."""
         return asdict(self)
+
+
+def run_folder_bytes(memory: Memory) -> int:
+    """The most that a run folder's checkpoints and versions of weights take at once.
+
+    A checkpoint holds the trained weights and the optimizer's state. The last ones are kept until
+    the next is whole; a version beside them is the best, and one more is it while that changes.
+    """
+    weights = memory.copies // 2
+    return (KEPT_CHECKPOINTS + 1) * (weights + memory.optimizer) + 2 * weights
 
 
 def trainable_count(model: Any, lora: LoraConfig | None) -> int:

@@ -24,7 +24,14 @@ from fst_dspy.model.sizes import (
     power_of_two,
     training_tokens,
 )
-from fst_dspy.plan.memory import USABLE, Memory, fitting_lora, memory_of, trainable_count
+from fst_dspy.plan.memory import (
+    USABLE,
+    Memory,
+    fitting_lora,
+    memory_of,
+    run_folder_bytes,
+    trainable_count,
+)
 from fst_dspy.plan.prompts import Prompts
 from fst_dspy.slow.learning_rate import with_learning_rate
 from fst_dspy.types import Arm
@@ -52,6 +59,8 @@ class Plan:
         micro_batch_tokens: Of a forward and backward pass.
         memory: By what it is for, in bytes.
         peak_memory, machine_memory: The most at once, and what the device has.
+        disk: The most that the run folder's checkpoints and weights take at once, in bytes; its
+            logs come on top.
         steps, rollouts_per_step, rollouts: Of the whole run; a limit in seconds is not looked at.
         seconds_per_step, seconds: A step with its rollouts, and the whole run.
         timing: ``"estimated"``, or ``"measured"`` on rollouts of this run.
@@ -72,6 +81,7 @@ class Plan:
     memory: Memory
     peak_memory: int
     machine_memory: int
+    disk: int
     steps: int
     rollouts_per_step: int
     rollouts: int
@@ -124,6 +134,8 @@ class Plan:
         parts = self.memory.to_dict().items()
         used = ", ".join(f"{name} {_gib(size)}" for name, size in parts if size)
         yield "memory", f"{_gib(self.peak_memory)} of {_gib(self.machine_memory)} at most: {used}"
+        if self.disk:
+            yield "run folder", f"{_gib(self.disk)} at most"
         answer = f"answer of at most {self.max_tokens:,}"
         batch = f"{self.micro_batch_tokens:,} tokens a micro-batch"
         yield "a call", f"prompt of {about}{self.prompt_tokens:,} tokens, {answer}; {batch}"
@@ -167,6 +179,7 @@ def make_plan(
     arm: Arm = "fst",
     flops: float | None = None,
     total: int | None = None,
+    free_disk: int | None = None,
 ) -> Plan:
     """Plan a compile.
 
@@ -181,6 +194,7 @@ def make_plan(
         arm: As for ``FST``.
         flops: Multiplications and additions a second that the device does; tried out by default.
         total: Bytes of memory that the device has; asked for by default.
+        free_disk: Bytes that there are for the run folder; ``None`` where they are not known.
     """
     total = total or total_memory(device)
     slow = fitted(config.slow, model, dtype, device, total)
@@ -232,6 +246,7 @@ def make_plan(
         memory=memory,
         peak_memory=memory.peak(device),
         machine_memory=total,
+        disk=run_folder_bytes(memory) if slow_on else 0,
         steps=steps,
         rollouts_per_step=batch,
         rollouts=rollouts,
@@ -240,7 +255,7 @@ def make_plan(
         timing="estimated",
         problems=(),
     )
-    return replace(plan, problems=tuple(_problems(plan, model, dtype, device, context)))
+    return replace(plan, problems=tuple(_problems(plan, model, dtype, device, context, free_disk)))
 
 
 def measured_flops(width: int, dtype: torch.dtype, device: torch.device) -> float:
@@ -278,6 +293,7 @@ def _problems(
     dtype: torch.dtype,
     device: torch.device,
     context: int,
+    free_disk: int | None,
 ) -> Iterator[str]:
     room = USABLE * plan.machine_memory
     if plan.memory.weights > room:
@@ -295,6 +311,11 @@ def _problems(
         yield (
             f"prompts of {plan.prompt_tokens:,} tokens do not fit the model's {context:,}: shorten "
             "instructions, demos or inputs"
+        )
+    if free_disk is not None and plan.disk > free_disk:
+        yield (
+            f"the run folder takes up to {_gib(plan.disk)} and there are {_gib(free_disk)}: make "
+            "room, choose another log_dir, or train adapters (lora=True)"
         )
     if dtype != torch.float32 and device.type == "cpu" and not multiplies_bfloat16():
         yield f"this CPU has no instructions for {plan.dtype}: dtype='float32' is faster"

@@ -102,6 +102,11 @@ class RunStore:
                 )
             self.write_json("config.json", wanted)
             return
+        if (self.folder / "result.json").exists() and not self._checkpoints():
+            raise StoreError(
+                f"the run in {self.folder} has ended and its checkpoints were deleted, so that it "
+                "cannot go on; choose another folder"
+            )
         found = read_json(path)
         if not isinstance(found, dict):
             raise StoreError(f"{path} is damaged: it holds no object; choose another folder")
@@ -278,6 +283,22 @@ class Difference:
         if isinstance(self.before, list) and isinstance(self.now, list):  # ids of examples
             return f"{self.name} differs ({len(self.before)} there, {len(self.now)} here)"
         return f"{self.name} differs ({_short(self.before)} there, {_short(self.now)} here)"
+
+
+def free_bytes(folder: Path) -> int:
+    """Bytes that a run folder may take where it is or is to be, with those it has."""
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    own = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    return shutil.disk_usage(there).free + own
+
+
+def delete_checkpoints(folder: Path) -> None:
+    """Delete the checkpoints of a run that has ended and that nothing goes on from.
+
+    They hold the optimizer's state, some 14 bytes a trained parameter each. The logs, the result
+    and the best weights stay.
+    """
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
 
 
 def differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[Difference]:

@@ -125,6 +125,7 @@ def test_killed_experiments_go_on_to_the_same_end(tiny_qwen3, tmp_path):
     assert compare(ExperimentStore(tmp_path / "whole"), plan, ["fst"]) == []
     cut, whole = (read_outcome(tmp_path / name / "fst-0") for name in ("cut", "whole"))
     assert replace(cut, seconds={}) == replace(whole, seconds={})
+    assert not list(tmp_path.rglob("checkpoints"))  # which only a job that has not ended needs
     assert store.status["fst-0"].attempts == 2
 
 
@@ -138,6 +139,7 @@ def test_the_baseline_runs_with_the_settings_it_was_tuned_to(tiny_qwen3, tmp_pat
     monkeypatch.setattr(protocol, "run_jobs", collect)  # real ones are run elsewhere
     options = {"rl_trials": 2, "rl_budget_factor": 5}
     compare(store, plan, ["fst", "rl_only"], on_trial=lambda *t: heard.append(t), **options)
+    assert not list(store.folder.rglob("checkpoints"))  # of the trials
     assert len(heard) == 4 and jobs.keys() == {"fst-0", "rl_only-0", "rl_only-5x-0"}
     for label, budget in (("rl_only", 30), ("rl_only-5x", 150)):
         tuned = ExperimentStore(store.folder).about["tuned_rl"][label]

@@ -10,9 +10,11 @@ from model_sizes import QWEN
 from transformers import Qwen3Config
 from typer.testing import CliRunner
 
+import fst_dspy
 from fst_dspy.cli.app import app
 from fst_dspy.config import FSTConfig, LoraConfig
 from fst_dspy.errors import ModelError
+from fst_dspy.loop import parts
 from fst_dspy.model import hardware
 from fst_dspy.model.policy import Policy
 from fst_dspy.model.sizes import parameter_count
@@ -86,6 +88,30 @@ def test_float32_where_the_cpu_has_no_bfloat16(qwen: Path, monkeypatch: pytest.M
     machine(monkeypatch, 64, bfloat16=False)
     plan = planned(qwen)
     assert plan.dtype == "float32" and plan.memory.optimizer == 8 * plan.parameters
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_what_a_run_folder_takes_is_planned(
+    lora: bool, tiny_qwen3: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parts, "free_bytes", lambda folder: 10)
+    fst = fst_dspy.FST(
+        lambda gold, pred, *_: float(len(pred.answer) % 7),
+        lora=lora, log_dir=tmp_path, max_cycles=3, on_no_signal="warn",
+        val_size=2, first_cycle_iterations=1, minibatch_size=2, max_tokens=4,
+        steps_per_cycle=1, problems_per_step=1, group_size=4,
+    )  # fmt: skip
+    lm = fst_dspy.LocalLM(str(tiny_qwen3), device="cpu")
+    with dspy.context(lm=lm, adapter=dspy.ChatAdapter()):
+        other = [dspy.Example(question="why?", answer="x").with_inputs("question")]
+        fst.compile(dspy.Predict("question -> answer"), trainset=EXAMPLES, valset=other)
+    plan = json.loads((tmp_path / "plan.json").read_text())
+    # Three checkpoints, of which one is being written, and two versions.
+    weight, state = (4, 12) if lora else (4, 8)
+    assert plan["disk"] == plan["trainable"] * (3 * (weight + state) + 2 * weight)
+    kept = sum(path.stat().st_size for path in tmp_path.rglob("*.safetensors"))
+    assert 2 * plan["trainable"] * weight < kept < plan["disk"]
+    assert any("choose another log_dir" in problem for problem in plan["problems"])
 
 
 def test_adapters_are_counted_as_they_are_made(tiny_model: Path) -> None:

@@ -49,7 +49,7 @@ ORDER = {
     "results": f"{STUDENT} run",
     "bundle": f"{STUDENT} model run lm results",
     "fast": f"{STUDENT} run rollouts",
-    "plan": f"{STUDENT} model slow",
+    "plan": f"{STUDENT} model slow run",
     "loop": f"{STUDENT} model slow run lm rollouts results fast plan",
     "optimizer": f"{STUDENT} run lm rollouts results fast bundle loop",
     "measures": f"{STUDENT} model lm rollouts results bundle",

@@ -8,7 +8,7 @@ import pydantic
 import pytest
 
 from fst_dspy.errors import StoreError
-from fst_dspy.run.store import KEPT_CHECKPOINTS, RunStore
+from fst_dspy.run.store import KEPT_CHECKPOINTS, RunStore, delete_checkpoints
 
 
 def write_weights(text):
@@ -101,6 +101,19 @@ def test_another_runs_folder_is_refused(tmp_path):
     store.begin({"seed": 0, "environment": {"python": "3.12"}})
     with pytest.raises(StoreError, match="seed differs"):
         store.begin({"seed": 1, "environment": {}})
+
+
+def test_a_run_that_has_ended_without_checkpoints_is_left_alone(tmp_path: Path) -> None:
+    store = RunStore(tmp_path)
+    store.begin({"seed": 0})
+    store.append("cycles", [{"cycle": 0}])
+    store.checkpoint({"cycle": 0}, lambda folder: None)
+    store.write_json("result.json", {})
+    store.begin({"seed": 0})  # which goes on
+    delete_checkpoints(tmp_path)
+    with pytest.raises(StoreError, match="has ended and its checkpoints were deleted"):
+        store.begin({"seed": 0})
+    assert store.read("cycles") == [{"cycle": 0}]
 
 
 def test_a_folder_that_cannot_be_made_is_a_clear_error(tmp_path):
