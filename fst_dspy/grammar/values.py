@@ -258,6 +258,8 @@ class _Schema(GenerateJsonSchema):
             return ["true", "false"]
         if keys.get("type") in ("integer", "number"):
             return INT if keys["type"] == "integer" else FLOAT
+        if keys.get("type") == "string" and keys.keys() & {"pattern", "minLength", "maxLength"}:
+            return _text_within(keys)
         return bare_pattern(_with_own_formats(keys))
 
     def decimal_schema(self, schema: Any) -> dict[str, Any]:
@@ -314,6 +316,14 @@ class _Schema(GenerateJsonSchema):
 
 
 _FIRST_AND_LAST = (datetime.datetime.min, datetime.datetime.max)
+
+
+def _text_within(schema: Mapping[str, Any]) -> str:
+    """The pattern of a text with a pattern, or else with lengths; of any where it is not known."""
+    least, most = schema.get("minLength", 0), schema.get("maxLength", "")
+    given = schema.get("pattern")
+    pattern = f"(?s:.{{{least},{most}}})" if given is None else whole_pattern(given)
+    return pattern if is_valid(regex(pattern)) else "(?s:.*)"
 
 
 def _text_like(pattern: str) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import enum
 import logging
 import re
 import uuid
-from typing import Any, Literal, Optional
+from typing import Annotated, Any, Literal, Optional
 
 import dspy
 import pydantic
@@ -364,6 +364,29 @@ def test_a_dict_in_xml_has_as_many_entries_as_it_may(policy: Policy) -> None:
     entries = [f'<entry key="{key}">1</entry>' for key in "abc"]
     held = [takes(policy, text, f"<x>{''.join(entries[:count])}</x>") for count in range(4)]
     assert held == [False, True, True, False]
+
+
+@pytest.mark.parametrize(
+    ("key", "good", "bad"),
+    [
+        (pydantic.Field(pattern="^[a-z]+$"), "ab", "a1"),
+        (pydantic.Field(pattern="b"), "abc", "ac"),
+        (pydantic.Field(max_length=2), "ab", "abc"),
+        (pydantic.Field(pattern=r"\bab"), "ab", None),  # not known: any
+    ],
+)
+def test_keys_keep_to_their_constraints(
+    policy: Policy, key: Any, good: str, bad: str | None
+) -> None:
+    kind = dict[Annotated[str, key], int]
+    for adapter in (dspy.ChatAdapter(), dspy.JSONAdapter()):
+        assert is_let_through(policy, adapter, kind, {good: 1})
+        assert bad is None or not is_let_through(policy, adapter, kind, {bad: 1})
+    text = grammar_of_answer(dspy.XMLAdapter(), signature_of(x=kind))
+    assert text is not None
+    for written in filter(None, (good, bad)):
+        held = takes(policy, text, f'<x><entry key="{written}">1</entry></x>')
+        assert held == (written == good)
 
 
 def test_each_type_of_a_field_s_own_union_is_read_from_xml(policy: Policy) -> None:
