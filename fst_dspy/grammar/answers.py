@@ -45,6 +45,8 @@ from fst_dspy.grammar.values import (
     regex,
     schema_of,
     texts_of,
+    unheld_patterns,
+    whole_pattern,
 )
 from fst_dspy.grammar.xml_values import TEXT as XML_TEXT
 from fst_dspy.grammar.xml_values import NestedXml, xml_escaped
@@ -98,6 +100,8 @@ def grammar_of_answer(
             _tell_free(type(adapter).__name__, name, info.annotation)
         elif held[name] is not info:
             _tell_free(type(adapter).__name__, name, info.annotation, "the lengths of ")
+        elif unheld := unheld_patterns(_schema(_annotated(info)) or {}):
+            _tell_patterns(name, unheld)
     return text
 
 
@@ -147,6 +151,19 @@ def _tell_free(adapter: str, name: str, annotation: Any, what: str = "") -> None
             name,
             adapter,
         )
+
+
+def _tell_patterns(name: str, patterns: Sequence[str]) -> None:
+    """Say so, once for each."""
+    for pattern in patterns:
+        if ("", pattern) not in _told:
+            _told.add(("", pattern))
+            logger.warning(
+                "answers are not held to the pattern %r of the field %r, which llguidance has not; "
+                "write it without look-around and \\b, and with ^ and $ at its ends alone",
+                pattern,
+                name,
+            )
 
 
 _told: set[tuple[str, str]] = set()
@@ -241,7 +258,8 @@ class _Plain:
             bounded = _schema(annotation) if bare is not annotation else None
             return (bounded and json_piece(bounded, COMPACT)) or regex(pattern)
         if (pattern := moment(bare)) is not None:
-            return regex(self.quoted(pattern))
+            bounded = _schema(annotation) if bare is not annotation else None
+            return regex(self.quoted((bounded and bare_pattern(bounded)) or pattern))
         if parts := [self.value(part, whole, before) for part in _parts(annotation)]:
             return None if None in parts else " | ".join(f"({part})" for part in parts)
         return self.structure(annotation)
@@ -447,8 +465,5 @@ def _bodies(info: FieldInfo) -> list[str]:
     for constraint in info.metadata:
         pattern = getattr(constraint, "pattern", None)
         if isinstance(pattern, str):
-            inner = pattern.removeprefix("^").removesuffix("$")
-            before = "" if pattern.startswith("^") else ANY_TEXT
-            after = "" if pattern.endswith("$") else ANY_TEXT
-            bodies.append(f"{before}(?:{inner}){after}")
+            bodies.append(whole_pattern(pattern))
     return [body for body in bodies if is_valid(regex(body))] or [ANY_TEXT]

@@ -12,6 +12,7 @@ import decimal
 import enum
 import inspect
 import json
+import re
 import types
 from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -21,6 +22,7 @@ from dspy.adapters.utils import parse_value
 from pydantic import TypeAdapter
 from pydantic.json_schema import GenerateJsonSchema
 
+from fst_dspy.grammar import bounds
 from fst_dspy.grammar.limits import refusal
 
 DIGITS = 300
@@ -39,7 +41,7 @@ DATE = (
     rf"|{_LEAP}-02-29)"
 )
 _CLOCK = r"(?:[01][0-9]|2[0-3]):[0-5][0-9]:[0-5][0-9](?:\.[0-9]{1,6})?"
-_ZONE = r"(?:Z|[+\-](?:0[0-9]|1[0-3]):[0-5][0-9])?"
+_ZONE = r"(?:Z|[+\-](?:0[0-9]|1[0-3]):[0-5][0-9])"
 _SECONDS = r"[0-9]{1,5}(?:\.[0-9]{1,6})?S"
 _MINUTES = rf"[0-9]{{1,4}}M(?:{_SECONDS})?"
 _SPAN = rf"T(?:[0-9]{{1,4}}H(?:{_MINUTES}|{_SECONDS})?|{_MINUTES}|{_SECONDS})"
@@ -47,7 +49,7 @@ _BYTE = r"(?:25[0-5]|2[0-4][0-9]|1[0-9]{2}|[1-9]?[0-9])"
 FORMATS = {
     "date": DATE,
     "time": _CLOCK,
-    "date-time": rf"{DATE}T{_CLOCK}{_ZONE}",
+    "date-time": rf"{DATE}T{_CLOCK}{_ZONE}?",
     "duration": rf"-?P(?:[0-9]{{1,6}}D(?:{_SPAN})?|{_SPAN})",
     "uuid": r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}",
     "ipv4": rf"{_BYTE}(?:\.{_BYTE}){{3}}",
@@ -69,7 +71,8 @@ _TIMES: Mapping[Any, str] = {
     datetime.time: FORMATS["time"],
     datetime.datetime: FORMATS["date-time"],
 }
-_LIMITS = ("ge", "gt", "le", "lt", "multiple_of")
+_ENDS = ("ge", "gt", "le", "lt")
+_LIMITS = (*_ENDS, "multiple_of")
 STRING = r'"(?:[^"\\\x00-\x1f\x7f]|\\["\\/bfnrt])*"'
 """A string in JSON, without ``\\u``, by which surrogates would come in that are no text."""
 
@@ -192,6 +195,27 @@ def bare_pattern(schema: Mapping[str, Any]) -> str | None:
     return pattern.removeprefix("^(?:").removesuffix(")$") if own else None
 
 
+def whole_pattern(pattern: str) -> str:
+    """A constraint's pattern, which may begin and end within a text, for the text as a whole."""
+    found = re.fullmatch(r"(?s)((?:\(\?[a-z]+\))?)(\^?)((?:\\.|[^\\])*?)(\$?)", pattern)
+    if found is None:
+        return pattern  # it ends in a lone backslash, and is none
+    flags, begins, inner, ends = found.groups()
+    before, after = ("" if anchor else "(?s:.*)" for anchor in (begins, ends))
+    return f"{before}(?:{flags}{inner}){after}"
+
+
+def unheld_patterns(schema: Any) -> list[str]:
+    """The patterns within a JSON schema that llguidance cannot hold to."""
+    if isinstance(schema, list):
+        return [pattern for part in schema for pattern in unheld_patterns(part)]
+    if not isinstance(schema, Mapping):
+        return []
+    own = schema.get("pattern") if schema.get("type") == "string" else None
+    found = [own] if isinstance(own, str) and not is_valid(regex(whole_pattern(own))) else []
+    return found + [pattern for part in schema.values() for pattern in unheld_patterns(part)]
+
+
 def json_piece(schema: Mapping[str, Any], layout: Mapping[str, Any]) -> str | None:
     """The piece of a JSON schema; ``None`` where llguidance cannot hold to it."""
     for lenient in (False, True):  # at worst without the constraints that it does not know
@@ -234,6 +258,8 @@ class _Schema(GenerateJsonSchema):
             return ["true", "false"]
         if keys.get("type") in ("integer", "number"):
             return INT if keys["type"] == "integer" else FLOAT
+        if keys.get("type") == "string" and keys.keys() & {"pattern", "minLength", "maxLength"}:
+            return _text_within(keys)
         return bare_pattern(_with_own_formats(keys))
 
     def decimal_schema(self, schema: Any) -> dict[str, Any]:
@@ -245,11 +271,71 @@ class _Schema(GenerateJsonSchema):
         whole = max(1, schema.get("max_digits", DIGITS) - places)
         behind = rf"(?:\.[0-9]{{1,{places}}})?" if places else ""
         pattern = rf"-?(?:0|[1-9][0-9]{{0,{whole - 1}}}){behind}"
-        return {"type": "string", "pattern": f"^(?:{pattern})$"}
+        return _text_like(pattern)
 
     def url_schema(self, schema: Any) -> dict[str, Any]:
         schemes = "|".join(schema.get("allowed_schemes") or ("https", "http"))
-        return {"type": "string", "pattern": f"^(?:(?:{schemes}){_URL})$"}
+        return _text_like(f"(?:{schemes}){_URL}")
+
+    def date_schema(self, schema: Any) -> dict[str, Any]:
+        if not schema.keys() & {*_ENDS, "now_op"}:
+            return super().date_schema(schema)
+        least, most = datetime.date.min.toordinal(), datetime.date.max.toordinal()
+        least, most = _reached(schema, datetime.date.today().toordinal(), 1, least, most)
+        days = bounds.limits(schema, datetime.date.toordinal, 1, least, most)
+        return _text_like(bounds.dates(*map(datetime.date.fromordinal, days)))
+
+    def time_schema(self, schema: Any) -> dict[str, Any]:
+        if not schema.keys() & {*_ENDS}:
+            return super().time_schema(schema)
+        last = bounds.DAY - 1
+        return _text_like(
+            bounds.clocks(*bounds.limits(schema, bounds.exact, bounds.SECOND, 0, last))
+        )
+
+    def datetime_schema(self, schema: Any) -> dict[str, Any]:
+        zone = {"aware": _ZONE, "naive": ""}.get(schema.get("tz_constraint"), f"{_ZONE}?")
+        ends = [schema[name] for name in _ENDS if name in schema]
+        if not ends and "now_op" not in schema:
+            return _text_like(f"{DATE}T{_CLOCK}{zone}")
+        if ends:  # in the bounds' own zone, or in none as they are
+            zone = "Z" if zone == _ZONE or any(end.tzinfo for end in ends) else ""
+        least, most = (bounds.exact(t) // bounds.SECOND for t in _FIRST_AND_LAST)
+        now = bounds.exact(datetime.datetime.now(datetime.UTC)) // bounds.SECOND
+        least, most = _reached(schema, now, bounds.DAY, least, most)
+        seconds = bounds.limits(schema, bounds.exact, bounds.SECOND, least, most)
+        return _text_like(bounds.date_times(*seconds) + zone)
+
+    def timedelta_schema(self, schema: Any) -> dict[str, Any]:
+        if not schema.keys() & {*_ENDS}:
+            return super().timedelta_schema(schema)
+        most = 10**9 - 1  # nine digits are what pydantic reads
+        return _text_like(
+            bounds.durations(*bounds.limits(schema, bounds.exact, bounds.SECOND, -most, most))
+        )
+
+
+_FIRST_AND_LAST = (datetime.datetime.min, datetime.datetime.max)
+
+
+def _text_within(schema: Mapping[str, Any]) -> str:
+    """The pattern of a text with a pattern, or else with lengths; of any where it is not known."""
+    least, most = schema.get("minLength", 0), schema.get("maxLength", "")
+    given = schema.get("pattern")
+    pattern = f"(?s:.{{{least},{most}}})" if given is None else whole_pattern(given)
+    return pattern if is_valid(regex(pattern)) else "(?s:.*)"
+
+
+def _text_like(pattern: str) -> dict[str, Any]:
+    return {"type": "string", "pattern": f"^(?:{pattern})$"}
+
+
+def _reached(
+    schema: Mapping[str, Any], now: int, day: int, least: int, most: int
+) -> tuple[int, int]:
+    """What is left of a time where it must be past, or to come: by a day, wherever the clock is."""
+    when = schema.get("now_op")
+    return (now + day if when == "future" else least, now - day if when == "past" else most)
 
 
 def _with_own_formats(part: Any) -> Any:

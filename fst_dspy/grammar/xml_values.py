@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 from xml.sax import saxutils
@@ -17,6 +16,7 @@ from fst_dspy.grammar.values import (
     length_bodies,
     literal,
     regex,
+    whole_pattern,
 )
 
 # "<" and "&" begin something else, control characters cannot be in XML at all.
@@ -185,13 +185,7 @@ class NestedXml:
         parts += [regex(body + end) for body in bodies]
         pattern = schema.get("pattern")
         if pattern is not None:
-            inner = re.sub(r"^\^|\$$", "", pattern)
-            own = regex(
-                ("" if pattern.startswith("^") else "(?s:.*)")
-                + f"(?:{inner})"
-                + ("" if pattern.endswith("$") else "(?s:.*)")
-                + end
-            )
+            own = regex(whole_pattern(pattern) + end)
             parts += [own] if is_valid(own) else []
         self.writer.definitions.append(f"{name}: {' & '.join(parts)}")
         return name
@@ -226,7 +220,8 @@ class NestedXml:
             f"{key}: {regex(keys[1:-1])} & {regex(KEY)}" if patterns else f"{key}: {regex(KEY)}"
         )
         entry = self.element("entry", values, self._entry(key))
-        return None if entry is None else f"({entry})*"
+        least, most = schema.get("minProperties", 0), schema.get("maxProperties", "")
+        return None if entry is None else f"({entry}){{{least},{most}}}"
 
     def _entry(self, key: str) -> str:
         """The opening tag, but for its end, of a value whose key is no name, or one of many."""

@@ -36,6 +36,7 @@ ENTERED_WITH = "fst_entered_with"
 """The DSPy setting, in a tuple, that holds the settings' LM as a compiled program was entered."""
 COMPILED_ADAPTER = "fst_adapter"
 """The attribute of a compiled program that says which adapter it was compiled under."""
+_ASKED = ("prompt", "messages", "request")  # of a call's arguments those that are no settings
 _ANSWERS_WITH = "answers_with"  # in a pickle: the version id, also where ``model`` is the live one
 
 
@@ -210,7 +211,11 @@ class LocalLM(dspy.LM):
         """Put the settings that DSPy's requests have no field for where there is room for them.
 
         As ``metadata``, which goes through unread; the cache's keys take it in.
+
+        Raises:
+            ConfigError: There is no such setting, or a value is out of its range.
         """
+        check_settings({name: value for name, value in kwargs.items() if name not in _ASKED})
         if MAX_TOKENS_TOO in kwargs:
             kwargs = {**kwargs, "max_tokens": kwargs[MAX_TOKENS_TOO]}
             del kwargs[MAX_TOKENS_TOO]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -375,8 +376,11 @@ def checked_penalty(penalty: Any) -> None:
     """
     if penalty is None:
         return
-    if not isinstance(penalty, int | float) or isinstance(penalty, bool) or not penalty > 0:
-        raise lm15.InvalidRequestError(f"repetition_penalty must be above 0, got {penalty!r}")
+    number = isinstance(penalty, int | float) and not isinstance(penalty, bool)
+    if not (number and 0 < penalty < math.inf):
+        raise lm15.InvalidRequestError(
+            f"repetition_penalty must be a finite number above 0, got {penalty!r}"
+        )
 
 
 _UNKNOWN = ("probabilities",)

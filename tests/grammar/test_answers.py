@@ -8,7 +8,7 @@ import enum
 import logging
 import re
 import uuid
-from typing import Any, Literal, Optional
+from typing import Annotated, Any, Literal, Optional
 
 import dspy
 import pydantic
@@ -93,6 +93,15 @@ class Dog(pydantic.BaseModel):
     """The other, with a list."""
 
     tricks: list[str]
+
+
+DAY, NEW_YEAR = datetime.date(2024, 2, 29), datetime.date(2024, 1, 1)
+
+
+class Trip(pydantic.BaseModel):
+    """A date within bounds, within a model."""
+
+    left: datetime.date = pydantic.Field(ge=DAY)
 
 
 class Event(pydantic.BaseModel):
@@ -311,9 +320,14 @@ def takes(policy: Policy, text: str, written: str) -> bool:
         (list[int] | None, {"max_length": 1}, [[3]], [[1, 2, 3]]),
         (bool | int, {"le": 5}, [5, True], [6]),
         (int | bool, {"pattern": "^a$"}, [5, True], []),  # neither can have it
+        (datetime.date, {"ge": DAY, "lt": datetime.date(2024, 5, 1)}, [DAY], [NEW_YEAR]),
+        (datetime.date | None, {"ge": DAY}, [DAY, None], [NEW_YEAR]),
+        (Trip, {}, [Trip(left=DAY)], [Trip.model_construct(left=NEW_YEAR)]),
+        (str, {"pattern": r"^\d+\$"}, ["5$ each"], ["5"]),
+        (str, {"pattern": "(?i)^ab$"}, ["aB"], ["aBc"]),
     ],
 )
-def test_constraints_of_a_union_hold_for_its_parts(
+def test_constraints_hold_for_a_type_and_its_parts(
     policy: Policy, adapter: Any, kind: Any, constraints: Any, good: list[Any], bad: list[Any]
 ) -> None:
     for value in (*good, *bad):
@@ -340,6 +354,39 @@ def test_constraints_of_a_union_hold_for_its_parts(
 )
 def test_xml_takes_each_type_of_a_union_and_any_key(policy: Policy, kind: Any, value: Any) -> None:
     assert is_let_through(policy, dspy.XMLAdapter(), kind, value)
+
+
+def test_a_dict_in_xml_has_as_many_entries_as_it_may(policy: Policy) -> None:
+    field = dspy.OutputField(min_length=1, max_length=2)
+    signature = dspy.Signature({"q": (str, dspy.InputField()), "x": (dict[str, int], field)})
+    text = grammar_of_answer(dspy.XMLAdapter(), signature)
+    assert text is not None
+    entries = [f'<entry key="{key}">1</entry>' for key in "abc"]
+    held = [takes(policy, text, f"<x>{''.join(entries[:count])}</x>") for count in range(4)]
+    assert held == [False, True, True, False]
+
+
+@pytest.mark.parametrize(
+    ("key", "good", "bad"),
+    [
+        (pydantic.Field(pattern="^[a-z]+$"), "ab", "a1"),
+        (pydantic.Field(pattern="b"), "abc", "ac"),
+        (pydantic.Field(max_length=2), "ab", "abc"),
+        (pydantic.Field(pattern=r"\bab"), "ab", None),  # not known: any
+    ],
+)
+def test_keys_keep_to_their_constraints(
+    policy: Policy, key: Any, good: str, bad: str | None
+) -> None:
+    kind = dict[Annotated[str, key], int]
+    for adapter in (dspy.ChatAdapter(), dspy.JSONAdapter()):
+        assert is_let_through(policy, adapter, kind, {good: 1})
+        assert bad is None or not is_let_through(policy, adapter, kind, {bad: 1})
+    text = grammar_of_answer(dspy.XMLAdapter(), signature_of(x=kind))
+    assert text is not None
+    for written in filter(None, (good, bad)):
+        held = takes(policy, text, f'<x><entry key="{written}">1</entry></x>')
+        assert held == (written == good)
 
 
 def test_each_type_of_a_field_s_own_union_is_read_from_xml(policy: Policy) -> None:
@@ -430,7 +477,9 @@ def test_fields_may_have_any_name(adapter: Any, policy: Policy) -> None:
     assert read and all(each.keys() == kinds.keys() for each in read)
 
 
-def test_a_pattern_that_cannot_be_held_to_is_left_out(policy: Policy) -> None:
+def test_a_pattern_that_cannot_be_held_to_is_left_out_and_told(
+    policy: Policy, caplog: pytest.LogCaptureFixture
+) -> None:
     class Bounded(dspy.Signature):
         question: str = dspy.InputField()
         answer: str = dspy.OutputField(pattern=r"^\bab", max_length=6)
@@ -440,6 +489,7 @@ def test_a_pattern_that_cannot_be_held_to_is_left_out(policy: Policy) -> None:
     answer = drawn_answer(policy, Grammar(text), 0)
     assert answer is not None
     assert len(dspy.ChatAdapter().parse(Bounded, answer)["answer"]) <= 6
+    assert "not held to the pattern '^\\\\bab' of the field 'answer'" in caplog.text
 
 
 class Compact(dspy.ChatAdapter):

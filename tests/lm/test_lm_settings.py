@@ -23,7 +23,8 @@ from fst_dspy.errors import ConfigError
         ({"top_k": 0}, "top_k"),
         ({"max_tokens": 0}, "max_tokens"),
         ({"max_completion_tokens": -5}, "max_tokens"),
-        ({"repetition_penalty": -1}, "repetition_penalty must be above 0"),
+        ({"repetition_penalty": -1}, "repetition_penalty must be a finite number above 0"),
+        ({"repetition_penalty": float("inf")}, "repetition_penalty must be a finite number"),
         ({"frequency_penalty": 9}, "frequency_penalty"),
         ({"structured": "false"}, "structured must be True or False"),
         ({"stop": [""]}, "stop"),
@@ -39,6 +40,25 @@ def test_a_copy_is_checked_likewise():
     assert lm.copy(temperature=0.5, rollout_id=3).kwargs["rollout_id"] == 3
     with pytest.raises(ConfigError, match="did you mean 'top_p'"):
         lm.copy(topp=0.9)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"temprature": 1}, "did you mean 'temperature'"),
+        ({"min_p": 0.1}, "no setting 'min_p'; known: .*temperature"),
+        ({"temperature": float("nan")}, r"temperature must be in \[0, 2\]"),
+        ({"repetition_penalty": float("inf")}, "repetition_penalty must be a finite number"),
+    ],
+)
+def test_a_call_and_a_predictors_config_are_checked_likewise(settings, said):
+    lm = fst_dspy.LocalLM("embedded", max_tokens=4)
+    with pytest.raises(ConfigError, match=said):
+        lm("hello", **settings)
+    with pytest.raises(ConfigError, match=said):
+        asyncio.run(lm.acall("hello", **settings))
+    with dspy.context(lm=lm), pytest.raises(ConfigError, match=said):
+        dspy.Predict("question -> answer", **settings)(question="why?")
 
 
 def said(lm: fst_dspy.LocalLM, **settings) -> list[str]:
