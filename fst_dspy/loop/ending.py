@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from fst_dspy.errors import TrainingError
+from fst_dspy.config import LIMITS
+from fst_dspy.errors import ConfigError, TrainingError
 from fst_dspy.loop.parts import Parts
 from fst_dspy.loop.share import KEPT, Decision, Evidence, Share, next_share
 from fst_dspy.loop.state import LoopState
@@ -118,6 +119,21 @@ def counts_spent(parts: Parts, rollouts: int, env_steps: int) -> str | None:
     if budget.max_env_steps is not None and env_steps >= budget.max_env_steps:
         return f"{env_steps:,} of {budget.max_env_steps:,} environment steps"
     return None
+
+
+def check_limits(parts: Parts) -> None:
+    """Stop after the first validation where the one limit that there is counts nothing.
+
+    Raises:
+        ConfigError: The limit is of environment steps, and the program has taken no turn in one.
+    """
+    given = [name for name in LIMITS if getattr(parts.budget, name) is not None]
+    if given == ["max_env_steps"] and not parts.runner.turns.turns:
+        raise ConfigError(
+            "max_env_steps is the only limit, and would never be reached: in the first validation "
+            "the program took no turn in an environment (fst_dspy.env). Give max_rollouts, "
+            "max_cycles or max_seconds, alone or besides"
+        )
 
 
 def time_spent(parts: Parts, state: LoopState) -> str | None:

@@ -22,6 +22,7 @@ from fst_dspy.errors import TrainingError
 from fst_dspy.fast.population import mean
 from fst_dspy.loop.cold_start import warmed_up
 from fst_dspy.loop.ending import (
+    check_limits,
     check_not_all_failed,
     counts_spent,
     cycles_spent,
@@ -205,6 +206,7 @@ class Run:
         self._tell(cycle, "validation")
         found = came = score(parts, state)
         if first:  # where it shows nothing to learn from, give it something
+            check_limits(parts)
             state, found = warmed_up(parts, state, came)
         seconds = _add_seconds(state.seconds, "eval", started)
         parts.fast.validated(found.population, parts.val_ids, found.score_V)

@@ -9,7 +9,7 @@ import pytest
 from helpers import Echo, RawAdapter, questions, vowels
 
 from fst_dspy import FST, LocalLM
-from fst_dspy.errors import MetricError, ProgramError, TrainingError
+from fst_dspy.errors import ConfigError, MetricError, ProgramError, TrainingError
 from fst_dspy.loop import ending
 from fst_dspy.loop.share import Decision, Share
 from fst_dspy.rollouts.health import Tally, check_first_rollouts, told_failures
@@ -122,6 +122,12 @@ def test_a_run_that_has_ended_of_itself_goes_on_when_told_to(
     assert [record.share for record in further.records[1:]] == ["both"] * 3
     assert further.records[:3] == ended.records and further.stopped is None
     assert further.records[-1].rollouts.slow == 4
+
+
+def test_a_limit_that_counts_nothing_is_refused(tiny_qwen3):
+    with pytest.raises(ConfigError, match="max_env_steps is the only limit, and would never be"):
+        compiled(tiny_qwen3, max_cycles=None, max_env_steps=100)
+    compiled(tiny_qwen3, max_cycles=None, max_env_steps=100, max_rollouts=1)
 
 
 @pytest.mark.parametrize("arm", ["fst", "gepa_only", "rl_only"])
