@@ -30,6 +30,8 @@ def _check_kinds(config: Any, label: str = "", but: Iterable[str] = ()) -> None:
     _require(message is None, message or "")
 
 
+MAX_SCORE = 1e6
+"""Scores beyond this magnitude are taken for a mistake, in the metric or the settings."""
 LIMITS = ("max_cycles", "max_rollouts", "max_seconds", "max_full_evals", "max_env_steps")
 """The limits of a run, of which there must be one."""
 
@@ -419,7 +421,11 @@ class SamplingConfig:
             self.max_tokens is None or self.max_tokens >= 1,
             f"max_tokens must be at least 1 or None, got {self.max_tokens}",
         )
-        _require(math.isfinite(self.failure_score), "failure_score must be finite")
+        _require(
+            abs(self.failure_score) <= MAX_SCORE,  # nan is refused with it
+            f"failure_score must be a score, at most {MAX_SCORE:g} either way, "
+            f"got {self.failure_score}",
+        )
         _require(
             self.rollout_timeout is None or self.rollout_timeout > 0,
             f"rollout_timeout must be positive or None, got {self.rollout_timeout}",

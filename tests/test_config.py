@@ -57,6 +57,8 @@ def test_the_papers_settings_are_a_preset_without_what_is_ours():
         ({"beta": float("inf")}, "beta must be finite"),
         ({"weight_decay": float("inf")}, "weight_decay must be finite"),
         ({"lora": {"alpha": float("inf")}}, "alpha must be positive and finite"),
+        ({"failure_score": -1e300}, "failure_score must be a score, at most 1e"),
+        ({"failure_score": float("nan")}, "failure_score must be a score"),
         ({"perfect_score": float("nan")}, "perfect_score must be a number"),
         ({"steps_per_cycle": "six"}, r"steps_per_cycle must be a whole number, got 'six' \(str\)"),
         ({"max_seconds": "1h"}, "max_seconds must be a number or None, got '1h'"),
