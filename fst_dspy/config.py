@@ -12,7 +12,7 @@ import difflib
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_type_hints
 
 from fst_dspy.errors import ConfigError
 from fst_dspy.kinds import wrong_kind
@@ -30,6 +30,8 @@ def _check_kinds(config: Any, label: str = "", but: Iterable[str] = ()) -> None:
     _require(message is None, message or "")
 
 
+MAX_SCORE = 1e6
+"""Scores beyond this magnitude are taken for a mistake, in the metric or the settings."""
 LIMITS = ("max_cycles", "max_rollouts", "max_seconds", "max_full_evals", "max_env_steps")
 """The limits of a run, of which there must be one."""
 
@@ -200,6 +202,7 @@ class FastConfig:
                 f"{name} must be one of {', '.join(map(repr, STRATEGIES[name]))}, or an object of "
                 f"gepa's protocol given to FST; got {value!r}",
             )
+        _require(not math.isnan(self.perfect_score), "perfect_score must be a number, got nan")
         _require_templates(self.reflection_prompt_template)
 
 
@@ -220,7 +223,10 @@ class LoraConfig:
     def __post_init__(self) -> None:
         _check_kinds(self, "LoRA ")
         _require(self.rank >= 1, f"LoRA rank must be at least 1, got {self.rank}")
-        _require(self.alpha > 0, f"LoRA alpha must be positive, got {self.alpha}")
+        _require(
+            math.isfinite(self.alpha) and self.alpha > 0,
+            f"LoRA alpha must be positive and finite, got {self.alpha}",
+        )
         _require(0 <= self.dropout < 1, f"LoRA dropout must be in [0, 1), got {self.dropout}")
 
 
@@ -236,12 +242,12 @@ class SlowConfig:
             whether adapters are trained: 3e-4 for the embedded model, 5e-5 at 135 million
             parameters, 1e-6 at 7 billion, ten times that with adapters
             (``fst_dspy.slow.learning_rate``).
-        lr_scheduler_type: Any of transformers' schedules. One that decays spans ``max_cycles``
-            cycles, and so needs ``max_cycles``.
+        lr_scheduler_type: One of transformers' schedules that need no settings of their own. One
+            that decays spans ``max_cycles`` cycles, and so needs ``max_cycles``.
         warmup_steps: Optimizer steps of linear warm-up.
         max_grad_norm: Gradient clipping; 0 switches it off.
         weight_decay: AdamW's weight decay.
-        loss_type: TRL's name of the loss; the paper uses ``"cispo"``.
+        loss_type: TRL's name of the loss, one over tokens; the paper uses ``"cispo"``.
         epsilon: TRL's lower clip, for losses that clip both ways.
         epsilon_high: TRL's upper clip. With CISPO it is the cap on the importance weight itself
             (ScaleRL: 5.0); TRL's own default would scale every gradient by 0.2.
@@ -282,11 +288,19 @@ class SlowConfig:
     group_size: int = 8
     problems_per_step: int = 8
     learning_rate: float | None = None
-    lr_scheduler_type: str = "constant"
+    lr_scheduler_type: Literal[
+        "constant",
+        "constant_with_warmup",
+        "linear",
+        "cosine",
+        "cosine_with_restarts",
+        "polynomial",
+        "inverse_sqrt",
+    ] = "constant"
     warmup_steps: int = 0
     max_grad_norm: float = 1.0
     weight_decay: float = 0.0
-    loss_type: str = "cispo"
+    loss_type: Literal["cispo", "dapo", "grpo", "bnpo", "dr_grpo", "sapo", "vespo"] = "cispo"
     epsilon: float = 0.2
     epsilon_high: float = 5.0
     scale_rewards: Literal["group", "batch", "none"] = "group"
@@ -337,6 +351,9 @@ class SlowConfig:
         ):
             value = getattr(self, name)
             _require(value >= 0, f"{name} must not be negative, got {value}")
+        for name in ("weight_decay", "beta", "entropy_coef"):  # the others are limits
+            value = getattr(self, name)
+            _require(math.isfinite(value), f"{name} must be finite, got {value}")
         _require(
             0 < self.revisit_constant <= 1,
             f"revisit_constant must be above 0 and at most 1, got {self.revisit_constant}",
@@ -350,6 +367,10 @@ class SlowConfig:
         _require(
             0 < self.discount <= 1, f"discount must be above 0 and at most 1, got {self.discount}"
         )
+
+
+SCHEDULES = get_args(get_type_hints(SlowConfig)["lr_scheduler_type"])
+"""transformers' schedules that need nothing but the number of steps."""
 
 
 @dataclass(frozen=True)
@@ -400,7 +421,11 @@ class SamplingConfig:
             self.max_tokens is None or self.max_tokens >= 1,
             f"max_tokens must be at least 1 or None, got {self.max_tokens}",
         )
-        _require(math.isfinite(self.failure_score), "failure_score must be finite")
+        _require(
+            abs(self.failure_score) <= MAX_SCORE,  # nan is refused with it
+            f"failure_score must be a score, at most {MAX_SCORE:g} either way, "
+            f"got {self.failure_score}",
+        )
         _require(
             self.rollout_timeout is None or self.rollout_timeout > 0,
             f"rollout_timeout must be positive or None, got {self.rollout_timeout}",

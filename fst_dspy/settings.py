@@ -104,17 +104,25 @@ class Settings(TypedDict, total=False):
     """Default None. Peak learning rate of AdamW. ``None`` takes one by the size of the model and
     whether adapters are trained: 3e-4 for the embedded model, 5e-5 at 135 million parameters,
     1e-6 at 7 billion, ten times that with adapters (``fst_dspy.slow.learning_rate``)."""
-    lr_scheduler_type: str
-    """Default 'constant'. Any of transformers' schedules. One that decays spans ``max_cycles``
-    cycles, and so needs ``max_cycles``."""
+    lr_scheduler_type: Literal[
+        "constant",
+        "constant_with_warmup",
+        "linear",
+        "cosine",
+        "cosine_with_restarts",
+        "polynomial",
+        "inverse_sqrt",
+    ]
+    """Default 'constant'. One of transformers' schedules that need no settings of their own. One
+    that decays spans ``max_cycles`` cycles, and so needs ``max_cycles``."""
     warmup_steps: int
     """Default 0. Optimizer steps of linear warm-up."""
     max_grad_norm: float
     """Default 1.0. Gradient clipping; 0 switches it off."""
     weight_decay: float
     """Default 0.0. AdamW's weight decay."""
-    loss_type: str
-    """Default 'cispo'. TRL's name of the loss; the paper uses ``"cispo"``."""
+    loss_type: Literal["cispo", "dapo", "grpo", "bnpo", "dr_grpo", "sapo", "vespo"]
+    """Default 'cispo'. TRL's name of the loss, one over tokens; the paper uses ``"cispo"``."""
     epsilon: float
     """Default 0.2. TRL's lower clip, for losses that clip both ways."""
     epsilon_high: float

@@ -25,7 +25,7 @@ from transformers import PrinterCallback, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from fst_dspy import distributed
-from fst_dspy.config import LoraConfig
+from fst_dspy.config import SCHEDULES, LoraConfig
 from fst_dspy.errors import ConfigError, DataError, TrainingError
 from fst_dspy.lm.templates import check_options
 from fst_dspy.lm.train_input import Turn, check_format, check_messages, encode_turn
@@ -47,7 +47,7 @@ class FinetuneConfig:
         num_train_epochs: Passes over the data, above 0.
         per_device_train_batch_size: Conversations in one forward and backward pass.
         gradient_accumulation_steps: Passes in one optimizer step.
-        lr_scheduler_type: Any of transformers' schedules.
+        lr_scheduler_type: One of transformers' schedules, as for ``SlowConfig``.
         warmup_steps: Optimizer steps of linear warm-up.
         weight_decay: AdamW's weight decay.
         max_grad_norm: Gradient clipping; 0 switches it off.
@@ -89,6 +89,11 @@ class FinetuneConfig:
             value = getattr(self, name)
             if not _is_number(value) or value <= 0:
                 raise ConfigError(f"{name} must be positive and finite, got {value!r}")
+        if self.lr_scheduler_type not in SCHEDULES:
+            raise ConfigError(
+                f"lr_scheduler_type must be one of {', '.join(map(repr, SCHEDULES))}, "
+                f"got {self.lr_scheduler_type!r}"
+            )
 
 
 Conversation = list[dict[str, str]]

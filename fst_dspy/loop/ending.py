@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from fst_dspy.errors import TrainingError
+from fst_dspy.config import LIMITS
+from fst_dspy.errors import ConfigError, TrainingError
 from fst_dspy.loop.parts import Parts
 from fst_dspy.loop.share import KEPT, Decision, Evidence, Share, next_share
 from fst_dspy.loop.state import LoopState
@@ -46,11 +47,7 @@ def all_equal(record: CycleRecord) -> bool:
 
 
 def without_signal(parts: Parts, record: CycleRecord) -> str | None:
-    """Why neither channel had anything to learn from in a full cycle; ``None`` where one had.
-
-    Raises:
-        TrainingError: None of its rollouts succeeded, and the run is to stop then.
-    """
+    """Why neither channel had anything to learn from in a full cycle; ``None`` where one had."""
     if (
         record.cycle == 0
         or is_alone(parts, record)
@@ -64,12 +61,35 @@ def without_signal(parts: Parts, record: CycleRecord) -> str | None:
         "there is nothing to learn from"
     )
     failures = told_failures(record.failure_shares, record.failure_messages)
-    if sum(record.failure_shares.values()) < ALL:
-        return text
-    text = "; ".join([text, *failures])
-    if parts.config.budget.on_no_signal == "stop":
-        raise TrainingError(f'{text}. on_no_signal="warn" goes on all the same')
-    return text
+    return "; ".join([text, *failures]) if _all_failed(record) else text
+
+
+def with_end(parts: Parts, record: CycleRecord) -> CycleRecord:
+    """A cycle's record that says so where nothing was left to learn from and the run ends there."""
+    reason = without_signal(parts, record)
+    if record.ended or reason is None or parts.config.budget.on_no_signal == "warn":
+        return record
+    return replace(record, decided=f"{reason}; the run ends", ended=True)
+
+
+def has_ended(parts: Parts, record: CycleRecord) -> bool:
+    """Whether a run has ended of itself: nothing is left to gain, and it is not to go on then."""
+    return record.ended and parts.config.budget.on_no_signal == "stop"
+
+
+def check_not_all_failed(parts: Parts, record: CycleRecord) -> None:
+    """Stop where none of a cycle's rollouts succeeded, and the run is to stop then.
+
+    Raises:
+        TrainingError: So it is.
+    """
+    reason = without_signal(parts, record)
+    if reason and _all_failed(record) and parts.config.budget.on_no_signal == "stop":
+        raise TrainingError(f'{reason}. on_no_signal="warn" goes on all the same')
+
+
+def _all_failed(record: CycleRecord) -> bool:
+    return sum(record.failure_shares.values()) >= ALL
 
 
 def _learns_from_rewards(parts: Parts) -> bool:
@@ -101,6 +121,21 @@ def counts_spent(parts: Parts, rollouts: int, env_steps: int) -> str | None:
     return None
 
 
+def check_limits(parts: Parts) -> None:
+    """Stop after the first validation where the one limit that there is counts nothing.
+
+    Raises:
+        ConfigError: The limit is of environment steps, and the program has taken no turn in one.
+    """
+    given = [name for name in LIMITS if getattr(parts.budget, name) is not None]
+    if given == ["max_env_steps"] and not parts.runner.turns.turns:
+        raise ConfigError(
+            "max_env_steps is the only limit, and would never be reached: in the first validation "
+            "the program took no turn in an environment (fst_dspy.env). Give max_rollouts, "
+            "max_cycles or max_seconds, alone or besides"
+        )
+
+
 def time_spent(parts: Parts, state: LoopState) -> str | None:
     """``"620 of 600 s"`` where time is up on this process's clock."""
     asked, seconds = parts.budget.max_seconds, sum(state.seconds.values())
@@ -114,7 +149,7 @@ def recorded_spent(parts: Parts, record: CycleRecord) -> str | None:
 
 def share_of(parts: Parts, state: LoopState) -> Share:
     """Who has the rollouts of the cycle under way."""
-    if state.share is not None:
+    if state.share is not None and state.share.name:  # else it had ended, and goes on all the same
         return state.share
     opening = parts.has_opening and state.cycle == 0  # or a run of before there were turns
     return Share(parts.fast_on, parts.learner is not None and not opening)

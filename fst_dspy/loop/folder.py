@@ -17,7 +17,7 @@ from torch import Tensor
 from fst_dspy import distributed
 from fst_dspy.errors import StoreError
 from fst_dspy.fast.judge import Verdict
-from fst_dspy.files import read_json, reading, write_through, writing_to
+from fst_dspy.files import reading, write_through, writing_to
 from fst_dspy.loop.learner import Learner
 from fst_dspy.loop.state import LoopState, state_from_json, state_to_json
 from fst_dspy.model.hardware import free_memory
@@ -101,8 +101,8 @@ class RunFolder:
 
     def begin(self, identity: Mapping[str, Any]) -> None:
         """Claim the folder for this run, or recognise it as this run's own."""
-        count, config = distributed.processes(), self.path / "config.json"
-        before = read_json(config).get("processes", 1) if config.exists() else count
+        count, begun = distributed.processes(), (self.path / "config.json").exists()
+        before = self.store.config().get("processes", 1) if begun else count
         if before != count:
             raise StoreError(
                 f"the run in {self.path} was begun with {before} processes, not {count}, which "

@@ -22,14 +22,18 @@ from fst_dspy.errors import TrainingError
 from fst_dspy.fast.population import mean
 from fst_dspy.loop.cold_start import warmed_up
 from fst_dspy.loop.ending import (
+    check_limits,
+    check_not_all_failed,
     counts_spent,
     cycles_spent,
+    has_ended,
     iterations_of,
     recorded_spent,
     share_of,
     shared_out,
     time_spent,
     troubles,
+    with_end,
     without_signal,
 )
 from fst_dspy.loop.interrupt import Interrupt
@@ -202,11 +206,12 @@ class Run:
         self._tell(cycle, "validation")
         found = came = score(parts, state)
         if first:  # where it shows nothing to learn from, give it something
+            check_limits(parts)
             state, found = warmed_up(parts, state, came)
         seconds = _add_seconds(state.seconds, "eval", started)
         parts.fast.validated(found.population, parts.val_ids, found.score_V)
         state, decision = shared_out(parts, state, found)
-        record = cycle_record(parts, state, cycle, found, seconds, decision)
+        record = with_end(parts, cycle_record(parts, state, cycle, found, seconds, decision))
         # Processes that no longer agree would only be noticed by their results.
         facts = (record.weights_version, record.val_scores, record.candidate_ids)
         distributed.check_same("weights and population", facts)
@@ -263,20 +268,19 @@ class Run:
         parts = self.parts
         if state.phase != "fast":
             return False
-        if state.records[-1].ended:
+        last = state.records[-1]
+        if cycles_spent(parts, state) or recorded_spent(parts, last):
             return True
-        if cycles_spent(parts, state) or recorded_spent(parts, state.records[-1]):
-            return True
-        stopped = state.records[-1].proposals.get("stopped")
+        stopped = last.proposals.get("stopped")
         if stopped and parts.spec.strategies.stop_callbacks:
             logger.info("the run ends: %s", stopped)
             return True
         # On a resume as well: it is a matter of the last record.
-        reason = without_signal(self.parts, state.records[-1])
-        if reason is not None:
+        check_not_all_failed(parts, last)
+        if reason := without_signal(parts, last):
             logger.warning("%s", reason)
-            if parts.budget.on_no_signal == "stop":
-                return True
+        if has_ended(parts, last):
+            return True
         return distributed.any_process(time_spent(parts, state) is not None)  # clocks differ
 
     def _stop_if_diverged(self, state: LoopState) -> None:
@@ -346,8 +350,9 @@ class Run:
             return
         last = state.records[-1]
         spent = cycles_spent(self.parts, state) or recorded_spent(self.parts, last)
-        if last.ended:
-            tell(self.parts.progress, f"this run had ended: {last.decided}")
+        if has_ended(self.parts, last):
+            words = f"this run had ended: {last.decided}"
+            tell(self.parts.progress, f'{words}; on_no_signal="warn" lets it go on')
         elif spent:
             words = f"this run had ended, after {spent}; a higher limit lets it go on"
             tell(self.parts.progress, words)

@@ -107,9 +107,7 @@ class RunStore:
                 f"the run in {self.folder} has ended and its checkpoints were deleted, so that it "
                 "cannot go on; choose another folder"
             )
-        found = read_json(path)
-        if not isinstance(found, dict):
-            raise StoreError(f"{path} is damaged: it holds no object; choose another folder")
+        found = self.config()
         changed = differences(found, wanted)
         if not changed:
             if found.get("metric") not in (None, wanted.get("metric")):
@@ -122,6 +120,18 @@ class RunStore:
                 self.write_json("config.json", {**found, **wanted})
         if changed:
             raise another_run(self.folder, changed)
+
+    def config(self) -> dict[str, Any]:
+        """What ``config.json`` says, which must be there.
+
+        Raises:
+            StoreError: It cannot be read, or is damaged.
+        """
+        path = self.folder / "config.json"
+        found = read_json(path)
+        if not isinstance(found, dict):
+            raise StoreError(f"{path} is damaged: it holds no object; choose another folder")
+        return found
 
     def write_json(self, name: str, value: Any) -> None:
         """Write a JSON file in the folder, atomically."""

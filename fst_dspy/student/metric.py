@@ -21,12 +21,11 @@ from typing import Any
 
 import dspy
 
+from fst_dspy.config import MAX_SCORE
 from fst_dspy.errors import MetricError
 
 ARITIES = (5, 3, 2)
 """Numbers of arguments that a metric may take, the first one it accepts is used."""
-MAX_SCORE = 1e6
-"""Scores beyond this magnitude are taken for a mistake in the metric."""
 
 
 @dataclass(frozen=True)

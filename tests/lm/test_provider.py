@@ -355,6 +355,7 @@ def test_adapters_are_trained_on_and_other_ones_refused(lm):
         ({"temperature": 0.5}, "temperature=0.5"),
         ({"num_generations": 1}, "num_rollouts_per_grpo_step"),
         ({"lr_scheduler_type": "linear"}, "max_steps"),
+        ({"lr_scheduler_type": "greedy"}, "lr_scheduler_type must be 'constant'"),
         ({"lora": "yes"}, "lora must be"),
     ],
 )
@@ -504,6 +505,7 @@ def test_conversations_too_long_are_left_out(lm, caplog):
         ({"epochs": 8}, "unknown setting 'epochs'"),
         ({"num_train_epochs": 0}, "num_train_epochs must be positive"),
         ({"learning_rate": float("nan")}, "learning_rate must be positive and finite"),
+        ({"lr_scheduler_type": "greedy"}, "lr_scheduler_type must be one of 'constant'"),
         ({"per_device_train_batch_size": "8"}, "at least 1"),
         ({"lora": 3}, "lora must be"),
     ],

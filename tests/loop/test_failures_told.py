@@ -9,7 +9,9 @@ import pytest
 from helpers import Echo, RawAdapter, questions, vowels
 
 from fst_dspy import FST, LocalLM
-from fst_dspy.errors import MetricError, ProgramError, TrainingError
+from fst_dspy.errors import ConfigError, MetricError, ProgramError, TrainingError
+from fst_dspy.loop import ending
+from fst_dspy.loop.share import Decision, Share
 from fst_dspy.rollouts.health import Tally, check_first_rollouts, told_failures
 from fst_dspy.types import Failure, Rollout
 
@@ -23,6 +25,8 @@ SETTINGS = dict(
     val_size=4,
     first_cycle_iterations=1,
 )
+
+BOTH = Share(True, True)
 
 
 def compiled(model, metric=vowels, adapter=None, program=None, **settings):
@@ -97,6 +101,33 @@ def test_rewards_that_are_all_the_same_end_the_run_well(tiny_qwen3, caplog):
         result = compiled(tiny_qwen3, flat)
     assert result.records[-1].cycle == 2, "the opening, and one full cycle"
     assert "every rollout of cycle 2 had the reward 0.5" in caplog.text
+    assert result.stopped.startswith("every rollout of cycle 2 had the reward 0.5")
+    assert result.records[-1].ended
+
+
+def test_a_run_that_has_ended_of_itself_goes_on_when_told_to(
+    tiny_qwen3, tmp_path, caplog, monkeypatch
+):
+    def decide(history, now, **_):
+        return Decision(Share(False, False), "enough") if len(history) == 3 else Decision(BOTH)
+
+    monkeypatch.setattr(ending, "next_share", decide)
+    settings = {"log_dir": tmp_path, "val_size": 2, "problems_per_step": 1, "steps_per_cycle": 1}
+    ended = compiled(tiny_qwen3, **settings)
+    assert ended.stopped == "enough" and len(ended.records) == 3
+    with caplog.at_level(logging.WARNING):
+        assert compiled(tiny_qwen3, **settings).records == ended.records
+    assert 'this run had ended: enough; on_no_signal="warn" lets it go on' in caplog.text
+    further = compiled(tiny_qwen3, on_no_signal="warn", **settings)
+    assert [record.share for record in further.records[1:]] == ["both"] * 3
+    assert further.records[:3] == ended.records and further.stopped is None
+    assert further.records[-1].rollouts.slow == 4
+
+
+def test_a_limit_that_counts_nothing_is_refused(tiny_qwen3):
+    with pytest.raises(ConfigError, match="max_env_steps is the only limit, and would never be"):
+        compiled(tiny_qwen3, max_cycles=None, max_env_steps=100)
+    compiled(tiny_qwen3, max_cycles=None, max_env_steps=100, max_rollouts=1)
 
 
 @pytest.mark.parametrize("arm", ["fst", "gepa_only", "rl_only"])

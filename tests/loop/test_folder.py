@@ -123,3 +123,10 @@ def test_a_checkpoint_that_could_not_be_written_is_told(run_folder, policy, trai
     time.sleep(0.01)
     with pytest.raises(StoreError, match="No space left"):
         run_folder.checkpoint(state_of(policy), trainer, policy)
+
+
+@pytest.mark.parametrize("text", ["null", "[]", '"x"'])
+def test_a_config_that_holds_no_object_is_damaged(run_folder, text):
+    (run_folder.path / "config.json").write_text(text)
+    with pytest.raises(StoreError, match=r"config\.json is damaged: it holds no object"):
+        run_folder.begin({"seed": 0})
