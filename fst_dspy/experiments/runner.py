@@ -28,9 +28,9 @@ from fst_dspy.display import Terminal, as_text
 from fst_dspy.errors import StoreError
 from fst_dspy.experiments.jobs import LOG, OUTCOME, Job, read_job, write_job, write_json
 from fst_dspy.files import read_json, read_jsonl
-from fst_dspy.run.store import environment
+from fst_dspy.run.store import delete_checkpoints, environment
 
-INDEX = "index.json"
+INDEX, CYCLES = "index.json", "cycles.jsonl"
 SCHEMA_VERSION = 1
 POLL_SECONDS = 0.5
 
@@ -193,6 +193,8 @@ def run_jobs(
     for job in jobs:
         done = store.is_done(job.name)
         store.update(job.name, state="done" if done else "waiting", error=None)
+        if done:
+            _clear(store.folder / job.name)  # which a runner that was killed did not get to
     bar = Progress(
         TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=24),
@@ -232,11 +234,22 @@ def run_jobs(
 def rollouts_so_far(folder: Path) -> int:
     """Rollouts that a job has run by its last cycle, over all stages."""
     total = 0
-    for path in (*folder.glob("*/cycles.jsonl"), *folder.glob("stages/*/cycles.jsonl")):
-        rows = list(read_jsonl(path))
+    for stage in _stages(folder):
+        rows = list(read_jsonl(stage / CYCLES))
         counts = rows[-1]["total_rollouts"] if rows else {}
         total += sum(counts.get(channel, 0) for channel in ("fast", "slow", "eval"))
     return total
+
+
+def _stages(folder: Path) -> list[Path]:
+    """The run folders of a job, or of a stream of them."""
+    return [path.parent for at in ("*", "stages/*") for path in folder.glob(f"{at}/{CYCLES}")]
+
+
+def _clear(folder: Path) -> None:
+    """Delete what only a job that has not ended needs."""
+    for stage in _stages(folder):
+        delete_checkpoints(stage)
 
 
 def revision() -> str:
@@ -278,6 +291,7 @@ def _ended(store: ExperimentStore, name: str, one: _Running) -> Text:
     seconds = store.status[name].seconds + time.monotonic() - one.started
     if store.is_done(name):
         store.update(name, state="done", seconds=seconds)
+        _clear(store.folder / name)
         return as_text(f"{name}: done in {seconds:.0f} s")
     if code == 130:
         store.update(name, state="waiting", seconds=seconds)

@@ -22,7 +22,6 @@ from fst_dspy.experiments.stages import Within, load_job_task
 from fst_dspy.experiments.streams import StreamOutcome, StreamStage, write_stream
 from fst_dspy.experiments.worker import adapter_of
 from fst_dspy.lm.local_lm import LocalLM
-from fst_dspy.run.store import delete_checkpoints
 
 
 def run_stream(folder: Path) -> StreamOutcome:
@@ -41,8 +40,6 @@ def run_stream(folder: Path) -> StreamOutcome:
             learner.learn(tasks[program])
         outcome = _tested(folder, learner, job.samples)
         write_stream(folder, outcome)
-        for stage in outcome.stages:
-            delete_checkpoints(folder / stage.folder)
     return outcome
 
 

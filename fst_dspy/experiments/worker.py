@@ -26,7 +26,6 @@ from fst_dspy.model.divergence import kl_to_base, spread_calls, token_entropy
 from fst_dspy.results.result import FSTResult
 from fst_dspy.rollouts.evaluate import evaluate
 from fst_dspy.rollouts.runner import RolloutRunner
-from fst_dspy.run.store import delete_checkpoints
 from fst_dspy.student.candidate import seed_candidate
 from fst_dspy.tasks import load_task
 from fst_dspy.types import Candidate, Rollout, RolloutCounts, Task
@@ -50,8 +49,6 @@ def run_job(folder: Path) -> Outcome:
         results = compile_stages(folder, job, task)
         outcome = measure(job, task, others, results)
         write_outcome(folder, outcome)
-        for stage in outcome.stages:
-            delete_checkpoints(folder / stage)
     return outcome
 
 
