@@ -71,7 +71,8 @@ def tune_rl(
     """
 
     def ended(study: optuna.Study, trial: optuna.trial.FrozenTrial) -> None:
-        delete_checkpoints(Path(trial.user_attrs["folder"]))  # nobody goes on with it
+        if trial.state is not TrialState.FAIL:  # which may be tried again, in the same folder
+            delete_checkpoints(Path(trial.user_attrs["folder"]))
         if on_trial is not None:
             on_trial(study, trial)
 

@@ -77,14 +77,16 @@ def has_ended(parts: Parts, record: CycleRecord) -> bool:
     return record.ended and parts.config.budget.on_no_signal == "stop"
 
 
-def check_not_all_failed(parts: Parts, record: CycleRecord) -> None:
+def check_not_all_failed(parts: Parts, record: CycleRecord, reason: str) -> None:
     """Stop where none of a cycle's rollouts succeeded, and the run is to stop then.
+
+    Args:
+        reason: As ``without_signal`` gives it.
 
     Raises:
         TrainingError: So it is.
     """
-    reason = without_signal(parts, record)
-    if reason and _all_failed(record) and parts.config.budget.on_no_signal == "stop":
+    if _all_failed(record) and parts.config.budget.on_no_signal == "stop":
         raise TrainingError(f'{reason}. on_no_signal="warn" goes on all the same')
 
 

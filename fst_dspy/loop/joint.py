@@ -268,7 +268,7 @@ class Run:
         parts = self.parts
         if state.phase != "fast":
             return False
-        last = state.records[-1]
+        last = with_end(parts, state.records[-1])  # of a run of before, which did not say so
         if cycles_spent(parts, state) or recorded_spent(parts, last):
             return True
         stopped = last.proposals.get("stopped")
@@ -276,8 +276,8 @@ class Run:
             logger.info("the run ends: %s", stopped)
             return True
         # On a resume as well: it is a matter of the last record.
-        check_not_all_failed(parts, last)
         if reason := without_signal(parts, last):
+            check_not_all_failed(parts, last, reason)
             logger.warning("%s", reason)
         if has_ended(parts, last):
             return True
@@ -348,7 +348,7 @@ class Run:
         """Say of a run that had ended before why nothing happens, and how it is extended."""
         if not state.records or state.phase != "fast":
             return
-        last = state.records[-1]
+        last = with_end(self.parts, state.records[-1])
         spent = cycles_spent(self.parts, state) or recorded_spent(self.parts, last)
         if has_ended(self.parts, last):
             words = f"this run had ended: {last.decided}"
