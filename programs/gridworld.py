@@ -80,16 +80,17 @@ def room(rule: dict[str, str], kind: str, seed: int) -> Any:
             self.grid.wall_rect(0, 0, width, height)
             self.mission = text
             if kind == "unlock":
-                self.put_obj(
-                    HouseDoor(colour, is_locked=True), width - 1, rng.randint(1, height - 2)
-                )
+                row = rng.randint(1, height - 2)
+                self.put_obj(HouseDoor(colour, is_locked=True), width - 1, row)
                 wrong = rng.choice([c for c in COLOURS if c != rule[colour]])
                 things: list[Any] = [Key(rule[colour]), Key(wrong)]
+                doorway = (width - 2, row)  # the other key there would bar the way for good
             else:
                 things = [Ball(colour), Ball(other)]
+                doorway = None
             rng.shuffle(things)
             for thing in things:
-                self.place_obj(thing, max_tries=100)
+                self.place_obj(thing, reject_fn=lambda _, at: at == doorway, max_tries=100)
             self.place_agent()
             while self.grid.get(*self.front_pos) in things:  # there would be nothing to do
                 self.place_agent()
@@ -185,9 +186,13 @@ def load(
     val: int = 48,
     test: int = 100,
     kind: str = "unlock",
-    max_turns: int = 24,
+    max_turns: int = 14,
 ) -> Task:
     """The task: rooms by their seeds, no two sets with one in common.
+
+    ``max_turns`` leaves little for detours: the shortest way takes 9 turns on average, and more
+    ``max_turns`` leaves little for detours: the shortest way takes 10 turns on average, and more
+    than 14 in four rooms of a hundred.
 
     Raises:
         DataError: ``kind`` is none of ``unlock``, ``goto`` and ``pickup``.
