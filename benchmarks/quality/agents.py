@@ -29,7 +29,7 @@ from fst_dspy.experiments import ExperimentStore, Plan, Run, load_runs, run_jobs
 from fst_dspy.experiments.findings.tables import Table, interval_text
 from fst_dspy.experiments.runs import by_label, scores_by_seed
 from fst_dspy.files import write_atomically
-from fst_dspy.measures import mean_interval, paired_difference
+from fst_dspy.measures import area_under_curve, mean_interval, paired_difference
 from fst_dspy.results.notebook_figure import NotebookFigure
 
 EMBEDDED = "embedded"
@@ -62,6 +62,8 @@ HEADS = (
     "success before",
     "success after",
     "fst minus it",
+    "area",
+    "fst minus it: area",
     "turns",
     "invalid",
     "steps",
@@ -71,7 +73,8 @@ HEADS = (
 NOTE = (
     "Success: mean reward of held-out episodes, each played twice, of the model and prompt as they "
     "came (played once) and of the best pair, with 95 % intervals over seeds. fst minus it: paired "
-    "by seed. Turns and invalid: of an episode, and the share whose action was none, in the last "
+    "by seed. Area: mean over the steps that a job may take of the best validation score so far. "
+    "Turns and invalid: of an episode, and the share whose action was none, in the last "
     "cycle. Steps: calls of environments, of all channels; episodes likewise. Seconds: without the "
     "test. dspy.GRPO counts its training's episodes only, and as steps their calls of the model."
 )
@@ -125,14 +128,12 @@ def table(found: Mapping[str, Sequence[Run]], others: Sequence[Mapping[str, Any]
     for program, runs in found.items():
         groups = by_label(runs)
         ours = scores_by_seed(groups.get("fst", ()))
+        our_areas = areas_by_steps(groups.get("fst", ()))
         for label, group in groups.items():
-            scores = scores_by_seed(group)
+            scores, areas = scores_by_seed(group), areas_by_steps(group)
             last = [one.records[-1].turns for one in group]
             first = [one.records[-2].turns if len(one.records) > 1 else None for one in group]
             turns, episodes, invalid = _last_cycle(group, last, first)
-            against = "—" if label == "fst" or len(ours.keys() & scores.keys()) < 2 else (
-                interval_text(paired_difference(ours, scores).difference)
-            )  # fmt: skip
             rows.append(
                 (
                     program,
@@ -140,7 +141,9 @@ def table(found: Mapping[str, Sequence[Run]], others: Sequence[Mapping[str, Any]
                     str(len(group)),
                     interval_text(mean_interval([one.quadrant("base_original") for one in group])),
                     interval_text(mean_interval(list(scores.values()))),
-                    against,
+                    _beyond(label, ours, scores),
+                    interval_text(mean_interval(list(areas.values()))),
+                    _beyond(label, our_areas, areas),
                     f"{turns / episodes:.1f}" if episodes else "—",
                     f"{invalid / turns:.3f}" if turns else "—",
                     f"{fmean(one.steps for one in last):.0f}",
@@ -150,6 +153,26 @@ def table(found: Mapping[str, Sequence[Run]], others: Sequence[Mapping[str, Any]
             )
         rows += _grpo_rows(program, others)
     return Table("Agents on equal environment steps", HEADS, tuple(rows), NOTE)
+
+
+def areas_by_steps(runs: Sequence[Run]) -> dict[int, float]:
+    """The mean validation score, best so far, over the environment steps of a job; by seed."""
+    return {
+        run.job.seed: area_under_curve(
+            [record.turns.steps for record in run.records],
+            [record.val_score for record in run.records],
+            run.job.settings["max_env_steps"],
+            running_best=True,
+        )
+        for run in runs
+    }
+
+
+def _beyond(label: str, ours: Mapping[int, float], others: Mapping[int, float]) -> str:
+    """How far ``fst`` is above an arm, paired by seed."""
+    if label == "fst" or len(ours.keys() & others.keys()) < 2:
+        return "—"
+    return interval_text(paired_difference(ours, others).difference)
 
 
 def _last_cycle(group: Sequence[Run], last: Sequence[Any], first: Sequence[Any]) -> tuple[int, ...]:
@@ -170,7 +193,7 @@ def _grpo_rows(program: str, others: Sequence[Mapping[str, Any]]) -> list[tuple[
     after = mean_interval([one["test"] / 100 for one in own])
     calls = fmean(sum(step["calls"] for step in one["steps"]) for one in own)
     episodes, seconds = (fmean(one[key] for one in own) for key in ("rollouts", "seconds"))
-    cells = ("—", "—", "—", f"{calls:.0f}", f"{episodes:.0f}", f"{seconds:.0f}")
+    cells = ("—",) * 5 + (f"{calls:.0f}", f"{episodes:.0f}", f"{seconds:.0f}")
     texts = (interval_text(before), interval_text(after))
     return [(program, "dspy.GRPO", str(len(own)), *texts, *cells)]
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import math
+import sys
 import time
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
@@ -17,6 +19,8 @@ from fst_dspy.rollouts.health import told_failures
 from fst_dspy.types import CycleRecord, RolloutCounts, TurnCounts
 
 logger = logging.getLogger(__name__)
+PHASE_SECONDS = 15.0
+"""Between lines of a log, where nothing but phases has ended."""
 
 
 class StopRun(Exception):
@@ -66,10 +70,33 @@ class SilentProgress:
 
 
 class LogProgress(SilentProgress):
-    """A log line a cycle, on level INFO; what went wrong the loop logs by itself, as warnings."""
+    """A log line a cycle, on level INFO; what went wrong the loop logs by itself, as warnings.
+
+    Where cycles take long, the phases are told as well, one in ``PHASE_SECONDS`` at most. Where
+    logging was not set up, the lines go to standard error, so that a run into a file is not mute.
+    """
+
+    def __init__(self) -> None:
+        self._pace = _Pace(BudgetConfig(max_cycles=1))
+        self._told = -math.inf
+
+    def begin(self, budget: BudgetConfig) -> None:
+        self._pace = _Pace(budget)
+
+    def phase(self, cycle: int, name: str, counts: RolloutCounts) -> None:
+        now = self._pace.at(cycle, counts)
+        if time.monotonic() - self._told >= PHASE_SECONDS:
+            self._write(now.line(cycle, name))
 
     def cycle_done(self, record: CycleRecord) -> None:
-        logger.info("%s", cycle_line(record))
+        self._write(cycle_line(record))
+
+    def _write(self, line: str) -> None:
+        self._told = time.monotonic()
+        if logger.hasHandlers():
+            logger.info("%s", line)
+        else:
+            print(line, file=sys.stderr, flush=True)
 
     def say(self, text: str) -> None:
         logger.warning("%s", text)
@@ -151,8 +178,7 @@ class NotebookProgress:
 
     def phase(self, cycle: int, name: str, counts: RolloutCounts) -> None:
         now = self._pace.at(cycle, counts)
-        parts = (f"cycle {cycle:>3}  {name}", f"{now.share:.0%}", now.rate, now.left)
-        self._show("  ·  ".join(part for part in parts if part))
+        self._show(now.line(cycle, name))
 
     def cycle_done(self, record: CycleRecord) -> None:
         self.say(cycle_line(record))
@@ -184,6 +210,11 @@ class _Now:
     share: float
     rate: str
     left: str
+
+    def line(self, cycle: int, phase: str) -> str:
+        """All of it in one line."""
+        parts = (f"cycle {cycle:>3}  {phase}", f"{self.share:.0%}", self.rate, self.left)
+        return "  ·  ".join(part for part in parts if part)
 
 
 class _Pace:
