@@ -14,6 +14,7 @@ from fst_dspy.loop.parts import Parts
 from fst_dspy.loop.share import KEPT, Decision, Evidence, Share, next_share
 from fst_dspy.loop.state import LoopState
 from fst_dspy.loop.validation import Validation, is_scored
+from fst_dspy.plan.plan import Plan
 from fst_dspy.rollouts.health import told_failures
 from fst_dspy.types import CycleRecord
 
@@ -121,6 +122,18 @@ def counts_spent(parts: Parts, rollouts: int, env_steps: int) -> str | None:
     if budget.max_env_steps is not None and env_steps >= budget.max_env_steps:
         return f"{env_steps:,} of {budget.max_env_steps:,} environment steps"
     return None
+
+
+def measured_plan(parts: Parts, state: LoopState) -> Plan:
+    """The plan with what the first validation has shown: how long rollouts and episodes are."""
+    rollouts, steps = state.counts.total, parts.runner.turns.steps
+    budget, allowed = parts.budget, None
+    if budget.max_env_steps is not None and steps:
+        allowed = max(rollouts, budget.max_env_steps * rollouts // steps)
+        if budget.max_rollouts is not None or budget.max_cycles is not None:
+            allowed = min(allowed, parts.plan.rollouts)
+    seconds, tokens = state.seconds.get("eval", 0.0), sum(parts.runner.tokens.values())
+    return parts.plan.measured(seconds, rollouts, tokens=tokens, allowed=allowed)
 
 
 def check_limits(parts: Parts) -> None:

@@ -28,6 +28,7 @@ from fst_dspy.loop.ending import (
     cycles_spent,
     has_ended,
     iterations_of,
+    measured_plan,
     recorded_spent,
     share_of,
     shared_out,
@@ -79,8 +80,7 @@ class Run:
                 # sight of a program or metric that fails.
                 if not state.records:
                     state = self._validate(state)
-                    taken = state.seconds.get("eval", 0.0)
-                    self._tell_plan(parts.plan.measured(taken, state.counts.total))
+                    self._tell_plan(measured_plan(parts, state))
                 stopped = self._tell_cycle(state)
                 while not (stopped or self._finished(state)):
                     # Prompts first: RL under a prompt that gives no reward damages the model.

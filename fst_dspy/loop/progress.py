@@ -89,6 +89,7 @@ class LogProgress(SilentProgress):
             self._write(now.line(cycle, name))
 
     def cycle_done(self, record: CycleRecord) -> None:
+        self._pace.acted(record)
         self._write(cycle_line(record))
 
     def _write(self, line: str) -> None:
@@ -149,6 +150,7 @@ class RichProgress:
             )
 
     def cycle_done(self, record: CycleRecord) -> None:
+        self._pace.acted(record)
         self.say(cycle_line(record))
 
     def end(self) -> None:
@@ -181,6 +183,7 @@ class NotebookProgress:
         self._show(now.line(cycle, name))
 
     def cycle_done(self, record: CycleRecord) -> None:
+        self._pace.acted(record)
         self.say(cycle_line(record))
 
     def end(self) -> None:
@@ -224,6 +227,11 @@ class _Pace:
         self.budget = budget
         self._started = time.monotonic()
         self._rollouts_before: int | None = None
+        self._env_steps = 0.0  # of a rollout
+
+    def acted(self, record: CycleRecord) -> None:
+        """A cycle has shown how many environment steps a rollout takes."""
+        self._env_steps = record.turns.steps / max(1, record.total_rollouts.total)
 
     def at(self, cycle: int, counts: RolloutCounts) -> _Now:
         """Where the run is at the start of a phase of ``cycle``."""
@@ -242,6 +250,8 @@ class _Pace:
             shares.append(max(0, cycle - 1) / budget.max_cycles)
         if budget.max_rollouts is not None:
             shares.append(counts.total / budget.max_rollouts)
+        if budget.max_env_steps is not None:
+            shares.append(counts.total * self._env_steps / budget.max_env_steps)
         if budget.max_seconds is not None:
             shares.append((time.monotonic() - self._started) / budget.max_seconds)
         return min(1.0, max(shares))

@@ -42,6 +42,8 @@ EFFICIENCY = 0.4
 """Of the speed of bare matrix products, that a whole model reaches."""
 TRIED_ROWS = 256
 TRIED_SECONDS, TRIED_TIMES = 0.03, 5
+SAMPLING = 1 / 4
+"""Of a step's multiplications, those of sampling: forward, against forward again and back."""
 GIB = 2**30
 
 
@@ -54,6 +56,7 @@ class Plan:
         parameters, trainable: Of the model, and those that are trained.
         adapters: Rank of the adapters that are trained; ``None`` where all weights are.
         learning_rate: Peak learning rate.
+        calls: Model calls of a rollout; of an agent, of a turn.
         prompt_tokens, max_tokens: Of a call: its prompt's mean length, its longest answer.
         prompts_counted: Whether a tokenizer counted; else it is an estimate.
         micro_batch_tokens: Of a forward and backward pass.
@@ -74,6 +77,7 @@ class Plan:
     trainable: int
     adapters: int | None
     learning_rate: float
+    calls: int
     prompt_tokens: int
     max_tokens: int
     prompts_counted: bool
@@ -94,26 +98,36 @@ class Plan:
         """Plain values, for JSON."""
         return asdict(self)
 
-    def measured(self, seconds: float, rollouts: int) -> Plan:
+    def measured(
+        self, seconds: float, rollouts: int, *, tokens: int = 0, allowed: int | None = None
+    ) -> Plan:
         """The plan with times by what some rollouts, a validation's say, have taken.
 
-        An optimizer step reads each rollout's tokens again and goes back through them, which is
-        taken to be as slower as in the estimate.
+        An optimizer step reads each rollout's tokens again and goes back through them, which takes
+        what was estimated for as many tokens.
+
+        Args:
+            seconds: That they took.
+            rollouts: How many there were.
+            tokens: Of all their prompts and answers; 0 where that is not known.
+            allowed: Rollouts that a limit in another unit, environment steps, leaves the run.
         """
-        per_rollout = seconds / max(1, rollouts)
-        estimated = self.seconds_per_step / max(1, self.rollouts_per_step)
-        factor = per_rollout / (estimated * self._sampling_share) if estimated else 1.0
+        sampled, batch = seconds / max(1, rollouts), self.rollouts_per_step
+        planned = self.calls * (self.prompt_tokens + self.max_tokens)
+        longer = tokens / max(1, rollouts) / max(1, planned) if tokens else 1.0
+        learned = self.seconds_per_step / max(1, batch) * (1 - SAMPLING) * longer
+        total = self.rollouts if allowed is None else allowed
+        steps = self.steps
+        if steps and total != self.rollouts:
+            steps = max(1, round(steps * total / self.rollouts))
         return replace(
             self,
-            seconds_per_step=self.seconds_per_step * factor,
-            seconds=self.seconds * factor,
+            rollouts=total,
+            steps=steps,
+            seconds_per_step=batch * (sampled + learned),
+            seconds=total * sampled + steps * batch * learned,
             timing="measured",
         )
-
-    @property
-    def _sampling_share(self) -> float:
-        """Of a step's multiplications, those of sampling: forward, against forward and back."""
-        return 1 / 4
 
     def time_line(self) -> tuple[str, str]:
         """The line of ``lines`` that tells the time."""
@@ -230,7 +244,7 @@ def make_plan(
     rollouts, steps = _rollouts(config, batch, slow_on)
     flops = flops or measured_flops(text.hidden_size, dtype, device)
     each = prompts.calls * 2 * parameters * length / (flops * EFFICIENCY)
-    step_seconds = batch * each * 4  # sampled, read again, and twice that on the way back
+    step_seconds = batch * each / SAMPLING  # read again, and twice that on the way back
     plan = Plan(
         model=name,
         device=str(device),
@@ -239,6 +253,7 @@ def make_plan(
         trainable=trainable_count(model, lora) if slow_on else 0,
         adapters=lora.rank if lora is not None else None,
         learning_rate=slow.learning_rate or 0.0,
+        calls=prompts.calls,
         prompt_tokens=prompts.tokens,
         max_tokens=new,
         prompts_counted=prompts.counted,
@@ -251,7 +266,7 @@ def make_plan(
         rollouts_per_step=batch,
         rollouts=rollouts,
         seconds_per_step=step_seconds,
-        seconds=rollouts * each + steps * batch * each * 3,
+        seconds=rollouts * each + steps * batch * each * (1 / SAMPLING - 1),
         timing="estimated",
         problems=(),
     )

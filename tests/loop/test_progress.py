@@ -5,10 +5,11 @@ from __future__ import annotations
 import logging
 
 import pytest
+from records import make_cycle
 
 from fst_dspy.config import BudgetConfig
 from fst_dspy.loop import progress
-from fst_dspy.types import RolloutCounts
+from fst_dspy.types import RolloutCounts, TurnCounts
 
 
 @pytest.fixture
@@ -38,3 +39,10 @@ def test_where_logging_is_set_up_it_has_the_lines(heard, caplog, capsys):
         heard.phase(0, "validation", RolloutCounts())
     assert [record.getMessage()[:21] for record in caplog.records] == ["cycle   0  validation"]
     assert capsys.readouterr().err == ""
+
+
+def test_steps_of_environments_count_towards_the_end(heard):
+    heard.begin(BudgetConfig(max_rollouts=1000, max_env_steps=400))
+    record = make_cycle(0, 0.5, RolloutCounts(eval=10), turns=TurnCounts(turns=110, steps=100))
+    heard.cycle_done(record)
+    assert heard._pace.at(1, RolloutCounts(eval=10, slow=10)).share == pytest.approx(0.5)

@@ -151,12 +151,19 @@ def test_measured_times_take_the_place_of_estimates(
 ) -> None:
     machine(monkeypatch, 64)
     plan = planned(qwen)
+    learned = plan.seconds_per_step * 3 / 4  # an estimate still: nothing has been learned so far
     slower = plan.measured(seconds=96.0, rollouts=48)  # two seconds a rollout
     assert slower.timing == "measured"
-    assert slower.seconds_per_step == pytest.approx(64 * 2 * 4)
-    assert slower.seconds / plan.seconds == pytest.approx(
-        slower.seconds_per_step / plan.seconds_per_step
+    assert slower.seconds_per_step == pytest.approx(64 * 2 + learned)
+    assert slower.seconds == pytest.approx(plan.rollouts * 2 + plan.steps * learned)
+    assert (slower.rollouts, slower.steps) == (plan.rollouts, plan.steps)
+    longer = plan.measured(96.0, 48, tokens=48 * 3 * (plan.prompt_tokens + plan.max_tokens))
+    assert longer.seconds_per_step == pytest.approx(64 * 2 + 3 * learned)
+    fewer = plan.measured(96.0, 48, allowed=plan.rollouts // 2)
+    assert fewer.rollouts == plan.rollouts // 2 and fewer.steps == round(
+        plan.steps * fewer.rollouts / plan.rollouts
     )
+    assert fewer.seconds == pytest.approx(fewer.rollouts * 2 + fewer.steps * learned)
 
 
 def test_the_command_prints_json_and_its_exit_code_tells(qwen: Path) -> None:
