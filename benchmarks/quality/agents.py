@@ -5,12 +5,11 @@
     python benchmarks/quality/agents.py --model smollm2 --seeds 1    # another model's
     python benchmarks/quality/agents.py --draw-only
 
-A job is a program, an arm and a seed. Its budget is the program's ``ENV_STEPS``, calls of the
-environment over all channels, training, validation and prompts' trials alike, and ``ROLLOUTS``
-episodes, for a model whose actions are no actions takes no steps. Started again, what has run is
-not run again, and what was stopped goes on. The stores are ``runs/agents/PROGRAM``; the tables and
-the figure go to ``benchmarks/results/agents``; those of another model than the embedded one to
-``MODEL`` below.
+A job is a program, an arm and a seed. Its budget is ``ENV_STEPS`` calls of the environment over all
+channels, training, validation and prompts' trials alike, and ``ROLLOUTS`` episodes, for a model
+whose actions are no actions takes no steps. Started again, what has run is not run again, and what
+was stopped goes on. The stores are ``runs/agents/PROGRAM``; the tables and the figure go to
+``benchmarks/results/agents``; those of another model than the embedded one to ``MODEL`` below.
 ``dspy.GRPO`` on the same programs: ``benchmarks/quality/dspy_grpo.py --programs
 frozen_lake,gridworld``; what it has written is in the table, too.
 """
@@ -38,7 +37,7 @@ STORES = Path("runs/agents")
 RESULTS = Path(__file__).parent.parent / "results" / "agents"
 ARMS = "fst,rl_only,gepa_only,sequential"
 PROGRAMS = ("gridworld", "frozen_lake")
-ENV_STEPS = {"gridworld": 20_000, "frozen_lake": 12_000}
+ENV_STEPS = 12_000
 ROLLOUTS = 3_000
 SETTINGS: Mapping[str, Any] = {
     "max_tokens": 48,
@@ -98,7 +97,7 @@ def make_plan(
     env_steps: int,
     seeds: int,
     settings: Sequence[str],
-    test_size: int = 24,
+    test_size: int = 48,
     model: str = EMBEDDED,
 ) -> Plan:
     """The common footing of a program's jobs."""
@@ -247,9 +246,9 @@ def main(
     seeds: Annotated[int, typer.Option(min=1)] = 5,
     workers: Annotated[int, typer.Option(min=1)] = 2,
     env_steps: Annotated[
-        int | None, typer.Option(min=1, help="Budget of a job, over all channels.")
-    ] = None,
-    test_size: Annotated[int, typer.Option(min=1, help="Episodes, each played twice.")] = 24,
+        int, typer.Option(min=1, help="Budget of a job, over all channels.")
+    ] = ENV_STEPS,
+    test_size: Annotated[int, typer.Option(min=1, help="Episodes, each played twice.")] = 48,
     limit: Annotated[int, typer.Option(min=1, help="Jobs that this call runs at most.")] = 10**6,
     model: Annotated[str, typer.Option(help="A preset, folder or hub id.")] = EMBEDDED,
     setting: Annotated[list[str], typer.Option(help="name=value, for FST.")] = [],  # noqa: B006
@@ -266,8 +265,7 @@ def main(
         name = program.partition(":")[0]
         store = ExperimentStore(stores / name)
         if left and not draw_only:
-            steps = env_steps or ENV_STEPS[name]
-            plan = make_plan(program, steps, seeds, setting, test_size, model)
+            plan = make_plan(program, env_steps, seeds, setting, test_size, model)
             tried, wrong = run(store, plan, arms.split(","), workers, left)
             left -= tried
             failed += wrong
