@@ -3,15 +3,15 @@
     python benchmarks/quality/families.py --workers 2
     python benchmarks/quality/families.py --draw-only
 
-A family has five stores below ``runs/families``: ``FAMILY-rl`` for ``fst`` and tuned ``rl_only``,
-with what they forget; ``FAMILY-untuned`` for ``rl_only`` at the defaults, where tuning chose other
-settings; ``FAMILY-others`` and ``FAMILY-rivals`` for the other arms; and ``FAMILY-long`` for
-``rl_only`` on five times the budget, at the settings that the first store's study found, on three
-of the seeds.
+A family has six stores below ``runs/families``: ``FAMILY-rl`` for ``fst`` and tuned ``rl_only``,
+with what they forget; ``FAMILY-others``, ``FAMILY-rivals`` and ``FAMILY-apart`` for the other arms;
+``FAMILY-untuned`` for ``rl_only`` at the defaults, where tuning chose other settings; and
+``FAMILY-long`` for ``rl_only`` on five times the budget, at the settings that the first store's
+study found, on three of the seeds. All families' first stores come first.
 Started again, what has run is not run again. The tables go to ``benchmarks/results/families``, in
 folders of the same names; beside them the figures, ``against.md``, which sets ``fst`` against every
-other arm family by family, and ``together.md``, which does so over all of them. List programs are
-learned last and get the larger budget.
+other arm family by family, and ``together.md``, which does so over all that have run. List programs
+are learned last and get the larger budget.
 
 Two families are there since they ask for both channels, chosen before any result was seen:
 ``long_policy`` has three times the rules that its instruction may hold, of topics some of which are
@@ -23,6 +23,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 from statistics import fmean
 from typing import Annotated
@@ -46,7 +47,7 @@ from fst_dspy.results.plots import drift_curves, score_curves
 
 STORES = Path("runs/families")
 RESULTS = Path(__file__).parent.parent / "results" / "families"
-HEADLINE = RESULTS.parent / "headline.png"
+HEADLINE = "headline.png"
 NAMES = {"fst": "FST", "gepa_only": "prompts alone", "rl_only": "weights alone (GRPO, tuned)"}
 """The arms of the figure on the first page, and what they are called there."""
 
@@ -78,9 +79,10 @@ MARKED = 40
 """Most points of a curve that are marked one by one."""
 STORES_OF = {
     RL: "fst,rl_only",
-    UNTUNED: "rl_only",
-    "others": "gepa_only,sequential,sequential_reverse,fst_distill",
+    "others": "gepa_only,sequential",
     "rivals": "sequential_10,sequential_25,sequential_75,sdpo,fst_both,fst_blind",
+    UNTUNED: "rl_only",
+    "apart": "sequential_reverse,fst_distill",
     LONG: "rl_only",
 }
 """The arms of each store of a family."""
@@ -104,47 +106,50 @@ def main(
     workers: int = 2,
     tune_rl: Annotated[int, typer.Option(help="Trials that rl_only is tuned by.")] = 20,
     draw_only: bool = False,
+    out: Annotated[Path, typer.Option(help="Where the jobs are kept.")] = STORES,
+    results: Annotated[Path, typer.Option(help="Where the tables go.")] = RESULTS,
 ) -> None:
     """Run what has not run yet, then write the tables and the figure."""
-    found: dict[str, list[Run]] = {}
-    for family in families.split(","):
-        own, found[family] = FAMILIES[family], []
-        for kind in stores.split(","):
-            out, results = STORES / f"{family}-{kind}", RESULTS / f"{family}-{kind}"
-            if draw_only and not out.exists():
-                continue
-            if kind == UNTUNED and not tuned(family):
-                continue
-            run = partial(
-                compare,
-                own.program,
-                STORES_OF[kind],
-                seeds=min(seeds, LONG_SEEDS) if kind == LONG else seeds,
-                rollouts=own.rollouts * (LONGER if kind == LONG else 1),
-                workers=workers,
-                tune_rl=tune_rl if kind == RL else 0,
-                settings=[*SETTINGS, *own.settings, *(tuned(family) if kind == LONG else [])],
-                forget_on=(
-                    [name for name in ORDINARY if name != own.program.partition(":")[0]]
-                    if kind in (RL, UNTUNED)
-                    else None
-                ),
-            )
-            runs = runs_of(run, out, results, draw_only)
-            if kind in LABELS:
-                runs = [replace(one, job=replace(one.job, label=LABELS[kind])) for one in runs]
-            found[family] += runs
-    if families == ",".join(FAMILIES) and all(found.values()):
-        draw(found).savefig(RESULTS / "families.png", dpi=130)
-        (RESULTS / "against.md").write_text(against(found).markdown())
+    found: dict[str, list[Run]] = {family: [] for family in families.split(",")}
+    for kind, family in product(stores.split(","), found):
+        own, store = FAMILIES[family], out / f"{family}-{kind}"
+        if draw_only and not store.exists():
+            continue
+        chosen = tuned(out / f"{family}-{RL}") if kind in (UNTUNED, LONG) else []
+        if kind == UNTUNED and not chosen:
+            continue
+        run = partial(
+            compare,
+            own.program,
+            STORES_OF[kind],
+            seeds=min(seeds, LONG_SEEDS) if kind == LONG else seeds,
+            rollouts=own.rollouts * (LONGER if kind == LONG else 1),
+            workers=workers,
+            tune_rl=tune_rl if kind == RL else 0,
+            settings=[*SETTINGS, *own.settings, *(chosen if kind == LONG else [])],
+            forget_on=(
+                [name for name in ORDINARY if name != own.program.partition(":")[0]]
+                if kind in (RL, UNTUNED)
+                else None
+            ),
+        )
+        runs = runs_of(run, store, results / store.name, draw_only)
+        if kind in LABELS:
+            runs = [replace(one, job=replace(one.job, label=LABELS[kind])) for one in runs]
+        found[family] += runs
+    if found := {family: runs for family, runs in found.items() if "fst" in by_label(runs)}:
+        draw(found).savefig(results / "families.png", dpi=130)
+        (results / "against.md").write_text(against(found).markdown())
         tables = (over_families(found), against_best(found))
-        (RESULTS / "together.md").write_text("\n".join(one.markdown() for one in tables))
-        draw_over_families(found, NAMES, COLOURS).savefig(HEADLINE, dpi=130)
+        (results / "together.md").write_text("\n".join(one.markdown() for one in tables))
+        if all(NAMES.keys() <= by_label(runs).keys() for runs in found.values()):
+            headline = draw_over_families(found, NAMES, COLOURS)
+            headline.savefig(results.parent / HEADLINE, dpi=130)
 
 
-def tuned(family: str) -> list[str]:
-    """The settings that ``rl_only`` was tuned to on a family, as options; none for the defaults."""
-    study = open_store(STORES / f"{family}-{RL}").about["tuned_rl"]["rl_only"]
+def tuned(store: Path) -> list[str]:
+    """The settings that ``rl_only`` was tuned to in a store, as options; none for the defaults."""
+    study = open_store(store).about["tuned_rl"]["rl_only"]
     chosen = {name: value for name, value in study["settings"].items() if name != "max_tokens"}
     if chosen == study["trials"][0]["settings"]:  # the first trial has the defaults
         return []
