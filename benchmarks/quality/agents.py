@@ -38,7 +38,7 @@ STORES = Path("runs/agents")
 RESULTS = Path(__file__).parent.parent / "results" / "agents"
 ARMS = "fst,rl_only,gepa_only,sequential"
 PROGRAMS = ("gridworld", "frozen_lake")
-ENV_STEPS = {"gridworld": 20_000, "frozen_lake": 12_000}
+ENV_STEPS = {"gridworld": 16_000, "frozen_lake": 12_000}
 ROLLOUTS = 3_000
 SETTINGS: Mapping[str, Any] = {
     "max_tokens": 48,
