@@ -60,14 +60,15 @@ OWN: Mapping[str, Mapping[str, Any]] = {
         "val_size": 48,
         "problems_per_step": 4,
         "steps_per_cycle": 6,
-        "learning_rate": 4e-4,
+        "learning_rate": 2e-4,
         "discount": 0.95,
-        "first_cycle_iterations": 5,
+        "minibatch_size": 16,
     }
 }
 """Of a program beside ``SETTINGS``: an episode of ``gridworld`` takes twice the steps of one of
 ``frozen_lake``, so a step has half as many; its time is short, so that what is gained sooner counts
-for more; and the best of its cycles are close, so that each is tried on more episodes."""
+for more; the best of its cycles are close, so that each is tried on more episodes; and a rule is
+told by few of its episodes, so that more of them are read."""
 COLOURS = {"fst": "C0", "gepa_only": "C1", "rl_only": "C3", "sequential": "C4"}
 HEADS = (
     "program",
