@@ -17,8 +17,11 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Annotated, Any, Literal, get_args, get_origin
 
+import dspy
 from pydantic import BaseModel, PydanticUserError, TypeAdapter, ValidationError
+from pydantic_core import PydanticSerializationError
 
+from fst_dspy.agents.contract import described
 from fst_dspy.errors import FSTError, ProgramError
 
 Tool = Callable[..., Any]
@@ -34,7 +37,8 @@ class ActionForm:
     """How the actions of some tools are written.
 
     Attributes:
-        tools: By name.
+        tools: What they are called, take and say, by name; these here do nothing, so that the
+            environment they were read off is not kept.
         kind: ``"argument"``, ``"name"`` or ``"call"``, as in the module's docstring.
         texts: What the model reads of them, by tool; by default the first paragraph of the
             docstring and a line an argument that it describes, ``name: what it is``.
@@ -55,9 +59,10 @@ class ActionForm:
             _check(name, tool)
         arguments = [_parameters(tool) for tool in tools.values()]
         texts = {name: _told(tool) for name, tool in tools.items()}
+        shapes = {name: _shape(name, tool) for name, tool in tools.items()}
         if len(arguments) == 1 and len(arguments[0]) == 1:
-            return cls(tools, "argument", texts)
-        return cls(tools, "call" if any(arguments) else "name", texts)
+            return cls(shapes, "argument", texts)
+        return cls(shapes, "call" if any(arguments) else "name", texts)
 
     @property
     def annotation(self) -> Any:
@@ -113,8 +118,7 @@ class ActionForm:
             if self.kind == "call" and len(self.tools) == 1:
                 return
         else:
-            enum = _is_a(annotation, Enum)
-            values = [one.value for one in annotation] if enum else get_args(annotation)
+            values = values_of(annotation)
             with suppress(InvalidActionError):
                 for value in values:
                     self.read(value)
@@ -162,6 +166,32 @@ class ActionForm:
         shown = f"{name}({arguments})" if parameters else name
         said = self.texts[name].replace("\n", "\n  ")  # those of tools stand in a list
         return f"{shown}: {said}" if said else shown
+
+
+def as_written(value: Any) -> str:
+    """A value of an answer as the model would write it: a pydantic model or a list as JSON."""
+    if isinstance(value, Enum):
+        return as_written(value.value)
+    compound = isinstance(value, BaseModel | dict | list | tuple | set | frozenset)
+    if not compound or isinstance(value, dspy.Type):  # those of DSPy write themselves
+        return str(value)
+    with suppress(PydanticSerializationError):
+        return TypeAdapter(Any).dump_json(value).decode()
+    return str(value)
+
+
+def values_of(annotation: Any) -> tuple[Any, ...]:
+    """What a ``Literal`` or an enum may be; of other types nothing."""
+    if _is_a(annotation, Enum):
+        return tuple(member.value for member in annotation)
+    return get_args(annotation) if get_origin(annotation) is Literal else ()
+
+
+def _shape(name: str, tool: Tool) -> Tool:
+    def shape(**_: Any) -> Any:
+        raise NotImplementedError(f"{name} is called on an episode's environment")
+
+    return described(shape, name, inspect.signature(tool, eval_str=True), tool.__doc__)
 
 
 def _check(name: str, tool: Tool) -> None:

@@ -95,6 +95,12 @@ def test_of_an_inherited_method_that_is_the_childs():
         ({"place": "hall"}, "{'place': 'hall'}"),
         ([], "[]"),
         (np.zeros(3), "[0. 0. 0.]"),
+        (
+            {"at": (np.int64(3), np.ones(2)), "who": ["a", None]},
+            "{'at': (3, [1. 1.]), 'who': ['a', None]}",
+        ),
+        ([{"type": "key", "colour": "red"}], "[{'type': 'key', 'colour': 'red'}]"),
+        ([{"type": "text"}], "[{'type': 'text'}]"),
     ],
 )
 def test_reset_may_return_anything_in_words(begins, seen):
@@ -108,7 +114,12 @@ def test_reset_may_return_anything_in_words(begins, seen):
 
 @pytest.mark.parametrize(
     "begins",
-    [[{"type": "image", "image": 1}], np.zeros((64, 64, 3)), pytest.param("PIL", id="PIL")],
+    [
+        [{"type": "image", "image": 1}],
+        np.zeros((64, 64, 3)),
+        {"mission": "go", "seen": [np.zeros((64, 64, 3))]},
+        pytest.param("PIL", id="PIL"),
+    ],
 )
 def test_pictures_are_refused_with_a_word(begins):
     if isinstance(begins, str):
@@ -281,6 +292,14 @@ def test_a_type_whose_values_are_no_actions_is_refused(kind):
         fst_dspy.env(Walk, signature)
 
 
+def test_of_several_environments_a_type_that_none_can_read_is_refused_too():
+    signature = dspy.Signature("observation -> action").with_updated_fields("action", type_=Move)
+    with pytest.raises(ProgramError, match="make it a str"):
+        fst_dspy.env({"base": Base, "walk": Walk}, signature)
+    narrow = signature.with_updated_fields("action", type_=Literal["rules()", "0"])
+    assert fst_dspy.env({"base": Base, "steered": Steered}, narrow) is not None
+
+
 def test_agents_arguments_that_do_not_fit_are_invalid_turns():
     def asks(**arguments):
         return {"next_thought": "?", "next_tool_name": "steer", "next_tool_args": arguments}
@@ -318,6 +337,32 @@ def test_an_agent_is_not_given_two_tools_of_one_name():
     factories = {"a": Steered, "b": Other}
     with pytest.raises(ProgramError, match="'steer' with different arguments"):
         fst_dspy.env(factories, "observation -> answer", agent=dspy.ReAct)
+
+
+def test_an_agents_own_tool_does_not_take_the_place_of_the_environments():
+    class Exam(Steered):
+        def finish(self, answer: str) -> str:
+            """Hand in."""
+            return "handed in"
+
+    with pytest.raises(ProgramError, match="'finish', which ReAct has of its own"):
+        fst_dspy.env(Exam, "observation -> answer", agent=dspy.ReAct)
+
+
+def test_what_agents_write_of_their_arguments_is_what_a_model_writes():
+    def asks(**arguments):
+        return {"next_thought": "?", "next_tool_name": "paint", "next_tool_args": arguments}
+
+    class Once(Base):
+        def paint(self, colour: Colour, at: Point, sizes: list[int]):
+            """Paint."""
+            self.done = True
+
+    lm = DummyLM([asks(colour="red", at={"x": 1, "colour": "blue"}, sizes=[2])])
+    program = fst_dspy.env(Once, "observation -> answer", agent=dspy.ReAct)
+    with dspy.context(lm=lm, adapter=dspy.ChatAdapter()):
+        (turn,) = program().turns
+    assert turn.action == """paint(colour='red', at={"x":1,"colour":"blue"}, sizes=[2])"""
 
 
 def test_reset_is_told_what_it_lacks_whatever_else_it_takes():
