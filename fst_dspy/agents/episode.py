@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import threading
 import time
+from collections import Counter
 from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
@@ -48,6 +49,7 @@ class Episode:
         self.environment, self.max_turns = environment, max_turns
         self.turns: list[Turn] = []
         self.lost: BaseException | None = None
+        self._came_to: Counter[int] = Counter()
         self._loop = EventLoop()
         self._place = _enter(environment)
         try:
@@ -68,6 +70,12 @@ class Episode:
     def over(self) -> bool:
         """Whether no turn is left."""
         return self.done or len(self.turns) >= self.max_turns
+
+    def came_to(self, inputs: Mapping[str, Any]) -> int:
+        """How often these inputs were come to before, now that they are again."""
+        known = hash(str(inputs))
+        self._came_to[known] += 1
+        return self._came_to[known] - 1
 
     def step(
         self,

@@ -21,6 +21,7 @@ from fst_dspy.agents.event_loop import EventLoop
 from fst_dspy.agents.gym import gym_factory, made
 from fst_dspy.agents.workers import Workers
 from fst_dspy.errors import LOST, FSTError, ProgramError
+from fst_dspy.rollouts.session import in_rollout
 from fst_dspy.types import Turn
 
 ENVIRONMENT = "environment"
@@ -29,6 +30,8 @@ OWN = ("observation", "history")
 """Input fields that the module fills in itself."""
 PREDICTED = ("turns", "reward", "done", "feedback")
 """What a prediction has beside the outputs of the last turn."""
+AGAIN = 1_000_000
+"""Between the ``rollout_id`` of a call and of its repetition; ``dspy.BestOfN`` counts by ones."""
 SHOWN = 200
 """Characters of an answer that could not be read, in its turn."""
 
@@ -200,12 +203,27 @@ class Env(dspy.Module):
             if "history" in self._inputs:
                 fields["history"] = self.past(turns)
             try:
-                return self.act(**fields)
+                return self.act(**fields, **self._afresh(episode.came_to(fields)))
             except ContextWindowExceededError:
                 if "history" not in self._inputs or not turns:
                     raise
                 later = turns[len(turns) // 2 + 1 :]
                 turns = (turns[0], *later) if len(turns) > 1 else ()
+
+    def _afresh(self, times: int) -> dict[str, Any]:
+        """The ``config`` of a call whose inputs the episode has come to before, so many times.
+
+        DSPy's cache would answer as before, and an agent that remembers nothing would go round in
+        circles until its turns have run out. The same episode is still answered from the cache. In
+        rollouts nothing is.
+        """
+        lm = self.act.lm or dspy.settings.lm
+        if not times or in_rollout() or not isinstance(lm, dspy.LM):
+            return {}
+        own = {**lm.kwargs, **self.act.config}
+        if own.get("temperature") == 0:  # there is one answer
+            return {}
+        return {"config": {"rollout_id": (own.get("rollout_id") or 0) + AGAIN * times}}
 
     def _observation(self, episode: Episode) -> Any:
         fields = self.act.signature.input_fields

@@ -164,6 +164,26 @@ def test_a_program_does_not_keep_the_environment_that_it_was_made_with():
         copy.deepcopy(program)
 
 
+def test_what_an_episode_comes_back_to_is_answered_anew_and_the_episode_as_before(tiny_qwen3):
+    class Same(dspy.ChatAdapter):
+        def format(self, signature, demos, inputs):
+            return [{"role": "user", "content": "the same"}]
+
+        def parse(self, signature, completion):
+            return {"action": f"said {completion}"}
+
+    lm = fst_dspy.LocalLM(str(tiny_qwen3), max_tokens=4, seed=0)
+    program = fst_dspy.env(Hall, "observation -> action", max_turns=4)
+    with dspy.context(lm=lm, adapter=Same()):
+        first, second = ([turn.action for turn in program(way="left").turns] for _ in range(2))
+    assert len(set(first[1:])) > 1  # what is seen is the same from the second turn on
+    assert first == second
+    greedy = lm.copy(temperature=0.0)
+    with dspy.context(lm=greedy, adapter=Same()):
+        program(way="left")
+    assert all("rollout_id" not in entry["kwargs"] for entry in greedy.history)
+
+
 def test_it_is_awaited_without_a_warning(caplog):
     program = fst_dspy.env(Hall)
     with dspy.context(lm=answers("left"), adapter=dspy.ChatAdapter()):
