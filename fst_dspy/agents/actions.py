@@ -13,13 +13,15 @@ import re
 import textwrap
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from enum import Enum
-from typing import Annotated, Any, Literal, get_args, get_origin
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import dspy
 from pydantic import BaseModel, PydanticUserError, TypeAdapter, ValidationError
 from pydantic_core import PydanticSerializationError
+from typing_extensions import is_typeddict
 
 from fst_dspy.agents.contract import described
 from fst_dspy.errors import FSTError, ProgramError
@@ -138,14 +140,21 @@ class ActionForm:
         """The arguments by name, each of its type."""
         parameters = _parameters(self.tools[tool_name])
         names = list(parameters)
+        by_place = sum(key.isdigit() for key in arguments)
         found = {
             (names[int(key)] if key.isdigit() and int(key) < len(names) else key): value
             for key, value in arguments.items()
         }
         missing = [n for n, p in parameters.items() if p.default is p.empty and n not in found]
         unknown = [name for name in found if name not in parameters]
-        if missing or unknown:
+        wrong = ""
+        if by_place > len(names):
+            wrong = f"has {len(names)} arguments, not {by_place}"
+        elif len(found) < len(arguments):
+            wrong = "has each argument once"
+        elif missing or unknown:
             wrong = f"lacks {', '.join(missing)}" if missing else f"has no {', '.join(unknown)}"
+        if wrong:
             raise InvalidActionError(
                 f"{tool_name} {wrong}; it is called as {self._written(tool_name)}"
             )
@@ -247,15 +256,29 @@ def _is_a(annotation: Any, kind: type) -> bool:
 
 
 def _type_text(annotation: Any) -> str:
-    """A type as the model reads it: of an enum its values, of a pydantic model its fields."""
+    """A type as the model reads it: of an enum its values, of what has fields its fields.
+
+    So are those within a list, a union or a dict.
+    """
     if get_origin(annotation) is Annotated:
         annotation = get_args(annotation)[0]
     if _is_a(annotation, Enum):
         return f"one of {', '.join(repr(member.value) for member in annotation)}"
+    fields: dict[str, Any] = {}
     if _is_a(annotation, BaseModel):
-        fields = annotation.model_fields.items()
-        return f"{{{', '.join(f'{name!r}: {_type_text(one.annotation)}' for name, one in fields)}}}"
-    return inspect.formatannotation(annotation)
+        fields = {name: one.annotation for name, one in annotation.model_fields.items()}
+    elif is_typeddict(annotation) or (is_dataclass(annotation) and isinstance(annotation, type)):
+        fields = get_type_hints(annotation)
+    if fields:
+        return f"{{{', '.join(f'{name!r}: {_type_text(one)}' for name, one in fields.items())}}}"
+    origin = get_origin(annotation)
+    parts = () if origin is Literal else get_args(annotation)
+    told = [_type_text(part) for part in parts]
+    if told == [inspect.formatannotation(part) for part in parts]:
+        return inspect.formatannotation(annotation)
+    if origin in (Union, UnionType):
+        return " or ".join("None" if one == "NoneType" else one for one in told)
+    return f"{getattr(origin, '__name__', origin)}[{', '.join(told)}]"
 
 
 def _parameters(tool: Tool) -> dict[str, inspect.Parameter]:
@@ -275,7 +298,8 @@ def _call(text: str) -> tuple[str, dict[str, Any]]:
             return node.id, {}
         if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name):
             raise ValueError
-        if any(keyword.arg is None for keyword in node.keywords):
+        keywords = [keyword.arg for keyword in node.keywords]
+        if None in keywords or len(set(keywords)) < len(keywords):
             raise ValueError
         arguments = {str(k.arg): ast.literal_eval(k.value) for k in node.keywords}
         for position, value in enumerate(node.args):

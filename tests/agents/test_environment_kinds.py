@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import enum
 from typing import Literal, Optional
 
@@ -10,6 +11,7 @@ import numpy as np
 import pydantic
 import pytest
 from dspy.utils import DummyLM
+from typing_extensions import TypedDict
 
 import fst_dspy
 from fst_dspy.agents import contract
@@ -78,6 +80,35 @@ def test_typed_arguments_are_told_and_taken():
     assert [turn.result for turn in pred.turns[:3]] == ["{'painted': 'red'}", "4", "no running"]
     assert "paint(colour: one of 'red', 'blue', at: {'x': int, 'colour': one of" in shown
     assert "'red' or 'blue'" in pred.turns[3].result
+
+
+@dataclasses.dataclass
+class Pen:
+    colour: Colour
+    width: int = 1
+
+
+class Box(TypedDict):
+    pens: list[Pen]
+
+
+@pytest.mark.parametrize(
+    ("kind", "told"),
+    [
+        (list[Colour], "list[one of 'red', 'blue']"),
+        (Colour | None, "one of 'red', 'blue' or None"),
+        (dict[str, Pen], "dict[str, {'colour': one of 'red', 'blue', 'width': int}]"),
+        (Box, "{'pens': list[{'colour': one of 'red', 'blue', 'width': int}]}"),
+        (list[int], "list[int]"),
+        (Literal["red"], "Literal['red']"),
+    ],
+)
+def test_of_types_within_others_the_model_is_told_too(kind, told):
+    def draw(self, what, more=1): ...
+
+    draw.__annotations__ = {"what": kind, "more": int}
+    _, shown = played(broken_by(draw=draw), ["nothing"])
+    assert f"draw(what: {told}, more: int)" in shown.replace("typing.", "")
 
 
 def test_of_an_inherited_method_that_is_the_childs():
