@@ -190,7 +190,6 @@ def load(
 ) -> Task:
     """The task: rooms by their seeds, no two sets with one in common.
 
-    ``max_turns`` leaves little for detours: the shortest way takes 9 turns on average, and more
     ``max_turns`` leaves little for detours: the shortest way takes 10 turns on average, and more
     than 16 in one room of a hundred.
 

@@ -13,12 +13,17 @@ import re
 import textwrap
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from enum import Enum
-from typing import Annotated, Any, Literal, get_args, get_origin
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
+import dspy
 from pydantic import BaseModel, PydanticUserError, TypeAdapter, ValidationError
+from pydantic_core import PydanticSerializationError
+from typing_extensions import is_typeddict
 
+from fst_dspy.agents.contract import described
 from fst_dspy.errors import FSTError, ProgramError
 
 Tool = Callable[..., Any]
@@ -34,7 +39,8 @@ class ActionForm:
     """How the actions of some tools are written.
 
     Attributes:
-        tools: By name.
+        tools: What they are called, take and say, by name; these here do nothing, so that the
+            environment they were read off is not kept.
         kind: ``"argument"``, ``"name"`` or ``"call"``, as in the module's docstring.
         texts: What the model reads of them, by tool; by default the first paragraph of the
             docstring and a line an argument that it describes, ``name: what it is``.
@@ -55,9 +61,10 @@ class ActionForm:
             _check(name, tool)
         arguments = [_parameters(tool) for tool in tools.values()]
         texts = {name: _told(tool) for name, tool in tools.items()}
+        shapes = {name: _shape(name, tool) for name, tool in tools.items()}
         if len(arguments) == 1 and len(arguments[0]) == 1:
-            return cls(tools, "argument", texts)
-        return cls(tools, "call" if any(arguments) else "name", texts)
+            return cls(shapes, "argument", texts)
+        return cls(shapes, "call" if any(arguments) else "name", texts)
 
     @property
     def annotation(self) -> Any:
@@ -113,8 +120,7 @@ class ActionForm:
             if self.kind == "call" and len(self.tools) == 1:
                 return
         else:
-            enum = _is_a(annotation, Enum)
-            values = [one.value for one in annotation] if enum else get_args(annotation)
+            values = values_of(annotation)
             with suppress(InvalidActionError):
                 for value in values:
                     self.read(value)
@@ -134,14 +140,21 @@ class ActionForm:
         """The arguments by name, each of its type."""
         parameters = _parameters(self.tools[tool_name])
         names = list(parameters)
+        by_place = sum(key.isdigit() for key in arguments)
         found = {
             (names[int(key)] if key.isdigit() and int(key) < len(names) else key): value
             for key, value in arguments.items()
         }
         missing = [n for n, p in parameters.items() if p.default is p.empty and n not in found]
         unknown = [name for name in found if name not in parameters]
-        if missing or unknown:
+        wrong = ""
+        if by_place > len(names):
+            wrong = f"has {len(names)} arguments, not {by_place}"
+        elif len(found) < len(arguments):
+            wrong = "has each argument once"
+        elif missing or unknown:
             wrong = f"lacks {', '.join(missing)}" if missing else f"has no {', '.join(unknown)}"
+        if wrong:
             raise InvalidActionError(
                 f"{tool_name} {wrong}; it is called as {self._written(tool_name)}"
             )
@@ -162,6 +175,32 @@ class ActionForm:
         shown = f"{name}({arguments})" if parameters else name
         said = self.texts[name].replace("\n", "\n  ")  # those of tools stand in a list
         return f"{shown}: {said}" if said else shown
+
+
+def as_written(value: Any) -> str:
+    """A value of an answer as the model would write it: a pydantic model or a list as JSON."""
+    if isinstance(value, Enum):
+        return as_written(value.value)
+    compound = isinstance(value, BaseModel | dict | list | tuple | set | frozenset)
+    if not compound or isinstance(value, dspy.Type):  # those of DSPy write themselves
+        return str(value)
+    with suppress(PydanticSerializationError):
+        return TypeAdapter(Any).dump_json(value).decode()
+    return str(value)
+
+
+def values_of(annotation: Any) -> tuple[Any, ...]:
+    """What a ``Literal`` or an enum may be; of other types nothing."""
+    if _is_a(annotation, Enum):
+        return tuple(member.value for member in annotation)
+    return get_args(annotation) if get_origin(annotation) is Literal else ()
+
+
+def _shape(name: str, tool: Tool) -> Tool:
+    def shape(**_: Any) -> Any:
+        raise NotImplementedError(f"{name} is called on an episode's environment")
+
+    return described(shape, name, inspect.signature(tool, eval_str=True), tool.__doc__)
 
 
 def _check(name: str, tool: Tool) -> None:
@@ -217,15 +256,29 @@ def _is_a(annotation: Any, kind: type) -> bool:
 
 
 def _type_text(annotation: Any) -> str:
-    """A type as the model reads it: of an enum its values, of a pydantic model its fields."""
+    """A type as the model reads it: of an enum its values, of what has fields its fields.
+
+    So are those within a list, a union or a dict.
+    """
     if get_origin(annotation) is Annotated:
         annotation = get_args(annotation)[0]
     if _is_a(annotation, Enum):
         return f"one of {', '.join(repr(member.value) for member in annotation)}"
+    fields: dict[str, Any] = {}
     if _is_a(annotation, BaseModel):
-        fields = annotation.model_fields.items()
-        return f"{{{', '.join(f'{name!r}: {_type_text(one.annotation)}' for name, one in fields)}}}"
-    return inspect.formatannotation(annotation)
+        fields = {name: one.annotation for name, one in annotation.model_fields.items()}
+    elif is_typeddict(annotation) or (is_dataclass(annotation) and isinstance(annotation, type)):
+        fields = get_type_hints(annotation)
+    if fields:
+        return f"{{{', '.join(f'{name!r}: {_type_text(one)}' for name, one in fields.items())}}}"
+    origin = get_origin(annotation)
+    parts = () if origin is Literal else get_args(annotation)
+    told = [_type_text(part) for part in parts]
+    if told == [inspect.formatannotation(part) for part in parts]:
+        return inspect.formatannotation(annotation)
+    if origin in (Union, UnionType):
+        return " or ".join("None" if one == "NoneType" else one for one in told)
+    return f"{getattr(origin, '__name__', origin)}[{', '.join(told)}]"
 
 
 def _parameters(tool: Tool) -> dict[str, inspect.Parameter]:
@@ -245,7 +298,8 @@ def _call(text: str) -> tuple[str, dict[str, Any]]:
             return node.id, {}
         if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name):
             raise ValueError
-        if any(keyword.arg is None for keyword in node.keywords):
+        keywords = [keyword.arg for keyword in node.keywords]
+        if None in keywords or len(set(keywords)) < len(keywords):
             raise ValueError
         arguments = {str(k.arg): ast.literal_eval(k.value) for k in node.keywords}
         for position, value in enumerate(node.args):

@@ -109,14 +109,12 @@ def as_text(observation: Any) -> str:
     """An observation as the model reads it; of TRL's content blocks the texts.
 
     Raises:
-        ProgramError: There are only pictures in it, which a local model is not shown.
+        ProgramError: There is a picture in it, or there are only pictures, which a local model is
+            not shown.
     """
     if observation is None:
         return ""
-    if _is_picture(observation):
-        raise ProgramError(f"the environment shows {_kind_of(observation)}, {NO_PICTURES}")
-    blocks = isinstance(observation, list) and bool(observation)
-    if blocks and all(isinstance(part, dict) and "type" in part for part in observation):
+    if isinstance(observation, list) and observation and all(map(_is_block, observation)):
         if all(part["type"] != "text" for part in observation):
             raise ProgramError(f"the environment shows no text, {NO_PICTURES}")
         parts = [
@@ -124,12 +122,39 @@ def as_text(observation: Any) -> str:
             for part in observation
         ]
         return "\n".join(parts)
-    return str(observation)
+    if _is_picture(observation):
+        raise ProgramError(f"the environment shows {_kind_of(observation)}, {NO_PICTURES}")
+    return _shown(observation) if type(observation) in (dict, list, tuple) else str(observation)
 
 
 NO_PICTURES = "and pictures cannot be shown to the model yet: put into words what is to be seen"
 PIXELS = 1024
 """Numbers in an array of two dimensions or more, from which on it is no observation in words."""
+MEDIA = ("image", "image_url", "video", "audio", "input_audio")
+"""What a content block may hold beside text, by its ``type``."""
+
+
+def _is_block(part: Any) -> bool:
+    """Whether it is a content block; other things may have a ``type`` too."""
+    if not isinstance(part, dict):
+        return False
+    kind = part.get("type")
+    return "text" in part if kind == "text" else kind in MEDIA
+
+
+def _shown(value: Any) -> str:
+    """What ``repr`` writes, but for what numpy adds to numbers and arrays within others."""
+    if _is_picture(value):
+        raise ProgramError(f"the environment shows {_kind_of(value)}, {NO_PICTURES}")
+    if type(value) is dict:
+        return f"{{{', '.join(f'{_shown(key)}: {_shown(one)}' for key, one in value.items())}}}"
+    if type(value) in (list, tuple):
+        inside = ", ".join(map(_shown, value))
+        if isinstance(value, list):
+            return f"[{inside}]"
+        return f"({inside},)" if len(value) == 1 else f"({inside})"
+    is_numpys = type(value).__module__ == "numpy" and not isinstance(value, str | bytes)
+    return str(value) if is_numpys else repr(value)
 
 
 def _is_picture(value: Any) -> bool:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import threading
 import time
+from collections import Counter
 from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
@@ -13,7 +15,8 @@ import dspy
 from fst_dspy.agents import contract
 from fst_dspy.agents.contract import EpisodeOver
 from fst_dspy.agents.event_loop import EventLoop
-from fst_dspy.errors import LOST
+from fst_dspy.agents.gym import GymEnvironment
+from fst_dspy.errors import LOST, ProgramError
 from fst_dspy.rollouts.session import calls_so_far, note_turn
 from fst_dspy.types import Turn, TurnStatus
 
@@ -30,6 +33,9 @@ class Episode:
         fields: The example's, for ``reset``.
         max_turns: Turns it may take.
 
+    Raises:
+        ProgramError: The environment is in another episode.
+
     Attributes:
         turns: Those taken so far.
         observation: What the environment showed last, as it gave it: a copy, as the environment
@@ -43,25 +49,33 @@ class Episode:
         self.environment, self.max_turns = environment, max_turns
         self.turns: list[Turn] = []
         self.lost: BaseException | None = None
+        self._came_to: Counter[int] = Counter()
         self._loop = EventLoop()
+        self._place = _enter(environment)
         try:
             self._see(contract.reset(environment, fields, self._loop))
             self._reward = contract.reward_so_far(environment)
             self.done = contract.is_done(environment)
         except BaseException:
-            contract.close(environment, self._loop)
+            self._close()
             raise
 
     def __enter__(self) -> Episode:
         return self
 
     def __exit__(self, *_: object) -> None:
-        contract.close(self.environment, self._loop)
+        self._close()
 
     @property
     def over(self) -> bool:
         """Whether no turn is left."""
         return self.done or len(self.turns) >= self.max_turns
+
+    def came_to(self, inputs: Mapping[str, Any]) -> int:
+        """How often these inputs were come to before, now that they are again."""
+        known = hash(str(inputs))
+        self._came_to[known] += 1
+        return self._came_to[known] - 1
 
     def step(
         self,
@@ -110,6 +124,11 @@ class Episode:
             feedback=contract.feedback_of(self.environment),
         )
 
+    def _close(self) -> None:
+        with _guard:  # before it is closed, which may give it back to a pool
+            _playing.discard(self._place)
+        contract.close(self.environment, self._loop)
+
     def _see(self, observation: Any) -> None:
         self.seen = contract.as_text(observation)
         self.observation = observation
@@ -142,6 +161,27 @@ class Episode:
         )
         self.turns.append(turn)
         note_turn(turn)
+
+
+_playing: set[int] = set()
+_guard = threading.Lock()
+
+
+def _enter(environment: Any) -> int:
+    """Note that an environment is in an episode; what it is noted as.
+
+    Raises:
+        ProgramError: It is in another, where it would be reset in the middle.
+    """
+    played = environment.played if isinstance(environment, GymEnvironment) else environment
+    with _guard:
+        if id(played) in _playing:
+            raise ProgramError(
+                f"two episodes were given one {type(played).__name__} at once: the factory of an "
+                "environment has to make a new one each time"
+            )
+        _playing.add(id(played))
+    return id(played)
 
 
 def current() -> Episode:

@@ -6,7 +6,7 @@ import inspect
 import math
 import operator
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from enum import Enum
 from typing import Any, Literal
 
@@ -58,6 +58,11 @@ class GymEnvironment:
         """Close it."""
         self._environment.close()
 
+    @property
+    def played(self) -> Any:
+        """The environment itself, without its wrappers."""
+        return self._environment.unwrapped
+
     def fst_tools(self) -> dict[str, Callable[..., str]]:
         """``act``, whose argument is one of the actions' names: the instance alone knows them."""
         parameter = inspect.Parameter(
@@ -86,7 +91,7 @@ def gym_factory(
     Args:
         name: Its id, such as ``"FrozenLake-v1"`` or ``"MiniGrid-GoToObject-6x6-N2-v0"``.
         actions: A name for each action. By default those of the environment's own enum of actions,
-            or else their numbers.
+            where it has as many, or else their numbers.
         describe: Puts an observation into words: ``describe(observation, environment)``. By default
             the environment's ``render_mode="ansi"`` text where the settings ask for it, and
             otherwise the observation as ``str`` writes it.
@@ -156,7 +161,8 @@ def _action_names(name: str, environment: Any, given: Sequence[str] | None) -> l
         )
     count = int(space.n)
     own = getattr(environment.unwrapped, "actions", None)
-    if given is None and isinstance(own, type) and issubclass(own, Enum):
+    # A wrapper may leave some of them out; which, it does not say.
+    if given is None and isinstance(own, type) and issubclass(own, Enum) and len(own) == count:
         given = [member.name for member in own]
     names = (
         list(given) if given is not None else [str(space.start + number) for number in range(count)]
@@ -172,10 +178,7 @@ def _check_words(name: str, environment: Any) -> None:
     """Refuse observations that are pictures, which nobody has put into words."""
     if environment.render_mode == "ansi":
         return
-    space = environment.observation_space
-    parts = getattr(space, "spaces", None)
-    named = parts if isinstance(parts, dict) else {"observation": space}
-    for part, one in named.items():
+    for part, one in _parts("observation", environment.observation_space):
         shape = getattr(one, "shape", None) or ()
         if len(shape) > 1 and math.prod(shape) >= contract.PIXELS:
             raise ProgramError(
@@ -184,10 +187,21 @@ def _check_words(name: str, environment: Any) -> None:
             )
 
 
+def _parts(name: str, space: Any) -> Iterator[tuple[str, Any]]:
+    """The spaces within a space, by name, however deep."""
+    inside = getattr(space, "spaces", None)
+    if inside is None:
+        yield name, space
+        return
+    named = inside.items() if isinstance(inside, Mapping) else enumerate(inside)
+    for part, one in named:
+        yield from _parts(str(part), one)
+
+
 def _as_it_is(observation: Any, environment: Any) -> str:
     """The environment's own text picture, if it was made to draw one; or the observation."""
     if getattr(environment, "render_mode", None) == "ansi":
         return str(environment.render()).strip()
     if isinstance(observation, dict):
-        return "\n".join(f"{key}: {value}" for key, value in observation.items())
-    return str(observation)
+        return "\n".join(f"{key}: {contract.as_text(one)}" for key, one in observation.items())
+    return contract.as_text(observation)

@@ -14,13 +14,14 @@ from dspy.signatures.signature import ensure_signature
 from dspy.utils.exceptions import AdapterParseError, ContextWindowExceededError
 
 from fst_dspy.agents import contract
-from fst_dspy.agents.actions import ActionForm, InvalidActionError
+from fst_dspy.agents.actions import ActionForm, InvalidActionError, as_written, values_of
 from fst_dspy.agents.contract import EpisodeOver, Factory, described
 from fst_dspy.agents.episode import EPISODE, Episode, current
 from fst_dspy.agents.event_loop import EventLoop
 from fst_dspy.agents.gym import gym_factory, made
 from fst_dspy.agents.workers import Workers
 from fst_dspy.errors import LOST, FSTError, ProgramError
+from fst_dspy.rollouts.session import in_rollout
 from fst_dspy.types import Turn
 
 ENVIRONMENT = "environment"
@@ -29,6 +30,8 @@ OWN = ("observation", "history")
 """Input fields that the module fills in itself."""
 PREDICTED = ("turns", "reward", "done", "feedback")
 """What a prediction has beside the outputs of the last turn."""
+AGAIN = 1_000_000
+"""Between the ``rollout_id`` of a call and of its repetition; ``dspy.BestOfN`` counts by ones."""
 SHOWN = 200
 """Characters of an answer that could not be read, in its turn."""
 
@@ -78,22 +81,28 @@ class Env(dspy.Module):
             )
         self.agent: dspy.Module | None = None
         if agent is not None:
+            told = _without_history(signature)
             tools = _dispatching(self._forms.values())
-            self.agent = agent(signature, tools=tools, max_iters=max_turns)
-            self._inputs = list(signature.input_fields)
+            self.agent = agent(told, tools=tools, max_iters=max_turns)
+            _check_names(self.agent, tools)
+            self._inputs = list(told.input_fields)
         else:
             self.act = dspy.Predict(self._with_actions(signature))
             self._inputs = list(self.act.signature.input_fields)
 
     async def aforward(self, **fields: Any) -> dspy.Prediction:
         """Play one episode, in a thread."""
-        return await dspy.asyncify(self.forward)(**fields)
+        return await dspy.asyncify(self._play)(fields)
 
     def forward(self, **fields: Any) -> dspy.Prediction:
         """Play one episode on the fields of an example."""
-        name = fields.get(ENVIRONMENT) if isinstance(self._factories, Mapping) else None
-        given = {key: value for key, value in fields.items() if key != ENVIRONMENT or name is None}
-        with Episode(self._make(name), given, self.max_turns) as episode:
+        return self._play(fields)
+
+    def _play(self, given: dict[str, Any]) -> dspy.Prediction:
+        name = given.get(ENVIRONMENT) if isinstance(self._factories, Mapping) else None
+        # As TRL has it: of several environments, which one it is is no matter of its reset.
+        fields = {key: value for key, value in given.items() if key != ENVIRONMENT or name is None}
+        with Episode(self._make(name), fields, self.max_turns) as episode:
             if self.agent is not None:
                 inputs = self._other_inputs(given, episode.environment)
                 return self._run_agent(self.agent, episode, inputs)
@@ -106,7 +115,8 @@ class Env(dspy.Module):
             return episode.prediction(**outputs)
 
     def past(self, turns: Sequence[Turn]) -> Any:
-        """The ``history`` field: a ``dspy.History`` where the signature says so, otherwise text.
+        """The ``history`` field: a ``dspy.History`` or a list of lines where the signature says so,
+        otherwise text.
 
         It begins with what was seen first, where many environments put the task. Override it to
         show earlier turns in another way.
@@ -124,11 +134,11 @@ class Env(dspy.Module):
                 for told, turn in zip(seen, turns, strict=False)
             ]
             return dspy.History(messages=messages)
-        if not turns:
-            return "(nothing yet)"
-        lines = [f"0. {_in_line(turns[0].observation)}"] if turns[0].observation else []
+        lines = [f"0. {_in_line(turns[0].observation)}"] if turns and turns[0].observation else []
         lines += [f"{n}. {t.action} -> {_in_line(t.result)}" for n, t in enumerate(turns, 1)]
-        return "\n".join(lines)
+        if annotation == list[str]:
+            return lines
+        return "\n".join(lines) or "(nothing yet)"
 
     # --- what is read of tools (fst_dspy.student.tools) ----------------------------------------
 
@@ -173,8 +183,8 @@ class Env(dspy.Module):
         outputs = dict(prediction.items())
         name = _action_of(self.act.signature)
         action = outputs[name]
-        said = {key: str(value) for key, value in outputs.items() if key != name}
-        written = str(action.value if isinstance(action, Enum) else action)
+        said = {key: as_written(value) for key, value in outputs.items() if key != name}
+        written = as_written(action)
         try:
             tool, arguments = form.read(action)
         except InvalidActionError as error:
@@ -193,12 +203,27 @@ class Env(dspy.Module):
             if "history" in self._inputs:
                 fields["history"] = self.past(turns)
             try:
-                return self.act(**fields)
+                return self.act(**fields, **self._afresh(episode.came_to(fields)))
             except ContextWindowExceededError:
                 if "history" not in self._inputs or not turns:
                     raise
                 later = turns[len(turns) // 2 + 1 :]
                 turns = (turns[0], *later) if len(turns) > 1 else ()
+
+    def _afresh(self, times: int) -> dict[str, Any]:
+        """The ``config`` of a call whose inputs the episode has come to before, so many times.
+
+        DSPy's cache would answer as before, and an agent that remembers nothing would go round in
+        circles until its turns have run out. The same episode is still answered from the cache. In
+        rollouts nothing is.
+        """
+        lm = self.act.lm or dspy.settings.lm
+        if not times or in_rollout() or not isinstance(lm, dspy.LM):
+            return {}
+        own = {**lm.kwargs, **self.act.config}
+        if own.get("temperature") == 0:  # there is one answer
+            return {}
+        return {"config": {"rollout_id": (own.get("rollout_id") or 0) + AGAIN * times}}
 
     def _observation(self, episode: Episode) -> Any:
         fields = self.act.signature.input_fields
@@ -263,6 +288,9 @@ class Env(dspy.Module):
                 "actions", dspy.InputField(desc="what can be done here"), type_=str
             )
             annotation: Any = field.annotation
+            for form in self._forms.values():
+                if not values_of(annotation):  # which may be of some environments alone
+                    form.check_type(annotation)
         else:
             (form,) = self._forms.values()
             told = form.description
@@ -367,6 +395,34 @@ def _dispatching(forms: Iterable[ActionForm]) -> list[dspy.Tool]:
     return [_EpisodeTool(_dispatch(name, method), name=name) for name, method in methods.items()]
 
 
+def _without_history(signature: type[dspy.Signature]) -> type[dspy.Signature]:
+    """The signature of an agent, which keeps a history of its own.
+
+    A ``dspy.History`` stays: that is a user's, and a field of the example.
+    """
+    field = signature.input_fields.get("history")
+    if field is None or field.annotation is not str:
+        return signature
+    return signature.delete("history")
+
+
+def _check_names(agent: dspy.Module, tools: Sequence[dspy.Tool]) -> None:
+    """Refuse tools in place of which an agent has put its own, such as ``finish`` of ``ReAct``.
+
+    Raises:
+        ProgramError: There is one.
+    """
+    known = getattr(agent, "tools", None)
+    if not isinstance(known, Mapping):
+        return
+    for tool in tools:
+        if not isinstance(known.get(tool.name, tool), _EpisodeTool):
+            raise ProgramError(
+                f"the environment has a tool {tool.name!r}, which {type(agent).__name__} has of "
+                "its own; give it another name"
+            )
+
+
 class _EpisodeTool(dspy.Tool):
     """A tool of the episode that is running. A call that does not fit it is an invalid turn."""
 
@@ -406,8 +462,12 @@ def _dispatch(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _written(name: str, arguments: Mapping[str, Any]) -> str:
-    shown = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
-    return f"{name}({shown})"
+    plain = {k: v.value if isinstance(v, Enum) else v for k, v in arguments.items()}
+    shown = [
+        f"{key}={value!r}" if isinstance(value, str) else f"{key}={as_written(value)}"
+        for key, value in plain.items()
+    ]
+    return f"{name}({', '.join(shown)})"
 
 
 def _without_effect(turn: Turn) -> str:

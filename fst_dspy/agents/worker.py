@@ -41,9 +41,13 @@ def receive(stream: IO[bytes]) -> Any:
 
 def serve() -> None:
     """Make an environment, play in it and close it, again and again, until nobody asks any more."""
-    questions, answers = sys.stdin.buffer, os.fdopen(os.dup(sys.stdout.fileno()), "wb")
-    # What an environment prints is not to get between the answers.
+    questions = os.fdopen(os.dup(sys.stdin.fileno()), "rb")
+    answers = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
+    # What an environment prints is not to get between the answers, nor is it, or a program that it
+    # starts, to read the questions.
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    with open(os.devnull, "rb") as nothing:
+        os.dup2(nothing.fileno(), sys.stdin.fileno())
     environment: Any = None
     loop = EventLoop()
     while True:
@@ -51,6 +55,9 @@ def serve() -> None:
             what, arguments, more = receive(questions)
         except (EOFError, KeyboardInterrupt):
             return
+        except Exception as error:  # read, and of something that cannot be made here
+            send(answers, ("raised", contract.said_of(error), {}))
+            continue
         try:
             if what == "make":
                 environment = made(more[0])

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from fst_dspy.agents import contract
@@ -43,7 +43,8 @@ class Workers:
         self.timeout = timeout
         self._idle: list[_Worker] = []
         self._lock = threading.Lock()
-        weakref.finalize(self, _end_all, self._idle)
+        self._started: weakref.WeakSet[_Worker] = weakref.WeakSet()
+        weakref.finalize(self, _end_all, self._started)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Workers:
         return self
@@ -58,15 +59,29 @@ class Workers:
             ProgramError: The factory failed.
             EnvironmentCrashedError, TimeoutError: So did the process.
         """
-        with self._lock:
-            worker = self._idle.pop() if self._idle else None
-        environment = RemoteEnvironment(self, worker or _Worker())
+        environment = RemoteEnvironment(self, self._living() or self._start())
         try:
             environment._begin(factory)
         except BaseException:
             environment.close()
             raise
         return environment
+
+    def _living(self) -> _Worker | None:
+        """An idle worker that has not died since, if there is one."""
+        with self._lock:
+            while self._idle:
+                worker = self._idle.pop()
+                if worker.process.poll() is None:
+                    return worker
+                worker.end()
+        return None
+
+    def _start(self) -> _Worker:
+        worker = _Worker()
+        with self._lock:
+            self._started.add(worker)
+        return worker
 
     def give_back(self, worker: _Worker) -> None:
         """Take an idle worker back."""
@@ -161,6 +176,7 @@ class _Worker:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env={**os.environ, "PYTHONPATH": path},
+            start_new_session=True,  # Ctrl-C is for the compile, which ends the step under way
         )
         self._answers: queue.SimpleQueue[Any] = queue.SimpleQueue()
         # A read of a pipe cannot be given up on every platform; waiting for a thread can.
@@ -176,6 +192,8 @@ class _Worker:
         except OSError:
             answer = None
         if answer is None:
+            with contextlib.suppress(subprocess.TimeoutExpired):  # of its own accord, as it is
+                self.process.wait(timeout=5)
             self.end()
             raise EnvironmentCrashedError(
                 f"the process of the environment has died (exit code {self.process.returncode})"
@@ -200,6 +218,6 @@ class _Worker:
             self.process.stdout.close()
 
 
-def _end_all(idle: list[_Worker]) -> None:
-    for worker in idle:
+def _end_all(started: Iterable[_Worker]) -> None:
+    for worker in list(started):
         worker.end()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import enum
 from typing import Literal, Optional
 
@@ -10,6 +11,7 @@ import numpy as np
 import pydantic
 import pytest
 from dspy.utils import DummyLM
+from typing_extensions import TypedDict
 
 import fst_dspy
 from fst_dspy.agents import contract
@@ -80,6 +82,35 @@ def test_typed_arguments_are_told_and_taken():
     assert "'red' or 'blue'" in pred.turns[3].result
 
 
+@dataclasses.dataclass
+class Pen:
+    colour: Colour
+    width: int = 1
+
+
+class Box(TypedDict):
+    pens: list[Pen]
+
+
+@pytest.mark.parametrize(
+    ("kind", "told"),
+    [
+        (list[Colour], "list[one of 'red', 'blue']"),
+        (Colour | None, "one of 'red', 'blue' or None"),
+        (dict[str, Pen], "dict[str, {'colour': one of 'red', 'blue', 'width': int}]"),
+        (Box, "{'pens': list[{'colour': one of 'red', 'blue', 'width': int}]}"),
+        (list[int], "list[int]"),
+        (Literal["red"], "Literal['red']"),
+    ],
+)
+def test_of_types_within_others_the_model_is_told_too(kind, told):
+    def draw(self, what, more=1): ...
+
+    draw.__annotations__ = {"what": kind, "more": int}
+    _, shown = played(broken_by(draw=draw), ["nothing"])
+    assert f"draw(what: {told}, more: int)" in shown.replace("typing.", "")
+
+
 def test_of_an_inherited_method_that_is_the_childs():
     pred, shown = played(Child, ["wait(how='on')"])
     assert (pred.done, pred.turns[0].result) == (True, "waited on")
@@ -95,6 +126,12 @@ def test_of_an_inherited_method_that_is_the_childs():
         ({"place": "hall"}, "{'place': 'hall'}"),
         ([], "[]"),
         (np.zeros(3), "[0. 0. 0.]"),
+        (
+            {"at": (np.int64(3), np.ones(2)), "who": ["a", None]},
+            "{'at': (3, [1. 1.]), 'who': ['a', None]}",
+        ),
+        ([{"type": "key", "colour": "red"}], "[{'type': 'key', 'colour': 'red'}]"),
+        ([{"type": "text"}], "[{'type': 'text'}]"),
     ],
 )
 def test_reset_may_return_anything_in_words(begins, seen):
@@ -108,7 +145,12 @@ def test_reset_may_return_anything_in_words(begins, seen):
 
 @pytest.mark.parametrize(
     "begins",
-    [[{"type": "image", "image": 1}], np.zeros((64, 64, 3)), pytest.param("PIL", id="PIL")],
+    [
+        [{"type": "image", "image": 1}],
+        np.zeros((64, 64, 3)),
+        {"mission": "go", "seen": [np.zeros((64, 64, 3))]},
+        pytest.param("PIL", id="PIL"),
+    ],
 )
 def test_pictures_are_refused_with_a_word(begins):
     if isinstance(begins, str):
@@ -281,6 +323,14 @@ def test_a_type_whose_values_are_no_actions_is_refused(kind):
         fst_dspy.env(Walk, signature)
 
 
+def test_of_several_environments_a_type_that_none_can_read_is_refused_too():
+    signature = dspy.Signature("observation -> action").with_updated_fields("action", type_=Move)
+    with pytest.raises(ProgramError, match="make it a str"):
+        fst_dspy.env({"base": Base, "walk": Walk}, signature)
+    narrow = signature.with_updated_fields("action", type_=Literal["rules()", "0"])
+    assert fst_dspy.env({"base": Base, "steered": Steered}, narrow) is not None
+
+
 def test_agents_arguments_that_do_not_fit_are_invalid_turns():
     def asks(**arguments):
         return {"next_thought": "?", "next_tool_name": "steer", "next_tool_args": arguments}
@@ -318,6 +368,32 @@ def test_an_agent_is_not_given_two_tools_of_one_name():
     factories = {"a": Steered, "b": Other}
     with pytest.raises(ProgramError, match="'steer' with different arguments"):
         fst_dspy.env(factories, "observation -> answer", agent=dspy.ReAct)
+
+
+def test_an_agents_own_tool_does_not_take_the_place_of_the_environments():
+    class Exam(Steered):
+        def finish(self, answer: str) -> str:
+            """Hand in."""
+            return "handed in"
+
+    with pytest.raises(ProgramError, match="'finish', which ReAct has of its own"):
+        fst_dspy.env(Exam, "observation -> answer", agent=dspy.ReAct)
+
+
+def test_what_agents_write_of_their_arguments_is_what_a_model_writes():
+    def asks(**arguments):
+        return {"next_thought": "?", "next_tool_name": "paint", "next_tool_args": arguments}
+
+    class Once(Base):
+        def paint(self, colour: Colour, at: Point, sizes: list[int]):
+            """Paint."""
+            self.done = True
+
+    lm = DummyLM([asks(colour="red", at={"x": 1, "colour": "blue"}, sizes=[2])])
+    program = fst_dspy.env(Once, "observation -> answer", agent=dspy.ReAct)
+    with dspy.context(lm=lm, adapter=dspy.ChatAdapter()):
+        (turn,) = program().turns
+    assert turn.action == """paint(colour='red', at={"x":1,"colour":"blue"}, sizes=[2])"""
 
 
 def test_reset_is_told_what_it_lacks_whatever_else_it_takes():

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import sys
 import types
+from typing import Literal
 
 import dspy
 import numpy as np
@@ -113,3 +114,31 @@ def test_actions_are_counted_from_where_they_start():
 def test_actions_that_are_not_discrete_are_refused(space):
     with pytest.raises(ProgramError, match="not discrete"):
         fst_dspy.env(lambda: Spaced(space))
+
+
+def test_pictures_within_other_observations_are_refused_when_it_is_made():
+    spaces = gymnasium.spaces
+    picture = spaces.Box(0, 255, (64, 64, 3), np.uint8)
+    for whole in (spaces.Tuple([picture]), spaces.Dict(seen=spaces.Dict(camera=picture))):
+
+        class Seeing(Spaced):
+            observation_space = whole
+
+        with pytest.raises(ProgramError, match=r"shows pictures \((0|camera) of"):
+            fst_dspy.env(lambda: Seeing(spaces.Discrete(2)))
+
+
+def test_a_wrapper_may_leave_actions_out():
+    pytest.importorskip("minigrid")
+
+    class Fewer(gymnasium.ActionWrapper):
+        def __init__(self, environment):
+            super().__init__(environment)
+            self.action_space = gymnasium.spaces.Discrete(3)
+
+        def action(self, action):
+            return action
+
+    environment = fst_dspy.gym_factory("MiniGrid-Empty-5x5-v0", wrap=Fewer)()
+    assert environment.fst_tools()["act"].__annotations__["action"] == Literal["0", "1", "2"]
+    environment.close()

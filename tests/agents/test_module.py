@@ -1,5 +1,10 @@
 from __future__ import annotations
 
+import asyncio
+import copy
+import threading
+import weakref
+
 import dspy
 import pytest
 from dspy.utils import DummyLM
@@ -121,6 +126,77 @@ def test_of_several_environments_each_example_plays_its_own_and_sees_its_actions
     assert "press" not in lm.history[-1]["messages"][-1]["content"]
     with pytest.raises(ProgramError, match="must name one of 'hall', 'lift'"):
         play(program, lm, environment="attic", way="left")
+
+
+def test_which_environment_it_is_may_be_an_input():
+    program = fst_dspy.env({"hall": Hall}, "environment, observation -> action")
+    lm = answers("left")
+    assert play(program, lm, environment="hall", way="left").reward == 1.0
+    assert "[[ ## environment ## ]]\nhall" in lm.history[-1]["messages"][-1]["content"]
+
+
+def test_an_environment_is_in_one_episode_at_a_time():
+    class Shared(Hall):
+        def reset(self, way: str) -> str:
+            if way == "both":
+                play(program, answers("left"), way="left")
+            return super().reset(way)
+
+    one = Shared()
+    program = fst_dspy.env(lambda: one)
+    for _ in range(2):  # one after the other does no harm
+        assert play(program, answers("left"), way="left").reward == 1.0
+    with pytest.raises(ProgramError, match="two episodes were given one Shared at once"):
+        play(program, answers("left"), way="both")
+    assert play(program, answers("left"), way="left").reward == 1.0
+
+
+def test_a_program_does_not_keep_the_environment_that_it_was_made_with():
+    class Locked(Hall):
+        def __init__(self) -> None:
+            made.append(weakref.ref(self))
+            self.lock = threading.Lock()
+
+    made = []
+    for agent in (None, dspy.ReAct):
+        program = fst_dspy.env(Locked, "observation -> action", agent=agent)
+        assert made[-1]() is None
+        copy.deepcopy(program)
+
+
+def test_what_an_episode_comes_back_to_is_answered_anew_and_the_episode_as_before(tiny_qwen3):
+    class Same(dspy.ChatAdapter):
+        def format(self, signature, demos, inputs):
+            return [{"role": "user", "content": "the same"}]
+
+        def parse(self, signature, completion):
+            return {"action": f"said {completion}"}
+
+    lm = fst_dspy.LocalLM(str(tiny_qwen3), max_tokens=4, seed=0)
+    program = fst_dspy.env(Hall, "observation -> action", max_turns=4)
+    with dspy.context(lm=lm, adapter=Same()):
+        first, second = ([turn.action for turn in program(way="left").turns] for _ in range(2))
+    assert len(set(first[1:])) > 1  # what is seen is the same from the second turn on
+    assert first == second
+    greedy = lm.copy(temperature=0.0)
+    with dspy.context(lm=greedy, adapter=Same()):
+        program(way="left")
+    assert all("rollout_id" not in entry["kwargs"] for entry in greedy.history)
+
+
+def test_it_is_awaited_without_a_warning(caplog):
+    program = fst_dspy.env(Hall)
+    with dspy.context(lm=answers("left"), adapter=dspy.ChatAdapter()):
+        assert asyncio.run(program.acall(way="left")).reward == 1.0
+    assert "discouraged" not in caplog.text
+
+
+def test_an_agent_keeps_a_history_of_its_own(caplog):
+    left = {"next_thought": "!", "next_tool_name": "go", "next_tool_args": {"direction": "left"}}
+    program = fst_dspy.env(Hall, agent=dspy.ReAct)
+    assert play(program, DummyLM([left]), way="left").reward == 1.0
+    assert "Missing" not in caplog.text
+    assert fst_dspy.env(Hall, agent=dspy.ReActV2) is not None
 
 
 def test_react_acts_with_the_environments_tools():

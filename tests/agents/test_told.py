@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import dspy
 import numpy as np
+import pydantic
 import pytest
 from dspy.utils import DummyLM
 from environments import Hall
@@ -170,3 +171,31 @@ def test_labels_are_no_episode_and_the_metric_says_nothing_of_them() -> None:
     program = fst_dspy.env(Hall)
     program.set_lm(fst_dspy.LocalLM("embedded"))
     check_input(program, fst_dspy.env_reward, train, None)
+
+
+class Point(pydantic.BaseModel):
+    x: int
+    colour: Literal["red", "blue"] = "red"
+
+
+@pytest.mark.parametrize("kind", [str, dspy.History])
+def test_an_action_stands_in_the_history_as_it_is_written(kind: Any) -> None:
+    class Wall(Hall):
+        def go(self, at: Point) -> str:  # type: ignore[override]
+            """Paint."""
+            return "painted"
+
+    signature = dspy.Signature("observation, history, -> plan: list[int], action")
+    signature = signature.with_updated_fields("history", type_=kind)
+    answers = [{"plan": "[1, 2]", "action": '{"x": 1}'}] * 2
+    pred, told = play(fst_dspy.env(Wall, signature, max_turns=2), *answers, way="left")
+    assert pred.turns[0].action == '{"x":1,"colour":"red"}'
+    assert pred.turns[0].said == {"plan": "[1,2]"}
+    assert '{"x":1,"colour":"red"}' in told[1] and "x=1" not in told[1]
+
+
+def test_a_history_may_be_a_list_of_lines(caplog: pytest.LogCaptureFixture) -> None:
+    program = fst_dspy.env(Hall, "observation, history: list[str] -> action")
+    told = play(program, "right", "left", way="left")[1]
+    assert '["0. you stand in a hall", "1. right -> a wall"]' in told[1]
+    assert "Type mismatch" not in caplog.text

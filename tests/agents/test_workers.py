@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import os
+import subprocess
 import time
 
 import dspy
@@ -93,3 +95,52 @@ def test_a_program_over_processes_acts_as_over_threads():
     assert [turn.status for turn in pred.turns] == ["ok", "error", "ok"]
     assert pred.turns[1].result == "ValueError: there are no stairs"
     assert (pred.reward, pred.done) == (1.0, True)
+
+
+class Shell:
+    """Starts a program that reads its standard input."""
+
+    def reset(self) -> str:
+        return "$"
+
+    def run(self) -> str:
+        """Run it."""
+        return subprocess.run(["cat"], capture_output=True, text=True, check=True).stdout
+
+
+def test_what_an_environment_starts_does_not_read_what_it_is_asked(workers):
+    there = workers.make(Shell)
+    assert there.reset() == "$"
+    assert there.run() == ""
+    there.close()
+
+
+def test_a_process_that_died_while_idle_is_not_used_again(workers):
+    first = workers.make(Hall)
+    first.close()
+    first._worker.process.kill()
+    first._worker.process.wait()
+    second = workers.make(Hall)
+    assert second.reset(way="left") == "you stand in a hall"
+    second.close()
+
+
+def test_ctrl_c_in_the_terminal_is_not_for_the_processes(workers):
+    there = workers.make(Hall)
+    assert os.getpgid(there._worker.process.pid) != os.getpgid(0)
+    there.close()
+
+
+class Foreign:
+    """A factory that cannot be made in another process."""
+
+    def __reduce__(self):
+        return compile, ("1 +", "elsewhere", "exec")
+
+    def __call__(self) -> Hall:
+        return Hall()
+
+
+def test_what_cannot_be_made_there_says_why(workers):
+    with pytest.raises(ProgramError, match="cannot be made: SyntaxError"):
+        workers.make(Foreign())
