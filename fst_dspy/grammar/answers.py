@@ -473,11 +473,10 @@ def _is_plain_string(schema: Mapping[str, Any]) -> bool:
     return schema.get("type") == "string" and not schema.keys() & {"pattern", "enum", "const"}
 
 
-@functools.lru_cache(16)
 def _nests(annotation: Any) -> bool:
     """Whether XMLAdapter writes, and asks for, a type's values as nested elements, not as JSON."""
-    values = {"x": ["y"]}
-    return "<item>" in dspy.XMLAdapter().format_assistant_message_content(_only(annotation), values)
+    signature = _only.__wrapped__(annotation)  # a type with unhashable notes is no key
+    return "<item>" in dspy.XMLAdapter().format_assistant_message_content(signature, {"x": ["y"]})
 
 
 @functools.lru_cache(16)

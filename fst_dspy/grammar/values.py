@@ -194,7 +194,7 @@ def number(annotation: Any) -> str | None:
 
 def moment(annotation: Any) -> str | None:
     """The pattern of a date's or time's type; ``None`` for other types."""
-    return _TIMES.get(annotation)
+    return next((_TIMES[kind] for kind in _TIMES if annotation is kind), None)
 
 
 def members(annotation: Any) -> tuple[Any, ...]:

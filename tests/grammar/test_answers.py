@@ -482,6 +482,7 @@ _IN_XML = {"a": True, "&amp;&lt;": True, "<": False, "&": False, "&quot;": False
         (list[tuple[str, float]], [("a", 1.5)]),
         (pydantic.UUID4, uuid.UUID("12345678-1234-4234-8234-123456789012")),
         (ipaddress.IPv6Address, ipaddress.IPv6Address("fe80::1")),
+        (list[Annotated[str, {"what": "a note that has no hash"}]], ["a"]),
         (ipaddress.IPv4Interface, ipaddress.IPv4Interface("10.0.0.1/24")),
         (Annotated[decimal.Decimal, pydantic.Field(max_digits=5, decimal_places=2)], "1.50"),
         (decimal.Decimal, decimal.Decimal("1.50")),
