@@ -10,10 +10,11 @@ first place where the text that must follow it does.
 from __future__ import annotations
 
 import copy
+import decimal
 import functools
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, get_args, get_origin
 
@@ -29,6 +30,7 @@ from fst_dspy.grammar.values import (
     INDENTED,
     STRING,
     Spell,
+    as_text,
     bare_pattern,
     escaped,
     is_text,
@@ -45,11 +47,13 @@ from fst_dspy.grammar.values import (
     regex,
     schema_of,
     texts_of,
+    unheld_formats,
     unheld_patterns,
     whole_pattern,
+    with_tags,
 )
 from fst_dspy.grammar.xml_values import TEXT as XML_TEXT
-from fst_dspy.grammar.xml_values import NestedXml, xml_escaped
+from fst_dspy.grammar.xml_values import NestedXml, json_in_xml, xml_escaped
 
 logger = logging.getLogger(__name__)
 
@@ -100,8 +104,10 @@ def grammar_of_answer(
             _tell_free(type(adapter).__name__, name, info.annotation)
         elif held[name] is not info:
             _tell_free(type(adapter).__name__, name, info.annotation, "the lengths of ")
-        elif unheld := unheld_patterns(_schema(_annotated(info)) or {}):
-            _tell_patterns(name, unheld)
+        else:
+            schema = _schema(_annotated(info)) or {}
+            _tell_patterns(name, unheld_patterns(schema))
+            _tell_formats(name, unheld_formats(schema) - writer.formats)
     return text
 
 
@@ -166,6 +172,19 @@ def _tell_patterns(name: str, patterns: Sequence[str]) -> None:
             )
 
 
+def _tell_formats(name: str, formats: Iterable[str]) -> None:
+    """Say so, once for each."""
+    for kind in formats:
+        if ("format", kind) not in _told:
+            _told.add(("format", kind))
+            logger.warning(
+                "answers are not held to the format %r of the field %r: there it is any text, and "
+                "may not be read",
+                kind,
+                name,
+            )
+
+
 _told: set[tuple[str, str]] = set()
 
 
@@ -174,7 +193,7 @@ def grammar_of_json_schema(schema: Mapping[str, Any]) -> str | None:
 
     Keywords that llguidance does not know are left out of account.
     """
-    piece = json_piece(schema, INDENTED)
+    piece = json_piece(with_tags(schema), INDENTED)
     return None if piece is None else f"{HEADER}\nstart: {piece}"
 
 
@@ -256,13 +275,15 @@ class _Plain:
             return " | ".join(self.fixed(self.dumped(value), before) for value in written)
         if (pattern := number(bare)) is not None:
             bounded = _schema(annotation) if bare is not annotation else None
+            if bare is decimal.Decimal and (own := bare_pattern(bounded or as_text(pattern))):
+                return " | ".join(map(regex, dict.fromkeys((own, self.quoted(own)))))
             return (bounded and json_piece(bounded, COMPACT)) or regex(pattern)
         if (pattern := moment(bare)) is not None:
             bounded = _schema(annotation) if bare is not annotation else None
             return regex(self.quoted((bounded and bare_pattern(bounded)) or pattern))
         if parts := [self.value(part, whole, before) for part in _parts(annotation)]:
             return None if None in parts else " | ".join(f"({part})" for part in parts)
-        return self.structure(annotation)
+        return self.structure(annotation, whole)
 
     def note_free(self, name: str, info: FieldInfo) -> None:
         if not is_text(info.annotation):
@@ -276,6 +297,8 @@ class _Plain:
 
     # --- what the kinds of adapter write in different ways --------------------------------------
 
+    formats: ClassVar[frozenset[str]] = frozenset({"email", "hostname", "idn-email", "uri"})
+    """Those of JSON schema that llguidance itself holds texts to."""
     unheld: ClassVar[str | None] = None
     """The piece of a type that cannot be held to; ``None`` for free text."""
 
@@ -296,7 +319,7 @@ class _Plain:
     def quoted(self, pattern: str) -> str:
         return pattern
 
-    def structure(self, annotation: Any) -> str | None:
+    def structure(self, annotation: Any, whole: Any) -> str | None:
         schema = None if self.spell is not None else _schema(annotation)
         if schema is None:
             return None
@@ -322,6 +345,8 @@ class _Plain:
 class _Xml(_Plain):
     """Writes the grammar of values as XMLAdapter has them."""
 
+    formats = frozenset()
+
     def reads_as(self, whole: Any, text: Any, value: Any) -> bool:
         try:
             read = dspy.XMLAdapter().parse(_only(whole), f"<x>{xml_escaped(text)}</x>")
@@ -332,22 +357,27 @@ class _Xml(_Plain):
     def dumped(self, value: Any) -> str:
         return xml_escaped(value)
 
-    def structure(self, annotation: Any) -> str | None:
+    def structure(self, annotation: Any, whole: Any) -> str | None:
         schema = None if self.spell is not None else _schema(annotation)
         pattern = None if schema is None else bare_pattern(schema)
-        if pattern is None:
+        if pattern is not None:
+            return self.terminal([regex(pattern), regex(XML_TEXT)])
+        if schema is None or _nests(whole):
             return None  # ``write`` puts nested elements in their places
-        return self.terminal([regex(pattern), regex(XML_TEXT)])
+        return json_piece(json_in_xml(schema), COMPACT)
 
     def write(self, fields: Mapping[str, FieldInfo]) -> str:
         nested: dict[str, str] = {}
         for name in self.template.names:
             annotation = _annotated(fields[name])
-            if self.value(annotation, annotation, "\n") is None and not is_text(annotation):
+            bare = fields[name].annotation
+            if self.value(annotation, bare, "\n") is None and not is_text(annotation):
                 schema = _schema(annotation, by_alias=False)
                 if schema is None:  # with constraints that not every part can have
-                    schema = _schema(fields[name].annotation, by_alias=False)
+                    schema = _schema(bare, by_alias=False)
                 piece = schema and NestedXml(self, schema).element(name, schema, top=True)
+                if piece and type(None) in members(bare) and self.reads_as(bare, "None", None):
+                    piece = f"({piece} | {self.fixed(f'<{name}>{chr(10)}None{chr(10)}</{name}>')})"
                 if piece:
                     nested[name] = piece
         texts = self.template.texts
@@ -410,7 +440,7 @@ class _Json(_Plain):
     def quoted(self, pattern: str) -> str:
         return f'"{pattern}"'
 
-    def structure(self, annotation: Any) -> str | None:
+    def structure(self, annotation: Any, whole: Any) -> str | None:
         schema = None if self.spell is not None else _schema(annotation)
         if schema is not None and _is_plain_string(schema):
             # DSPy looks for JSON within the text, which not every text is without.
@@ -441,6 +471,12 @@ def _parts(annotation: Any) -> list[Any]:
 
 def _is_plain_string(schema: Mapping[str, Any]) -> bool:
     return schema.get("type") == "string" and not schema.keys() & {"pattern", "enum", "const"}
+
+
+def _nests(annotation: Any) -> bool:
+    """Whether XMLAdapter writes, and asks for, a type's values as nested elements, not as JSON."""
+    signature = _only.__wrapped__(annotation)  # a type with unhashable notes is no key
+    return "<item>" in dspy.XMLAdapter().format_assistant_message_content(signature, {"x": ["y"]})
 
 
 @functools.lru_cache(16)

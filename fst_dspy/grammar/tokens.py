@@ -313,6 +313,8 @@ class _Glued:
             else glue.join(_decoded(part) for part in name.split(GLUE))
             for index, name in enumerate(names)
         ]
+        # Its bytes one by one would be the character, and no glue: these tokens are never said.
+        self.tokens = [b"" if glue[:1] in text.replace(glue, b"") else text for text in self.tokens]
         self.tokens += [b""] * (size - len(self.tokens))
         state = json.loads(tokenizer.backend_tokenizer.to_str())
         in_bytes = "".join(c for b in glue for c, own in _alphabet().items() if own == b)

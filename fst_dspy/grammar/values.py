@@ -7,6 +7,7 @@ one by one, and a type that cannot be written so has no piece and is left as fre
 
 from __future__ import annotations
 
+import copy
 import datetime
 import decimal
 import enum
@@ -46,16 +47,39 @@ _SECONDS = r"[0-9]{1,5}(?:\.[0-9]{1,6})?S"
 _MINUTES = rf"[0-9]{{1,4}}M(?:{_SECONDS})?"
 _SPAN = rf"T(?:[0-9]{{1,4}}H(?:{_MINUTES}|{_SECONDS})?|{_MINUTES}|{_SECONDS})"
 _BYTE = r"(?:25[0-5]|2[0-4][0-9]|1[0-9]{2}|[1-9]?[0-9])"
+_IPV4 = rf"{_BYTE}(?:\.{_BYTE}){{3}}"
+_GROUP = "[0-9a-f]{1,4}"
+_IPV6 = (
+    rf"(?:{_GROUP}(?::{_GROUP}){{7}}|::(?:{_GROUP}(?::{_GROUP}){{0,6}})?|"
+    + "|".join(
+        rf"{_GROUP}(?::{_GROUP}){{{left - 1}}}::(?:{_GROUP}(?::{_GROUP}){{0,{6 - left}}})?"
+        for left in range(1, 7)
+    )
+    + ")"
+)
+_OF_32, _OF_128 = "/(?:[12]?[0-9]|3[0-2])", "/(?:[1-9]?[0-9]|1[01][0-9]|12[0-8])"
 FORMATS = {
     "date": DATE,
     "time": _CLOCK,
     "date-time": rf"{DATE}T{_CLOCK}{_ZONE}?",
     "duration": rf"-?P(?:[0-9]{{1,6}}D(?:{_SPAN})?|{_SPAN})",
     "uuid": r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}",
-    "ipv4": rf"{_BYTE}(?:\.{_BYTE}){{3}}",
+    "ipv4": _IPV4,
+    "ipv6": _IPV6,
+    "ipvanyaddress": f"(?:{_IPV4}|{_IPV6})",
+    "ipv4interface": f"{_IPV4}{_OF_32}",
+    "ipv6interface": f"{_IPV6}{_OF_128}",
+    "ipvanyinterface": f"(?:{_IPV4}{_OF_32}|{_IPV6}{_OF_128})",
+    **{
+        f"uuid{version}": rf"[0-9a-f]{{8}}-[0-9a-f]{{4}}-{version}[0-9a-f]{{3}}-[89ab][0-9a-f]{{3}}"
+        r"-[0-9a-f]{12}"
+        for version in range(1, 9)
+    },
 }
 """By the name that JSON schema has for them. Its own patterns would let through February 30, years
 in a ``timedelta`` and, within XML, any text."""
+ANY_TEXT = frozenset({"binary", "password", "path"})
+"""Formats that any text has."""
 _LABEL = r"[A-Za-z0-9]{1,20}(?:-[A-Za-z0-9]{1,20}){0,3}"
 _HOST = rf"(?:localhost|{_BYTE}(?:\.{_BYTE}){{3}}|{_LABEL}(?:\.{_LABEL}){{0,4}}\.[A-Za-z]{{2,10}})"
 _PORT = r"(?::(?:[1-9][0-9]{0,3}|[1-5][0-9]{4}))?"
@@ -170,7 +194,7 @@ def number(annotation: Any) -> str | None:
 
 def moment(annotation: Any) -> str | None:
     """The pattern of a date's or time's type; ``None`` for other types."""
-    return _TIMES.get(annotation)
+    return next((_TIMES[kind] for kind in _TIMES if annotation is kind), None)
 
 
 def members(annotation: Any) -> tuple[Any, ...]:
@@ -185,7 +209,38 @@ def schema_of(annotation: Any, *, by_alias: bool = True) -> dict[str, Any]:
         Exception: pydantic has none for it.
     """
     schema = TypeAdapter(annotation).json_schema(by_alias=by_alias, schema_generator=_Schema)
-    return _with_own_formats(schema)
+    return _with_own_formats(with_tags(schema))
+
+
+def with_tags(schema: Mapping[str, Any]) -> dict[str, Any]:
+    """A schema that requires what tells the models of a union apart.
+
+    Where that has a default it may be left out, by pydantic's schema; but pydantic does not read
+    them without.
+    """
+    own = copy.deepcopy(dict(schema))
+    _require_tags(own, own.get("$defs", {}))
+    return own
+
+
+def _require_tags(part: Any, named: Mapping[str, Any]) -> None:
+    if isinstance(part, list):
+        for item in part:
+            _require_tags(item, named)
+    if not isinstance(part, dict):
+        return
+    for item in part.values():
+        _require_tags(item, named)
+    tag, choices = part.get("discriminator"), part.get("oneOf")
+    if not (isinstance(tag, dict) and isinstance(choices, list)):
+        return
+    name = tag.get("propertyName")
+    for choice in choices:
+        if not isinstance(choice, dict):
+            continue
+        own = named.get(choice.get("$ref", "").rsplit("/", 1)[-1], choice)
+        if name in own.get("properties", {}):
+            own["required"] = list(dict.fromkeys([*own.get("required", []), name]))
 
 
 def bare_pattern(schema: Mapping[str, Any]) -> str | None:
@@ -193,6 +248,11 @@ def bare_pattern(schema: Mapping[str, Any]) -> str | None:
     pattern = str(schema.get("pattern", ""))
     own = schema.keys() == {"type", "pattern"} and pattern.startswith("^(?:")
     return pattern.removeprefix("^(?:").removesuffix(")$") if own else None
+
+
+def as_text(pattern: str) -> dict[str, Any]:
+    """The schema of a type that is written as a text by a pattern, as ``bare_pattern`` knows it."""
+    return {"type": "string", "pattern": f"^(?:{pattern})$"}
 
 
 def whole_pattern(pattern: str) -> str:
@@ -216,14 +276,39 @@ def unheld_patterns(schema: Any) -> list[str]:
     return found + [pattern for part in schema.values() for pattern in unheld_patterns(part)]
 
 
+def unheld_formats(schema: Any) -> set[str]:
+    """The formats of texts within a JSON schema that are none of ours, and not any text."""
+    if isinstance(schema, list):
+        return {kind for part in schema for kind in unheld_formats(part)}
+    if not isinstance(schema, Mapping):
+        return set()
+    found = {kind for part in schema.values() for kind in unheld_formats(part)}
+    kind = schema.get("format", schema.get("contentMediaType"))
+    return found | {kind} - ANY_TEXT if schema.get("type") == "string" and kind else found
+
+
 def json_piece(schema: Mapping[str, Any], layout: Mapping[str, Any]) -> str | None:
     """The piece of a JSON schema; ``None`` where llguidance cannot hold to it."""
+    schema = _without_tags(schema)
     for lenient in (False, True):  # at worst without the constraints that it does not know
         own = {**layout, "json_allowed_escapes": 'nrbtf\\"', "lenient": lenient}
         piece = f"%json {json.dumps({**schema, 'x-guidance': own})}"
         if is_valid(piece):
             return piece
     return None
+
+
+def _without_tags(part: Any) -> Any:
+    """A schema whose unions do not name their tag, by which llguidance refuses models in models."""
+    if isinstance(part, list):
+        return [_without_tags(item) for item in part]
+    if not isinstance(part, Mapping):
+        return part
+    own = {name: _without_tags(value) for name, value in part.items()}
+    if isinstance(own.get("discriminator"), dict) and isinstance(own.get("oneOf"), list):
+        del own["discriminator"]
+        own["anyOf"] = own.pop("oneOf")  # they are apart, by their tags
+    return own
 
 
 def is_valid(piece: str) -> bool:
@@ -271,11 +356,11 @@ class _Schema(GenerateJsonSchema):
         whole = max(1, schema.get("max_digits", DIGITS) - places)
         behind = rf"(?:\.[0-9]{{1,{places}}})?" if places else ""
         pattern = rf"-?(?:0|[1-9][0-9]{{0,{whole - 1}}}){behind}"
-        return _text_like(pattern)
+        return as_text(pattern)
 
     def url_schema(self, schema: Any) -> dict[str, Any]:
         schemes = "|".join(schema.get("allowed_schemes") or ("https", "http"))
-        return _text_like(f"(?:{schemes}){_URL}")
+        return as_text(f"(?:{schemes}){_URL}")
 
     def date_schema(self, schema: Any) -> dict[str, Any]:
         if not schema.keys() & {*_ENDS, "now_op"}:
@@ -283,34 +368,32 @@ class _Schema(GenerateJsonSchema):
         least, most = datetime.date.min.toordinal(), datetime.date.max.toordinal()
         least, most = _reached(schema, datetime.date.today().toordinal(), 1, least, most)
         days = bounds.limits(schema, datetime.date.toordinal, 1, least, most)
-        return _text_like(bounds.dates(*map(datetime.date.fromordinal, days)))
+        return as_text(bounds.dates(*map(datetime.date.fromordinal, days)))
 
     def time_schema(self, schema: Any) -> dict[str, Any]:
         if not schema.keys() & {*_ENDS}:
             return super().time_schema(schema)
         last = bounds.DAY - 1
-        return _text_like(
-            bounds.clocks(*bounds.limits(schema, bounds.exact, bounds.SECOND, 0, last))
-        )
+        return as_text(bounds.clocks(*bounds.limits(schema, bounds.exact, bounds.SECOND, 0, last)))
 
     def datetime_schema(self, schema: Any) -> dict[str, Any]:
         zone = {"aware": _ZONE, "naive": ""}.get(schema.get("tz_constraint"), f"{_ZONE}?")
         ends = [schema[name] for name in _ENDS if name in schema]
         if not ends and "now_op" not in schema:
-            return _text_like(f"{DATE}T{_CLOCK}{zone}")
+            return as_text(f"{DATE}T{_CLOCK}{zone}")
         if ends:  # in the bounds' own zone, or in none as they are
             zone = "Z" if zone == _ZONE or any(end.tzinfo for end in ends) else ""
         least, most = (bounds.exact(t) // bounds.SECOND for t in _FIRST_AND_LAST)
         now = bounds.exact(datetime.datetime.now(datetime.UTC)) // bounds.SECOND
         least, most = _reached(schema, now, bounds.DAY, least, most)
         seconds = bounds.limits(schema, bounds.exact, bounds.SECOND, least, most)
-        return _text_like(bounds.date_times(*seconds) + zone)
+        return as_text(bounds.date_times(*seconds) + zone)
 
     def timedelta_schema(self, schema: Any) -> dict[str, Any]:
         if not schema.keys() & {*_ENDS}:
             return super().timedelta_schema(schema)
         most = 10**9 - 1  # nine digits are what pydantic reads
-        return _text_like(
+        return as_text(
             bounds.durations(*bounds.limits(schema, bounds.exact, bounds.SECOND, -most, most))
         )
 
@@ -324,10 +407,6 @@ def _text_within(schema: Mapping[str, Any]) -> str:
     given = schema.get("pattern")
     pattern = f"(?s:.{{{least},{most}}})" if given is None else whole_pattern(given)
     return pattern if is_valid(regex(pattern)) else "(?s:.*)"
-
-
-def _text_like(pattern: str) -> dict[str, Any]:
-    return {"type": "string", "pattern": f"^(?:{pattern})$"}
 
 
 def _reached(

@@ -22,12 +22,71 @@ from fst_dspy.grammar.values import (
 # "<" and "&" begin something else, control characters cannot be in XML at all.
 TEXT = r"(?:[^<&\x00-\x08\x0b\x0c\x0e-\x1f\x{FFFE}\x{FFFF}]|&(?:amp|lt|gt|quot|apos);)*"
 KEY = r'(?:[^<&"\x00-\x1f\x{FFFE}\x{FFFF}]|&(?:amp|lt|gt|quot|apos);)+'
+_READ_FROM_TEXT = ("string", "integer", "number", "boolean")
 _BOUNDS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf")
 
 
 def xml_escaped(text: str) -> str:
     """As XMLAdapter escapes it."""
     return text.replace("&", "&amp;").replace("<", "&lt;")
+
+
+def json_in_xml(schema: Mapping[str, Any]) -> dict[str, Any]:
+    """The schema of JSON that stands as text in XML: what XML reads as marks is escaped in it."""
+    own = _texts_in_xml(schema)
+    own["$defs"] = {**own.get("$defs", {}), _ANYTHING: _anything()}
+    return dict(own)
+
+
+# Of a string in JSON, as it is written: "&quot;" would end it, and "]]>" is none of XML.
+_IN_JSON = (
+    r"(?:\]?(?:[^\]<&\x{FFFE}\x{FFFF}]|&(?:amp|lt|gt);)"
+    r"|\]\]+(?:[^\]<>&\x{FFFE}\x{FFFF}]|&(?:amp|lt|gt);))*\]*"
+)
+_JSON_TEXT = {"type": "string", "pattern": f"^(?:{_IN_JSON})$"}
+_ANYTHING = "AnyJSON"
+
+
+def _anything() -> dict[str, Any]:
+    inner = {"$ref": f"#/$defs/{_ANYTHING}"}
+    items = {"type": "array", "items": inner}
+    return {"anyOf": [{"type": ["null", "boolean", "number"]}, _JSON_TEXT, items, _entries(inner)]}
+
+
+def _entries(values: Any) -> dict[str, Any]:
+    keys = _JSON_TEXT["pattern"]
+    return {"type": "object", "patternProperties": {keys: values}, "additionalProperties": False}
+
+
+def _texts_in_xml(schema: Any) -> Any:
+    if schema is True or not schema.keys() - {"title", "description", "default"}:
+        return {"$ref": f"#/$defs/{_ANYTHING}"}
+    own = dict(schema)
+    for name in ("$defs", "properties", "patternProperties"):
+        if name in own:
+            escape = xml_escaped if name == "properties" else str
+            own[name] = {escape(key): _texts_in_xml(part) for key, part in own[name].items()}
+    for name in ("anyOf", "oneOf", "prefixItems"):
+        if name in own:
+            own[name] = [_texts_in_xml(part) for part in own[name]]
+    if isinstance(own.get("items"), dict):
+        own["items"] = _texts_in_xml(own["items"])
+    if "required" in own:
+        own["required"] = [xml_escaped(name) for name in own["required"]]
+    if "enum" in own:
+        own["enum"] = [xml_escaped(v) if isinstance(v, str) else v for v in own["enum"]]
+    elif isinstance(own.get("const"), str):
+        own["const"] = xml_escaped(own["const"])
+    elif own.get("type") == "string":
+        own["allOf"] = [_JSON_TEXT]
+    elif own.get("type") == "object" and not own.keys() & {"properties", "patternProperties"}:
+        more = own.pop("additionalProperties", True)
+        own |= _entries(_texts_in_xml(more)) if more else {"additionalProperties": False}
+    elif own.get("type") == "object":
+        own["additionalProperties"] = False  # more than what is named nobody reads
+    elif own.get("type") == "array" and "items" not in own and "prefixItems" not in own:
+        own["items"] = {"$ref": f"#/$defs/{_ANYTHING}"}
+    return own
 
 
 def _in_attribute(text: str) -> str:
@@ -192,7 +251,11 @@ class NestedXml:
 
     def _items(self, schema: Mapping[str, Any]) -> str | None:
         if "prefixItems" in schema:
-            return None
+            parts = schema["prefixItems"]
+            if not all(part.get("type") in _READ_FROM_TEXT for part in parts):
+                return None  # DSPy does not look up what they are
+            pieces = [self.element("item", part) for part in parts]
+            return None if None in pieces else " ".join(map(str, pieces))
         item = self.element("item", schema.get("items", {}))
         least, most = schema.get("minItems", 0), schema.get("maxItems", "")
         return None if item is None else f"({item}){{{least},{most}}}"

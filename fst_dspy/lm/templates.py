@@ -72,6 +72,7 @@ class ChatFormat:
 
     Attributes:
         takes_system: Whether it shows a system message.
+        takes_more_system: Whether it shows others behind the first, at their places.
         alternates: Whether it refuses two messages of one role, one after the other.
         thought: The marks around a thought; ``None`` where it names none.
         switch: The variable that switches thoughts on and off; ``None`` without one.
@@ -81,6 +82,7 @@ class ChatFormat:
     """
 
     takes_system: bool
+    takes_more_system: bool
     alternates: bool
     thought: tuple[str, str] | None
     switch: str | None
@@ -149,7 +151,7 @@ def render(tokenizer: Any, prompt: Prompt, **how: Any) -> Any:
         known.told = True
         logger.warning(
             "the chat template takes no %s: %s",
-            "system message" if not known.format.takes_system else "two messages of a role in turn",
+            _refused(known.format),
             "its text goes in front of the first user message, and messages of one role become one",
         )
     return _apply(tokenizer, fitted, json.loads(prompt.tools), json.loads(prompt.options), **how)
@@ -221,10 +223,13 @@ def _known(tokenizer: Any) -> _Tried:
 def _find_format(tokenizer: Any, template: str) -> ChatFormat:
     user, answer = {"role": "user", "content": _A}, {"role": "assistant", "content": _B}
     system = {"role": "system", "content": _B}
+    first, said = {"role": "system", "content": _NAME}, {"role": "assistant", "content": _A}
+    systems = [first, user, said, system, user]
     syntax = _syntax(tokenizer, template)
     has_calls = syntax is not None and "tool_calls" in syntax["fields"]
     return ChatFormat(
         takes_system=_shows(tokenizer, [system, user], _B),
+        takes_more_system=all(_shows(tokenizer, systems, text) for text in (_NAME, _B)),
         alternates=_shows(tokenizer, [user, answer], _A)
         and not _shows(tokenizer, [user, user, answer], _A),
         thought=_find_marks(template),
@@ -334,6 +339,12 @@ def _shows(
     return wanted in shown
 
 
+def _refused(found: ChatFormat) -> str:
+    if not found.takes_system:
+        return "system message"
+    return "two messages of a role in turn" if found.alternates else "second system message"
+
+
 def _fitted(messages: list[dict[str, Any]], found: ChatFormat) -> list[dict[str, Any]]:
     if not found.takes_system:
         texts = [m["content"] for m in messages if m["role"] == "system"]
@@ -347,6 +358,11 @@ def _fitted(messages: list[dict[str, Any]], found: ChatFormat) -> list[dict[str,
             joined = "\n\n".join(text for text in (*texts, first["content"]) if text)
             messages = [*messages]
             messages[place] = {**first, "content": joined}
+    elif not found.takes_more_system:
+        texts = [m["content"] for m in messages if m["role"] == "system"]
+        if texts:
+            rest = [m for m in messages if m["role"] != "system"]
+            messages = [{"role": "system", "content": "\n\n".join(filter(None, texts))}, *rest]
     if found.alternates:
         merged: list[dict[str, Any]] = []
         for message in messages:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from fst_dspy.embedded import path as embedded_path
@@ -14,8 +15,12 @@ def model_place(name_or_path: str | Path) -> str:
     """The folder, GGUF file or hub id of a model; SmolLM2 is fetched where it is asked for.
 
     Raises:
-        ModelError: What looks like a path is none, or SmolLM2 cannot be had.
+        ModelError: It is no name or path, what looks like a path is none, or SmolLM2 cannot be had.
     """
+    if not isinstance(name_or_path, str | os.PathLike) or not str(name_or_path).strip():
+        raise ModelError(
+            f"a model is a name, a folder, a GGUF file or a hub id, not {name_or_path!r:.80}"
+        )
     if str(name_or_path) == "embedded":
         return str(embedded_path())
     if str(name_or_path) in smollm2.NAMES:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import decimal
 import enum
+import ipaddress
 import logging
 import re
 import uuid
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal, Optional
 
 import dspy
@@ -111,6 +114,47 @@ class Event(pydantic.BaseModel):
     note: str | None = None
 
 
+@dataclasses.dataclass
+class Size:
+    """What DSPy writes as JSON in all three formats."""
+
+    width: int
+    label: Literal["a<b", "c"] = "c"
+
+
+class Letter(pydantic.BaseModel):
+    """One of what is told apart by a tag, which has a default."""
+
+    kind: Literal["letter"] = "letter"
+    pages: int
+
+
+class Box(pydantic.BaseModel):
+    """The other, which may hold both."""
+
+    kind: Literal["box"] = "box"
+    inside: Mail
+
+
+Mail = Annotated[Letter | Box, pydantic.Field(discriminator="kind")]
+Box.model_rebuild()
+
+
+class Post(pydantic.BaseModel):
+    """A union by a tag, none of which holds another."""
+
+    sent: Annotated[Letter | Returned, pydantic.Field(discriminator="kind")]
+
+
+class Returned(pydantic.BaseModel):
+    """One that came back."""
+
+    kind: Literal["returned", "lost"] = "lost"
+    why: Literal["a", "b"]
+
+
+Post.model_rebuild()
+
 TYPES: dict[str, Any] = {
     "literal": Literal["a", "b c", "d"],
     "numbers": Literal[1, 2, 30],
@@ -155,12 +199,21 @@ TYPES: dict[str, Any] = {
     "some": list[Cat | int],
     "odd keys": dict[Literal["R&D", 'a "b"', "x"], int],
     "list or text": list[int] | str,
+    "versioned": dict[pydantic.UUID4, ipaddress.IPv6Address],
+    "price": decimal.Decimal,
+    "size": Size,
+    "bag": set[str],
+    "anything": list,
+    "pairs": list[tuple[str, float]],
+    "hosts": tuple[pydantic.IPvAnyAddress, ...],
+    "post": Post,
+    "mail": Box,
 }
 """Types that answers can be held to, in all three formats."""
 ONLY_TEXT = {
     "ChatAdapter": {"number or text", "list or text"},
     "JSONAdapter": {"number or text", "list or text"},
-    "XMLAdapter": {"tree", "place", "pair", "listed"},
+    "XMLAdapter": {"tree", "place", "listed", "mail"},
 }
 """Of those that DSPy cannot read in an adapter's format, though it may write them so."""
 
@@ -389,19 +442,58 @@ def test_keys_keep_to_their_constraints(
         assert held == (written == good)
 
 
-def test_each_type_of_a_field_s_own_union_is_read_from_xml(policy: Policy) -> None:
-    adapter, kind = dspy.XMLAdapter(), Cat | Dog
-    signature = dspy.Signature(
-        {"question": (str, dspy.InputField()), "first": (kind, dspy.OutputField())}
-    )
-    text = grammar_of_answer(adapter, signature)
+@pytest.mark.parametrize(
+    ("kind", "value"),
+    [
+        (Cat | Dog, Cat(lives=9)),
+        (Cat | Dog, Dog(tricks=["sit", "a > b", "[[1]]"])),
+        (set[str], {"a"}),
+        (tuple[int, ...], ()),
+        (tuple[str, Size], ("x", Size(3))),
+        (Size, Size(3)),
+        (dict, {"a": [1, None, {"b": "c"}]}),
+        (Sequence[int], [1]),
+        (int | list[int], 3),
+        (int | list[int], [3]),
+    ],
+    ids=repr,
+)
+def test_what_xml_does_not_nest_is_json_in_it(policy: Policy, kind: Any, value: Any) -> None:
+    """So DSPy asks for it in the prompt, and writes it in demos."""
+    assert is_let_through(policy, dspy.XMLAdapter(), kind, value)
+
+
+def test_json_in_xml_is_escaped(policy: Policy) -> None:
+    text = grammar_of_answer(dspy.XMLAdapter(), signature_of(first=set[str]))
     assert text is not None
-    for written, value in (
-        ("<first><lives>9</lives></first>", Cat(lives=9)),
-        ("<first><tricks><item>sit</item></tricks></first>", Dog(tricks=["sit"])),
-    ):
-        assert adapter.parse(signature, written)["first"] == value
-        assert takes(policy, text, written)
+    held = {said: takes(policy, text, f'<first>\n["{said}"]\n</first>') for said in _IN_XML}
+    assert held == _IN_XML
+    read = dspy.XMLAdapter().parse(signature_of(first=set[str]), '<first>["&amp;&lt;"]</first>')
+    assert read["first"] == {"&<"}
+
+
+_IN_XML = {"a": True, "&amp;&lt;": True, "<": False, "&": False, "&quot;": False, "]]>": False}
+
+
+@pytest.mark.parametrize(
+    ("kind", "value"),
+    [
+        (Person | None, None),
+        (list[tuple[str, float]], [("a", 1.5)]),
+        (pydantic.UUID4, uuid.UUID("12345678-1234-4234-8234-123456789012")),
+        (ipaddress.IPv6Address, ipaddress.IPv6Address("fe80::1")),
+        (list[Annotated[str, {"what": "a note that has no hash"}]], ["a"]),
+        (ipaddress.IPv4Interface, ipaddress.IPv4Interface("10.0.0.1/24")),
+        (Annotated[decimal.Decimal, pydantic.Field(max_digits=5, decimal_places=2)], "1.50"),
+        (decimal.Decimal, decimal.Decimal("1.50")),
+    ],
+    ids=repr,
+)
+@pytest.mark.parametrize("adapter", ADAPTERS, ids=lambda a: type(a).__name__)
+def test_what_dspy_writes_is_let_through(
+    policy: Policy, adapter: Any, kind: Any, value: Any
+) -> None:
+    assert is_let_through(policy, adapter, kind, value)
 
 
 @pytest.mark.parametrize("adapter", ADAPTERS, ids=lambda a: type(a).__name__)
@@ -445,7 +537,7 @@ def test_a_union_that_xml_cannot_say_is_told(caplog: pytest.LogCaptureFixture) -
 
 
 def test_a_type_without_a_grammar_is_free_text_within_the_markers(policy: Policy) -> None:
-    signature = signature_of(first=tuple[int, str], last=bool)
+    signature = signature_of(first=list[Literal[1, 2]], last=bool)
     text = grammar_of_answer(dspy.XMLAdapter(), signature)
     assert text is not None
     matcher = vocabulary(policy).matcher(text)
@@ -455,7 +547,7 @@ def test_a_type_without_a_grammar_is_free_text_within_the_markers(policy: Policy
 
 def test_what_is_left_free_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
     class Odd(pydantic.BaseModel):
-        pair: tuple[int, str]
+        numbers: list[Literal[1, 2]]
 
     with caplog.at_level(logging.WARNING):
         for name in ("one", "two"):
@@ -464,6 +556,15 @@ def test_what_is_left_free_is_told_once(caplog: pytest.LogCaptureFixture) -> Non
     assert [r.getMessage().partition(":")[0] for r in caplog.records] == [
         "answers are not held to Odd, the type of the field 'one', under XMLAdapter"
     ]
+
+
+def test_a_format_of_texts_that_is_not_known_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        for adapter in ADAPTERS:
+            grammar_of_answer(adapter, signature_of(first=list[ipaddress.IPv4Network]))
+            grammar_of_answer(adapter, signature_of(first=list[bytes]))
+    (record,) = caplog.records
+    assert "the format 'ipv4network' of the field 'first'" in record.getMessage()
 
 
 @pytest.mark.parametrize("adapter", ADAPTERS, ids=lambda a: type(a).__name__)
@@ -528,6 +629,16 @@ def test_json_schemas_have_grammars(policy: Policy) -> None:
     assert anything is not None
     matcher = vocabulary(policy).matcher(anything)
     assert matcher.consume_tokens(policy.tokenizer.encode('{"a": [1, null]}'))
+
+
+def test_the_tag_of_a_union_is_always_there(policy: Policy) -> None:
+    """Pydantic has it left out in its schema, and does not read what is without."""
+    for adapter in ADAPTERS:
+        assert is_let_through(policy, adapter, Post, Post(sent=Returned(why="a")))
+    text = grammar_of_json_schema(Box.model_json_schema())
+    assert text is not None
+    assert takes(policy, text, '{"kind": "box", "inside": {"kind": "letter", "pages": 3}}')
+    assert not takes(policy, text, '{"inside": {"pages": 3}}')
 
 
 def held_text(**lengths: int) -> type[dspy.Signature]:

@@ -15,7 +15,7 @@ from held_answers import DESKS, SMALL, all_answers, allowed_after, encode
 import fst_dspy.grammar.tokens as tokens_module
 from fst_dspy.errors import ModelError
 from fst_dspy.grammar.answers import grammar_of_answer
-from fst_dspy.grammar.tokens import Walk, single, unpacked
+from fst_dspy.grammar.tokens import SPELLED_GLUE, Walk, single, unpacked
 from fst_dspy.model.policy import Policy
 from fst_dspy.model.sampling import allowed_tokens, vocabulary
 from fst_dspy.types import Grammar, TrainingRow
@@ -166,3 +166,11 @@ def test_tokens_that_a_grammar_does_not_allow_are_no_warning(
         for token in encode(policy, "other"):
             walk.advance(token)
     assert not caplog.records
+
+
+def test_the_embedded_model_s_glue_is_no_character_of_its_bytes() -> None:
+    """It is one in the grammar; said byte by byte it would be one in the answer."""
+    own = vocabulary(policy := Policy.load("embedded"))
+    begins = policy.tokenizer.convert_tokens_to_ids(chr(SPELLED_GLUE.encode()[0]))
+    assert begins is not None and own.pieces.texts_V[begins] != SPELLED_GLUE.encode()[:1]
+    assert SPELLED_GLUE.encode() in own.pieces.texts_V

@@ -38,6 +38,9 @@ def test_defaults(tiny_qwen3: Path) -> None:
     assert lm.model == lm.version == lm.policy.base_version
     assert lm.kwargs["temperature"] == 1.0 and lm.kwargs["max_tokens"] == 64
     assert lm.engine.policy is lm.policy
+    for unset in (None, "", 3):  # as of an environment variable that is not set
+        with pytest.raises(ModelError, match=f"a hub id, not {unset!r}"):
+            LocalLM(unset)
     with pytest.raises(ModelError, match="no model folder"):
         LocalLM("./nowhere")
 

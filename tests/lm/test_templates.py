@@ -43,6 +43,17 @@ def test_a_system_message_that_is_dropped_in_silence_counts_as_refused() -> None
     assert shown(tokenizer, [SYSTEM, USER]) == "userBe brief.\n\nWhere to?"
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+def test_no_system_message_is_lost(name: str) -> None:
+    """Of two, some templates show the last alone, and some refuse them."""
+    later = {"role": "system", "content": "Be kind."}
+    text = shown(family_tokenizer(name), [SYSTEM, USER, ANSWER, later, USER])
+    parts = ("Be brief.", "Be kind.", "Where to?", "silver")
+    assert [text.count(part) for part in parts] == [1, 1, 2, 1]
+    assert text.index("Be brief.") < text.index("Where to?")
+    assert "Be kind." in shown(family_tokenizer(name), [USER, ANSWER, later, USER])
+
+
 def test_turns_alternate_where_they_must() -> None:
     text = shown(family_tokenizer("gemma3"), [SYSTEM, USER, USER, ANSWER])
     assert text.count("<start_of_turn>user") == 1
