@@ -237,6 +237,7 @@ def draw(found: Mapping[str, Sequence[Run]]) -> NotebookFigure:
                     markersize=4,
                 )
         axes.set(title=program, xlabel="environment steps, all channels", ylim=(-0.02, 1.02))
+        axes.locator_params(axis="x", nbins=5)
         axes.grid(alpha=0.25)
     panels[0].set(ylabel="success, validation")
     panels[0].legend(frameon=False, fontsize=9)
