@@ -32,7 +32,9 @@ def _check_kinds(config: Any, label: str = "", but: Iterable[str] = ()) -> None:
 
 MAX_SCORE = 1e6
 """Scores beyond this magnitude are taken for a mistake, in the metric or the settings."""
-LIMITS = ("max_cycles", "max_rollouts", "max_seconds", "max_full_evals", "max_env_steps")
+ENV_LIMITS = {"max_env_steps": "steps", "max_env_turns": "turns", "max_env_seconds": "seconds"}
+"""The limits of what agents do, and what of ``fst_dspy.types.TurnCounts`` they limit."""
+LIMITS = ("max_cycles", "max_rollouts", "max_seconds", "max_full_evals", *ENV_LIMITS)
 """The limits of a run, of which there must be one."""
 
 
@@ -49,7 +51,11 @@ class BudgetConfig:
         max_full_evals: ``max_rollouts`` in runs over all examples, those of training and of
             validation together, as ``dspy.GEPA`` counts; or ``None``. One of the two.
         max_env_steps: Tool calls of agents in their environments (``fst_dspy.env``), or ``None``.
+            The cycle under way when it is reached is finished.
+        max_env_turns: Turns of agents there: those calls, and actions that were none; or ``None``.
             Likewise.
+        max_env_seconds: Time that their environments take, summed over rollouts, in seconds; or
+            ``None``. Likewise.
         on_no_signal: What to do where nothing is left to learn: after a full cycle all of whose
             rollouts had the same reward, or where neither channel pays any more
             (``fst_dspy.loop.share``). ``"stop"`` ends the run, whatever is left of its limits (with
@@ -61,6 +67,8 @@ class BudgetConfig:
     max_seconds: float | None = None
     max_full_evals: int | None = None
     max_env_steps: int | None = None
+    max_env_turns: int | None = None
+    max_env_seconds: float | None = None
     on_no_signal: Literal["stop", "warn"] = "stop"
 
     def __post_init__(self) -> None:
@@ -76,6 +84,11 @@ class BudgetConfig:
         for name in LIMITS:
             value = getattr(self, name)
             _require(value is None or value > 0, f"{name} must be positive or None, got {value}")
+
+    def env_limits(self) -> dict[str, float]:
+        """The limits of what agents do that are set, by what of ``TurnCounts`` they limit."""
+        limits = {counted: getattr(self, name) for name, counted in ENV_LIMITS.items()}
+        return {counted: limit for counted, limit in limits.items() if limit is not None}
 
     def over(self, examples: int) -> BudgetConfig:
         """The budget in rollouts, for so many training and validation examples."""
@@ -716,7 +729,13 @@ SINCE: dict[str, dict[str, Any]] = {
         "distillation_weight": 0.5,
     },
     "sampling": {"structured": "auto", "val_samples": 1},
-    "budget": {"max_full_evals": None, "max_env_steps": None, "on_no_signal": "stop"},
+    "budget": {
+        "max_full_evals": None,
+        "max_env_steps": None,
+        "max_env_turns": None,
+        "max_env_seconds": None,
+        "on_no_signal": "stop",
+    },
 }
 """Settings that earlier versions did not have, by part, with what they did, or with what only the
 first validation asks, which is behind their runs."""

@@ -215,7 +215,13 @@ class Settings(TypedDict, total=False):
     validation together, as ``dspy.GEPA`` counts; or ``None``. One of the two."""
     max_env_steps: int | None
     """Default None. Tool calls of agents in their environments (``fst_dspy.env``), or ``None``.
+    The cycle under way when it is reached is finished."""
+    max_env_turns: int | None
+    """Default None. Turns of agents there: those calls, and actions that were none; or ``None``.
     Likewise."""
+    max_env_seconds: float | None
+    """Default None. Time that their environments take, summed over rollouts, in seconds; or
+    ``None``. Likewise."""
     on_no_signal: Literal["stop", "warn"]
     """Default 'stop'. What to do where nothing is left to learn: after a full cycle all of whose
     rollouts had the same reward, or where neither channel pays any more

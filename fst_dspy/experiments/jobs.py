@@ -42,8 +42,8 @@ class Job:
         rollouts: Budget over all stages and channels. A run ends where another cycle like the last
             one would go beyond it.
         model: As for ``LocalLM``.
-        settings: FST's settings, flat, for every stage; but ``max_env_steps`` is a budget over all
-            of them, as ``rollouts`` is.
+        settings: FST's settings, flat, for every stage; but limits of what agents do, such as
+            ``max_env_steps``, are budgets over all of them, as ``rollouts`` is.
         samples: Rollouts a test example of the best pair: mean@k.
         test_size: Test examples; ``None`` takes them all.
         test_temperature: Of everything that is measured once the arm has ended: arms that sample

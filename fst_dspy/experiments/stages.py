@@ -10,6 +10,7 @@ from typing import Any
 import dspy
 from dspy.teleprompt import Teleprompter
 
+from fst_dspy.config import ENV_LIMITS
 from fst_dspy.experiments.arms import Stage, find_arm
 from fst_dspy.experiments.jobs import Job
 from fst_dspy.loop.progress import SilentProgress, StopRun, cycle_line
@@ -22,7 +23,7 @@ from fst_dspy.student.candidate import (
     predictor_names,
 )
 from fst_dspy.tasks import load_task
-from fst_dspy.types import CycleRecord, Task
+from fst_dspy.types import CycleRecord, Task, TurnCounts
 
 
 class Within(SilentProgress):
@@ -30,12 +31,13 @@ class Within(SilentProgress):
 
     Args:
         rollouts: The budget, over all channels.
-        env_steps: That in an agent's environment steps; ``None`` for none.
+        limits: Those of what agents do, as ``BudgetConfig.env_limits`` has them.
     """
 
-    def __init__(self, rollouts: int, env_steps: int | None = None) -> None:
-        self.rollouts, self.env_steps = rollouts, env_steps
-        self._steps: int | None = None  # up to the cycle before, which a resumed run has not seen
+    def __init__(self, rollouts: int, limits: Mapping[str, float] | None = None) -> None:
+        self.rollouts, self.limits = rollouts, limits or {}
+        # Up to the cycle before, which a resumed run has not seen.
+        self._turns: TurnCounts | None = None
         self._most = 0
 
     def cycle_done(self, record: CycleRecord) -> None:
@@ -44,12 +46,12 @@ class Within(SilentProgress):
         # After a phase of prompts alone there may be a cycle with optimizer steps, which is longer.
         if record.train_reward is not None:
             self._most = max(self._most, record.rollouts.total)
-        steps, before = record.turns.steps, self._steps
-        self._steps = steps
+        before, self._turns = self._turns, record.turns
         needed = max(self._most, record.rollouts.total)
         too_many = record.total_rollouts.total + needed > self.rollouts
-        if self.env_steps is not None and before is not None:
-            too_many |= 2 * steps - before > self.env_steps
+        for counted, limit in self.limits.items():
+            if before is not None:
+                too_many |= 2 * getattr(record.turns, counted) - getattr(before, counted) > limit
         if record.cycle and too_many:
             raise StopRun
 
@@ -121,17 +123,19 @@ class _Turn(Teleprompter):
         job, spent = self.job, sum(turn.result.rollouts.total for turn in self.before)
         budget = max(1, round(job.rollouts * self.stage.until) - spent)
         settings: dict[str, Any] = {**job.settings, "max_rollouts": budget}
-        asked = settings.get("max_env_steps")
-        if asked is not None:  # the job's, as its rollouts are
-            taken = sum(turn.result.records[-1].turns.steps for turn in self.before)
-            settings["max_env_steps"] = max(1, round(asked * self.stage.until) - taken)
+        limits: dict[str, float] = {}
+        for name, counted in ENV_LIMITS.items():
+            if (asked := settings.get(name)) is not None:  # the job's, as its rollouts are
+                done = [getattr(turn.result.records[-1].turns, counted) for turn in self.before]
+                left = max(1, round(asked * self.stage.until) - round(sum(done)))
+                settings[name] = limits[counted] = left
         try:
             optimizer = self.stage.make(
                 self.metric,
                 seed=job.seed,
                 log_dir=self.folder,
                 track_stats=True,
-                progress=Within(budget, settings.get("max_env_steps")),
+                progress=Within(budget, limits),
                 reflection_lm=dspy.LM(job.reflection_lm) if job.reflection_lm else None,
                 **settings,
             )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from fst_dspy.config import LIMITS
+from fst_dspy.config import ENV_LIMITS, LIMITS
 from fst_dspy.errors import ConfigError, TrainingError
 from fst_dspy.loop.parts import Parts
 from fst_dspy.loop.share import KEPT, Decision, Evidence, Share, next_share
@@ -16,7 +16,7 @@ from fst_dspy.loop.state import LoopState
 from fst_dspy.loop.validation import Validation, is_scored
 from fst_dspy.plan.plan import Plan
 from fst_dspy.rollouts.health import told_failures
-from fst_dspy.types import CycleRecord
+from fst_dspy.types import CycleRecord, TurnCounts
 
 ALL = 0.999
 """Share from which on a figure is that of all rollouts."""
@@ -114,22 +114,24 @@ def is_alone(parts: Parts, record: CycleRecord) -> bool:
     return record.cycle > 0 and parts.learner is not None and record.train_reward is None
 
 
-def counts_spent(parts: Parts, rollouts: int, env_steps: int) -> str | None:
+def counts_spent(parts: Parts, rollouts: int, turns: TurnCounts) -> str | None:
     """``"312 of 300 rollouts"`` where a limit of what is counted is reached."""
     budget = parts.budget
     if budget.max_rollouts is not None and rollouts >= budget.max_rollouts:
         return f"{rollouts:,} of {budget.max_rollouts:,} rollouts"
-    if budget.max_env_steps is not None and env_steps >= budget.max_env_steps:
-        return f"{env_steps:,} of {budget.max_env_steps:,} environment steps"
+    for counted, limit in budget.env_limits().items():
+        if (done := getattr(turns, counted)) >= limit:
+            return f"{done:,.0f} of {limit:,} environment {counted}"
     return None
 
 
 def measured_plan(parts: Parts, state: LoopState) -> Plan:
     """The plan with what the first validation has shown: how long rollouts and episodes are."""
-    rollouts, steps = state.counts.total, parts.runner.turns.steps
+    rollouts, turns = state.counts.total, parts.runner.turns
     budget, allowed = parts.budget, None
-    if budget.max_env_steps is not None and steps:
-        allowed = max(rollouts, budget.max_env_steps * rollouts // steps)
+    limits = budget.env_limits().items()
+    if left := [limit / done for counted, limit in limits if (done := getattr(turns, counted))]:
+        allowed = max(rollouts, int(rollouts * min(left)))
         if budget.max_rollouts is not None or budget.max_cycles is not None:
             allowed = min(allowed, parts.plan.rollouts)
     seconds, tokens = state.seconds.get("eval", 0.0), sum(parts.runner.tokens.values())
@@ -140,12 +142,13 @@ def check_limits(parts: Parts) -> None:
     """Stop after the first validation where the one limit that there is counts nothing.
 
     Raises:
-        ConfigError: The limit is of environment steps, and the program has taken no turn in one.
+        ConfigError: The limit is of what agents do, and the program has taken no turn as one.
     """
     given = [name for name in LIMITS if getattr(parts.budget, name) is not None]
-    if given == ["max_env_steps"] and not parts.runner.turns.turns:
+    if given and ENV_LIMITS.keys() >= set(given) and not parts.runner.turns.turns:
+        only = "is the only limit" if len(given) == 1 else "are the only limits"
         raise ConfigError(
-            "max_env_steps is the only limit, and would never be reached: in the first validation "
+            f"{' and '.join(given)} {only}, and would never be reached: in the first validation "
             "the program took no turn in an environment (fst_dspy.env). Give max_rollouts, "
             "max_cycles or max_seconds, alone or besides"
         )
@@ -159,7 +162,7 @@ def time_spent(parts: Parts, state: LoopState) -> str | None:
 
 def recorded_spent(parts: Parts, record: CycleRecord) -> str | None:
     """As ``counts_spent``, of what a cycle's record says."""
-    return counts_spent(parts, record.total_rollouts.total, record.turns.steps)
+    return counts_spent(parts, record.total_rollouts.total, record.turns)
 
 
 def share_of(parts: Parts, state: LoopState) -> Share:

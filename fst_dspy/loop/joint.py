@@ -338,7 +338,7 @@ class Run:
 
     def _tell_spent(self, state: LoopState) -> None:
         """Say once that a limit was reached within a cycle, which is finished all the same."""
-        counts = self.runner.counts.total, self.runner.turns.steps
+        counts = self.runner.counts.total, self.runner.turns
         spent = counts_spent(self.parts, *counts) or time_spent(self.parts, state)
         if spent and not self._told_spent:
             tell(self.parts.progress, f"{spent} reached; finishing the cycle")

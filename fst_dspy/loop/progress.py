@@ -227,11 +227,13 @@ class _Pace:
         self.budget = budget
         self._started = time.monotonic()
         self._rollouts_before: int | None = None
-        self._env_steps = 0.0  # of a rollout
+        self._acts: dict[str, float] = {}  # what a rollout does of what is limited
 
     def acted(self, record: CycleRecord) -> None:
-        """A cycle has shown how many environment steps a rollout takes."""
-        self._env_steps = record.turns.steps / max(1, record.total_rollouts.total)
+        """A cycle has shown how much a rollout does in its environment."""
+        rollouts = max(1, record.total_rollouts.total)
+        for counted in self.budget.env_limits():
+            self._acts[counted] = getattr(record.turns, counted) / rollouts
 
     def at(self, cycle: int, counts: RolloutCounts) -> _Now:
         """Where the run is at the start of a phase of ``cycle``."""
@@ -250,8 +252,8 @@ class _Pace:
             shares.append(max(0, cycle - 1) / budget.max_cycles)
         if budget.max_rollouts is not None:
             shares.append(counts.total / budget.max_rollouts)
-        if budget.max_env_steps is not None:
-            shares.append(counts.total * self._env_steps / budget.max_env_steps)
+        for counted, limit in budget.env_limits().items():
+            shares.append(counts.total * self._acts.get(counted, 0.0) / limit)
         if budget.max_seconds is not None:
             shares.append((time.monotonic() - self._started) / budget.max_seconds)
         return min(1.0, max(shares))

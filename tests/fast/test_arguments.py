@@ -8,7 +8,7 @@ from gepa.strategies.acceptance import ImprovementOrEqualAcceptance
 from gepa.utils import MaxMetricCallsStopper
 
 from fst_dspy import FST
-from fst_dspy.config import BudgetConfig, FSTConfig, without_removed
+from fst_dspy.config import ENV_LIMITS, BudgetConfig, FSTConfig, without_removed
 from fst_dspy.errors import ConfigError
 
 
@@ -104,7 +104,7 @@ def test_what_to_do_without_signal_is_no_limit():
 
 def test_a_config_of_before_is_read_and_its_run_goes_on():
     now = FSTConfig.make().to_dict()
-    budget = {"max_full_evals", "max_env_steps"}
+    budget = {"max_full_evals", *ENV_LIMITS}
     new = {"reflection_context", "frontier_type", "copy_guard", *budget}
     old = {part: {k: v for k, v in row.items() if k not in new} for part, row in now.items()}
     assert without_removed(old) == now

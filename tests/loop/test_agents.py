@@ -63,6 +63,16 @@ def test_a_budget_of_environment_steps_ends_the_run(tiny_qwen3):
         fst_dspy.FST(fst_dspy.env_reward, max_env_steps=0)
 
 
+@pytest.mark.parametrize(
+    ("limit", "counted"), [("max_env_turns", "turns"), ("max_env_seconds", "seconds")]
+)
+def test_so_do_turns_and_the_time_that_environments_take(tiny_qwen3, limit, counted):
+    least = 1e-6 if counted == "seconds" else 4
+    result = compile_hall(tiny_qwen3, max_cycles=3, **{limit: least})
+    assert getattr(result.records[-1].turns, counted) >= least
+    assert result.records[-1].cycle < 3
+
+
 def test_a_killed_run_goes_on_to_the_same_turns(tiny_qwen3, tmp_path, monkeypatch):
     whole = compile_hall(tiny_qwen3, tmp_path / "whole")
     with monkeypatch.context() as patch:

@@ -127,6 +127,8 @@ def test_a_run_that_has_ended_of_itself_goes_on_when_told_to(
 def test_a_limit_that_counts_nothing_is_refused(tiny_qwen3):
     with pytest.raises(ConfigError, match="max_env_steps is the only limit, and would never be"):
         compiled(tiny_qwen3, max_cycles=None, max_env_steps=100)
+    with pytest.raises(ConfigError, match="max_env_steps and max_env_seconds are the only limits"):
+        compiled(tiny_qwen3, max_cycles=None, max_env_steps=100, max_env_seconds=9.0)
     compiled(tiny_qwen3, max_cycles=None, max_env_steps=100, max_rollouts=1)
 
 
