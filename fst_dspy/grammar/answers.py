@@ -106,8 +106,8 @@ def grammar_of_answer(
             _tell_free(type(adapter).__name__, name, info.annotation, "the lengths of ")
         else:
             schema = _schema(_annotated(info)) or {}
-            _tell_patterns(name, unheld_patterns(schema))
-            _tell_formats(name, unheld_formats(schema) - writer.formats)
+            _tell_unheld(_NO_PATTERN, name, unheld_patterns(schema))
+            _tell_unheld(_NO_FORMAT, name, unheld_formats(schema) - writer.formats)
     return text
 
 
@@ -159,30 +159,22 @@ def _tell_free(adapter: str, name: str, annotation: Any, what: str = "") -> None
         )
 
 
-def _tell_patterns(name: str, patterns: Sequence[str]) -> None:
-    """Say so, once for each."""
-    for pattern in patterns:
-        if ("", pattern) not in _told:
-            _told.add(("", pattern))
-            logger.warning(
-                "answers are not held to the pattern %r of the field %r, which llguidance has not; "
-                "write it without look-around and \\b, and with ^ and $ at its ends alone",
-                pattern,
-                name,
-            )
+_NO_PATTERN = (
+    "answers are not held to the pattern %r of the field %r, which llguidance has not; write it "
+    "without look-around and \\b, and with ^ and $ at its ends alone"
+)
+_NO_FORMAT = (
+    "answers are not held to the format %r of the field %r: there it is any text, and may not be "
+    "read"
+)
 
 
-def _tell_formats(name: str, formats: Iterable[str]) -> None:
+def _tell_unheld(message: str, name: str, constraints: Iterable[str]) -> None:
     """Say so, once for each."""
-    for kind in formats:
-        if ("format", kind) not in _told:
-            _told.add(("format", kind))
-            logger.warning(
-                "answers are not held to the format %r of the field %r: there it is any text, and "
-                "may not be read",
-                kind,
-                name,
-            )
+    for constraint in constraints:
+        if (message, constraint) not in _told:
+            _told.add((message, constraint))
+            logger.warning(message, constraint, name)
 
 
 _told: set[tuple[str, str]] = set()
