@@ -81,7 +81,7 @@ in a ``timedelta`` and, within XML, any text."""
 ANY_TEXT = frozenset({"binary", "password", "path"})
 """Formats that any text has."""
 _LABEL = r"[A-Za-z0-9]{1,20}(?:-[A-Za-z0-9]{1,20}){0,3}"
-_HOST = rf"(?:localhost|{_BYTE}(?:\.{_BYTE}){{3}}|{_LABEL}(?:\.{_LABEL}){{0,4}}\.[A-Za-z]{{2,10}})"
+_HOST = rf"(?:localhost|{_IPV4}|{_LABEL}(?:\.{_LABEL}){{0,4}}\.[A-Za-z]{{2,10}})"
 _PORT = r"(?::(?:[1-9][0-9]{0,3}|[1-5][0-9]{4}))?"
 _IN_URL = r"(?:[A-Za-z0-9_.~!$'()*+,;=:@&\-]|%[0-9A-Fa-f]{2})"
 _URL = (
