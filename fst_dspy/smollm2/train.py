@@ -10,17 +10,29 @@ import os
 import shlex
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from fst_dspy.pretrained import smollm2
-from fst_dspy.smollm2.training import LOW_PRIORITY, Recipe, Trainer
+from fst_dspy.smollm2.training import LOW_PRIORITY, Position, Recipe, Trainer
+
+MADE = "training.json"
+"""Beside an adapter: what it was made by."""
+POSITION = [each.name for each in fields(Position)]
 
 
-def train(base: Path, work: Path, recipe: Recipe, threads: int, every: int, held_out: int) -> Path:
+def train(
+    base: Path,
+    work: Path,
+    recipe: Recipe,
+    threads: int,
+    every: int,
+    held_out: int,
+    adapter: Path | None = None,
+) -> Path:
     """Train, or go on training, in ``work``; returns the folder of the adapter.
 
     Args:
@@ -30,10 +42,15 @@ def train(base: Path, work: Path, recipe: Recipe, threads: int, every: int, held
         threads: Cores.
         every: Steps between checkpoints, which also measure.
         held_out: Exercises to measure with.
+        adapter: One that this wrote, where the checkpoint of its run is gone: its weights are the
+            first ones, and its steps count.
     """
     work.mkdir(parents=True, exist_ok=True)
+    made_before = json.loads((adapter / MADE).read_text()) if adapter else {}
+    recipe = replace(recipe, start=made_before.get("step", 0))
     trainer = Trainer(base, recipe, threads)
-    trainer.load(work / "checkpoint.pt")
+    if not trainer.load(work / "checkpoint.pt") and adapter:
+        trainer.begin_from(adapter, Position(**{name: made_before[name] for name in POSITION}))
     began = time.monotonic() - trainer.position.seconds
 
     def report(run: Trainer, loss: float) -> None:
@@ -43,7 +60,9 @@ def train(base: Path, work: Path, recipe: Recipe, threads: int, every: int, held
             line["held_out"] = asdict(run.held_out(held_out))
             run.write(work / "adapter")
             made = {**line, "recipe": asdict(recipe), "command": shlex.join(sys.argv)}
-            (work / "adapter" / "training.json").write_text(json.dumps(made, indent=2) + "\n")
+            if adapter:
+                made["went_on_from"] = made_before
+            (work / "adapter" / MADE).write_text(json.dumps(made, indent=2) + "\n")
         with open(work / "log.jsonl", "a") as log:
             log.write(json.dumps(line) + "\n")
         typer.echo(json.dumps(line))
@@ -59,6 +78,9 @@ def main(
     threads: Annotated[int, typer.Option(min=1, help="Cores.")] = 2,
     every: Annotated[int, typer.Option(min=1, help="Steps between measurements.")] = 20,
     held_out: Annotated[int, typer.Option(min=1, help="Exercises to measure with.")] = 32,
+    adapter: Annotated[
+        Path | None, typer.Option(help="One to go on from, where its checkpoint is gone.")
+    ] = None,
 ) -> None:
     """Train the adapter, or go on with a run that was killed."""
     os.nice(LOW_PRIORITY)
@@ -69,6 +91,7 @@ def main(
         threads,
         every,
         held_out,
+        adapter,
     )
 
 

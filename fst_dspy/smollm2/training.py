@@ -20,6 +20,7 @@ from typing import Any
 import peft
 import torch
 from peft.helpers import disable_input_dtype_casting
+from peft.utils import load_peft_weights
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -44,6 +45,7 @@ class Recipe:
         learning_rate: Peak, after ``warmup_steps`` of rising.
         steps: Optimizer steps; over the last ``decay`` of them the rate falls to a tenth. A run may
             go on with more.
+        start: Those that the adapter it begins with had taken: the rate rises behind them.
         rows: Exercises a step.
         tokens: Longest row.
         reasoning: Share of exercises with a reasoning field.
@@ -55,6 +57,7 @@ class Recipe:
     learning_rate: float = 5e-4
     warmup_steps: int = 10
     steps: int = 240
+    start: int = 0
     decay: float = 0.3
     rows: int = 4
     tokens: int = 768
@@ -62,7 +65,7 @@ class Recipe:
 
     def rate(self, step: int) -> float:
         """The learning rate of a step, counted from 0."""
-        rising = min(1.0, (step + 1) / self.warmup_steps)
+        rising = min(1.0, (step - self.start + 1) / self.warmup_steps)
         left = (self.steps - step) / max(1.0, self.decay * self.steps)
         return self.learning_rate * rising * (0.1 + 0.9 * min(1.0, left))
 
@@ -205,6 +208,12 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
         self.position = Position(**state["position"])
         return True
+
+    def begin_from(self, folder: Path, position: Position) -> None:
+        """Take the weights of an adapter that was written; the optimizer begins anew."""
+        state = load_peft_weights(str(folder), device="cpu")
+        peft.set_peft_model_state_dict(self.model, state)
+        self.position = position
 
     def write(self, folder: Path) -> None:
         """Write the adapter in peft's format, in bfloat16: half the bytes, as it takes part."""

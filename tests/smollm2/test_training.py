@@ -18,7 +18,7 @@ from fst_dspy.smollm2 import figures
 from fst_dspy.smollm2.corpus import SKILLS
 from fst_dspy.smollm2.corpus.render import ADAPTERS, Tree, render
 from fst_dspy.smollm2.train import train
-from fst_dspy.smollm2.training import Recipe, Trainer
+from fst_dspy.smollm2.training import Position, Recipe, Trainer
 from fst_dspy.smollm2.trees import STEM, answer_losses, encode
 
 LONG = 10_000
@@ -165,3 +165,20 @@ def test_the_command_goes_on_and_writes_what_it_did(base: Path, tmp_path: Path) 
     assert [line["step"] for line in lines] == [1, 2]
     assert lines[1]["tokens"] > lines[0]["tokens"] and lines[1]["held_out"] == made["held_out"]
     assert (folder / "adapter_model.safetensors").exists()
+
+
+def test_a_run_goes_on_from_an_adapter_whose_checkpoint_is_gone(base: Path, tmp_path: Path) -> None:
+    first = train(base, tmp_path / "first", replace(TINY, steps=2), 1, every=1, held_out=2)
+    before = json.loads((first / "training.json").read_text())
+    later = replace(TINY, steps=4)
+    folder = train(base, tmp_path / "more", later, 1, every=1, held_out=2, adapter=first)
+    made = json.loads((folder / "training.json").read_text())
+    assert made["step"] == 4 and made["went_on_from"] == before
+    assert made["recipe"]["start"] == 2 and made["tokens"] > before["tokens"]
+
+    trainer = Trainer(base, replace(later, start=2))
+    trainer.begin_from(first, Position(step=2))
+    assert trainer.held_out(2).loss == pytest.approx(before["held_out"]["loss"], rel=0.05)
+    assert trainer.recipe.rate(2) < trainer.recipe.learning_rate  # it rises behind the start
+    lines = [json.loads(line) for line in (tmp_path / "more/log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [3, 4]
