@@ -7,7 +7,8 @@
 A job is a task, an adapter, an arm and a seed, on one budget of rollouts that all channels draw
 from. Started again, what has run is not run again, and what was stopped goes on. The stores are
 ``runs/real/MODEL-TASK-ADAPTER``; the tables of each go to ``benchmarks/results/real``, in folders
-of the same names, and ``overview.md`` there has a line an arm of all of them.
+of the same names with its jobs in one file, so that another machine runs only what is missing, and
+``overview.md`` there has a line an arm of all of them.
 """
 
 from __future__ import annotations
@@ -20,14 +21,26 @@ from typing import Annotated, Any
 import typer
 
 from fst_dspy.cli.options import parse_settings
-from fst_dspy.experiments import ExperimentStore, Plan, Run, load_runs, run_jobs, write_results
+from fst_dspy.experiments import (
+    ExperimentStore,
+    Plan,
+    Run,
+    load_runs,
+    pack,
+    run_jobs,
+    unpack,
+    write_results,
+)
 from fst_dspy.experiments.findings.tables import Table, interval_text
 from fst_dspy.experiments.runs import by_label, scores_by_seed
+from fst_dspy.experiments.tuned_rl import tune_rl as tune_rl_only
 from fst_dspy.files import write_atomically
 from fst_dspy.measures import mean_interval
 
 STORES = Path("runs/real")
 RESULTS = Path(__file__).parent / "results" / "real"
+JOBS = "jobs.jsonl"
+TUNED = "rl_only-tuned"
 ARMS = "fst,rl_only,gepa_only,sequential"
 ROLLOUTS = 2400
 SETTINGS: Mapping[str, Any] = {
@@ -71,7 +84,14 @@ def make_plan(model: str, task: str, adapter: str, rollouts: int, settings: Sequ
 
 
 def run(
-    store: ExperimentStore, plan: Plan, arms: Sequence[str], seeds: Sequence[int], limit: int
+    store: ExperimentStore,
+    plan: Plan,
+    arms: Sequence[str],
+    seeds: Sequence[int],
+    *,
+    limit: int,
+    workers: int,
+    rl_trials: int,
 ) -> tuple[int, list[str]]:
     """Run what has not run yet of a store, ``limit`` jobs at most.
 
@@ -83,15 +103,15 @@ def run(
     """
     with store.locked():
         store.begin("compare")
-        jobs = [
-            job
-            for arm in arms
-            for job in replace(plan, seeds=max(seeds) + 1).jobs(arm, arm)
-            if job.seed in seeds and not store.is_done(job.name)
-        ]
+        plan = replace(plan, seeds=max(seeds) + 1)
+        jobs = [job for arm in arms for job in plan.jobs(arm, arm)]
+        if rl_trials:
+            tuned = tune_rl_only(store, plan, rl_trials, TUNED, workers=workers)
+            jobs += plan.jobs(TUNED, "rl_only", tuned)
+        jobs = [job for job in jobs if job.seed in seeds and not store.is_done(job.name)]
         # Seed by seed: a store that is looked at early compares whole seeds.
         jobs = sorted(jobs, key=lambda job: job.seed)[:limit]
-        return len(jobs), run_jobs(store, jobs)
+        return len(jobs), run_jobs(store, jobs, workers=workers)
 
 
 def overview(found: Mapping[str, Sequence[Run]]) -> Table:
@@ -154,28 +174,42 @@ def main(
         str, typer.Option(help="As for LocalLM, or another of its names.")
     ] = "smollm2",
     rollouts: Annotated[int, typer.Option(min=1, help="Budget of a job.")] = ROLLOUTS,
-    limit: Annotated[int, typer.Option(min=1, help="Jobs that this call runs at most.")] = 10**6,
+    limit: Annotated[int, typer.Option(min=0, help="Jobs that this call runs at most.")] = 10**6,
+    workers: Annotated[int, typer.Option(min=1, help="Jobs at once.")] = 1,
+    tune_rl: Annotated[
+        int, typer.Option(min=0, help="Trials that an rl_only of its own is tuned by.")
+    ] = 0,
     setting: Annotated[list[str], typer.Option(help="name=value, for FST.")] = [],  # noqa: B006
     stores: Annotated[Path, typer.Option(help="Where the jobs are kept.")] = STORES,
     results: Annotated[Path, typer.Option(help="Where the tables go.")] = RESULTS,
 ) -> None:
     """Run the jobs that have not run yet, and write what all of them have found."""
     left, failed = limit, []
+    for packed in results.glob(f"*/{JOBS}"):
+        unpack(packed, stores / packed.parent.name)
     for task in tasks.split(","):
         for adapter in adapters.split(","):
             if left:
                 plan = make_plan(model, task, adapter, rollouts, setting)
                 store = ExperimentStore(stores / f"{Path(model).name}-{task}-{adapter}")
-                numbers = [int(seed) for seed in seeds.split(",")]
-                tried, wrong = run(store, plan, arms.split(","), numbers, left)
+                tried, wrong = run(
+                    store,
+                    plan,
+                    arms.split(","),
+                    [int(seed) for seed in seeds.split(",")],
+                    limit=left,
+                    workers=workers,
+                    rl_trials=tune_rl,
+                )
                 left -= tried
                 failed += wrong
     found = {}
     for folder in sorted(path.parent for path in stores.glob("*/index.json")):
-        runs = load_runs(ExperimentStore(folder))
+        runs = load_runs(store := ExperimentStore(folder))
         if runs:
             found[folder.name] = runs
             write_results(folder, results / folder.name)
+            pack(store, results / folder.name / JOBS)
     if found:
         text = overview(found).markdown()
         write_atomically(results / "overview.md", lambda file: file.write(text.encode()))

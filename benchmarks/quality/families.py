@@ -9,7 +9,8 @@ with what they forget; ``FAMILY-others``, ``FAMILY-rivals`` and ``FAMILY-apart``
 ``FAMILY-long`` for ``rl_only`` on five times the budget, at the settings that the first store's
 study found, on three of the seeds. All families' first stores come first.
 Started again, what has run is not run again. The tables go to ``benchmarks/results/families``, in
-folders of the same names; beside them the figures, ``against.md``, which sets ``fst`` against every
+folders of the same names, each with its jobs in one file (``jobs.jsonl``), so that another machine
+runs only what is missing; beside them the figures, ``against.md``, which sets ``fst`` against every
 other arm family by family, and ``together.md``, which does so over all that have run. List programs
 are learned last and get the larger budget.
 
@@ -31,7 +32,7 @@ from typing import Annotated
 import typer
 
 from fst_dspy.cli.experiments import compare
-from fst_dspy.experiments import Run, load_runs, write_results
+from fst_dspy.experiments import Run, load_runs, pack, unpack, write_results
 from fst_dspy.experiments.findings.contrasts import mean_curve_on, to_best_cells
 from fst_dspy.experiments.findings.over_families import (
     against_best,
@@ -48,6 +49,7 @@ from fst_dspy.results.plots import drift_curves, score_curves
 STORES = Path("runs/families")
 RESULTS = Path(__file__).parent.parent / "results" / "families"
 HEADLINE = "headline.png"
+JOBS = "jobs.jsonl"
 NAMES = {"fst": "FST", "gepa_only": "prompts alone", "rl_only": "weights alone (GRPO, tuned)"}
 """The arms of the figure on the first page, and what they are called there."""
 
@@ -113,6 +115,8 @@ def main(
     found: dict[str, list[Run]] = {family: [] for family in families.split(",")}
     for kind, family in product(stores.split(","), found):
         own, store = FAMILIES[family], out / f"{family}-{kind}"
+        if (results / store.name / JOBS).is_file():
+            unpack(results / store.name / JOBS, store)
         if draw_only and not store.exists():
             continue
         chosen = tuned(out / f"{family}-{RL}") if kind in (UNTUNED, LONG) else []
@@ -163,7 +167,8 @@ def runs_of(run: Callable[..., None], out: Path, results: Path, draw_only: bool)
         write_results(out, results)
     else:  # which writes them itself
         run(out=out, results=results, samples=4, test_size=100)
-    return load_runs(open_store(out))
+    pack(store := open_store(out), results / JOBS)
+    return load_runs(store)
 
 
 def against(found: dict[str, list[Run]]) -> Table:

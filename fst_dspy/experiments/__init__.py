@@ -12,6 +12,7 @@ from fst_dspy.experiments.compare import compare
 from fst_dspy.experiments.continual import SEED_PROMPT, continual
 from fst_dspy.experiments.findings.show import write_results
 from fst_dspy.experiments.jobs import Job, Outcome
+from fst_dspy.experiments.packed import pack, unpack
 from fst_dspy.experiments.plan import Plan
 from fst_dspy.experiments.plasticity import plasticity
 from fst_dspy.experiments.runner import ExperimentStore, run_jobs
@@ -37,7 +38,9 @@ __all__ = [
     "continual",
     "load_runs",
     "load_streams",
+    "pack",
     "plasticity",
     "run_jobs",
+    "unpack",
     "write_results",
 ]

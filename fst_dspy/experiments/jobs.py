@@ -17,6 +17,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import dspy
+
 from fst_dspy.config import FSTConfig
 from fst_dspy.errors import ConfigError, StoreError
 from fst_dspy.experiments.arms import find_arm
@@ -135,6 +137,11 @@ class Outcome:
     revision: str = ""
 
 
+def adapter_setting(name: str | None) -> dict[str, dspy.Adapter]:
+    """DSPy's setting for the adapter that a job names; none for DSPy's default."""
+    return {} if name is None else {"adapter": getattr(dspy, ADAPTERS[name])()}
+
+
 def write_job(folder: Path, job: Job) -> None:
     """Claim a folder for a job, or recognise it as the job's own.
 
@@ -154,7 +161,11 @@ def write_job(folder: Path, job: Job) -> None:
 
 def read_job(folder: Path) -> Job:
     """The job of a folder."""
-    plain = read_json(folder / JOB)
+    return job_of(read_json(folder / JOB))
+
+
+def job_of(plain: Mapping[str, Any]) -> Job:
+    """A job from its plain values."""
     lists = {name: tuple(plain.get(name, ())) for name in ("forget_on", "then")}
     return Job(**{**plain, **lists})
 

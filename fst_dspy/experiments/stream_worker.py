@@ -16,11 +16,10 @@ import dspy
 from fst_dspy.continual.learner import ContinualFST
 from fst_dspy.continual.stages import TaskStage
 from fst_dspy.errors import StoreError
-from fst_dspy.experiments.jobs import Job, read_job
+from fst_dspy.experiments.jobs import Job, adapter_setting, read_job
 from fst_dspy.experiments.process import locked, work
 from fst_dspy.experiments.stages import Within, load_job_task
 from fst_dspy.experiments.streams import StreamOutcome, StreamStage, write_stream
-from fst_dspy.experiments.worker import adapter_of
 from fst_dspy.lm.local_lm import LocalLM
 
 
@@ -33,7 +32,7 @@ def run_stream(folder: Path) -> StreamOutcome:
     job = read_job(folder)
     programs = (job.program, *job.then)
     tasks = {program: load_job_task(job, program) for program in programs}
-    with locked(folder), dspy.context(lm=LocalLM(job.model), **adapter_of(job)):
+    with locked(folder), dspy.context(lm=LocalLM(job.model), **adapter_setting(job.adapter)):
         learner = _learner(folder, job, job.rollouts // len(programs))
         for number, program in enumerate(programs, start=1):
             print(f"stage {number} of {len(programs)}: {tasks[program].name}", flush=True)

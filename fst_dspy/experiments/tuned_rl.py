@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import dspy
 import optuna
 from optuna.trial import TrialState
 
+from fst_dspy.experiments.jobs import adapter_setting
 from fst_dspy.experiments.plan import Plan
 from fst_dspy.experiments.runner import ExperimentStore, threads_each
 from fst_dspy.run.store import delete_checkpoints
@@ -52,7 +54,8 @@ def tune_rl(
     """Tune ``rl_only`` on seed 0 of the plan's task; started again, the study goes on.
 
     Every trial has the plan's budget and is measured by its best validation score within it. What
-    the plan's settings fix is not tuned. The outcome of every trial is noted down in the store.
+    the plan's settings fix is not tuned. The outcome of every trial is noted down in the store, and
+    a study of which it has so many trials is not opened again.
 
     Args:
         store: Gets the study's folder, and ``about["tuned_rl"][label]``.
@@ -70,6 +73,10 @@ def tune_rl(
         FSTError: As ``study.tune``.
     """
 
+    noted = store.about.get("tuned_rl", {}).get(label)
+    if noted and noted["rollouts"] == plan.rollouts and _completed(noted["trials"]) >= trials:
+        return dict(noted["settings"])
+
     def ended(study: optuna.Study, trial: optuna.trial.FrozenTrial) -> None:
         if trial.state is not TrialState.FAIL:  # which may be tried again, in the same folder
             delete_checkpoints(Path(trial.user_attrs["folder"]))
@@ -78,7 +85,7 @@ def tune_rl(
 
     space = rl_space()
     space = space.without(*(p.name for p in space.parameters if p.name in plan.settings))
-    with _threads(threads_each(workers)):
+    with _threads(threads_each(workers)), dspy.context(**adapter_setting(plan.adapter)):
         study = tune(
             plan.program,
             lm=plan.model,
@@ -112,6 +119,10 @@ def tune_rl(
     }
     store.save()
     return best
+
+
+def _completed(trials: Sequence[Mapping[str, Any]]) -> int:
+    return sum(trial["state"] == TrialState.COMPLETE.name.lower() for trial in trials)
 
 
 @contextmanager

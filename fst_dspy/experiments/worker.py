@@ -16,7 +16,7 @@ from pathlib import Path
 import dspy
 
 from fst_dspy.bundle.weights import read_run
-from fst_dspy.experiments.jobs import ADAPTERS, Job, Outcome, read_job, write_outcome
+from fst_dspy.experiments.jobs import Job, Outcome, adapter_setting, read_job, write_outcome
 from fst_dspy.experiments.process import locked, work
 from fst_dspy.experiments.runner import revision
 from fst_dspy.experiments.stages import compile_stages, load_job_task
@@ -45,16 +45,11 @@ def run_job(folder: Path) -> Outcome:
     others = [load_task(name, job.seed) for name in job.forget_on]
     for other in others:
         ideal_candidate(other)  # a program without one is refused before the work
-    with locked(folder), dspy.context(lm=load_lm(folder, job), **adapter_of(job)):
+    with locked(folder), dspy.context(lm=load_lm(folder, job), **adapter_setting(job.adapter)):
         results = compile_stages(folder, job, task)
         outcome = measure(job, task, others, results)
         write_outcome(folder, outcome)
     return outcome
-
-
-def adapter_of(job: Job) -> dict[str, dspy.Adapter]:
-    """DSPy's setting for the adapter that a job names; none for DSPy's default."""
-    return {} if job.adapter is None else {"adapter": getattr(dspy, ADAPTERS[job.adapter])()}
 
 
 def load_lm(folder: Path, job: Job) -> LocalLM:

@@ -78,6 +78,7 @@ class StudyPlan:
         seed: Of the task and every compile. Worker ``i`` draws settings with ``seed + i``.
         arm: As for ``FST``.
         reflection_lm: As for ``FST``.
+        adapter: DSPy's, as it was set where the study was started; ``None`` for its default.
     """
 
     task: str | Path | Task | Callable[[], Task]
@@ -92,6 +93,7 @@ class StudyPlan:
     seed: int = 0
     arm: Arm = "fst"
     reflection_lm: dspy.LM | None = None
+    adapter: dspy.Adapter | None = None
 
     def load_task(self) -> Task:
         """The task, from whatever stands for it."""
@@ -104,6 +106,11 @@ class StudyPlan:
     def load_lm(self) -> LocalLM:
         """A model with base weights."""
         return LocalLM(self.lm) if isinstance(self.lm, str) else self.lm()
+
+    def settings(self) -> dict[str, Any]:
+        """DSPy's settings for a trial, in whatever process it runs."""
+        chosen = {} if self.adapter is None else {"adapter": self.adapter}
+        return {"lm": self.load_lm(), **chosen}
 
 
 def tune(
@@ -127,8 +134,9 @@ def tune(
     """Tune FST's settings on a task.
 
     The first trial has FST's defaults, the next ones the best settings of ``warm_start``, the
-    others are drawn by Optuna's TPE. Each trial runs until the objective's rollout budget is spent,
-    or it is pruned or fails; a failed trial keeps its run folder and its error.
+    others are drawn by Optuna's TPE. All speak through the adapter that DSPy is set to. Each trial
+    runs until the objective's rollout budget is spent, or it is pruned or fails; a failed trial
+    keeps its run folder and its error.
 
     Args:
         task: A program's name or file (as for ``fst compile``), a function without arguments that
@@ -180,6 +188,7 @@ def tune(
         seed=seed,
         arm=arm,
         reflection_lm=reflection_lm,
+        adapter=dspy.settings.adapter,
     )
     both = sorted({*plan.fixed} & {parameter.name for parameter in plan.space.parameters})
     if both:
@@ -199,8 +208,8 @@ def open_study(plan: StudyPlan, task: Task, worker: int = 0) -> optuna.Study:
     """Create the study, or take up the one of that name.
 
     Raises:
-        ConfigError: It has another objective, task, seed, arm or fixed settings: its scores and
-            new ones could not be compared.
+        ConfigError: It has another objective, task, seed, arm, adapter or fixed settings: its
+            scores and new ones could not be compared.
     """
     study = optuna.create_study(
         storage=open_storage(plan.storage),
@@ -221,6 +230,7 @@ def open_study(plan: StudyPlan, task: Task, worker: int = 0) -> optuna.Study:
         "task": task.name,
         "seed": plan.seed,
         "arm": plan.arm,
+        "adapter": type(plan.adapter).__name__ if plan.adapter else None,
     }
     found = study.user_attrs
     for name, value in json.loads(json.dumps(wanted)).items():
@@ -297,7 +307,7 @@ def run_trial(trial: optuna.Trial, plan: StudyPlan, task: Task, worker: str) -> 
             progress=listener,
             **settings,
         )
-        with dspy.context(lm=plan.load_lm()):
+        with dspy.context(**plan.settings()):
             fst.compile(task.program, trainset=task.trainset, valset=task.valset)
     except BudgetSpentError:
         pass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -63,6 +64,11 @@ def test_jobs_add_up_over_calls_and_none_is_run_twice(tmp_path: Path, small: Non
     overview = (tmp_path / "results" / "overview.md").read_text()
     assert overview in said and "rl_only" in overview
     assert (tmp_path / "results" / f"{name}-xml" / "results.md").exists()
+    elsewhere = tmp_path / "elsewhere"  # with the results alone: nothing of it is run again
+    shutil.copytree(tmp_path / "results", elsewhere / "results")
+    call(elsewhere, model, "--limit", "0", settings=random)
+    assert jobs(elsewhere) == jobs(tmp_path)
+    assert (elsewhere / "results" / "overview.md").read_text() == overview
     job = ExperimentStore(outcome.parent.parent).job("gepa_only-0")
     assert (job.adapter, job.rollouts, job.settings["max_tokens"]) == ("xml", 24, 8)
 

@@ -18,6 +18,7 @@ from fst_dspy.cli import app
 from fst_dspy.errors import ConfigError, StoreError
 from fst_dspy.experiments import ExperimentStore, Plan, compare, load_runs, run_jobs
 from fst_dspy.experiments.jobs import read_outcome
+from fst_dspy.experiments.tuned_rl import tune_rl
 from fst_dspy.files import read_jsonl
 from fst_dspy.model.policy import Policy
 
@@ -85,6 +86,11 @@ def test_a_job_names_its_adapter(tmp_path):
         assert run_jobs(store, plan.jobs("rl_only", "rl_only")) == []
         rows = read_jsonl(store.folder / "rl_only-0" / "0-rl_only" / "rollouts.jsonl")
         first[adapter] = policy.tokenizer.decode(prompt_of(next(rows)))
+    tune_rl(store, plan, 1, "rl_only", workers=2)  # in processes of their own
+    (tried,) = store.folder.glob("tune-rl_only/trial-*/rollouts.jsonl")
+    assert policy.tokenizer.decode(prompt_of(next(read_jsonl(tried)))) == first["xml"]
+    with pytest.raises(ConfigError, match="another adapter: XMLAdapter, not ChatAdapter"):
+        tune_rl(store, replace(plan, adapter="chat"), 2, "rl_only")
     assert "[[ ## ticket ## ]]" in first["chat"] and "<ticket>" not in first["chat"]
     assert "<ticket>" in first["xml"] and "[[ ##" not in first["xml"]
     with pytest.raises(ConfigError, match=r"no adapter 'yaml'; known: chat, xml, json"):

@@ -16,9 +16,10 @@ from fst_dspy.experiments.findings.contrasts import ablations, against_rl, asymp
 from fst_dspy.experiments.findings.show import Found, make_tables
 from fst_dspy.experiments.findings.tables import forgetting_table, summary
 from fst_dspy.experiments.jobs import read_outcome, read_records, write_outcome
+from fst_dspy.experiments.packed import pack, unpack
 from fst_dspy.experiments.runs import load_runs, shared_budget
 from fst_dspy.experiments.stages import Within
-from fst_dspy.experiments.tuned_rl import rl_space
+from fst_dspy.experiments.tuned_rl import rl_space, tune_rl
 from fst_dspy.experiments.worker import run_job
 from fst_dspy.files import read_json
 from fst_dspy.loop.progress import StopRun
@@ -354,17 +355,25 @@ def test_ablations_are_paired_with_the_reference():
     assert [row[table.columns.index("difference")] for row in table.rows] == ["-0.100 ± 0.000", "—"]
 
 
-def test_results_are_written_from_whatever_has_ended(tmp_path):
-    store = ExperimentStore(tmp_path / "store")
+def store_of(runs, folder):
+    """A store in which these have ended."""
+    store = ExperimentStore(folder)
     with store.locked():
         store.begin("compare")
-        for run in two_arms():
+        for run in runs:
             store.add(run.job)
-            folder = store.folder / run.job.name
-            write_outcome(folder, run.outcome)
-            (folder / "0-fst").mkdir()
+            own = store.folder / run.job.name
+            write_outcome(own, run.outcome)
+            (own / "0-fst").mkdir()
             lines = [json.dumps(asdict(record)) + "\n" for record in run.records]
-            (folder / "0-fst" / "cycles.jsonl").write_text("".join(lines))
+            (own / "0-fst" / "cycles.jsonl").write_text("".join(lines))
+        store.save()
+    return store
+
+
+def test_results_are_written_from_whatever_has_ended(tmp_path):
+    store = store_of(two_arms(), tmp_path / "store")
+    with store.locked():
         store.add(replace(two_arms()[0].job, seed=7))
         store.update("fst-7", state="failed", error="killed by signal 9")
         store.about["tuned_rl"] = {"rl_only": TUNED}
@@ -410,3 +419,50 @@ def test_records_of_several_stages_are_those_of_one_run(tmp_path):
     assert [r.cycle for r in found] == [0, 1, 2, 3]
     assert [r.step for r in found] == [0, 1, 1, 2]
     assert [r.total_rollouts.total for r in found] == [20, 60, 80, 120]
+
+
+def test_what_has_ended_is_packed_and_goes_on_elsewhere(tmp_path):
+    here = store_of(two_arms(), tmp_path / "here")
+    here.about["tuned_rl"] = {"rl_only": TUNED}
+    here.add(replace(two_arms()[0].job, seed=7))  # has not ended
+    here.save()
+    pack(here, tmp_path / "jobs.jsonl")
+
+    there = unpack(tmp_path / "jobs.jsonl", tmp_path / "there")
+    assert load_runs(there) == load_runs(ExperimentStore(there.folder)) == two_arms()
+    assert (there.about, there.calls) == (here.about, here.calls)
+    assert "fst-7" not in there.status and there.status["fst-0"].state == "done"
+    pack(there, tmp_path / "again.jsonl")
+    assert (tmp_path / "again.jsonl").read_bytes() == (tmp_path / "jobs.jsonl").read_bytes()
+
+    # Two machines' jobs come together, and what is there already stays.
+    first, *others = two_arms()
+    half = store_of([first], tmp_path / "half")
+    before = (half.folder / "fst-0" / "outcome.json").stat().st_mtime_ns
+    assert len(load_runs(unpack(tmp_path / "jobs.jsonl", half.folder))) == 1 + len(others)
+    assert (half.folder / "fst-0" / "outcome.json").stat().st_mtime_ns == before
+
+    other = store_of([replace(first, job=replace(first.job, rollouts=61))], tmp_path / "other")
+    (other.folder / "fst-0" / "outcome.json").unlink()
+    with pytest.raises(StoreError, match="rollouts 61, not"):
+        unpack(tmp_path / "jobs.jsonl", other.folder)
+
+
+@pytest.mark.parametrize(
+    "change", [("0-fst", "../../away"), ('"label":"fst"', '"label":"../fst"'), ('"job"', '"jab"')]
+)
+def test_a_packed_file_that_is_none_is_refused(change, tmp_path):
+    pack(store_of(two_arms(), tmp_path / "here"), tmp_path / "jobs.jsonl")
+    broken = (tmp_path / "jobs.jsonl").read_text().replace(*change)
+    (tmp_path / "jobs.jsonl").write_text(broken)
+    with pytest.raises(StoreError, match="holds no packed experiments"):
+        unpack(tmp_path / "jobs.jsonl", tmp_path / "there")
+    assert not (tmp_path / "there").exists()
+
+
+def test_a_study_that_is_noted_down_is_not_run_again(tmp_path):
+    store = ExperimentStore(tmp_path / "store")
+    store.about["tuned_rl"] = {"rl_only": TUNED}
+    plan = Plan(PROGRAM, rollouts=TUNED["rollouts"])
+    assert tune_rl(store, plan, 1, "rl_only") == TUNED["settings"]
+    assert not (store.folder / "tune-rl_only").exists()
