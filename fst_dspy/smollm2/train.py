@@ -59,7 +59,7 @@ def train(
         if run.done or run.position.step % every == 0:
             line["held_out"] = asdict(run.held_out(held_out))
             run.write(work / "adapter")
-            made = {**line, "recipe": asdict(recipe), "command": shlex.join(sys.argv)}
+            made = {**line, "recipe": asdict(recipe), "command": command()}
             if adapter:
                 made["went_on_from"] = made_before
             (work / "adapter" / MADE).write_text(json.dumps(made, indent=2) + "\n")
@@ -69,6 +69,11 @@ def train(
 
     trainer.run(work / "checkpoint.pt", every, report)
     return work / "adapter"
+
+
+def command() -> str:
+    """What this process was started as, without where the package lies."""
+    return shlex.join(["python", "-m", "fst_dspy.smollm2.train", *sys.argv[1:]])
 
 
 def main(
