@@ -287,7 +287,7 @@ class FST(Teleprompter):
         best = result.best
         parts.policy.restore(best.version)
         lm = parts.lm.at(best.version)
-        compiled = bound_to(student, best.candidate, lm, structured=parts.runner.structured)
+        compiled = bound_to(student, best.candidate, lm, structured=result.structured)
         if self.track_stats:
             compiled.detailed_results = result
         make_savable(compiled, result)
@@ -351,7 +351,7 @@ def _tester(parts: Parts, student: dspy.Module, result: FSTResult) -> Tester:
     # And the live model, lest the weights that it began with stay in memory.
     metric, lm = parts.spec.metric, parts.lm.live()
     program = bound_to(student, result.seed_candidate, lm)
-    sampling, seed = parts.config.sampling, parts.spec.seed
+    sampling, seed = result.sampling, parts.spec.seed
 
     def test(testset: Sequence[dspy.Example], samples: int) -> Quadrants:
         return quadrants(

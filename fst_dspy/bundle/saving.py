@@ -259,6 +259,7 @@ def _run_to_json(result: FSTResult) -> dict[str, Any]:
         "config": result.config.to_dict(),
         "base_version": result.base_version,
         "weights_version": result.weights_version,
+        "structured": result.structured,
         "metrics": {
             "student_val_score": first.val_score,
             "best_val_score": result.best.score,

@@ -329,7 +329,7 @@ class ContinualFST:
         ):
             return None
         progress.phase(number, f"evaluating {name}", self.rollouts)
-        sampling = self.config.sampling
+        sampling = stage.result.sampling if stage is not None else self.config.sampling
         return self._scores.measure(task, candidate, version, samples, lm, sampling, self.seed)
 
     def _forget_early_weights(self) -> None:

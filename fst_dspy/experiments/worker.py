@@ -68,6 +68,8 @@ def load_lm(folder: Path, job: Job) -> LocalLM:
 def measure(job: Job, task: Task, others: Sequence[Task], results: Sequence[FSTResult]) -> Outcome:
     """Test what the stages led to. The live weights are the best ones, as a compile leaves them.
 
+    Where the compiled program's answers are held to their format, those of all quadrants are.
+
     Args:
         job, task: What was compiled.
         others: Tasks that may have been forgotten.
@@ -75,7 +77,8 @@ def measure(job: Job, task: Task, others: Sequence[Task], results: Sequence[FSTR
     """
     started = time.monotonic()
     lm, best, base = dspy.settings.lm, results[-1].best, results[0].base_version
-    sampling = replace(results[-1].config.sampling, temperature=job.test_temperature)
+    held = any(result.structured for result in results)  # of one stage, of all after it
+    sampling = replace(results[-1].sampling, temperature=job.test_temperature, structured=held)
     runner = RolloutRunner(task.program, task.metric, lm, sampling, job.seed)
     original = seed_candidate(task.program)
 

@@ -95,6 +95,7 @@ def result_of(parts: Parts, state: LoopState) -> FSTResult:
         base_version=parts.policy.base_version,
         weights_version=parts.policy.version(),
         log_dir=str(parts.folder.path) if parts.folder is not None else None,
+        structured=parts.runner.structured,
     )
 
 

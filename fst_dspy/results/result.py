@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from rich.console import Group, RenderableType
 
-from fst_dspy.config import FSTConfig, without_removed
+from fst_dspy.config import FSTConfig, SamplingConfig, without_removed
 from fst_dspy.display import (
     as_text,
     changed_components,
@@ -130,6 +130,7 @@ class FSTResult:
         base_version: Version id of the weights as the model was loaded.
         weights_version: Version id of the weights at the end, which need not be the best.
         log_dir: The run folder, or ``None``.
+        structured: Whether the compiled program's answers are held to their format.
     """
 
     # A compiled program holds its result, and that the program which it tests.
@@ -145,6 +146,12 @@ class FSTResult:
     base_version: str
     weights_version: str
     log_dir: str | None
+    structured: bool = dataclasses.field(default=False, kw_only=True)
+
+    @property
+    def sampling(self) -> SamplingConfig:
+        """How the compiled program is sampled: as ``config`` has it, held to its format or not."""
+        return dataclasses.replace(self.config.sampling, structured=self.structured)
 
     @property
     def stopped(self) -> str | None:
@@ -359,6 +366,7 @@ def result_from_json(plain: Mapping[str, Any]) -> FSTResult:
         base_version=plain["base_version"],
         weights_version=plain["weights_version"],
         log_dir=plain["log_dir"],
+        structured=plain.get("structured", False),
     )
 
 

@@ -6,6 +6,7 @@ from dataclasses import asdict, replace
 
 import pytest
 from experiment_runs import TINY, column, job_of, made_run, record, run
+from long_model import save_long_model
 from places import PROGRAM
 
 from fst_dspy.config import FSTConfig
@@ -94,6 +95,25 @@ def test_a_job_that_has_ended_comes_to_the_same_again(tiny_qwen3, tmp_path):
     (tmp_path / job.name / "outcome.json").unlink()
     again = run_job(tmp_path / job.name)
     assert replace(again, seconds={}) == replace(first, seconds={})
+
+
+@pytest.mark.parametrize("arm", ["gepa_only", "sequential"])
+def test_a_program_whose_answers_are_held_to_their_format_is_tested_so(arm, tmp_path):
+    program = tmp_path / "readable.py"
+    program.write_text(
+        "from long_model import DESKS, Router, tickets\n"
+        "from fst_dspy import Task\n"
+        "def readable(gold, pred, trace=None, pred_name=None, pred_trace=None):\n"
+        "    return float(pred.desk in DESKS)\n"  # what cannot be read never comes here
+        "def load(seed=0):\n"
+        "    splits = tickets(6), tickets(2, 6), tickets(2, 8)\n"
+        "    return Task('readable', Router(), readable, *splits)\n"
+    )
+    settings = {**TINY, "max_tokens": 40, "on_no_signal": "warn"}
+    job = job_of(save_long_model(tmp_path / "long"), arm, program=str(program), settings=settings)
+    assert {score for q in run(tmp_path, job).test.values() for s in q.values() for score in s} == {
+        1
+    }
 
 
 def test_forgetting_is_measured_on_other_programs(tiny_qwen3, tmp_path):

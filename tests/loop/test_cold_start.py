@@ -13,8 +13,9 @@ from long_model import DESKS, Router, never, right_desk, save_long_model, ticket
 import fst_dspy
 from fst_dspy import FST, LocalLM
 from fst_dspy.errors import ConfigError
-from fst_dspy.files import read_jsonl
+from fst_dspy.files import read_json, read_jsonl
 from fst_dspy.loop.progress import cycle_line
+from fst_dspy.results.result import result_from_json
 
 pytestmark = pytest.mark.slow
 
@@ -64,6 +65,31 @@ def test_answers_that_cannot_be_read_are_held_to_the_format(folder: Path, tmp_pa
     assert compiled(ticket="visa").desk in DESKS
     compiled.save(tmp_path / "bundle")
     assert fst_dspy.load(tmp_path / "bundle", program=Router())(ticket="visa").desk in DESKS
+
+
+def readable(gold, pred, trace=None, pred_name=None, pred_trace=None) -> float:
+    """1 for any desk at all: an answer that cannot be read never comes here, and has 0."""
+    return float(pred.desk in DESKS)
+
+
+def four_scores(result: fst_dspy.FSTResult) -> tuple[float, ...]:
+    found = result.quadrants(tickets(3, 20))
+    return (
+        found.base_original,
+        found.base_evolved,
+        found.trained_original,
+        found.trained_evolved,
+    )
+
+
+def test_what_was_held_is_tested_held(folder: Path, tmp_path: Path) -> None:
+    result = compile_router(folder, readable, on_no_signal="warn", log_dir=tmp_path / "run")[1]
+    assert result.structured and result.sampling.structured is True
+    assert four_scores(result) == (1.0,) * 4
+    again = result_from_json(read_json(tmp_path / "run" / "result.json"))
+    assert again.structured and again.config.sampling.structured == "auto"
+    free = compile_router(folder, readable, on_no_signal="warn", structured=False, max_cycles=1)[1]
+    assert not free.structured and four_scores(free) == (0.0,) * 4
 
 
 def test_it_can_be_switched_off_and_on(folder: Path) -> None:
