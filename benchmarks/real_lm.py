@@ -42,7 +42,7 @@ RESULTS = Path(__file__).parent / "results" / "real"
 JOBS = "jobs.jsonl"
 TUNED = "rl_only-tuned"
 ARMS = "fst,rl_only,gepa_only,sequential"
-ROLLOUTS = 2400
+ROLLOUTS = 1600
 SETTINGS: Mapping[str, Any] = {
     "max_tokens": 64,
     "val_size": 32,
