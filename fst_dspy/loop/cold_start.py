@@ -135,9 +135,12 @@ def _again(parts: Parts, state: LoopState) -> Validation:
 
 
 def _is_flat(parts: Parts, found: Validation) -> bool:
-    """Whether all rewards are equal, and there is something left to learn."""
+    """Whether all rewards are equal, and there is something left to learn.
+
+    A reward above ``perfect_score`` shows that the metric's best is another.
+    """
     rewards = {rollout.reward for rollout in found.rollouts}
-    return len(rewards) <= 1 and max(rewards, default=0) < parts.config.fast.perfect_score
+    return len(rewards) <= 1 and max(rewards, default=0) != parts.config.fast.perfect_score
 
 
 def _told(state: LoopState, text: str) -> LoopState:

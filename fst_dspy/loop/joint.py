@@ -24,6 +24,7 @@ from fst_dspy.loop.cold_start import warmed_up
 from fst_dspy.loop.ending import (
     check_limits,
     check_not_all_failed,
+    check_perfect_score,
     counts_spent,
     cycles_spent,
     has_ended,
@@ -207,11 +208,13 @@ class Run:
         found = came = score(parts, state)
         if first:  # where it shows nothing to learn from, give it something
             check_limits(parts)
+            check_perfect_score(parts, came.rollouts)
             state, found = warmed_up(parts, state, came)
         seconds = _add_seconds(state.seconds, "eval", started)
         parts.fast.validated(found.population, parts.val_ids, found.score_V)
         state, decision = shared_out(parts, state, found)
-        record = with_end(parts, cycle_record(parts, state, cycle, found, seconds, decision))
+        record = cycle_record(parts, state, cycle, found, seconds, decision)
+        record = with_end(parts, (*state.records, record))
         # Processes that no longer agree would only be noticed by their results.
         facts = (record.weights_version, record.val_scores, record.candidate_ids)
         distributed.check_same("weights and population", facts)
@@ -268,7 +271,7 @@ class Run:
         parts = self.parts
         if state.phase != "fast":
             return False
-        last = with_end(parts, state.records[-1])  # of a run of before, which did not say so
+        last = with_end(parts, state.records)  # of a run of before, which did not say so
         if cycles_spent(parts, state) or recorded_spent(parts, last):
             return True
         stopped = last.proposals.get("stopped")
@@ -276,7 +279,7 @@ class Run:
             logger.info("the run ends: %s", stopped)
             return True
         # On a resume as well: it is a matter of the last record.
-        if reason := without_signal(parts, last):
+        if reason := without_signal(parts, state.records):
             check_not_all_failed(parts, last, reason)
             logger.warning("%s", reason)
         if has_ended(parts, last):
@@ -348,7 +351,7 @@ class Run:
         """Say of a run that had ended before why nothing happens, and how it is extended."""
         if not state.records or state.phase != "fast":
             return
-        last = with_end(self.parts, state.records[-1])
+        last = with_end(self.parts, state.records)
         spent = cycles_spent(self.parts, state) or recorded_spent(self.parts, last)
         if has_ended(self.parts, last):
             words = f"this run had ended: {last.decided}"
@@ -371,7 +374,7 @@ class Run:
     def _tell_cycle(self, state: LoopState) -> bool:
         """Tell that a cycle has ended; whether the listener wants the run to end with it."""
         stop, record = False, state.records[-1]
-        for trouble in troubles(self.parts, record) if distributed.is_main() else ():
+        for trouble in troubles(self.parts, state.records) if distributed.is_main() else ():
             logger.warning("cycle %d: %s", record.cycle, trouble)
         self.parts.trackers.cycle(record, state.population)
         try:
