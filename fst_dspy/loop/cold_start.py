@@ -40,6 +40,8 @@ logger = logging.getLogger(__name__)
 
 UNREAD_SHARE = 0.1
 """Share of answers that cannot be read, above which they are held to the format."""
+DEMO_SHARE = 0.25
+"""Of the context window, that a predictor's labelled demos may take where ``demo_tokens`` is 0."""
 
 
 def warmed_up(parts: Parts, state: LoopState, found: Validation) -> tuple[LoopState, Validation]:
@@ -113,7 +115,9 @@ def _with_labels(parts: Parts) -> Candidate | None:
     """The student's own texts, with demos from training labels where it has none."""
     fast, own = parts.config.fast, parts.seed_candidate
     count = partial(count_tokens, parts.policy)
-    proposer = DemoProposer(fast.demo_tokens, count)
+    # Where no demos are learned (demo_tokens=0, the default), labels are shown all the same.
+    room = fast.demo_tokens or int(DEMO_SHARE * parts.policy.context_length)
+    proposer = DemoProposer(room, count)
     proposer.study({example_id(example): example for example in parts.trainset})
     components = dict(own.components)
     for name, predictor in every_predictor(parts.runner.program).items():
