@@ -83,6 +83,11 @@ class Run:
                     state = self._validate(state)
                     self._tell_plan(measured_plan(parts, state))
                 stopped = self._tell_cycle(state)
+                if state.cycle == 0:
+                    self._tell_untouched(state)
+                    interrupt.requested = distributed.any_process(interrupt.requested)
+                    self._checkpoint(state, now=interrupt.requested)
+                    interrupt.stop_if_requested()
                 while not (stopped or self._finished(state)):
                     # Prompts first: RL under a prompt that gives no reward damages the model.
                     if state.phase == "fast":
@@ -247,7 +252,12 @@ class Run:
         self.runner.counts = start.counts
         self.runner.tokens |= start.tokens
         population = Population(start.candidates or (parts.seed_candidate,), parts.val_ids, (), 0)
-        return LoopState(population=population, counts=start.counts, seconds=start.seconds)
+        return LoopState(
+            population=population,
+            counts=start.counts,
+            seconds=start.seconds,
+            fast_state=parts.fast.state(),
+        )
 
     def _resume(self) -> LoopState | None:
         parts = self.parts
@@ -255,7 +265,8 @@ class Run:
         if checkpoint is None:
             return None
         found = checkpoint.restore(self.policy, parts.learner)
-        parts.fast.load_state(found.fast_state)
+        if found.fast_state:  # earlier versions had none before the first fast phase
+            parts.fast.load_state(found.fast_state)
         runner = self.runner
         runner.counts, runner.tally, runner.tokens = found.counts, found.tally, dict(found.tokens)
         runner.early_batches, runner.turns = found.early_batches, found.turns
@@ -346,6 +357,14 @@ class Run:
         if spent and not self._told_spent:
             tell(self.parts.progress, f"{spent} reached; finishing the cycle")
             self._told_spent = True
+
+    def _tell_untouched(self, state: LoopState) -> None:
+        """Say that the first validation has used a limit up, so that nothing can be learned."""
+        counts = self.runner.counts.total, self.runner.turns
+        spent = counts_spent(self.parts, *counts) or time_spent(self.parts, state)
+        if spent:
+            words = f"{spent} reached by the first validation: nothing is learned"
+            tell(self.parts.progress, f"{words}; a higher limit lets the run go on")
 
     def _tell_ended(self, state: LoopState) -> None:
         """Say of a run that had ended before why nothing happens, and how it is extended."""
