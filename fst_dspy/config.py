@@ -521,6 +521,19 @@ class FSTConfig:
         return cls(**{name: PARTS[name](**values[name]) for name in PARTS})
 
 
+def settings_of_arm(arm: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Flat settings as an arm has them: weights alone have one candidate, under which all G run.
+
+    ``rollouts_per_candidate`` is taken of the candidates that there are in other arms, so that the
+    same settings give groups of one size in all of them.
+    """
+    if arm != "rl_only":
+        return dict(settings)
+    if "rollouts_per_candidate" in settings:
+        settings = _derive(dict(settings))
+    return {**settings, "population_size": 1}
+
+
 def check_setting(name: str, value: Any) -> None:
     """Check one flat setting by itself, whatever the others are.
 
