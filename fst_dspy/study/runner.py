@@ -23,6 +23,7 @@ import optuna
 from optuna.exceptions import ExperimentalWarning
 from optuna.trial import FrozenTrial, TrialState
 
+from fst_dspy.config import ALIASES
 from fst_dspy.errors import (
     ConfigError,
     DataError,
@@ -36,7 +37,7 @@ from fst_dspy.lm.local_lm import LocalLM
 from fst_dspy.optimizer import FST
 from fst_dspy.study.objective import BudgetSpentError, Objective, TrialListener
 from fst_dspy.study.outcome import front
-from fst_dspy.study.space import Space, default_space
+from fst_dspy.study.space import Space, default_space, draw_settings
 from fst_dspy.study.storage import (
     open_storage,
     retried_numbers,
@@ -51,6 +52,18 @@ from fst_dspy.types import Arm, Task
 logger = logging.getLogger(__name__)
 
 POLL_SECONDS = 1.0
+DRAWS = 16
+"""Settings drawn to see whether any trial can run at all."""
+OF_THE_STUDY = {
+    "max_rollouts": "a trial's budget is the objective's: Objective(rollouts=)",
+    "metric": "the task has it",
+    "seed": "give it to the study itself",
+    "arm": "give it to the study itself",
+    "reflection_lm": "give it to the study itself",
+    "log_dir": "a trial's run folder is in the study's",
+    "progress": "hear of trials by on_trial",
+}
+"""What of FST's arguments a study gives itself, and how that is said."""
 INPUT_ERRORS = (DataError, MetricError, ModelError, ProgramError)
 """Raised for the task or the model, whatever the settings: they end the study, not the trial."""
 
@@ -190,10 +203,9 @@ def tune(
         reflection_lm=reflection_lm,
         adapter=dspy.settings.adapter,
     )
-    both = sorted({*plan.fixed} & {parameter.name for parameter in plan.space.parameters})
-    if both:
-        raise ConfigError(f"both fixed and in the search space: {', '.join(both)}")
-    study = open_study(plan, plan.load_task())
+    own_task = plan.load_task()
+    _check_settings(plan, own_task)
+    study = open_study(plan, own_task)
     _enqueue_first(study, plan, warm_start)
     told = _Told(study, on_trial)
     if workers == 1:
@@ -202,6 +214,42 @@ def tune(
         _run_processes(plan, workers, told)
     told.update()
     return study
+
+
+def _check_settings(plan: StudyPlan, task: Task) -> None:
+    """Refuse settings with which no trial could run, before the first of them.
+
+    Raises:
+        ConfigError: What is fixed is also tuned, or the study's own to say, or cannot work.
+    """
+    both = plan.space.fixed_by(plan.fixed)
+    if both:
+        raise ConfigError(f"both fixed and in the search space: {', '.join(both)}")
+    own = sorted(OF_THE_STUDY.keys() & {ALIASES.get(name, name) for name in plan.fixed})
+    if own:
+        raise ConfigError(
+            f"{', '.join(own)} cannot be fixed; {'; '.join(OF_THE_STUDY[name] for name in own)}"
+        )
+    # Some draws may not work, and their trials fail; where none of many does, none will.
+    errors = list[ConfigError]()
+    for drawn in draw_settings(plan.space, DRAWS, plan.seed):
+        try:
+            _optimizer(plan, task, {**plan.fixed, **drawn, "max_rollouts": plan.objective.rollouts})
+            return
+        except ConfigError as error:
+            errors.append(error)
+    raise errors[0]
+
+
+def _optimizer(plan: StudyPlan, task: Task, settings: Mapping[str, Any], **options: Any) -> FST:
+    return FST(
+        task.metric,
+        seed=plan.seed,
+        arm=plan.arm,
+        reflection_lm=plan.reflection_lm,
+        **options,
+        **settings,
+    )
 
 
 def open_study(plan: StudyPlan, task: Task, worker: int = 0) -> optuna.Study:
@@ -298,15 +346,7 @@ def run_trial(trial: optuna.Trial, plan: StudyPlan, task: Task, worker: str) -> 
     trial.set_user_attr("settings", settings)
     listener = TrialListener(trial, plan.objective, folder)
     try:
-        fst = FST(
-            task.metric,
-            seed=plan.seed,
-            arm=plan.arm,
-            reflection_lm=plan.reflection_lm,
-            log_dir=folder,
-            progress=listener,
-            **settings,
-        )
+        fst = _optimizer(plan, task, settings, log_dir=folder, progress=listener)
         with dspy.context(**plan.settings()):
             fst.compile(task.program, trainset=task.trainset, valset=task.valset)
     except BudgetSpentError:

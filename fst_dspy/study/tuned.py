@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import dspy
-import optuna
 from dspy.teleprompt import Teleprompter
 
 from fst_dspy.errors import ConfigError
@@ -28,7 +27,7 @@ from fst_dspy.lm.predictors import find_local_lm
 from fst_dspy.loop.progress import ProgressListener, SilentProgress, StopRun
 from fst_dspy.optimizer import FST
 from fst_dspy.results.result import FSTResult
-from fst_dspy.study.space import Space, default_space
+from fst_dspy.study.space import Space, default_space, draw_settings
 from fst_dspy.types import CycleRecord, RolloutCounts
 
 
@@ -109,11 +108,8 @@ class TunedFST(Teleprompter):
             raise ConfigError(f"trials must be at least 2, got {trials}; one is plain FST")
         if not 0 < tuning_share < 1:
             raise ConfigError(f"tuning_share must be between 0 and 1, got {tuning_share}")
-        given = {"group_size": "rollouts_per_candidate", "lora": "lora_rank"}
-        set_by_user = {*options, *(given[name] for name in options if name in given)}
         space = space or default_space()
-        fixed = [p.name for p in space.parameters if p.name in set_by_user]
-        self.space = space.without(*fixed)
+        self.space = space.without(*space.fixed_by(options))
         self.metric, self.max_rollouts, self.trials = metric, max_rollouts, trials
         self.tuning_share, self.seed, self.track_stats = tuning_share, seed, track_stats
         self.log_dir = Path(log_dir) if log_dir is not None else None
@@ -248,13 +244,3 @@ def best_score(records: Sequence[CycleRecord], rollouts: int) -> float:
         if record.cycle > 0 and record.total_rollouts.total >= rollouts:
             break
     return best
-
-
-def draw_settings(space: Space, count: int, seed: int) -> list[dict[str, Any]]:
-    """The defaults and then settings drawn evenly from the space; a function of its arguments."""
-    verbosity = optuna.logging.get_verbosity()
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=seed))
-    optuna.logging.set_verbosity(verbosity)
-    study.enqueue_trial(space.defaults())
-    return [space.suggest(study.ask()) for _ in range(count)]

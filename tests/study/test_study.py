@@ -46,8 +46,8 @@ from fst_dspy.study import (
 from fst_dspy.study.objective import Measured, behind_median, budget_step, measure
 from fst_dspy.study.outcome import draw_front, draw_importances
 from fst_dspy.study.runner import StudyPlan, count_trials
+from fst_dspy.study.space import draw_settings
 from fst_dspy.study.storage import open_storage, retried_numbers, sqlite_url, worker_alive
-from fst_dspy.study.tuned import draw_settings
 
 pytestmark = pytest.mark.slow
 
@@ -419,6 +419,28 @@ def test_a_task_that_cannot_work_ends_the_study(tiny_qwen3, tmp_path):
         tune_tiny(tiny_qwen3, tmp_path, fixed={"learning_rate": 1e-3})
     with pytest.raises(ConfigError, match="several workers"):
         tune_tiny(tiny_qwen3, tmp_path, task=make_task(tmp_path), workers=2)
+
+
+@pytest.mark.parametrize(
+    ("fixed", "message"),
+    [
+        ({"temprature": 1.0}, "did you mean 'temperature'"),
+        ({"lr": 1e-3}, "both fixed and in the search space: learning_rate"),
+        ({"group_size": 4}, "both fixed and in the search space: rollouts_per_candidate"),
+        (
+            {"max_metric_calls": 9},
+            "max_rollouts cannot be fixed; a trial's budget is the objective",
+        ),
+        ({"log_dir": "x"}, "log_dir cannot be fixed"),
+        ({"advantage": "candidate", "val_size": 0}, "val_size must be at least 1"),
+    ],
+)
+def test_what_no_trial_could_run_with_is_refused_before_the_first(fixed, message, tmp_path):
+    with pytest.raises(ConfigError, match=message):
+        tune_tiny("nowhere", tmp_path / "study", fixed={**FIXED, **fixed})
+    assert not (tmp_path / "study").exists()
+    with pytest.raises(ConfigError, match="arm must be"):
+        tune_tiny("nowhere", tmp_path / "study", arm="rl")
 
 
 def make_task(folder):
