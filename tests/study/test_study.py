@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import pickle
 import shutil
 import signal
 import socket
@@ -444,6 +445,40 @@ def test_what_no_trial_could_run_with_is_refused_before_the_first(fixed, message
 
 
 def make_task(folder):
+class Shelf:
+    """A retriever."""
+
+    def __call__(self, query, k=3):
+        return [query] * k
+
+
+def test_workers_have_the_settings_that_dspy_has_where_the_study_is_started(tmp_path, monkeypatch):
+    sent = []
+    monkeypatch.setattr(runner, "_run_processes", lambda plan, *_: sent.append(pickle.dumps(plan)))
+    given = {"rm": Shelf(), "allow_tool_async_sync_conversion": True, "of_the_program": 3}
+    with dspy.context(adapter=dspy.XMLAdapter(), callbacks=[lambda: None], **given):
+        tune_tiny("", tmp_path, workers=2, lm=Shelf)
+    settings = pickle.loads(sent[0]).settings()
+    assert isinstance(settings["rm"], Shelf) and isinstance(settings["lm"], Shelf)
+    assert isinstance(settings["adapter"], dspy.XMLAdapter) and "callbacks" not in settings
+    assert settings["allow_tool_async_sync_conversion"] and settings["of_the_program"] == 3
+    assert "num_threads" not in settings, "which the task's own file may have set"
+    with (
+        dspy.context(rm=lambda query: query),
+        pytest.raises(ConfigError, match=r"several workers need dspy\.settings\.rm"),
+    ):
+        tune_tiny("", tmp_path, workers=2)
+
+
+def test_a_study_of_another_model_is_not_gone_on_with(tmp_path, monkeypatch):
+    monkeypatch.setattr(runner, "run_worker", lambda *_: None)
+    for model in ("one/tiny", "elsewhere/tiny"):  # the same, as another machine has it
+        tune_tiny(model, tmp_path)
+    for model in ("one/other", lambda: None):
+        with pytest.raises(ConfigError, match="has another lm: tiny, not"):
+            tune_tiny("", tmp_path, lm=model)
+
+
     return StudyPlan(PROGRAM, "", SPACE, Objective(), folder, "", "").load_task()
 
 
