@@ -84,6 +84,7 @@ class BudgetConfig:
         for name in LIMITS:
             value = getattr(self, name)
             _require(value is None or value > 0, f"{name} must be positive or None, got {value}")
+            _require(value != math.inf, f"{name} must be finite; None sets no limit")
 
     def env_limits(self) -> dict[str, float]:
         """The limits of what agents do that are set, by what of ``TurnCounts`` they limit."""
@@ -115,7 +116,8 @@ class FastConfig:
     Attributes:
         population_size: K, candidates kept on the Pareto front and spread over each group.
         first_cycle_iterations: GEPA iterations of the first fast phase, which has most to learn.
-        cycle_iterations: GEPA iterations of each later fast phase.
+        cycle_iterations: GEPA iterations of each later fast phase. With 0, ``gepa_only`` ends after
+            the first one.
         minibatch_size: Training examples reflected on in one iteration.
         instruction_tokens: Longest instruction a proposer may write, in tokens of the local model.
         first_phase: Which phase opens the first cycle: ``"fast"``, as in the paper, or ``"slow"``,
@@ -426,8 +428,9 @@ class SamplingConfig:
     def __post_init__(self) -> None:
         _check_kinds(self)
         _require(
-            self.temperature > 0,
-            f"temperature must be above 0 (greedy groups are constant), got {self.temperature}",
+            0 < self.temperature < math.inf,
+            "temperature must be above 0 (greedy groups are constant) and finite, "
+            f"got {self.temperature}",
         )
         _require(0 < self.top_p <= 1, f"top_p must be in (0, 1], got {self.top_p}")
         _require(

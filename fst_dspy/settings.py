@@ -24,7 +24,8 @@ class Settings(TypedDict, total=False):
     first_cycle_iterations: int
     """Default 8. GEPA iterations of the first fast phase, which has most to learn."""
     cycle_iterations: int
-    """Default 2. GEPA iterations of each later fast phase."""
+    """Default 2. GEPA iterations of each later fast phase. With 0, ``gepa_only`` ends after the
+    first one."""
     minibatch_size: int
     """Default 12. Training examples reflected on in one iteration."""
     instruction_tokens: int

@@ -169,6 +169,8 @@ def _learns_from_rewards(parts: Parts) -> bool:
 
 def cycles_spent(parts: Parts, state: LoopState) -> str | None:
     """``"6 of 6 cycles"`` where that was the last one; prompts' own phases do not count."""
+    if parts.learner is None and not parts.config.fast.cycle_iterations and state.cycle:
+        return "the first cycle, as cycle_iterations is 0"  # no other would run a rollout
     asked = parts.budget.max_cycles
     if asked is None:
         return None

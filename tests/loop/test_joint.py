@@ -345,6 +345,12 @@ def test_ctrl_c_in_a_fast_phase_is_not_held_back_for_the_steps_after_it(
     assert again.weights_version == whole.weights_version
 
 
+def test_prompts_without_further_iterations_end_with_their_first_cycle(tiny_qwen3):
+    settings = {"arm": "gepa_only", "cycle_iterations": 0, "max_cycles": None, "max_rollouts": 99}
+    result = compile_tiny(tiny_qwen3, **settings)[2]
+    assert result.records[-1].cycle == 1 and 0 < result.rollouts.fast < 99
+
+
 def test_a_limit_that_validation_uses_up_is_told_and_can_be_raised(tiny_qwen3, tmp_path):
     listener = Heard()
     short = compile_tiny(tiny_qwen3, max_rollouts=3, log_dir=tmp_path, progress=listener)[2]
