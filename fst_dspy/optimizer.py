@@ -270,10 +270,21 @@ class FST(Teleprompter):
         """Run the loop, and bind what it found into a copy of the student.
 
         Args:
-            parts: Of the run; its folder is let go of afterwards.
+            parts: Of the run; its folder and weights are let go of afterwards.
             student: The program.
             make_result: Adds to the result what the loop does not know.
         """
+        try:
+            return self._finished(parts, student, make_result)
+        finally:
+            parts.let_go()
+
+    def _finished(
+        self,
+        parts: Parts,
+        student: dspy.Module,
+        make_result: Callable[[FSTResult], FSTResult],
+    ) -> dspy.Module:
         try:
             state = Run(parts).loop()
             result = make_result(result_of(parts, state))

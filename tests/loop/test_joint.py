@@ -345,6 +345,36 @@ def test_ctrl_c_in_a_fast_phase_is_not_held_back_for_the_steps_after_it(
     assert again.weights_version == whole.weights_version
 
 
+def test_two_compiles_at_once_do_not_train_each_others_weights(tiny_qwen3, tmp_path):
+    lm, refused = LocalLM(str(tiny_qwen3)), list[str]()
+
+    def compiled(metric=vowels):
+        own = FST(metric, track_stats=True, **SETTINGS)
+        with dspy.context(lm=lm):
+            return own.compile(Echo(), trainset=questions(6), valset=questions(4, 6))
+
+    def meanwhile(gold, pred, trace=None, pred_name=None, pred_trace=None):
+        if pred.answer and not refused:  # not of the labels, before the compile
+            with pytest.raises(ModelError, match="another compile in this process") as error:
+                compiled()
+            refused.append(str(error.value))
+        return vowels(gold, pred)
+
+    disturbed = compiled(meanwhile).detailed_results
+    assert refused and compiled().detailed_results.weights_version == disturbed.weights_version
+    with dspy.context(lm=lm), pytest.raises(StoreError):  # what fails holds nothing
+        FST(vowels, log_dir=foreign(tmp_path), **SETTINGS).compile(
+            Echo(), trainset=questions(6), valset=questions(4, 6)
+        )
+    assert compiled().detailed_results.weights_version == disturbed.weights_version
+
+
+def foreign(folder):
+    """A run folder of another run."""
+    (folder / "config.json").write_text("[]")
+    return folder
+
+
 def test_prompts_without_further_iterations_end_with_their_first_cycle(tiny_qwen3):
     settings = {"arm": "gepa_only", "cycle_iterations": 0, "max_cycles": None, "max_rollouts": 99}
     result = compile_tiny(tiny_qwen3, **settings)[2]
