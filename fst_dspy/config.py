@@ -84,6 +84,7 @@ class BudgetConfig:
         for name in LIMITS:
             value = getattr(self, name)
             _require(value is None or value > 0, f"{name} must be positive or None, got {value}")
+            _require(value != math.inf, f"{name} must be finite; None sets no limit")
 
     def env_limits(self) -> dict[str, float]:
         """The limits of what agents do that are set, by what of ``TurnCounts`` they limit."""
@@ -115,7 +116,8 @@ class FastConfig:
     Attributes:
         population_size: K, candidates kept on the Pareto front and spread over each group.
         first_cycle_iterations: GEPA iterations of the first fast phase, which has most to learn.
-        cycle_iterations: GEPA iterations of each later fast phase.
+        cycle_iterations: GEPA iterations of each later fast phase. With 0, ``gepa_only`` ends after
+            the first one.
         minibatch_size: Training examples reflected on in one iteration.
         instruction_tokens: Longest instruction a proposer may write, in tokens of the local model.
         first_phase: Which phase opens the first cycle: ``"fast"``, as in the paper, or ``"slow"``,
@@ -153,8 +155,8 @@ class FastConfig:
             then the run goes on without it. ``None`` sets no limit.
         max_reflection_tokens: Prompt and completion tokens of the reflection LM, likewise.
         cold_start_demos: Where the first validation shows nothing to learn from, as many labelled
-            training examples are shown as demos in a candidate beside the student's own; 0 for
-            none.
+            training examples are shown as demos in a candidate beside the student's own, also where
+            ``demo_tokens`` is 0, in a quarter of the context window at most; 0 for none.
         format_feedback: Where it does after all, or where answers cannot be read, what is told of
             such an answer says what was wrong with it and what was wanted, so that instructions
             can be written against it.
@@ -426,8 +428,9 @@ class SamplingConfig:
     def __post_init__(self) -> None:
         _check_kinds(self)
         _require(
-            self.temperature > 0,
-            f"temperature must be above 0 (greedy groups are constant), got {self.temperature}",
+            0 < self.temperature < math.inf,
+            "temperature must be above 0 (greedy groups are constant) and finite, "
+            f"got {self.temperature}",
         )
         _require(0 < self.top_p <= 1, f"top_p must be in (0, 1], got {self.top_p}")
         _require(
@@ -519,6 +522,19 @@ class FSTConfig:
                 raise _unknown_setting(name)
             values[owner[name]][name] = value
         return cls(**{name: PARTS[name](**values[name]) for name in PARTS})
+
+
+def settings_of_arm(arm: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Flat settings as an arm has them: weights alone have one candidate, under which all G run.
+
+    ``rollouts_per_candidate`` is taken of the candidates that there are in other arms, so that the
+    same settings give groups of one size in all of them.
+    """
+    if arm != "rl_only":
+        return dict(settings)
+    if "rollouts_per_candidate" in settings:
+        settings = _derive(dict(settings))
+    return {**settings, "population_size": 1}
 
 
 def check_setting(name: str, value: Any) -> None:

@@ -55,7 +55,7 @@ from gepa.core.adapter import ProposalFn
 from gepa.utils import StopperProtocol
 
 from fst_dspy.bundle.saving import make_savable
-from fst_dspy.config import Auto, FSTConfig
+from fst_dspy.config import Auto, FSTConfig, settings_of_arm
 from fst_dspy.display import on_a_screen
 from fst_dspy.errors import ConfigError
 from fst_dspy.fast.gepa.plugins import read_plugins
@@ -144,13 +144,11 @@ class FST(Teleprompter):
         if arm not in ("fst", "rl_only", "gepa_only"):
             raise ConfigError(f"arm must be 'fst', 'rl_only' or 'gepa_only', got {arm!r}")
         _check_kinds(log_dir, progress, log_rollouts=log_rollouts, track_stats=track_stats)
-        if arm == "rl_only":
-            settings["population_size"] = 1
         plugins = read_plugins(
             metric,
             reflection_lm,
             instruction_proposer,
-            settings,
+            settings_of_arm(arm, settings),
             callbacks=callbacks,
             stop_callbacks=stop_callbacks,
             gepa_kwargs=gepa_kwargs,
@@ -272,10 +270,21 @@ class FST(Teleprompter):
         """Run the loop, and bind what it found into a copy of the student.
 
         Args:
-            parts: Of the run; its folder is let go of afterwards.
+            parts: Of the run; its folder and weights are let go of afterwards.
             student: The program.
             make_result: Adds to the result what the loop does not know.
         """
+        try:
+            return self._finished(parts, student, make_result)
+        finally:
+            parts.let_go()
+
+    def _finished(
+        self,
+        parts: Parts,
+        student: dspy.Module,
+        make_result: Callable[[FSTResult], FSTResult],
+    ) -> dspy.Module:
         try:
             state = Run(parts).loop()
             result = make_result(result_of(parts, state))

@@ -24,7 +24,8 @@ class Settings(TypedDict, total=False):
     first_cycle_iterations: int
     """Default 8. GEPA iterations of the first fast phase, which has most to learn."""
     cycle_iterations: int
-    """Default 2. GEPA iterations of each later fast phase."""
+    """Default 2. GEPA iterations of each later fast phase. With 0, ``gepa_only`` ends after the
+    first one."""
     minibatch_size: int
     """Default 12. Training examples reflected on in one iteration."""
     instruction_tokens: int
@@ -85,7 +86,8 @@ class Settings(TypedDict, total=False):
     """Default None. Prompt and completion tokens of the reflection LM, likewise."""
     cold_start_demos: int
     """Default 4. Where the first validation shows nothing to learn from, as many labelled
-    training examples are shown as demos in a candidate beside the student's own; 0 for none."""
+    training examples are shown as demos in a candidate beside the student's own, also where
+    ``demo_tokens`` is 0, in a quarter of the context window at most; 0 for none."""
     format_feedback: bool
     """Default True. Where it does after all, or where answers cannot be read, what is told of
     such an answer says what was wrong with it and what was wanted, so that instructions can

@@ -2,9 +2,11 @@ import dataclasses
 
 import numpy as np
 import pytest
+from helpers import vowels
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fst_dspy import FST
 from fst_dspy.config import (
     AUTO,
     PARTS,
@@ -12,6 +14,7 @@ from fst_dspy.config import (
     BudgetConfig,
     FSTConfig,
     LoraConfig,
+    settings_of_arm,
     without_removed,
 )
 from fst_dspy.errors import ConfigError
@@ -56,6 +59,8 @@ def test_the_papers_settings_are_a_preset_without_what_is_ours():
         ({"loss_type": "ppo"}, "loss_type must be 'cispo', .* got 'ppo'"),
         ({"beta": float("inf")}, "beta must be finite"),
         ({"weight_decay": float("inf")}, "weight_decay must be finite"),
+        ({"temperature": float("inf")}, "temperature must be above 0 .* and finite, got inf"),
+        ({"max_seconds": float("inf")}, "max_seconds must be finite; None sets no limit"),
         ({"lora": {"alpha": float("inf")}}, "alpha must be positive and finite"),
         ({"failure_score": -1e300}, "failure_score must be a score, at most 1e"),
         ({"failure_score": float("nan")}, "failure_score must be a score"),
@@ -92,6 +97,17 @@ def test_group_size_is_a_multiple_of_the_population_or_refused(population_size, 
     if population_size > 1:
         with pytest.raises(ConfigError):
             FSTConfig.make(population_size=population_size, group_size=group_size + 1)
+
+
+@pytest.mark.parametrize("arm", ["fst", "rl_only", "gepa_only"])
+def test_the_same_settings_give_groups_of_one_size_in_every_arm(arm):
+    own = settings_of_arm(arm, {"population_size": 4, "rollouts_per_candidate": 2, "lora_rank": 4})
+    config = FSTConfig.make(**own)
+    assert config.slow.group_size == 8 and config.slow.lora.rank == 4
+    assert config.fast.population_size == (1 if arm == "rl_only" else 4)
+    usual = FSTConfig.make(**settings_of_arm(arm, {"rollouts_per_candidate": 2}))
+    assert usual.slow.group_size == FSTConfig.make().slow.group_size
+    assert FST(vowels, arm=arm, rollouts_per_candidate=1).config.slow.group_size == 4
 
 
 def test_numbers_of_other_libraries_become_pythons_own():

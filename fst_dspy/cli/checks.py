@@ -76,11 +76,10 @@ def check_settings(settings: Mapping[str, Any], auto: Any, arm: str) -> None:
     Raises:
         ConfigError: What is wrong.
     """
-    from fst_dspy.config import FSTConfig
+    from fst_dspy.config import FSTConfig, settings_of_arm
 
-    alone = {"population_size": 1} if arm == "rl_only" else {}
     plain = {name: value for name, value in settings.items() if name != "batch_sampler"}
-    FSTConfig.make(auto, **{**plain, **alone})
+    FSTConfig.make(auto, **settings_of_arm(arm, plain))
 
 
 def check_model(model: str) -> None:
@@ -185,7 +184,7 @@ def check_same_run(out: Path, seed: int, arm: str, auto: Any, settings: Mapping[
     path = out / "config.json"
     if not path.is_file():
         return
-    from fst_dspy.config import FSTConfig
+    from fst_dspy.config import FSTConfig, settings_of_arm
     from fst_dspy.run.store import another_run, differences
 
     try:
@@ -193,8 +192,7 @@ def check_same_run(out: Path, seed: int, arm: str, auto: Any, settings: Mapping[
         known = {"arm": found["arm"], "seed": found["seed"], "settings": found["settings"]}
     except (OSError, ValueError, KeyError, TypeError):
         return  # the run itself says what is wrong with the folder
-    alone = {"population_size": 1} if arm == "rl_only" else {}
-    asked = FSTConfig.make(auto, **{**settings, **alone}).to_dict()
+    asked = FSTConfig.make(auto, **settings_of_arm(arm, settings)).to_dict()
     # What the model and the data settle is known when they are.
     slow = known["settings"].get("slow", {})
     for name, unsettled in (("learning_rate", None), ("lora", "auto")):

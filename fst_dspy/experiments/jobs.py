@@ -19,7 +19,7 @@ from typing import Any
 
 import dspy
 
-from fst_dspy.config import FSTConfig
+from fst_dspy.config import FSTConfig, settings_of_arm
 from fst_dspy.errors import ConfigError, StoreError
 from fst_dspy.experiments.arms import find_arm
 from fst_dspy.files import read_json, read_jsonl, write_atomically
@@ -94,8 +94,8 @@ class Job:
             raise ConfigError(f"there is no adapter {self.adapter!r}; known: {', '.join(ADAPTERS)}")
         if "max_rollouts" in self.settings:
             raise ConfigError("max_rollouts is the job's budget; give it as rollouts")
-        alone = {"population_size": 1} if self.arm == "rl_only" else {}  # as FST has it
-        FSTConfig.make(**{**self.settings, **alone, "max_rollouts": self.rollouts})
+        own = settings_of_arm(self.arm, self.settings)  # as FST has it
+        FSTConfig.make(**{**own, "max_rollouts": self.rollouts})
 
     @property
     def name(self) -> str:

@@ -84,7 +84,7 @@ def tune_rl(
             on_trial(study, trial)
 
     space = rl_space()
-    space = space.without(*(p.name for p in space.parameters if p.name in plan.settings))
+    space = space.without(*space.fixed_by(plan.settings))
     with _threads(threads_each(workers)), dspy.context(**adapter_setting(plan.adapter)):
         study = tune(
             plan.program,

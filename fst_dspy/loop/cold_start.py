@@ -40,6 +40,8 @@ logger = logging.getLogger(__name__)
 
 UNREAD_SHARE = 0.1
 """Share of answers that cannot be read, above which they are held to the format."""
+DEMO_SHARE = 0.25
+"""Of the context window, that a predictor's labelled demos may take where ``demo_tokens`` is 0."""
 
 
 def warmed_up(parts: Parts, state: LoopState, found: Validation) -> tuple[LoopState, Validation]:
@@ -113,7 +115,9 @@ def _with_labels(parts: Parts) -> Candidate | None:
     """The student's own texts, with demos from training labels where it has none."""
     fast, own = parts.config.fast, parts.seed_candidate
     count = partial(count_tokens, parts.policy)
-    proposer = DemoProposer(fast.demo_tokens, count)
+    # Where no demos are learned (demo_tokens=0, the default), labels are shown all the same.
+    room = fast.demo_tokens or int(DEMO_SHARE * parts.policy.context_length)
+    proposer = DemoProposer(room, count)
     proposer.study({example_id(example): example for example in parts.trainset})
     components = dict(own.components)
     for name, predictor in every_predictor(parts.runner.program).items():
@@ -135,9 +139,12 @@ def _again(parts: Parts, state: LoopState) -> Validation:
 
 
 def _is_flat(parts: Parts, found: Validation) -> bool:
-    """Whether all rewards are equal, and there is something left to learn."""
+    """Whether all rewards are equal, and there is something left to learn.
+
+    A reward above ``perfect_score`` shows that the metric's best is another.
+    """
     rewards = {rollout.reward for rollout in found.rollouts}
-    return len(rewards) <= 1 and max(rewards, default=0) < parts.config.fast.perfect_score
+    return len(rewards) <= 1 and max(rewards, default=0) != parts.config.fast.perfect_score
 
 
 def _told(state: LoopState, text: str) -> LoopState:

@@ -6,6 +6,7 @@ a cycle that went wrong.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from fst_dspy.config import ENV_LIMITS, LIMITS
@@ -16,18 +17,30 @@ from fst_dspy.loop.state import LoopState
 from fst_dspy.loop.validation import Validation, is_scored
 from fst_dspy.plan.plan import Plan
 from fst_dspy.rollouts.health import told_failures
-from fst_dspy.types import CycleRecord, TurnCounts
+from fst_dspy.types import CycleRecord, Rollout, TurnCounts
 
 ALL = 0.999
 """Share from which on a figure is that of all rollouts."""
 
 
-def troubles(parts: Parts, record: CycleRecord) -> list[str]:
+def troubles(parts: Parts, records: Sequence[CycleRecord]) -> list[str]:
     """What a user should know of a cycle while there is time: failures, and steps without gradient.
 
     Each with its first cause and what to do about it.
+
+    Args:
+        records: Those so far; of the cycle itself the last.
     """
+    record = records[-1]
     texts = told_failures(record.failure_shares, record.failure_messages)
+    if above := _above_perfect(parts, (record.reward_range or (0.0, 0.0))[1]):
+        texts.append(above)
+    elif _taught_nothing(parts, records):
+        texts.append(
+            f"slow_signal={parts.config.slow.slow_signal!r} taught the weights nothing: no answer "
+            "below perfect_score had feedback, or a better one in its group to learn from (the "
+            "metric must return dspy.Prediction(score=, feedback=))"
+        )
     if (
         record.train_reward is not None
         and _learns_from_rewards(parts)
@@ -47,12 +60,17 @@ def all_equal(record: CycleRecord) -> bool:
     return record.reward_range is not None and record.reward_range[0] == record.reward_range[1]
 
 
-def without_signal(parts: Parts, record: CycleRecord) -> str | None:
-    """Why neither channel had anything to learn from in a full cycle; ``None`` where one had."""
+def without_signal(parts: Parts, records: Sequence[CycleRecord]) -> str | None:
+    """Why neither channel had anything to learn from in a full cycle; ``None`` where one had.
+
+    Args:
+        records: Those so far; of the cycle itself the last.
+    """
+    record = records[-1]
     if (
         record.cycle == 0
         or is_alone(parts, record)
-        or not _learns_from_rewards(parts)
+        or not (_learns_from_rewards(parts) or _taught_nothing(parts, records))
         or not all_equal(record)
     ):
         return None
@@ -65,9 +83,13 @@ def without_signal(parts: Parts, record: CycleRecord) -> str | None:
     return "; ".join([text, *failures]) if _all_failed(record) else text
 
 
-def with_end(parts: Parts, record: CycleRecord) -> CycleRecord:
-    """A cycle's record that says so where nothing was left to learn from and the run ends there."""
-    reason = without_signal(parts, record)
+def with_end(parts: Parts, records: Sequence[CycleRecord]) -> CycleRecord:
+    """The last record, which says so where nothing was left to learn from and the run ends there.
+
+    Args:
+        records: Those so far; of the cycle itself the last.
+    """
+    record, reason = records[-1], without_signal(parts, records)
     if record.ended or reason is None or parts.config.budget.on_no_signal == "warn":
         return record
     return replace(record, decided=f"{reason}; the run ends", ended=True)
@@ -95,12 +117,60 @@ def _all_failed(record: CycleRecord) -> bool:
     return sum(record.failure_shares.values()) >= ALL
 
 
+def _taught_nothing(parts: Parts, records: Sequence[CycleRecord]) -> bool:
+    """Whether weights that learn from feedback had none: no optimizer step of the cycle moved them.
+
+    Steps that were dropped, as their gradient was not finite, show nothing of the kind.
+    """
+    *_, before, record = (None, *records)
+    return (
+        before is not None
+        and record is not None
+        and parts.config.slow.slow_signal != "reward"
+        and parts.learner is not None
+        and not parts.learner.bad_steps
+        and record.train_reward is not None
+        and record.weights_version == before.weights_version
+    )
+
+
+def _above_perfect(parts: Parts, highest: float) -> str | None:
+    """What is wrong where a score is above the best there is, and something goes by that."""
+    perfect, fast, slow = parts.config.fast.perfect_score, parts.config.fast, parts.config.slow
+    by_it = {
+        f"slow_signal={slow.slow_signal!r}": parts.learner is not None
+        and slow.slow_signal != "reward",
+        "skip_perfect_score": parts.fast_on and fast.skip_perfect_score,
+    }
+    asked = " and ".join(name for name, on in by_it.items() if on)
+    if not asked or highest <= perfect:
+        return None
+    return (
+        f"the metric gave {highest:g}, above perfect_score={perfect:g}, and {asked} would take "
+        "such answers for perfect and learn nothing from them: set perfect_score to the best "
+        "score that the metric gives"
+    )
+
+
+def check_perfect_score(parts: Parts, rollouts: Sequence[Rollout]) -> None:
+    """Stop after the first validation where the best score there is was taken for another.
+
+    Raises:
+        ConfigError: An answer has more than ``perfect_score``, by which feedback is withheld.
+    """
+    above = _above_perfect(parts, max((rollout.reward for rollout in rollouts), default=0.0))
+    if above is not None:
+        raise ConfigError(above)
+
+
 def _learns_from_rewards(parts: Parts) -> bool:
     return parts.learner is None or parts.learner.learns_from_rewards
 
 
 def cycles_spent(parts: Parts, state: LoopState) -> str | None:
     """``"6 of 6 cycles"`` where that was the last one; prompts' own phases do not count."""
+    if parts.learner is None and not parts.config.fast.cycle_iterations and state.cycle:
+        return "the first cycle, as cycle_iterations is 0"  # no other would run a rollout
     asked = parts.budget.max_cycles
     if asked is None:
         return None

@@ -24,6 +24,7 @@ from fst_dspy.loop.cold_start import warmed_up
 from fst_dspy.loop.ending import (
     check_limits,
     check_not_all_failed,
+    check_perfect_score,
     counts_spent,
     cycles_spent,
     has_ended,
@@ -82,6 +83,11 @@ class Run:
                     state = self._validate(state)
                     self._tell_plan(measured_plan(parts, state))
                 stopped = self._tell_cycle(state)
+                if state.cycle == 0:
+                    self._tell_untouched(state)
+                    interrupt.requested = distributed.any_process(interrupt.requested)
+                    self._checkpoint(state, now=interrupt.requested)
+                    interrupt.stop_if_requested()
                 while not (stopped or self._finished(state)):
                     # Prompts first: RL under a prompt that gives no reward damages the model.
                     if state.phase == "fast":
@@ -207,11 +213,13 @@ class Run:
         found = came = score(parts, state)
         if first:  # where it shows nothing to learn from, give it something
             check_limits(parts)
+            check_perfect_score(parts, came.rollouts)
             state, found = warmed_up(parts, state, came)
         seconds = _add_seconds(state.seconds, "eval", started)
         parts.fast.validated(found.population, parts.val_ids, found.score_V)
         state, decision = shared_out(parts, state, found)
-        record = with_end(parts, cycle_record(parts, state, cycle, found, seconds, decision))
+        record = cycle_record(parts, state, cycle, found, seconds, decision)
+        record = with_end(parts, (*state.records, record))
         # Processes that no longer agree would only be noticed by their results.
         facts = (record.weights_version, record.val_scores, record.candidate_ids)
         distributed.check_same("weights and population", facts)
@@ -244,7 +252,12 @@ class Run:
         self.runner.counts = start.counts
         self.runner.tokens |= start.tokens
         population = Population(start.candidates or (parts.seed_candidate,), parts.val_ids, (), 0)
-        return LoopState(population=population, counts=start.counts, seconds=start.seconds)
+        return LoopState(
+            population=population,
+            counts=start.counts,
+            seconds=start.seconds,
+            fast_state=parts.fast.state(),
+        )
 
     def _resume(self) -> LoopState | None:
         parts = self.parts
@@ -252,7 +265,8 @@ class Run:
         if checkpoint is None:
             return None
         found = checkpoint.restore(self.policy, parts.learner)
-        parts.fast.load_state(found.fast_state)
+        if found.fast_state:  # earlier versions had none before the first fast phase
+            parts.fast.load_state(found.fast_state)
         runner = self.runner
         runner.counts, runner.tally, runner.tokens = found.counts, found.tally, dict(found.tokens)
         runner.early_batches, runner.turns = found.early_batches, found.turns
@@ -268,7 +282,7 @@ class Run:
         parts = self.parts
         if state.phase != "fast":
             return False
-        last = with_end(parts, state.records[-1])  # of a run of before, which did not say so
+        last = with_end(parts, state.records)  # of a run of before, which did not say so
         if cycles_spent(parts, state) or recorded_spent(parts, last):
             return True
         stopped = last.proposals.get("stopped")
@@ -276,7 +290,7 @@ class Run:
             logger.info("the run ends: %s", stopped)
             return True
         # On a resume as well: it is a matter of the last record.
-        if reason := without_signal(parts, last):
+        if reason := without_signal(parts, state.records):
             check_not_all_failed(parts, last, reason)
             logger.warning("%s", reason)
         if has_ended(parts, last):
@@ -344,11 +358,19 @@ class Run:
             tell(self.parts.progress, f"{spent} reached; finishing the cycle")
             self._told_spent = True
 
+    def _tell_untouched(self, state: LoopState) -> None:
+        """Say that the first validation has used a limit up, so that nothing can be learned."""
+        counts = self.runner.counts.total, self.runner.turns
+        spent = counts_spent(self.parts, *counts) or time_spent(self.parts, state)
+        if spent:
+            words = f"{spent} reached by the first validation: nothing is learned"
+            tell(self.parts.progress, f"{words}; a higher limit lets the run go on")
+
     def _tell_ended(self, state: LoopState) -> None:
         """Say of a run that had ended before why nothing happens, and how it is extended."""
         if not state.records or state.phase != "fast":
             return
-        last = with_end(self.parts, state.records[-1])
+        last = with_end(self.parts, state.records)
         spent = cycles_spent(self.parts, state) or recorded_spent(self.parts, last)
         if has_ended(self.parts, last):
             words = f"this run had ended: {last.decided}"
@@ -371,7 +393,7 @@ class Run:
     def _tell_cycle(self, state: LoopState) -> bool:
         """Tell that a cycle has ended; whether the listener wants the run to end with it."""
         stop, record = False, state.records[-1]
-        for trouble in troubles(self.parts, record) if distributed.is_main() else ():
+        for trouble in troubles(self.parts, state.records) if distributed.is_main() else ():
             logger.warning("cycle %d: %s", record.cycle, trouble)
         self.parts.trackers.cycle(record, state.population)
         try:

@@ -26,6 +26,7 @@ from fst_dspy.fast.proposers.reflection import ReflectionLMProposer
 from fst_dspy.fast.trials import TrialPhase
 from fst_dspy.lm.local_lm import LocalLM
 from fst_dspy.lm.predictors import check_trained
+from fst_dspy.loop import held
 from fst_dspy.loop.folder import RunFolder
 from fst_dspy.loop.learner import GRPOLearner, Learner
 from fst_dspy.loop.progress import ProgressListener, SilentProgress, default_progress
@@ -140,13 +141,17 @@ class Parts:
         return self.fast.reuses and not self.slow_opens
 
     def close(self) -> None:
-        """Let go of the run folder."""
+        """Let go of the run folder; the weights are held until ``let_go``."""
         if self.folder is not None:
             self.folder.close()
 
+    def let_go(self) -> None:
+        """Let go of the live weights, once the best ones are in place."""
+        held.let_go(self.policy)
+
 
 def make_parts(spec: RunSpec, student: dspy.Module, checked: CheckedInput, start: Start) -> Parts:
-    """Claim the run folder, put the weights in place, and make the parts.
+    """Claim the weights and the run folder, and make the parts, which hold both.
 
     Args:
         spec: What is asked for.
@@ -155,9 +160,19 @@ def make_parts(spec: RunSpec, student: dspy.Module, checked: CheckedInput, start
         start: What the run begins with.
 
     Raises:
-        ConfigError, ModelError: Adapters that do not go with the weights, or no training of them.
+        ConfigError, ModelError: Adapters that do not go with the weights, no training of them, or
+            another compile that has them.
         StoreError: The run folder cannot be used.
     """
+    held.hold(checked.lm.policy)
+    try:
+        return _made_parts(spec, student, checked, start)
+    except BaseException:
+        held.let_go(checked.lm.policy)
+        raise
+
+
+def _made_parts(spec: RunSpec, student: dspy.Module, checked: CheckedInput, start: Start) -> Parts:
     seed, lm = spec.seed, checked.lm
     # What depends on the model is settled first, so that the folder says what was used.
     slow = _fitted(spec.config.slow, lm)

@@ -47,6 +47,8 @@ HASHES = "hashes.json"
 """In a checkpoint: the SHA-256 of every other file."""
 ADDED_LATER = ("program", "adapter", "lm", "metric")
 """What the ``config.json`` of earlier versions may lack."""
+HAVE_SOURCES = ("metric", "program")
+"""What is known by its name, and of which it is told that its source has changed."""
 DIFFERENCES = 5
 """Named at most, where a folder holds another run."""
 SHOWN = 40
@@ -84,8 +86,8 @@ class RunStore:
         """Write ``config.json``, or check that the folder's own says the same.
 
         What earlier versions did not write is added. A budget may change, so that a run can be
-        extended, but where the learning rate decays over it. A metric of the same name whose source
-        has changed is told of: the scores of before are the old one's.
+        extended, but where the learning rate decays over it. A metric or program of the same name
+        whose source has changed is told of: the scores of before are the old one's.
 
         Raises:
             StoreError: The folder holds a run with other settings, data or program, or a run
@@ -110,12 +112,13 @@ class RunStore:
         found = self.config()
         changed = differences(found, wanted)
         if not changed:
-            if found.get("metric") not in (None, wanted.get("metric")):
-                logger.warning(
-                    "the metric's source has changed since the run in %s began; the scores of "
-                    "before are the old one's",
-                    self.folder,
-                )
+            for name in HAVE_SOURCES:
+                before, now = (_source(config, name) for config in (found, wanted))
+                if None not in (before, now) and before != now:
+                    logger.warning(
+                        f"the {name}'s source has changed since the run in {self.folder} began; "
+                        "the scores of before are the old one's"
+                    )
             if found != wanted:
                 self.write_json("config.json", {**found, **wanted})
         if changed:
@@ -334,16 +337,24 @@ def _short(value: Any) -> str:
 def _comparable(config: Mapping[str, Any]) -> dict[str, Any]:
     """What has to be the same for a run to go on."""
     plain = {key: value for key, value in config.items() if key != "environment"}
-    settings, metric = plain.get("settings"), plain.get("metric")
+    settings = plain.get("settings")
     if isinstance(settings, dict):
         settings = without_removed(settings)
         schedule = settings.get("slow", {}).get("lr_scheduler_type", "constant")
         if str(schedule).startswith("constant"):
             settings.pop("budget", None)
         plain["settings"] = settings
-    if isinstance(metric, dict):
+    if isinstance(metric := plain.get("metric"), dict):
         plain["metric"] = metric.get("name")
+    if isinstance(program := plain.get("program"), dict):
+        plain["program"] = {key: value for key, value in program.items() if key != "source"}
     return plain
+
+
+def _source(config: Mapping[str, Any], name: str) -> str | None:
+    """The hash of a metric's or program's source, where it is known."""
+    own = config.get(name)
+    return own.get("source") if isinstance(own, dict) else None
 
 
 def _differences(found: Any, wanted: Any, name: str = "") -> list[Difference]:

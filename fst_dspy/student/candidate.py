@@ -27,7 +27,8 @@ What the package relies on of DSPy beyond what it documents, here and elsewhere;
   and ``cost``; ``disable_history``;
 - ``lm15``: the fields of ``Request`` and ``Config``, and that its errors of context length, model,
   feature and request are not retried; the logger ``dspy.clients.lm``, which tells of answers cut
-  off; that settings live in context variables;
+  off; that settings live in context variables, and what they are at first, in
+  ``dspy.dsp.utils.settings.DEFAULT_CONFIG``;
 - ``dspy.clients.provider`` and ``dspy.clients.utils_finetune``: ``Provider``, ``TrainingJob``, a
   future, ``ReinforceJob``, ``GRPOStatus``, ``TrainDataFormat`` and ``TrainingStatus``;
 - that ``Teleprompter`` lets callbacks hear a subclass's ``compile``; ``BetterTogether.STRAT_SEP``.

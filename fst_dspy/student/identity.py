@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import inspect
@@ -18,9 +19,11 @@ def program_identity(program: dspy.Module) -> dict[str, Any]:
     """The program's class, and of each predictor its class, fields and own language model.
 
     Instructions and demos are left out: they are the student's texts, which a run names anyway.
+    Beside these a hash of the source of its modules' classes, where there is one.
     """
     return {
         "class": _name_of(type(program)),
+        **_sources(program),
         "predictors": {
             name: {
                 "class": _name_of(type(predictor)),
@@ -70,7 +73,26 @@ def metric_identity(metric: Callable[..., Any]) -> dict[str, str]:
         source = inspect.getsource(named)
     except (OSError, TypeError):
         return {"name": _name_of(named)}
-    return {"name": _name_of(named), "source": hashlib.sha256(source.encode()).hexdigest()[:12]}
+    return {"name": _name_of(named), "source": _short_hash(source)}
+
+
+def _sources(program: dspy.Module) -> dict[str, str]:
+    """A hash of the classes that the program's modules are made by, but for DSPy's own."""
+    kinds = {
+        kind
+        for _, module in program.named_sub_modules(dspy.Module)
+        for kind in type(module).__mro__
+        if kind.__module__.partition(".")[0] not in ("dspy", "builtins")
+    }
+    texts = []
+    for kind in sorted(kinds, key=_name_of):
+        with contextlib.suppress(OSError, TypeError):
+            texts.append(inspect.getsource(kind))
+    return {"source": _short_hash("\n".join(texts))} if texts else {}
+
+
+def _short_hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def _fields(signature: Any) -> list[dict[str, str]]:

@@ -7,9 +7,11 @@ from its last checkpoint. Starting the same ``tune`` again goes on with the stud
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import multiprocessing
+import pickle
 import random
 import time
 import warnings
@@ -20,9 +22,11 @@ from typing import Any
 
 import dspy
 import optuna
+from dspy.dsp.utils.settings import DEFAULT_CONFIG
 from optuna.exceptions import ExperimentalWarning
 from optuna.trial import FrozenTrial, TrialState
 
+from fst_dspy.config import ALIASES
 from fst_dspy.errors import (
     ConfigError,
     DataError,
@@ -36,7 +40,7 @@ from fst_dspy.lm.local_lm import LocalLM
 from fst_dspy.optimizer import FST
 from fst_dspy.study.objective import BudgetSpentError, Objective, TrialListener
 from fst_dspy.study.outcome import front
-from fst_dspy.study.space import Space, default_space
+from fst_dspy.study.space import Space, default_space, draw_settings
 from fst_dspy.study.storage import (
     open_storage,
     retried_numbers,
@@ -51,6 +55,33 @@ from fst_dspy.types import Arm, Task
 logger = logging.getLogger(__name__)
 
 POLL_SECONDS = 1.0
+OF_A_CALL = frozenset(
+    [
+        "lm",
+        "adapter",
+        "callbacks",
+        "trace",
+        "branch_idx",
+        "send_stream",
+        "stream_listeners",
+        "usage_tracker",
+        "caller_predict",
+        "caller_modules",
+    ]
+)
+"""DSPy's settings that a trial has of its own, or that belong to the process or the call."""
+DRAWS = 16
+"""Settings drawn to see whether any trial can run at all."""
+OF_THE_STUDY = {
+    "max_rollouts": "a trial's budget is the objective's: Objective(rollouts=)",
+    "metric": "the task has it",
+    "seed": "give it to the study itself",
+    "arm": "give it to the study itself",
+    "reflection_lm": "give it to the study itself",
+    "log_dir": "a trial's run folder is in the study's",
+    "progress": "hear of trials by on_trial",
+}
+"""What of FST's arguments a study gives itself, and how that is said."""
 INPUT_ERRORS = (DataError, MetricError, ModelError, ProgramError)
 """Raised for the task or the model, whatever the settings: they end the study, not the trial."""
 
@@ -79,6 +110,7 @@ class StudyPlan:
         arm: As for ``FST``.
         reflection_lm: As for ``FST``.
         adapter: DSPy's, as it was set where the study was started; ``None`` for its default.
+        carried: DSPy's other settings there, such as ``rm``, and a program's own.
     """
 
     task: str | Path | Task | Callable[[], Task]
@@ -94,6 +126,7 @@ class StudyPlan:
     arm: Arm = "fst"
     reflection_lm: dspy.LM | None = None
     adapter: dspy.Adapter | None = None
+    carried: Mapping[str, Any] = field(default_factory=dict)
 
     def load_task(self) -> Task:
         """The task, from whatever stands for it."""
@@ -110,7 +143,7 @@ class StudyPlan:
     def settings(self) -> dict[str, Any]:
         """DSPy's settings for a trial, in whatever process it runs."""
         chosen = {} if self.adapter is None else {"adapter": self.adapter}
-        return {"lm": self.load_lm(), **chosen}
+        return {**self.carried, "lm": self.load_lm(), **chosen}
 
 
 def tune(
@@ -134,9 +167,10 @@ def tune(
     """Tune FST's settings on a task.
 
     The first trial has FST's defaults, the next ones the best settings of ``warm_start``, the
-    others are drawn by Optuna's TPE. All speak through the adapter that DSPy is set to. Each trial
-    runs until the objective's rollout budget is spent, or it is pruned or fails; a failed trial
-    keeps its run folder and its error.
+    others are drawn by Optuna's TPE. All have DSPy's settings as they are here, the adapter among
+    them, but for its callbacks in processes of their own. Each trial runs until the objective's
+    rollout budget is spent, or it is pruned or fails; a failed trial keeps its run folder and its
+    error.
 
     Args:
         task: A program's name or file (as for ``fst compile``), a function without arguments that
@@ -165,7 +199,8 @@ def tune(
         The study. ``best_settings(study)`` gives what ``FST`` takes.
 
     Raises:
-        ConfigError: Settings that cannot work, or a study of that name with another objective.
+        ConfigError: Settings that cannot work, or a study of that name with another objective,
+            model or the like.
         DataError, MetricError, ModelError, ProgramError: The task or the model cannot be used.
         FSTError: All workers died before the study was done.
     """
@@ -189,11 +224,13 @@ def tune(
         arm=arm,
         reflection_lm=reflection_lm,
         adapter=dspy.settings.adapter,
+        carried=_set_in_dspy(),
     )
-    both = sorted({*plan.fixed} & {parameter.name for parameter in plan.space.parameters})
-    if both:
-        raise ConfigError(f"both fixed and in the search space: {', '.join(both)}")
-    study = open_study(plan, plan.load_task())
+    if workers > 1:
+        _check_carried(plan)
+    own_task = plan.load_task()
+    _check_settings(plan, own_task)
+    study = open_study(plan, own_task)
     _enqueue_first(study, plan, warm_start)
     told = _Told(study, on_trial)
     if workers == 1:
@@ -204,12 +241,73 @@ def tune(
     return study
 
 
+def _set_in_dspy() -> dict[str, Any]:
+    """What DSPy was set to; the rest is as it comes, or as a task's file sets it when loaded."""
+    return {
+        name: value
+        for name, value in dspy.settings.config.items()
+        if name not in OF_A_CALL and not (name in DEFAULT_CONFIG and value == DEFAULT_CONFIG[name])
+    }
+
+
+def _check_carried(plan: StudyPlan) -> None:
+    """That DSPy's settings can be sent to processes.
+
+    Raises:
+        ConfigError: One cannot.
+    """
+    for name, value in {**plan.carried, "adapter": plan.adapter}.items():
+        try:
+            pickle.dumps(value)
+        except Exception as error:
+            raise ConfigError(
+                f"several workers need dspy.settings.{name}, which cannot be sent to them "
+                f"({error}): make it in the task's own file, or take workers=1"
+            ) from error
+
+
+def _check_settings(plan: StudyPlan, task: Task) -> None:
+    """Refuse settings with which no trial could run, before the first of them.
+
+    Raises:
+        ConfigError: What is fixed is also tuned, or the study's own to say, or cannot work.
+    """
+    both = plan.space.fixed_by(plan.fixed)
+    if both:
+        raise ConfigError(f"both fixed and in the search space: {', '.join(both)}")
+    own = sorted(OF_THE_STUDY.keys() & {ALIASES.get(name, name) for name in plan.fixed})
+    if own:
+        raise ConfigError(
+            f"{', '.join(own)} cannot be fixed; {'; '.join(OF_THE_STUDY[name] for name in own)}"
+        )
+    # Some draws may not work, and their trials fail; where none of many does, none will.
+    errors = list[ConfigError]()
+    for drawn in draw_settings(plan.space, DRAWS, plan.seed):
+        try:
+            _optimizer(plan, task, {**plan.fixed, **drawn, "max_rollouts": plan.objective.rollouts})
+            return
+        except ConfigError as error:
+            errors.append(error)
+    raise errors[0]
+
+
+def _optimizer(plan: StudyPlan, task: Task, settings: Mapping[str, Any], **options: Any) -> FST:
+    return FST(
+        task.metric,
+        seed=plan.seed,
+        arm=plan.arm,
+        reflection_lm=plan.reflection_lm,
+        **options,
+        **settings,
+    )
+
+
 def open_study(plan: StudyPlan, task: Task, worker: int = 0) -> optuna.Study:
     """Create the study, or take up the one of that name.
 
     Raises:
-        ConfigError: It has another objective, task, seed, arm, adapter or fixed settings: its
-            scores and new ones could not be compared.
+        ConfigError: It has another objective, task, model, seed, arm, adapter or fixed settings:
+            its scores and new ones could not be compared.
     """
     study = optuna.create_study(
         storage=open_storage(plan.storage),
@@ -231,6 +329,7 @@ def open_study(plan: StudyPlan, task: Task, worker: int = 0) -> optuna.Study:
         "seed": plan.seed,
         "arm": plan.arm,
         "adapter": type(plan.adapter).__name__ if plan.adapter else None,
+        "lm": _name_of_model(plan.lm),
     }
     found = study.user_attrs
     for name, value in json.loads(json.dumps(wanted)).items():
@@ -245,6 +344,15 @@ def open_study(plan: StudyPlan, task: Task, worker: int = 0) -> optuna.Study:
         warnings.simplefilter("ignore", ExperimentalWarning)
         study.set_metric_names(list(plan.objective.measures))  # axes of plots and dashboards
     return study
+
+
+def _name_of_model(lm: str | Callable[[], LocalLM]) -> str:
+    """A model's name, or that of the function that makes it; on another machine the same."""
+    if isinstance(lm, str):
+        return Path(lm).name
+    while isinstance(lm, functools.partial):
+        lm = lm.func
+    return str(getattr(lm, "__qualname__", type(lm).__qualname__))
 
 
 def run_worker(plan: StudyPlan, worker: int = 0, on_trial: OnTrial | None = None) -> None:
@@ -298,15 +406,7 @@ def run_trial(trial: optuna.Trial, plan: StudyPlan, task: Task, worker: str) -> 
     trial.set_user_attr("settings", settings)
     listener = TrialListener(trial, plan.objective, folder)
     try:
-        fst = FST(
-            task.metric,
-            seed=plan.seed,
-            arm=plan.arm,
-            reflection_lm=plan.reflection_lm,
-            log_dir=folder,
-            progress=listener,
-            **settings,
-        )
+        fst = _optimizer(plan, task, settings, log_dir=folder, progress=listener)
         with dspy.context(**plan.settings()):
             fst.compile(task.program, trainset=task.trainset, valset=task.valset)
     except BudgetSpentError:

@@ -18,7 +18,7 @@ In YAML, with the same meaning::
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -27,11 +27,13 @@ from typing import Any
 import optuna
 import yaml
 
-from fst_dspy.config import PARTS, BudgetConfig, check_setting
+from fst_dspy.config import ALIASES, PARTS, BudgetConfig, check_setting
 from fst_dspy.errors import ConfigError
 from fst_dspy.slow.learning_rate import default_learning_rate
 
 Value = bool | int | float | str
+SAME = {"group_size": "rollouts_per_candidate", "lora": "lora_rank"}
+"""Settings that the default space has under another name."""
 When = Mapping[str, Sequence[Value]]
 
 
@@ -169,6 +171,14 @@ class Space:
                 raise ConfigError(f"{name!r} is not in the search space: {', '.join(known)}")
         return Space(tuple(p for p in self.parameters if p.name not in names))
 
+    def fixed_by(self, names: Iterable[str]) -> list[str]:
+        """The parameters that settings of these names say, under whatever name they are known."""
+        given = {ALIASES.get(name, name) for name in names}
+        given |= {SAME.get(name, name) for name in given} | {
+            own for own, other in SAME.items() if other in given
+        }
+        return sorted(given & {parameter.name for parameter in self.parameters})
+
     def suggest(self, trial: optuna.Trial) -> dict[str, Value]:
         """Draw the settings of a trial, as ``FST`` takes them."""
         settings: dict[str, Value] = {}
@@ -218,6 +228,16 @@ def default_space() -> Space:
             Categorical("lora_rank", (0, 4, 16)),
         )
     )
+
+
+def draw_settings(space: Space, count: int, seed: int) -> list[dict[str, Any]]:
+    """The defaults and then settings drawn evenly from the space; a function of its arguments."""
+    verbosity = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=seed))
+    optuna.logging.set_verbosity(verbosity)
+    study.enqueue_trial(space.defaults())
+    return [space.suggest(study.ask()) for _ in range(count)]
 
 
 def load_space(path: str | Path) -> Space:

@@ -10,26 +10,30 @@ It is worth it for budgets of many cycles; on a small one, plain ``FST`` spends 
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import dspy
-import optuna
 from dspy.teleprompt import Teleprompter
 
-from fst_dspy.errors import ConfigError
+from fst_dspy.errors import ConfigError, TrainingError
+from fst_dspy.files import read_jsonl
 from fst_dspy.lm.predictors import find_local_lm
 from fst_dspy.loop.progress import ProgressListener, SilentProgress, StopRun
 from fst_dspy.optimizer import FST
 from fst_dspy.results.result import FSTResult
-from fst_dspy.study.space import Space, default_space
+from fst_dspy.run.records import cycle_record
+from fst_dspy.study.space import Space, default_space, draw_settings
 from fst_dspy.types import CycleRecord, RolloutCounts
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -109,11 +113,8 @@ class TunedFST(Teleprompter):
             raise ConfigError(f"trials must be at least 2, got {trials}; one is plain FST")
         if not 0 < tuning_share < 1:
             raise ConfigError(f"tuning_share must be between 0 and 1, got {tuning_share}")
-        given = {"group_size": "rollouts_per_candidate", "lora": "lora_rank"}
-        set_by_user = {*options, *(given[name] for name in options if name in given)}
         space = space or default_space()
-        fixed = [p.name for p in space.parameters if p.name in set_by_user]
-        self.space = space.without(*fixed)
+        self.space = space.without(*space.fixed_by(options))
         self.metric, self.max_rollouts, self.trials = metric, max_rollouts, trials
         self.tuning_share, self.seed, self.track_stats = tuning_share, seed, track_stats
         self.log_dir = Path(log_dir) if log_dir is not None else None
@@ -129,7 +130,12 @@ class TunedFST(Teleprompter):
         teacher: dspy.Module | None = None,
         valset: list[dspy.Example] | None = None,
     ) -> dspy.Module:
-        """Tune a copy of the student, and the settings on the way. As ``FST.compile``."""
+        """Tune a copy of the student, and the settings on the way. As ``FST.compile``.
+
+        Settings that training diverges with are given up, unless it does with all of them.
+        """
+        trainset = list(trainset) if isinstance(trainset, Iterator) else trainset
+        valset = list(valset) if isinstance(valset, Iterator) else valset
         with ExitStack() as stack:
             folder = self.log_dir or Path(stack.enter_context(tempfile.TemporaryDirectory()))
             runs = [
@@ -145,12 +151,20 @@ class TunedFST(Teleprompter):
                 return compiled
 
             def compare(run: _Run, rollouts: int) -> None:
-                version = go_on(run, rollouts).detailed_results.best.version
                 lm = find_local_lm(student)
-                if version != lm.version:
+                try:
+                    version = go_on(run, rollouts).detailed_results.best.version
+                except TrainingError as error:
+                    if error.__cause__ is not None:  # the machine's fault, and not the settings'
+                        raise
+                    run.fail(error)
+                    version = lm.policy.version()  # it is back at its best weights
+                if version != lm.version and lm.policy.has(version):
                     lm.policy.forget(version)  # its run folder has it
 
             best = self._halve(runs, compare)
+            if best.error is not None:
+                raise best.error
             others = sum(run.spent for run in runs if run is not best)
             compiled = go_on(best, self.max_rollouts - others)
         if self.track_stats:
@@ -169,8 +183,10 @@ class TunedFST(Teleprompter):
         for number in range(1, rounds + 1):
             target += share / len(alive)
             for run in alive:
-                compare(run, int(target))
-            ranked = sorted(alive, key=lambda run: -run.score)  # stable: the defaults win ties
+                if run.error is None:
+                    compare(run, int(target))
+            # Stable: the defaults win ties.
+            ranked = sorted(alive, key=lambda run: (run.error is not None, -run.score))
             alive = ranked[: math.ceil(len(ranked) / 2)]
             for run in ranked[len(alive) :]:
                 run.given_up_after = number
@@ -198,16 +214,30 @@ class _Run:
     score: float = -math.inf
     given_up_after: int | None = None
     result: FSTResult | None = None
+    error: TrainingError | None = None
+
+    lost: RolloutCounts = field(default_factory=RolloutCounts)
+
+    @property
+    def rollouts(self) -> RolloutCounts:
+        """Those it has run; of one that failed, those up to its last cycle."""
+        return self.lost if self.result is None or self.error else self.result.rollouts
 
     @property
     def spent(self) -> int:
-        return 0 if self.result is None else self.result.rollouts.total
+        return self.rollouts.total
+
+    def fail(self, error: TrainingError) -> None:
+        """Note that it cannot go on, and how far it came."""
+        logger.warning("the settings %s are given up: %s", dict(self.settings), error)
+        self.error = error
+        records = [cycle_record(row) for row in read_jsonl(self.folder / "cycles.jsonl")]
+        if records:
+            self.score = max(record.val_score for record in records)
+            self.lost = records[-1].total_rollouts
 
     def tried(self) -> TriedSettings:
-        assert self.result is not None
-        return TriedSettings(
-            dict(self.settings), self.score, self.result.rollouts, self.given_up_after
-        )
+        return TriedSettings(dict(self.settings), self.score, self.rollouts, self.given_up_after)
 
 
 class RunTo(SilentProgress):
@@ -248,13 +278,3 @@ def best_score(records: Sequence[CycleRecord], rollouts: int) -> float:
         if record.cycle > 0 and record.total_rollouts.total >= rollouts:
             break
     return best
-
-
-def draw_settings(space: Space, count: int, seed: int) -> list[dict[str, Any]]:
-    """The defaults and then settings drawn evenly from the space; a function of its arguments."""
-    verbosity = optuna.logging.get_verbosity()
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=seed))
-    optuna.logging.set_verbosity(verbosity)
-    study.enqueue_trial(space.defaults())
-    return [space.suggest(study.ask()) for _ in range(count)]

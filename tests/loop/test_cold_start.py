@@ -115,6 +115,24 @@ def test_where_all_rewards_are_equal_labels_are_shown_and_errors_told(folder: Pa
     assert not none.records[0].cold_start and len(none.records[0].candidate_ids) == 1
 
 
+def test_labels_are_shown_where_no_demos_are_learned(folder: Path) -> None:
+    settings = {"structured": True, "on_no_signal": "warn", "demo_tokens": 0, "steps_per_cycle": 1}
+    compiled, result = compile_router(folder, never, **settings)
+    assert "4 labelled demos" in result.records[0].cold_start[0]
+    assert len(result.records[0].candidate_ids) == 2 and len(compiled.route.demos) in (0, 4)
+    few = compile_router(folder, never, **{**settings, "demo_tokens": 1})[1]
+    assert not few.records[0].cold_start, "what was asked for is kept to"
+
+
+def test_labels_are_shown_where_the_metric_has_another_range(folder: Path) -> None:
+    def fifty(gold: Any, pred: Any, trace: Any = None) -> float:
+        return 50.0
+
+    settings = {"structured": True, "on_no_signal": "warn", "steps_per_cycle": 1}
+    (told,) = compile_router(folder, fifty, **settings)[1].records[0].cold_start
+    assert told.startswith("every answer had the reward 50: a candidate with 4 labelled demos")
+
+
 def test_what_could_not_be_read_is_explained_to_who_writes_instructions(
     folder: Path, tmp_path: Path
 ) -> None:

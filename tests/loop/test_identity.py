@@ -11,6 +11,7 @@ from helpers import Echo, RawAdapter, questions, vowels
 
 from fst_dspy import FST, LocalLM
 from fst_dspy.errors import StoreError
+from fst_dspy.student.identity import program_identity
 
 SETTINGS = dict(
     max_cycles=1,
@@ -84,13 +85,32 @@ def test_a_folder_without_its_config_is_refused(tiny_qwen3, finished):
         config.write_bytes(kept)
 
 
-def test_a_metric_whose_text_changed_is_told_of(tiny_qwen3, finished, caplog):
+@pytest.mark.parametrize("what", ["metric", "program"])
+def test_what_has_another_source_is_told_of(what, tiny_qwen3, finished, caplog):
     config = finished[0] / "config.json"
     plain = json.loads(config.read_text())
-    config.write_text(json.dumps(plain | {"metric": plain["metric"] | {"source": "0" * 12}}))
+    config.write_text(json.dumps(plain | {what: plain[what] | {"source": "0" * 12}}))
     with caplog.at_level(logging.WARNING):
         run(tiny_qwen3, finished[0])
-    assert "the metric's source has changed" in caplog.text
+    assert f"the {what}'s source has changed" in caplog.text and caplog.text.count("source") == 1
+    caplog.clear()
+    run(tiny_qwen3, finished[0])
+    assert "source" not in caplog.text and json.loads(config.read_text()) == plain
+
+
+def test_a_program_is_known_by_the_source_of_all_its_modules():
+    def outer(part):
+        program = dspy.Module()
+        program.part = part
+        return program_identity(program)
+
+    class Upper(Echo):
+        def forward(self, question):
+            return super().forward(question.upper())
+
+    one, same, other = outer(Echo()), outer(Echo()), outer(Upper())
+    assert one == same and one["class"] == other["class"] and one["source"] != other["source"]
+    assert "source" not in program_identity(dspy.Predict("question -> answer"))
 
 
 def test_folders_of_earlier_versions_are_taken_up(tiny_qwen3, finished):

@@ -345,6 +345,71 @@ def test_ctrl_c_in_a_fast_phase_is_not_held_back_for_the_steps_after_it(
     assert again.weights_version == whole.weights_version
 
 
+def test_two_compiles_at_once_do_not_train_each_others_weights(tiny_qwen3, tmp_path):
+    lm, refused = LocalLM(str(tiny_qwen3)), list[str]()
+
+    def compiled(metric=vowels):
+        own = FST(metric, track_stats=True, **SETTINGS)
+        with dspy.context(lm=lm):
+            return own.compile(Echo(), trainset=questions(6), valset=questions(4, 6))
+
+    def meanwhile(gold, pred, trace=None, pred_name=None, pred_trace=None):
+        if pred.answer and not refused:  # not of the labels, before the compile
+            with pytest.raises(ModelError, match="another compile in this process") as error:
+                compiled()
+            refused.append(str(error.value))
+        return vowels(gold, pred)
+
+    disturbed = compiled(meanwhile).detailed_results
+    assert refused and compiled().detailed_results.weights_version == disturbed.weights_version
+    with dspy.context(lm=lm), pytest.raises(StoreError):  # what fails holds nothing
+        FST(vowels, log_dir=foreign(tmp_path), **SETTINGS).compile(
+            Echo(), trainset=questions(6), valset=questions(4, 6)
+        )
+    assert compiled().detailed_results.weights_version == disturbed.weights_version
+
+
+def foreign(folder):
+    """A run folder of another run."""
+    (folder / "config.json").write_text("[]")
+    return folder
+
+
+def test_prompts_without_further_iterations_end_with_their_first_cycle(tiny_qwen3):
+    settings = {"arm": "gepa_only", "cycle_iterations": 0, "max_cycles": None, "max_rollouts": 99}
+    result = compile_tiny(tiny_qwen3, **settings)[2]
+    assert result.records[-1].cycle == 1 and 0 < result.rollouts.fast < 99
+
+
+def test_a_limit_that_validation_uses_up_is_told_and_can_be_raised(tiny_qwen3, tmp_path):
+    listener = Heard()
+    short = compile_tiny(tiny_qwen3, max_rollouts=3, log_dir=tmp_path, progress=listener)[2]
+    assert len(short.records) == 1
+    assert listener.said[0].startswith("4 of 3 rollouts reached by the first validation: nothing")
+    further = compile_tiny(tiny_qwen3, max_rollouts=40, log_dir=tmp_path)[2]
+    assert further.records[:1] == short.records and further.rollouts.total >= 40
+
+
+def test_ctrl_c_in_the_first_validation_is_not_held_back_for_a_fast_phase(
+    tiny_qwen3, tmp_path, monkeypatch
+):
+    whole = compile_tiny(tiny_qwen3)[2]
+    real = joint.score
+
+    def interrupted(parts, state):
+        if not state.records:
+            signal.raise_signal(signal.SIGINT)
+        return real(parts, state)
+
+    monkeypatch.setattr(joint, "score", interrupted)
+    with pytest.raises(KeyboardInterrupt, match="log_dir"):
+        compile_tiny(tiny_qwen3, log_dir=tmp_path)
+    assert not list(read_jsonl(tmp_path / "proposals.jsonl"))
+    assert len(list(read_jsonl(tmp_path / "cycles.jsonl"))) == 1
+    again = compile_tiny(tiny_qwen3, log_dir=tmp_path)[2]
+    assert again.weights_version == whole.weights_version and again.rollouts == whole.rollouts
+
+
 def test_a_budget_says_that_it_is_reached_and_what_is_done(tiny_qwen3, tmp_path):
     _, opening, first, *_ = compile_tiny(tiny_qwen3)[2].records
     limit = opening.total_rollouts.total + 1  # is reached by the first step

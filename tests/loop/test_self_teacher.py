@@ -1,5 +1,6 @@
 """Text feedback into the weights, on tiny random models."""
 
+import itertools
 from dataclasses import replace
 
 import dspy
@@ -12,6 +13,7 @@ from training_rows import rows_for
 
 from fst_dspy import LocalLM
 from fst_dspy.config import SamplingConfig, SlowConfig
+from fst_dspy.errors import ConfigError
 from fst_dspy.loop.self_teacher import ANSWER, FEEDBACK, MOST_NATS, SelfTeacher, taught_rows
 from fst_dspy.model.logprobs import completion_logprobs, sampled_logprobs
 from fst_dspy.model.policy import Policy
@@ -162,6 +164,40 @@ def test_groups_of_equal_rewards_have_a_gradient_by_feedback(signal, tiny_qwen3)
     assert record.constant_group_share == 1.0
     moved = record.weights_version != lm.policy.base_version
     assert moved == (signal != "reward")
+
+
+def of_ten(gold, pred, *_):
+    return dspy.Prediction(score=10 * vowels(gold, pred).score + 2, feedback="Write the letter b.")
+
+
+@pytest.mark.parametrize("by", [{"slow_signal": "feedback"}, {"skip_perfect_score": True}])
+def test_a_metric_of_another_range_is_not_taken_for_perfect(by, tiny_qwen3):
+    with pytest.raises(ConfigError, match=r"above perfect_score=1, and .* set perfect_score"):
+        compile_tiny(tiny_qwen3, metric=of_ten, **by)
+    arm = "rl_only" if "slow_signal" in by else "gepa_only"
+    settings = {"arm": arm, "max_cycles": 1, "val_size": 1, "steps_per_cycle": 1}
+    compile_tiny(tiny_qwen3, metric=of_ten, perfect_score=12.0, **by, **settings)
+
+
+def test_scores_above_the_perfect_one_are_told_when_they_come(tiny_qwen3, caplog):
+    asked = itertools.count()
+
+    def later(gold, pred, trace=None):
+        return dspy.Prediction(score=0.5 if next(asked) < 5 else 7.0, feedback="Write b.")
+
+    settings = {"arm": "rl_only", "max_cycles": 1, "slow_signal": "feedback"}
+    compile_tiny(tiny_qwen3, metric=later, **settings)
+    assert "cycle 1: the metric gave 7, above perfect_score=1" in caplog.text
+
+
+def test_weights_that_are_taught_nothing_end_the_run_and_it_is_told(tiny_qwen3, caplog):
+    def silent(gold, pred, trace=None):
+        return 0.0
+
+    settings = {"arm": "rl_only", "max_cycles": 3, "slow_signal": "feedback"}
+    result = compile_tiny(tiny_qwen3, metric=silent, **settings)[2]
+    assert "slow_signal='feedback' taught the weights nothing" in caplog.text
+    assert result.records[-1].cycle == 1 and "nothing to learn from" in result.stopped
 
 
 def test_what_was_taught_is_recorded(tiny_qwen3, tmp_path):

@@ -16,6 +16,7 @@ from typing import Any
 import dspy
 import pytest
 from dspy import lm15
+from dspy.dsp.utils.settings import DEFAULT_CONFIG
 
 pytestmark = pytest.mark.insides
 
@@ -261,6 +262,14 @@ def test_settings_go_along_with_context_variables() -> None:
         thread.start()
         thread.join()
     assert isinstance(seen[0], dspy.JSONAdapter) and not isinstance(seen[1], dspy.JSONAdapter)
+
+
+def test_settings_tell_which_are_as_they_come() -> None:
+    assert DEFAULT_CONFIG.keys() <= dspy.settings.config.keys()
+    of_a_call = {"callbacks", "trace", "send_stream", "usage_tracker", "caller_modules"}
+    assert of_a_call <= DEFAULT_CONFIG.keys() and DEFAULT_CONFIG["rm"] is None
+    with dspy.context(rm="shelf"):
+        assert dspy.settings.config["rm"] == "shelf" and DEFAULT_CONFIG["rm"] is None
 
 
 def test_history_holds_usage_and_cost_unless_disable_history() -> None:

@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import pickle
 import shutil
 import signal
 import socket
@@ -25,7 +26,7 @@ from typer.testing import CliRunner
 from fst_dspy import FST, LocalLM
 from fst_dspy.cli import app
 from fst_dspy.config import FSTConfig
-from fst_dspy.errors import ConfigError, FSTError, ProgramError
+from fst_dspy.errors import ConfigError, FSTError, ProgramError, TrainingError
 from fst_dspy.files import read_jsonl
 from fst_dspy.study import (
     Categorical,
@@ -43,11 +44,12 @@ from fst_dspy.study import (
     runner,
     tune,
 )
+from fst_dspy.study import tuned as tuned_module
 from fst_dspy.study.objective import Measured, behind_median, budget_step, measure
 from fst_dspy.study.outcome import draw_front, draw_importances
 from fst_dspy.study.runner import StudyPlan, count_trials
+from fst_dspy.study.space import draw_settings
 from fst_dspy.study.storage import open_storage, retried_numbers, sqlite_url, worker_alive
-from fst_dspy.study.tuned import draw_settings
 
 pytestmark = pytest.mark.slow
 
@@ -421,6 +423,62 @@ def test_a_task_that_cannot_work_ends_the_study(tiny_qwen3, tmp_path):
         tune_tiny(tiny_qwen3, tmp_path, task=make_task(tmp_path), workers=2)
 
 
+@pytest.mark.parametrize(
+    ("fixed", "message"),
+    [
+        ({"temprature": 1.0}, "did you mean 'temperature'"),
+        ({"lr": 1e-3}, "both fixed and in the search space: learning_rate"),
+        ({"group_size": 4}, "both fixed and in the search space: rollouts_per_candidate"),
+        (
+            {"max_metric_calls": 9},
+            "max_rollouts cannot be fixed; a trial's budget is the objective",
+        ),
+        ({"log_dir": "x"}, "log_dir cannot be fixed"),
+        ({"advantage": "candidate", "val_size": 0}, "val_size must be at least 1"),
+    ],
+)
+def test_what_no_trial_could_run_with_is_refused_before_the_first(fixed, message, tmp_path):
+    with pytest.raises(ConfigError, match=message):
+        tune_tiny("nowhere", tmp_path / "study", fixed={**FIXED, **fixed})
+    assert not (tmp_path / "study").exists()
+    with pytest.raises(ConfigError, match="arm must be"):
+        tune_tiny("nowhere", tmp_path / "study", arm="rl")
+
+
+class Shelf:
+    """A retriever."""
+
+    def __call__(self, query, k=3):
+        return [query] * k
+
+
+def test_workers_have_the_settings_that_dspy_has_where_the_study_is_started(tmp_path, monkeypatch):
+    sent = []
+    monkeypatch.setattr(runner, "_run_processes", lambda plan, *_: sent.append(pickle.dumps(plan)))
+    given = {"rm": Shelf(), "allow_tool_async_sync_conversion": True, "of_the_program": 3}
+    with dspy.context(adapter=dspy.XMLAdapter(), callbacks=[lambda: None], **given):
+        tune_tiny("", tmp_path, workers=2, lm=Shelf)
+    settings = pickle.loads(sent[0]).settings()
+    assert isinstance(settings["rm"], Shelf) and isinstance(settings["lm"], Shelf)
+    assert isinstance(settings["adapter"], dspy.XMLAdapter) and "callbacks" not in settings
+    assert settings["allow_tool_async_sync_conversion"] and settings["of_the_program"] == 3
+    assert "num_threads" not in settings, "which the task's own file may have set"
+    with (
+        dspy.context(rm=lambda query: query),
+        pytest.raises(ConfigError, match=r"several workers need dspy\.settings\.rm"),
+    ):
+        tune_tiny("", tmp_path, workers=2)
+
+
+def test_a_study_of_another_model_is_not_gone_on_with(tmp_path, monkeypatch):
+    monkeypatch.setattr(runner, "run_worker", lambda *_: None)
+    for model in ("one/tiny", "elsewhere/tiny"):  # the same, as another machine has it
+        tune_tiny(model, tmp_path)
+    for model in ("one/other", lambda: None):
+        with pytest.raises(ConfigError, match="has another lm: tiny, not"):
+            tune_tiny("", tmp_path, lm=model)
+
+
 def make_task(folder):
     return StudyPlan(PROGRAM, "", SPACE, Objective(), folder, "", "").load_task()
 
@@ -687,8 +745,9 @@ def test_the_command_runs_a_study_and_writes_its_best_settings(tiny_qwen3, tmp_p
 def compile_tuned(model, folder=None, **change):
     options = {"max_rollouts": 150, "trials": 3, "space": SPACE, "track_stats": True, **FIXED}
     with dspy.context(lm=LocalLM(str(model)), adapter=RawAdapter()):
+        trainset = change.pop("trainset", questions(6))
         tuned = TunedFST(vowels, log_dir=folder, **{**options, **change})
-        return tuned.compile(Echo(), trainset=questions(6), valset=questions(4, 6))
+        return tuned.compile(Echo(), trainset=trainset, valset=questions(4, 6))
 
 
 @pytest.mark.usefixtures("repeatable_sampling")
@@ -712,6 +771,25 @@ def test_settings_are_tuned_inside_one_budget_and_the_best_run_goes_on(tiny_qwen
     whole = compile_tuned(tiny_qwen3).detailed_results
     assert [one.score for one in whole.tried] == [one.score for one in result.tried]
     assert whole.weights_version == result.weights_version and whole.log_dir is None
+
+
+def test_settings_that_training_diverges_with_are_given_up(tiny_qwen3, monkeypatch):
+    draws = [{"learning_rate": rate} for rate in (1e30, 1e-2)]
+    monkeypatch.setattr(tuned_module, "draw_settings", lambda *_: draws)
+    options = {"max_rollouts": 200, "trials": 2, "steps_per_cycle": 8, "rollouts_per_candidate": 2}
+    result = compile_tuned(tiny_qwen3, **options, space=Space((SPACE.parameters[0],)))
+    bad, good = result.detailed_results.tried
+    assert (bad.given_up_after, good.given_up_after) == (1, None)
+    assert bad.rollouts.total > 0 and result.detailed_results.config.slow.learning_rate == 1e-2
+    draws[1] = draws[0]
+    with pytest.raises(TrainingError, match="not finite"):
+        compile_tuned(tiny_qwen3, **options, space=Space((SPACE.parameters[0],)))
+
+
+def test_a_training_set_that_can_be_read_once_is_enough(tiny_qwen3):
+    once = (question for question in questions(6))
+    compiled = compile_tuned(tiny_qwen3, trainset=once, trials=2, max_rollouts=60)
+    assert len(compiled.detailed_results.tried) == 2
 
 
 def test_settings_that_the_user_gives_are_not_tuned():
