@@ -28,11 +28,15 @@ from fst_dspy.grammar.limits import LONGEST
 from fst_dspy.grammar.values import (
     COMPACT,
     INDENTED,
+    LINE,
+    NO_LINE,
     STRING,
     Spell,
     as_text,
     bare_pattern,
+    bodies_of,
     escaped,
+    formed,
     is_text,
     is_valid,
     json_piece,
@@ -40,7 +44,6 @@ from fst_dspy.grammar.values import (
     length_bodies,
     literal,
     members,
-    moment,
     number,
     options,
     reads_as,
@@ -260,6 +263,8 @@ class _Plain:
             before: What stands before it.
         """
         bare = get_args(annotation)[0] if get_origin(annotation) is Annotated else annotation
+        if bare is str and not is_text(whole):
+            return self.line(annotation)
         if is_text(bare):
             return self.text_value(annotation)
         reads = functools.partial(self.reads_as, whole)
@@ -270,7 +275,7 @@ class _Plain:
             if bare is decimal.Decimal and (own := bare_pattern(bounded or as_text(pattern))):
                 return " | ".join(map(regex, dict.fromkeys((own, self.quoted(own)))))
             return (bounded and json_piece(bounded, COMPACT)) or regex(pattern)
-        if (pattern := moment(bare)) is not None:
+        if (pattern := formed(bare)) is not None:
             bounded = _schema(annotation) if bare is not annotation else None
             return regex(self.quoted((bounded and bare_pattern(bounded)) or pattern))
         if parts := [self.value(part, whole, before) for part in _parts(annotation)]:
@@ -311,10 +316,23 @@ class _Plain:
     def quoted(self, pattern: str) -> str:
         return pattern
 
+    def line(self, annotation: Any) -> str | None:
+        """The piece of a text where DSPy looks for other values first: a line, or a JSON string."""
+        schema = None if self.spell is not None else _schema(annotation)
+        if schema is None or not all(t.startswith("\n") for t in self.template.texts[1:] if t):
+            return None
+        return " | ".join(filter(None, (self.line_of(schema), json_piece(schema, COMPACT))))
+
+    def line_of(self, schema: Mapping[str, Any]) -> str:
+        held = (regex(self.quoted(f"(?:{body})")) for body in (LINE, *bodies_of(schema)))
+        return self.terminal([*held, "~" + regex(self.quoted(f"(?:{NO_LINE})"))])
+
     def structure(self, annotation: Any, whole: Any) -> str | None:
         schema = None if self.spell is not None else _schema(annotation)
         if schema is None:
             return None
+        if _is_any_text(schema):
+            return self.line(annotation)
         pattern = bare_pattern(schema)
         return json_piece(schema, COMPACT) if pattern is None else regex(pattern)
 
@@ -346,6 +364,9 @@ class _Xml(_Plain):
             return False
         return bool(read["x"] == value)
 
+    def line(self, annotation: Any) -> str | None:
+        return None  # any text: where what stands in it is no value, DSPy takes the text itself
+
     def dumped(self, value: Any) -> str:
         return xml_escaped(value)
 
@@ -354,8 +375,8 @@ class _Xml(_Plain):
         pattern = None if schema is None else bare_pattern(schema)
         if pattern is not None:
             return self.terminal([regex(pattern), regex(XML_TEXT)])
-        if schema is None or _nests(whole):
-            return None  # ``write`` puts nested elements in their places
+        if schema is None or _is_any_text(schema) or _nests(whole):
+            return None  # ``write`` puts elements in their places
         return json_piece(json_in_xml(schema), COMPACT)
 
     def write(self, fields: Mapping[str, FieldInfo]) -> str:
@@ -368,7 +389,8 @@ class _Xml(_Plain):
                 if schema is None:  # with constraints that not every part can have
                     schema = _schema(bare, by_alias=False)
                 piece = schema and NestedXml(self, schema).element(name, schema, top=True)
-                if piece and type(None) in members(bare) and self.reads_as(bare, "None", None):
+                none = type(None) in members(bare) and _nests(bare)  # else it is a text like others
+                if piece and none and self.reads_as(bare, "None", None):
                     piece = f"({piece} | {self.fixed(f'<{name}>{chr(10)}None{chr(10)}</{name}>')})"
                 if piece:
                     nested[name] = piece
@@ -421,7 +443,13 @@ class _Json(_Plain):
         if get_origin(annotation) is Annotated and self.spell is None:
             schema = _schema(annotation)
         piece = (schema and json_piece(schema, COMPACT)) or regex(STRING)
+        if annotation in (Any, object) and self.spell is None:
+            piece = json_piece({}, INDENTED) or piece
         return f'{piece} | "null"' if type(None) in members(annotation) else piece
+
+    def line(self, annotation: Any) -> str | None:
+        schema = None if self.spell is not None else _schema(annotation)
+        return None if schema is None else self.line_of(schema)
 
     def spellings(self, value: Any) -> list[Any]:
         return json_values_of(value)
@@ -435,8 +463,7 @@ class _Json(_Plain):
     def structure(self, annotation: Any, whole: Any) -> str | None:
         schema = None if self.spell is not None else _schema(annotation)
         if schema is not None and _is_plain_string(schema):
-            # DSPy looks for JSON within the text, which not every text is without.
-            return self.unheld
+            return self.line(annotation) if _is_any_text(schema) else self.unheld
         return (schema and json_piece(schema, INDENTED)) or self.unheld
 
     unheld = regex(STRING)
@@ -463,6 +490,10 @@ def _parts(annotation: Any) -> list[Any]:
 
 def _is_plain_string(schema: Mapping[str, Any]) -> bool:
     return schema.get("type") == "string" and not schema.keys() & {"pattern", "enum", "const"}
+
+
+def _is_any_text(schema: Mapping[str, Any]) -> bool:
+    return _is_plain_string(schema) and not unheld_formats(schema)
 
 
 def _nests(annotation: Any) -> bool:
