@@ -30,6 +30,7 @@ from fst_dspy.grammar.values import (
     INDENTED,
     LINE,
     NO_LINE,
+    STANDARD,
     STRING,
     Spell,
     as_text,
@@ -53,6 +54,7 @@ from fst_dspy.grammar.values import (
     unheld_formats,
     unheld_patterns,
     whole_pattern,
+    with_own_formats,
     with_tags,
 )
 from fst_dspy.grammar.xml_values import TEXT as XML_TEXT
@@ -188,7 +190,7 @@ def grammar_of_json_schema(schema: Mapping[str, Any]) -> str | None:
 
     Keywords that llguidance does not know are left out of account.
     """
-    piece = json_piece(with_tags(schema), INDENTED)
+    piece = json_piece(with_own_formats(with_tags(schema), STANDARD), INDENTED)
     return None if piece is None else f"{HEADER}\nstart: {piece}"
 
 
@@ -445,7 +447,9 @@ class _Json(_Plain):
         piece = (schema and json_piece(schema, COMPACT)) or regex(STRING)
         if annotation in (Any, object) and self.spell is None:
             piece = json_piece({}, INDENTED) or piece
-        return f'{piece} | "null"' if type(None) in members(annotation) else piece
+        others = (part for part in members(annotation) if part is not str)
+        parts = [self.value(part, annotation, "") for part in others]
+        return " | ".join([piece, *(f"({part})" for part in parts if part is not None)])
 
     def line(self, annotation: Any) -> str | None:
         schema = None if self.spell is not None else _schema(annotation)

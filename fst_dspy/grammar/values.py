@@ -20,6 +20,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import dspy
+import pydantic
 from dspy.adapters.utils import parse_value
 from pydantic import TypeAdapter
 from pydantic.json_schema import GenerateJsonSchema
@@ -86,6 +87,8 @@ FORMATS = {
 }
 """By the name that JSON schema has for them. Its own patterns would let through February 30,
 durations without end and, within XML, any text."""
+STANDARD = {**FORMATS, "time": _CLOCK + _ZONE, "date-time": f"{DATE}T{_CLOCK}{_ZONE}"}
+"""The same, as JSON schema has them: what pydantic reads without a zone is none of its times."""
 ANY_TEXT = frozenset({"binary", "password", "path"})
 """Formats that any text has."""
 _LABEL = r"[A-Za-z0-9]{1,20}(?:-[A-Za-z0-9]{1,20}){0,3}"
@@ -200,8 +203,8 @@ def json_values_of(value: Any) -> list[Any]:
     spellings = [value.value, value.name] if isinstance(value, enum.Enum) else [value]
     try:
         return [json.loads(json.dumps(spelling)) for spelling in spellings]
-    except (TypeError, ValueError):  # a member of an enum that JSON has nothing for
-        return [value.name]
+    except (TypeError, ValueError):  # JSON has nothing for it
+        return [value.name] if isinstance(value, enum.Enum) else []
 
 
 def number(annotation: Any) -> str | None:
@@ -228,7 +231,12 @@ def schema_of(annotation: Any, *, by_alias: bool = True) -> dict[str, Any]:
         Exception: pydantic has none for it.
     """
     schema = TypeAdapter(annotation).json_schema(by_alias=by_alias, schema_generator=_Schema)
-    return _with_own_formats(with_tags(schema))
+    return with_own_formats(with_tags(schema))
+
+
+def schema_of_model(model: type[pydantic.BaseModel]) -> dict[str, Any]:
+    """The same of a model that may say itself what its schema is; errors as ``schema_of``."""
+    return with_own_formats(with_tags(model.model_json_schema(schema_generator=_Schema)))
 
 
 def with_tags(schema: Mapping[str, Any]) -> dict[str, Any]:
@@ -375,7 +383,7 @@ class _Schema(GenerateJsonSchema):
             return INT if keys["type"] == "integer" else FLOAT
         if keys.get("type") == "string" and keys.keys() & {"pattern", "minLength", "maxLength"}:
             return _text_within(keys)
-        return bare_pattern(_with_own_formats(keys))
+        return bare_pattern(with_own_formats(keys))
 
     def decimal_schema(self, schema: Any) -> dict[str, Any]:
         limits = {name: schema[name] for name in _LIMITS if name in schema}
@@ -450,14 +458,16 @@ def _reached(
     return (now + day if when == "future" else least, now - day if when == "past" else most)
 
 
-def _with_own_formats(part: Any) -> Any:
+def with_own_formats(part: Any, formats: Mapping[str, str] = FORMATS) -> Any:
+    """A schema with patterns in place of the formats that there are any for."""
     if isinstance(part, list):
-        return [_with_own_formats(item) for item in part]
+        return [with_own_formats(item, formats) for item in part]
     if not isinstance(part, dict):
         return part
-    own = {name: _with_own_formats(value) for name, value in part.items()}
-    if own.get("type") == "string" and own.get("format") in FORMATS:
-        own["pattern"] = f"^(?:{FORMATS[own.pop('format')]})$"
+    own = {name: with_own_formats(value, formats) for name, value in part.items()}
+    named = own.get("type") == "string" and isinstance(own.get("format"), str)
+    if named and own["format"] in formats and "pattern" not in own:
+        own["pattern"] = f"^(?:{formats[own.pop('format')]})$"
     return own
 
 

@@ -641,6 +641,11 @@ def test_a_format_of_texts_that_is_not_known_is_told(caplog: pytest.LogCaptureFi
     assert "the format 'ipv4network' of the field 'first'" in record.getMessage()
 
 
+def test_json_takes_each_type_of_an_optional_union_with_texts(policy: Policy) -> None:
+    for value in ("a", None, 3, ["b"]):
+        assert is_let_through(policy, dspy.JSONAdapter(), str | int | list[str] | None, value)
+
+
 @pytest.mark.parametrize("adapter", ADAPTERS, ids=lambda a: type(a).__name__)
 def test_fields_may_have_any_name(adapter: Any, policy: Policy) -> None:
     kinds = {"class": bool, "größe": int, "None": Literal["a", "b"], "x_1": str, "x": list[int]}
