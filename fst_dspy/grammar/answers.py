@@ -391,9 +391,10 @@ class _Xml(_Plain):
                 if schema is None:  # with constraints that not every part can have
                     schema = _schema(bare, by_alias=False)
                 piece = schema and NestedXml(self, schema).element(name, schema, top=True)
-                none = type(None) in members(bare) and _nests(bare)  # else it is a text like others
-                if piece and none and self.reads_as(bare, "None", None):
-                    piece = f"({piece} | {self.fixed(f'<{name}>{chr(10)}None{chr(10)}</{name}>')})"
+                if piece and type(None) in members(bare) and self.reads_as(bare, "None", None):
+                    # The tag by itself, as of other values: what goes on from it would be it alone.
+                    none = (self.fixed(f"<{name}>"), self.fixed(f"\nNone\n</{name}>"))
+                    piece = f"({piece} | {' '.join(none)})"
                 if piece:
                     nested[name] = piece
         texts = self.template.texts

@@ -399,6 +399,7 @@ def takes(policy: Policy, text: str, written: str) -> bool:
         (Trip, {}, [Trip(left=DAY)], [Trip.model_construct(left=NEW_YEAR)]),
         (str, {"pattern": r"^\d+\$"}, ["5$ each"], ["5"]),
         (str, {"pattern": "(?i)^ab$"}, ["aB"], ["aBc"]),
+        (Optional[Annotated[str, pydantic.Field(pattern="^[a-c]+$")]], {}, ["ab", None], ["d"]),  # noqa: UP045
     ],
 )
 def test_constraints_hold_for_a_type_and_its_parts(
