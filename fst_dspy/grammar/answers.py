@@ -28,11 +28,16 @@ from fst_dspy.grammar.limits import LONGEST
 from fst_dspy.grammar.values import (
     COMPACT,
     INDENTED,
+    LINE,
+    NO_LINE,
+    STANDARD,
     STRING,
     Spell,
     as_text,
     bare_pattern,
+    bodies_of,
     escaped,
+    formed,
     is_text,
     is_valid,
     json_piece,
@@ -40,7 +45,6 @@ from fst_dspy.grammar.values import (
     length_bodies,
     literal,
     members,
-    moment,
     number,
     options,
     reads_as,
@@ -50,6 +54,7 @@ from fst_dspy.grammar.values import (
     unheld_formats,
     unheld_patterns,
     whole_pattern,
+    with_own_formats,
     with_tags,
 )
 from fst_dspy.grammar.xml_values import TEXT as XML_TEXT
@@ -185,7 +190,7 @@ def grammar_of_json_schema(schema: Mapping[str, Any]) -> str | None:
 
     Keywords that llguidance does not know are left out of account.
     """
-    piece = json_piece(with_tags(schema), INDENTED)
+    piece = json_piece(with_own_formats(with_tags(schema), STANDARD), INDENTED)
     return None if piece is None else f"{HEADER}\nstart: {piece}"
 
 
@@ -260,6 +265,8 @@ class _Plain:
             before: What stands before it.
         """
         bare = get_args(annotation)[0] if get_origin(annotation) is Annotated else annotation
+        if bare is str and not is_text(whole):
+            return self.line(annotation)
         if is_text(bare):
             return self.text_value(annotation)
         reads = functools.partial(self.reads_as, whole)
@@ -270,7 +277,7 @@ class _Plain:
             if bare is decimal.Decimal and (own := bare_pattern(bounded or as_text(pattern))):
                 return " | ".join(map(regex, dict.fromkeys((own, self.quoted(own)))))
             return (bounded and json_piece(bounded, COMPACT)) or regex(pattern)
-        if (pattern := moment(bare)) is not None:
+        if (pattern := formed(bare)) is not None:
             bounded = _schema(annotation) if bare is not annotation else None
             return regex(self.quoted((bounded and bare_pattern(bounded)) or pattern))
         if parts := [self.value(part, whole, before) for part in _parts(annotation)]:
@@ -311,10 +318,23 @@ class _Plain:
     def quoted(self, pattern: str) -> str:
         return pattern
 
+    def line(self, annotation: Any) -> str | None:
+        """The piece of a text where DSPy looks for other values first: a line, or a JSON string."""
+        schema = None if self.spell is not None else _schema(annotation)
+        if schema is None or not all(t.startswith("\n") for t in self.template.texts[1:] if t):
+            return None
+        return " | ".join(filter(None, (self.line_of(schema), json_piece(schema, COMPACT))))
+
+    def line_of(self, schema: Mapping[str, Any]) -> str:
+        held = (regex(self.quoted(f"(?:{body})")) for body in (LINE, *bodies_of(schema)))
+        return self.terminal([*held, "~" + regex(self.quoted(f"(?:{NO_LINE})"))])
+
     def structure(self, annotation: Any, whole: Any) -> str | None:
         schema = None if self.spell is not None else _schema(annotation)
         if schema is None:
             return None
+        if _is_any_text(schema):
+            return self.line(annotation)
         pattern = bare_pattern(schema)
         return json_piece(schema, COMPACT) if pattern is None else regex(pattern)
 
@@ -346,6 +366,9 @@ class _Xml(_Plain):
             return False
         return bool(read["x"] == value)
 
+    def line(self, annotation: Any) -> str | None:
+        return None  # any text: where what stands in it is no value, DSPy takes the text itself
+
     def dumped(self, value: Any) -> str:
         return xml_escaped(value)
 
@@ -354,8 +377,8 @@ class _Xml(_Plain):
         pattern = None if schema is None else bare_pattern(schema)
         if pattern is not None:
             return self.terminal([regex(pattern), regex(XML_TEXT)])
-        if schema is None or _nests(whole):
-            return None  # ``write`` puts nested elements in their places
+        if schema is None or _is_any_text(schema) or _nests(whole):
+            return None  # ``write`` puts elements in their places
         return json_piece(json_in_xml(schema), COMPACT)
 
     def write(self, fields: Mapping[str, FieldInfo]) -> str:
@@ -369,7 +392,9 @@ class _Xml(_Plain):
                     schema = _schema(bare, by_alias=False)
                 piece = schema and NestedXml(self, schema).element(name, schema, top=True)
                 if piece and type(None) in members(bare) and self.reads_as(bare, "None", None):
-                    piece = f"({piece} | {self.fixed(f'<{name}>{chr(10)}None{chr(10)}</{name}>')})"
+                    # The tag by itself, as of other values: what goes on from it would be it alone.
+                    none = (self.fixed(f"<{name}>"), self.fixed(f"\nNone\n</{name}>"))
+                    piece = f"({piece} | {' '.join(none)})"
                 if piece:
                     nested[name] = piece
         texts = self.template.texts
@@ -421,7 +446,15 @@ class _Json(_Plain):
         if get_origin(annotation) is Annotated and self.spell is None:
             schema = _schema(annotation)
         piece = (schema and json_piece(schema, COMPACT)) or regex(STRING)
-        return f'{piece} | "null"' if type(None) in members(annotation) else piece
+        if annotation in (Any, object) and self.spell is None:
+            piece = json_piece({}, INDENTED) or piece
+        others = (part for part in members(annotation) if part is not str)
+        parts = [self.value(part, annotation, "") for part in others]
+        return " | ".join([piece, *(f"({part})" for part in parts if part is not None)])
+
+    def line(self, annotation: Any) -> str | None:
+        schema = None if self.spell is not None else _schema(annotation)
+        return None if schema is None else self.line_of(schema)
 
     def spellings(self, value: Any) -> list[Any]:
         return json_values_of(value)
@@ -435,8 +468,7 @@ class _Json(_Plain):
     def structure(self, annotation: Any, whole: Any) -> str | None:
         schema = None if self.spell is not None else _schema(annotation)
         if schema is not None and _is_plain_string(schema):
-            # DSPy looks for JSON within the text, which not every text is without.
-            return self.unheld
+            return self.line(annotation) if _is_any_text(schema) else self.unheld
         return (schema and json_piece(schema, INDENTED)) or self.unheld
 
     unheld = regex(STRING)
@@ -463,6 +495,10 @@ def _parts(annotation: Any) -> list[Any]:
 
 def _is_plain_string(schema: Mapping[str, Any]) -> bool:
     return schema.get("type") == "string" and not schema.keys() & {"pattern", "enum", "const"}
+
+
+def _is_any_text(schema: Mapping[str, Any]) -> bool:
+    return _is_plain_string(schema) and not unheld_formats(schema)
 
 
 def _nests(annotation: Any) -> bool:

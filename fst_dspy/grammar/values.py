@@ -11,6 +11,7 @@ import copy
 import datetime
 import decimal
 import enum
+import fractions
 import inspect
 import json
 import re
@@ -19,19 +20,23 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import dspy
+import pydantic
 from dspy.adapters.utils import parse_value
 from pydantic import TypeAdapter
 from pydantic.json_schema import GenerateJsonSchema
 
 from fst_dspy.grammar import bounds
-from fst_dspy.grammar.limits import refusal
+from fst_dspy.grammar.limits import LONGEST, refusal
 
 DIGITS = 300
 """Digits of a number at most: ``int`` takes 4,300, ``float`` is infinite from 309."""
-FLOAT_DIGITS = 17
+FLOAT_DIGITS = 21
+"""Behind the point at most: ``repr`` gives 17 after the zeros, of which there are up to four."""
 
-INT = rf"-?(?:0|[1-9][0-9]{{0,{DIGITS}}})"
-FLOAT = rf"-?(?:0|[1-9][0-9]{{0,{DIGITS}}})(?:\.[0-9]{{1,{FLOAT_DIGITS}}})?"
+_WHOLE, _BEHIND = rf"(?:0|[1-9][0-9]{{0,{DIGITS}}})", rf"(?:\.[0-9]{{1,{FLOAT_DIGITS}}})?"
+_POWER = r"[eE][+\-]?(?:[0-9]{1,2}|[12][0-9]{2}|30[0-7])"
+_REAL = rf"(?:{_WHOLE}{_BEHIND}|[0-9]{_BEHIND}{_POWER})"
+INT, FLOAT = f"-?{_WHOLE}", f"-?{_REAL}"
 _YEAR = r"(?:[0-9]{3}[1-9]|[0-9]{2}[1-9]0|[0-9][1-9]00|[1-9]000)"
 _LEAP = (
     r"(?:[0-9]{2}(?:0[48]|[2468][048]|[13579][26])|(?:0[48]|[2468][048]|[13579][26])00)"  # not 0000
@@ -45,6 +50,7 @@ _CLOCK = r"(?:[01][0-9]|2[0-3]):[0-5][0-9]:[0-5][0-9](?:\.[0-9]{1,6})?"
 _ZONE = r"(?:Z|[+\-](?:0[0-9]|1[0-3]):[0-5][0-9])"
 _SECONDS = r"[0-9]{1,5}(?:\.[0-9]{1,6})?S"
 _MINUTES = rf"[0-9]{{1,4}}M(?:{_SECONDS})?"
+_DAYS = r"(?:[0-9]{1,4}Y(?:[0-9]{1,6}D)?|[0-9]{1,6}D)"  # pydantic's years have 365 days
 _SPAN = rf"T(?:[0-9]{{1,4}}H(?:{_MINUTES}|{_SECONDS})?|{_MINUTES}|{_SECONDS})"
 _BYTE = r"(?:25[0-5]|2[0-4][0-9]|1[0-9]{2}|[1-9]?[0-9])"
 _IPV4 = rf"{_BYTE}(?:\.{_BYTE}){{3}}"
@@ -58,11 +64,14 @@ _IPV6 = (
     + ")"
 )
 _OF_32, _OF_128 = "/(?:[12]?[0-9]|3[0-2])", "/(?:[1-9]?[0-9]|1[01][0-9]|12[0-8])"
+_ATOM, _DOMAIN = "[A-Za-z0-9]{1,20}", r"(?:[A-Za-z0-9]{1,20}(?:-[A-Za-z0-9]{1,20})?\.){1,3}"
 FORMATS = {
     "date": DATE,
-    "time": _CLOCK,
+    "time": rf"{_CLOCK}{_ZONE}?",
     "date-time": rf"{DATE}T{_CLOCK}{_ZONE}?",
-    "duration": rf"-?P(?:[0-9]{{1,6}}D(?:{_SPAN})?|{_SPAN})",
+    "duration": rf"-?P(?:{_DAYS}(?:{_SPAN})?|{_SPAN})",
+    "email": rf"{_ATOM}(?:[._+\-]{_ATOM}){{0,2}}@{_DOMAIN}[A-Za-z]{{2,10}}",
+    "fraction": rf"{INT}(?:/[1-9][0-9]{{0,{FLOAT_DIGITS}}})?",
     "uuid": r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}",
     "ipv4": _IPV4,
     "ipv6": _IPV6,
@@ -76,8 +85,10 @@ FORMATS = {
         for version in range(1, 9)
     },
 }
-"""By the name that JSON schema has for them. Its own patterns would let through February 30, years
-in a ``timedelta`` and, within XML, any text."""
+"""By the name that JSON schema has for them. Its own patterns would let through February 30,
+durations without end and, within XML, any text."""
+STANDARD = {**FORMATS, "time": _CLOCK + _ZONE, "date-time": f"{DATE}T{_CLOCK}{_ZONE}"}
+"""The same, as JSON schema has them: what pydantic reads without a zone is none of its times."""
 ANY_TEXT = frozenset({"binary", "password", "path"})
 """Formats that any text has."""
 _LABEL = r"[A-Za-z0-9]{1,20}(?:-[A-Za-z0-9]{1,20}){0,3}"
@@ -90,20 +101,31 @@ _URL = (
 )
 """Within the 2,083 characters that pydantic takes, also where it escapes some of them."""
 
-_TIMES: Mapping[Any, str] = {
+_FORMED: Mapping[Any, str] = {
     datetime.date: FORMATS["date"],
     datetime.time: FORMATS["time"],
     datetime.datetime: FORMATS["date-time"],
+    fractions.Fraction: FORMATS["fraction"],
 }
 _ENDS = ("ge", "gt", "le", "lt")
 _LIMITS = (*_ENDS, "multiple_of")
 STRING = r'"(?:[^"\\\x00-\x1f\x7f]|\\["\\/bfnrt])*"'
 """A string in JSON, without ``\\u``, by which surrogates would come in that are no text."""
 
+_IN_LINE = r'\x00-\x1f\x7f-\x9f\x{2028}\x{2029}\[\]{}"\\'
+LINE = rf"(?:[0-9]{{1,9}} )?(?:\.{{0,2}}/|[\p{{L}}_~])(?:[^{_IN_LINE}]*[^{_IN_LINE}\s])?"
+"""A line of text that DSPy takes as it is, though it looks for JSON and Python's literals in it."""
+NO_LINE = (  # but for these
+    r"(?:True|False|None|true|false|null|NaN|Infinity)\s*(?:[,#].*)?|[bBrRuU]{1,2}'.*|set *\(.*"
+)
+
 COMPACT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 """As ``json.dumps`` writes it."""
 INDENTED = {"whitespace_pattern": "\\n {0,24}| "}
 """As it writes it with ``indent=2``, or in one line; whitespace that cannot go on for ever."""
+
+FROM_TEXT = "read from text, too"
+"""The comment in a schema of numbers of which texts are read as well."""
 
 Spell = Callable[[str, str], str]
 """A text as the tokenizer spells it (``fst_dspy.grammar.tokens``), and what stands before it."""
@@ -181,20 +203,20 @@ def json_values_of(value: Any) -> list[Any]:
     spellings = [value.value, value.name] if isinstance(value, enum.Enum) else [value]
     try:
         return [json.loads(json.dumps(spelling)) for spelling in spellings]
-    except (TypeError, ValueError):  # a member of an enum that JSON has nothing for
-        return [value.name]
+    except (TypeError, ValueError):  # JSON has nothing for it
+        return [value.name] if isinstance(value, enum.Enum) else []
 
 
 def number(annotation: Any) -> str | None:
-    """The pattern of a number's type, or of a date or time; ``None`` for other types."""
+    """The pattern of a number's type; ``None`` for other types."""
     if annotation is int:
         return INT
     return FLOAT if annotation in (float, decimal.Decimal) else None
 
 
-def moment(annotation: Any) -> str | None:
-    """The pattern of a date's or time's type; ``None`` for other types."""
-    return next((_TIMES[kind] for kind in _TIMES if annotation is kind), None)
+def formed(annotation: Any) -> str | None:
+    """The pattern of a date's, time's or fraction's type; ``None`` for other types."""
+    return next((_FORMED[kind] for kind in _FORMED if annotation is kind), None)
 
 
 def members(annotation: Any) -> tuple[Any, ...]:
@@ -209,7 +231,12 @@ def schema_of(annotation: Any, *, by_alias: bool = True) -> dict[str, Any]:
         Exception: pydantic has none for it.
     """
     schema = TypeAdapter(annotation).json_schema(by_alias=by_alias, schema_generator=_Schema)
-    return _with_own_formats(with_tags(schema))
+    return with_own_formats(with_tags(schema))
+
+
+def schema_of_model(model: type[pydantic.BaseModel]) -> dict[str, Any]:
+    """The same of a model that may say itself what its schema is; errors as ``schema_of``."""
+    return with_own_formats(with_tags(model.model_json_schema(schema_generator=_Schema)))
 
 
 def with_tags(schema: Mapping[str, Any]) -> dict[str, Any]:
@@ -287,6 +314,12 @@ def unheld_formats(schema: Any) -> set[str]:
     return found | {kind} - ANY_TEXT if schema.get("type") == "string" and kind else found
 
 
+def texts_of_values(schema: Mapping[str, Any], values: Sequence[Any]) -> list[str]:
+    """Those of the values of a Literal's or an enum's schema that are read from texts, as texts."""
+    numbers = schema.get("$comment") == FROM_TEXT
+    return [str(value) for value in values if numbers or isinstance(value, str)]
+
+
 def json_piece(schema: Mapping[str, Any], layout: Mapping[str, Any]) -> str | None:
     """The piece of a JSON schema; ``None`` where llguidance cannot hold to it."""
     schema = _without_tags(schema)
@@ -319,6 +352,11 @@ def is_valid(piece: str) -> bool:
 class _Schema(GenerateJsonSchema):
     """JSON schemas of what can be read again from text, where pydantic says less, or more."""
 
+    def enum_schema(self, schema: Any) -> dict[str, Any]:
+        # Of these, ``IntEnum`` among them, pydantic reads the values from text as well.
+        own = super().enum_schema(schema)
+        return own | {"$comment": FROM_TEXT} if schema.get("sub_type") in ("int", "float") else own
+
     def dict_schema(self, schema: Any) -> dict[str, Any]:
         keys = self._keys(schema["keys_schema"]) if "keys_schema" in schema else None
         if keys is None:
@@ -336,7 +374,7 @@ class _Schema(GenerateJsonSchema):
             keys = self.get_schema_from_definitions(keys["$ref"]) or {}
         values = keys.get("enum", [keys["const"]] if "const" in keys else None)
         if values is not None:
-            if texts := [value for value in values if isinstance(value, str)]:
+            if texts := texts_of_values(keys, values):
                 return texts
             raise ValueError("none of a dict's keys is a text")
         if keys.get("type") == "boolean":
@@ -345,7 +383,7 @@ class _Schema(GenerateJsonSchema):
             return INT if keys["type"] == "integer" else FLOAT
         if keys.get("type") == "string" and keys.keys() & {"pattern", "minLength", "maxLength"}:
             return _text_within(keys)
-        return bare_pattern(_with_own_formats(keys))
+        return bare_pattern(with_own_formats(keys))
 
     def decimal_schema(self, schema: Any) -> dict[str, Any]:
         limits = {name: schema[name] for name in _LIMITS if name in schema}
@@ -357,6 +395,9 @@ class _Schema(GenerateJsonSchema):
         behind = rf"(?:\.[0-9]{{1,{places}}})?" if places else ""
         pattern = rf"-?(?:0|[1-9][0-9]{{0,{whole - 1}}}){behind}"
         return as_text(pattern)
+
+    def complex_schema(self, schema: Any) -> dict[str, Any]:
+        return as_text(rf"-?(?:{_REAL}[+\-])?{_REAL}j")
 
     def url_schema(self, schema: Any) -> dict[str, Any]:
         schemes = "|".join(schema.get("allowed_schemes") or ("https", "http"))
@@ -417,14 +458,16 @@ def _reached(
     return (now + day if when == "future" else least, now - day if when == "past" else most)
 
 
-def _with_own_formats(part: Any) -> Any:
+def with_own_formats(part: Any, formats: Mapping[str, str] = FORMATS) -> Any:
+    """A schema with patterns in place of the formats that there are any for."""
     if isinstance(part, list):
-        return [_with_own_formats(item) for item in part]
+        return [with_own_formats(item, formats) for item in part]
     if not isinstance(part, dict):
         return part
-    own = {name: _with_own_formats(value) for name, value in part.items()}
-    if own.get("type") == "string" and own.get("format") in FORMATS:
-        own["pattern"] = f"^(?:{FORMATS[own.pop('format')]})$"
+    own = {name: with_own_formats(value, formats) for name, value in part.items()}
+    named = own.get("type") == "string" and isinstance(own.get("format"), str)
+    if named and own["format"] in formats and "pattern" not in own:
+        own["pattern"] = f"^(?:{formats[own.pop('format')]})$"
     return own
 
 
@@ -444,6 +487,15 @@ def length_bodies(least: int, most: int | None) -> list[str]:
     elif least:
         bodies.append(rf"(?s:\s*\S.{{{least - 2},}}\S\s*)")
     return bodies
+
+
+def bodies_of(schema: Mapping[str, Any]) -> list[str]:
+    """What a text's schema makes of it, as regular expressions that all hold, as far as it can."""
+    lengths = (schema.get(name) for name in ("minLength", "maxLength"))
+    least, most = (length if (length or 0) <= LONGEST else None for length in lengths)
+    pattern = schema.get("pattern")
+    bodies = length_bodies(least or 0, most) + ([whole_pattern(pattern)] if pattern else [])
+    return [body for body in bodies if is_valid(regex(body))]
 
 
 def _is_union(annotation: Any) -> bool:

@@ -6,17 +6,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 from xml.sax import saxutils
 
-from fst_dspy.grammar.limits import LONGEST
 from fst_dspy.grammar.values import (
     FLOAT,
     INT,
+    bodies_of,
     escaped,
-    is_valid,
     json_piece,
-    length_bodies,
     literal,
     regex,
-    whole_pattern,
+    texts_of_values,
 )
 
 # "<" and "&" begin something else, control characters cannot be in XML at all.
@@ -138,9 +136,10 @@ class NestedXml:
         begin, end = self._tags(tag, opening)
         values = schema.get("enum", [schema["const"]] if "const" in schema else None)
         if values is not None:
-            if not all(isinstance(v, str) and v == v.strip() for v in values):
+            texts = texts_of_values(schema, values)
+            if len(texts) < len(values) or any(text != text.strip() for text in texts):
                 return None  # DSPy would have texts for them
-            written = (self.writer.fixed(xml_escaped(value), ">") for value in values)
+            written = (self.writer.fixed(xml_escaped(text), ">") for text in texts)
             return f"{begin} ({' | '.join(written)}) {end}"
         kind = schema.get("type", "string")
         if kind == "string":
@@ -236,16 +235,10 @@ class NestedXml:
         name = f"N{len(self.writer.definitions)}"
         end = escaped(self.writer.spelled(close))
         parts = [regex(TEXT + end), r"~/(?s:.*)\]\]>(?s:.*)/"]
-        least, most = schema.get("minLength", 0), schema.get("maxLength")
-        least, most = (n if (n or 0) <= LONGEST else None for n in (least, most))
-        if least:  # as it is written, "&amp;" is longer than what is read
+        if schema.get("minLength"):  # as it is written, "&amp;" is longer than what is read
             parts.append(f"~/(?s:.*)&(?s:.*){end.replace('/', chr(92) + '/')}/")
-        bodies = length_bodies(least or 0, most)
-        parts += [regex(body + end) for body in bodies]
-        pattern = schema.get("pattern")
-        if pattern is not None:
-            own = regex(whole_pattern(pattern) + end)
-            parts += [own] if is_valid(own) else []
+        # A field's own stands in a line between its tags, and DSPy takes off the white space.
+        parts += [regex(rf"\n?(?:{body})\n?{end}") for body in bodies_of(schema)]
         self.writer.definitions.append(f"{name}: {' & '.join(parts)}")
         return name
 
@@ -272,7 +265,7 @@ class NestedXml:
                 return None
             pieces.append(piece if name in schema.get("required", ()) else f"({piece})?")
         if "properties" in schema:
-            return " ".join(pieces) or None
+            return " ".join(pieces) or '""'
         patterns = schema.get("patternProperties")
         keys, values = next(iter(patterns.items())) if patterns else (f"^(?:{KEY})$", None)
         if values is None:

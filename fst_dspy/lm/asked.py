@@ -11,22 +11,28 @@ reasoning), of a second try through JSON, of an adapter that a module has put ar
 from __future__ import annotations
 
 import functools
+import inspect
 import json
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import dspy
+import pydantic
 from dspy import lm15
 from dspy.adapters.types.tool import ToolCalls
 from dspy.signatures.signature import ensure_signature
 
 from fst_dspy.grammar.answers import grammar_of_answer, grammar_of_json_schema
+from fst_dspy.grammar.values import schema_of_model
 from fst_dspy.lm.answers import opens_thought
 from fst_dspy.lm.templates import chat_format, thinks
 from fst_dspy.model.policy import Policy
 from fst_dspy.model.sampling import vocabulary
 from fst_dspy.student.adapter import default_adapter, texts_of_prompt
 from fst_dspy.types import Grammar
+
+logger = logging.getLogger(__name__)
 
 KNOWN = 256
 """Signatures whose grammars are kept; a candidate has signatures of its own."""
@@ -66,6 +72,21 @@ def calling_predictor() -> dspy.Predict | None:
     """The predictor in whose call this is, the innermost one; ``None`` outside of predictors."""
     modules = reversed(dspy.settings.caller_modules or [])
     return next((module for module in modules if isinstance(module, dspy.Predict)), None)
+
+
+def as_read(response_format: Any) -> Any:
+    """A ``response_format`` whose schema says what pydantic will read, where it is a model."""
+    if not (inspect.isclass(response_format) and issubclass(response_format, pydantic.BaseModel)):
+        return response_format
+    try:
+        schema = schema_of_model(response_format)
+    except Exception as error:  # as it is, it says what is wrong with it
+        logger.debug("%s has no schema of ours: %s", response_format, error)
+        return response_format
+    # DSPy asks it for its name and its schema, and has every property in it, as it has elsewhere.
+    stand_in: Any = pydantic.create_model(response_format.__name__)
+    stand_in.model_json_schema = lambda *args, **kwargs: schema
+    return stand_in
 
 
 def grammar_of_format(response_format: Mapping[str, Any] | None) -> str | None:

@@ -16,7 +16,7 @@ from dspy.clients.provider import Provider
 
 from fst_dspy.display import on_a_screen
 from fst_dspy.errors import ModelError
-from fst_dspy.lm.asked import grammar_of_caller
+from fst_dspy.lm.asked import as_read, grammar_of_caller
 from fst_dspy.lm.engine import AsyncLocalEngine, LocalEngine, one_call, serving
 from fst_dspy.lm.in_use import over_base, remember
 from fst_dspy.lm.lm_settings import MAX_TOKENS_TOO, check_settings
@@ -219,6 +219,9 @@ class LocalLM(dspy.LM):
         if MAX_TOKENS_TOO in kwargs:
             kwargs = {**kwargs, "max_tokens": kwargs[MAX_TOKENS_TOO]}
             del kwargs[MAX_TOKENS_TOO]
+        wanted = kwargs.get("response_format", self.kwargs.get("response_format"))
+        if wanted is not None and (read := as_read(wanted)) is not wanted:
+            kwargs = {**kwargs, "response_format": read}
         request = kwargs.get("request", args[0] if args else None)
         if not isinstance(request, lm15.Request):
             request = None

@@ -302,14 +302,15 @@ def prepare(
     generation = GenerationRequest(
         prompt_ids_T=ids,
         max_tokens=config.max_tokens or DEFAULT_MAX_TOKENS,
-        temperature=1.0 if config.temperature is None else config.temperature,
-        top_p=1.0 if config.top_p is None else config.top_p,
+        # numpy's are floats as well, and of another precision where tensors are made of them.
+        temperature=1.0 if config.temperature is None else float(config.temperature),
+        top_p=1.0 if config.top_p is None else float(config.top_p),
         stop=config.stop,
         seed=seed if config.seed is None else config.seed,
         top_k=config.top_k,
-        frequency_penalty=config.frequency_penalty or 0.0,
-        presence_penalty=config.presence_penalty or 0.0,
-        repetition_penalty=_extra(config).get("repetition_penalty") or 1.0,
+        frequency_penalty=float(config.frequency_penalty or 0.0),
+        presence_penalty=float(config.presence_penalty or 0.0),
+        repetition_penalty=float(_extra(config).get("repetition_penalty") or 1.0),
         end=_end(policy, ids) if grammar is None else None,
         grammar=grammar,
     )

@@ -102,7 +102,7 @@ def _check_examples(name: str, examples: Sequence[dspy.Example] | None) -> list[
     for position, example in enumerate(examples):
         if not isinstance(example, dspy.Example):
             raise DataError(f"{name}[{position}] is a {type(example).__name__}, not a dspy.Example")
-        if not example._input_keys:
+        if example._input_keys is None:
             raise DataError(
                 f"{name}[{position}] does not say which fields are inputs; "
                 'call .with_inputs("field", ...) on it'

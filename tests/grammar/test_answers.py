@@ -6,8 +6,11 @@ import dataclasses
 import datetime
 import decimal
 import enum
+import fractions
+import functools
 import ipaddress
 import logging
+import pathlib
 import re
 import uuid
 from collections.abc import Sequence
@@ -155,6 +158,18 @@ class Returned(pydantic.BaseModel):
 
 Post.model_rebuild()
 
+
+class Rank(enum.IntEnum):
+    """Of which pydantic reads the numbers from text as well."""
+
+    LOW = 1
+    HIGH = 2
+
+
+class Nothing(pydantic.BaseModel):
+    """Without a field."""
+
+
 TYPES: dict[str, Any] = {
     "literal": Literal["a", "b c", "d"],
     "numbers": Literal[1, 2, 30],
@@ -208,13 +223,19 @@ TYPES: dict[str, Any] = {
     "hosts": tuple[pydantic.IPvAnyAddress, ...],
     "post": Post,
     "mail": Box,
+    "file": pathlib.Path,
+    "no file": pathlib.Path | None,
+    "raw": bytes,
+    "short": Optional[Annotated[str, pydantic.Field(max_length=4)]],  # noqa: UP045
+    "cat or text": Cat | str,
+    "any": Any,
+    "ratio": fractions.Fraction,
+    "imaginary": complex,
+    "ranks": dict[Rank, list[Rank]],
+    "nothing": Nothing,
 }
 """Types that answers can be held to, in all three formats."""
-ONLY_TEXT = {
-    "ChatAdapter": {"number or text", "list or text"},
-    "JSONAdapter": {"number or text", "list or text"},
-    "XMLAdapter": {"tree", "place", "listed", "mail"},
-}
+ONLY_TEXT = {"XMLAdapter": {"tree", "place", "listed", "mail"}}
 """Of those that DSPy cannot read in an adapter's format, though it may write them so."""
 
 
@@ -242,7 +263,7 @@ def test_answers_of_every_type_are_read(adapter: Any, kind: str, policy: Policy)
     assert text is not None
     answers = [drawn_answer(policy, Grammar(text), seed) for seed in range(8)]
     whole = [answer for answer in answers if answer is not None]
-    assert len(whole) >= (1 if kind != "code" else 0)
+    assert len(whole) >= (kind not in ("code", "any"))  # texts, which seldom come to an end
     for answer in whole:
         assert adapter.parse(signature, answer).keys() == {"first", "last"}
 
@@ -378,6 +399,7 @@ def takes(policy: Policy, text: str, written: str) -> bool:
         (Trip, {}, [Trip(left=DAY)], [Trip.model_construct(left=NEW_YEAR)]),
         (str, {"pattern": r"^\d+\$"}, ["5$ each"], ["5"]),
         (str, {"pattern": "(?i)^ab$"}, ["aB"], ["aBc"]),
+        (Optional[Annotated[str, pydantic.Field(pattern="^[a-c]+$")]], {}, ["ab", None], ["d"]),  # noqa: UP045
     ],
 )
 def test_constraints_hold_for_a_type_and_its_parts(
@@ -496,6 +518,59 @@ def test_what_dspy_writes_is_let_through(
     assert is_let_through(policy, adapter, kind, value)
 
 
+_lines = st.builds(
+    lambda *parts: "".join(parts).strip(),
+    st.sampled_from(("a", "É", "/", "./b", "20 b", "true")),
+    st.text("aZ09 ._-,'()/é#:%true", max_size=8),
+)
+_zones = st.sampled_from((None, datetime.UTC, datetime.timezone(datetime.timedelta(hours=2))))
+_YEARS = datetime.timedelta(days=9999)
+VALUES: dict[Any, st.SearchStrategy[Any]] = {
+    float: st.floats(1e-99, 1e99) | st.floats(-1e6, -1e-6),
+    complex: st.builds(complex, st.floats(-99, 99, width=16), st.floats(-99, 99, width=16)),
+    fractions.Fraction: st.fractions(max_denominator=10**9),
+    decimal.Decimal: st.decimals(-(10**9), 10**9, places=3),
+    datetime.time: st.times(timezones=_zones),
+    datetime.datetime: st.datetimes(timezones=_zones),
+    datetime.timedelta: st.timedeltas(-_YEARS, _YEARS),
+    uuid.UUID: st.uuids(),
+    ipaddress.IPv4Address: st.ip_addresses(v=4),
+    ipaddress.IPv6Address: st.ip_addresses(v=6),
+    pathlib.Path: _lines.map(pathlib.Path),
+    int | str: st.integers(-(10**9), 10**9) | _lines,
+    Cat | str: st.builds(Cat, lives=st.integers(0, 9)) | _lines,
+    Optional[Annotated[str, pydantic.Field(max_length=4)]]: st.none() | _lines,  # noqa: UP045
+    Any: st.integers(-(10**9), 10**9) | st.lists(st.booleans()) | st.just({"a": None}),
+    Rank: st.sampled_from(Rank),
+    list[Rank]: st.lists(st.sampled_from(Rank)),
+    dict[Rank, float]: st.fixed_dictionaries({Rank.LOW: st.floats(-9, 9, width=16)}),
+}
+_written_types = st.sampled_from([(kind, adapter) for kind in VALUES for adapter in ADAPTERS])
+
+
+@functools.cache
+def _answer_of(adapter: Any, kind: Any) -> tuple[Any, str | None]:
+    signature = dspy.Signature(
+        {"question": (str, dspy.InputField()), "first": (kind, dspy.OutputField())}
+    )
+    return signature, grammar_of_answer(adapter, signature)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.data())
+def test_what_dspy_writes_and_reads_again_is_let_through(policy: Policy, data: Any) -> None:
+    kind, adapter = data.draw(_written_types)
+    value = data.draw(VALUES[kind])
+    signature, text = _answer_of(adapter, kind)
+    written = adapter.format_assistant_message_content(signature, {"first": value}).rstrip()
+    try:
+        read = adapter.parse(signature, written)["first"]
+    except Exception:  # AdapterParseError, and what DSPy trips over
+        return
+    if read == value:
+        assert text is not None and takes(policy, text, written)
+
+
 @pytest.mark.parametrize("adapter", ADAPTERS, ids=lambda a: type(a).__name__)
 @pytest.mark.parametrize(
     "value",
@@ -565,6 +640,11 @@ def test_a_format_of_texts_that_is_not_known_is_told(caplog: pytest.LogCaptureFi
             grammar_of_answer(adapter, signature_of(first=list[bytes]))
     (record,) = caplog.records
     assert "the format 'ipv4network' of the field 'first'" in record.getMessage()
+
+
+def test_json_takes_each_type_of_an_optional_union_with_texts(policy: Policy) -> None:
+    for value in ("a", None, 3, ["b"]):
+        assert is_let_through(policy, dspy.JSONAdapter(), str | int | list[str] | None, value)
 
 
 @pytest.mark.parametrize("adapter", ADAPTERS, ids=lambda a: type(a).__name__)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import dspy
+import numpy as np
 import pytest
 from chat_families import save_family
 from dspy import lm15
@@ -173,6 +174,16 @@ def test_penalties_sample_and_do_not_train(qwen3: str, penalty: str) -> None:
     program.say.config = {penalty: 1.5}
     with pytest.raises(ConfigError, match=penalty):
         check_trained(program, plain.policy)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["temperature", "top_p", "frequency_penalty", "presence_penalty", "repetition_penalty"],
+)
+def test_numbers_of_numpy_are_numbers(qwen3: str, name: str) -> None:
+    """As of ``np.linspace``."""
+    lm = LocalLM(qwen3, max_tokens=4, seed=1)
+    assert lm("hi", cache=False, **{name: np.float64(0.3)}) == lm("hi", cache=False, **{name: 0.3})
 
 
 @pytest.mark.parametrize("compiled", [False, True])

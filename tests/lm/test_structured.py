@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import datetime
+import decimal
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,12 +14,16 @@ import pytest
 import torch
 from chat_families import save_family
 from dspy import lm15
+from held_answers import drawn_answer
 from long_model import DESKS, Router, save_long_model
 
+import fst_dspy
 from fst_dspy import LocalLM
+from fst_dspy.grammar.answers import grammar_of_json_schema
 from fst_dspy.lm.asked import grammar_of_caller, held_to
 from fst_dspy.lm.predictors import bound_to
 from fst_dspy.model.policy import Policy
+from fst_dspy.model.sampling import vocabulary
 from fst_dspy.student.candidate import seed_candidate
 from fst_dspy.types import Grammar
 
@@ -177,6 +183,52 @@ def test_a_response_format_holds_any_call(folder: Path, given: Any) -> None:
     Answer.model_validate_json(text)
     (record,) = lm("which desk?", response_format={"type": "json_object"}, temperature=0.3)[:1]
     assert record.startswith("{")
+
+
+class Order(pydantic.BaseModel):
+    """Types of which pydantic's schema says less, or more, than it reads."""
+
+    at: datetime.datetime
+    price: decimal.Decimal
+    within: datetime.timedelta
+    parts: dict[Literal["a", "b"], int] = {}
+
+
+def test_a_model_is_held_to_what_pydantic_reads(folder: Path) -> None:
+    lm = lm_of(folder, response_format=Order, cache=False)
+    schemas = []
+    real = fst_dspy.LocalEngine.complete
+
+    def complete(engine: Any, request: Any) -> Any:
+        schemas.append(request.config.response_format["schema"])
+        return real(engine, request)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fst_dspy.LocalEngine, "complete", complete)
+        lm("what?")
+        asyncio.run(lm.acall("what?"))
+    assert schemas[0] == schemas[1] and set(schemas[0]["required"]) == set(Order.model_fields)
+    text = grammar_of_json_schema(schemas[0])
+    assert text is not None
+    for seed in range(6):
+        answer = drawn_answer(lm.policy, Grammar(text), seed)
+        assert answer is None or Order.model_validate_json(answer)
+    matcher = vocabulary(lm.policy).matcher(text)
+    order = Order(
+        at=datetime.datetime(2024, 2, 29), price="1.50", within="P1DT2S", parts={"a": 1, "b": 2}
+    )
+    ids = lm.policy.tokenizer.encode(order.model_dump_json(indent=2), add_special_tokens=False)
+    assert matcher.try_consume_tokens(ids) == len(ids)
+
+
+def test_times_of_a_plain_schema_are_those_of_the_standard(folder: Path) -> None:
+    policy = Policy.load(folder)
+    text = grammar_of_json_schema({"type": "string", "format": "date-time"})
+    assert text is not None
+    said = {"2024-02-29T10:00:00Z": True, "2024-02-29t10:00:60z": False, "2024-02-29T10:00": False}
+    for written, good in said.items():
+        ids = policy.tokenizer.encode(f'"{written}"', add_special_tokens=False)
+        assert (vocabulary(policy).matcher(text).try_consume_tokens(ids) == len(ids)) == good
 
 
 def test_a_schema_that_cannot_be_held_to_is_refused(folder: Path) -> None:

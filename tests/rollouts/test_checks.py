@@ -62,6 +62,14 @@ def test_no_example_is_in_both_sets(check, caplog):
     assert ids.isdisjoint(example_id(example) for example in found.valset)
 
 
+def test_examples_may_say_that_they_have_no_inputs(tiny_qwen3):
+    """Of a program that is asked for nothing, such as another joke each time."""
+    blank = [dspy.Example(number=number).with_inputs() for number in range(4)]
+    with dspy.context(lm=LocalLM(str(tiny_qwen3)), adapter=RawAdapter()):
+        found = check_input(dspy.Predict(dspy.Signature("-> answer")), vowels, blank, None)
+    assert len(found.trainset) + len(found.valset) == 4
+
+
 def test_the_same_set_for_both_is_refused_with_what_to_do(check):
     examples = questions(6)
     for valset in (examples, questions(6), questions(8)):
