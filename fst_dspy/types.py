@@ -177,9 +177,6 @@ class Call:
         temperature: The temperature it was sampled at; 0 means greedy, or drawn with penalties:
             not from the policy, and so not learned from.
         grammar: What the answer was held to; ``None`` where it was free.
-        allowed_logprob: How probable what the grammar allows was to the model by itself: the log of
-            its share (nats, at most 0), mean over the tokens for which the model was asked.
-            ``None`` without a grammar, and where the model was never asked.
     """
 
     __repr__ = display.brief
@@ -192,7 +189,6 @@ class Call:
     finish_reason: Literal["stop", "length"]
     temperature: float
     grammar: Grammar | None = None
-    allowed_logprob: float | None = None
 
 
 @dataclass(frozen=True)
@@ -490,9 +486,9 @@ class CycleRecord:
             may differ in rounding, and so from there on.
         reward_range: Lowest and highest reward of the cycle's rollouts that are learned from;
             ``None`` where there were none.
-        format_share: How much of the model's own probability the format that answers are held to
-            allows, 0 to 1, geometric mean over the tokens it was asked for and the calls; near 1
-            the model keeps to the format by itself. ``None`` where answers are free.
+        format_share: How often answers would keep to their format if they were not held to it, 0
+            to 1, as estimated on the last validation that ran (``model.divergence.format_share``);
+            near 1 the model keeps to it by itself. ``None`` where answers are free.
         cold_start: What was done as the first validation showed nothing to learn from, in words.
         turns: What agents did, from the start of the run; all 0 for other programs.
         share: Who had the cycle's rollouts: ``"prompts"``, ``"weights"``, ``"both"``; ``""`` for

@@ -70,7 +70,7 @@ def cycle_record(
         proposals=parts.fast.report(),
         failure_messages=dict(tally.messages),
         early_batches=parts.runner.early_batches,
-        format_share=tally.format_share,
+        format_share=found.format_share,
         cold_start=state.cold_start,
         turns=parts.runner.turns,
         share=state.evidence[-1].channels,

@@ -29,6 +29,9 @@ from fst_dspy.types import (
     TurnCounts,
 )
 
+TALLY_REMOVED = ("held_calls", "held_logprob")
+"""Fields of a tally that earlier versions had."""
+
 
 @dataclass(frozen=True)
 class Start:
@@ -135,7 +138,7 @@ def state_from_json(plain: Mapping[str, Any]) -> LoopState:
         else Best(**{**best, "candidate": candidate_from_json(best["candidate"])}),
         peak_V=tuple(plain["peak_V"]),
         counts=RolloutCounts(**plain["counts"]),
-        tally=Tally(**plain.get("tally", {})),
+        tally=Tally(**{k: v for k, v in plain.get("tally", {}).items() if k not in TALLY_REMOVED}),
         lowest_score=plain.get("lowest_score"),
         early_batches=plain.get("early_batches", 0),
         turns=TurnCounts(**plain.get("turns", {})),

@@ -14,7 +14,7 @@ from fst_dspy.fast.decide import LIKELY, better, share, worse
 from fst_dspy.fast.population import blocks_of, mean
 from fst_dspy.loop.parts import Parts
 from fst_dspy.loop.state import LoopState
-from fst_dspy.model.divergence import kl_to_base, spread_calls
+from fst_dspy.model.divergence import format_share, kl_to_base, spread_calls
 from fst_dspy.results.result import Best
 from fst_dspy.rollouts.evaluate import Evaluation, evaluate, evaluation_jobs, evaluation_of
 from fst_dspy.rollouts.health import check_first_rollouts, check_objectives
@@ -24,6 +24,9 @@ from fst_dspy.types import Candidate, Population, Rollout
 KL_TOKENS = 32_768
 """Prompt and completion tokens of the validation calls that the KL to the base model is measured
 on. Their hidden states are held while the base is in the model, which is swapped in once."""
+
+FORMAT_TOKENS = 8_192
+"""Likewise, of those that the share of the format is measured on."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,7 @@ class Validation:
         kl_to_base: Of the weights, on the best candidate's calls, nats a token.
         rollouts: Of the best candidate, where it was scored just now.
         latest: Of the last candidate, likewise.
+        format_share: See ``CycleRecord.format_share``.
     """
 
     population: Population
@@ -43,6 +47,7 @@ class Validation:
     kl_to_base: float
     rollouts: tuple[Rollout, ...] = ()
     latest: tuple[Rollout, ...] = ()
+    format_share: float | None = None
 
 
 def score(parts: Parts, state: LoopState) -> Validation:
@@ -55,15 +60,16 @@ def score(parts: Parts, state: LoopState) -> Validation:
         MetricError, ProgramError: The first validation shows that nothing can be learned.
     """
     population, step = state.population, parts.policy.step
-    kl = state.records[-1].kl_to_base if state.records else 0.0
+    last = state.records[-1] if state.records else None
+    kl, kept = (last.kl_to_base, last.format_share) if last else (0.0, None)
     first, best_only = not state.records, bool(state.records) and parts.fast.reuses
     best_k = 0 if first else populations.best(population)
     if not (first or best_only or population.policy_version != step):
         score_V = population.score_K_V[best_k]
-        return Validation(population, score_V, mean(score_V), kl)
+        return Validation(population, score_V, mean(score_V), kl, format_share=kept)
     if best_only and is_scored(parts, state, population):
         score_V = state.evidence[-1].score_V
-        return Validation(population, score_V, mean(score_V), kl)
+        return Validation(population, score_V, mean(score_V), kl, format_share=kept)
     candidates = (population.candidates[best_k],) if best_only else population.candidates
     channel: Channel = "fast" if parts.fast_on and not parts.fast.reuses else "eval"
     if best_only:
@@ -89,7 +95,8 @@ def score(parts: Parts, state: LoopState) -> Validation:
         calls = spread_calls(scored.rollouts_K[k], KL_TOKENS, parts.spec.seed)
         kl = kl_to_base(parts.policy, calls)
     own, latest = tuple(scored.rollouts_K[k]), tuple(scored.rollouts_K[-1])
-    return Validation(population, scored.score_K_V[k], scored.mean_K[k], kl, own, latest)
+    kept = format_share(parts.policy, spread_calls(own, FORMAT_TOKENS, parts.spec.seed))
+    return Validation(population, scored.score_K_V[k], scored.mean_K[k], kl, own, latest, kept)
 
 
 def is_scored(parts: Parts, state: LoopState, population: Population) -> bool:

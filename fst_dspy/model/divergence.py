@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from fst_dspy.errors import DataError
+from fst_dspy.grammar.tokens import unpacked
 from fst_dspy.model.logprobs import (
     CHUNK_BYTES,
     FORWARD_ROWS,
@@ -59,6 +60,39 @@ def kl_to_base(policy: Policy, calls: Sequence[Call]) -> float:
                         total += term_NV.double().sum().item()
                         count += len(live_NV)
     return max(0.0, total / count)
+
+
+def format_share(policy: Policy, calls: Sequence[Call]) -> float | None:
+    """How often answers would keep to their formats if they were not held to them, 0 to 1.
+
+    An answer is drawn with q, over what its format allows, where the model itself has p: at each
+    token q = p / Z, with Z the share of p that is allowed, of forced tokens too. So the sum of p
+    over all answers in the format is the mean under q of the product of Z over an answer's tokens:
+    the mean over the calls of that product estimates it without bias. Ways to write the same text
+    in other tokens than a forced one count as kept from it.
+
+    Args:
+        policy: The live weights, which the calls were sampled from.
+        calls: Those without a grammar, or without a completion, are passed over.
+
+    Returns:
+        ``None`` where no answer was held.
+    """
+    held = [call for call in calls if call.grammar is not None and call.completion_ids_T]
+    kept: list[float] = []
+    with policy.lock, torch.no_grad():
+        for rows in _batches(held):
+            state_ND = completion_states(policy, rows)
+            log_share_N = torch.empty(len(state_ND), dtype=torch.float64, device=policy.device)
+            for part, temperature_N, allowed_NW in vocabulary_parts(policy, rows):
+                logprob_NV = logprobs_of(policy, state_ND[part], temperature_N)
+                assert allowed_NW is not None  # as every row has a grammar
+                allowed_NV = unpacked(allowed_NW.to(logprob_NV.device), logprob_NV.shape[1])
+                allowed = logprob_NV.masked_fill(~allowed_NV, -torch.inf).logsumexp(-1)
+                log_share_N[part] = allowed.double().clamp(max=0)
+            lengths = [len(row.completion_ids_T) for row in rows]
+            kept += [float(one_T.sum().exp()) for one_T in log_share_N.split(lengths)]
+    return sum(kept) / len(kept) if kept else None
 
 
 def spread_calls(rollouts: Sequence[Rollout], tokens: int, seed: int) -> list[Call]:

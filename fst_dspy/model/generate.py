@@ -104,14 +104,12 @@ class GenerationResult:
             closes the answer, which has one token more among ``completion_ids_T``.
         finish_reason: ``"stop"`` for an end token, stop string or closed answer, else
             ``"length"``.
-        allowed_logprob: See ``fst_dspy.types.Call``.
     """
 
     completion_ids_T: tuple[int, ...]
     logprobs_T: tuple[float, ...]
     text: str
     finish_reason: Literal["stop", "length"]
-    allowed_logprob: float | None = None
 
 
 def check_prompt(policy: Policy, prompt_ids_T: Sequence[int]) -> None:
@@ -293,7 +291,7 @@ class _Batch:
                 count = _Count(rows.device)
             length_B = torch.ones_like(at_B)
             if any(runs) and isinstance(decode, GrowingDecode):
-                logits_BV = self._step_with_runs(decode, rows, next_B, position_B, runs)
+                logits_BV = decode.step_with_runs(next_B, position_B, runs).float()
                 length_B += torch.tensor([len(run) for run in runs], device=rows.device)
             else:
                 logits_BV = decode.step(next_B, position_B)
@@ -315,26 +313,6 @@ class _Batch:
                     self.lengths[row] = end
                     run.clear()  # nothing is asked for behind it
         return torch.tensor(over, device=rows.device)
-
-    def _step_with_runs(
-        self,
-        decode: GrowingDecode,
-        rows: Tensor,
-        next_B: Tensor,
-        position_B: Tensor,
-        runs: list[list[int]],
-    ) -> Tensor:
-        """The logits after the rows' next tokens and the runs behind these, in one pass."""
-        logits_NV = decode.step_with_runs(next_B, position_B, runs)
-        length_B = torch.tensor([1 + len(run) for run in runs], device=rows.device)
-        last_B = length_B.cumsum(0) - 1
-        before_N = torch.ones(len(logits_NV), dtype=torch.bool, device=rows.device)
-        before_N[last_B] = False
-        owner_N = rows.repeat_interleave(length_B - 1)
-        forced_N = torch.tensor([token for run in runs for token in run], device=rows.device)
-        assert self.held is not None
-        self.held.passed(logits_NV[before_N], owner_N, forced_N, self.scale[owner_N])
-        return logits_NV[last_B].float()
 
     def _prefill(self) -> tuple[Tensor, GrowingDecode | GraphDecode, Tensor]:
         """Read each distinct prompt once, then give every row its copy of the cache."""
@@ -480,9 +458,8 @@ class _Batch:
         lengths, stopped = self.lengths.tolist(), self.stopped.tolist()
         ids = [row[:n] for row, n in zip(self.ids.tolist(), lengths, strict=True)]
         logprobs = [row[:n] for row, n in zip(self.logprobs.tolist(), lengths, strict=True)]
-        shares: list[float | None] = [None] * len(ids)
         if self.held is not None:
-            shares = self.held.completed(ids, logprobs, stopped)
+            self.held.complete(ids, logprobs, stopped)
         # Where the marker was seen late, by the row's own count alone.
         kept = [
             kept_tokens(self.tokenizer, row, request.end)
@@ -500,11 +477,8 @@ class _Batch:
                 logprobs_T=tuple(logprobs_T),
                 text=text,
                 finish_reason="stop" if ended else "length",
-                allowed_logprob=share,
             )
-            for ids_T, logprobs_T, text, ended, share in zip(
-                ids, logprobs, texts, stopped, shares, strict=True
-            )
+            for ids_T, logprobs_T, text, ended in zip(ids, logprobs, texts, stopped, strict=True)
         ]
 
 

@@ -99,7 +99,7 @@ class GrowingDecode:
         Where ``takes_runs``. Each token counts as a row of the pass, so that none is padding.
 
         Returns:
-            The logits after every token, (N, V), row by row, in the model's dtype.
+            The logits after each row's last token, (B, V), in the model's dtype.
         """
         counts_B = torch.tensor([1 + len(run) for run in runs], device=next_B.device)
         begun_B = self._columns_B
@@ -132,7 +132,7 @@ class GrowingDecode:
                     self.model, ids_N[:, None], None, position_N1, self.cache
                 )
             logits.append(logits_nV)
-        return torch.cat(logits)
+        return torch.cat(logits)[counts_B.cumsum(0) - 1]
 
     def keep(self, keep_B: Tensor) -> None:
         """Drop all rows but these."""

@@ -22,9 +22,6 @@ from fst_dspy.model.endings import eos_ids
 from fst_dspy.model.policy import Policy
 from fst_dspy.types import Grammar
 
-PASSED_TOKENS = 64
-"""Forced tokens whose logits are in float32 at once."""
-
 
 class Penalised(Protocol):
     """What is asked of a request here; see ``fst_dspy.model.generate.GenerationRequest``."""
@@ -205,28 +202,16 @@ class HeldRows:
                 walk.advance(token)  # type: ignore[union-attr]
         self._limits = list(limits)
         self._tails: list[list[int]] = [[] for _ in requests]
-        self._share = torch.zeros(len(requests), dtype=torch.float64, device=policy.device)
-        self._asked = torch.zeros(len(requests), dtype=torch.long, device=policy.device)
-        self._over = torch.zeros(len(requests), dtype=torch.bool, device=policy.device)
 
     def masked(self, logits_BV: Tensor, rows: Tensor) -> Tensor:
         """The logits of the live rows, minus infinity for what may not follow."""
         bits_BW = np.full((len(rows), self._own.words), ALL)
-        held = []
         for place, row in enumerate(rows.tolist()):
             walk = self._walks[row]
-            held.append(walk is not None)
             if walk is not None:
                 walk.allowed_into(bits_BW[place])
         packed = torch.from_numpy(bits_BW).to(logits_BV.device)
-        allowed_BV = unpacked(packed, logits_BV.shape[1])
-        masked_BV = logits_BV.masked_fill(~allowed_BV, -torch.inf)
-        # How much of the model's own distribution is left of it, of rows that are not over.
-        live_B = torch.tensor(held, device=rows.device) & ~self._over[rows]
-        share_B = masked_BV.logsumexp(-1).double() - logits_BV.logsumexp(-1).double()
-        self._share[rows] += share_B.clamp(max=0).masked_fill(~live_B, 0)
-        self._asked[rows] += live_B.long()
-        return masked_BV
+        return logits_BV.masked_fill(~unpacked(packed, logits_BV.shape[1]), -torch.inf)
 
     def advance(
         self, next_B: Tensor, rows: Tensor, done: Tensor, at_B: Tensor | None = None
@@ -244,7 +229,6 @@ class HeldRows:
         """
         closed = [False] * len(rows)
         runs: list[list[int]] = [[] for _ in closed]
-        full = [False] * len(rows)
         at = at_B.tolist() if at_B is not None else []
         taken = zip(rows.tolist(), next_B.tolist(), done.tolist(), strict=True)
         for place, (row, token, over) in enumerate(taken):
@@ -258,37 +242,18 @@ class HeldRows:
                 if walk.ended:
                     rest = run
                 else:
-                    room = self._limits[row] - at[place] - 1
-                    runs[place], full[place] = run[:room], len(run) >= room
+                    runs[place] = run[: self._limits[row] - at[place] - 1]
             if rest is not None:
                 self._tails[row] = rest
                 closed[place] = True
-        ended = torch.tensor(closed, device=done.device)
-        self._over[rows] |= done | ended | torch.tensor(full, device=done.device)
-        return ended, runs
+        return torch.tensor(closed, device=done.device), runs
 
-    def passed(self, logits_NV: Tensor, row_N: Tensor, forced_N: Tensor, scale_N: Tensor) -> None:
-        """Note how much of the model's own distribution forced tokens had, as ``masked`` does."""
-        for start in range(0, len(row_N), PASSED_TOKENS):
-            part = slice(start, start + PASSED_TOKENS)
-            logits_nV = logits_NV[part].float() / scale_N[part, None]
-            own_n = logits_nV.gather(1, forced_N[part, None]).squeeze(1).double()
-            share_n = (own_n - logits_nV.logsumexp(-1).double()).clamp(max=0)
-            self._share.index_add_(0, row_N[part], share_n)
-            self._asked.index_add_(0, row_N[part], torch.ones_like(row_N[part]))
-
-    def completed(
+    def complete(
         self, ids: list[list[int]], logprobs: list[list[float]], stopped: list[bool]
-    ) -> list[float | None]:
-        """Put the forced beginnings and ends to the completions of all rows.
-
-        Returns:
-            ``GenerationResult.allowed_logprob`` of each.
-        """
+    ) -> None:
+        """Put the forced beginnings and ends to the completions of all rows."""
         for row, (begun, tail) in enumerate(zip(self._begun, self._tails, strict=True)):
             room = self._limits[row] - len(ids[row])
             stopped[row] = stopped[row] or (bool(tail) and len(tail) <= room)
             ids[row] = [*begun, *ids[row], *tail[:room]]
             logprobs[row] = [0.0] * len(begun) + logprobs[row] + [0.0] * len(tail[:room])
-        asked = zip(self._walks, self._share.tolist(), self._asked.tolist(), strict=True)
-        return [share / n if walk is not None and n else None for walk, share, n in asked]

@@ -6,7 +6,6 @@ somebody looks. This is what looks: after the first validation and after every c
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -54,8 +53,6 @@ class Tally:
         messages: The first message of each kind.
         low, high: The lowest and highest reward of rollouts that are learned from; ``None`` before
             there is one.
-        held_calls, held_logprob: Calls that were held to a format, and the sum of their
-            ``allowed_logprob``.
     """
 
     rollouts: int = 0
@@ -63,8 +60,6 @@ class Tally:
     messages: Mapping[str, str] = field(default_factory=dict)
     low: float | None = None
     high: float | None = None
-    held_calls: int = 0
-    held_logprob: float = 0.0
 
     def plus(self, rollouts: Sequence[Rollout], *, learned_from: bool) -> Tally:
         """With some more rollouts; those of validation are not learned from."""
@@ -76,22 +71,13 @@ class Tally:
                 messages.setdefault(kind, rollout.failure.message)
         rewards = [rollout.reward for rollout in rollouts] if learned_from else []
         rewards += [value for value in (self.low, self.high) if value is not None]
-        calls = (call.allowed_logprob for rollout in rollouts for call in rollout.calls)
-        held = [logprob for logprob in calls if logprob is not None]
         return Tally(
             self.rollouts + len(rollouts),
             failures,
             messages,
             min(rewards, default=None),
             max(rewards, default=None),
-            self.held_calls + len(held),
-            self.held_logprob + sum(held),
         )
-
-    @property
-    def format_share(self) -> float | None:
-        """See ``CycleRecord.format_share``."""
-        return math.exp(self.held_logprob / self.held_calls) if self.held_calls else None
 
     @property
     def shares(self) -> dict[str, float]:

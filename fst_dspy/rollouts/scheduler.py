@@ -97,7 +97,6 @@ class _Blocked:
                 # With penalties it was not drawn from the policy, no more than a greedy one.
                 temperature=0.0 if generation.is_penalised else generation.temperature,
                 grammar=generation.grammar,
-                allowed_logprob=result.allowed_logprob,
             )
             self.slot.calls.append(self.call)
 

@@ -20,6 +20,9 @@ from fst_dspy.types import (
     TurnCounts,
 )
 
+CALL_REMOVED = ("allowed_logprob",)
+"""Fields of calls that earlier versions had."""
+
 
 def cycle_record(row: Mapping[str, Any]) -> CycleRecord:
     """A cycle record from a line of ``cycles.jsonl``."""
@@ -50,7 +53,8 @@ def _call(row: Mapping[str, Any]) -> Call:
     own: dict[str, Any] = {name: tuple(row[name]) for name in sequences}
     if row.get("grammar") is not None:
         own["grammar"] = _grammar(**row["grammar"])
-    return Call(**{**row, **own})
+    now = {name: value for name, value in row.items() if name not in CALL_REMOVED}
+    return Call(**{**now, **own})
 
 
 def _grammar(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,12 +14,13 @@ from held_answers import DESKS, FREE, SMALL, encode
 
 import fst_dspy.model.graph_decode as static
 import fst_dspy.model.growing_decode as growing
-from fst_dspy.grammar.tokens import single, unpacked
+from fst_dspy.grammar.tokens import single
+from fst_dspy.model.divergence import format_share
 from fst_dspy.model.generate import GenerationRequest, GenerationResult, generate
 from fst_dspy.model.logprobs import completion_logprobs
 from fst_dspy.model.policy import Policy
 from fst_dspy.model.sampling import allowed_tokens
-from fst_dspy.types import Grammar, TrainingRow
+from fst_dspy.types import Call, Grammar, TrainingRow
 
 SMALL_FORM = re.compile(rf"to: ({'|'.join(DESKS)})\.\n\nend")
 FIELDS = Grammar(
@@ -56,7 +59,6 @@ def test_answers_keep_to_the_grammar_and_are_read_again_as_drawn(
     for request, result in zip(requests, results, strict=True):
         form = {FREE: FREE_FORM, SMALL: SMALL_FORM}.get(request.grammar)  # type: ignore[arg-type]
         assert form is None or form.fullmatch(result.text), result.text
-        assert (result.allowed_logprob is None) == (form is None)
         assert form is None or result.finish_reason == "stop"
     rows = [row_of(*pair) for pair in zip(requests, results, strict=True)]
     with torch.no_grad():
@@ -83,26 +85,46 @@ def test_a_row_says_the_same_alone_and_among_others(tiny_model: Path) -> None:
         assert np.allclose(alone.logprobs_T, result.logprobs_T, atol=1e-4)
 
 
-def test_what_the_grammar_takes_is_the_share_of_the_model_s_own_distribution(
-    tiny_llama: Path,
-) -> None:
+def call_of(request: GenerationRequest, result: GenerationResult) -> Call:
+    return Call(
+        "self",
+        request.prompt_ids_T,
+        result.completion_ids_T,
+        result.logprobs_T,
+        result.text,
+        result.finish_reason,  # type: ignore[arg-type]
+        request.temperature,
+        request.grammar,
+    )
+
+
+def test_the_share_of_the_format_is_how_often_the_model_would_keep_to_it(tiny_llama: Path) -> None:
+    """Against the sum of the model's own probability over every answer that the format has."""
     policy = Policy.load(tiny_llama)
-    request = GenerationRequest(encode(policy, "abc"), 60, temperature=0.7, grammar=SMALL, seed=3)
-    (result,) = generate(policy, [request])
-    ids = torch.tensor([[*request.prompt_ids_T, *result.completion_ids_T]])
-    with torch.no_grad():
-        logprob_TV = (policy.model(ids).logits[0].float() / 0.7).log_softmax(-1)
-    row = row_of(request, result)
-    allowed_NW = allowed_tokens(policy, [row])
-    assert allowed_NW is not None
-    shares = []
-    first = next(i for i, alone in enumerate(single(allowed_NW).tolist()) if not alone)
-    last = max(i for i, alone in enumerate(single(allowed_NW).tolist()) if not alone)
-    for place in range(first, last + 1):  # before and after it the model is not asked
-        allowed_V = unpacked(allowed_NW[place : place + 1], logprob_TV.shape[1])[0]
-        at = len(request.prompt_ids_T) + place - 1
-        shares.append(logprob_TV[at][allowed_V].logsumexp(0).item())
-    assert result.allowed_logprob == pytest.approx(sum(shares) / len(shares), abs=1e-4)
+    grammar = Grammar('%llguidance {}\nstart: "to: " ("a" | "bb" | "bc") "."')
+    prompt = encode(policy, "abc")
+    requests = [
+        GenerationRequest(prompt, 60, temperature=1.3, grammar=grammar, seed=seed)
+        for seed in range(300)
+    ]
+    calls = [call_of(*pair) for pair in zip(requests, generate(policy, requests), strict=True)]
+    answers = {call.completion_ids_T for call in calls}
+    assert {call.text for call in calls} == {"to: a.", "to: bb.", "to: bc."}
+    # All that is drawn at all: what the same texts weigh in other tokens is next to nothing.
+    own, held = 0.0, 0.0
+    for answer in answers:
+        ids = torch.tensor([[*prompt, *answer]])
+        with torch.no_grad():
+            logprob_TV = (policy.model(ids).logits[0].float() / 1.3).log_softmax(-1)
+        at = torch.arange(len(prompt) - 1, ids.shape[1] - 1)
+        own += float(logprob_TV[at, torch.tensor(answer)].sum().exp())
+        call = next(call for call in calls if call.completion_ids_T == answer)
+        held += math.exp(sum(call.logprobs_T))
+    assert held == pytest.approx(1, abs=0.02)
+    free = replace(calls[0], grammar=None)
+    found = format_share(policy, [free, *calls])
+    assert found is not None and found == pytest.approx(own, rel=0.25)
+    assert format_share(policy, [free]) is None and format_share(policy, []) is None
 
 
 def test_what_is_forced_at_the_ends_costs_no_pass(tiny_llama: Path) -> None:
@@ -146,8 +168,6 @@ def test_what_is_forced_in_the_middle_costs_no_pass_of_its_own(
             assert found.completion_ids_T == expected.completion_ids_T
             assert found.logprobs_T == pytest.approx(expected.logprobs_T, abs=1e-4)
             assert (found.text, found.finish_reason) == (expected.text, expected.finish_reason)
-            if expected.finish_reason == "stop":
-                assert found.allowed_logprob == pytest.approx(expected.allowed_logprob, abs=1e-4)
 
 
 def test_an_answer_that_is_forced_whole_needs_no_model(tiny_llama: Path) -> None:
