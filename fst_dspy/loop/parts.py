@@ -26,7 +26,6 @@ from fst_dspy.fast.proposers.reflection import ReflectionLMProposer
 from fst_dspy.fast.trials import TrialPhase
 from fst_dspy.lm.local_lm import LocalLM
 from fst_dspy.lm.predictors import check_trained
-from fst_dspy.loop import held
 from fst_dspy.loop.folder import RunFolder
 from fst_dspy.loop.learner import GRPOLearner, Learner
 from fst_dspy.loop.progress import ProgressListener, SilentProgress, default_progress
@@ -37,6 +36,7 @@ from fst_dspy.plan.plan import Plan, fitted, make_plan
 from fst_dspy.plan.prompts import prompts_of
 from fst_dspy.rollouts.checks import CheckedInput
 from fst_dspy.rollouts.runner import RolloutRunner
+from fst_dspy.run import claims
 from fst_dspy.run.store import free_bytes
 from fst_dspy.run.trackers import Trackers
 from fst_dspy.student.candidate import example_id, seed_candidate
@@ -147,7 +147,7 @@ class Parts:
 
     def let_go(self) -> None:
         """Let go of the live weights, once the best ones are in place."""
-        held.let_go(self.policy)
+        claims.release(self.policy)
 
 
 def make_parts(spec: RunSpec, student: dspy.Module, checked: CheckedInput, start: Start) -> Parts:
@@ -164,11 +164,11 @@ def make_parts(spec: RunSpec, student: dspy.Module, checked: CheckedInput, start
             another compile that has them.
         StoreError: The run folder cannot be used.
     """
-    held.hold(checked.lm.policy)
+    claims.claim(checked.lm.policy)
     try:
         return _made_parts(spec, student, checked, start)
     except BaseException:
-        held.let_go(checked.lm.policy)
+        claims.release(checked.lm.policy)
         raise
 
 

@@ -140,7 +140,7 @@ def test_the_baseline_runs_with_the_settings_it_was_tuned_to(tiny_qwen3, tmp_pat
     settings = {name: value for name, value in TINY.items() if name != "learning_rate"}
     plan = Plan(PROGRAM, str(tiny_qwen3), 30, 1, settings)
     heard, jobs = [], {}
-    protocol = importlib.import_module("fst_dspy.experiments.compare")
+    protocol = importlib.import_module("fst_dspy.experiments.protocols.compare")
     collect = lambda store, found, **_: jobs.update((job.name, job) for job in found)  # noqa: E731
     monkeypatch.setattr(protocol, "run_jobs", collect)  # real ones are run elsewhere
     options = {"rl_trials": 2, "rl_budget_factor": 5}

@@ -12,12 +12,12 @@ from places import PROGRAM
 from fst_dspy.config import FSTConfig
 from fst_dspy.errors import ConfigError, DataError, StoreError
 from fst_dspy.experiments import ARMS, AXES, ExperimentStore, Plan, compare, write_results
-from fst_dspy.experiments.ablate import REFERENCE, variants_of
 from fst_dspy.experiments.findings.contrasts import ablations, against_rl, asymptotes, mean_curves
 from fst_dspy.experiments.findings.show import Found, make_tables
 from fst_dspy.experiments.findings.tables import forgetting_table, summary
 from fst_dspy.experiments.jobs import read_outcome, read_records, write_outcome
 from fst_dspy.experiments.packed import pack, unpack
+from fst_dspy.experiments.protocols.ablate import REFERENCE, variants_of
 from fst_dspy.experiments.runs import load_runs, shared_budget
 from fst_dspy.experiments.stages import Within
 from fst_dspy.experiments.tuned_rl import rl_space, tune_rl
@@ -225,7 +225,7 @@ def test_every_axis_has_the_default_as_reference_and_changes_what_it_says():
 
 
 def test_ablations_run_the_reference_once_and_every_variant(tmp_path, monkeypatch):
-    protocol = importlib.import_module("fst_dspy.experiments.ablate")
+    protocol = importlib.import_module("fst_dspy.experiments.protocols.ablate")
     jobs = []
     monkeypatch.setattr(protocol, "run_jobs", lambda store, found, **_: jobs.extend(found))
     store = ExperimentStore(tmp_path / "store")

@@ -70,7 +70,8 @@ SAVED = {"local_lm": "lm", "engine": "lm"}
 """Files of one line, whose paths programs hold that were saved by earlier versions."""
 
 BARE = "grammar student model slow run lm rollouts agents results bundle fast fast/gepa"
-BARE += " fast/proposers loop plan distill continual experiments/findings pretrained smollm2"
+BARE += " fast/proposers loop plan distill continual pretrained smollm2"
+BARE += " experiments/findings experiments/protocols"
 """Folders whose ``__init__.py`` is a docstring: to import one file of theirs imports that one."""
 
 FILES_AT_THE_TOP = 13

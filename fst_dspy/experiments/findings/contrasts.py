@@ -7,7 +7,6 @@ from statistics import fmean, geometric_mean
 from typing import Any
 
 from fst_dspy.errors import DataError
-from fst_dspy.experiments.ablate import REFERENCE
 from fst_dspy.experiments.findings.tables import (
     CHANNELS,
     COUNTED,
@@ -17,6 +16,7 @@ from fst_dspy.experiments.findings.tables import (
     interval_text,
     mean_text,
 )
+from fst_dspy.experiments.protocols.ablate import REFERENCE
 from fst_dspy.experiments.runs import Run, by_label, scores_by_seed
 from fst_dspy.measures import (
     area_under_curve,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from statistics import fmean
 
 from fst_dspy.experiments.findings.tables import NONE, Table, interval_text, mean_text, number_text
-from fst_dspy.experiments.plasticity import BASE
+from fst_dspy.experiments.protocols.plasticity import BASE
 from fst_dspy.experiments.runs import Run, by_label, shared_budget
 from fst_dspy.measures import area_under_curve, mean_interval, rollouts_to_score
 

@@ -1,0 +1,1 @@
+"""What ``fst compare``, ``ablate``, ``plasticity`` and ``continual`` run: makers of jobs."""
