@@ -154,10 +154,11 @@ HEADS = (
 )
 NOTE = (
     "Test: mean score of held-out examples, of the model and prompt as they came and of the best "
-    "pair, with 95 % intervals over seeds. Format: share of probability that the answers' format "
-    "has without being held to it, in the first validation and in the last cycle. Failed: share of "
-    "the last cycle's rollouts. KL: to the model as it came, nats a token. Rollouts: of all "
-    "channels. Seconds: without the test."
+    "pair, held to the format where the run was, with 95 % intervals over seeds. Format: how often "
+    "answers would keep to it if they were not held to it, in the first validation and in the last "
+    "(of revision f16c856: mean share of probability of the tokens that are not forced). Failed: "
+    "share of the last cycle's rollouts. KL: to the model as it came, nats a token. Rollouts: of "
+    "all channels. Seconds: without the test."
 )
 
 
