@@ -79,6 +79,8 @@ def format_share(policy: Policy, calls: Sequence[Call]) -> float | None:
         ``None`` where no answer was held.
     """
     held = [call for call in calls if call.grammar is not None and call.completion_ids_T]
+    if not held:
+        return None
     kept: list[float] = []
     with policy.lock, torch.no_grad():
         for rows in _batches(held):
@@ -92,7 +94,7 @@ def format_share(policy: Policy, calls: Sequence[Call]) -> float | None:
                 log_share_N[part] = allowed.double().clamp(max=0)
             lengths = [len(row.completion_ids_T) for row in rows]
             kept += [float(one_T.sum().exp()) for one_T in log_share_N.split(lengths)]
-    return sum(kept) / len(kept) if kept else None
+    return sum(kept) / len(kept)
 
 
 def spread_calls(rollouts: Sequence[Rollout], tokens: int, seed: int) -> list[Call]:

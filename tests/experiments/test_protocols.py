@@ -49,7 +49,7 @@ OTHER = str(SUPPORT / "study_program_late.py")
 def collected(monkeypatch, name):
     """The jobs that a protocol would run."""
     jobs = []
-    protocol = importlib.import_module(f"fst_dspy.experiments.{name}")
+    protocol = importlib.import_module(f"fst_dspy.experiments.protocols.{name}")
     monkeypatch.setattr(protocol, "run_jobs", lambda store, found, **_: jobs.extend(found) or [])
     return jobs
 

@@ -34,6 +34,7 @@ def validated(share: float, peak: float, seed: int = 0, samples: int = 4) -> tup
         fast_on=True,
         policy=SimpleNamespace(step=0, base_version="v"),
         lm=SimpleNamespace(version="v"),
+        spec=SimpleNamespace(seed=0),
     )
     ids = tuple(map(example_id, VAL))
     population = Population((SEED,), ids, ((0.0,) * len(VAL),), 0)
