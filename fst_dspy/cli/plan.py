@@ -51,6 +51,7 @@ def plan(
             config,
             device=device,
             arm=arm,
+            val_examples=len(task.valset),
         )
         if as_json:
             print_json(found.to_dict())

@@ -257,6 +257,7 @@ def _plan(spec: RunSpec, student: dspy.Module, checked: CheckedInput) -> Plan:
         max_tokens=checked.lm.kwargs["max_tokens"],
         context=policy.context_length,
         arm=spec.arm,
+        val_examples=len(checked.valset),
         free_disk=None if spec.log_dir is None else free_bytes(spec.log_dir),
     )
 

@@ -33,6 +33,7 @@ def plan_of_files(
     *,
     device: str | None = None,
     arm: Arm = "fst",
+    val_examples: int | None = None,
 ) -> Plan:
     """Plan a compile of a program on a model that is not loaded.
 
@@ -42,6 +43,7 @@ def plan_of_files(
         program: The program.
         trainset: Examples, of which a few are rendered.
         config, arm: As for ``FST``.
+        val_examples: As for ``make_plan``.
         device: CUDA where there is one, by default.
 
     Raises:
@@ -71,6 +73,7 @@ def plan_of_files(
         max_tokens=min(MAX_TOKENS, context // 8),
         context=context,
         arm=arm,
+        val_examples=val_examples,
     )
 
 

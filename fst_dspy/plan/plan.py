@@ -191,6 +191,7 @@ def make_plan(
     max_tokens: int,
     context: int,
     arm: Arm = "fst",
+    val_examples: int | None = None,
     flops: float | None = None,
     total: int | None = None,
     free_disk: int | None = None,
@@ -206,6 +207,7 @@ def make_plan(
         max_tokens: Longest answer of a call, where the settings do not say.
         context: Tokens that prompt and answer may have together.
         arm: As for ``FST``.
+        val_examples: Validation examples that there are; as many as are asked for by default.
         flops: Multiplications and additions a second that the device does; tried out by default.
         total: Bytes of memory that the device has; asked for by default.
         free_disk: Bytes that there are for the run folder; ``None`` where they are not known.
@@ -241,7 +243,9 @@ def make_plan(
         cached_tokens=cached,
     )  # fmt: skip
     slow_on = arm != "gepa_only"
-    rollouts, steps = _rollouts(config, batch, slow_on)
+    scored = config.sampling.val_size
+    scored = scored if val_examples is None else min(scored, val_examples)
+    rollouts, steps = _rollouts(config, batch, scored, slow_on)
     flops = flops or measured_flops(text.hidden_size, dtype, device)
     each = prompts.calls * 2 * parameters * length / (flops * EFFICIENCY)
     step_seconds = batch * each / SAMPLING  # read again, and twice that on the way back
@@ -286,12 +290,12 @@ def measured_flops(width: int, dtype: torch.dtype, device: torch.device) -> floa
     return 2 * TRIED_ROWS * 4 * width * width / best
 
 
-def _rollouts(config: FSTConfig, batch: int, slow_on: bool) -> tuple[int, int]:
-    """Rollouts of the run, and optimizer steps among them."""
+def _rollouts(config: FSTConfig, batch: int, examples: int, slow_on: bool) -> tuple[int, int]:
+    """Rollouts of the run, and optimizer steps among them; ``examples`` are validated on."""
     budget, fast = config.budget, config.fast
     trained = config.slow.steps_per_cycle * batch if slow_on else 0
     own = 0 if slow_on and fast.reuse else 2 * fast.cycle_iterations * fast.minibatch_size
-    scored = config.sampling.val_size * config.sampling.val_samples
+    scored = examples * config.sampling.val_samples
     cycle = trained + scored + own
     first = scored + 2 * fast.first_cycle_iterations * fast.minibatch_size
     cycles = budget.max_cycles

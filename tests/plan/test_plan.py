@@ -67,6 +67,18 @@ def test_a_model_of_qwens_size_is_planned_with_all_defaults(
     assert plan.timing == "estimated"
 
 
+def test_a_plan_counts_the_validation_examples_that_there_are(
+    qwen: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine(monkeypatch, 64)
+    program, config = dspy.Predict("question -> answer"), FSTConfig.make(max_cycles=2)
+    few, many, asked = (
+        plan_of_files(qwen, program, EXAMPLES, config, device="cpu", val_examples=count)
+        for count in (8, 500, None)
+    )
+    assert asked.rollouts == many.rollouts == few.rollouts + 3 * (48 - 8)
+
+
 def test_adapters_are_trained_where_all_weights_do_not_fit(
     qwen: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
