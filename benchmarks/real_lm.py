@@ -128,8 +128,8 @@ def overview(found: Mapping[str, Sequence[Run]]) -> Table:
                     str(len(group)),
                     interval_text(mean_interval(base)),
                     interval_text(mean_interval(list(scores_by_seed(group).values()))),
-                    f"{_mean([record.format_share or 0.0 for record in first]):.2f}",
-                    f"{_mean([record.format_share or 0.0 for record in last]):.2f}",
+                    _share([record.format_share for record in first]),
+                    _share([record.format_share for record in last]),
                     f"{_mean([sum(record.failure_shares.values()) for record in last]):.3f}",
                     f"{_mean([run.outcome.kl_to_base for run in group]):.3f}",
                     f"{_mean([run.outcome.rollouts.total for run in group]):.0f}",
@@ -155,11 +155,17 @@ HEADS = (
 NOTE = (
     "Test: mean score of held-out examples, of the model and prompt as they came and of the best "
     "pair, held to the format where the run was, with 95 % intervals over seeds. Format: how often "
-    "answers would keep to it if they were not held to it, in the first validation and in the last "
-    "(of revision f16c856: mean share of probability of the tokens that are not forced). Failed: "
-    "share of the last cycle's rollouts. KL: to the model as it came, nats a token. Rollouts: of "
-    "all channels. Seconds: without the test."
+    "answers would keep to it if they were not held to it, in the first validation and the last, "
+    "where they were (of revision f16c856: mean share of probability of the tokens that are not "
+    "forced). Failed: share of the last cycle's rollouts. KL: to the model as it came, nats a "
+    "token. Rollouts: of all channels. Seconds: without the test."
 )
+
+
+def _share(found: Sequence[float | None]) -> str:
+    """Their mean; of runs that were held to a format all have one."""
+    held = [share for share in found if share is not None]
+    return f"{_mean(held):.2f}" if held else ""
 
 
 def _mean(values: Sequence[float]) -> float:
