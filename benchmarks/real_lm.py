@@ -32,6 +32,7 @@ from fst_dspy.experiments import (
     write_results,
 )
 from fst_dspy.experiments.findings.tables import Table, interval_text
+from fst_dspy.experiments.packed import JOBS
 from fst_dspy.experiments.runs import by_label, scores_by_seed
 from fst_dspy.experiments.tuned_rl import tune_rl as tune_rl_only
 from fst_dspy.files import write_atomically
@@ -39,7 +40,6 @@ from fst_dspy.measures import mean_interval
 
 STORES = Path("runs/real")
 RESULTS = Path(__file__).parent / "results" / "real"
-JOBS = "jobs.jsonl"
 TUNED = "rl_only-tuned"
 ARMS = "fst,rl_only,gepa_only,sequential"
 ROLLOUTS = 1600

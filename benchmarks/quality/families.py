@@ -41,6 +41,7 @@ from fst_dspy.experiments.findings.over_families import (
 )
 from fst_dspy.experiments.findings.show import open_store
 from fst_dspy.experiments.findings.tables import Table, interval_text
+from fst_dspy.experiments.packed import JOBS
 from fst_dspy.experiments.runs import by_label, scores_by_seed
 from fst_dspy.measures import paired_difference
 from fst_dspy.results.notebook_figure import NotebookFigure
@@ -49,7 +50,6 @@ from fst_dspy.results.plots import drift_curves, score_curves
 STORES = Path("runs/families")
 RESULTS = Path(__file__).parent.parent / "results" / "families"
 HEADLINE = "headline.png"
-JOBS = "jobs.jsonl"
 NAMES = {"fst": "FST", "gepa_only": "prompts alone", "rl_only": "weights alone (GRPO, tuned)"}
 """The arms of the figure on the first page, and what they are called there."""
 

@@ -20,6 +20,9 @@ from fst_dspy.experiments.jobs import OUTCOME, Job, job_of, write_json
 from fst_dspy.experiments.runner import CYCLES, ExperimentStore, JobStatus
 from fst_dspy.files import read_json, read_jsonl, write_atomically
 
+JOBS = "jobs.jsonl"
+"""The usual name of such a file, beside a store's tables."""
+
 
 def pack(store: ExperimentStore, file: Path) -> None:
     """Write what of a store has ended, atomically; nothing where nothing has.

@@ -58,7 +58,6 @@ POLL_SECONDS = 1.0
 OF_A_CALL = frozenset(
     [
         "lm",
-        "adapter",
         "callbacks",
         "trace",
         "branch_idx",
@@ -109,8 +108,7 @@ class StudyPlan:
         seed: Of the task and every compile. Worker ``i`` draws settings with ``seed + i``.
         arm: As for ``FST``.
         reflection_lm: As for ``FST``.
-        adapter: DSPy's, as it was set where the study was started; ``None`` for its default.
-        carried: DSPy's other settings there, such as ``rm``, and a program's own.
+        carried: What DSPy was set to where the study was started, such as ``adapter`` and ``rm``.
     """
 
     task: str | Path | Task | Callable[[], Task]
@@ -125,7 +123,6 @@ class StudyPlan:
     seed: int = 0
     arm: Arm = "fst"
     reflection_lm: dspy.LM | None = None
-    adapter: dspy.Adapter | None = None
     carried: Mapping[str, Any] = field(default_factory=dict)
 
     def load_task(self) -> Task:
@@ -142,8 +139,7 @@ class StudyPlan:
 
     def settings(self) -> dict[str, Any]:
         """DSPy's settings for a trial, in whatever process it runs."""
-        chosen = {} if self.adapter is None else {"adapter": self.adapter}
-        return {**self.carried, "lm": self.load_lm(), **chosen}
+        return {**self.carried, "lm": self.load_lm()}
 
 
 def tune(
@@ -223,7 +219,6 @@ def tune(
         seed=seed,
         arm=arm,
         reflection_lm=reflection_lm,
-        adapter=dspy.settings.adapter,
         carried=_set_in_dspy(),
     )
     if workers > 1:
@@ -256,7 +251,7 @@ def _check_carried(plan: StudyPlan) -> None:
     Raises:
         ConfigError: One cannot.
     """
-    for name, value in {**plan.carried, "adapter": plan.adapter}.items():
+    for name, value in plan.carried.items():
         try:
             pickle.dumps(value)
         except Exception as error:
@@ -322,13 +317,14 @@ def open_study(plan: StudyPlan, task: Task, worker: int = 0) -> optuna.Study:
         seed=random.Random(draws).getrandbits(32),
         n_startup_trials=8,
     )
+    adapter = plan.carried.get("adapter")
     wanted = {
         "objective": asdict(plan.objective),
         "fixed": dict(plan.fixed),
         "task": task.name,
         "seed": plan.seed,
         "arm": plan.arm,
-        "adapter": type(plan.adapter).__name__ if plan.adapter else None,
+        "adapter": type(adapter).__name__ if adapter else None,
         "lm": _name_of_model(plan.lm),
     }
     found = study.user_attrs
