@@ -75,6 +75,7 @@ def load(
     train: int = 200,
     val: int = 64,
     test: int = 200,
+    reasoning: bool = True,
     trust_answers: bool = False,
     **config: Any,
 ) -> Task:
@@ -84,6 +85,8 @@ def load(
         seed: Seed of the problems; neighbouring seeds share none but by chance.
         dataset: Its name in reasoning-gym, such as ``"codeio"`` or ``"gsm_symbolic"``.
         train, val, test: Problems in each split.
+        reasoning: Ask for the reasoning before the answer. A model of some hundred million weights
+            answers better, and several times faster, without.
         trust_answers: Allow a verifier that runs the model's answers as code (``EVALUATING``).
         **config: The dataset's own settings, such as ``difficulty=6``.
 
@@ -113,7 +116,7 @@ def load(
     ]
     return Task(
         name=f"gym-{dataset}",
-        program=dspy.ChainOfThought(SolveProblem),
+        program=(dspy.ChainOfThought if reasoning else dspy.Predict)(SolveProblem),
         metric=metric,
         trainset=examples[:train],
         valset=examples[train : train + val],

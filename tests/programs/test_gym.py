@@ -83,6 +83,14 @@ def test_the_verifier_takes_the_right_answer_and_no_other(dataset: str) -> None:
             assert none.score == 0.0 and "there was no answer" in none.feedback
 
 
+def test_reasoning_may_be_left_out() -> None:
+    fields = {
+        reasoning: list(load("gcd", reasoning=reasoning).program.predictors()[0].signature.fields)
+        for reasoning in (True, False)
+    }
+    assert fields == {True: ["problem", "reasoning", "answer"], False: ["problem", "answer"]}
+
+
 def test_most_wrong_answers_get_nothing() -> None:
     task = load("codeio")
     for gold in all_of(task):
