@@ -157,8 +157,9 @@ def common_beginning(one: Sequence[int], other: Sequence[int]) -> int:
 def find_bins(rows_N: Sequence[Sequence[int]], most_rows: int) -> list[Bin]:
     """Parts of the tree that rows make, of a single row or of up to ``BIN_TOKENS``.
 
-    A larger branch is cut wherever its rows part first. Rows of a bin have 2 tokens in common at
-    least.
+    A larger branch is cut wherever its rows part first. What then is shorter than the longest bin,
+    which all are padded to, is put together again as far as it fits there. Rows of a bin have 2
+    tokens in common at least.
 
     Args:
         rows_N: At least one.
@@ -180,7 +181,23 @@ def find_bins(rows_N: Sequence[Sequence[int]], most_rows: int) -> list[Bin]:
         cuts = [start + n + 1 for n, length in enumerate(common) if length == least]
         parts = list(pairwise([start, *cuts, end]))
         branches += [(*part, least) for part in reversed(parts)]
-    return bins
+    return _filled(bins, rows_N, most_rows)
+
+
+def _filled(bins: Sequence[Bin], rows_N: Sequence[Sequence[int]], most_rows: int) -> list[Bin]:
+    """Neighbours that one branch was cut into as one bin, where that is no longer than another."""
+    longest = max(part.tokens for part in bins)
+    filled = [bins[0]]
+    for part in bins[1:]:
+        last = filled[-1]
+        both = Bin((*last.rows, *part.rows), part.begins, last.tokens + part.tokens)
+        common = common_beginning(rows_N[last.rows[-1]], rows_N[part.rows[0]])
+        of_a_branch = last.begins == part.begins == common >= 2
+        if of_a_branch and both.tokens <= longest and len(both.rows) <= most_rows:
+            filled[-1] = both
+        else:
+            filled.append(part)
+    return filled
 
 
 def worthwhile_bins(

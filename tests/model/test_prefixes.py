@@ -67,6 +67,15 @@ def test_bins_hold_every_row_once_and_its_tokens_in_common_once(
         assert part.tokens == len(nodes)
 
 
+def test_bins_of_a_branch_that_was_cut_are_filled_up() -> None:
+    # A long prompt in common, three rows that go on alike, and others that are read in one go.
+    alike = [[*range(100), *range(200, 400), n] for n in range(3)]
+    other = [[*range(100), 500 + n, *range(60)] for n in range(20)]
+    bins = find_bins([*alike, *other], 30)
+    assert [(len(part.rows), part.begins) for part in bins] == [(3, 100), *[(3, 100)] * 6, (2, 100)]
+    assert max(part.tokens for part in bins) == 203
+
+
 def test_an_agents_turns_are_read_once(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = []
     for rollout in range(4):
