@@ -13,6 +13,7 @@ import torch
 
 from fst_dspy.errors import DataError
 from fst_dspy.grammar.tokens import unpacked
+from fst_dspy.model.hardware import give_back_memory
 from fst_dspy.model.logprobs import (
     CHUNK_BYTES,
     FORWARD_ROWS,
@@ -59,6 +60,7 @@ def kl_to_base(policy: Policy, calls: Sequence[Call]) -> float:
                         term_NV = term_NV.masked_fill(live_NV == -torch.inf, 0)
                         total += term_NV.double().sum().item()
                         count += len(live_NV)
+            give_back_memory()
     return max(0.0, total / count)
 
 

@@ -22,7 +22,7 @@ from fst_dspy.model.cache_layers import CHANGED, DynamicLayer, left_out, obstacl
 from fst_dspy.model.endings import End, closing_tokens, eos_ids, kept_tokens, texts_of
 from fst_dspy.model.graph_decode import GraphDecode, begin, release
 from fst_dspy.model.growing_decode import GrowingDecode, forward
-from fst_dspy.model.hardware import cudnn_attention, is_out_of_memory
+from fst_dspy.model.hardware import cudnn_attention, give_back_memory, is_out_of_memory
 from fst_dspy.model.policy import Policy
 from fst_dspy.model.prefixes import (
     backbone_of,
@@ -146,6 +146,7 @@ def generate(policy: Policy, requests: Sequence[GenerationRequest]) -> list[Gene
                     results[places[index]] = result
         finally:
             model.train(was_training)
+    give_back_memory()
     return [result for result in results if result is not None]
 
 

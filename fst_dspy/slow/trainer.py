@@ -25,7 +25,12 @@ from fst_dspy import distributed
 from fst_dspy.config import SamplingConfig, SlowConfig
 from fst_dspy.errors import ModelError, StoreError, TrainingError
 from fst_dspy.model.graph_decode import release
-from fst_dspy.model.hardware import cudnn_attention, free_memory, is_out_of_memory
+from fst_dspy.model.hardware import (
+    cudnn_attention,
+    free_memory,
+    give_back_memory,
+    is_out_of_memory,
+)
 from fst_dspy.model.logprobs import read_of
 from fst_dspy.model.policy import Policy
 from fst_dspy.model.prefixes import (
@@ -190,6 +195,7 @@ class SlowTrainer:
         finally:
             self._trl.model.zero_grad()
             self._trl.model.eval()
+            give_back_memory()
 
     def state(self) -> TrainingState:
         """Trained weights, optimizer, schedule and random state, not copied where it is not needed.

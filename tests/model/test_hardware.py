@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
@@ -82,3 +83,18 @@ def test_the_default_dtype_goes_by_the_size_that_the_configuration_describes(
     assert large.source["dtype"] == "bfloat16"
     # What was asked for, or saved, stays.
     assert Policy.load(tiny_qwen3, device="cpu", dtype="float32").base_version == small.base_version
+
+
+@pytest.mark.skipif(hardware._trim is None, reason="the C library gives memory back by itself")
+def test_freed_memory_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    def resident() -> int:
+        return psutil.Process().memory_info().rss
+
+    monkeypatch.setattr(hardware, "TRIM_SECONDS", 0.0)
+    # Below what is mapped on its own; one block in a hundred stays, so that no end is free.
+    blocks = [torch.zeros(2**14) for _ in range(4000)]
+    kept = blocks[::100]
+    full = resident()
+    del blocks
+    hardware.give_back_memory()
+    assert full - resident() > 100e6 and len(kept) == 40
