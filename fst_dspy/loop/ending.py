@@ -204,8 +204,8 @@ def measured_plan(parts: Parts, state: LoopState) -> Plan:
         allowed = max(rollouts, int(rollouts * min(left)))
         if budget.max_rollouts is not None or budget.max_cycles is not None:
             allowed = min(allowed, parts.plan.rollouts)
-    seconds, tokens = state.seconds.get("eval", 0.0), sum(parts.runner.tokens.values())
-    return parts.plan.measured(seconds, rollouts, tokens=tokens, allowed=allowed)
+    seconds = state.seconds.get("eval", 0.0)
+    return parts.plan.measured(seconds, rollouts, tokens=parts.runner.tokens, allowed=allowed)
 
 
 def check_limits(parts: Parts) -> None:

@@ -7,8 +7,9 @@ out for a moment. The first validation shows how fast rollouts really are.
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
@@ -16,7 +17,7 @@ import torch
 
 from fst_dspy.config import FSTConfig, SlowConfig
 from fst_dspy.model.hardware import multiplies_bfloat16, total_memory
-from fst_dspy.model.prefixes import PACKED_TOKENS, can_pack
+from fst_dspy.model.prefixes import PACKED_TOKENS, can_continue, can_pack
 from fst_dspy.model.sizes import (
     MAX_CPU_TOKENS,
     cache_bytes,
@@ -59,6 +60,8 @@ class Plan:
         calls: Model calls of a rollout; of an agent, of a turn.
         prompt_tokens, max_tokens: Of a call: its prompt's mean length, its longest answer.
         prompts_counted: Whether a tokenizer counted; else it is an estimate.
+        read_share: Of the prompt tokens of a step's rollouts, those that are read: what rollouts
+            have in common is read once. Above 0, at most 1.
         micro_batch_tokens: Of a forward and backward pass.
         memory: By what it is for, in bytes.
         peak_memory, machine_memory: The most at once, and what the device has.
@@ -81,6 +84,7 @@ class Plan:
     prompt_tokens: int
     max_tokens: int
     prompts_counted: bool
+    read_share: float
     micro_batch_tokens: int
     memory: Memory
     peak_memory: int
@@ -99,7 +103,12 @@ class Plan:
         return asdict(self)
 
     def measured(
-        self, seconds: float, rollouts: int, *, tokens: int = 0, allowed: int | None = None
+        self,
+        seconds: float,
+        rollouts: int,
+        *,
+        tokens: Mapping[str, int] | None = None,
+        allowed: int | None = None,
     ) -> Plan:
         """The plan with times by what some rollouts, a validation's say, have taken.
 
@@ -109,13 +118,19 @@ class Plan:
         Args:
             seconds: That they took.
             rollouts: How many there were.
-            tokens: Of all their prompts and answers; 0 where that is not known.
+            tokens: Of all their ``"prompt"`` and ``"completion"``; ``None`` where not known.
             allowed: Rollouts that a limit in another unit, environment steps, leaves the run.
         """
+        planned = self.calls * self.prompt_tokens, self.calls * self.max_tokens
+        prompt, answer = map(float, planned)
+        if tokens is not None and any(tokens.values()):
+            prompt, answer = (tokens[kind] / max(1, rollouts) for kind in ("prompt", "completion"))
         sampled, batch = seconds / max(1, rollouts), self.rollouts_per_step
-        planned = self.calls * (self.prompt_tokens + self.max_tokens)
-        longer = tokens / max(1, rollouts) / max(1, planned) if tokens else 1.0
-        learned = self.seconds_per_step / max(1, batch) * (1 - SAMPLING) * longer
+        # Of a step: the tokens that are read, against all and against those of the estimate.
+        read = self.read_share * prompt + answer
+        learned = self.seconds_per_step / max(1, batch) * (1 - SAMPLING)
+        learned *= read / max(1, self.read_share * planned[0] + planned[1])
+        step_seconds = batch * (sampled * read / max(1, prompt + answer) + learned)
         total = self.rollouts if allowed is None else allowed
         steps = self.steps
         if steps and total != self.rollouts:
@@ -124,8 +139,8 @@ class Plan:
             self,
             rollouts=total,
             steps=steps,
-            seconds_per_step=batch * (sampled + learned),
-            seconds=total * sampled + steps * batch * learned,
+            seconds_per_step=step_seconds,
+            seconds=max(0, total - steps * batch) * sampled + steps * step_seconds,
             timing="measured",
         )
 
@@ -225,19 +240,20 @@ def make_plan(
     length = prompts.tokens + new
     batch = slow.group_size * slow.problems_per_step
     most_rows = micro // max(1, length), MICRO_ROWS
+    # A candidate's rollouts of a problem have the same prompt, which counts once.
+    candidates = 1 if arm == "rl_only" else config.fast.population_size
+    shared = min(1.0, candidates / slow.group_size) if can_continue(model) else 1.0
+    read = prompts.tokens * shared + new
     if device.type == "cpu" and can_pack(model):
-        # A candidate's rollouts of a problem have the same prompt, which counts once.
-        shared = min(1.0, config.fast.population_size / slow.group_size)
-        most_rows = int(min(micro, PACKED_TOKENS) / (prompts.tokens * shared + new)), batch
+        most_rows = int(min(micro, PACKED_TOKENS) / read), batch
     rows = max(1, min(most_rows[0], slow.micro_batch_size or most_rows[1], batch))
     alive = min(batch, config.sampling.num_threads)
     fits = power_of_two(room // 2) // cache_bytes(text, item)
     cap = min(fits, MAX_CPU_TOKENS) if device.type != "cuda" else fits
     cached = min(alive * length, max(length, cap))
-    prompts_read = -(-rows * min(slow.group_size, config.fast.population_size) // slow.group_size)
     memory = memory_of(
         model, dtype, lora,
-        micro_tokens=prompts_read * prompts.tokens + rows * new,
+        micro_tokens=math.ceil(rows * shared) * prompts.tokens + rows * new,
         trained_tokens=rows * new,
         rows=min(alive, max(1, cached // max(1, length))),
         cached_tokens=cached,
@@ -248,7 +264,8 @@ def make_plan(
     rollouts, steps = _rollouts(config, batch, scored, slow_on)
     flops = flops or measured_flops(text.hidden_size, dtype, device)
     each = prompts.calls * 2 * parameters * length / (flops * EFFICIENCY)
-    step_seconds = batch * each / SAMPLING  # read again, and twice that on the way back
+    # Read again, and twice that on the way back.
+    step_seconds = batch * each * read / max(1, length) / SAMPLING
     plan = Plan(
         model=name,
         device=str(device),
@@ -261,6 +278,7 @@ def make_plan(
         prompt_tokens=prompts.tokens,
         max_tokens=new,
         prompts_counted=prompts.counted,
+        read_share=shared,
         micro_batch_tokens=micro,
         memory=memory,
         peak_memory=memory.peak(device),
@@ -270,7 +288,7 @@ def make_plan(
         rollouts_per_step=batch,
         rollouts=rollouts,
         seconds_per_step=step_seconds,
-        seconds=rollouts * each + steps * batch * each * (1 / SAMPLING - 1),
+        seconds=max(0, rollouts - steps * batch) * each + steps * step_seconds,
         timing="estimated",
         problems=(),
     )

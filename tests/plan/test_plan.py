@@ -22,6 +22,7 @@ from fst_dspy.plan import plan as plan_module
 from fst_dspy.plan.files import plan_of_files
 from fst_dspy.plan.memory import fitting_lora, memory_of, trainable_count
 from fst_dspy.plan.prompts import prompts_of
+from fst_dspy.types import Arm
 
 GIB = 2**30
 EXAMPLES = [
@@ -41,10 +42,10 @@ def machine(monkeypatch: pytest.MonkeyPatch, gib: float, *, bfloat16: bool = Tru
     monkeypatch.setattr(hardware, "multiplies_bfloat16", lambda: bfloat16)
 
 
-def planned(folder: Path, **settings: object) -> plan_module.Plan:
+def planned(folder: Path, arm: Arm = "fst", **settings: object) -> plan_module.Plan:
     config = FSTConfig.make(**{"max_cycles": 2, **settings})
     program = dspy.Predict("question -> answer")
-    return plan_of_files(folder, program, EXAMPLES, config, device="cpu")
+    return plan_of_files(folder, program, EXAMPLES, config, device="cpu", arm=arm)
 
 
 def test_a_model_of_qwens_size_is_planned_with_all_defaults(
@@ -164,18 +165,27 @@ def test_measured_times_take_the_place_of_estimates(
     machine(monkeypatch, 64)
     plan = planned(qwen)
     learned = plan.seconds_per_step * 3 / 4  # an estimate still: nothing has been learned so far
+    # Eight rollouts of a problem, two under each of four candidates, whose prompts are read once.
+    assert plan.read_share == 0.5
+    read = plan.prompt_tokens / 2 + plan.max_tokens
+    sampled = 64 * 2 * read / (plan.prompt_tokens + plan.max_tokens)
     slower = plan.measured(seconds=96.0, rollouts=48)  # two seconds a rollout
     assert slower.timing == "measured"
-    assert slower.seconds_per_step == pytest.approx(64 * 2 + learned)
-    assert slower.seconds == pytest.approx(plan.rollouts * 2 + plan.steps * learned)
+    assert slower.seconds_per_step == pytest.approx(sampled + learned)
+    apart = plan.rollouts - 64 * plan.steps
+    assert slower.seconds == pytest.approx(2 * apart + plan.steps * slower.seconds_per_step)
     assert (slower.rollouts, slower.steps) == (plan.rollouts, plan.steps)
-    longer = plan.measured(96.0, 48, tokens=48 * 3 * (plan.prompt_tokens + plan.max_tokens))
-    assert longer.seconds_per_step == pytest.approx(64 * 2 + 3 * learned)
+    tokens = {"prompt": 48 * 3 * plan.prompt_tokens, "completion": 48 * 3 * plan.max_tokens}
+    longer = plan.measured(96.0, 48, tokens=tokens)
+    assert longer.seconds_per_step == pytest.approx(sampled + 3 * learned)
+    short = plan.measured(96.0, 48, tokens={"prompt": 4800, "completion": 0})
+    assert short.seconds_per_step == pytest.approx(64 + learned * 50 / read)
     fewer = plan.measured(96.0, 48, allowed=plan.rollouts // 2)
     assert fewer.rollouts == plan.rollouts // 2 and fewer.steps == round(
         plan.steps * fewer.rollouts / plan.rollouts
     )
-    assert fewer.seconds == pytest.approx(fewer.rollouts * 2 + fewer.steps * learned)
+    alone = planned(qwen, arm="rl_only")
+    assert alone.read_share == 1 / 8 and alone.seconds_per_step < plan.seconds_per_step
 
 
 def test_the_command_prints_json_and_its_exit_code_tells(qwen: Path) -> None:
