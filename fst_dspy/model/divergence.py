@@ -12,7 +12,8 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from fst_dspy.errors import DataError
-from fst_dspy.grammar.tokens import unpacked
+from fst_dspy.grammar.tokens import single, unpacked
+from fst_dspy.model.endings import eos_ids
 from fst_dspy.model.hardware import give_back_memory
 from fst_dspy.model.logprobs import (
     CHUNK_BYTES,
@@ -70,8 +71,9 @@ def format_share(policy: Policy, calls: Sequence[Call]) -> float | None:
     An answer is drawn with q, over what its format allows, where the model itself has p: at each
     token q = p / Z, with Z the share of p that is allowed, of forced tokens too. So the sum of p
     over all answers in the format is the mean under q of the product of Z over an answer's tokens:
-    the mean over the calls of that product estimates it without bias. Ways to write the same text
-    in other tokens than a forced one count as kept from it.
+    the mean over the calls of that product estimates it without bias. The end that is forced behind
+    a whole answer is not counted: adapters do not read on. Ways to write the same text in other
+    tokens than a forced one count as kept from it.
 
     Args:
         policy: The live weights, which the calls were sampled from.
@@ -84,16 +86,21 @@ def format_share(policy: Policy, calls: Sequence[Call]) -> float | None:
     if not held:
         return None
     kept: list[float] = []
+    ends = torch.tensor(sorted(eos_ids(policy)))
     with policy.lock, torch.no_grad():
         for rows in _batches(held):
             state_ND = completion_states(policy, rows)
+            ids_N = torch.tensor([token for row in rows for token in row.completion_ids_T])
+            end_N = torch.isin(ids_N, ends).to(policy.device)
             log_share_N = torch.empty(len(state_ND), dtype=torch.float64, device=policy.device)
             for part, temperature_N, allowed_NW in vocabulary_parts(policy, rows):
                 logprob_NV = logprobs_of(policy, state_ND[part], temperature_N)
                 assert allowed_NW is not None  # as every row has a grammar
-                allowed_NV = unpacked(allowed_NW.to(logprob_NV.device), logprob_NV.shape[1])
-                allowed = logprob_NV.masked_fill(~allowed_NV, -torch.inf).logsumexp(-1)
-                log_share_N[part] = allowed.double().clamp(max=0)
+                allowed_NW = allowed_NW.to(policy.device)
+                allowed_NV = unpacked(allowed_NW, logprob_NV.shape[1])
+                share_N = logprob_NV.masked_fill(~allowed_NV, -torch.inf).logsumexp(-1).double()
+                unread_N = end_N[part] & single(allowed_NW)
+                log_share_N[part] = share_N.clamp(max=0).masked_fill(unread_N, 0)
             lengths = [len(row.completion_ids_T) for row in rows]
             kept += [float(one_T.sum().exp()) for one_T in log_share_N.split(lengths)]
     return sum(kept) / len(kept)
