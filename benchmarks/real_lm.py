@@ -158,8 +158,9 @@ NOTE = (
     "pair, held to the format where the run was, with 95 % intervals over seeds. Format: how often "
     "answers would keep to it if they were not held to it, in the first validation and the last, "
     "where they were (of revision f16c856: mean share of probability of the tokens that are not "
-    "forced; of 630ab22: the end behind an answer counted as well). Failed: share of the last cycle's rollouts. KL: to the model as it came, nats a "
-    "token. Rollouts: of all channels. Seconds: without the test."
+    "forced; of 630ab22: the end behind an answer counted as well). Failed: share of the last "
+    "cycle's rollouts. KL: to the model as it came, nats a token. Rollouts: of all "
+    "channels. Seconds: without the test."
 )
 
 
