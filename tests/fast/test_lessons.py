@@ -235,8 +235,38 @@ def test_a_sentence_that_quotes_its_example_needs_a_second_one() -> None:
     assert sentence in propose(by, [record(sentence, "e2")])
 
 
-def test_verdicts_and_scraps_are_not_lessons() -> None:
-    assert unmarked_sentences("Correct. The answer is 4 not 5. Well done. You said a b c") == []
+@pytest.mark.parametrize(
+    "feedback",
+    [
+        "Correct. The answer is 4 not 5. Well done. You said a b c",
+        "Not fully right (score 0.10 of 1): the answer was `Friday`.",
+        "Partially correct: the total is off by 3.",
+        "Almost right, but the unit is missing. That is not correct at all.",
+        "Close! It was wrong because the sum is 15. No, it is spam.",
+        "The model answered Friday but Monday was expected.",
+        "Your reply misses the second city. This answer is not right.",
+        "Model output 'x' does not match 'y'.",
+        "3 of 5 items are right. 40% of the keywords are there.",
+        "The summary has a ROUGE of 0.4 against the reference. An F1 score of 0.3 was reached.",
+        "Good job, the answer is correct.",
+    ],
+)
+def test_verdicts_and_scraps_are_not_lessons(feedback: str) -> None:
+    assert unmarked_sentences(feedback) == []
+
+
+@pytest.mark.parametrize(
+    "sentence",
+    [
+        "Answers are single words in lower case.",
+        "No refund is paid after 30 days.",
+        "It is best to read the sender first.",
+        "Correctness of names matters: look at the last line.",
+        "Close tickets that nobody has answered.",
+    ],
+)
+def test_rules_are_no_verdicts(sentence: str) -> None:
+    assert unmarked_sentences(sentence) == [sentence]
 
 
 def test_once_markers_were_seen_other_sentences_do_not_count() -> None:

@@ -28,12 +28,20 @@ MARKER = re.compile(r"\b(?:lesson|rule|hint|note|remember|tip)s?\s*:\s*", re.IGN
 BULLET = re.compile(r"^\s*(?:[-*•]|\d+[.)])\s+")
 SENTENCE_END = re.compile(r"(?<=[.!?])(?<!\be\.g\.)(?<!\bi\.e\.)(?<!\bvs\.)\s+")
 QUOTED = re.compile(r"\"[^\"]+\"|`[^`]+`|(?<!\w)'[^']+'(?!\w)")
+_ANSWER = r"(?:answer|output|response|reply|prediction|guess|completion)"
 VERDICT = re.compile(
     r"^(?:correct|incorrect|wrong|right|expected|got|predicted|gold|score|this (?:is|was)"
-    r"|the (?:correct|expected|right|gold|answer|prediction|output|episode (?:ended|was cut off))"
-    r"|your (?:answer|output|response|prediction)|you (?:answered|said|wrote|predicted|chose))\b",
+    r"|(?:it|that)(?:'s| is| was) (?:not )?(?:wrong|right|correct|incorrect)"
+    r"|(?:not |almost |nearly |partly |partially |mostly )+(?:\w+ )?(?:right|correct)"
+    r"|(?:no|yes|close|almost|nearly|good job|nice work|well done|great job)[,.!:;]"
+    r"|the (?:correct|expected|right|gold|model|episode (?:ended|was cut off))"
+    rf"|(?:the|this|that|your|model|model's|predicted) {_ANSWER}"
+    r"|you (?:answered|said|wrote|predicted|chose)"
+    r"|\d[\d.]*(?: ?%| ?/| of| out of))(?!\w)"
+    r"|\b(?:score|accuracy|precision|recall|f1|bleu|rouge)\b[^.]*\d",
     re.IGNORECASE,
 )
+"""What is said of one answer, or how it was scored, at the beginning of a sentence or in it."""
 MIN_WORDS = 4
 """Shorter sentences without a marker ("Well done.") teach nothing."""
 NEW_UNMARKED = 4
