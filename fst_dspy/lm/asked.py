@@ -58,13 +58,18 @@ def grammar_of_caller(policy: Policy, prompt: Any) -> str | None:
         return None
     asked = "\n".join(texts_of_prompt(prompt))
     adapter = dspy.settings.adapter or _default
+    declared = ensure_signature(predictor.signature)
     # ChatAdapter's own is what others ask through, such as TwoStepAdapter when it extracts.
     for own in dict.fromkeys((adapter, _default, _json)):
         if not isinstance(own, dspy.ChatAdapter):
             continue  # its formats are not known, nor need it say what it wants
-        for signature in _variants(ensure_signature(predictor.signature)):
+        for signature in _variants(declared):
             if wanted_format(own, signature) in asked:
                 return _grammar(own, signature, vocabulary(policy).spell)
+    if all(info.annotation is not ToolCalls for info in declared.output_fields.values()):
+        # (Calls of tools are free on purpose.)
+        known = isinstance(adapter, dspy.ChatAdapter)
+        _tell_free(type(adapter).__name__, declared.signature if known else None)
     return None
 
 
@@ -123,6 +128,25 @@ def held_to(
     if marks is None or not (opened or thinks(policy.tokenizer, options)):
         return Grammar(text, takes_runs)
     return Grammar(text, takes_runs, marks, opened)
+
+
+@functools.lru_cache(KNOWN)
+def _tell_free(adapter: str, fields: str | None) -> None:
+    """Say so, once for an adapter whose format is not known, and for a predictor's fields."""
+    if fields is None:
+        logger.warning(
+            "answers are free under %s, whose format is not known; they are held to those of "
+            "ChatAdapter, XMLAdapter, JSONAdapter and their subclasses",
+            adapter,
+        )
+    else:
+        logger.warning(
+            "an answer is free: the predictor of %r asks, under %s, for another format than its "
+            "signature's; give each signature a dspy.Predict of its own, rather than signature=... "
+            "with the call",
+            fields,
+            adapter,
+        )
 
 
 @functools.lru_cache(KNOWN)

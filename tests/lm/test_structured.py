@@ -117,6 +117,20 @@ def test_a_saved_program_and_a_compiled_one_remember_it(folder: Path, tmp_path: 
     assert "structured" not in plain.route.lm.kwargs
 
 
+def test_a_call_with_another_signature_is_free_which_is_told_once(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    predictor = dspy.Predict("ticket -> ladder: bool")
+    adapter = dspy.ChatAdapter(use_json_adapter_fallback=False)
+    with dspy.context(lm=lm_of(folder, structured=True), adapter=adapter):
+        predictor(ticket="visa")
+        for ticket in ("visa", "key"):
+            with pytest.raises(Exception, match="failed to parse"):
+                predictor(ticket=ticket, signature=dspy.Signature("ticket -> rung: bool"))
+    (said,) = [r.getMessage() for r in caplog.records if r.name == "fst_dspy.lm.asked"]
+    assert said.startswith("an answer is free: the predictor of 'ticket -> ladder' asks")
+
+
 def test_a_request_of_lm15_is_held_and_rendered_as_a_call_is(folder: Path) -> None:
     """As adapters of DSPy 3.5 make them."""
     lm, router = lm_of(folder, structured=True), Router()
