@@ -102,6 +102,12 @@ def save(program: dspy.Module, folder: str | os.PathLike[str]) -> Path:
     return write_folder(Path(folder), write, may_replace=is_bundle)
 
 
+def _all_held(manifest: Manifest) -> bool:
+    """Whether answers of all that was bound are held to formats; so others' are at run time."""
+    bound = [own.lm for own in manifest.predictors.values() if own.lm is not None]
+    return bool(bound) and all(settings.get("structured") for settings in bound)
+
+
 def load(
     folder: str | os.PathLike[str],
     program: dspy.Module | None = None,
@@ -137,7 +143,7 @@ def load(
         result = _read_result(path, manifest)
     policy = read_weights(path, manifest, os.fspath(base) if base is not None else None, device)
     policy.keep()
-    lm = LocalLM(policy)
+    lm = LocalLM(policy, structured=_all_held(manifest))
     following = [p for p in loaded.predictors() if p.lm is None]
     bind_lms(loaded, manifest, lm)
     following = [p for p in following if p.lm is not None]

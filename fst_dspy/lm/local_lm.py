@@ -291,14 +291,16 @@ class LocalLM(dspy.LM):
                 return self
             if isinstance(compiled, LocalLM) and compiled.stands_for(self, module):
                 # Not to be looked at again: the same weights, with this LM's settings.
+                # Held to formats if its answers are, as were those of rollouts.
                 found = compiled.copy(cache=self.cache, callbacks=self.callbacks)
-                found.kwargs, found.history = self.kwargs, self.history
+                found.kwargs, found.history = self.kwargs | compiled.held, self.history
                 return found
         return self
 
     def stands_for(self, other: LocalLM, program: dspy.Module) -> bool:
         """Whether calls of another LM are meant for this one, within a program compiled for it."""
-        if other.model == self.model or serving(other.policy) is not None:
+        alike = other.model == self.model and self.held.items() <= other.held.items()
+        if alike or serving(other.policy) is not None:
             return False
         # By name: a program that was saved is loaded over a policy of its own.
         if other.policy.name != self.policy.name:
@@ -306,6 +308,11 @@ class LocalLM(dspy.LM):
         own = [p.lm for p in program.predictors() if isinstance(p.lm, LocalLM)]
         # One that was given to another LM since (``set_lm``, a later optimizer) is that one's.
         return all(lm.model == self.model for lm in own if lm.policy is self.policy)
+
+    @property
+    def held(self) -> dict[str, Any]:
+        """The setting by which answers are held to their formats; empty where they are not."""
+        return {"structured": True} if self.kwargs.get("structured") else {}
 
     @property
     def history(self) -> list[Any]:

@@ -117,6 +117,28 @@ def test_a_saved_program_and_a_compiled_one_remember_it(folder: Path, tmp_path: 
     assert "structured" not in plain.route.lm.kwargs
 
 
+class Asking(Router):
+    """Makes a predictor as it runs, and asks it through two language models."""
+
+    def forward(self, ticket: str) -> dspy.Prediction:
+        made = dspy.Predict("ticket -> sure: bool")
+        with dspy.context(lm=dspy.settings.lm.copy(temperature=1.5)):
+            sure = made(ticket=ticket).sure
+        return dspy.Prediction(**self.route(ticket=ticket), sure=sure, again=made(ticket=ticket))
+
+
+def test_what_a_compiled_program_makes_as_it_runs_is_held_too(folder: Path, tmp_path: Path) -> None:
+    lm, program = lm_of(folder), Asking()
+    adapter = dspy.ChatAdapter(use_json_adapter_fallback=False)
+    with dspy.context(lm=lm, adapter=adapter):
+        compiled = bound_to(program, seed_candidate(program), lm, structured=True)
+        assert compiled(ticket="visa").desk in DESKS
+        fst_dspy.save(compiled, tmp_path / "bundle")
+        assert fst_dspy.load(tmp_path / "bundle", Asking())(ticket="visa").desk in DESKS
+        with pytest.raises(Exception, match="failed to parse"):
+            program(ticket="visa")
+
+
 def test_a_call_with_another_signature_is_free_which_is_told_once(
     folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
