@@ -39,6 +39,7 @@ from fst_dspy.grammar.values import (
     escaped,
     formed,
     is_text,
+    is_text_of_dspy,
     is_valid,
     json_piece,
     json_values_of,
@@ -265,7 +266,7 @@ class _Plain:
             before: What stands before it.
         """
         bare = get_args(annotation)[0] if get_origin(annotation) is Annotated else annotation
-        if bare is str and not is_text(whole):
+        if (bare is str or is_text_of_dspy(bare)) and not is_text(whole):
             return self.line(annotation)
         if is_text(bare):
             return self.text_value(annotation)
@@ -319,7 +320,7 @@ class _Plain:
         return pattern
 
     def line(self, annotation: Any) -> str | None:
-        """The piece of a text where DSPy looks for other values first: a line, or a JSON string."""
+        """The piece of a text where DSPy looks for other values first: a line, or JSON."""
         schema = None if self.spell is not None else _schema(annotation)
         if schema is None or not all(t.startswith("\n") for t in self.template.texts[1:] if t):
             return None
@@ -386,7 +387,7 @@ class _Xml(_Plain):
         for name in self.template.names:
             annotation = _annotated(fields[name])
             bare = fields[name].annotation
-            if self.value(annotation, bare, "\n") is None and not is_text(annotation):
+            if self.value(annotation, bare, "\n") is None and not _takes_texts(bare):
                 schema = _schema(annotation, by_alias=False)
                 if schema is None:  # with constraints that not every part can have
                     schema = _schema(bare, by_alias=False)
@@ -422,6 +423,10 @@ class _Xml(_Plain):
         parts += [self.fixed(text)] if text else []
         return "\n".join([HEADER, f"start: {' '.join(parts)}", *self.definitions])
 
+    def note_free(self, name: str, info: FieldInfo) -> None:
+        if not _takes_texts(info.annotation):
+            super().note_free(name, info)
+
     def free_text(self, info: FieldInfo, after: str) -> str:
         end = escaped(self.spelled(after))
         parts = [regex(XML_TEXT + end), "~" + regex(rf"{ANY_TEXT}\]\]>{ANY_TEXT}")]
@@ -454,7 +459,11 @@ class _Json(_Plain):
 
     def line(self, annotation: Any) -> str | None:
         schema = None if self.spell is not None else _schema(annotation)
-        return None if schema is None else self.line_of(schema)
+        if schema is None:
+            return None
+        # A JSON string that is no such line would be looked into as well; an object is not.
+        whole = json_piece(schema, INDENTED) if schema.get("type") == "object" else None
+        return " | ".join(filter(None, (self.line_of(schema), whole)))
 
     def spellings(self, value: Any) -> list[Any]:
         return json_values_of(value)
@@ -499,6 +508,11 @@ def _is_plain_string(schema: Mapping[str, Any]) -> bool:
 
 def _is_any_text(schema: Mapping[str, Any]) -> bool:
     return _is_plain_string(schema) and not unheld_formats(schema)
+
+
+def _takes_texts(annotation: Any) -> bool:
+    """Whether XMLAdapter reads any text: one that is no value of the others is one of these."""
+    return is_text(annotation) or any(map(is_text_of_dspy, members(annotation)))
 
 
 def _nests(annotation: Any) -> bool:

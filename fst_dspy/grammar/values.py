@@ -151,13 +151,18 @@ def escaped(text: str) -> str:
 
 def is_text(annotation: Any) -> bool:
     """Whether any text is a value of a type."""
-    if annotation in (str, Any, object, dspy.Reasoning):
-        return True
-    if inspect.isclass(annotation) and issubclass(annotation, dspy.Code):
+    if annotation in (str, Any, object) or is_text_of_dspy(annotation):
         return True
     if get_origin(annotation) is Annotated:
         return is_text(get_args(annotation)[0])
     return _is_union(annotation) and str in get_args(annotation) and _allows_none(annotation)
+
+
+def is_text_of_dspy(annotation: Any) -> bool:
+    """Whether a type is one of DSPy's own that are written as the text that they hold."""
+    if annotation is dspy.Reasoning:
+        return True
+    return inspect.isclass(annotation) and issubclass(annotation, dspy.Code)
 
 
 def options(

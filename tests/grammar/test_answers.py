@@ -204,6 +204,8 @@ TYPES: dict[str, Any] = {
     "listed": list[Literal[1, 2]],
     "reasoning": dspy.Reasoning,
     "code": dspy.Code["python"],
+    "maybe code": dspy.Code | None,
+    "thought": dspy.Reasoning | None,
     "number or text": int | str,
     "uuid": uuid.UUID,
     "address": pydantic.HttpUrl,
@@ -235,6 +237,8 @@ TYPES: dict[str, Any] = {
     "nothing": Nothing,
 }
 """Types that answers can be held to, in all three formats."""
+SELDOM_ENDED = ("code", "maybe code", "thought", "any")
+"""Texts."""
 ONLY_TEXT = {"XMLAdapter": {"tree", "place", "listed", "mail"}}
 """Of those that DSPy cannot read in an adapter's format, though it may write them so."""
 
@@ -263,7 +267,7 @@ def test_answers_of_every_type_are_read(adapter: Any, kind: str, policy: Policy)
     assert text is not None
     answers = [drawn_answer(policy, Grammar(text), seed) for seed in range(8)]
     whole = [answer for answer in answers if answer is not None]
-    assert len(whole) >= (kind not in ("code", "any"))  # texts, which seldom come to an end
+    assert len(whole) >= (kind not in SELDOM_ENDED)
     for answer in whole:
         assert adapter.parse(signature, answer).keys() == {"first", "last"}
 
@@ -603,6 +607,25 @@ def test_an_address_with_an_ampersand_is_escaped_in_xml(policy: Policy) -> None:
     assert text is not None
     assert takes(policy, text, "<first>\nhttps://a.com/?a=1&amp;b=2\n</first>")
     assert not takes(policy, text, "<first>\nhttps://a.com/?a=1&b=2\n</first>")
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS, ids=lambda a: type(a).__name__)
+def test_code_that_may_be_none_is_any_code(
+    adapter: Any, policy: Policy, caplog: pytest.LogCaptureFixture
+) -> None:
+    """DSPy looks for JSON in it first: with brackets it can stand in an object, in XML anywhere."""
+    signature = dspy.Signature(
+        {"q": (str, dspy.InputField()), "x": (dspy.Code | None, dspy.OutputField())}
+    )
+    text = grammar_of_answer(adapter, signature)
+    assert text is not None and not caplog.records
+    code = "def f():\n    return [{1: 2}]"
+    in_xml = isinstance(adapter, dspy.XMLAdapter)
+    for value, read in ((code if in_xml else {"code": code}, code), ("a(1)", "a(1)"), (None, None)):
+        written = adapter.format_assistant_message_content(signature, {"x": value}).rstrip()
+        assert takes(policy, text, written), written
+        if not (in_xml and value is None):  # DSPy writes a text for it there
+            assert getattr(adapter.parse(signature, written)["x"], "code", None) == read
 
 
 def test_a_union_that_xml_cannot_say_is_told(caplog: pytest.LogCaptureFixture) -> None:
