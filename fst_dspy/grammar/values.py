@@ -390,6 +390,12 @@ class _Schema(GenerateJsonSchema):
             return _text_within(keys)
         return bare_pattern(with_own_formats(keys))
 
+    def set_schema(self, schema: Any) -> dict[str, Any]:
+        return _with_hashes(super().set_schema(schema))
+
+    def frozenset_schema(self, schema: Any) -> dict[str, Any]:
+        return _with_hashes(super().frozenset_schema(schema))
+
     def decimal_schema(self, schema: Any) -> dict[str, Any]:
         limits = {name: schema[name] for name in _LIMITS if name in schema}
         if limits:
@@ -442,6 +448,12 @@ class _Schema(GenerateJsonSchema):
         return as_text(
             bounds.durations(*bounds.limits(schema, bounds.exact, bounds.SECOND, -most, most))
         )
+
+
+def _with_hashes(schema: dict[str, Any]) -> dict[str, Any]:
+    """A set's schema; where it may hold anything, no lists and objects, which no set can hold."""
+    anything = {"anyOf": [{"type": ["null", "boolean", "number"]}, {"type": "string"}]}
+    return schema if schema.get("items") else {**schema, "items": anything}
 
 
 _FIRST_AND_LAST = (datetime.datetime.min, datetime.datetime.max)

@@ -220,6 +220,7 @@ TYPES: dict[str, Any] = {
     "price": decimal.Decimal,
     "size": Size,
     "bag": set[str],
+    "mixed bag": set,
     "anything": list,
     "pairs": list[tuple[str, float]],
     "hosts": tuple[pydantic.IPvAnyAddress, ...],
