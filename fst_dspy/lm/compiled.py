@@ -19,7 +19,14 @@ from typing import Any
 
 import dspy
 
-from fst_dspy.lm.local_lm import COMPILED_ADAPTER, COMPILED_LM, ENTERED_WITH, FOLLOWS, LocalLM
+from fst_dspy.lm.local_lm import (
+    COMPILED_ADAPTER,
+    COMPILED_LM,
+    ENTERED_WITH,
+    FOLLOWS,
+    LocalLM,
+    check_adapter,
+)
 from fst_dspy.student.modules import every_module
 
 
@@ -61,6 +68,8 @@ def follows(predictor: dspy.Predict) -> bool:
 class Entry:
     """A compiled program's ``forward``, which notes the settings' LM and runs the program's.
 
+    It also says where the settings' adapter is another than that of the compile.
+
     As an attribute of the program, whose class stays the student's.
 
     Args:
@@ -78,6 +87,7 @@ class Entry:
         # DSPy copies attribute by attribute where a program cannot be copied whole; then it does
         # not know itself, but DSPy says which module is running.
         program = self.program if self.program is not None else dspy.settings.caller_modules[-1]
+        check_adapter(program, vars(program)[COMPILED_LM].policy)
         run = self.own or types.MethodType(getattr(type(program), self.name), program)
         if inspect.iscoroutinefunction(run):
             return self._awaited(run, *args, **kwargs)

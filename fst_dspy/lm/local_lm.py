@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -277,8 +277,8 @@ class LocalLM(dspy.LM):
         modules = dspy.settings.caller_modules or ()
         if not modules:
             return self
-        if serving(self.policy) is None:
-            _check_adapter(modules)
+        if isinstance(modules[-1], dspy.Predict):  # maybe the program itself, which has no entry
+            check_adapter(modules[-1], self.policy)
         caller = vars(modules[-1])
         if caller.get("lm") is self:
             entered = dspy.settings.get(ENTERED_WITH)
@@ -371,23 +371,25 @@ class LocalLM(dspy.LM):
         return self.copy(model=self.policy.live_id, cache=False)
 
 
-def _check_adapter(modules: Iterable[dspy.Module]) -> None:
-    """Say so, once, where a compiled program is called under another adapter."""
-    for module in modules:
-        compiled = vars(module).get(COMPILED_ADAPTER)
-        if compiled is None or module in _told:
-            continue
-        here = adapter_identity(dspy.settings.adapter)
-        if here != compiled:
-            _told.add(module)
-            logger.warning(
-                "%s was compiled under the adapter %s and is called under %s, so that its prompts "
-                "are others than those it was trained on; set the former with "
-                "dspy.configure(adapter=...)",
-                type(module).__name__,
-                shown_adapter(compiled),
-                shown_adapter(here),
-            )
+def check_adapter(program: dspy.Module, policy: Policy) -> None:
+    """Say so, once, where a compiled program is called under another adapter.
+
+    As it is entered: within, it may choose others, as it did in training.
+    """
+    compiled = vars(program).get(COMPILED_ADAPTER)
+    if compiled is None or program in _told or serving(policy) is not None:
+        return
+    here = adapter_identity(dspy.settings.adapter)
+    if here != compiled:
+        _told.add(program)
+        logger.warning(
+            "%s was compiled under the adapter %s and is called under %s, so that its prompts "
+            "are others than those it was trained on; set the former with "
+            "dspy.configure(adapter=...)",
+            type(program).__name__,
+            shown_adapter(compiled),
+            shown_adapter(here),
+        )
 
 
 _told: weakref.WeakSet[dspy.Module] = weakref.WeakSet()

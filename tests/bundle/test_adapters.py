@@ -8,10 +8,12 @@ from pathlib import Path
 
 import dspy
 import pytest
-from helpers import questions
+from helpers import Echo, RawAdapter, questions
 
 import fst_dspy
 from fst_dspy import FST, LocalLM
+from fst_dspy.lm.predictors import bound_to
+from fst_dspy.student.candidate import seed_candidate
 
 FRESH = """
 import sys, dspy, fst_dspy
@@ -62,3 +64,21 @@ def test_a_program_runs_and_says_where_its_adapter_is_another(same: str, tmp_pat
     said = f"was compiled under the adapter {name}("
     assert (before.count(said), after.count(said)) == (0, 1), done.stderr[-2000:]
     assert "is called under ChatAdapter(" in after
+
+
+class Choosing(Echo):
+    """Chooses the adapter of its own calls."""
+
+    def forward(self, question):
+        with dspy.context(adapter=RawAdapter(use_json_adapter_fallback=False)):
+            return self.say(question=question)
+
+
+def test_an_adapter_of_the_programs_own_choice_is_no_other(tiny_llama, caplog):
+    lm, program = LocalLM(str(tiny_llama), max_tokens=4), Choosing()
+    with dspy.context(lm=lm, adapter=dspy.JSONAdapter()):
+        compiled = bound_to(program, seed_candidate(program), lm)
+        for adapter, told in ((dspy.JSONAdapter(), 0), (dspy.XMLAdapter(), 1)):
+            with dspy.context(adapter=adapter):
+                compiled(question="1")
+            assert caplog.text.count("was compiled under") == told
