@@ -7,7 +7,7 @@
 the candidates have scored, in place of equal shares (after E-SPL's choice of system prompts).
 ``unsolved``: minibatches of the fast channel are drawn from problems that its last rollouts have
 not solved, or that have had none, before all others (after P2O). Neither is part of the package:
-the first takes the place of one of its functions here, the second is a ``batch_sampler`` as anybody
+the first takes the place of two of its functions here, the second is a ``batch_sampler`` as anybody
 may give one. Runs are kept in ``benchmarks/results/explorers.jsonl``, a line each.
 """
 
@@ -28,7 +28,9 @@ from fst_dspy.config import FastConfig
 from fst_dspy.experiments.findings.tables import Table, interval_text
 from fst_dspy.experiments.runner import revision
 from fst_dspy.fast import population as populations
-from fst_dspy.fast.population import mean, ranked
+from fst_dspy.fast import trials
+from fst_dspy.fast.lineup import Trial
+from fst_dspy.fast.population import mean
 from fst_dspy.measures import mean_interval, paired_difference
 from fst_dspy.measures.curves import area_under_curve, score_curve
 from fst_dspy.tasks import load_task
@@ -79,22 +81,39 @@ class UnsolvedFirst:
 
 
 def drawn(population: Population, group_size: int, k: int) -> tuple[Candidate, ...]:
-    """In place of ``population.assign``: Thompson sampling over what candidates have scored."""
-    order = ranked(population)[:k]
-    scores_K = dict(zip((c.id for c in population.candidates), population.score_K_V, strict=False))
-    if len(order) == 1 or len(scores_K) < len(order):
-        return tuple(order[slot % len(order)] for slot in range(group_size))
-    rng = random.Random(f"{population.policy_version}|{[c.id for c in order]}|{_calls.pop()}")
+    """In place of ``population.assign``: each of the slots as the bandit draws it."""
+    return _drawn(population, _assigned(population, group_size, k))
+
+
+def drawn_beside(
+    population: Population, trial: Trial, group_size: int, k: int
+) -> tuple[Candidate, ...]:
+    """In place of ``lineup``: the candidate on trial keeps its slots, the others are drawn."""
+    return _drawn(population, _lined_up(population, trial, group_size, k), trial.child.id)
+
+
+def _drawn(
+    population: Population, slots: Sequence[Candidate], kept: str = ""
+) -> tuple[Candidate, ...]:
+    """Thompson sampling: under each candidate's posterior, of scores of 0 or 1 on its problems."""
+    scored = zip((c.id for c in population.candidates), population.score_K_V, strict=False)
+    scores_K = dict(scored)
+    order = [c for c in dict.fromkeys(c.id for c in slots) if c != kept and c in scores_K]
+    by_id = {c.id: c for c in slots}
+    rng = random.Random(f"{population.policy_version}|{order}|{_calls.pop()}")
     _calls.append(rng.random())
 
-    def chance(candidate: Candidate) -> float:
-        row = scores_K[candidate.id]
+    def chance(candidate: str) -> float:
+        row = scores_K[candidate]
         right = mean(row) * len(row)
         return rng.betavariate(1 + right, 1 + len(row) - right)
 
-    return tuple(max(order, key=chance) for _ in range(group_size))
+    return tuple(
+        by_id[max(order, key=chance)] if order and slot.id != kept else slot for slot in slots
+    )
 
 
+_assigned, _lined_up = populations.assign, trials.lineup
 _calls = [0.0]
 """By what two draws for the same population differ: the draw before, from the first of a run on."""
 
@@ -111,7 +130,11 @@ def ran(family: str, way: str, seed: int) -> dict[str, Any]:
     student = task.program
     student.set_lm(LocalLM("embedded"))
     fst = FST(task.metric, seed=seed, track_stats=True, max_tokens=64, **settings, **own)
-    with patch.object(populations, "assign", drawn if way == "bandit" else populations.assign):
+    bandit = way == "bandit"
+    with (
+        patch.object(populations, "assign", drawn if bandit else _assigned),
+        patch.object(trials, "lineup", drawn_beside if bandit else _lined_up),
+    ):
         compiled = fst.compile(student, trainset=task.trainset, valset=task.valset)
     result = compiled.detailed_results
     quadrants = result.quadrants(task.testset[:TEST], samples=SAMPLES)
