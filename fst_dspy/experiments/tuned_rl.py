@@ -30,7 +30,7 @@ def rl_space() -> Space:
     """
     return Space(
         (
-            Float("learning_rate", 1e-5, 1e-3, log=True),
+            Float("learning_rate", 1e-5, 1e-3, log=True, by_size=True),
             Float("epsilon_high", 1.0, 8.0, log=True),
             Int("problems_per_step", 4, 16, step=4),
             Categorical("group_size", (4, 8, 16)),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import dspy
 import torch
@@ -50,15 +51,7 @@ def plan_of_files(
         ModelError: There is no such configuration.
     """
     name = Path(str(model).rstrip("/")).name.removesuffix(SUFFIX)
-    try:
-        where = model_place(model)
-        described_model = described(where)
-    except Exception as error:
-        raise ModelError(
-            f"cannot read the configuration of {str(model)!r} ({type(error).__name__}: {error}); "
-            'give "embedded", "smollm2", a folder with config.json, a GGUF file, or a hub id that '
-            "this machine can reach"
-        ) from error
+    where, described_model = described_by_name(model)
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = default_dtype(place, lambda: parameter_count(described_model))
     text = described_model.config.get_text_config()
@@ -75,6 +68,26 @@ def plan_of_files(
         arm=arm,
         val_examples=val_examples,
     )
+
+
+def described_by_name(model: str | Path) -> tuple[str, Any]:
+    """Where a model's files are, and the model as its configuration describes it, without weights.
+
+    Args:
+        model: As for ``plan_of_files``.
+
+    Raises:
+        ModelError: There is no such configuration.
+    """
+    try:
+        where = model_place(model)
+        return where, described(where)
+    except Exception as error:
+        raise ModelError(
+            f"cannot read the configuration of {str(model)!r} ({type(error).__name__}: {error}); "
+            'give "embedded", "smollm2", a folder with config.json, a GGUF file, or a hub id that '
+            "this machine can reach"
+        ) from error
 
 
 def _counter(where: str) -> Callable[[str], int] | None:

@@ -16,7 +16,7 @@ import random
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,9 @@ from fst_dspy.errors import (
 )
 from fst_dspy.files import as_plain
 from fst_dspy.lm.local_lm import LocalLM
+from fst_dspy.model.sizes import parameter_count
 from fst_dspy.optimizer import FST
+from fst_dspy.plan.files import described_by_name
 from fst_dspy.study.objective import BudgetSpentError, Objective, TrialListener
 from fst_dspy.study.outcome import front
 from fst_dspy.study.space import Space, default_space, draw_settings
@@ -174,7 +176,8 @@ def tune(
             ``Task``, whose metric seldom pickles.
         lm: A model's name, or a function that returns a ``LocalLM`` with base weights. It is
             loaded anew for every trial.
-        space: What is tuned; ``default_space()`` if not given.
+        space: What is tuned; ``default_space()`` if not given. The learning rate is around
+            the default of a model that is named; of a function's, around that of small ones.
         objective: What for; the validation score after 3,000 rollouts if not given.
         fixed: Settings of FST that all trials share, such as ``{"val_size": 32}``.
         trials: Trials to finish, counting those of earlier calls, pruned and failed ones. With
@@ -226,6 +229,7 @@ def tune(
     own_task = plan.load_task()
     _check_settings(plan, own_task)
     study = open_study(plan, own_task)
+    plan = replace(plan, space=plan.space.for_size(_size_of(plan)))
     _enqueue_first(study, plan, warm_start)
     told = _Told(study, on_trial)
     if workers == 1:
@@ -234,6 +238,11 @@ def tune(
         _run_processes(plan, workers, told)
     told.update()
     return study
+
+
+def _size_of(plan: StudyPlan) -> int:
+    """Parameters of a model that is named, which is not loaded; of others it is not known here."""
+    return parameter_count(described_by_name(plan.lm)[1]) if isinstance(plan.lm, str) else 0
 
 
 def _set_in_dspy() -> dict[str, Any]:

@@ -19,7 +19,7 @@ In YAML, with the same meaning::
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -47,6 +47,7 @@ class Float:
         log: Sample evenly in the logarithm.
         when: Tune it only where each of these settings has one of these values; they come earlier
             in the space. Elsewhere it keeps its default.
+        by_size: The range is that of the smallest models: ``Space.for_size`` moves it.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Float:
     high: float
     log: bool = False
     when: When | None = None
+    by_size: bool = False
 
     @property
     def ends(self) -> tuple[Value, ...]:
@@ -124,12 +126,16 @@ Parameter = Float | Int | Categorical
 class Space:
     """The parameters that a study tunes, in the order in which they are drawn.
 
+    Attributes:
+        size: Parameters of the model whose defaults these are; 0 stands for the smallest models.
+
     Raises:
         ConfigError: A setting that FST does not have (the nearest name is suggested), a value that
             it does not take, a range the wrong way round, or a ``when`` on a later parameter.
     """
 
     parameters: tuple[Parameter, ...]
+    size: int = 0
 
     def __post_init__(self) -> None:
         if not self.parameters:
@@ -157,7 +163,7 @@ class Space:
         """This space with more parameters; one of a known name takes the old one's place."""
         merged = {parameter.name: parameter for parameter in self.parameters}
         merged.update({parameter.name: parameter for parameter in parameters})
-        return Space(tuple(merged.values()))
+        return replace(self, parameters=tuple(merged.values()))
 
     def without(self, *names: str) -> Space:
         """This space with fewer parameters.
@@ -169,7 +175,27 @@ class Space:
         for name in names:
             if name not in known:
                 raise ConfigError(f"{name!r} is not in the search space: {', '.join(known)}")
-        return Space(tuple(p for p in self.parameters if p.name not in names))
+        return replace(self, parameters=tuple(p for p in self.parameters if p.name not in names))
+
+    def for_size(self, size: int) -> Space:
+        """This space for a model of so many parameters.
+
+        The learning rate's default is the model's own, and a range that was given for the smallest
+        models goes along with it; where adapters are tuned as well, its upper end with theirs.
+        """
+        small, full, adapters = (
+            default_learning_rate(count, lora=lora)
+            for count, lora in ((0, False), (size, False), (size, True))
+        )
+        top = adapters if "lora_rank" in (p.name for p in self.parameters) else full
+        moved = [
+            replace(p, low=_round(p.low * full / small), high=_round(p.high * top / small))
+            if isinstance(p, Float) and p.by_size
+            else p
+            for p in self.parameters
+        ]
+        plain = [replace(p, by_size=False) if isinstance(p, Float) else p for p in moved]
+        return Space(tuple(plain), size)
 
     def fixed_by(self, names: Iterable[str]) -> list[str]:
         """The parameters that settings of these names say, under whatever name they are known."""
@@ -203,19 +229,18 @@ class Space:
         plain: dict[str, Any] = {f.name: f.default for kind in PARTS.values() for f in fields(kind)}
         per_candidate = plain["group_size"] // plain["population_size"]
         own = {"lora_rank": 0, "rollouts_per_candidate": per_candidate}
-        own["learning_rate"] = default_learning_rate(0, lora=False)  # as the ranges: a small model
+        own["learning_rate"] = default_learning_rate(self.size, lora=False)
         return self.restrict({**plain, **own})
 
 
 def default_space() -> Space:
     """What is worth tuning on a new task, with ranges around the defaults.
 
-    The learning rate is that of small models, adapters (``lora_rank`` above 0) included; large ones
-    want a range of their own.
+    The range of the learning rate is around the default of the model that is tuned.
     """
     return Space(
         (
-            Float("learning_rate", 3e-5, 1e-3, log=True),
+            Float("learning_rate", 3e-5, 1e-3, log=True, by_size=True),
             Int("steps_per_cycle", 2, 12, step=2),
             Categorical("population_size", (2, 4, 8)),
             Categorical("rollouts_per_candidate", (1, 2, 4)),
@@ -228,6 +253,11 @@ def default_space() -> Space:
             Categorical("lora_rank", (0, 4, 16)),
         )
     )
+
+
+def _round(value: float) -> float:
+    """To two digits, as the default rates are."""
+    return float(f"{value:.1e}")
 
 
 def draw_settings(space: Space, count: int, seed: int) -> list[dict[str, Any]]:

@@ -27,6 +27,7 @@ from fst_dspy.errors import ConfigError, TrainingError
 from fst_dspy.files import read_jsonl
 from fst_dspy.lm.predictors import find_local_lm
 from fst_dspy.loop.progress import ProgressListener, SilentProgress, StopRun
+from fst_dspy.model.sizes import parameter_count
 from fst_dspy.optimizer import FST
 from fst_dspy.results.result import FSTResult
 from fst_dspy.run.records import cycle_record
@@ -136,11 +137,12 @@ class TunedFST(Teleprompter):
         """
         trainset = list(trainset) if isinstance(trainset, Iterator) else trainset
         valset = list(valset) if isinstance(valset, Iterator) else valset
+        size = parameter_count(find_local_lm(student).policy.model)
+        drawn = draw_settings(self.space.for_size(size), self.trials, self.seed)
         with ExitStack() as stack:
             folder = self.log_dir or Path(stack.enter_context(tempfile.TemporaryDirectory()))
             runs = [
-                _Run(settings, folder / f"settings-{index}")
-                for index, settings in enumerate(draw_settings(self.space, self.trials, self.seed))
+                _Run(settings, folder / f"settings-{index}") for index, settings in enumerate(drawn)
             ]
 
             def go_on(run: _Run, rollouts: int) -> dspy.Module:

@@ -247,6 +247,7 @@ def test_the_baseline_is_tuned_in_all_that_it_should_be():
     }  # fmt: skip
     small = FSTConfig.make(learning_rate=3e-4)  # as the ranges are
     assert FSTConfig.make(**space.defaults()) == small
+    assert space.for_size(135_000_000).defaults()["learning_rate"] == 5e-5
 
 
 # --- tables ---------------------------------------------------------------------------------------

@@ -55,7 +55,7 @@ ORDER = {
     "measures": f"{STUDENT} model lm rollouts results bundle",
     "litellm_provider": f"{STUDENT} model lm rollouts results bundle",
     "distill": f"{STUDENT} model slow run lm rollouts results bundle fast loop optimizer",
-    "study": f"{STUDENT} model slow run lm rollouts results bundle fast loop optimizer",
+    "study": f"{STUDENT} model slow run lm rollouts results bundle fast loop plan optimizer",
     "continual": f"{STUDENT} model slow run lm rollouts results bundle fast loop optimizer",
     "experiments": f"{STUDENT} model slow run lm rollouts results bundle fast loop optimizer"
     " measures litellm_provider distill study continual",

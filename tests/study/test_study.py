@@ -103,6 +103,20 @@ def test_the_default_space_has_the_defaults_and_every_end_of_it_makes_a_config()
         FSTConfig.make(**{**ends, "rollouts_per_candidate": 2})
 
 
+def test_the_learning_rate_of_a_space_is_that_of_the_model():
+    assert default_space().for_size(960_000).parameters[0] == Float(
+        "learning_rate", 3e-5, 1e-3, log=True
+    )
+    large = default_space().extend(Int("val_size", 16, 64, step=16)).for_size(135_000_000)
+    assert large.defaults()["learning_rate"] == 5e-5
+    # A tenth of the default of all weights, to three times that of adapters, which is ten times it.
+    assert large.parameters[0] == Float("learning_rate", 5e-6, 1.7e-3, log=True)
+    weights = default_space().without("lora_rank").for_size(135_000_000)
+    assert weights.parameters[0] == Float("learning_rate", 5e-6, 1.7e-4, log=True)
+    own = Float("learning_rate", 1e-5, 2e-5)
+    assert default_space().extend(own).for_size(135_000_000).parameters[0] == own
+
+
 @pytest.mark.parametrize(
     ("parameters", "message"),
     [
@@ -472,6 +486,7 @@ def test_workers_have_the_settings_that_dspy_has_where_the_study_is_started(tmp_
 
 def test_a_study_of_another_model_is_not_gone_on_with(tmp_path, monkeypatch):
     monkeypatch.setattr(runner, "run_worker", lambda *_: None)
+    monkeypatch.setattr(runner, "_size_of", lambda _plan: 0)  # there are no such models
     for model in ("one/tiny", "elsewhere/tiny"):  # the same, as another machine has it
         tune_tiny(model, tmp_path)
     for model in ("one/other", lambda: None):
