@@ -361,7 +361,8 @@ class Policy:
     def add_lora(self, cfg: LoraConfig, seed: int) -> None:
         """Put fresh adapters on every linear layer but the output; only they are trained.
 
-        Adapters that were there are dropped. The first weights depend on ``seed`` alone.
+        The last layer of Mamba's mixers, which its kernels read past them, has none. Adapters that
+        were there are dropped. The first weights depend on ``seed`` alone.
 
         Raises:
             ModelError: The live weights are not the base: adapters on them could not be named.
@@ -379,16 +380,8 @@ class Policy:
             self._lora = cfg
 
     def adapter_shapes(self, cfg: LoraConfig) -> dict[str, tuple[int, ...]]:
-        """The shapes of the weights that ``add_lora`` makes, by the names of ``trainable_state``.
-
-        No memory is taken for them. Not all have ``cfg.rank`` rows: the experts of a mixture are
-        one weight, whose adapter has that many for each.
-        """
-        whole = self.model
-        model = whole.get_base_model() if isinstance(whole, peft.PeftModel) else whole
-        with torch.device("meta"), torch.random.fork_rng([]):
-            model = _wrap(type(model)(model.config), cfg, _OWN)
-        return {name: tuple(weight.shape) for name, weight in _adapter(model, _OWN).items()}
+        """The shapes of the weights that ``add_lora`` makes; see the function of this name."""
+        return adapter_shapes(self.model, cfg)
 
     # --- inside -----------------------------------------------------------------------------------
 
@@ -437,7 +430,9 @@ class Policy:
                 stack.enter_context(_swapped(self._weights, base.tensors))
                 self.model = _wrap(live_model, kept.lora, _VISITING)
             else:
-                self.model.add_adapter(_VISITING, _peft_config(kept.lora))
+                self.model.add_adapter(
+                    _VISITING, _peft_config(self.model.get_base_model(), kept.lora)
+                )
                 self.model.set_adapter(_VISITING)
             try:
                 _fill(_adapter(self.model, _VISITING), kept.tensors)
@@ -496,7 +491,25 @@ def _context_length(config: Any, tokenizer: Any) -> int:
     return int(limits[0]) if limits else 2048
 
 
-def _peft_config(cfg: LoraConfig) -> peft.LoraConfig:
+def adapter_shapes(model: Any, cfg: LoraConfig) -> dict[str, tuple[int, ...]]:
+    """The shapes of a model's adapters, by the names of ``Policy.trainable_state``.
+
+    No memory is taken for them. Not all have ``cfg.rank`` rows: the experts of a mixture are one
+    weight, whose adapter has that many for each.
+
+    Args:
+        model: With adapters or without; may be on PyTorch's meta device.
+    """
+    model = model.get_base_model() if isinstance(model, peft.PeftModel) else model
+    with torch.device("meta"), torch.random.fork_rng([]):
+        made = _wrap(type(model)(model.config), cfg, _OWN)
+    return {name: tuple(weight.shape) for name, weight in _adapter(made, _OWN).items()}
+
+
+def _peft_config(model: Any, cfg: LoraConfig) -> peft.LoraConfig:
+    # The kernels of Mamba's mixers, which alone have a weight D, read that of their last layer past
+    # an adapter; where peft knows that a model has them, it refuses it.
+    mixers = [name for name, module in model.named_modules() if "D" in module._parameters]
     return peft.LoraConfig(
         r=cfg.rank,
         lora_alpha=cfg.alpha,
@@ -509,8 +522,9 @@ def _peft_config(cfg: LoraConfig) -> peft.LoraConfig:
 def _wrap(model: Any, cfg: LoraConfig, name: str) -> Any:
     with warnings.catch_warnings():
         # peft 0.19 to 0.21 asks transformers for an attribute by its former name.
+        exclude_modules=[f"{name}.out_proj" for name in mixers] or None,
         warnings.simplefilter("ignore", FutureWarning)
-        return peft.get_peft_model(model, _peft_config(cfg), name).eval()
+        return peft.get_peft_model(model, _peft_config(model, cfg), name).eval()
 
 
 def _adapter(model: Any, name: str) -> dict[str, torch.nn.Parameter]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from torch import nn
 
 from fst_dspy.config import LoraConfig
+from fst_dspy.model.policy import adapter_shapes
 from fst_dspy.model.sizes import (
     LEAST_TOKENS,
     LOGIT_BYTES,
@@ -77,13 +79,7 @@ def trainable_count(model: Any, lora: LoraConfig | None) -> int:
     """
     if lora is None:
         return parameter_count(model)
-    output = model.get_output_embeddings()
-    linear = [
-        module
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and module is not output and "lora_" not in name
-    ]
-    return sum(lora.rank * (layer.in_features + layer.out_features) for layer in linear)
+    return sum(math.prod(shape) for shape in adapter_shapes(model, lora).values())
 
 
 def memory_of(

@@ -6,6 +6,7 @@ from pathlib import Path
 import dspy
 import pytest
 import torch
+from chat_families import save_family
 from model_sizes import QWEN
 from transformers import Qwen3Config
 from typer.testing import CliRunner
@@ -127,13 +128,15 @@ def test_what_a_run_folder_takes_is_planned(
     assert any("choose another log_dir" in problem for problem in plan["problems"])
 
 
-def test_adapters_are_counted_as_they_are_made(tiny_model: Path) -> None:
-    policy = Policy.load(tiny_model, device="cpu")
+@pytest.mark.parametrize("name", ["qwen3-moe", "mamba2"])
+def test_adapters_are_counted_as_they_are_made(name: str, tmp_path: Path) -> None:
+    policy = Policy.load(save_family(tmp_path, name), device="cpu")
     lora = LoraConfig(rank=4)
     shapes = policy.adapter_shapes(lora).values()
     counted = trainable_count(policy.model, lora)
     assert counted == sum(torch.Size(shape).numel() for shape in shapes)
     policy.add_lora(lora, 0)
+    assert counted == sum(weight.numel() for weight in policy.trainable_state().values())
     assert trainable_count(policy.model, lora) == counted
     assert trainable_count(policy.model, None) == parameter_count(policy.model)
 

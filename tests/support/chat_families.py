@@ -108,6 +108,14 @@ FAMILIES = {
         "<｜end▁of▁sentence｜>",
         ("<｜begin▁of▁sentence｜>", "<｜User｜>", "<｜Assistant｜>"),
     ),
+    "mamba2": Family(
+        "Mamba2",
+        "qwen2_5",
+        "<|im_end|>",
+        ("<|im_start|>",),
+        _QWEN_CALL,
+        (("num_heads", 8), ("head_dim", 8), ("state_size", 8), ("n_groups", 1)),
+    ),
 }
 
 
