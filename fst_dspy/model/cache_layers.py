@@ -5,7 +5,8 @@ Ran with transformers 5.17 to 5.24. They are:
 - ``Cache(layers=[...])``, whose ``layers`` is a list that may be assigned to, and its
   ``reorder_cache(index)``, which gathers rows of every layer; ``DynamicCache(config=...)``, whose
   layers exist before anything is read; ``Cache.activate_past_recording()``;
-- what a model's forward calls the cache: ``cache``, and ``past_key_values`` until 5.23;
+- what a model's forward calls the cache: ``cache``, and ``past_key_values`` until 5.23, or
+  ``cache_params`` (Mamba, xLSTM);
 - ``DynamicLayer``: ``keys`` and ``values``, (rows, heads, tokens, dim), concatenated along the
   tokens by ``update(keys, values)``, which returns both, so that gradients pass;
   ``is_initialized``, ``device``, ``get_seq_length()`` and ``reorder_cache(index)``;
@@ -23,12 +24,13 @@ goes through the cache's public methods alone, slower and with the same tokens.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, get_args
 
 import torch
 import transformers
@@ -41,6 +43,8 @@ from transformers.cache_utils import (
     LinearAttentionLayer,
     StaticLayer,
 )
+
+from fst_dspy.errors import ModelError
 
 __all__ = [
     "Cache",
@@ -58,6 +62,7 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
+CACHE_NAMES = ("cache", "past_key_values", "cache_params")
 CHANGED = (AttributeError, TypeError, NotImplementedError, KeyError)
 """What it looks like where an inside has changed."""
 
@@ -69,6 +74,9 @@ def cache_name(model: Any) -> str:
 
     Args:
         model: A transformers model, or peft's around one.
+
+    Raises:
+        ModelError: It has none (the first GPT), or keeps states elsewhere (RWKV, RecurrentGemma).
     """
     kind: Any = type(model.get_base_model() if hasattr(model, "get_base_model") else model)
     return _cache_name(kind)
@@ -76,7 +84,19 @@ def cache_name(model: Any) -> str:
 
 @functools.cache
 def _cache_name(kind: Any) -> str:
-    return "cache" if "cache" in inspect.signature(kind.forward).parameters else "past_key_values"
+    takes = inspect.signature(kind.forward)
+    gives = takes.return_annotation
+    outputs = [one for one in get_args(gives) or (gives,) if dataclasses.is_dataclass(one)]
+    given = {field.name for one in outputs for field in dataclasses.fields(one)}
+    for name in CACHE_NAMES:
+        # What is in the model itself could not be gathered for other rows.
+        if name in takes.parameters and (name in given or not outputs):
+            return name
+    raise ModelError(
+        f"{kind.__name__} does not take and give back a cache of what it has read (as "
+        f"{' or '.join(CACHE_NAMES)}), so that rows cannot go on from it together; take a model of "
+        "another kind"
+    )
 
 
 def begin_at(layer: DynamicLayer, keys: Tensor) -> None:

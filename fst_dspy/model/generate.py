@@ -200,7 +200,7 @@ def _chunks(policy: Policy, requests: Sequence[GenerationRequest]) -> list[list[
     Prompts count once where rows share them, else for each row, padded to the longest.
     """
     chunks: list[list[int]] = []
-    equal_only = not pads_safely(policy.model.config)
+    equal_only = not pads_safely(policy.model)
     room, shares = DecodingRoom(policy.model), can_share(policy.model)
     longest_T, longest_new = 0, 0
     distinct: set[tuple[int, ...]] = set()

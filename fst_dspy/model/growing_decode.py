@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from fst_dspy.model.cache_layers import cache_name
+from fst_dspy.model.prefixes import pads_safely
 from fst_dspy.model.prompt_cache import keep_rows, read_next, shared_attention, takes_runs
 
 COPIED_COLUMNS = 2**17
@@ -72,6 +73,7 @@ class GrowingDecode:
         self.model, self.cache, self.mask_BT, self.shares = model, cache, mask_BT, shares
         self.drops_rows = hasattr(cache, "reorder_cache")
         self.takes_runs = shares and takes_runs(cache)
+        self._pads = pads_safely(model)  # where not, all rows of a batch are of one length
         self._columns = 0  # tokens that all rows have had, up to the first run
         self._columns_B: Tensor | None = None
 
@@ -86,9 +88,9 @@ class GrowingDecode:
                 logits_BV, self.cache = forward(self.model, ids_B1, None, position_B1, self.cache)
         else:
             self.mask_BT = pad(self.mask_BT, (0, 1), value=1)
-            logits_BV, self.cache = forward(
-                self.model, ids_B1, self.mask_BT, position_B1, self.cache
-            )
+            # Models that keep states are given none: Mamba would take it for the new tokens' own.
+            mask_BT = self.mask_BT if self._pads else None
+            logits_BV, self.cache = forward(self.model, ids_B1, mask_BT, position_B1, self.cache)
         return logits_BV.float()
 
     def step_with_runs(

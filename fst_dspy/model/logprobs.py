@@ -26,6 +26,7 @@ from fst_dspy.model.prefixes import (
     common_beginning,
     find_prefixes,
     left_padded,
+    pads_safely,
     positions,
     read_prefixes,
     right_padded,
@@ -228,6 +229,12 @@ def completion_inputs(
         at_BT = (first_B1 + steps_T).clamp(max=ids_BT.shape[1] - 1)
         position_BT = positions(mask_BT)[:, -ids_BT.shape[1] :]
         more = {"position_ids": position_BT, cache_name(model): cache, "use_cache": True}
+    elif not pads_safely(model):
+        # Padding is behind all tokens, none of which it can change.
+        ids_BT, mask_BT = right_padded([(*prompt, *own) for prompt, own in rows], pad_id, device)
+        first_B1 = torch.tensor([[len(prompt) - 1] for prompt, _ in rows], device=device)
+        at_BT = (first_B1 + steps_T).clamp(max=ids_BT.shape[1] - 1)
+        more = {"use_cache": False}
     else:
         prompts = left_padded([prompt for prompt, _ in rows], pad_id, device)
         completions = right_padded([completion for _, completion in rows], pad_id, device)

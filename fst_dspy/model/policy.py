@@ -32,6 +32,7 @@ from transformers.utils import logging as hf_logging
 from fst_dspy import distributed
 from fst_dspy.config import LoraConfig
 from fst_dspy.errors import ModelError
+from fst_dspy.model.cache_layers import cache_name
 from fst_dspy.model.hardware import default_dtype, fuse_norms
 from fst_dspy.model.sizes import check_claims, described, parameter_count
 from fst_dspy.pretrained.gguf import SUFFIX, read_from, read_gguf
@@ -200,6 +201,7 @@ class Policy:
             }
             model = _read_model(where, source, device)
             if device.type == "cuda":
+            cache_name(model)  # refuses what could not answer
                 fuse_norms(model)
         except Exception as error:
             raise ModelError(

@@ -245,7 +245,7 @@ def can_continue(model: Any) -> bool:
     if obstacle() is not None:
         return False
     backbone = backbone_of(model)
-    continues = _layers_continue(backbone.config.get_text_config())
+    continues = pads_safely(model) and _layers_continue(backbone.config.get_text_config())
     if not continues and backbone not in _told:
         _told.add(backbone)
         logger.warning(
@@ -260,8 +260,6 @@ _told: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
 def _layers_continue(config: Any) -> bool:
-    if not pads_safely(config):
-        return False
     layers = DynamicCache(config=config).layers
     return bool(layers) and all(
         type(layer) is DynamicLayer
@@ -277,13 +275,13 @@ def is_checkpointing(model: Any) -> bool:
     return getattr(model, new if hasattr(model, new) else old, False)
 
 
-def pads_safely(config: Any) -> bool:
+def pads_safely(model: Any) -> bool:
     """Whether left padding leaves the logits alone.
 
     Attention masks it out. A convolution zeroes the padded inputs, but a bias in its projection
     would bring them back (Lfm2 with ``conv_bias``); other recurrent layers are not relied upon.
     """
-    config = config.get_text_config()
+    config = model.config.get_text_config()
     recurrent = {
         kind
         for kind in getattr(config, "layer_types", None) or ()
@@ -291,7 +289,8 @@ def pads_safely(config: Any) -> bool:
     }
     if recurrent == {"conv"}:
         return not getattr(config, "conv_bias", True)
-    return not recurrent and config.model_type not in ("mamba", "mamba2", "falcon_mamba", "jamba")
+    # Some tell of no kinds of layers; transformers marks all that keep a state.
+    return not recurrent and not getattr(backbone_of(model), "_is_stateful", False)
 
 
 def backbone_of(model: Any) -> Any:

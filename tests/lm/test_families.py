@@ -9,10 +9,12 @@ from typing import Any
 
 import dspy
 import pytest
+import torch
 import transformers
 from chat_families import FAMILIES, save_family
 from dspy import lm15
 from helpers import Echo
+from tiny_models import SHAPE, make_tokenizer
 
 import fst_dspy
 from fst_dspy import LocalLM
@@ -22,6 +24,9 @@ from fst_dspy.lm.kept_weights import KeptWeights
 from fst_dspy.lm.predictors import check_trained
 from fst_dspy.lm.requests import prompt_ids
 from fst_dspy.model.endings import eos_ids
+from fst_dspy.model.generate import GenerationRequest, generate
+from fst_dspy.model.logprobs import sampled_logprobs
+from fst_dspy.model.policy import Policy
 from fst_dspy.pretrained import quantized
 from fst_dspy.slow.trainer import SlowTrainer
 from fst_dspy.types import TrainingRow
@@ -124,6 +129,51 @@ def test_a_program_runs_on_each_under_dspys_adapters(name: str, folder_of) -> No
             pytest.raises(dspy.utils.exceptions.AdapterParseError),
         ):
             dspy.Predict("question -> answer")(question="where?")
+
+
+STATES = {
+    "Mamba": {"state_size": 8},
+    "Mamba2": dict(FAMILIES["mamba2"].extra),
+    "Lfm2": {"layer_types": ["conv", "full_attention"], "conv_bias": True},
+}
+
+
+@pytest.mark.parametrize("kind", STATES)
+def test_states_that_padding_would_change_are_read_again_as_they_were(
+    kind: str, tmp_path: Path
+) -> None:
+    sizes = {**SHAPE, **STATES[kind], "vocab_size": 320, "num_hidden_layers": 2}
+    config = getattr(transformers, f"{kind}Config")(**sizes)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    for name, weight in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(weight)
+    model.save_pretrained(tmp_path)
+    make_tokenizer().save_pretrained(tmp_path)
+    policy = Policy.load(tmp_path)
+    for settings in (policy.model.generation_config, policy.model.config):
+        settings.eos_token_id = None  # to run on
+    prompts = [tuple(range(5, 5 + length)) for length in (3, 9, 30)]
+    results = generate(policy, [GenerationRequest(ids, 6, seed=len(ids)) for ids in prompts])
+    rows = [
+        TrainingRow(ids, result.completion_ids_T, result.logprobs_T, 1.0)
+        for ids, result in zip(prompts, results, strict=True)
+    ]
+    for row, again in zip(rows, sampled_logprobs(policy, rows), strict=True):
+        assert again == pytest.approx(row.logprobs_T, abs=1e-4)
+    slow = SlowConfig(learning_rate=1e-2)
+    trainer = SlowTrainer(policy, slow, SamplingConfig(), total_steps=1, seed=0)
+    assert trainer.advance(rows).drift < 1e-4
+
+
+@pytest.mark.parametrize("kind", ["Rwkv", "RecurrentGemma", "OpenAIGPT"])
+def test_a_model_that_gives_no_cache_is_refused_as_it_is_loaded(kind: str, tmp_path: Path) -> None:
+    sizes = {"num_hidden_layers": 2, "attention_hidden_size": 32, "lru_width": 32}
+    config = getattr(transformers, f"{kind}Config")(**SHAPE | sizes | {"vocab_size": 320})
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    make_tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=f"{kind}.* does not take and give back a cache"):
+        LocalLM(str(tmp_path))
 
 
 def test_a_quantized_model_is_trained_by_adapters_alone(folder_of) -> None:

@@ -181,10 +181,10 @@ def test_large_batches_are_split_without_changing_any_row(
 
 
 def test_convolutions_with_a_bias_are_not_padded(tiny_lfm2: Path) -> None:
-    config = Policy.load(tiny_lfm2).model.config
-    assert pads_safely(config)
-    config.conv_bias = True
-    assert not pads_safely(config)
+    model = Policy.load(tiny_lfm2).model
+    assert pads_safely(model)
+    model.config.conv_bias = True
+    assert not pads_safely(model)
 
 
 def test_samples_follow_the_distribution(tiny_qwen3: Path) -> None:
