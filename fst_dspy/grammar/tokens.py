@@ -49,10 +49,10 @@ class Vocabulary:
     """A model's tokens, as llguidance looks at them; made once for each model.
 
     Raises:
-        ConfigError: The tokenizer is none of the tokenizers library.
+        ConfigError: The tokenizer is none of the tokenizers library, or no token ends an answer.
 
     Attributes:
-        size: Logits that the model gives.
+        size: Tokens; at least as many as the model gives logits.
         words: Numbers of 32 bits that a mask of them takes.
         eos: The tokens that end an answer.
         end: The one of them that ends it where nothing else can follow.
@@ -62,6 +62,12 @@ class Vocabulary:
     def __init__(self, tokenizer: Any, size: int, eos: Iterable[int]) -> None:
         self.size, self.eos = size, frozenset(eos)
         self.words = -(-size // WORD_BITS)
+        if not self.eos:
+            raise ConfigError(
+                "structured decoding needs a token that ends an answer, and neither the tokenizer "
+                "nor the model's settings name one that the model has; give the tokenizer an "
+                "eos_token, or set structured=False"
+            )
         own = tokenizer.eos_token_id
         self.end = own if own in self.eos else min(self.eos)
         self.spell: Callable[[str, str], str] | None = None

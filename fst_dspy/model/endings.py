@@ -19,9 +19,11 @@ def eos_ids(policy: Policy) -> set[int]:
     """Every token that ends a completion: the model's, its generation settings', the tokenizer's.
 
     Beside these the token that the chat template puts behind an answer: where the files came
-    without generation settings, nothing else names it.
+    without generation settings, nothing else names it. Those that the model cannot say are left
+    out: a configuration's default may be of another vocabulary.
     """
     model = policy.model
+    known = model.get_output_embeddings().weight.shape[0]
     found: set[int] = set()
     for value in (
         model.generation_config.eos_token_id if model.generation_config else None,
@@ -30,7 +32,7 @@ def eos_ids(policy: Policy) -> set[int]:
         _turn_end(policy.tokenizer),
     ):
         found |= {value} if isinstance(value, int) else set(value or ())
-    return found
+    return {token for token in found if 0 <= token < known}
 
 
 _turn_ends: weakref.WeakKeyDictionary[Any, tuple[str, int | None]] = weakref.WeakKeyDictionary()

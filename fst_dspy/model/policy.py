@@ -65,7 +65,8 @@ class Policy:
 
     Attributes:
         model: The live model, updated in place; wrapped by peft after ``add_lora``.
-        tokenizer: Has a chat template and a pad token, given here if the files had none.
+        tokenizer: Has a chat template and a pad token, given here if the files had none that the
+            model knows.
         name: First half of every version id: the last part of the folder name or hub id.
         step: Optimizer steps taken since the weights were loaded; the trainer counts it.
         context_length: Tokens that prompt and completion may have together.
@@ -212,8 +213,12 @@ class Policy:
             ) from error
         if tokenizer.chat_template is None:
             tokenizer.chat_template = DEFAULT_CHAT_TEMPLATE
-        if tokenizer.pad_token_id is None:
-            tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
+        known = model.get_input_embeddings().weight.shape[0]
+        if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= known:
+            # One that was added to the tokenizer alone is none that the model could read.
+            end = tokenizer.eos_token_id
+            usable = end if end is not None and end < known else 0
+            tokenizer.pad_token = tokenizer.convert_ids_to_tokens(usable)
         short = Path(str(name_or_path).rstrip("/")).name.removesuffix(SUFFIX)
         return cls(model, tokenizer, name or short, source)
 

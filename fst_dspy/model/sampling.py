@@ -153,11 +153,13 @@ def vocabulary(policy: Policy) -> Vocabulary:
     """The policy's tokens for grammars; about 0.3 s of work the first time, for 50,000 of them.
 
     Raises:
-        ConfigError: The tokenizer is none of the tokenizers library.
+        ConfigError: The tokenizer is none of the tokenizers library, or has no end token.
     """
     with _making:
         if policy not in _vocabularies:
+            # Tokens may have been added to the tokenizer alone.
             size = int(policy.model.get_output_embeddings().weight.shape[0])
+            size = max(size, len(policy.tokenizer))
             _vocabularies[policy] = Vocabulary(policy.tokenizer, size, eos_ids(policy))
         return _vocabularies[policy]
 

@@ -13,7 +13,7 @@ import torch
 from held_answers import DESKS, SMALL, all_answers, allowed_after, encode
 
 import fst_dspy.grammar.tokens as tokens_module
-from fst_dspy.errors import ModelError
+from fst_dspy.errors import ConfigError, ModelError
 from fst_dspy.grammar.answers import grammar_of_answer
 from fst_dspy.grammar.tokens import SPELLED_GLUE, Walk, single, unpacked
 from fst_dspy.model.policy import Policy
@@ -31,6 +31,26 @@ def test_the_answers_are_the_grammar_s_and_no_others(tiny_llama: Path) -> None:
     # Each way to write them, but for where one way is forced.
     assert len(found) == len(set(found)) > len(ANSWERS)
     assert all(ids[-1] == policy.tokenizer.eos_token_id for ids in found)
+
+
+@pytest.mark.parametrize("named", [None, -1, 50_256, [50_256, 2]])
+def test_end_tokens_and_others_that_the_model_has_not_are_left_out(tiny_llama: Path, named) -> None:
+    policy = Policy.load(tiny_llama)
+    policy.tokenizer.add_tokens(["<added to the tokenizer alone>"])
+    policy.model.config.eos_token_id = policy.model.generation_config.eos_token_id = named
+    texts = {
+        policy.tokenizer.decode(i, skip_special_tokens=True) for i in all_answers(policy, SMALL)
+    }
+    assert texts == set(ANSWERS)
+    assert vocabulary(policy).eos == {policy.tokenizer.eos_token_id}
+
+
+def test_without_an_end_token_there_is_no_end(tiny_llama: Path) -> None:
+    policy = Policy.load(tiny_llama)
+    policy.model.config.eos_token_id = policy.model.generation_config.eos_token_id = None
+    policy.tokenizer.eos_token, policy.tokenizer.chat_template = None, "{{ messages[0].content }}"
+    with pytest.raises(ConfigError, match="needs a token that ends an answer"):
+        vocabulary(policy)
 
 
 @pytest.mark.parametrize("adapter", [dspy.ChatAdapter(), dspy.XMLAdapter(), dspy.JSONAdapter()])

@@ -104,6 +104,15 @@ def test_a_tokenizer_without_chat_template_or_pad_gets_them(tmp_path: Path) -> N
     assert policy.context_length == 512
 
 
+def test_a_pad_token_that_was_added_to_the_tokenizer_alone_is_not_used(tmp_path: Path) -> None:
+    tokenizer = make_tokenizer()
+    make_model("llama", tokenizer).save_pretrained(tmp_path)
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    tokenizer.save_pretrained(tmp_path)
+    policy = Policy.load(tmp_path)
+    assert policy.tokenizer.pad_token == policy.tokenizer.eos_token
+
+
 def test_full_weights_are_kept_swapped_in_and_restored(tiny_model: Path) -> None:
     policy = Policy.load(tiny_model)
     base_logits = logits(policy)
