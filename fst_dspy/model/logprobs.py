@@ -129,7 +129,7 @@ def completion_states(policy: Policy, rows: Sequence[Row]) -> Tensor:
     model, device = policy.model, policy.device
     pairs = [(row.prompt_ids_T, row.completion_ids_T) for row in rows]
     inputs, at_BT = completion_inputs(model, pairs, policy.tokenizer.pad_token_id, device)
-    state_BTD = _states(model, inputs, at_BT)
+    state_BTD, _ = _states(model, inputs, at_BT)
     lengths_B1 = torch.tensor([[len(row.completion_ids_T)] for row in rows], device=device)
     return state_BTD[torch.arange(at_BT.shape[1], device=device) < lengths_B1]
 
@@ -360,7 +360,7 @@ def chosen_logprobs(
     label_BT: Tensor,
     allowed_BTW: Tensor,
     temperature: float,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """Log-probabilities of given tokens, and entropies, over what was allowed at each.
 
     The output layer runs where there was something to choose, in parts that run again on the way
@@ -372,9 +372,10 @@ def chosen_logprobs(
         allowed_BTW: A packed mask for each (``allowed_tokens``).
 
     Returns:
-        Nats, float32 of shape (B, T) each, with gradients where they are enabled.
+        Nats, float32 of shape (B, T) each, with gradients where they are enabled; and the router
+        loss of a mixture of experts, where the inputs ask for ``output_router_logits``.
     """
-    state_BTD = _states(model, inputs, at_BT)
+    state_BTD, output = _states(model, inputs, at_BT)
     free_BT = (label_BT >= 0) & ~single(allowed_BTW)
     state_ND, label_N, allowed_NW = state_BTD[free_BT], label_BT[free_BT], allowed_BTW[free_BT]
 
@@ -392,14 +393,18 @@ def chosen_logprobs(
     ]
     # Connected to the model also where nothing was free.
     zero_BT = label_BT.new_zeros(label_BT.shape, dtype=torch.float32) + 0 * state_BTD.float().sum()
+    aux_loss = getattr(output, "aux_loss", None)
     if not found:
-        return zero_BT, zero_BT
+        return zero_BT, zero_BT, aux_loss
     logprob_N, entropy_N = (torch.cat(parts) for parts in zip(*found, strict=True))
-    return zero_BT.masked_scatter(free_BT, logprob_N), zero_BT.masked_scatter(free_BT, entropy_N)
+    logprob_BT, entropy_BT = (
+        zero_BT.masked_scatter(free_BT, values_N) for values_N in (logprob_N, entropy_N)
+    )
+    return logprob_BT, entropy_BT, aux_loss
 
 
-def _states(model: Any, inputs: Mapping[str, Any], at_BT: Tensor) -> Tensor:
-    """What the output layer would take at some positions; it does not run."""
+def _states(model: Any, inputs: Mapping[str, Any], at_BT: Tensor) -> tuple[Tensor, Any]:
+    """What the output layer would take at some positions, and the model's output without logits."""
     caught: list[Tensor] = []
 
     def catch(_module: Any, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -407,9 +412,9 @@ def _states(model: Any, inputs: Mapping[str, Any], at_BT: Tensor) -> Tensor:
         return inputs[0][:, :0], *inputs[1:]  # no logits
 
     with _before_output_layer(model, catch):
-        model(**inputs)
+        output = model(**inputs)
     (state_BTD,) = caught
-    return state_BTD
+    return state_BTD, output
 
 
 @contextmanager

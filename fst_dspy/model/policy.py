@@ -201,8 +201,8 @@ class Policy:
                 **({} if quantized is None else {"quantization_config": quantized}),
             }
             model = _read_model(where, source, device)
-            if device.type == "cuda":
             cache_name(model)  # refuses what could not answer
+            if device.type == "cuda":
                 fuse_norms(model)
         except Exception as error:
             raise ModelError(
@@ -522,6 +522,7 @@ def _peft_config(model: Any, cfg: LoraConfig) -> peft.LoraConfig:
         lora_alpha=cfg.alpha,
         lora_dropout=cfg.dropout,
         target_modules="all-linear",
+        exclude_modules=[f"{name}.out_proj" for name in mixers] or None,
         task_type="CAUSAL_LM",
     )
 
@@ -529,7 +530,6 @@ def _peft_config(model: Any, cfg: LoraConfig) -> peft.LoraConfig:
 def _wrap(model: Any, cfg: LoraConfig, name: str) -> Any:
     with warnings.catch_warnings():
         # peft 0.19 to 0.21 asks transformers for an attribute by its former name.
-        exclude_modules=[f"{name}.out_proj" for name in mixers] or None,
         warnings.simplefilter("ignore", FutureWarning)
         return peft.get_peft_model(model, _peft_config(model, cfg), name).eval()
 

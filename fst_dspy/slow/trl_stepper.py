@@ -216,9 +216,11 @@ class SteppedGRPOTrainer(GRPOTrainer):
             held = (input_ids, attention_mask, logits_to_keep)
             return self._held_logps(model, *held, self._allowed_BTW)
         if self.aux_loss_enabled:  # mixtures of experts, whose routers the loss reads
-            return super()._get_per_token_logps_and_entropies(
+            found = super()._get_per_token_logps_and_entropies(
                 model, input_ids, attention_mask, logits_to_keep, *args, **kwargs
             )
+            self._seen_logprobs = found[0].detach()
+            return found
         label_BT = input_ids.masked_fill(attention_mask == 0, -100)[:, -logits_to_keep:]
         rows = _rows(input_ids, attention_mask, logits_to_keep)
         with self.accelerator.autocast():
@@ -237,24 +239,28 @@ class SteppedGRPOTrainer(GRPOTrainer):
         attention_mask: Tensor,
         logits_to_keep: int,
         allowed_BTW: Tensor,
-    ) -> tuple[Tensor, Tensor, None]:
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         """The same of rows that were held to grammars: over what these allowed."""
-        if self.aux_loss_enabled or self.is_fsdp_enabled:
+        if self.is_fsdp_enabled:
             raise TrainingError(
-                "answers that were held to a format cannot be trained on with the router loss of a "
-                "mixture of experts, nor under FSDP; set structured=False"
+                "answers that were held to a format cannot be trained on under FSDP; set "
+                "structured=False"
             )
+        # The router loss of a mixture of experts is over all tokens, each once, as TRL's is.
+        routed = {"output_router_logits": True} if self.aux_loss_enabled else {}
         label_BT = input_ids.masked_fill(attention_mask == 0, -100)[:, -logits_to_keep:]
         rows = _rows(input_ids, attention_mask, logits_to_keep)
         with self.accelerator.autocast():
+            continues = self.continues and not routed
             inputs, at_BT = completion_inputs(
-                model, rows, self.pad_id, input_ids.device, continues=self.continues
+                model, rows, self.pad_id, input_ids.device, continues=continues
             )
-            logprob_BT, entropy_BT = chosen_logprobs(
+            inputs |= routed
+            logprob_BT, entropy_BT, aux_loss = chosen_logprobs(
                 model, self.pad_id, inputs, at_BT, label_BT, allowed_BTW, self._row_temperature
             )
         self._seen_logprobs = logprob_BT.detach()
-        return logprob_BT, entropy_BT, None
+        return logprob_BT, entropy_BT, aux_loss
 
     @contextmanager
     def _as_sampled(self, model: Any, batch: Batch) -> Iterator[None]:

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from chat_families import save_family
 from held_answers import DESKS, FREE, SMALL, all_answers, encode
+from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from fst_dspy.config import LoraConfig, SamplingConfig, SlowConfig
 from fst_dspy.distill.trainer import reverse_kl
@@ -108,6 +110,33 @@ def _gradients(trainer: SlowTrainer, rows: list[TrainingRow]) -> list[torch.Tens
     trl.optimizer.step = keep
     trainer.advance(rows)
     return found
+
+
+def test_the_router_loss_of_a_mixture_is_a_part_of_the_step(tmp_path: Path) -> None:
+    found = []
+    for coefficient in (0.0, 0.5):
+        folder = save_family(
+            tmp_path / str(coefficient), "qwen3-moe", router_aux_loss_coef=coefficient
+        )
+        policy = Policy.load(folder)
+        requests = [
+            GenerationRequest(encode(policy, text), 60, seed=n, grammar=SMALL)
+            for n, text in enumerate(("abc", "where does a visa ticket go?"))
+        ]
+        rows = [
+            TrainingRow(q.prompt_ids_T, r.completion_ids_T, r.logprobs_T, 1.0, 1.0, SMALL)
+            for q, r in zip(requests, generate(policy, requests), strict=True)
+        ]
+        trainer = SlowTrainer(policy, SlowConfig(learning_rate=1e-3), SamplingConfig(), 10, seed=0)
+        with torch.no_grad():
+            whole = [torch.tensor([[*r.prompt_ids_T, *r.completion_ids_T]]) for r in rows]
+            read = [policy.model(ids, output_router_logits=True).router_logits for ids in whole]
+            logits = tuple(torch.cat(layer) for layer in zip(*read, strict=True))
+            router_loss = load_balancing_loss_func(logits, 4, 2).item()
+        stats = trainer.advance(rows)
+        assert stats.skipped is None and 0 < stats.drift < 1e-4
+        found.append(stats.loss - coefficient * router_loss)
+    assert found[0] == pytest.approx(found[1], abs=1e-5)
 
 
 @pytest.mark.parametrize("settings", [{}, {"beta": 0.1}, {"entropy_coef": 0.1}])
