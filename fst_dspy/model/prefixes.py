@@ -16,6 +16,7 @@ they do so in another way, prompts are read whole.
 
 from __future__ import annotations
 
+import inspect
 import logging
 import weakref
 from collections.abc import Sequence
@@ -240,17 +241,23 @@ def can_continue(model: Any) -> bool:
     """Whether a model goes on from a cache, several tokens at a time, padding masked out.
 
     Plain attention does, and so do short convolutions without bias. Sliding windows and recurrent
-    layers are not relied upon: their prompts are read whole, of which a warning tells once a model.
+    layers are not relied upon, nor models that are not told positions (MPT counts padding in):
+    their prompts are read whole, of which a warning tells once a model.
     """
     if obstacle() is not None:
         return False
     backbone = backbone_of(model)
-    continues = pads_safely(model) and _layers_continue(backbone.config.get_text_config())
+    continues = (
+        pads_safely(model)
+        and "position_ids" in inspect.signature(type(backbone).forward).parameters
+        and _layers_continue(backbone.config.get_text_config())
+    )
     if not continues and backbone not in _told:
         _told.add(backbone)
         logger.warning(
             "%s: its prompts are read whole, for only plain attention and short convolutions "
-            "without bias go on from what prompts have in common; slower, and else the same",
+            "without bias, that are told positions, go on from what prompts have in common; "
+            "slower, and else the same",
             type(backbone).__name__,
         )
     return continues

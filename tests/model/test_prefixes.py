@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 from tiny_models import SHAPE, make_tokenizer
 from training_rows import prompts_of, sliding
 from transformers import (
+    MptConfig,
+    MptForCausalLM,
     Qwen3_5ForCausalLM,
     Qwen3_5TextConfig,
 )
@@ -204,6 +206,21 @@ def test_kl_and_entropy_are_those_of_whole_prompts(
     assert kl > 1e-4
     assert kl_to_base(policy, calls) == pytest.approx(kl, rel=1e-4)
     assert token_entropy(policy, calls) == pytest.approx(entropy, rel=1e-5)
+
+
+def test_a_model_that_counts_padding_in_reads_whole_prompts(tmp_path: Path) -> None:
+    tokenizer = make_tokenizer()
+    config = MptConfig(d_model=32, n_heads=4, n_layers=2, vocab_size=len(tokenizer))
+    MptForCausalLM(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    policy = Policy.load(tmp_path)
+    common = tuple(range(5, 125))
+    requests = [GenerationRequest((*common, *range(5, n)), 6, seed=n) for n in range(10, 50, 4)]
+    for request, result in zip(requests, generate(policy, requests), strict=True):
+        ids_1T = torch.tensor([[*request.prompt_ids_T, *result.completion_ids_T]])
+        logprob_TV = policy.model(ids_1T).logits[0].log_softmax(-1)[len(request.prompt_ids_T) - 1 :]
+        expected = [logprob_TV[n, token].item() for n, token in enumerate(result.completion_ids_T)]
+        assert result.logprobs_T == pytest.approx(expected, abs=1e-4)
 
 
 def test_dropout_and_checkpointing_train_on_whole_prompts(
