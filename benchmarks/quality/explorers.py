@@ -37,7 +37,6 @@ from fst_dspy.tasks import load_task
 from fst_dspy.types import Candidate, Population
 
 RUNS = Path(__file__).parent.parent / "results" / "explorers.jsonl"
-REPORT = RUNS.with_suffix(".md")
 WAYS = ("even", "bandit", "unsolved")
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "triage": ("triage", {"max_rollouts": 1500}),
@@ -188,7 +187,7 @@ def main(
     seeds: int = 3,
     draw_only: bool = False,
 ) -> None:
-    """Run what has not run yet, and write the table."""
+    """Run what has not run yet, and print the table."""
     lines = RUNS.read_text(encoding="utf-8").splitlines() if RUNS.is_file() else []
     rows = [json.loads(line) for line in lines]
     known = {(row["family"], row["way"], row["seed"]) for row in rows}
@@ -198,9 +197,7 @@ def main(
         rows.append(ran(family, way, seed))
         with RUNS.open("a", encoding="utf-8") as file:
             file.write(json.dumps(rows[-1]) + "\n")
-    text = table(rows).markdown()
-    REPORT.write_text(text, encoding="utf-8")
-    typer.echo(text)
+    typer.echo(table(rows).markdown())
 
 
 if __name__ == "__main__":
