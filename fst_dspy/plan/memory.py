@@ -87,6 +87,7 @@ def memory_of(
     dtype: torch.dtype,
     lora: LoraConfig | None,
     *,
+    trainable: int | None = None,
     micro_tokens: int = LEAST_TOKENS,
     trained_tokens: int = 0,
     rows: int = 0,
@@ -98,12 +99,14 @@ def memory_of(
         model: Without adapters; may be on PyTorch's meta device.
         dtype: Of its weights.
         lora: The adapters, or ``None`` where all weights are trained.
+        trainable: As ``trainable_count`` gives it, which takes half a second for adapters; counted
+            if not given.
         micro_tokens, trained_tokens: Of a micro-batch, all tokens and those of completions.
         rows, cached_tokens: Decoded together, and the tokens that their cache holds.
     """
     config, item = model.config, dtype.itemsize
     words = config.get_text_config().vocab_size
-    trainable = trainable_count(model, lora)
+    trainable = trainable_count(model, lora) if trainable is None else trainable
     trained_item = item if lora is None else 4  # adapters are in float32
     masters = 4 if trained_item < 4 else 0
     return Memory(

@@ -233,7 +233,8 @@ def make_plan(
     new = min(config.sampling.max_tokens or max_tokens, max(1, context - prompts.tokens))
     item, text = dtype.itemsize, model.config.get_text_config()
     parameters = parameter_count(model)
-    bare = memory_of(model, dtype, lora, micro_tokens=0)
+    trainable = trainable_count(model, lora)
+    bare = memory_of(model, dtype, lora, trainable=trainable, micro_tokens=0)
     room = max(0, total - bare.peak(device))
     most = MICRO_TOKENS["cuda" if device.type == "cuda" else "cpu"]
     micro = training_tokens(model.config, item, room, most)
@@ -253,6 +254,7 @@ def make_plan(
     cached = min(alive * length, max(length, cap))
     memory = memory_of(
         model, dtype, lora,
+        trainable=trainable,
         micro_tokens=math.ceil(rows * shared) * prompts.tokens + rows * new,
         trained_tokens=rows * new,
         rows=min(alive, max(1, cached // max(1, length))),
@@ -271,7 +273,7 @@ def make_plan(
         device=str(device),
         dtype=str(dtype).removeprefix("torch."),
         parameters=parameters,
-        trainable=trainable_count(model, lora) if slow_on else 0,
+        trainable=trainable if slow_on else 0,
         adapters=lora.rank if lora is not None else None,
         learning_rate=slow.learning_rate or 0.0,
         calls=prompts.calls,

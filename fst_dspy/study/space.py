@@ -188,14 +188,14 @@ class Space:
             for count, lora in ((0, False), (size, False), (size, True))
         )
         top = adapters if "lora_rank" in (p.name for p in self.parameters) else full
-        moved = [
-            replace(p, low=_round(p.low * full / small), high=_round(p.high * top / small))
-            if isinstance(p, Float) and p.by_size
-            else p
-            for p in self.parameters
-        ]
-        plain = [replace(p, by_size=False) if isinstance(p, Float) else p for p in moved]
-        return Space(tuple(plain), size)
+
+        def moved(parameter: Parameter) -> Parameter:
+            if not (isinstance(parameter, Float) and parameter.by_size):
+                return parameter
+            low, high = parameter.low * full / small, parameter.high * top / small
+            return replace(parameter, low=_round(low), high=_round(high), by_size=False)
+
+        return Space(tuple(map(moved, self.parameters)), size)
 
     def fixed_by(self, names: Iterable[str]) -> list[str]:
         """The parameters that settings of these names say, under whatever name they are known."""
