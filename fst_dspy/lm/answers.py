@@ -77,7 +77,7 @@ def read_answer(
                 return Answer(_without_special(policy, body), thought, calls, cut_off)
     if found.thought is None:
         return Answer(text)
-    return _split(policy, raw, found.thought)
+    return _split(policy, raw, found.thought, found.between)
 
 
 def opens_thought(policy: Policy, prompt_ids_T: Sequence[int]) -> bool:
@@ -140,12 +140,13 @@ def _calls(found: Any) -> Iterator[tuple[str, Mapping[str, Any]]]:
         yield name, arguments or {}
 
 
-def _split(policy: Policy, raw: str, marks: tuple[str, str]) -> Answer:
+def _split(policy: Policy, raw: str, marks: tuple[str, str], between: str) -> Answer:
     opening, closing = marks
     before, closed, behind = raw.partition(closing)
     if not closed and not before.lstrip().startswith(opening):
         return Answer(_without_special(policy, raw))
-    thought = _without_special(policy, before.lstrip().removeprefix(opening)).strip()
+    before = before.lstrip().removeprefix(opening).removesuffix(between)
+    thought = _without_special(policy, before).strip()
     text = _without_special(policy, behind).lstrip("\n")
     return Answer(text, thought or None, in_thought=not closed)
 

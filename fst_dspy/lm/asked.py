@@ -123,8 +123,10 @@ def held_to(
     if text is None:
         return None
     takes_runs = policy.generator is None
-    marks = chat_format(policy.tokenizer).thought
-    opened = opens_thought(policy, ids_T)
+    found = chat_format(policy.tokenizer)
+    marks = found.thought
+    # Where each answer begins with the closing mark, what comes before that is no answer.
+    opened = opens_thought(policy, ids_T) or bool(found.between)
     if marks is None or not (opened or thinks(policy.tokenizer, options)):
         return Grammar(text, takes_runs)
     return Grammar(text, takes_runs, marks, opened)

@@ -15,6 +15,7 @@ import re
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -75,6 +76,8 @@ class ChatFormat:
         takes_more_system: Whether it shows others behind the first, at their places.
         alternates: Whether it refuses two messages of one role, one after the other.
         thought: The marks around a thought; ``None`` where it names none.
+        between: What stands between a thought and the closing mark, where every answer begins with
+            that mark, whether the model has thought or not; else empty.
         switch: The variable that switches thoughts on and off; ``None`` without one.
         syntax: How an answer is read, for transformers' ``parse_response``, where that is known.
         tools: Whether it shows tools, calls and results, and calls can be read.
@@ -85,6 +88,7 @@ class ChatFormat:
     takes_more_system: bool
     alternates: bool
     thought: tuple[str, str] | None
+    between: str
     switch: str | None
     syntax: Mapping[str, Any] | None
     tools: bool
@@ -227,12 +231,15 @@ def _find_format(tokenizer: Any, template: str) -> ChatFormat:
     systems = [first, user, said, system, user]
     syntax = _syntax(tokenizer, template)
     has_calls = syntax is not None and "tool_calls" in syntax["fields"]
+    marks = _find_marks(template)
+    thought, between = (marks, "") if marks is not None else _tried_marks(tokenizer)
     return ChatFormat(
         takes_system=_shows(tokenizer, [system, user], _B),
         takes_more_system=all(_shows(tokenizer, systems, text) for text in (_NAME, _B)),
         alternates=_shows(tokenizer, [user, answer], _A)
         and not _shows(tokenizer, [user, user, answer], _A),
-        thought=_find_marks(template),
+        thought=thought,
+        between=between,
         switch=next((name for name in SWITCHES if _switches(tokenizer, template, name)), None),
         syntax=syntax,
         tools=has_calls and _shows(tokenizer, [user], _NAME, [_TOOL]) and _takes_calls(tokenizer),
@@ -243,6 +250,39 @@ def _find_format(tokenizer: Any, template: str) -> ChatFormat:
 def _find_marks(template: str) -> tuple[str, str] | None:
     found = _MARK.search(template)
     return (found.group().replace("/", ""), found.group()) if found is not None else None
+
+
+def _tried_marks(tokenizer: Any) -> tuple[tuple[str, str] | None, str]:
+    """The marks, and what is between, by what a thought adds to a turn that the template shows."""
+    thought = dict.fromkeys(("reasoning_content", "reasoning", "thinking"), _NAME)
+    asked = {"role": "user", "content": _A}
+    said: dict[str, Any] = {"role": "assistant", "content": _B}
+    calls: dict[str, Any] = {**said, "content": "", "tool_calls": [call_of("q4x8r2m6k", "say", {})]}
+    for turn in (said, calls):  # some show a thought with calls alone
+        turns = [[asked, turn], [asked, turn | thought]]
+        try:
+            head = generation_prompt(tokenizer, {})
+            plain, shown = (_apply(tokenizer, each, [], {}, tokenize=False) for each in turns)
+        except Exception:  # jinja's, and whatever a template trips over
+            continue
+        if not (plain.startswith(head) and shown.startswith(head) and _NAME in shown):
+            continue
+        opening, _, behind = shown.removeprefix(head).partition(_NAME)
+        plain = plain.removeprefix(head)
+        closing, header = behind[: len(behind) - _alike_at_end(behind, plain)], ""
+        if turn is said:
+            closing, header = (text.partition(_B)[0].strip() for text in (behind, plain))
+        opening, closing = opening.strip(), closing.strip()
+        if header and closing.endswith(header):
+            return (opening, header), closing.removesuffix(header)
+        if opening and closing:
+            return (opening, closing), ""
+    return None, ""
+
+
+def _alike_at_end(one: str, other: str) -> int:
+    pairs = zip(reversed(one), reversed(other), strict=False)
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
 def _reads(template: str, name: str) -> bool:
@@ -264,7 +304,7 @@ def _find_thinks(tokenizer: Any, found: ChatFormat, options: Mapping[str, Any]) 
     if found.thought is not None and shown.rstrip().endswith(found.thought[0]):
         return True
     if found.switch is None:
-        return found.takes_effort
+        return found.takes_effort or bool(found.between)
     return shown != generation_prompt(tokenizer, {**options, found.switch: False})
 
 

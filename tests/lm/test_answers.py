@@ -7,7 +7,6 @@ from types import SimpleNamespace
 
 import pytest
 from chat_families import FAMILIES, chat_template, family_tokenizer
-from tiny_models import make_tokenizer
 
 from fst_dspy.lm.answers import read_answer, tool_call_parts
 from fst_dspy.lm.templates import Prompt, render
@@ -58,14 +57,31 @@ def test_a_thought_that_the_prompt_has_opened() -> None:
     assert read(tokenizer, "Hm, vi").in_thought
 
 
-def test_thoughts_that_only_the_parser_knows() -> None:
-    tokenizer = make_tokenizer(chat_template("gptoss"))
-    answer = read(
-        tokenizer,
-        "<|channel|>analysis<|message|>Hm.<|end|>"
-        "<|start|>assistant<|channel|>final<|message|>silver<|return|>",
-    )
-    assert (answer.thought, answer.text) == ("Hm.", "silver")
+ANALYSIS = "<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant<|channel|>final<|message|>"
+CHANNELS = [
+    ("gpt-oss", f"{ANALYSIS}silver<|return|>", "Hm.", "silver"),
+    ("gpt-oss", f"{ANALYSIS}sil", "Hm.", "sil"),
+    ("gpt-oss", "<|channel|>final<|message|>silver<|return|>", None, "silver"),
+    ("gemma4", "<|channel>thought\nHm.\n<channel|>silver<turn|>", "Hm.", "silver"),
+    ("gemma4", "silver<turn|>", None, "silver"),
+]
+
+
+@pytest.mark.parametrize(("name", "said", "thought", "text"), CHANNELS)
+def test_thoughts_in_a_channel_whose_marks_are_found_by_trying(
+    name: str, said: str, thought: str | None, text: str
+) -> None:
+    answer = read(family_tokenizer(name), said)
+    assert (answer.thought, answer.text, answer.in_thought) == (thought, text, False)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [("gpt-oss", "<|channel|>analysis<|message|>Hm"), ("gemma4", "<|channel>thought\nHm")],
+)
+def test_an_answer_cut_off_in_its_channel(name: str, said: str) -> None:
+    answer = read(family_tokenizer(name), said)
+    assert (answer.thought, answer.text, answer.in_thought) == ("Hm", "", True)
 
 
 @pytest.mark.parametrize("name", [name for name, family in FAMILIES.items() if family.calls])

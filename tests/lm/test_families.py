@@ -106,7 +106,8 @@ def test_a_call_and_its_result_go_back_into_the_prompt(name: str, folder_of) -> 
         tools=(TOOL,),
     )
     text = text_of(lm, request)
-    places = [text.rindex(part) for part in ("1 + 2?", '"a": 1', "the sum is 3")]
+    text = text.replace('"a": 1', "a:1")  # Gemma 4 has no quotes around names
+    places = [text.rindex(part) for part in ("1 + 2?", "a:1", "the sum is 3")]
     assert places == sorted(places)
     assert "Adds." in text
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from chat_families import save_family
 from dspy import lm15
-from held_answers import drawn_answer
+from held_answers import allowed_after, drawn_answer
 from long_model import DESKS, Router, save_long_model
 
 import fst_dspy
@@ -22,6 +22,7 @@ from fst_dspy import LocalLM
 from fst_dspy.grammar.answers import grammar_of_json_schema
 from fst_dspy.lm.asked import grammar_of_caller, held_to
 from fst_dspy.lm.predictors import bound_to
+from fst_dspy.lm.templates import Prompt, render
 from fst_dspy.model.policy import Policy
 from fst_dspy.model.sampling import vocabulary
 from fst_dspy.student.candidate import seed_candidate
@@ -182,6 +183,29 @@ def test_where_the_prompt_opens_no_thought_the_model_may_begin_one(tmp_path: Pat
     assert held("<|im_start|>assistant\n") == Grammar(text, thought=marks)
     assert held("<|im_start|>assistant\n<think>\n") == Grammar(text, thought=marks, opened=True)
     assert held("<think>\n\n</think>\n\n", enable_thinking=False) == Grammar(text)
+
+
+@pytest.mark.parametrize(
+    ("name", "before"),
+    [
+        ("gpt-oss", "<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant"),
+        ("gpt-oss", ""),
+        ("gemma4", "<|channel>thought\nHm.\n"),
+    ],
+)
+def test_an_answer_is_held_behind_its_channels(name: str, before: str, tmp_path: Path) -> None:
+    policy = Policy.load(save_family(tmp_path / name, name))
+    tokenizer, text = policy.tokenizer, '%llguidance {}\nstart: "yes" | "no"'
+    final = {"gpt-oss": "<|channel|>final<|message|>", "gemma4": "<channel|>"}[name]
+    asked = Prompt.of([{"role": "user", "content": "?"}], options={"enable_thinking": True})
+    prompt = render(tokenizer, asked, tokenize=True, add_generation_prompt=True)
+    grammar = held_to(policy, text, prompt, {"enable_thinking": True})
+    assert grammar is not None
+    said = tuple(tokenizer.encode(f"{before}{final}no"))
+    for place in range(len(said)):
+        assert said[place] in allowed_after(policy, grammar, said[:place])
+    behind = allowed_after(policy, grammar, tuple(tokenizer.encode(before + final)))
+    assert {tokenizer.decode([token]).strip("\n")[:1] for token in behind} <= {"y", "n", ""}
 
 
 def test_a_model_that_could_think_and_does_not_answers_in_the_format(tmp_path: Path) -> None:

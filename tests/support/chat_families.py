@@ -108,6 +108,23 @@ FAMILIES = {
         "<｜end▁of▁sentence｜>",
         ("<｜begin▁of▁sentence｜>", "<｜User｜>", "<｜Assistant｜>"),
     ),
+    "gpt-oss": Family(
+        "GptOss",
+        "gptoss",
+        "<|return|>",
+        ("<|start|>", "<|channel|>", "<|message|>", "<|end|>", "<|call|>"),
+        "<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant to=functions.add"
+        '<|channel|>commentary json<|message|>{"a": 1, "b": 2}<|call|>',
+        (("head_dim", 8), ("num_local_experts", 4), ("num_experts_per_tok", 2)),
+    ),
+    "gemma4": Family(
+        "Gemma4Text",
+        "gemma4_v5",
+        "<turn|>",
+        ("<bos>", "<|turn>", "<|channel>", "<channel|>", "<|tool_call>", "<tool_call|>"),
+        "<|tool_call>call:add{a:1,b:2}<tool_call|>",
+        (("head_dim", 8), ("global_head_dim", 8), ("hidden_size_per_layer_input", 0)),
+    ),
     "mamba2": Family(
         "Mamba2",
         "qwen2_5",
