@@ -280,6 +280,8 @@ class SlowConfig:
             arXiv 2601.20802); or ``"both"``.
         distillation_weight: Of the feedback with ``slow_signal="both"``, in (0, 1); rewards have
             the rest (TRL: SDPO's ``distillation_weight``).
+        teacher_update_rate: With feedback, share of the way to the live weights that the teacher's
+            go after each step, in (0, 1]; at 1 the live weights teach (TRL: SDPO's, 0.05).
         beta: Weight of TRL's KL penalty to the base model; 0 switches it off.
         entropy_coef: Weight of TRL's entropy bonus, the mean entropy a token; 0 switches it off.
         micro_batch_size: Most rows in one forward and backward pass; by default as many as memory
@@ -324,6 +326,7 @@ class SlowConfig:
     discount: float = 1.0
     slow_signal: Literal["reward", "feedback", "both"] = "reward"
     distillation_weight: float = 0.5
+    teacher_update_rate: float = 1.0
     beta: float = 0.0
     entropy_coef: float = 0.0
     micro_batch_size: int | None = None
@@ -378,6 +381,11 @@ class SlowConfig:
             0 < self.distillation_weight < 1,
             "distillation_weight must be between 0 and 1 (slow_signal is reward or feedback alone "
             f"there), got {self.distillation_weight}",
+        )
+        _require(
+            0 < self.teacher_update_rate <= 1,
+            "teacher_update_rate must be above 0 and at most 1 (the live weights teach), got "
+            f"{self.teacher_update_rate}",
         )
         _require(
             0 < self.discount <= 1, f"discount must be above 0 and at most 1, got {self.discount}"
@@ -743,6 +751,7 @@ SINCE: dict[str, dict[str, Any]] = {
         "discount": 1.0,
         "slow_signal": "reward",
         "distillation_weight": 0.5,
+        "teacher_update_rate": 1.0,
     },
     "sampling": {"structured": "auto", "val_samples": 1},
     "budget": {

@@ -150,6 +150,9 @@ class Settings(TypedDict, total=False):
     distillation_weight: float
     """Default 0.5. Of the feedback with ``slow_signal="both"``, in (0, 1); rewards have the rest
     (TRL: SDPO's ``distillation_weight``)."""
+    teacher_update_rate: float
+    """Default 1.0. With feedback, share of the way to the live weights that the teacher's go
+    after each step, in (0, 1]; at 1 the live weights teach (TRL: SDPO's, 0.05)."""
     beta: float
     """Default 0.0. Weight of TRL's KL penalty to the base model; 0 switches it off."""
     entropy_coef: float

@@ -13,6 +13,7 @@ from fst_dspy.config import FSTConfig
 from fst_dspy.lm.local_lm import LocalLM
 from fst_dspy.loop.self_teacher import SelfTeacher, taught_rows
 from fst_dspy.slow.advantage import group_rows
+from fst_dspy.slow.averaged_weights import AveragedWeights
 from fst_dspy.slow.trainer import SlowTrainer
 from fst_dspy.slow.training_state import TrainingState
 from fst_dspy.types import Candidate, Group, StepStats
@@ -63,7 +64,11 @@ class GRPOLearner:
     def __init__(self, lm: LocalLM, program: dspy.Module, config: FSTConfig, seed: int) -> None:
         self._slow = config.slow
         self.learns_from_rewards = self._slow.slow_signal == "reward"
-        self._teacher = SelfTeacher(program, lm, config.fast.perfect_score)
+        averaged = None
+        if not self.learns_from_rewards and self._slow.teacher_update_rate < 1:
+            averaged = AveragedWeights(lm.policy, self._slow.teacher_update_rate)
+        self._averaged = averaged
+        self._teacher = SelfTeacher(program, lm, config.fast.perfect_score, averaged)
         self._trainer = SlowTrainer(
             lm.policy, config.slow, config.sampling, schedule_steps(config), seed
         )
@@ -77,6 +82,8 @@ class GRPOLearner:
         # The feedback is read by the weights as they are, before the step moves them.
         lessons = self._teacher.lessons(groups_P, candidates)
         stats = self._trainer.advance(taught_rows(rows, lessons, slow))
+        if self._averaged is not None:
+            self._averaged.follow()
         nats = [value for lesson in lessons for value in lesson or ()]
         taught = sum(lesson is not None for lesson in lessons)
         return replace(stats, taught=taught, lesson=sum(nats) / max(1, len(nats)))
@@ -88,11 +95,16 @@ class GRPOLearner:
 
     def state(self) -> TrainingState:
         """See :meth:`Learner.state`."""
-        return self._trainer.state()
+        state = self._trainer.state()
+        if self._averaged is None or not state.weights:  # none: another process writes
+            return state
+        return replace(state, teacher=self._averaged.state())
 
     def load(self, folder: Path) -> None:
         """See :meth:`Learner.load`."""
         self._trainer.load(folder)
+        if self._averaged is not None:
+            self._averaged.load(TrainingState.read(folder).teacher)
 
 
 def schedule_steps(config: FSTConfig) -> int:

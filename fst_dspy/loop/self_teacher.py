@@ -2,16 +2,18 @@
 
 After SDPO (arXiv 2601.20802; TRL's ``trl.experimental.sdpo`` in its mode ``sampled_token``). A call
 of a rollout that was not perfect is rendered again with the metric's feedback behind the
-instructions, or with the group's best answer where there is no feedback. The same weights then say
-how probable each token of the call's own answer is. What feedback makes less probable was wrong,
-what it makes more probable was right, and the difference of the two log-probabilities is the
-token's advantage: its gradient is that of the reverse KL to the teacher, estimated on the tokens
-sampled. No rollout is needed for it, and groups of equal rewards have a gradient.
+instructions, or with the group's best answer where there is no feedback. The same weights then, or
+an average of what they have been (``teacher_update_rate``), say how probable each token of the
+call's own answer is. What feedback makes less probable was wrong, what it makes more probable was
+right, and the difference of the two log-probabilities is the token's advantage: its gradient is
+that of the reverse KL to the teacher, estimated on the tokens sampled. No rollout is needed for it,
+and groups of equal rewards have a gradient.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 
 import dspy
@@ -22,6 +24,7 @@ from fst_dspy.lm.local_lm import LocalLM
 from fst_dspy.model.logprobs import sampled_logprobs
 from fst_dspy.rollouts.rendering import Renderer, calls_with_inputs
 from fst_dspy.slow.advantage import gives_row, row_of, without_lost
+from fst_dspy.slow.averaged_weights import AveragedWeights
 from fst_dspy.types import Call, Candidate, Group, Rollout, TrainingRow
 
 FEEDBACK = "Feedback on an answer to this very input: {}"
@@ -41,10 +44,18 @@ class SelfTeacher:
         program: The program that the rollouts ran.
         lm: The local model, whose weights are both teacher and student.
         perfect_score: Rollouts of this reward, or more, have nothing to be taught.
+        averaged: Teaches in place of the live weights.
     """
 
-    def __init__(self, program: dspy.Module, lm: LocalLM, perfect_score: float) -> None:
+    def __init__(
+        self,
+        program: dspy.Module,
+        lm: LocalLM,
+        perfect_score: float,
+        averaged: AveragedWeights | None = None,
+    ) -> None:
         self._program, self._lm, self._perfect = program, lm, perfect_score
+        self._averaged = averaged
         self._renderers: dict[str, Renderer] = {}
 
     def lessons(
@@ -80,7 +91,7 @@ class SelfTeacher:
         return lessons
 
     def _read(self, rows: list[TrainingRow]) -> list[tuple[float, ...]]:
-        with self._lm.policy.lock:
+        with self._lm.policy.lock, self._averaged.in_use() if self._averaged else nullcontext():
             return sampled_logprobs(self._lm.policy, rows)
 
     def _rows(self, group: Group, rollout: Rollout) -> Iterator[TrainingRow | None]:

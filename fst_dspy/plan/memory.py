@@ -38,8 +38,8 @@ class Memory:
         weights: The model, in its dtype.
         gradients: Of what is trained, in its dtype.
         optimizer: AdamW's moments, and float32 copies of trained weights in bfloat16.
-        copies: The base and the best weights, held beside the live ones where all are trained; on
-            the CPU, also where the model is on a GPU.
+        copies: The base and the best weights, held beside the live ones where all are trained, and
+            an averaged teacher's; on the CPU, also where the model is on a GPU.
         activations: What a micro-batch keeps for the gradient.
         cache: Keys and values of the rows decoded together, and what tokens are drawn from.
     """
@@ -88,6 +88,7 @@ def memory_of(
     lora: LoraConfig | None,
     *,
     trainable: int | None = None,
+    averaged: bool = False,
     micro_tokens: int = LEAST_TOKENS,
     trained_tokens: int = 0,
     rows: int = 0,
@@ -101,6 +102,7 @@ def memory_of(
         lora: The adapters, or ``None`` where all weights are trained.
         trainable: As ``trainable_count`` gives it, which takes half a second for adapters; counted
             if not given.
+        averaged: Whether an average of the trained weights teaches.
         micro_tokens, trained_tokens: Of a micro-batch, all tokens and those of completions.
         rows, cached_tokens: Decoded together, and the tokens that their cache holds.
     """
@@ -113,7 +115,7 @@ def memory_of(
         weights=_weights(model, item),
         gradients=trainable * trained_item,
         optimizer=trainable * (MOMENTS + masters) + (0 if lora is None else trainable * 4),
-        copies=2 * trainable * trained_item,
+        copies=2 * trainable * trained_item + (4 * trainable if averaged else 0),
         activations=micro_tokens * activation_bytes(config, item)
         + trained_tokens * words * TRAINED_LOGIT_BYTES,
         cache=cached_tokens * cache_bytes(config, item) + rows * words * LOGIT_BYTES,

@@ -234,7 +234,8 @@ def make_plan(
     item, text = dtype.itemsize, model.config.get_text_config()
     parameters = parameter_count(model)
     trainable = trainable_count(model, lora)
-    bare = memory_of(model, dtype, lora, trainable=trainable, micro_tokens=0)
+    averaged = slow.slow_signal != "reward" and slow.teacher_update_rate < 1
+    bare = memory_of(model, dtype, lora, trainable=trainable, averaged=averaged, micro_tokens=0)
     room = max(0, total - bare.peak(device))
     most = MICRO_TOKENS["cuda" if device.type == "cuda" else "cpu"]
     micro = training_tokens(model.config, item, room, most)
@@ -255,6 +256,7 @@ def make_plan(
     memory = memory_of(
         model, dtype, lora,
         trainable=trainable,
+        averaged=averaged,
         micro_tokens=math.ceil(rows * shared) * prompts.tokens + rows * new,
         trained_tokens=rows * new,
         rows=min(alive, max(1, cached // max(1, length))),

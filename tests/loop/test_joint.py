@@ -146,14 +146,18 @@ def test_budgets_in_rollouts_and_seconds_end_the_loop(tiny_qwen3):
     assert len(result.records) == 1
 
 
-@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
-def test_a_killed_run_goes_on_to_the_same_end(tiny_qwen3, tmp_path, lora, monkeypatch):
-    whole = compile_tiny(tiny_qwen3, log_dir=tmp_path / "whole", lora=lora)[2]
+@pytest.mark.parametrize(
+    "settings",
+    [{"lora": False}, {"lora": True}, {"slow_signal": "both", "teacher_update_rate": 0.3}],
+    ids=["full", "lora", "averaged teacher"],
+)
+def test_a_killed_run_goes_on_to_the_same_end(tiny_qwen3, tmp_path, settings, monkeypatch):
+    whole = compile_tiny(tiny_qwen3, log_dir=tmp_path / "whole", **settings)[2]
     steps = kill_before_steps(monkeypatch, 2, 4)
     for _ in range(2):
         with pytest.raises(RuntimeError, match="killed"):
-            compile_tiny(tiny_qwen3, log_dir=tmp_path / "cut", lora=lora)
-    resumed = compile_tiny(tiny_qwen3, log_dir=tmp_path / "cut", lora=lora)[2]
+            compile_tiny(tiny_qwen3, log_dir=tmp_path / "cut", **settings)
+    resumed = compile_tiny(tiny_qwen3, log_dir=tmp_path / "cut", **settings)[2]
     assert steps == [0, 1, 1, 2, 2, 3]
     assert resumed.weights_version == whole.weights_version
     assert resumed.best == whole.best

@@ -20,6 +20,7 @@ from fst_dspy.model.policy import Policy
 from fst_dspy.rollouts.jobs import RolloutJob
 from fst_dspy.rollouts.runner import RolloutRunner
 from fst_dspy.slow.advantage import group_rows
+from fst_dspy.slow.averaged_weights import AveragedWeights
 from fst_dspy.slow.trainer import SlowTrainer
 from fst_dspy.student.candidate import seed_candidate
 from fst_dspy.types import Group
@@ -90,6 +91,28 @@ def test_nothing_is_said_of_what_was_perfect(tiny_qwen3):
     rewards = [rollout.reward for group in groups for rollout in group.rollouts_G]
     assert [lesson is None for lesson in lessons] == [reward >= 0.2 for reward in rewards]
     assert 0 < sum(lesson is None for lesson in lessons) < len(lessons)
+
+
+def test_an_averaged_teacher_follows_the_live_weights_and_says_what_it_would(tiny_qwen3):
+    lm = LocalLM(str(tiny_qwen3))
+    averaged = AveragedWeights(lm.policy, 0.25)
+    before = lm.policy.trainable_state()
+    slow = SlowConfig(learning_rate=1e-2)
+    SlowTrainer(lm.policy, slow, SAMPLING, 3, seed=0).advance(rows_for(1))
+    averaged.follow()
+    after, version = lm.policy.trainable_state(), lm.policy.version()
+    for name, tensor in averaged.state().items():
+        torch.testing.assert_close(tensor, 0.75 * before[name] + 0.25 * after[name])
+    program, other = Echo(), LocalLM(str(tiny_qwen3))
+    groups, candidates = groups_of(program, lm, vowels)
+    other.policy.load_trainable_state(averaged.state())
+    lessons, expected, live = (
+        SelfTeacher(program, reader, 1.0, teacher).lessons(groups, candidates)
+        for reader, teacher in ((lm, averaged), (other, None), (lm, None))
+    )
+    assert lessons == expected != live
+    assert lm.policy.version() == version
+    assert lm.policy.trainable_state().keys() == after.keys()
 
 
 def test_reward_and_feedback_are_mixed_by_the_weight():
