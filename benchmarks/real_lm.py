@@ -7,8 +7,9 @@
 A job is a task, an adapter, an arm and a seed, on one budget of rollouts that all channels draw
 from. Started again, what has run is not run again, and what was stopped goes on. The stores are
 ``runs/real/MODEL-TASK-ADAPTER``; the tables of each go to ``benchmarks/results/real``, in folders
-of the same names with its jobs in one file, so that another machine runs only what is missing, and
-``overview.md`` there has a line an arm of all of them.
+of the same names with its jobs in one file, so that another machine runs only what is missing.
+``overview.md`` there has a line an arm of each, and what ``fst`` is above the others by over all
+stores of a model.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ from fst_dspy.measures import mean_interval
 
 STORES = Path("runs/real")
 RESULTS = Path(__file__).parent / "results" / "real"
-TUNED = "rl_only-tuned"
+OURS, TUNED = "fst", "rl_only-tuned"
 ARMS = "fst,rl_only,gepa_only,sequential"
 ROLLOUTS = 1600
 SETTINGS: Mapping[str, Any] = {
@@ -140,6 +141,38 @@ def overview(found: Mapping[str, Sequence[Run]]) -> Table:
     return Table("SmolLM2 on real tasks", HEADS, tuple(rows), NOTE)
 
 
+def together(found: Mapping[str, Sequence[Run]]) -> Table:
+    """What ``fst`` is above the other arms by, over all stores of a model."""
+    stores: dict[str, list[Sequence[Run]]] = {}
+    for runs in found.values():
+        stores.setdefault(runs[0].job.model, []).append(runs)
+    rows = []
+    for model, own in stores.items():
+        for label in dict.fromkeys(run.job.label for runs in own for run in runs):
+            if label == OURS:
+                continue
+            pairs = [pair for runs in own for pair in _pairs(runs, label)]
+            if not pairs:
+                continue
+            tests, gains = zip(*pairs, strict=True)
+            span = interval_text(mean_interval(gains))
+            rows.append((model, label, str(len(pairs)), f"{_mean(tests):.3f}", span))
+    return Table(
+        "fst against each arm, all stores of a model",
+        ("model", "arm", "runs", "test", "fst minus it"),
+        tuple(rows),
+        "Over the tasks, adapters and seeds that both have, each pair one value: 95 % interval "
+        "(Student t). Adapters of a task share its examples of a seed.",
+    )
+
+
+def _pairs(runs: Sequence[Run], label: str) -> list[tuple[float, float]]:
+    """The test of an arm, and what ``fst`` of the same seed is above it by."""
+    groups = by_label(runs)
+    ours, theirs = (scores_by_seed(groups.get(name, ())) for name in (OURS, label))
+    return [(theirs[seed], ours[seed] - theirs[seed]) for seed in ours.keys() & theirs.keys()]
+
+
 HEADS = (
     "store",
     "arm",
@@ -220,7 +253,7 @@ def main(
             write_results(folder, results / folder.name)
             pack(store, results / folder.name / JOBS)
     if found:
-        text = overview(found).markdown()
+        text = "\n".join(table(found).markdown() for table in (overview, together))
         write_atomically(results / "overview.md", lambda file: file.write(text.encode()))
         typer.echo(text)
     if failed:

@@ -51,7 +51,7 @@ def test_jobs_add_up_over_calls_and_none_is_run_twice(tmp_path: Path, small: Non
     config.write_text(config.read_text().replace(": 512,", ": 4096,"))
     random = (*SMALL, "max_tokens=8", "on_no_signal=warn")  # it knows nothing, and learns nothing
     first = ("--adapters", "xml", "--arms", "gepa_only", "--seeds", "1")
-    call(tmp_path, model, *first, settings=random)
+    assert "| fst minus it |" in call(tmp_path, model, *first, settings=random)
     assert jobs(tmp_path) == {f"{name}-xml": ["gepa_only-1"]}
     arms = ("--arms", "gepa_only,rl_only", "--seeds", "0,1", "--limit", "1")
     call(tmp_path, model, "--adapters", "xml", *arms, settings=random)
