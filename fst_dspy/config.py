@@ -45,13 +45,14 @@ class BudgetConfig:
     Attributes:
         max_cycles: Cycles to run, at least 1, or ``None``; those of prompts alone, which have no
             optimizer steps (``fst_dspy.optimizer``), do not count.
-        max_rollouts: Rollouts to run over all channels (fast, slow and eval), or ``None``. The
-            cycle under way when it is reached is finished.
-        max_seconds: Wall time of the compile, or ``None``. Likewise.
+        max_rollouts: Rollouts to run over all channels (fast, slow and eval), or ``None``. A cycle
+            ends before a step or iteration that would go beyond it; one is taken in any case.
+        max_seconds: Wall time of the compile, or ``None``. The step or iteration under way when it
+            is reached is the cycle's last.
         max_full_evals: ``max_rollouts`` in runs over all examples, those of training and of
             validation together, as ``dspy.GEPA`` counts; or ``None``. One of the two.
         max_env_steps: Tool calls of agents in their environments (``fst_dspy.env``), or ``None``.
-            The cycle under way when it is reached is finished.
+            As ``max_rollouts``, where rollouts are like those before.
         max_env_turns: Turns of agents there: those calls, and actions that were none; or ``None``.
             Likewise.
         max_env_seconds: Time that their environments take, summed over rollouts, in seconds; or

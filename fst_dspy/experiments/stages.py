@@ -13,7 +13,7 @@ from dspy.teleprompt import Teleprompter
 from fst_dspy.config import ENV_LIMITS
 from fst_dspy.experiments.arms import Stage, find_arm
 from fst_dspy.experiments.jobs import Job
-from fst_dspy.loop.progress import SilentProgress, StopRun, cycle_line
+from fst_dspy.loop.progress import SilentProgress, cycle_line
 from fst_dspy.results.result import FSTResult
 from fst_dspy.student.candidate import (
     INSTRUCTIONS,
@@ -23,37 +23,15 @@ from fst_dspy.student.candidate import (
     predictor_names,
 )
 from fst_dspy.tasks import load_task
-from fst_dspy.types import CycleRecord, Task, TurnCounts
+from fst_dspy.types import CycleRecord, Task
 
 
-class Within(SilentProgress):
-    """Ends a run where another cycle like the last one would go beyond the budget.
-
-    Args:
-        rollouts: The budget, over all channels.
-        limits: Those of what agents do, as ``BudgetConfig.env_limits`` has them.
-    """
-
-    def __init__(self, rollouts: int, limits: Mapping[str, float] | None = None) -> None:
-        self.rollouts, self.limits = rollouts, limits or {}
-        # Up to the cycle before, which a resumed run has not seen.
-        self._turns: TurnCounts | None = None
-        self._most = 0
+class LogProgress(SilentProgress):
+    """Prints a line a cycle, for a job's log."""
 
     def cycle_done(self, record: CycleRecord) -> None:
-        """Say how the cycle went, for the log, and stop if it was the last one that fits."""
+        """Say how the cycle went."""
         print(cycle_line(record), flush=True)
-        # After a phase of prompts alone there may be a cycle with optimizer steps, which is longer.
-        if record.train_reward is not None:
-            self._most = max(self._most, record.rollouts.total)
-        before, self._turns = self._turns, record.turns
-        needed = max(self._most, record.rollouts.total)
-        too_many = record.total_rollouts.total + needed > self.rollouts
-        for counted, limit in self.limits.items():
-            if before is not None:
-                too_many |= 2 * getattr(record.turns, counted) - getattr(before, counted) > limit
-        if record.cycle and too_many:
-            raise StopRun
 
 
 def load_job_task(job: Job, program: str) -> Task:
@@ -123,19 +101,18 @@ class _Turn(Teleprompter):
         job, spent = self.job, sum(turn.result.rollouts.total for turn in self.before)
         budget = max(1, round(job.rollouts * self.stage.until) - spent)
         settings: dict[str, Any] = {**job.settings, "max_rollouts": budget}
-        limits: dict[str, float] = {}
         for name, counted in ENV_LIMITS.items():
             if (asked := settings.get(name)) is not None:  # the job's, as its rollouts are
                 done = [getattr(turn.result.records[-1].turns, counted) for turn in self.before]
                 left = max(1, round(asked * self.stage.until) - round(sum(done)))
-                settings[name] = limits[counted] = left
+                settings[name] = left
         try:
             optimizer = self.stage.make(
                 self.metric,
                 seed=job.seed,
                 log_dir=self.folder,
                 track_stats=True,
-                progress=Within(budget, limits),
+                progress=LogProgress(),
                 reflection_lm=dspy.LM(job.reflection_lm) if job.reflection_lm else None,
                 **settings,
             )

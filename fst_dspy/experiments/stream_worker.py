@@ -18,7 +18,7 @@ from fst_dspy.continual.stages import TaskStage
 from fst_dspy.errors import StoreError
 from fst_dspy.experiments.jobs import Job, adapter_setting, read_job
 from fst_dspy.experiments.process import locked, work
-from fst_dspy.experiments.stages import Within, load_job_task
+from fst_dspy.experiments.stages import LogProgress, load_job_task
 from fst_dspy.experiments.streams import StreamOutcome, StreamStage, write_stream
 from fst_dspy.lm.local_lm import LocalLM
 
@@ -47,7 +47,7 @@ def _learner(folder: Path, job: Job, budget: int) -> ContinualFST:
         arm=job.arm,  # type: ignore[arg-type]  # the protocol takes no other
         seed=job.seed,
         log_dir=folder,
-        progress=Within(budget),
+        progress=LogProgress(),
         reflection_lm=dspy.LM(job.reflection_lm) if job.reflection_lm else None,
         **{**job.settings, "max_rollouts": budget},
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import dspy
@@ -37,6 +37,7 @@ class FastChannel(Protocol):
         iterations: int,
         policy_version: int,
         alone: bool = False,
+        has_room: Callable[[], bool] = lambda: True,
     ) -> Population:
         """One fast phase: the population after some iterations.
 
@@ -49,6 +50,7 @@ class FastChannel(Protocol):
             iterations: GEPA iterations; 0 returns the population as it is.
             policy_version: Optimizer steps taken so far.
             alone: Whether no slow phase follows, so that all it needs to know is to be run here.
+            has_room: Asked after each iteration whether there is budget for another.
 
         Raises:
             DataError: No training examples, or scores that do not belong to ``valset``.

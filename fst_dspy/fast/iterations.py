@@ -11,7 +11,7 @@ import dataclasses
 import logging
 import random
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import dspy
@@ -81,6 +81,7 @@ class Iterations:
         trainset: Sequence[dspy.Example],
         cycle: int,
         iterations: int,
+        has_room: Callable[[], bool],
     ) -> list[Candidate]:
         """The population's candidates and the accepted children, after some iterations.
 
@@ -90,7 +91,8 @@ class Iterations:
             population: Where the first parents come from.
             trainset: Where minibatches come from.
             cycle: Number of the cycle, part of every seed.
-            iterations: How many.
+            iterations: How many at most.
+            has_room: Whether there is budget for another.
         """
         members, reflector = list(population.candidates), adapter.reflector
         self.memory.study(trainset)
@@ -100,7 +102,7 @@ class Iterations:
         reflection = self._reflection(adapter, trainset, cycle)
         for number in range(iterations):
             state = self.gepa_state(members, scores.rows(members), scores.objectives(members))
-            if self.events.stop(state):
+            if self.events.stop(state) or (number and not has_room()):
                 break
             self.judge.count(iterations=1)
             self.events.begin_iteration(self.judge.stats.iterations, state, trainset)

@@ -42,7 +42,7 @@ What the package relies on of gepa's insides, here and elsewhere; ran with 0.1.4
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import dspy
@@ -112,6 +112,7 @@ class FastPhase:
         iterations: int,
         policy_version: int,
         alone: bool = False,
+        has_room: Callable[[], bool] = lambda: True,
     ) -> Population:
         """One fast phase: the population after some iterations and merges; see ``FastChannel``.
 
@@ -130,9 +131,11 @@ class FastPhase:
         reflector = self.memory.reflector(c.id for c in population.candidates)
         adapter = GepaAdapter(runner, reflector, cycle, (self.memory.bank,))
         scores = ValidationScores(population, adapter, valset)
-        members = self.iterations.run(adapter, scores, population, trainset, cycle, iterations)
+        members = self.iterations.run(
+            adapter, scores, population, trainset, cycle, iterations, has_room
+        )
         for number in range(self.config.merge_iterations):
-            if self.events.stopped is None:
+            if self.events.stopped is None and has_room():
                 rng = random.Random(f"{self.seed}|{cycle}|merge {number}")
                 self._merge_on(adapter, scores, members, trainset, valset, cycle, rng)
         self.iterations.count_reflection(reflector)

@@ -24,7 +24,7 @@ from __future__ import annotations
 import contextvars
 import dataclasses
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import Any
@@ -141,6 +141,7 @@ class TrialPhase:
         iterations: int,
         policy_version: int,
         alone: bool = False,
+        has_room: Callable[[], bool] = lambda: True,
     ) -> Population:
         """A fast phase; it runs rollouts where no slow one follows, or while there are no others.
 
@@ -160,7 +161,7 @@ class TrialPhase:
             reflector = self.memory.reflector(c.id for c in members)
             adapter = GepaAdapter(runner, reflector, cycle, (self.memory.bank, self.scores.keep))
             members = self.iterations.run(
-                adapter, self.scores, population, trainset, cycle, iterations
+                adapter, self.scores, population, trainset, cycle, iterations, has_room
             )
             self.iterations.count_reflection(reflector)
             if first:

@@ -6,7 +6,7 @@ a cycle that went wrong.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from fst_dspy.config import ENV_LIMITS, LIMITS
@@ -224,15 +224,41 @@ def check_limits(parts: Parts) -> None:
         )
 
 
-def time_spent(parts: Parts, state: LoopState) -> str | None:
-    """``"620 of 600 s"`` where time is up on this process's clock."""
-    asked, seconds = parts.budget.max_seconds, sum(state.seconds.values())
-    return f"{seconds:.0f} of {asked:g} s" if asked is not None and seconds >= asked else None
+def time_spent(parts: Parts, seconds: Mapping[str, float]) -> str | None:
+    """``"620 of 600 s"`` where time is up on this process's clock; ``seconds`` by channel."""
+    asked, spent = parts.budget.max_seconds, sum(seconds.values())
+    return f"{spent:.0f} of {asked:g} s" if asked is not None and spent >= asked else None
 
 
-def recorded_spent(parts: Parts, record: CycleRecord) -> str | None:
-    """As ``counts_spent``, of what a cycle's record says."""
-    return counts_spent(parts, record.total_rollouts.total, record.turns)
+def fits(parts: Parts, rollouts: int, turns: TurnCounts, *, step: bool) -> bool:
+    """Whether what comes next, and the validation behind it, stays within what is counted.
+
+    Args:
+        rollouts, turns: Up to now. An agent's next rollouts are taken to be like those so far.
+        step: It is an optimizer step; else an iteration of prompts.
+    """
+    budget, fast, slow = parts.budget, parts.config.fast, parts.config.slow
+    own = slow.problems_per_step * slow.group_size if step else 2 * fast.minibatch_size
+    more = own + len(parts.val_ids)
+    if budget.max_rollouts is not None and rollouts + more > budget.max_rollouts:
+        return False
+    counted = [(getattr(turns, name), limit) for name, limit in budget.env_limits().items()]
+    return all(done * (1 + more / max(1, rollouts)) <= limit for done, limit in counted)
+
+
+def recorded_spent(parts: Parts, state: LoopState) -> str | None:
+    """As ``counts_spent``, of the last cycle's record; also where nothing fits in what is left.
+
+    After the first validation something is tried, however little is left.
+    """
+    record = with_end(parts, state.records)  # of a run of before, which did not say so
+    rollouts, turns, share = record.total_rollouts.total, record.turns, share_of(parts, state)
+    if spent := counts_spent(parts, rollouts, turns):
+        return spent
+    if record.cycle == 0 or fits(parts, rollouts, turns, step=share.weights):
+        return None
+    more = "optimizer step" if share.weights else "iteration"
+    return f"{rollouts:,} rollouts, as the next {more} and its validation would go beyond the limit"
 
 
 def share_of(parts: Parts, state: LoopState) -> Share:

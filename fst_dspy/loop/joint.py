@@ -27,6 +27,7 @@ from fst_dspy.loop.ending import (
     check_perfect_score,
     counts_spent,
     cycles_spent,
+    fits,
     has_ended,
     iterations_of,
     measured_plan,
@@ -141,6 +142,7 @@ class Run:
                 iterations=iterations_of(parts, state, alone),
                 policy_version=self.policy.step,
                 alone=alone,
+                has_room=partial(self._has_room, state.seconds, started, step=False),
             )
             self._keep_verdicts()
         return replace(
@@ -170,17 +172,27 @@ class Run:
         seconds, started = _add_seconds(state.seconds, "slow", started), time.monotonic()
         # The same rollouts score the candidates, feed the proposers and decide a trial.
         population = self._learn_from(state, groups_P)
+        room = self._has_room(seconds, started, step=True)
         return replace(
             state,
             population=population,
             step=step,
             steps=(*state.steps, record),
-            phase="validate" if done + 1 == steps_per_cycle else "slow",
+            # A cycle is cut short rather than the budget overdrawn.
+            phase="slow" if done + 1 < steps_per_cycle and room else "validate",
             stream=stream.after(groups_P),
             fast_state=parts.fast.state(),
             **self._counted(),
             seconds=_add_seconds(seconds, "fast", started),
         )
+
+    def _has_room(self, seconds: Mapping[str, float], started: float, *, step: bool) -> bool:
+        """Whether there is budget for another step or iteration, and the validation behind it."""
+        parts, counts = self.parts, self.runner.counts
+        spent = time_spent(parts, _add_seconds(seconds, "fast", started)) is not None
+        if distributed.any_process(spent):  # clocks differ
+            return False
+        return fits(parts, counts.total, self.runner.turns, step=step)
 
     def _learn_from(self, state: LoopState, groups_P: tuple[Group, ...]) -> Population:
         """Let the fast channel use the slow rollouts, which cost nothing more."""
@@ -283,7 +295,10 @@ class Run:
         if state.phase != "fast":
             return False
         last = with_end(parts, state.records)  # of a run of before, which did not say so
-        if cycles_spent(parts, state) or recorded_spent(parts, last):
+        if cycles_spent(parts, state):
+            return True
+        if spent := recorded_spent(parts, state):
+            self._tell_once(f"the run ends after {spent}")
             return True
         stopped = last.proposals.get("stopped")
         if stopped and parts.spec.strategies.stop_callbacks:
@@ -295,7 +310,7 @@ class Run:
             logger.warning("%s", reason)
         if has_ended(parts, last):
             return True
-        return distributed.any_process(time_spent(parts, state) is not None)  # clocks differ
+        return distributed.any_process(time_spent(parts, state.seconds) is not None)
 
     def _stop_if_diverged(self, state: LoopState) -> None:
         """Stop where step after step gives no finite gradient; the last checkpoint stands."""
@@ -351,33 +366,37 @@ class Run:
         self.parts.progress.phase(cycle, name, self.runner.counts)
 
     def _tell_spent(self, state: LoopState) -> None:
-        """Say once that a limit was reached within a cycle, which is finished all the same."""
+        """Say once that a limit was reached within a cycle, which is closed then."""
         counts = self.runner.counts.total, self.runner.turns
-        spent = counts_spent(self.parts, *counts) or time_spent(self.parts, state)
-        if spent and not self._told_spent:
-            tell(self.parts.progress, f"{spent} reached; finishing the cycle")
+        spent = counts_spent(self.parts, *counts) or time_spent(self.parts, state.seconds)
+        if spent:
+            self._tell_once(f"{spent} reached; closing the cycle")
+
+    def _tell_once(self, words: str) -> None:
+        """Say that the budget is spent, or next to, unless that has been said."""
+        if not self._told_spent:
+            tell(self.parts.progress, words)
             self._told_spent = True
 
     def _tell_untouched(self, state: LoopState) -> None:
         """Say that the first validation has used a limit up, so that nothing can be learned."""
         counts = self.runner.counts.total, self.runner.turns
-        spent = counts_spent(self.parts, *counts) or time_spent(self.parts, state)
+        spent = counts_spent(self.parts, *counts) or time_spent(self.parts, state.seconds)
         if spent:
             words = f"{spent} reached by the first validation: nothing is learned"
-            tell(self.parts.progress, f"{words}; a higher limit lets the run go on")
+            self._tell_once(f"{words}; a higher limit lets the run go on")
 
     def _tell_ended(self, state: LoopState) -> None:
         """Say of a run that had ended before why nothing happens, and how it is extended."""
         if not state.records or state.phase != "fast":
             return
         last = with_end(self.parts, state.records)
-        spent = cycles_spent(self.parts, state) or recorded_spent(self.parts, last)
+        spent = cycles_spent(self.parts, state) or recorded_spent(self.parts, state)
         if has_ended(self.parts, last):
             words = f"this run had ended: {last.decided}"
-            tell(self.parts.progress, f'{words}; on_no_signal="warn" lets it go on')
+            self._tell_once(f'{words}; on_no_signal="warn" lets it go on')
         elif spent:
-            words = f"this run had ended, after {spent}; a higher limit lets it go on"
-            tell(self.parts.progress, words)
+            self._tell_once(f"this run had ended, after {spent}; a higher limit lets it go on")
 
     def _tell_plan(self, plan: Plan) -> None:
         """Tell what the run is expected to take, and what is wrong with that."""

@@ -325,7 +325,11 @@ def _rollouts(config: FSTConfig, batch: int, examples: int, slow_on: bool) -> tu
         needed = max(1, -(-(budget.max_rollouts - first) // max(1, cycle)))
         cycles = needed if cycles is None else min(cycles, needed)
     cycles = cycles or 1  # a limit in seconds alone: one cycle is told
-    return first + cycles * cycle, cycles * config.slow.steps_per_cycle if slow_on else 0
+    rollouts, steps = first + cycles * cycle, cycles * config.slow.steps_per_cycle * slow_on
+    beyond = max(0, rollouts - budget.max_rollouts) if budget.max_rollouts is not None else 0
+    # The last cycle is cut short, and one step or iteration is taken in any case.
+    left_out = min(-(-beyond // batch), steps - 1) if slow_on else 0
+    return rollouts - (left_out * batch if slow_on else beyond), steps - left_out
 
 
 def _problems(

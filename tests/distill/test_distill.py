@@ -214,11 +214,11 @@ def test_without_a_teacher_one_is_searched_for_within_the_budget(tiny_qwen3, tmp
     )
     search, first = result.search, result.records[0]
     assert search.arm == "gepa_only" and result.context == search.best.candidate
-    assert 40 <= search.rollouts.total < 80
+    assert 30 < search.rollouts.total <= 40
     assert first.total_rollouts.fast == search.rollouts.fast > 0
     assert first.total_rollouts.total == search.rollouts.total + 4
     assert first.seconds["fast"] >= search.records[-1].seconds["fast"]
-    assert result.records[-2].total_rollouts.total < 80 <= result.rollouts.total
+    assert len(result.records) > 2 and 60 < result.rollouts.total <= 80
     assert (tmp_path / "search" / "result.json").is_file()
     again = distill(tiny_qwen3, teacher=None, max_cycles=9, max_rollouts=80, log_dir=tmp_path)[2]
     assert again.records == result.records

@@ -10,7 +10,6 @@ from training_helpers import Events
 
 from fst_dspy import FST, LocalLM
 from fst_dspy.errors import StoreError
-from fst_dspy.experiments.stages import Within
 from fst_dspy.files import read_json
 from fst_dspy.tasks import load_task
 
@@ -24,7 +23,7 @@ def compiled_by_hand(folder, arms, rollouts):
     program = task.program
     with dspy.context(lm=LocalLM(str(folder))):
         for arm in arms:
-            options = {**TINY, "max_rollouts": left, "progress": Within(left)}
+            options = {**TINY, "max_rollouts": left}
             fst = FST(task.metric, arm=arm, seed=0, track_stats=True, **options)
             program = fst.compile(program, trainset=task.trainset, valset=task.valset)
             results.append(program.detailed_results)

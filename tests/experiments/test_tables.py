@@ -19,11 +19,9 @@ from fst_dspy.experiments.jobs import read_outcome, read_records, write_outcome
 from fst_dspy.experiments.packed import pack, unpack
 from fst_dspy.experiments.protocols.ablate import REFERENCE, variants_of
 from fst_dspy.experiments.runs import load_runs, shared_budget
-from fst_dspy.experiments.stages import Within
 from fst_dspy.experiments.tuned_rl import rl_space, tune_rl
 from fst_dspy.experiments.worker import run_job
 from fst_dspy.files import read_json
-from fst_dspy.loop.progress import StopRun
 from fst_dspy.measures import Forgetting, Interval, mean_at_k
 from fst_dspy.types import RolloutCounts
 
@@ -133,19 +131,6 @@ def test_forgetting_is_measured_on_other_programs(tiny_qwen3, tmp_path):
     with pytest.raises(DataError, match="ideal_instructions"):
         run(tmp_path / "bare", job_of(tiny_qwen3, forget_on=(PROGRAM,)))
     assert not list((tmp_path / "bare").rglob("cycles.jsonl"))
-
-
-def test_a_run_ends_where_another_cycle_does_not_fit():
-    within = Within(100)
-    within.cycle_done(record(0, 90, 0.0))  # the student as it came does not count
-    within.cycle_done(record(1, 60, 0.0))
-    with pytest.raises(StopRun):
-        within.cycle_done(record(2, 61, 0.0))
-    # After a short one of prompts alone there may be one with optimizer steps again.
-    within = Within(100)
-    within.cycle_done(replace(record(1, 40, 0.0), train_reward=0.5))
-    with pytest.raises(StopRun):
-        within.cycle_done(record(2, 61, 0.0, last=21))
 
 
 # --- jobs, plans and stores -----------------------------------------------------------------------

@@ -1,7 +1,6 @@
 """The joint loop on tiny random models: real rollouts, real optimizer steps, real GEPA."""
 
 import datetime
-import re
 import signal
 from dataclasses import replace
 from itertools import pairwise
@@ -416,18 +415,27 @@ def test_ctrl_c_in_the_first_validation_is_not_held_back_for_a_fast_phase(
 
 def test_a_budget_says_that_it_is_reached_and_what_is_done(tiny_qwen3, tmp_path):
     _, opening, first, *_ = compile_tiny(tiny_qwen3)[2].records
-    limit = opening.total_rollouts.total + 1  # is reached by the first step
+    prompts, step, validation = opening.total_rollouts.total, 8, 4
     listener = Heard()
-    budget = {"max_cycles": None, "max_rollouts": limit, "log_dir": tmp_path, "progress": listener}
-    result = compile_tiny(tiny_qwen3, **budget)[2]
-    spent = first.total_rollouts.total
-    assert result.rollouts.total == spent
-    (said,) = listener.said
-    assert re.fullmatch(rf"(\d+) of {limit} rollouts reached; finishing the cycle", said)
-    assert limit <= int(said.split()[0]) < spent
-    compile_tiny(tiny_qwen3, **budget)
-    ended = f"this run had ended, after {spent} of {limit} rollouts; a higher limit lets it go on"
-    assert listener.said[1:] == [ended]
+    budget = {"max_cycles": None, "log_dir": tmp_path, "progress": listener}
+    # Prompts alone leave a rollout too few for a step, the first cycle with steps one too few for
+    # a second step; in the end all is used up to the last.
+    for limit, ended_at, steps in (
+        (prompts + 11, prompts, 0),
+        (prompts + 19, prompts + step + validation, 1),
+        (prompts + 32, prompts + 32, 3),
+    ):
+        result = compile_tiny(tiny_qwen3, max_rollouts=limit, **budget)[2]
+        assert (result.rollouts.total, result.records[-1].step) == (ended_at, steps)
+        assert ended_at <= limit
+        why = f"after {ended_at} rollouts, as the next optimizer step and its validation would go"
+        if ended_at == limit:
+            why = f"after {limit} of {limit} rollouts"
+        assert why in listener.said[-1] and "the run ends" in listener.said[-1]
+        compile_tiny(tiny_qwen3, max_rollouts=limit, **budget)
+        assert listener.said[-1].startswith(f"this run had ended, {why}")
+        assert listener.said[-1].endswith("; a higher limit lets it go on")
+    assert first.total_rollouts.total == prompts + 2 * step + validation
 
 
 def test_reused_rollouts_leave_the_fast_channel_its_first_phase_alone(tiny_qwen3):

@@ -47,7 +47,7 @@ def test_full_evals_are_over_training_and_validation_examples(tiny_qwen3):
     result = compiled(tiny_qwen3, max_full_evals=3, **UNLIMITED)
     assert result.config.budget.max_rollouts == 3 * (6 + 4)
     spent = [record.total_rollouts.total for record in result.records]
-    assert spent[-2] < 30 <= spent[-1] and result.stopped is None
+    assert len(spent) > 1 and 30 - 8 - 4 < spent[-1] <= 30 and result.stopped is None
 
 
 @pytest.mark.parametrize("reuse", [True, False])
@@ -187,5 +187,5 @@ def test_whole_trajectories_and_gepa_kwargs_run(tiny_qwen3):
               **{**settings, **UNLIMITED})  # fmt: skip
     with dspy.context(lm=LocalLM(str(tiny_qwen3))):
         program = fst.compile(Echo(), trainset=questions(6), valset=questions(4, 6))
-    assert program.detailed_results.rollouts.total >= 60
+    assert 60 - 8 - 4 < program.detailed_results.rollouts.total <= 60
     assert program.detailed_results.config.fast.minibatch_size == 2

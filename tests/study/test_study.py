@@ -319,7 +319,7 @@ def test_a_pruned_trial_stops_and_its_run_can_go_on(tiny_qwen3, tmp_path, monkey
     with dspy.context(lm=LocalLM(str(tiny_qwen3))):
         result = fst.compile(task.program, trainset=task.trainset, valset=task.valset)
     records = result.detailed_results.records
-    assert len(records) > 2 and records[-1].total_rollouts.total >= 100
+    assert len(records) > 2 and 80 < records[-1].total_rollouts.total <= 100
     assert len(list(read_jsonl(folder / "cycles.jsonl"))) == len(records)
 
 
