@@ -25,13 +25,15 @@ from fst_dspy.rollouts.inputs import own_inputs
 from fst_dspy.rollouts.jobs import RolloutJob
 from fst_dspy.rollouts.quiet import OwnTime
 from fst_dspy.rollouts.scheduler import RolloutEnded, Scheduler, Slot
-from fst_dspy.rollouts.session import OpenCall, Session, in_rollout
+from fst_dspy.rollouts.session import OpenCall, Session
 from fst_dspy.student.candidate import example_id
 from fst_dspy.student.metric import Score, ask_about_predictor, call_metric
 from fst_dspy.types import Call, Failure, FailureKind, Rollout
 
 logger = logging.getLogger(__name__)
 
+TOLD = "fst_told"
+"""The DSPy setting that holds from where DSPy has warned in the rollouts of a run."""
 SHOWN = 80
 """Characters of an answer that could not be read, that are quoted where it is explained."""
 
@@ -326,12 +328,25 @@ def is_infrastructure(error: BaseException) -> bool:
     )
 
 
-def _outside_rollouts(record: logging.LogRecord) -> bool:
-    """DSPy warns of every truncated answer; in a rollout that is data, and counted."""
-    return not in_rollout()
+def _told_once(record: logging.LogRecord) -> bool:
+    """DSPy warns anew in every call; of what each rollout would say again, the first one is told.
+
+    That answers are cut off is not: in a rollout it is data, and counted.
+    """
+    told = dspy.settings.get(TOLD)
+    if told is None:
+        return True
+    place = (record.name, record.lineno)
+    if record.name == "dspy.clients.lm" or place in told:
+        return False
+    told.add(place)
+    record.msg = f"{record.msg} (told once, of all the rollouts of a run)"
+    return True
 
 
-logging.getLogger("dspy.clients.lm").addFilter(_outside_rollouts)
+for _name in list(logging.root.manager.loggerDict):
+    if _name.startswith("dspy."):  # what a logger filters is its own, and not its children's
+        logging.getLogger(_name).addFilter(_told_once)
 
 
 def _turns_of(program: dspy.Module) -> int:

@@ -44,11 +44,23 @@ def rollout(kind=None, message="", reward=0.0):
 def test_a_metric_that_fails_on_all_it_is_given_is_told_though_answers_fail_too():
     first = [rollout("parse", "no fields"), rollout("metric", "KeyError: 'label'")] * 2
     with pytest.raises(MetricError, match="KeyError: 'label'"):
-        check_first_rollouts(first)
+        check_first_rollouts(first, Echo())
     with pytest.raises(ProgramError, match="boom"):
-        check_first_rollouts([rollout("parse", "x"), rollout("program", "boom")])
-    check_first_rollouts([rollout("parse", "x")] * 3)
-    check_first_rollouts([rollout("metric", "x"), rollout(reward=1.0)])
+        check_first_rollouts([rollout("parse", "x"), rollout("program", "boom")], Echo())
+    check_first_rollouts([rollout("parse", "x")] * 3, Echo())
+    check_first_rollouts([rollout("metric", "x"), rollout(reward=1.0)], Echo())
+    with pytest.raises(ProgramError, match="program: too long; the program fails"):
+        check_first_rollouts([rollout("program", "too long\n\n  To fix:\n  - Shorten")], Echo())
+
+
+def test_a_predictor_that_is_never_given_its_inputs_ends_the_run(tiny_qwen3):
+    renamed = [dspy.Example(ticket=q.question).with_inputs("ticket") for q in questions(6)]
+    fst = FST(lambda gold, pred: 1.0, **SETTINGS)
+    with (
+        dspy.context(lm=LocalLM(str(tiny_qwen3)), adapter=RawAdapter()),
+        pytest.raises(ProgramError, match=r"'self' was given none of its inputs \(question\)"),
+    ):
+        fst.compile(dspy.Predict("question -> answer"), trainset=renamed)
 
 
 def test_what_is_told_has_share_cause_and_advice():

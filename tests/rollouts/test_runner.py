@@ -1,3 +1,4 @@
+import logging
 import threading
 
 import dspy
@@ -54,6 +55,22 @@ def test_the_same_seed_gives_the_same_rollouts_whatever_the_threads_do(lm):
     assert first == again
     other = make_runner(lm, program, seed=1).run(jobs_for(program), channel="slow", salt=1)
     assert other != first
+
+
+def test_what_dspy_warns_of_in_every_call_is_told_once_a_run(lm, caplog):
+    program = Echo()
+    program.say = dspy.Predict("question: int -> answer")
+    logger = logging.getLogger("dspy.predict.predict")  # DSPy's do not propagate
+    logger.addHandler(caplog.handler)
+    try:
+        for runner in (make_runner(lm, program), make_runner(lm, program)):
+            runner.run(jobs_for(program, 2, 1), channel="slow", salt=1)
+            runner.run(jobs_for(program, 2, 1), channel="slow", salt=2)
+    finally:
+        logger.removeHandler(caplog.handler)
+    # By record: where they do propagate, pytest hears each twice.
+    told = {id(r): r.getMessage() for r in caplog.records if "Type mismatch" in r.getMessage()}
+    assert len(told) == 2 and all("told once" in text for text in told.values())
 
 
 def test_every_call_of_several_predictors_is_kept(lm):
