@@ -131,7 +131,8 @@ def encode_demos(demos: Iterable[Any]) -> str:
     """
     rows = [demo.toDict() if hasattr(demo, "toDict") else dict(demo) for demo in demos]
     try:
-        return json.dumps(rows, sort_keys=True, ensure_ascii=False)
+        # Of a demo's fields the signature has the order; what is in them keeps its own.
+        return json.dumps([dict(sorted(row.items())) for row in rows], ensure_ascii=False)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"demos must be made of text, numbers and lists: {error}") from error
 
@@ -321,3 +322,17 @@ def plain_value(value: Any) -> Any:
     if isinstance(value, set | frozenset):
         return sorted(canonical_json(item) for item in value)
     return value
+
+
+def value_text(value: Any) -> str:
+    """A field's value as a text, much as adapters write it: enums by value, models as JSON.
+
+    Types of DSPy's own say themselves how they are shown, such as an image without its pixels.
+    """
+    if type(value) is str or isinstance(value, dspy.Type):
+        return str(value)
+    try:
+        plain = plain_json(value)
+    except (TypeError, ValueError, RecursionError):
+        return str(value)
+    return json.dumps(plain, ensure_ascii=False) if isinstance(plain, dict | list) else str(plain)

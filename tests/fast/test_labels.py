@@ -1,5 +1,7 @@
 """Feedback that teaches nothing: what is learned from labels instead, and what is said."""
 
+import datetime
+import enum
 import json
 import logging
 import random
@@ -20,6 +22,7 @@ from fst_dspy.fast.proposers.lessons import LessonProposer
 from fst_dspy.fast.reflector import Reflector, Trajectory, make_records
 from fst_dspy.fast.trials import TrialPhase
 from fst_dspy.loop.sampling import StepSampler
+from fst_dspy.run.records import as_read_back
 from fst_dspy.student.candidate import decode_demos, encode_demos, example_id, make_candidate
 from fst_dspy.types import PredictorTrace, Rollout
 
@@ -107,6 +110,32 @@ def test_rules_are_what_the_examples_tell():
     two = read_rules(TRAIN, ["queue", "topic"])
     assert any(r.text == "visa: queue silver" for r in two)
     assert any(r.text == "visa: topic visa" for r in two)
+
+
+class Queue(enum.Enum):
+    """Labels that are no texts."""
+
+    AMBER = "amber"
+    JADE = "jade"
+
+
+def test_typed_values_are_told_as_adapters_write_them():
+    examples = [
+        dspy.Example(ticket=f"{topic} {n}", queue=queue, due=datetime.date(2024, 1, n + 1))
+        for topic, queue in (("visa", Queue.AMBER), ("refund", Queue.JADE))
+        for n in range(12)
+    ]
+    examples = [example.with_inputs("ticket") for example in examples]
+    assert {rule.text for rule in read_rules(examples, ["queue"])} == {
+        "visa: amber",
+        "refund: jade",
+    }
+    trace = PredictorTrace("solve", {"ticket": "visa 0"}, {"queue": Queue.JADE, "all": ["x"]}, "")
+    rollout = Rollout(example_id(examples[0]), "c", (), (trace,), 0.0, "", None, 0)
+    for kept in (rollout, as_read_back(rollout)):  # in the pool as well
+        (record,) = make_records(NAME, [Trajectory(examples[0], kept)])
+        assert record["Generated Outputs"] == {"queue": "jade", "all": '["x"]'}
+        assert record["labels"] == {"queue": "amber", "due": "2024-01-01"}
 
 
 def test_chance_is_no_rule():

@@ -23,13 +23,13 @@ from typing import Any
 import dspy
 
 from fst_dspy.fast.proposers.protocol import Record, well_formed
+from fst_dspy.files import plain_json
 from fst_dspy.student.candidate import (
     DEMOS,
     canonical_json,
     decode_demos,
     encode_demos,
     make_candidate,
-    plain_value,
     split_component,
 )
 from fst_dspy.types import Candidate, PredictorTrace, Rollout
@@ -309,11 +309,9 @@ def _banked(trace: PredictorTrace, example_id: str, reward: float) -> BankedCall
     if trace.outputs is None:
         return None
     try:
-        inputs, outputs = (
-            json.loads(json.dumps(plain_value(x))) for x in (trace.inputs, trace.outputs)
-        )
+        inputs, outputs = plain_json(trace.inputs), plain_json(trace.outputs)
         json.dumps([inputs, outputs], ensure_ascii=False).encode()
-    except (TypeError, ValueError):  # what JSON or Unicode cannot hold
+    except (TypeError, ValueError, RecursionError):  # what JSON or Unicode cannot hold
         return None
     return BankedCall(inputs, outputs, example_id, reward)
 
