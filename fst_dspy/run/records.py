@@ -7,8 +7,7 @@ import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from fst_dspy.files import plain_json
-from fst_dspy.student.candidate import canonical_json
+from fst_dspy.student.candidate import canonical_json, plain_field
 from fst_dspy.types import (
     Call,
     CycleRecord,
@@ -101,6 +100,6 @@ def _plain(fields: Mapping[str, Any]) -> dict[str, Any]:
     if all(type(value) is str for value in fields.values()):  # as most are
         return fields
     try:
-        return plain_json(fields)
+        return {name: plain_field(value) for name, value in fields.items()}
     except (TypeError, ValueError, RecursionError):  # of what has no such form, its ``repr``
         return json.loads(canonical_json(fields))

@@ -37,6 +37,7 @@ What the package relies on of DSPy beyond what it documents, here and elsewhere;
 from __future__ import annotations
 
 import contextlib
+import enum
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -324,15 +325,28 @@ def plain_value(value: Any) -> Any:
     return value
 
 
+def plain_field(value: Any) -> Any:
+    """A field's value as JSON would have it, and as DSPy reads it from a text.
+
+    A member of an enum whose values are no texts is read by its name alone.
+
+    Raises:
+        TypeError, ValueError, RecursionError: JSON has no form of it.
+    """
+    if isinstance(value, enum.Enum) and not isinstance(value.value, str):
+        return value.name
+    return plain_json(value)
+
+
 def value_text(value: Any) -> str:
-    """A field's value as a text, much as adapters write it: enums by value, models as JSON.
+    """A field's value as a text that an adapter would read: enums by value, models as JSON.
 
     Types of DSPy's own say themselves how they are shown, such as an image without its pixels.
     """
     if type(value) is str or isinstance(value, dspy.Type):
         return str(value)
     try:
-        plain = plain_json(value)
+        plain = plain_field(value)
     except (TypeError, ValueError, RecursionError):
         return str(value)
     return json.dumps(plain, ensure_ascii=False) if isinstance(plain, dict | list) else str(plain)

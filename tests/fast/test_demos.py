@@ -139,6 +139,13 @@ class Colour(enum.Enum):
     BLUE = "blue"
 
 
+class Size(enum.Enum):
+    """Members that DSPy reads by their names alone."""
+
+    SMALL = enum.auto()
+    LARGE = enum.auto()
+
+
 class Place(pydantic.BaseModel):
     """One whose fields are not in the order of the alphabet."""
 
@@ -153,11 +160,12 @@ PLACE = Place(town="Ulm", at=datetime.date(2024, 2, 29))
     ("answer", "kind", "shown"),
     [
         (Colour.RED, Colour, "red"),
+        (Size.LARGE, Size, "LARGE"),
         (PLACE.at, datetime.date, "2024-02-29"),
         (PLACE, Place, '{"town": "Ulm", "at": "2024-02-29"}'),
         ({Colour.BLUE: {"b", "a"}}, dict[Colour, set[str]], '{"blue": ["a", "b"]}'),
     ],
-    ids=["enum", "date", "model", "keys"],
+    ids=["enum", "number", "date", "model", "keys"],
 )
 def test_typed_answers_are_shown_as_they_are_read(answer: Any, kind: Any, shown: str) -> None:
     by = DemoProposer(100, words)

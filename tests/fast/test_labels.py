@@ -1,5 +1,6 @@
 """Feedback that teaches nothing: what is learned from labels instead, and what is said."""
 
+import dataclasses
 import datetime
 import enum
 import json
@@ -13,7 +14,9 @@ from rule_runner import NAME, QUEUES, SEED, TOPICS, Scripted, run, words
 from simulated_loop import ScriptedRunner, simulate
 
 from fst_dspy.config import FastConfig
+from fst_dspy.fast.acceptance import ProposalStats
 from fst_dspy.fast.gepa.adapter import GepaAdapter
+from fst_dspy.fast.memory import Memory
 from fst_dspy.fast.phase import FastPhase
 from fst_dspy.fast.population import best, choose
 from fst_dspy.fast.proposers.demos import SOURCE, DemoProposer, shown_examples, without_answer
@@ -24,7 +27,7 @@ from fst_dspy.fast.trials import TrialPhase
 from fst_dspy.loop.sampling import StepSampler
 from fst_dspy.run.records import as_read_back
 from fst_dspy.student.candidate import decode_demos, encode_demos, example_id, make_candidate
-from fst_dspy.types import PredictorTrace, Rollout
+from fst_dspy.types import Failure, PredictorTrace, Rollout
 
 DEMOS = "solve.demos"
 CHATTER = ["please help", "any news", "I have waited for two weeks", "it is urgent", "my page"]
@@ -285,6 +288,15 @@ def test_it_is_said_once_where_there_was_nothing_to_learn(feedback, said, caplog
     assert other.report() == phase.report(), "a resumed run says so too"
     other.run(runner, found, NOTHING, VAL, cycle=2, iterations=2, policy_version=0)
     assert not [r for r in caplog.records if "accepted" in r.getMessage()]
+
+
+def test_where_no_rollout_reached_the_metric_its_feedback_is_not_at_fault():
+    memory, stats = Memory(LessonProposer(256, words)), ProposalStats(iterations=1)
+    cut = Rollout(example_id(NOTHING[0]), "c", (), (), 0.0, "", Failure("truncated", "cut off"), 0)
+    memory.observe([NAME], NOTHING[:1], [cut])
+    assert "every rollout failed before it had a score" in memory.advice(stats)
+    memory.observe([NAME], NOTHING[:1], [dataclasses.replace(cut, failure=None)])
+    assert "the metric gave no feedback" in memory.advice(stats)
 
 
 def test_a_proposer_of_ones_own_is_not_advised():

@@ -23,13 +23,13 @@ from typing import Any
 import dspy
 
 from fst_dspy.fast.proposers.protocol import Record, well_formed
-from fst_dspy.files import plain_json
 from fst_dspy.student.candidate import (
     DEMOS,
     canonical_json,
     decode_demos,
     encode_demos,
     make_candidate,
+    plain_field,
     split_component,
 )
 from fst_dspy.types import Candidate, PredictorTrace, Rollout
@@ -309,7 +309,10 @@ def _banked(trace: PredictorTrace, example_id: str, reward: float) -> BankedCall
     if trace.outputs is None:
         return None
     try:
-        inputs, outputs = plain_json(trace.inputs), plain_json(trace.outputs)
+        inputs, outputs = (
+            {name: plain_field(value) for name, value in fields.items()}
+            for fields in (trace.inputs, trace.outputs)
+        )
         json.dumps([inputs, outputs], ensure_ascii=False).encode()
     except (TypeError, ValueError, RecursionError):  # what JSON or Unicode cannot hold
         return None
