@@ -80,7 +80,7 @@ def _held(parts: Parts, state: LoopState, found: Validation) -> tuple[LoopState,
             f"{before:.0%} of the answers cannot be read, and {after:.0%} where they are held to "
             "the adapter's format: left free (structured)"
         )
-        causes = told_failures(failed.shares, failed.messages)
+        causes = told_failures(failed.shares, failed.messages, parts.policy.tokenizer)
         return _told(state, "; held: ".join([text, *causes[:1]])), found
     text = (
         f"{before:.0%} of the answers could not be read: they are held to the adapter's format "

@@ -14,6 +14,7 @@ import dspy
 
 from fst_dspy.display import visible
 from fst_dspy.errors import MetricError, ProgramError
+from fst_dspy.lm.templates import cut_thought_advice
 from fst_dspy.student.modules import every_predictor
 from fst_dspy.types import Rollout
 
@@ -40,11 +41,8 @@ ADVICE: Mapping[str, str] = {
 """What to do about a kind of failure."""
 
 IN_THOUGHT = "in the middle of its thought"
-THOUGHT_ADVICE = (
-    "the model's thoughts are cut off: raise max_tokens, or have it answer at once with "
-    "LocalLM(..., chat_template_kwargs={'enable_thinking': False})"
-)
-"""Of an answer that was cut off, where, and what to do about it."""
+AT_THE_END = "at the end of the context window"
+"""Of an answer that was cut off, where, if not just at ``max_tokens``."""
 
 
 @dataclass(frozen=True)
@@ -96,23 +94,34 @@ def unread_share(rollouts: Sequence[Rollout]) -> float:
 
 
 def told_failures(
-    shares: Mapping[str, float], messages: Mapping[str, str], *, advice: bool = True
+    shares: Mapping[str, float], messages: Mapping[str, str], tokenizer: Any = None
 ) -> list[str]:
     """What to tell of failures: a text for every kind that is more than a few, the largest first.
 
     Args:
         shares: Of rollouts, by kind, 0 to 1.
         messages: The first message of each kind.
-        advice: Say what to do about it, too.
+        tokenizer: Of the model that answered, to say what to do about it, too.
     """
     texts = []
     for kind, share in sorted(shares.items(), key=lambda item: -item[1]):
         if share >= TOLD_SHARE:
             message = messages.get(kind, "")
             text = f"{kind} {share:.0%}: {visible(_first_line(message))}"
-            what_to_do = THOUGHT_ADVICE if IN_THOUGHT in message else ADVICE.get(kind)
-            texts.append(f"{text} ({what_to_do})" if advice and what_to_do else text)
+            what_to_do = None if tokenizer is None else _advice(kind, message, tokenizer)
+            texts.append(f"{text} ({what_to_do})" if what_to_do else text)
     return texts
+
+
+def _advice(kind: str, message: str, tokenizer: Any) -> str | None:
+    if IN_THOUGHT in message:
+        return f"the answer is cut off {cut_thought_advice(tokenizer)}"
+    if AT_THE_END in message:
+        return (
+            "prompts leave no room for answers: shorten instructions, demos or inputs, or take a "
+            "model with a longer context"
+        )
+    return ADVICE.get(kind)
 
 
 def check_first_rollouts(rollouts: Sequence[Rollout], program: dspy.Module) -> None:

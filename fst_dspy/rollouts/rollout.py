@@ -17,10 +17,10 @@ from dspy.utils.exceptions import AdapterParseError, is_retryable_lm_error
 
 from fst_dspy.config import SamplingConfig
 from fst_dspy.errors import LOST, MetricError
-from fst_dspy.lm.answers import ends_in_thought
+from fst_dspy.lm.answers import ends_in_thought, fills_context
 from fst_dspy.lm.asked import wanted_format
 from fst_dspy.model.policy import Policy
-from fst_dspy.rollouts.health import IN_THOUGHT
+from fst_dspy.rollouts.health import AT_THE_END, IN_THOUGHT
 from fst_dspy.rollouts.inputs import own_inputs
 from fst_dspy.rollouts.jobs import RolloutJob
 from fst_dspy.rollouts.quiet import OwnTime
@@ -261,11 +261,9 @@ class RolloutThread:
         last = self.slot.calls[-1] if self.slot.calls else None
         if last is not None and last.finish_reason == "length":
             message = (
-                f"The answer was cut off after {len(last.completion_ids_T)} tokens, before it "
-                f"stated the fields {fields}."
+                f"The answer was cut off after {len(last.completion_ids_T)} tokens, "
+                f"{self._where_cut(last)}before it stated the fields {fields}."
             )
-            if ends_in_thought(self.policy, last.prompt_ids_T, last.completion_ids_T):
-                message = message.replace(" tokens, ", f" tokens, {IN_THOUGHT}, ")
             return self._failed("truncated", message)
         if last is not None and not last.text.strip():
             return self._failed("empty", f"The answer was empty; expected the fields {fields}.")
@@ -273,6 +271,13 @@ class RolloutThread:
         if self.setting.explains_format:
             message = f"{message} {self._explained(error)}"
         return self._failed("parse", message)
+
+    def _where_cut(self, call: Call) -> str:
+        if fills_context(self.policy, call.prompt_ids_T, call.completion_ids_T):
+            return f"{AT_THE_END}, "
+        if ends_in_thought(self.policy, call.prompt_ids_T, call.completion_ids_T):
+            return f"{IN_THOUGHT}, "
+        return ""
 
     def _explained(self, error: AdapterParseError) -> str:
         """What was wrong with an answer, and what the adapter had asked for."""
