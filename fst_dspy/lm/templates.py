@@ -21,8 +21,8 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from fst_dspy.errors import ConfigError
-from fst_dspy.model.chat import apply_template
 from fst_dspy.model.policy import Policy
+from fst_dspy.pretrained.chat import apply_template
 
 logger = logging.getLogger(__name__)
 

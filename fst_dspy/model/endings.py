@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fst_dspy.model.chat import apply_template
 from fst_dspy.model.policy import Policy
+from fst_dspy.pretrained.chat import apply_template
 
 _PROBE = "zebra crossing"
 

@@ -33,9 +33,9 @@ from fst_dspy import distributed
 from fst_dspy.config import LoraConfig
 from fst_dspy.errors import ModelError
 from fst_dspy.model.cache_layers import cache_name
-from fst_dspy.model.chat import content_form
 from fst_dspy.model.hardware import default_dtype, fuse_norms
 from fst_dspy.model.sizes import check_claims, described, parameter_count
+from fst_dspy.pretrained.chat import content_form
 from fst_dspy.pretrained.gguf import SUFFIX, read_from, read_gguf
 from fst_dspy.pretrained.places import model_place
 from fst_dspy.pretrained.quantized import plain_quantization, quantization_of

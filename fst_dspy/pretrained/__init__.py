@@ -1,1 +1,1 @@
-"""Models that come from elsewhere in other forms: GGUF files, and SmolLM2 from a Python package."""
+"""Models that come from elsewhere in other forms: GGUF files, SmolLM2 from a package, their chats."""
