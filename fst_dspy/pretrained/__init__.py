@@ -1,1 +1,1 @@
-"""Models that come from elsewhere in other forms: GGUF files, SmolLM2 from a package, their chats."""
+"""What comes from elsewhere: GGUF files, quantized models, SmolLM2's package, chat templates."""
