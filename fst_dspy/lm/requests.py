@@ -362,7 +362,8 @@ def _refuse_unknown(config: lm15.Config) -> None:
     """Refuse settings that would change the answer elsewhere, rather than drop them."""
     wanted = [name for name in _UNKNOWN if getattr(config, name) is not None]
     wanted += sorted(set(config.extensions or {}) - {"metadata", *OWN})
-    wanted += sorted(set((config.extensions or {}).get("metadata") or {}) - {EXTRA})
+    more = sorted(set((config.extensions or {}).get("metadata") or {}) - {EXTRA})
+    wanted += [f"metadata[{name!r}]" for name in more]
     if config.logprobs:
         wanted.append("logprobs of other tokens than the sampled ones")
     if wanted:
