@@ -28,12 +28,32 @@ def plain_json(value: Any) -> Any:
     Raises:
         TypeError, ValueError, RecursionError: A part has no such form.
     """
-    return json.loads(json.dumps(value, default=_typed_as_plain))
+    return json.loads(json.dumps(_with_plain_keys(value), default=_typed_as_plain))
+
+
+def _with_plain_keys(value: Any) -> Any:
+    """A value whose dicts have keys that JSON has: of others, such as enums, it asks nobody."""
+    if type(value) is dict:
+        return {
+            key if isinstance(key, str) else _plain_key(key): _with_plain_keys(item)
+            for key, item in value.items()
+        }
+    return list(map(_with_plain_keys, value)) if type(value) in (list, tuple) else value
+
+
+def _plain_key(key: Any) -> str:
+    """A dict's key as a text."""
+    (text,) = to_jsonable_python({key: None})
+    return text
 
 
 def _typed_as_plain(value: Any) -> Any:
     """Enums, dates, pydantic models, dataclasses and the like; DSPy's examples."""
-    return value.toDict() if hasattr(value, "toDict") else to_jsonable_python(value)
+    if isinstance(value, set | frozenset):  # whose order is another in every process
+        return sorted(map(plain_json, value), key=json.dumps)
+    return (
+        _with_plain_keys(value.toDict()) if hasattr(value, "toDict") else to_jsonable_python(value)
+    )
 
 
 def read_json(path: Path) -> Any:

@@ -86,6 +86,11 @@ class Memory:
             return None
         if found.lessons and not stats.rejected:
             return None  # there was nothing to mend, or it is yet to be tried
+        if not found.rollouts:
+            return (
+                f"0 of {stats.proposals} proposals were accepted: every rollout failed before it "
+                "had a score, so that there is nothing to learn from; mend that first"
+            )
         said = "the metric gave no feedback"
         if found.lessons:
             said = (

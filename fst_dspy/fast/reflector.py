@@ -24,7 +24,13 @@ from fst_dspy.fast.proposers.protocol import (
     Record,
     well_formed,
 )
-from fst_dspy.student.candidate import DEMOS, INSTRUCTIONS, make_candidate, split_component
+from fst_dspy.student.candidate import (
+    DEMOS,
+    INSTRUCTIONS,
+    make_candidate,
+    split_component,
+    value_text,
+)
 from fst_dspy.types import Candidate, PredictorTrace, Rollout
 
 logger = logging.getLogger(__name__)
@@ -250,7 +256,7 @@ def _output_fields(predictor: str, trajectories: Sequence[Trajectory]) -> list[s
 
 
 def _clip(value: Any, limit: int = MAX_TEXT) -> str:
-    text = well_formed(value if isinstance(value, str) else str(value))
+    text = well_formed(value_text(value))
     if len(text) <= limit:
         return text
     half = limit // 2

@@ -97,6 +97,13 @@ def ends_in_thought(
     return read_answer(policy, prompt_ids_T, completion_ids_T, text).in_thought
 
 
+def fills_context(
+    policy: Policy, prompt_ids_T: Sequence[int], completion_ids_T: Sequence[int]
+) -> bool:
+    """Whether an answer came to its end as there was no room for more, whatever ``max_tokens``."""
+    return len(prompt_ids_T) + len(completion_ids_T) >= policy.context_length
+
+
 def tool_call_parts(
     prompt_ids_T: Sequence[int], calls: Sequence[tuple[str, Mapping[str, Any]]]
 ) -> Iterator[lm15.ToolCallPart]:

@@ -18,7 +18,13 @@ from dspy import lm15
 from dspy.signatures.signature import ensure_signature
 
 from fst_dspy.errors import ConfigError, ModelError, PromptTooLongError
-from fst_dspy.lm.answers import Answer, opens_thought, read_answer, tool_call_parts
+from fst_dspy.lm.answers import (
+    Answer,
+    fills_context,
+    opens_thought,
+    read_answer,
+    tool_call_parts,
+)
 from fst_dspy.lm.asked import calling_predictor, grammar_of_format, held_to
 from fst_dspy.lm.templates import (
     EFFORT,
@@ -356,7 +362,8 @@ def _refuse_unknown(config: lm15.Config) -> None:
     """Refuse settings that would change the answer elsewhere, rather than drop them."""
     wanted = [name for name in _UNKNOWN if getattr(config, name) is not None]
     wanted += sorted(set(config.extensions or {}) - {"metadata", *OWN})
-    wanted += sorted(set((config.extensions or {}).get("metadata") or {}) - {EXTRA})
+    more = sorted(set((config.extensions or {}).get("metadata") or {}) - {EXTRA})
+    wanted += [f"metadata[{name!r}]" for name in more]
     if config.logprobs:
         wanted.append("logprobs of other tokens than the sampled ones")
     if wanted:
@@ -420,12 +427,15 @@ def _response(pending: Pending, answer: Answer) -> lm15.Response:
     parts: list[Any] = [] if answer.thought is None else [lm15.ThinkingPart(answer.thought)]
     parts += [lm15.TextPart(answer.text)] if answer.text or not calls else []
     parts += tool_call_parts(prompt_ids_T, calls)
-    cut_off = answer.in_thought and result.finish_reason == "length"
+    why = None
+    if fills_context(policy, prompt_ids_T, result.completion_ids_T):
+        why = f"at the end of the context window of {policy.context_length}; shorten the prompt"
+    elif answer.in_thought:
+        why = cut_thought_advice(policy.tokenizer)
+    cut_off = result.finish_reason == "length" and why is not None
     if cut_off and dspy.settings.get(ROLLOUT) is None:  # in a rollout it is data, and counted
         logger.warning(
-            "the answer was cut off after %d tokens, %s",
-            len(result.completion_ids_T),
-            cut_thought_advice(policy.tokenizer),
+            "the answer was cut off after %d tokens, %s", len(result.completion_ids_T), why
         )
     scored = zip(result.completion_ids_T, result.logprobs_T, strict=True)
     return lm15.Response(

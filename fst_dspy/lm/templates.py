@@ -22,6 +22,7 @@ from transformers import PreTrainedTokenizerBase
 
 from fst_dspy.errors import ConfigError
 from fst_dspy.model.policy import Policy
+from fst_dspy.pretrained.chat import apply_template
 
 logger = logging.getLogger(__name__)
 
@@ -427,12 +428,12 @@ def _apply(
     if how.get("tokenize"):
         given["return_dict"] = False
     try:
-        return tokenizer.apply_chat_template(messages, **given)
+        return apply_template(tokenizer, messages, **given)
     except TypeError:
         # Some templates put a call's arguments into a text as they are (transformers issue 45419).
         if not any(message.get("tool_calls") for message in messages):
             raise
-        return tokenizer.apply_chat_template(_with_written_arguments(messages), **given)
+        return apply_template(tokenizer, _with_written_arguments(messages), **given)
 
 
 def _with_written_arguments(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:

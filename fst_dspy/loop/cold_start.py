@@ -24,7 +24,7 @@ from fst_dspy.fast.proposers.demos import DemoProposer
 from fst_dspy.loop.parts import Parts, count_tokens
 from fst_dspy.loop.state import LoopState
 from fst_dspy.loop.validation import Validation, score
-from fst_dspy.rollouts.health import Tally, unread_share
+from fst_dspy.rollouts.health import Tally, told_failures, unread_share
 from fst_dspy.student.candidate import (
     DEMOS,
     component_name,
@@ -74,12 +74,14 @@ def _held(parts: Parts, state: LoopState, found: Validation) -> tuple[LoopState,
     held = _again(parts, state)
     after = unread_share(held.rollouts)
     if after >= before:
+        failed = parts.runner.tally
         parts.runner.structured, parts.runner.tally = False, tally
         text = (
             f"{before:.0%} of the answers cannot be read, and {after:.0%} where they are held to "
             "the adapter's format: left free (structured)"
         )
-        return _told(state, text), found
+        causes = told_failures(failed.shares, failed.messages, parts.policy.tokenizer)
+        return _told(state, "; held: ".join([text, *causes[:1]])), found
     text = (
         f"{before:.0%} of the answers could not be read: they are held to the adapter's format "
         f"from here on (structured), and {after:.0%} cannot"

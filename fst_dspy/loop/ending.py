@@ -32,7 +32,7 @@ def troubles(parts: Parts, records: Sequence[CycleRecord]) -> list[str]:
         records: Those so far; of the cycle itself the last.
     """
     record = records[-1]
-    texts = told_failures(record.failure_shares, record.failure_messages)
+    texts = told_failures(record.failure_shares, record.failure_messages, parts.policy.tokenizer)
     if above := _above_perfect(parts, (record.reward_range or (0.0, 0.0))[1]):
         texts.append(above)
     elif _taught_nothing(parts, records):
@@ -79,7 +79,7 @@ def without_signal(parts: Parts, records: Sequence[CycleRecord]) -> str | None:
         f"every rollout of cycle {record.cycle} had the reward {record.reward_range[0]:g}, so that "
         "there is nothing to learn from"
     )
-    failures = told_failures(record.failure_shares, record.failure_messages)
+    failures = told_failures(record.failure_shares, record.failure_messages, parts.policy.tokenizer)
     return "; ".join([text, *failures]) if _all_failed(record) else text
 
 

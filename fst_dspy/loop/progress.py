@@ -269,7 +269,7 @@ def _acted(turns: TurnCounts) -> str:
 
 def cycle_line(record: CycleRecord) -> str:
     """One line that says how a cycle ended, and what failed."""
-    failed = told_failures(record.failure_shares, record.failure_messages, advice=False)
+    failed = told_failures(record.failure_shares, record.failure_messages)
     told = [*(record.cold_start if record.cycle == 0 else ()), *filter(None, [record.decided])]
     held = "" if record.format_share is None else f"  format {record.format_share:.2f}"
     reward = "   —" if record.train_reward is None else f"{record.train_reward:.2f}"

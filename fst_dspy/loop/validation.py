@@ -88,7 +88,7 @@ def score(parts: Parts, state: LoopState) -> Validation:
         )
     k = 0 if best_only else populations.best(population)
     if first:
-        check_first_rollouts(scored.rollouts_K[k])
+        check_first_rollouts(scored.rollouts_K[k], parts.runner.program)
         if parts.fast_on and parts.config.fast.frontier_type != "instance":
             check_objectives(scored.rollouts_K[k], parts.config.fast.frontier_type)
     if step > 0 or parts.lm.version != parts.policy.base_version:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fst_dspy.model.policy import Policy
+from fst_dspy.pretrained.chat import apply_template
 
 _PROBE = "zebra crossing"
 
@@ -50,10 +51,11 @@ def _turn_end(tokenizer: Any) -> int | None:
 def _find_turn_end(tokenizer: Any) -> int | None:
     turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _PROBE}]
     try:
-        whole = tokenizer.apply_chat_template(turns, tokenize=False)
+        whole = apply_template(tokenizer, turns, tokenize=False)
     except Exception:  # a template that takes no such chat tells nothing
         return None
-    behind = whole.rpartition(_PROBE)[2].strip()
+    _, found, behind = whole.rpartition(_PROBE)
+    behind = behind.strip() if found else ""
     first = tokenizer(behind, add_special_tokens=False)["input_ids"][:1] if behind else []
     return first[0] if first and first[0] in tokenizer.all_special_ids else None
 

@@ -35,6 +35,7 @@ from fst_dspy.errors import ModelError
 from fst_dspy.model.cache_layers import cache_name
 from fst_dspy.model.hardware import default_dtype, fuse_norms
 from fst_dspy.model.sizes import check_claims, described, parameter_count
+from fst_dspy.pretrained.chat import content_form
 from fst_dspy.pretrained.gguf import SUFFIX, read_from, read_gguf
 from fst_dspy.pretrained.places import model_place
 from fst_dspy.pretrained.quantized import plain_quantization, quantization_of
@@ -163,8 +164,9 @@ class Policy:
             The policy. A tokenizer without a chat template gets a plain one, ``role: content``.
 
         Raises:
-            ModelError: The model does not exist, cannot be reached or cannot be read, or its
-                ``config.json`` asks for more memory than its files can fill.
+            ModelError: The model does not exist, cannot be reached or cannot be read, its
+                ``config.json`` asks for more memory than its files can fill, or its chat template
+                shows nothing of what a user says.
             ConfigError: Several processes were set up to hold parts of the model.
         """
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -213,6 +215,12 @@ class Policy:
             ) from error
         if tokenizer.chat_template is None:
             tokenizer.chat_template = DEFAULT_CHAT_TEMPLATE
+        if content_form(tokenizer) is None:
+            raise ModelError(
+                f"the chat template of {str(name_or_path)!r} shows nothing of what a user says, so "
+                "that every prompt would be empty; give the tokenizer another chat_template, or "
+                "None for a plain one"
+            )
         known = model.get_input_embeddings().weight.shape[0]
         if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= known:
             # One that was added to the tokenizer alone is none that the model could read.

@@ -1,1 +1,1 @@
-"""Models that come from elsewhere in other forms: GGUF files, and SmolLM2 from a Python package."""
+"""What comes from elsewhere: GGUF files, quantized models, SmolLM2's package, chat templates."""

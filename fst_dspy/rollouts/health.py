@@ -8,9 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any, get_args
+
+import dspy
 
 from fst_dspy.display import visible
 from fst_dspy.errors import MetricError, ProgramError
+from fst_dspy.lm.templates import cut_thought_advice
+from fst_dspy.student.modules import every_predictor
 from fst_dspy.types import Rollout
 
 TOLD_SHARE = 0.05
@@ -20,7 +25,7 @@ NOT_ANSWERED = ("parse", "truncated", "empty")
 """Kinds of failure that are the model's: its answer could not be read."""
 
 ADVICE: Mapping[str, str] = {
-    "parse": "the model does not answer in the adapter's format: hold it to it "
+    "parse": "the model does not answer in the adapter's format: hold it to it where it is not "
     "(structured=True), show it demos, try another adapter (dspy.configure(adapter=...)) or fewer "
     "output fields, or a larger model",
     "truncated": "answers are cut off: raise max_tokens, or ask for shorter ones",
@@ -36,11 +41,8 @@ ADVICE: Mapping[str, str] = {
 """What to do about a kind of failure."""
 
 IN_THOUGHT = "in the middle of its thought"
-THOUGHT_ADVICE = (
-    "the model's thoughts are cut off: raise max_tokens, or have it answer at once with "
-    "LocalLM(..., chat_template_kwargs={'enable_thinking': False})"
-)
-"""Of an answer that was cut off, where, and what to do about it."""
+AT_THE_END = "at the end of the context window"
+"""Of an answer that was cut off, where, if not just at ``max_tokens``."""
 
 
 @dataclass(frozen=True)
@@ -92,40 +94,58 @@ def unread_share(rollouts: Sequence[Rollout]) -> float:
 
 
 def told_failures(
-    shares: Mapping[str, float], messages: Mapping[str, str], *, advice: bool = True
+    shares: Mapping[str, float], messages: Mapping[str, str], tokenizer: Any = None
 ) -> list[str]:
     """What to tell of failures: a text for every kind that is more than a few, the largest first.
 
     Args:
         shares: Of rollouts, by kind, 0 to 1.
         messages: The first message of each kind.
-        advice: Say what to do about it, too.
+        tokenizer: Of the model that answered, to say what to do about it, too.
     """
     texts = []
     for kind, share in sorted(shares.items(), key=lambda item: -item[1]):
         if share >= TOLD_SHARE:
             message = messages.get(kind, "")
             text = f"{kind} {share:.0%}: {visible(_first_line(message))}"
-            what_to_do = THOUGHT_ADVICE if IN_THOUGHT in message else ADVICE.get(kind)
-            texts.append(f"{text} ({what_to_do})" if advice and what_to_do else text)
+            what_to_do = None if tokenizer is None else _advice(kind, message, tokenizer)
+            texts.append(f"{text} ({what_to_do})" if what_to_do else text)
     return texts
 
 
-def check_first_rollouts(rollouts: Sequence[Rollout]) -> None:
+def _advice(kind: str, message: str, tokenizer: Any) -> str | None:
+    if IN_THOUGHT in message:
+        return f"the answer is cut off {cut_thought_advice(tokenizer)}"
+    if AT_THE_END in message:
+        return (
+            "prompts leave no room for answers: shorten instructions, demos or inputs, or take a "
+            "model with a longer context"
+        )
+    return ADVICE.get(kind)
+
+
+def check_first_rollouts(rollouts: Sequence[Rollout], program: dspy.Module) -> None:
     """Stop where the program, or the metric, fails on all that the model has answered.
 
     Answers that cannot be read are the model's, and may be learned away: they hide nothing here.
 
+    Args:
+        rollouts: Those of the first validation.
+        program: What was run in them.
+
     Raises:
         MetricError: The metric failed on every prediction that it was given.
         ProgramError: The program failed, or never called the local model, on every example whose
-            answers could be read.
+            answers could be read; or one of its predictors was never given anything.
     """
+    _check_inputs(rollouts, program)
     failures = [rollout.failure for rollout in rollouts]
     kinds = {f.kind if f is not None else None for f in failures} - set(NOT_ANSWERED)
     if not kinds or None in kinds:
         return
-    messages = [f"{f.kind}: {f.message}" for f in failures if f and f.kind not in NOT_ANSWERED]
+    messages = [
+        f"{f.kind}: {_first_line(f.message)}" for f in failures if f and f.kind not in NOT_ANSWERED
+    ]
     if "metric" in kinds:
         raise MetricError(
             f"the metric failed on every validation example: {_most(messages)}; {ADVICE['metric']}"
@@ -134,6 +154,34 @@ def check_first_rollouts(rollouts: Sequence[Rollout]) -> None:
     raise ProgramError(
         f"the program failed on every validation example: {_most(messages)}; {advice}"
     )
+
+
+def _check_inputs(rollouts: Sequence[Rollout], program: dspy.Module) -> None:
+    """Stop where a predictor was asked without any of its inputs, of which DSPy warns alone.
+
+    Raises:
+        ProgramError: So one was, whenever it was run.
+    """
+    for name, predictor in every_predictor(program).items():
+        if type(predictor) is not dspy.Predict:  # another class may be given them in its own way
+            continue
+        fields = predictor.signature.input_fields
+        needed = [
+            f for f, i in fields.items() if i.is_required() and not _allows_none(i.annotation)
+        ]
+        runs = [
+            trace for rollout in rollouts for trace in rollout.traces if trace.predictor == name
+        ]
+        if needed and runs and not any(trace.inputs for trace in runs):
+            raise ProgramError(
+                f"the predictor {name!r} was given none of its inputs ({', '.join(needed)}) on any "
+                "validation example; name the examples' inputs as the program takes them: "
+                'dspy.Example(...).with_inputs("field", ...)'
+            )
+
+
+def _allows_none(annotation: Any) -> bool:
+    return type(None) in get_args(annotation)
 
 
 def check_objectives(rollouts: Sequence[Rollout], frontier: str) -> None:

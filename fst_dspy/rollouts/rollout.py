@@ -17,21 +17,23 @@ from dspy.utils.exceptions import AdapterParseError, is_retryable_lm_error
 
 from fst_dspy.config import SamplingConfig
 from fst_dspy.errors import LOST, MetricError
-from fst_dspy.lm.answers import ends_in_thought
+from fst_dspy.lm.answers import ends_in_thought, fills_context
 from fst_dspy.lm.asked import wanted_format
 from fst_dspy.model.policy import Policy
-from fst_dspy.rollouts.health import IN_THOUGHT
+from fst_dspy.rollouts.health import AT_THE_END, IN_THOUGHT
 from fst_dspy.rollouts.inputs import own_inputs
 from fst_dspy.rollouts.jobs import RolloutJob
 from fst_dspy.rollouts.quiet import OwnTime
 from fst_dspy.rollouts.scheduler import RolloutEnded, Scheduler, Slot
-from fst_dspy.rollouts.session import OpenCall, Session, in_rollout
+from fst_dspy.rollouts.session import OpenCall, Session
 from fst_dspy.student.candidate import example_id
 from fst_dspy.student.metric import Score, ask_about_predictor, call_metric
 from fst_dspy.types import Call, Failure, FailureKind, Rollout
 
 logger = logging.getLogger(__name__)
 
+TOLD = "fst_told"
+"""The DSPy setting that holds from where DSPy has warned in the rollouts of a run."""
 SHOWN = 80
 """Characters of an answer that could not be read, that are quoted where it is explained."""
 
@@ -259,11 +261,9 @@ class RolloutThread:
         last = self.slot.calls[-1] if self.slot.calls else None
         if last is not None and last.finish_reason == "length":
             message = (
-                f"The answer was cut off after {len(last.completion_ids_T)} tokens, before it "
-                f"stated the fields {fields}."
+                f"The answer was cut off after {len(last.completion_ids_T)} tokens, "
+                f"{self._where_cut(last)}before it stated the fields {fields}."
             )
-            if ends_in_thought(self.policy, last.prompt_ids_T, last.completion_ids_T):
-                message = message.replace(" tokens, ", f" tokens, {IN_THOUGHT}, ")
             return self._failed("truncated", message)
         if last is not None and not last.text.strip():
             return self._failed("empty", f"The answer was empty; expected the fields {fields}.")
@@ -271,6 +271,13 @@ class RolloutThread:
         if self.setting.explains_format:
             message = f"{message} {self._explained(error)}"
         return self._failed("parse", message)
+
+    def _where_cut(self, call: Call) -> str:
+        if fills_context(self.policy, call.prompt_ids_T, call.completion_ids_T):
+            return f"{AT_THE_END}, "
+        if ends_in_thought(self.policy, call.prompt_ids_T, call.completion_ids_T):
+            return f"{IN_THOUGHT}, "
+        return ""
 
     def _explained(self, error: AdapterParseError) -> str:
         """What was wrong with an answer, and what the adapter had asked for."""
@@ -326,12 +333,25 @@ def is_infrastructure(error: BaseException) -> bool:
     )
 
 
-def _outside_rollouts(record: logging.LogRecord) -> bool:
-    """DSPy warns of every truncated answer; in a rollout that is data, and counted."""
-    return not in_rollout()
+def _told_once(record: logging.LogRecord) -> bool:
+    """DSPy warns anew in every call; of what each rollout would say again, the first one is told.
+
+    That answers are cut off is not: in a rollout it is data, and counted.
+    """
+    told = dspy.settings.get(TOLD)
+    if told is None:
+        return True
+    place = (record.name, record.lineno)
+    if record.name == "dspy.clients.lm" or place in told:
+        return False
+    told.add(place)
+    record.msg = f"{record.msg} (told once, of all the rollouts of a run)"
+    return True
 
 
-logging.getLogger("dspy.clients.lm").addFilter(_outside_rollouts)
+for _name in list(logging.root.manager.loggerDict):
+    if _name.startswith("dspy."):  # what a logger filters is its own, and not its children's
+        logging.getLogger(_name).addFilter(_told_once)
 
 
 def _turns_of(program: dspy.Module) -> int:

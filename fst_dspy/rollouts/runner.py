@@ -34,7 +34,7 @@ from fst_dspy.lm.predictors import RolloutLMs
 from fst_dspy.rollouts.health import Tally
 from fst_dspy.rollouts.jobs import Channel, RolloutJob
 from fst_dspy.rollouts.progress_bars import share_between_threads
-from fst_dspy.rollouts.rollout import RolloutThread, Setting
+from fst_dspy.rollouts.rollout import TOLD, RolloutThread, Setting
 from fst_dspy.rollouts.scheduler import POLL_SECONDS, Scheduler, Slot
 from fst_dspy.rollouts.session import NAME
 from fst_dspy.student.adapter import BOUND_PROGRAMS, strict_adapter
@@ -110,6 +110,7 @@ class RolloutRunner:
         self._settings = {
             "lm": self._lms.of(self._lms.settings_lm),
             "adapter": strict_adapter(dspy.settings.adapter),
+            TOLD: set(),
         }
         self._bound: dict[str, ProgramCopier] = {}
         self.explains_format = False

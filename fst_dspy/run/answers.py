@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import dspy
 
-from fst_dspy.student.candidate import plain_value
+from fst_dspy.student.candidate import value_text
 from fst_dspy.types import Rollout
 
 MOST_CHARACTERS = 2000
@@ -58,14 +57,8 @@ def _answer(rollout: Rollout) -> dict[str, Any]:
 
 
 def _fields(fields: Mapping[str, Any]) -> dict[str, str]:
-    """Fields as texts: what is not one is written as JSON."""
-    plain = {name: plain_value(value) for name, value in fields.items()}
-    return {
-        str(name): _cut(
-            value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=repr)
-        )
-        for name, value in plain.items()
-    }
+    """Fields as texts."""
+    return {str(name): _cut(value_text(value)) for name, value in fields.items()}
 
 
 def _cut(text: str) -> str:

@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from fst_dspy.student.candidate import canonical_json, plain_value
+from fst_dspy.student.candidate import canonical_json, plain_field
 from fst_dspy.types import (
     Call,
     CycleRecord,
@@ -69,7 +69,7 @@ def with_plain_traces(rollout: Rollout) -> Rollout:
     """The rollout, with JSON's kinds of values for the objects that its program was given."""
     if all(map(_is_text, rollout.traces)):  # as most are
         return rollout
-    traces = tuple(with_fields(trace, plain_value) for trace in rollout.traces)
+    traces = tuple(with_fields(trace, _plain) for trace in rollout.traces)
     return dataclasses.replace(rollout, traces=traces)
 
 
@@ -96,6 +96,10 @@ def with_fields(
 
 
 def _plain(fields: Mapping[str, Any]) -> dict[str, Any]:
+    fields = dict(sorted(fields.items()))
     if all(type(value) is str for value in fields.values()):  # as most are
-        return dict(sorted(fields.items()))
-    return json.loads(canonical_json(dict(fields)))
+        return fields
+    try:
+        return {name: plain_field(value) for name, value in fields.items()}
+    except (TypeError, ValueError, RecursionError):  # of what has no such form, its ``repr``
+        return json.loads(canonical_json(fields))

@@ -37,6 +37,7 @@ What the package relies on of DSPy beyond what it documents, here and elsewhere;
 from __future__ import annotations
 
 import contextlib
+import enum
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -131,7 +132,8 @@ def encode_demos(demos: Iterable[Any]) -> str:
     """
     rows = [demo.toDict() if hasattr(demo, "toDict") else dict(demo) for demo in demos]
     try:
-        return json.dumps(rows, sort_keys=True, ensure_ascii=False)
+        # Of a demo's fields the signature has the order; what is in them keeps its own.
+        return json.dumps([dict(sorted(row.items())) for row in rows], ensure_ascii=False)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"demos must be made of text, numbers and lists: {error}") from error
 
@@ -321,3 +323,30 @@ def plain_value(value: Any) -> Any:
     if isinstance(value, set | frozenset):
         return sorted(canonical_json(item) for item in value)
     return value
+
+
+def plain_field(value: Any) -> Any:
+    """A field's value as JSON would have it, and as DSPy reads it from a text.
+
+    A member of an enum whose values are no texts is read by its name alone.
+
+    Raises:
+        TypeError, ValueError, RecursionError: JSON has no form of it.
+    """
+    if isinstance(value, enum.Enum) and not isinstance(value.value, str):
+        return value.name
+    return plain_json(value)
+
+
+def value_text(value: Any) -> str:
+    """A field's value as a text that an adapter would read: enums by value, models as JSON.
+
+    Types of DSPy's own say themselves how they are shown, such as an image without its pixels.
+    """
+    if type(value) is str or isinstance(value, dspy.Type):
+        return str(value)
+    try:
+        plain = plain_field(value)
+    except (TypeError, ValueError, RecursionError):
+        return str(value)
+    return json.dumps(plain, ensure_ascii=False) if isinstance(plain, dict | list) else str(plain)

@@ -1,5 +1,7 @@
 """Demos as fast weights: the bank, the choice, the budget, and their way through a fast phase."""
 
+import datetime
+import enum
 import json
 import random
 from collections.abc import Sequence
@@ -7,6 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 import dspy
+import pydantic
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -127,6 +130,52 @@ def test_what_json_cannot_hold_is_left_out() -> None:
     by = DemoProposer(100, words)
     by.bank([rollout("e0", "x", object()), rollout("e1", "y", "red", 0.0)])
     assert not by.ready(NAME)
+
+
+class Colour(enum.Enum):
+    """An answer that is no text."""
+
+    RED = "red"
+    BLUE = "blue"
+
+
+class Size(enum.Enum):
+    """Members that DSPy reads by their names alone."""
+
+    SMALL = enum.auto()
+    LARGE = enum.auto()
+
+
+class Place(pydantic.BaseModel):
+    """One whose fields are not in the order of the alphabet."""
+
+    town: str
+    at: datetime.date
+
+
+PLACE = Place(town="Ulm", at=datetime.date(2024, 2, 29))
+
+
+@pytest.mark.parametrize(
+    ("answer", "kind", "shown"),
+    [
+        (Colour.RED, Colour, "red"),
+        (Size.LARGE, Size, "LARGE"),
+        (PLACE.at, datetime.date, "2024-02-29"),
+        (PLACE, Place, '{"town": "Ulm", "at": "2024-02-29"}'),
+        ({Colour.BLUE: {"b", "a"}}, dict[Colour, set[str]], '{"blue": ["a", "b"]}'),
+    ],
+    ids=["enum", "number", "date", "model", "keys"],
+)
+def test_typed_answers_are_shown_as_they_are_read(answer: Any, kind: Any, shown: str) -> None:
+    by = DemoProposer(100, words)
+    by.bank([rollout("e0", "x", answer), rollout("e1", "y", "red", 0.0)])
+    (demo,) = propose(by)
+    signature = dspy.Signature("ticket -> reasoning").append("queue", dspy.OutputField(), kind)
+    adapter = dspy.ChatAdapter()
+    said = adapter.format(signature, [demo], {"ticket": "z"})[-2]["content"]
+    assert f"[[ ## queue ## ]]\n{shown}\n" in said
+    assert adapter.parse(signature, said)["queue"] == answer
 
 
 def test_state_goes_through_json_and_continues_identically() -> None:

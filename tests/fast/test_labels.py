@@ -1,5 +1,8 @@
 """Feedback that teaches nothing: what is learned from labels instead, and what is said."""
 
+import dataclasses
+import datetime
+import enum
 import json
 import logging
 import random
@@ -11,7 +14,9 @@ from rule_runner import NAME, QUEUES, SEED, TOPICS, Scripted, run, words
 from simulated_loop import ScriptedRunner, simulate
 
 from fst_dspy.config import FastConfig
+from fst_dspy.fast.acceptance import ProposalStats
 from fst_dspy.fast.gepa.adapter import GepaAdapter
+from fst_dspy.fast.memory import Memory
 from fst_dspy.fast.phase import FastPhase
 from fst_dspy.fast.population import best, choose
 from fst_dspy.fast.proposers.demos import SOURCE, DemoProposer, shown_examples, without_answer
@@ -20,8 +25,9 @@ from fst_dspy.fast.proposers.lessons import LessonProposer
 from fst_dspy.fast.reflector import Reflector, Trajectory, make_records
 from fst_dspy.fast.trials import TrialPhase
 from fst_dspy.loop.sampling import StepSampler
+from fst_dspy.run.records import as_read_back
 from fst_dspy.student.candidate import decode_demos, encode_demos, example_id, make_candidate
-from fst_dspy.types import PredictorTrace, Rollout
+from fst_dspy.types import Failure, PredictorTrace, Rollout
 
 DEMOS = "solve.demos"
 CHATTER = ["please help", "any news", "I have waited for two weeks", "it is urgent", "my page"]
@@ -107,6 +113,32 @@ def test_rules_are_what_the_examples_tell():
     two = read_rules(TRAIN, ["queue", "topic"])
     assert any(r.text == "visa: queue silver" for r in two)
     assert any(r.text == "visa: topic visa" for r in two)
+
+
+class Queue(enum.Enum):
+    """Labels that are no texts."""
+
+    AMBER = "amber"
+    JADE = "jade"
+
+
+def test_typed_values_are_told_as_adapters_write_them():
+    examples = [
+        dspy.Example(ticket=f"{topic} {n}", queue=queue, due=datetime.date(2024, 1, n + 1))
+        for topic, queue in (("visa", Queue.AMBER), ("refund", Queue.JADE))
+        for n in range(12)
+    ]
+    examples = [example.with_inputs("ticket") for example in examples]
+    assert {rule.text for rule in read_rules(examples, ["queue"])} == {
+        "visa: amber",
+        "refund: jade",
+    }
+    trace = PredictorTrace("solve", {"ticket": "visa 0"}, {"queue": Queue.JADE, "all": ["x"]}, "")
+    rollout = Rollout(example_id(examples[0]), "c", (), (trace,), 0.0, "", None, 0)
+    for kept in (rollout, as_read_back(rollout)):  # in the pool as well
+        (record,) = make_records(NAME, [Trajectory(examples[0], kept)])
+        assert record["Generated Outputs"] == {"queue": "jade", "all": '["x"]'}
+        assert record["labels"] == {"queue": "amber", "due": "2024-01-01"}
 
 
 def test_chance_is_no_rule():
@@ -256,6 +288,15 @@ def test_it_is_said_once_where_there_was_nothing_to_learn(feedback, said, caplog
     assert other.report() == phase.report(), "a resumed run says so too"
     other.run(runner, found, NOTHING, VAL, cycle=2, iterations=2, policy_version=0)
     assert not [r for r in caplog.records if "accepted" in r.getMessage()]
+
+
+def test_where_no_rollout_reached_the_metric_its_feedback_is_not_at_fault():
+    memory, stats = Memory(LessonProposer(256, words)), ProposalStats(iterations=1)
+    cut = Rollout(example_id(NOTHING[0]), "c", (), (), 0.0, "", Failure("truncated", "cut off"), 0)
+    memory.observe([NAME], NOTHING[:1], [cut])
+    assert "every rollout failed before it had a score" in memory.advice(stats)
+    memory.observe([NAME], NOTHING[:1], [dataclasses.replace(cut, failure=None)])
+    assert "the metric gave no feedback" in memory.advice(stats)
 
 
 def test_a_proposer_of_ones_own_is_not_advised():

@@ -6,9 +6,12 @@ import logging
 
 import pytest
 from chat_families import FAMILIES, chat_template, family_tokenizer
-from tiny_models import make_tokenizer
+from tiny_models import make_tokenizer, save_model
 
+from fst_dspy.errors import ModelError
 from fst_dspy.lm.templates import Prompt, chat_format, generation_prompt, render, thinks
+from fst_dspy.model.endings import eos_ids
+from fst_dspy.model.policy import Policy
 
 SYSTEM = {"role": "system", "content": "Be brief."}
 USER = {"role": "user", "content": "Where to?"}
@@ -108,3 +111,30 @@ def test_options_change_the_prompt() -> None:
     tokenizer = family_tokenizer("qwen3")
     off = generation_prompt(tokenizer, {"enable_thinking": False})
     assert off == generation_prompt(tokenizer, {}) + "<think>\n\n</think>\n\n"
+
+
+PARTS = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% for part in m.content %}"
+    "{% if part.type == 'text' %}{{ part.text }}{% endif %}{% endfor %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+"""As templates of models that see images have it; a text's letters are no parts."""
+
+
+def test_a_template_that_reads_parts_is_given_parts(tmp_path) -> None:
+    tokenizer = make_tokenizer(PARTS)
+    text = shown(tokenizer, [SYSTEM, USER, ANSWER, USER])
+    assert [text.count(part) for part in ("Be brief.", "Where to?", "silver")] == [1, 2, 1]
+    assert chat_format(tokenizer).takes_system
+    policy = Policy.load(save_model(tmp_path / "tiny", "llama"))
+    policy.tokenizer.chat_template = PARTS
+    assert eos_ids(policy) == {policy.tokenizer.eos_token_id}  # and not what turns begin with
+
+
+def test_a_template_that_shows_nothing_of_the_user_is_refused(tmp_path) -> None:
+    folder = save_model(tmp_path / "tiny", "llama")
+    make_tokenizer("{% for m in messages %}{{ m.role }}{{ m.body }}{% endfor %}").save_pretrained(
+        folder
+    )
+    with pytest.raises(ModelError, match="shows nothing of what a user says"):
+        Policy.load(folder)

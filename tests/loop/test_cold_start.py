@@ -82,6 +82,11 @@ def four_scores(result: fst_dspy.FSTResult) -> tuple[float, ...]:
     )
 
 
+def test_where_holding_them_does_not_help_it_is_told_why(folder: Path) -> None:
+    (text, *_) = compile_router(folder, max_tokens=3, on_no_signal="warn")[1].records[0].cold_start
+    assert "left free" in text and "; held: truncated 100%" in text and "raise max_tokens" in text
+
+
 def test_what_was_held_is_tested_held(folder: Path, tmp_path: Path) -> None:
     result = compile_router(folder, readable, on_no_signal="warn", log_dir=tmp_path / "run")[1]
     assert result.structured and result.sampling.structured is True

@@ -6,13 +6,14 @@ import logging
 
 import dspy
 import pytest
+from chat_families import family_tokenizer
 from helpers import Echo, RawAdapter, questions, vowels
 
 from fst_dspy import FST, LocalLM
 from fst_dspy.errors import ConfigError, MetricError, ProgramError, TrainingError
 from fst_dspy.loop import ending
 from fst_dspy.loop.share import Decision, Share
-from fst_dspy.rollouts.health import Tally, check_first_rollouts, told_failures
+from fst_dspy.rollouts.health import IN_THOUGHT, Tally, check_first_rollouts, told_failures
 from fst_dspy.types import Failure, Rollout
 
 SETTINGS = dict(
@@ -44,11 +45,23 @@ def rollout(kind=None, message="", reward=0.0):
 def test_a_metric_that_fails_on_all_it_is_given_is_told_though_answers_fail_too():
     first = [rollout("parse", "no fields"), rollout("metric", "KeyError: 'label'")] * 2
     with pytest.raises(MetricError, match="KeyError: 'label'"):
-        check_first_rollouts(first)
+        check_first_rollouts(first, Echo())
     with pytest.raises(ProgramError, match="boom"):
-        check_first_rollouts([rollout("parse", "x"), rollout("program", "boom")])
-    check_first_rollouts([rollout("parse", "x")] * 3)
-    check_first_rollouts([rollout("metric", "x"), rollout(reward=1.0)])
+        check_first_rollouts([rollout("parse", "x"), rollout("program", "boom")], Echo())
+    check_first_rollouts([rollout("parse", "x")] * 3, Echo())
+    check_first_rollouts([rollout("metric", "x"), rollout(reward=1.0)], Echo())
+    with pytest.raises(ProgramError, match="program: too long; the program fails"):
+        check_first_rollouts([rollout("program", "too long\n\n  To fix:\n  - Shorten")], Echo())
+
+
+def test_a_predictor_that_is_never_given_its_inputs_ends_the_run(tiny_qwen3):
+    renamed = [dspy.Example(ticket=q.question).with_inputs("ticket") for q in questions(6)]
+    fst = FST(lambda gold, pred: 1.0, **SETTINGS)
+    with (
+        dspy.context(lm=LocalLM(str(tiny_qwen3)), adapter=RawAdapter()),
+        pytest.raises(ProgramError, match=r"'self' was given none of its inputs \(question\)"),
+    ):
+        fst.compile(dspy.Predict("question -> answer"), trainset=renamed)
 
 
 def test_what_is_told_has_share_cause_and_advice():
@@ -56,9 +69,18 @@ def test_what_is_told_has_share_cause_and_advice():
         [rollout("parse", "no 'queue'\nin it")] * 9 + [rollout(reward=1.0)], learned_from=True
     )
     assert (tally.low, tally.high, tally.shares) == (0.0, 1.0, {"parse": 0.9})
-    (text,) = told_failures(tally.shares, tally.messages)
+    tokenizer = family_tokenizer("qwen3")
+    (text,) = told_failures(tally.shares, tally.messages, tokenizer)
     assert text.startswith("parse 90%: no 'queue' (") and "adapter" in text
-    assert told_failures({"parse": 0.04}, {}) == []
+    assert told_failures(tally.shares, tally.messages) == ["parse 90%: no 'queue'"]
+    assert told_failures({"parse": 0.04}, {}, tokenizer) == []
+
+
+@pytest.mark.parametrize(("name", "switched"), [("qwen3", True), ("deepseek-r1", False)])
+def test_thoughts_that_are_cut_off_are_to_be_switched_off_where_they_can_be(name, switched):
+    messages = {"truncated": f"The answer was cut off after 9 tokens, {IN_THOUGHT}, before it"}
+    (text,) = told_failures({"truncated": 1.0}, messages, family_tokenizer(name))
+    assert "raise max_tokens" in text and ("'enable_thinking': False" in text) == switched
 
 
 def test_a_model_that_cannot_speak_the_format_is_told_and_ends_the_run(tiny_qwen3, caplog):

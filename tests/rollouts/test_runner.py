@@ -1,4 +1,6 @@
+import logging
 import threading
+from contextlib import suppress
 
 import dspy
 import pytest
@@ -8,6 +10,7 @@ from helpers import Echo, RawAdapter, Twice, questions, vowels
 import fst_dspy
 from fst_dspy.config import SamplingConfig
 from fst_dspy.lm.local_lm import LocalLM
+from fst_dspy.rollouts.health import told_failures
 from fst_dspy.rollouts.jobs import RolloutJob
 from fst_dspy.rollouts.runner import RolloutRunner
 from fst_dspy.student.adapter import strict_adapter
@@ -54,6 +57,46 @@ def test_the_same_seed_gives_the_same_rollouts_whatever_the_threads_do(lm):
     assert first == again
     other = make_runner(lm, program, seed=1).run(jobs_for(program), channel="slow", salt=1)
     assert other != first
+
+
+def test_what_dspy_warns_of_in_every_call_is_told_once_a_run(lm, caplog):
+    program = Echo()
+    program.say = dspy.Predict("question: int -> answer")
+    logger = logging.getLogger("dspy.predict.predict")  # DSPy's do not propagate
+    logger.addHandler(caplog.handler)
+    try:
+        for runner in (make_runner(lm, program), make_runner(lm, program)):
+            runner.run(jobs_for(program, 2, 1), channel="slow", salt=1)
+            runner.run(jobs_for(program, 2, 1), channel="slow", salt=2)
+    finally:
+        logger.removeHandler(caplog.handler)
+    # By record: where they do propagate, pytest hears each twice.
+    told = {id(r): r.getMessage() for r in caplog.records if "Type mismatch" in r.getMessage()}
+    assert len(told) == 2 and all("told once" in text for text in told.values())
+
+
+class Refusing(RawAdapter):
+    """Reads nothing."""
+
+    def parse(self, signature, completion):
+        raise dspy.utils.exceptions.AdapterParseError("Refusing", signature, completion)
+
+
+def test_an_answer_that_fills_the_context_is_told_as_such(lm, caplog):
+    with dspy.context(adapter=Refusing()):
+        runner = RolloutRunner(Echo(), vowels, lm, SAMPLING, 0)
+    (first,) = runner.run(jobs_for(Echo(), 1, 1), channel="slow", salt=1)
+    lm.policy.context_length = len(first.calls[0].prompt_ids_T) + 3
+    rollouts = runner.run(jobs_for(Echo(), 1, 8), channel="slow", salt=1)
+    cut = [r.failure for r in rollouts if r.failure.kind == "truncated"]
+    assert cut and all(
+        "3 tokens, at the end of the context window, before" in f.message for f in cut
+    )
+    (told,) = told_failures({"truncated": 1.0}, {"truncated": cut[0].message}, lm.policy.tokenizer)
+    assert "shorten instructions" in told and "max_tokens" not in told
+    with dspy.context(adapter=Refusing(), lm=lm.copy(temperature=0.0)), suppress(Exception):
+        Echo()(question="number 0")
+    assert "at the end of the context window" in caplog.text
 
 
 def test_every_call_of_several_predictors_is_kept(lm):

@@ -29,7 +29,7 @@ from fst_dspy.student.candidate import (
     decode_demos,
     encode_demos,
     make_candidate,
-    plain_value,
+    plain_field,
     split_component,
 )
 from fst_dspy.types import Candidate, PredictorTrace, Rollout
@@ -310,10 +310,11 @@ def _banked(trace: PredictorTrace, example_id: str, reward: float) -> BankedCall
         return None
     try:
         inputs, outputs = (
-            json.loads(json.dumps(plain_value(x))) for x in (trace.inputs, trace.outputs)
+            {name: plain_field(value) for name, value in fields.items()}
+            for fields in (trace.inputs, trace.outputs)
         )
         json.dumps([inputs, outputs], ensure_ascii=False).encode()
-    except (TypeError, ValueError):  # what JSON or Unicode cannot hold
+    except (TypeError, ValueError, RecursionError):  # what JSON or Unicode cannot hold
         return None
     return BankedCall(inputs, outputs, example_id, reward)
 

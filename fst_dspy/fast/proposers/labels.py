@@ -17,6 +17,7 @@ from typing import Any
 import dspy
 
 from fst_dspy.fast.proposers.protocol import well_formed
+from fst_dspy.student.candidate import value_text
 
 MAX_EXAMPLES = 512
 """Examples that rules are read off, the first."""
@@ -56,11 +57,11 @@ def read_rules(examples: Sequence[dspy.Example], fields: Sequence[str]) -> list[
         fields: Names of output fields; those that are no labels are passed over.
     """
     rules: list[Rule] = []
-    rows = [(example, words_of(example.inputs().toDict())) for example in examples[:MAX_EXAMPLES]]
+    rows = [(example, words_of(dict(example.inputs()))) for example in examples[:MAX_EXAMPLES]]
     several = sum(any(name in example.labels() for example, _ in rows) for name in fields) > 1
     for name in fields:
         pairs = [
-            (words, well_formed(str(example[name])).strip())
+            (words, well_formed(value_text(example[name])).strip())
             for example, words in rows
             if name in example.labels()
         ]
@@ -74,7 +75,7 @@ def read_rules(examples: Sequence[dspy.Example], fields: Sequence[str]) -> list[
 
 def words_of(fields: Mapping[str, Any]) -> frozenset[str]:
     """The words of some fields' values, in lower case."""
-    text = well_formed(" ".join(map(str, fields.values())))
+    text = well_formed(" ".join(map(value_text, fields.values())))
     return frozenset(re.findall(r"\w+(?:['’.-]\w+)*", text.lower()))
 
 

@@ -144,7 +144,7 @@ class LessonProposer:
         self._outputs: dict[str, list[str]] = {}  # names of the fields that predictors give
         self._examples: Sequence[dspy.Example] = ()
         self._rules: dict[str, list[Rule]] = {}
-        self._seen = [0, 0]  # rollouts, and those with feedback
+        self._seen = [0, 0]  # rollouts that were scored, and those with feedback
         self._sample = ""
 
     def propose(
@@ -161,8 +161,9 @@ class LessonProposer:
     def observe(self, component: str, records: Sequence[Record]) -> None:
         """Remember the lessons of some rollouts; to see the same ones again changes nothing."""
         self._take_fields(component, records)
-        told = [r for r in records if r["failure"] in (None, "no_calls") and r["Feedback"]]
-        self._seen = [self._seen[0] + len(records), self._seen[1] + len(told)]
+        scored = [record for record in records if record["failure"] in (None, "no_calls")]
+        told = [record for record in scored if record["Feedback"]]
+        self._seen = [self._seen[0] + len(scored), self._seen[1] + len(told)]
         if not told:
             return
         self._sample = self._sample or told[0]["Feedback"][:200]

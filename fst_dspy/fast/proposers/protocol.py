@@ -89,7 +89,7 @@ class Findings:
     """What a proposer found to learn.
 
     Attributes:
-        rollouts: Rollouts that it was shown.
+        rollouts: Rollouts that it was shown and that the metric has scored.
         with_feedback: Those whose metric said something.
         lessons: Lessons that it knows by now, those of labels included.
         sample: One text of feedback.
