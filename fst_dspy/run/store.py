@@ -51,6 +51,8 @@ HAVE_SOURCES = ("metric", "program")
 """What is known by its name, and of which it is told that its source has changed."""
 DIFFERENCES = 5
 """Named at most, where a folder holds another run."""
+NOT_COMPARED = ("environment", "loaded")
+"""Told for whoever reads the folder; what of it matters is in the version of the weights."""
 SHOWN = 40
 """Characters of a value that differs."""
 
@@ -336,7 +338,7 @@ def _short(value: Any) -> str:
 
 def _comparable(config: Mapping[str, Any]) -> dict[str, Any]:
     """What has to be the same for a run to go on."""
-    plain = {key: value for key, value in config.items() if key != "environment"}
+    plain = {key: value for key, value in config.items() if key not in NOT_COMPARED}
     settings = plain.get("settings")
     if isinstance(settings, dict):
         settings = without_removed(settings)
