@@ -33,7 +33,7 @@ from fst_dspy import distributed
 from fst_dspy.config import LoraConfig
 from fst_dspy.errors import ModelError
 from fst_dspy.model.cache_layers import cache_name
-from fst_dspy.model.hardware import default_dtype, fuse_norms
+from fst_dspy.model.hardware import default_dtype, device_named, fuse_norms
 from fst_dspy.model.sizes import check_claims, described, parameter_count
 from fst_dspy.pretrained.gguf import SUFFIX, read_from, read_gguf
 from fst_dspy.pretrained.places import model_place
@@ -167,7 +167,7 @@ class Policy:
                 ``config.json`` asks for more memory than its files can fill.
             ConfigError: Several processes were set up to hold parts of the model.
         """
-        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        device = device_named(device)
         distributed.join(device.type)
         quantized = plain_quantization(quantization_config)
         where = model_place(name_or_path)

@@ -237,6 +237,12 @@ def test_the_command_prints_json_and_its_exit_code_tells(qwen: Path) -> None:
     assert "596 M parameters" in " ".join(done.output.split())
 
 
+@pytest.mark.parametrize("device", ["foo", "meta", "gpu:7"])
+def test_a_device_that_there_is_not_is_told(device: str) -> None:
+    done = CliRunner().invoke(app, ["plan", "triage", "--device", device])
+    assert done.exit_code == 1 and f"there is no device '{device}'" in done.output
+
+
 def test_a_missing_model_is_a_clear_error(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"config\.json"):
         planned(tmp_path / "none")
