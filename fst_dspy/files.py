@@ -14,7 +14,7 @@ from typing import IO, Any
 from pydantic_core import to_jsonable_python
 from safetensors import SafetensorError
 
-from fst_dspy.errors import StoreError
+from fst_dspy.errors import FSTError, StoreError
 
 
 def as_plain(row: Any) -> Any:
@@ -130,7 +130,7 @@ def writing_to(folder: Path) -> Iterator[None]:
     """Turn a full disk, missing rights and the like into a ``StoreError`` that says what to do."""
     try:
         yield
-    except StoreError:
+    except FSTError:  # some are errors of the system too, of a model say, and have their own words
         raise
     except (OSError, SafetensorError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error

@@ -154,7 +154,7 @@ def _told(what: str, path: Path) -> Iterator[None]:
         yield
     except FSTError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a script may end itself where it is imported
         frames = traceback.extract_tb(error.__traceback__)
         lines = [frame.lineno for frame in frames if frame.filename == str(path)]
         line = error.lineno if isinstance(error, SyntaxError) else lines[-1] if lines else None

@@ -18,6 +18,7 @@ from fst_dspy.bundle.manifest import BaseRecord, Manifest, WeightsRecord, damage
 from fst_dspy.config import LoraConfig
 from fst_dspy.errors import ModelError, StoreError
 from fst_dspy.files import read_json
+from fst_dspy.model.hardware import dtype_named
 from fst_dspy.model.policy import Policy
 from fst_dspy.pretrained.smollm2 import NAMES
 
@@ -28,7 +29,8 @@ def write_weights(policy: Policy, version: str, folder: Path) -> WeightsRecord:
     """Write a version of a policy's weights, with the tokenizer, into a bundle.
 
     LoRA writes the adapters alone. The unchanged weights of a model that any machine can get by
-    its name (embedded, SmolLM2, or on the hub) are left out. Everything else is written whole.
+    its name (embedded, SmolLM2, or on the hub) are left out, and so are quantized ones, which a
+    bundle cannot hold. Everything else is written whole.
 
     Raises:
         ModelError: The version is not at hand.
@@ -36,8 +38,8 @@ def write_weights(policy: Policy, version: str, folder: Path) -> WeightsRecord:
     with made_live(policy, version):
         base = base_record(policy)
         kind = "lora" if policy.lora is not None else "full"
-        named = base.source != "folder" or base.quantization is not None
-        if version == policy.base_version and named:
+        quantized = getattr(policy.model, "is_quantized", False)
+        if version == policy.base_version and (base.source != "folder" or quantized):
             kind = "base"
         if kind == "full":
             write_model(policy.model, folder / "model")
@@ -105,11 +107,14 @@ def read_run(folder: Path, base: str | Path | None = None) -> Policy:
         StoreError: The folder holds no finished run.
         ModelError: The model is missing or another one.
     """
-    result = read_json(folder / "result.json")
+    result, config = (read_json(folder / name) for name in ("result.json", "config.json"))
     with damaged(folder):
         name, version = _name(result["base_version"]), result["best"]["version"]
         source = "embedded" if name == "embedded" else "hub" if name in NAMES else "folder"
-        policy = _load_base(BaseRecord(source, name, result["base_version"]), None, base, None)
+        # Of runs of before it is not known: as this machine would load it.
+        loaded = config.get("loaded", {})
+        record = BaseRecord(source, name, result["base_version"], loaded.get("quantization_config"))
+        policy = _load_base(record, dtype_named(loaded.get("dtype")), base, None)
         if version != policy.version():
             file = folder / "versions" / f"{version.rsplit('@', 1)[-1]}.safetensors"
             lora = result["config"]["slow"]["lora"]
@@ -132,6 +137,11 @@ def write_model(model: Any, folder: Path) -> None:
     hf_logging.disable_progress_bar()
     try:
         model.save_pretrained(folder, max_shard_size=ONE_FILE)
+    except NotImplementedError as error:  # some quantized weights can be read and not written
+        raise ModelError(
+            "transformers cannot write weights that are quantized as these are; where they are "
+            "the base's own, its folder has them"
+        ) from error
     finally:
         if showed_bars:
             hf_logging.enable_progress_bar()
@@ -144,7 +154,7 @@ def base_record(policy: Policy) -> BaseRecord:
         return BaseRecord("embedded", name, policy.base_version, quantized)
     if name in NAMES:
         return BaseRecord("hub", name, policy.base_version, quantized)
-    if name[:1] in ("/", ".", "~") or Path(name).exists():
+    if Path(policy.source["place"]).is_absolute():
         return BaseRecord("folder", policy.name, policy.base_version, quantized)
     return BaseRecord("hub", name, policy.base_version, quantized)
 
@@ -177,7 +187,7 @@ def made_live(policy: Policy, version: str) -> Iterator[None]:
 
 def _load_base(
     record: BaseRecord,
-    dtype: str | None,
+    dtype: str | torch.dtype | None,
     base: str | Path | None,
     device: str | torch.device | None,
 ) -> Policy:

@@ -79,7 +79,7 @@ def check_settings(settings: Mapping[str, Any], auto: Any, arm: str) -> None:
     from fst_dspy.config import FSTConfig, settings_of_arm
 
     plain = {name: value for name, value in settings.items() if name != "batch_sampler"}
-    FSTConfig.make(auto, **settings_of_arm(arm, plain))
+    FSTConfig.make(**{"auto": auto, **settings_of_arm(arm, plain)})
 
 
 def check_model(model: str) -> None:
@@ -192,7 +192,7 @@ def check_same_run(out: Path, seed: int, arm: str, auto: Any, settings: Mapping[
         known = {"arm": found["arm"], "seed": found["seed"], "settings": found["settings"]}
     except (OSError, ValueError, KeyError, TypeError):
         return  # the run itself says what is wrong with the folder
-    asked = FSTConfig.make(auto, **settings_of_arm(arm, settings)).to_dict()
+    asked = FSTConfig.make(**{"auto": auto, **settings_of_arm(arm, settings)}).to_dict()
     # What the model and the data settle is known when they are.
     slow = known["settings"].get("slow", {})
     for name, unsettled in (("learning_rate", None), ("lora", "auto")):

@@ -57,7 +57,7 @@ def compile(
             "arm": arm,
             "seed": seed,
             "log_dir": out,
-            "report_to": report_to,
+            "report_to": [str(tracker) for tracker in report_to or ()],
         }
         task, result, tested = _run(program, model, {**options, **given})
         if as_json:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from importlib.resources import files
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
@@ -40,6 +41,11 @@ def write_program(name: str) -> Path:
     if not re.fullmatch(r"[A-Za-z_]\w*", stem):
         raise ConfigError(f"{name!r} is no name for a program: letters, digits and _ make one")
     file = Path(f"{stem}.py")
+    if not file.exists() and find_spec(stem) is not None:
+        raise ConfigError(
+            f"{file} would hide Python's own or an installed {stem} from all that runs beside it; "
+            "choose another name: fst init NAME"
+        )
     text = files("fst_dspy.cli").joinpath("program.py.txt").read_text()
     try:
         with open(file, "x") as opened:

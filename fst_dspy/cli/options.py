@@ -208,8 +208,8 @@ def of_experiments(
     return decorate
 
 
-def parse_settings(settings: list[str] | None) -> dict[str, Any]:
-    """Settings given as ``name=value``; values are JSON where they can be read as such.
+def parse_settings(settings: list[str] | None, option: str = "--set") -> dict[str, Any]:
+    """What an option was given as ``name=value``; values are JSON where they can be read as such.
 
     Raises:
         typer.BadParameter: A setting without ``=``.
@@ -218,7 +218,7 @@ def parse_settings(settings: list[str] | None) -> dict[str, Any]:
     for setting in settings or []:
         name, equals, text = setting.partition("=")
         if not equals:
-            raise typer.BadParameter(f"--set takes name=value, got {setting!r}")
+            raise typer.BadParameter(f"{option} takes name=value, got {setting!r}")
         parsed[name] = read_value(text)
     return parsed
 
@@ -232,7 +232,7 @@ def errors_told(interrupted: str = "interrupted") -> Iterator[None]:
     """
     try:
         yield
-    except FSTError as error:
+    except (FSTError, OSError) as error:  # the system's own: no rights, a full disk, a long name
         console.print(panel(type(error).__name__, str(error), border="red"))
         if not distributed.is_main():  # whose console is quiet
             words = f"process {distributed.rank()}: {type(error).__name__}: {error}"

@@ -43,7 +43,7 @@ def plan(
         from fst_dspy.config import FSTConfig
         from fst_dspy.plan.files import plan_of_files
 
-        config = FSTConfig.make(auto, **given)
+        config = FSTConfig.make(**{"auto": auto, **given})
         found = plan_of_files(
             model,
             task.program,

@@ -110,7 +110,7 @@ def _limits(option: str, given: list[str] | None) -> dict[str, float]:
     Raises:
         ConfigError: One is no number.
     """
-    limits = parse_settings(given)
+    limits = parse_settings(given, option)
     for name, value in limits.items():
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise ConfigError(f"{option} {name} must be a number, got {value!r}")

@@ -79,9 +79,14 @@ class ExperimentStore:
         path = self.folder / INDEX
         if path.exists():
             plain = read_json(path)
-            self.about, self.calls = plain["about"], plain["calls"]
-            self.environment = plain["environment"]
-            self.status = {name: JobStatus(**row) for name, row in plain["jobs"].items()}
+            try:
+                self.about, self.calls = plain["about"], plain["calls"]
+                self.environment = plain["environment"]
+                self.status = {name: JobStatus(**row) for name, row in plain["jobs"].items()}
+            except (AttributeError, KeyError, TypeError) as error:
+                raise StoreError(
+                    f"{path} is damaged ({error!r}): take it from a copy, or choose another folder"
+                ) from error
         elif self.folder.is_dir() and any(self.folder.iterdir()):
             raise StoreError(f"{self.folder} is no store of experiments; choose another folder")
 

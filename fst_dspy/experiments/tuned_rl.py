@@ -77,9 +77,11 @@ def tune_rl(
     if noted and noted["rollouts"] == plan.rollouts and _completed(noted["trials"]) >= trials:
         return dict(noted["settings"])
 
+    folder = store.folder / f"tune-{label}"
+
     def ended(study: optuna.Study, trial: optuna.trial.FrozenTrial) -> None:
         if trial.state is not TrialState.FAIL:  # which may be tried again, in the same folder
-            delete_checkpoints(Path(trial.user_attrs["folder"]))
+            delete_checkpoints(folder / Path(trial.user_attrs["folder"]).name)
         if on_trial is not None:
             on_trial(study, trial)
 
@@ -94,7 +96,7 @@ def tune_rl(
             fixed=plan.settings,
             trials=trials,
             workers=workers,
-            folder=store.folder / f"tune-{label}",
+            folder=folder,
             seed=SEED,
             arm="rl_only",
             on_trial=ended,

@@ -22,7 +22,7 @@ from fst_dspy.lm.in_use import over_base, remember
 from fst_dspy.lm.lm_settings import MAX_TOKENS_TOO, check_settings
 from fst_dspy.lm.requests import DEFAULT_MAX_TOKENS, EXTRA, OWN
 from fst_dspy.lm.templates import check_options, thinks
-from fst_dspy.model.hardware import device_named, dtype_named
+from fst_dspy.model.hardware import dtype_named
 from fst_dspy.model.policy import Policy
 from fst_dspy.student.identity import adapter_identity, shown_adapter
 
@@ -113,7 +113,7 @@ class LocalLM(dspy.LM):
                 if isinstance(model, Policy)
                 else Policy.load(
                     model,
-                    device=device_named(device),
+                    device=device,
                     dtype=dtype_named(dtype),
                     trust_remote_code=trust_remote_code,
                     quantization_config=quantization_config,

@@ -159,7 +159,7 @@ class RunFolder:
         """Log the answers to the validation examples, unless that is off.
 
         Args:
-            rollouts: One an example.
+            rollouts: One an example, or as many of each.
             cycle, step: When they were run.
             examples: In the same order, the first time, so that they are logged as well.
         """

@@ -48,6 +48,9 @@ from fst_dspy.student.identity import (
 )
 from fst_dspy.types import Arm, Candidate
 
+AS_LOADED = ("dtype", "quantization_config")
+"""Of what a model was loaded with: by these its files become the weights that were trained."""
+
 
 @dataclass(frozen=True)
 class RunSpec:
@@ -357,6 +360,7 @@ def _identity(
 ) -> dict[str, Any]:
     """What tells a run from others: its folder goes on with the same alone."""
     candidates = [candidate.id for candidate in start.candidates]
+    source = checked.lm.policy.source
     return {
         **({"start": candidates} if candidates else {}),
         **spec.identity,
@@ -364,6 +368,7 @@ def _identity(
         "seed": spec.seed,
         "settings": spec.config.to_dict(),
         "model": checked.lm.version,
+        "loaded": {name: source[name] for name in AS_LOADED if name in source},
         "program": program_identity(student),
         "adapter": adapter_identity(dspy.settings.adapter),
         "lm": lm_identity(checked.lm),

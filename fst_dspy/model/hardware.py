@@ -209,15 +209,13 @@ def dtype_named(dtype: str | torch.dtype | None) -> torch.dtype | None:
     return found
 
 
-def device_named(device: str | torch.device | None) -> torch.device | None:
-    """A device by its name, ``"gpu"`` among them; ``None`` stays ``None``.
+def device_named(device: str | torch.device | None) -> torch.device:
+    """A device by its name, ``"gpu"`` among them; of ``None`` CUDA where there is one.
 
     Raises:
         ModelError: torch knows no such device, or this machine does not have it.
     """
-    if device is None:
-        return None
-    name = str(device).lower()
+    name = str(device or ("cuda" if torch.cuda.is_available() else "cpu")).lower()
     name = "cuda" + name.removeprefix("gpu") if name.startswith("gpu") else name
     try:
         found = torch.device(name)
@@ -226,9 +224,18 @@ def device_named(device: str | torch.device | None) -> torch.device | None:
             f"there is no device {str(device)!r}: give 'cpu', 'cuda' ('gpu'), 'cuda:1' or 'mps', "
             "or leave it out"
         ) from error
-    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+    if not _computes(found):
         raise ModelError(
             f"there is no device {str(device)!r} on this machine: torch sees "
             f"{torch.cuda.device_count()} GPUs; leave device out for what there is"
         )
     return found
+
+
+def _computes(device: torch.device) -> bool:
+    if device.type == "cuda":  # not tried: a process would take memory of a GPU that is another's
+        return (device.index or 0) < torch.cuda.device_count()
+    try:
+        return bool(torch.ones(1, device=device).item())
+    except Exception:  # as many kinds as there are devices
+        return False

@@ -33,7 +33,7 @@ from fst_dspy import distributed
 from fst_dspy.config import LoraConfig
 from fst_dspy.errors import ModelError
 from fst_dspy.model.cache_layers import cache_name
-from fst_dspy.model.hardware import default_dtype, fuse_norms
+from fst_dspy.model.hardware import default_dtype, device_named, fuse_norms
 from fst_dspy.model.sizes import check_claims, described, parameter_count
 from fst_dspy.pretrained.chat import content_form
 from fst_dspy.pretrained.gguf import SUFFIX, read_from, read_gguf
@@ -169,7 +169,7 @@ class Policy:
                 shows nothing of what a user says.
             ConfigError: Several processes were set up to hold parts of the model.
         """
-        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        device = device_named(device)
         distributed.join(device.type)
         quantized = plain_quantization(quantization_config)
         where = model_place(name_or_path)
@@ -198,11 +198,12 @@ class Policy:
                 raise ModelError("it comes without a tokenizer")
             source = {
                 "name_or_path": str(name_or_path),
+                "place": where,
                 "dtype": str(dtype).removeprefix("torch."),
                 "trust_remote_code": trust_remote_code,
                 **({} if quantized is None else {"quantization_config": quantized}),
             }
-            model = _read_model(where, source, device)
+            model = _read_model(source, device)
             cache_name(model)  # refuses what could not answer
             if device.type == "cuda":
                 fuse_norms(model)
@@ -420,9 +421,8 @@ class Policy:
         if self._lora is not None:
             # Under LoRA the base lies beneath the adapters, unchanged.
             return _Kept(None, self._weights)
-        where = model_place(self.source["name_or_path"])
         try:
-            model = _read_model(where, self.source, torch.device("cpu"))
+            model = _read_model(self.source, torch.device("cpu"))
         except Exception as error:
             raise ModelError(f"cannot read the base weights again: {error}") from error
         weights = dict(model.named_parameters())
@@ -472,9 +472,9 @@ class Policy:
         self._lora = None
 
 
-def _read_model(where: str, source: Mapping[str, Any], device: torch.device) -> Any:
-    """The model at a place, as a policy's ``source`` describes it."""
-    dtype = getattr(torch, source["dtype"])
+def _read_model(source: Mapping[str, Any], device: torch.device) -> Any:
+    """The model that a policy's ``source`` describes."""
+    where, dtype = source["place"], getattr(torch, source["dtype"])
     if where.endswith(SUFFIX):  # takes long enough for its bar
         return read_gguf(Path(where), dtype).to(device)
     more: dict[str, Any] = {}
@@ -539,7 +539,13 @@ def _wrap(model: Any, cfg: LoraConfig, name: str) -> Any:
     with warnings.catch_warnings():
         # peft 0.19 to 0.21 asks transformers for an attribute by its former name.
         warnings.simplefilter("ignore", FutureWarning)
-        return peft.get_peft_model(model, _peft_config(model, cfg), name).eval()
+        try:
+            return peft.get_peft_model(model, _peft_config(model, cfg), name).eval()
+        except (ValueError, NotImplementedError) as error:  # dropout on a mixture's experts, say
+            raise ModelError(
+                f"no adapters with {cfg} can be put on {type(model).__name__}: {error} Take other "
+                "lora settings"
+            ) from error
 
 
 def _adapter(model: Any, name: str) -> dict[str, torch.nn.Parameter]:

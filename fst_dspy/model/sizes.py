@@ -35,6 +35,9 @@ SPARE_VALUES = 2**24
 input."""
 SPARE_BUFFER_BYTES = 2**28
 """Constants that a model may make for itself, such as masks and tables of angles."""
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
+EXPERTS_USED = ("num_experts_per_tok", "top_k_experts")
+"""How configurations call the experts of a layer, and those that a token is sent to."""
 _VALUES_A_BYTE = 8  # of a quantized model, at most
 _WEIGHTS = ("*.safetensors", "*.bin")
 
@@ -117,6 +120,24 @@ def parameter_count(model: Any) -> int:
     # bitsandbytes keeps several in one number.
     linear = (module for module in model.modules() if isinstance(module, torch.nn.Linear))
     return own + sum(max(0, m.in_features * m.out_features - m.weight.numel()) for m in linear)
+
+
+def active_count(model: Any) -> int:
+    """Parameters that a token meets: of a mixture's experts those alone that it is sent to."""
+    config = model.config.get_text_config()
+    experts, used = (
+        next((count for name in names if (count := getattr(config, name, None))), 0)
+        for names in (EXPERTS, EXPERTS_USED)
+    )
+    count = parameter_count(model)
+    if not 0 < used < experts:
+        return count
+    held = sum(
+        weight.numel()
+        for name, weight in model.named_parameters()
+        if ".experts." in name and "lora_" not in name
+    )
+    return count - round(held * (1 - used / experts))
 
 
 def quantized_bits(config: Any) -> float | None:

@@ -43,7 +43,6 @@ from fst_dspy.model.hardware import global_rng_kept
 from fst_dspy.model.logprobs import sampled_logprobs
 from fst_dspy.model.policy import Policy
 from fst_dspy.pretrained.gguf import SUFFIX
-from fst_dspy.pretrained.places import model_place
 from fst_dspy.types import Grammar
 
 MAX_SEED = 2**63 - 1
@@ -84,7 +83,7 @@ def use_vllm(
             f"vLLM's convolutions read {LONGEST_CONVOLUTION} tokens, those of {policy.name} "
             f"{policy.model.config.conv_L_cache}; the built-in engine runs it"
         )
-    place = model_place(policy.source["name_or_path"])
+    place = policy.source["place"]
     if place.endswith(SUFFIX):
         raise ConfigError(
             "vLLM is given folders here, not GGUF files: write one with "

@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import dspy
-import torch
 from transformers import AutoTokenizer
 
 from fst_dspy.config import FSTConfig
 from fst_dspy.errors import ModelError
-from fst_dspy.model.hardware import default_dtype
+from fst_dspy.model.hardware import default_dtype, device_named
 from fst_dspy.model.sizes import described, parameter_count
 from fst_dspy.plan.plan import Plan, make_plan
 from fst_dspy.plan.prompts import prompts_of
@@ -48,11 +47,11 @@ def plan_of_files(
         device: CUDA where there is one, by default.
 
     Raises:
-        ModelError: There is no such configuration.
+        ModelError: There is no such configuration, or no such device.
     """
     name = Path(str(model).rstrip("/")).name.removesuffix(SUFFIX)
     where, described_model = described_by_name(model)
-    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    place = device_named(device)
     dtype = default_dtype(place, lambda: parameter_count(described_model))
     text = described_model.config.get_text_config()
     context = getattr(text, "max_position_embeddings", None) or UNKNOWN_CONTEXT

@@ -20,6 +20,7 @@ from fst_dspy.model.hardware import multiplies_bfloat16, total_memory
 from fst_dspy.model.prefixes import PACKED_TOKENS, can_continue, can_pack
 from fst_dspy.model.sizes import (
     MAX_CPU_TOKENS,
+    active_count,
     cache_bytes,
     parameter_count,
     power_of_two,
@@ -267,7 +268,7 @@ def make_plan(
     scored = scored if val_examples is None else min(scored, val_examples)
     rollouts, steps = _rollouts(config, batch, scored, slow_on)
     flops = flops or measured_flops(text.hidden_size, dtype, device)
-    each = prompts.calls * 2 * parameters * length / (flops * EFFICIENCY)
+    each = prompts.calls * 2 * active_count(model) * length / (flops * EFFICIENCY)
     # Read again, and twice that on the way back.
     step_seconds = batch * each * read / max(1, length) / SAMPLING
     plan = Plan(
@@ -348,10 +349,13 @@ def _problems(
         )
     elif plan.peak_memory > room:
         lighter = fitting_lora(model, dtype, device, plan.machine_memory)
-        if plan.adapters is None and lighter is not None:
+        smaller = "a lower max_tokens or micro_batch_size, or a smaller model"
+        if plan.adapters is not None:
+            yield f"it may not fit: set {smaller}"
+        elif lighter is not None:
             yield "training all weights does not fit: set lora=True, or leave lora out"
         else:
-            yield "it may not fit: set a lower max_tokens or micro_batch_size, or a smaller model"
+            yield f"training all weights may not fit: set lora=True, {smaller}"
     if plan.prompt_tokens >= context:
         yield (
             f"prompts of {plan.prompt_tokens:,} tokens do not fit the model's {context:,}: shorten "

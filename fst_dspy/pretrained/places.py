@@ -14,6 +14,8 @@ from fst_dspy.pretrained.gguf import SUFFIX, find_gguf
 def model_place(name_or_path: str | Path) -> str:
     """The folder, GGUF file or hub id of a model; SmolLM2 is fetched where it is asked for.
 
+    A path is absolute: it holds where the process has gone to another folder since.
+
     Raises:
         ModelError: It is no name or path, what looks like a path is none, or SmolLM2 cannot be had.
     """
@@ -25,7 +27,7 @@ def model_place(name_or_path: str | Path) -> str:
         return str(embedded_path())
     if str(name_or_path) in smollm2.NAMES:
         return str(smollm2.fetch(str(name_or_path)))
-    path = Path(name_or_path).expanduser()
+    path = Path(name_or_path).expanduser().absolute()
     looks_like_path = isinstance(name_or_path, Path) or str(name_or_path)[:1] in ("/", ".", "~")
     found = find_gguf(path)
     if found is not None:

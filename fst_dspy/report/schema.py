@@ -12,11 +12,20 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, NotRequired
 
-from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError, with_config
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    with_config,
+)
 from typing_extensions import TypedDict
 
 from fst_dspy.errors import StoreError
 from fst_dspy.files import read_json, read_jsonl
+from fst_dspy.run.records import read_number
 
 LARGEST = 1e100
 """No number that a run writes is larger, and those that are not do not overflow in a chart."""
@@ -34,6 +43,7 @@ def _charted(value: float) -> float:
 Count = Annotated[int, Field(ge=0, le=10**15)]
 Number = Annotated[float, Field(ge=-LARGEST, le=LARGEST, allow_inf_nan=False)]
 Diagnostic = Annotated[float, AfterValidator(_charted)]
+Unbounded = Annotated[Diagnostic, BeforeValidator(read_number)]
 """May be infinite or not a number, as it is where a step was dropped for that."""
 
 
@@ -88,7 +98,7 @@ class Cycle(TypedDict):
     train_reward: Number | None
     val_score: Number
     val_scores: list[Number]
-    kl_to_base: Diagnostic
+    kl_to_base: Unbounded
     entropy: Diagnostic | None
     constant_group_share: Number
     failure_shares: dict[str, Number]

@@ -21,7 +21,8 @@ def answer_rows(
 
     Args:
         rollouts: Any.
-        examples: Those that they were run on, one each in the same order, to be written as well.
+        examples: Those that they were run on, to be written as well: in the same order, each as
+            often, its rollouts one after another.
     """
     rows = [
         {
@@ -36,14 +37,16 @@ def answer_rows(
     ]
     if examples is None:
         return rows
-    return [
+    samples = len(rows) // max(1, len(examples))
+    shown = [
         {
-            **row,
             "inputs": _fields(example.inputs().toDict()),
             "labels": _fields(example.labels().toDict()),
         }
-        for row, example in zip(rows, examples, strict=True)
+        for example in examples
+        for _ in range(samples)
     ]
+    return [{**row, **own} for row, own in zip(rows, shown, strict=True)]
 
 
 def _answer(rollout: Rollout) -> dict[str, Any]:

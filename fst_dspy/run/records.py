@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -32,7 +33,13 @@ def cycle_record(row: Mapping[str, Any]) -> CycleRecord:
     if row.get("reward_range") is not None:
         lists["reward_range"] = tuple(row["reward_range"])
     turns = TurnCounts(**row.get("turns", {}))
-    return CycleRecord(**{**row, **counts, **lists, "turns": turns})
+    kl = read_number(row["kl_to_base"])
+    return CycleRecord(**{**row, **counts, **lists, "turns": turns, "kl_to_base": kl})
+
+
+def read_number(value: Any) -> Any:
+    """A number as it is read from a log, where those that are not finite are written as null."""
+    return math.nan if value is None else value
 
 
 def rollout_from_json(row: Mapping[str, Any]) -> Rollout:

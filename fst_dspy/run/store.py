@@ -4,6 +4,8 @@ Layout::
 
     config.json        settings, seed, arm, program, versions
     cycles.jsonl       one CycleRecord a line
+    steps.jsonl        one StepRecord a line
+    population.jsonl   the candidates at the end of a cycle, one cycle a line
     rollouts.jsonl     one rollout a line, with its text, reward and feedback
     proposals.jsonl    one candidate that was tried a line: texts, scores, whether it was accepted
     answers.jsonl      one answer to a validation example a line
@@ -12,8 +14,9 @@ Layout::
     result.json        the outcome, once the run has ended
 
 Every file that is read again is written to a temporary name, flushed to disk and renamed, so a
-half-written one is never picked up. Each checkpoint remembers how long the ``.jsonl`` files were;
-resuming cuts them back to that length, so nothing is recorded twice.
+half-written one is never picked up. Each checkpoint remembers how long the logs were; resuming
+cuts them back to that length, so nothing is recorded twice. Files of other names are not the run's,
+and are left alone.
 """
 
 from __future__ import annotations
@@ -43,6 +46,8 @@ logger = logging.getLogger(__name__)
 
 SCHEMA_VERSION = 1
 KEPT_CHECKPOINTS = 2
+LOGS = ("answers", "cycles", "population", "proposals", "rollouts", "steps")
+"""The ``.jsonl`` files of a run, in the order of their names."""
 HASHES = "hashes.json"
 """In a checkpoint: the SHA-256 of every other file."""
 ADDED_LATER = ("program", "adapter", "lm", "metric")
@@ -51,6 +56,8 @@ HAVE_SOURCES = ("metric", "program")
 """What is known by its name, and of which it is told that its source has changed."""
 DIFFERENCES = 5
 """Named at most, where a folder holds another run."""
+NOT_COMPARED = ("environment", "loaded")
+"""Told for whoever reads the folder; what of it matters is in the version of the weights."""
 SHOWN = 40
 """Characters of a value that differs."""
 
@@ -96,11 +103,12 @@ class RunStore:
         path = self.folder / "config.json"
         wanted = json.loads(json.dumps({"schema_version": SCHEMA_VERSION, **config}))
         if not path.exists():
-            if self._checkpoints():
+            own = (*self._logs(), self.folder / "checkpoints", self.folder / "versions")
+            if there := [found.name for found in own if found.exists()]:
                 raise StoreError(
-                    f"the run folder {self.folder} holds a run, but not its config.json, without "
-                    "which nothing tells whether it is this one; put the file back, or choose "
-                    "another folder"
+                    f"the run folder {self.folder} holds a run ({', '.join(there)}), but not its "
+                    "config.json, without which nothing tells whether it is this one; put the "
+                    "file back, or choose another folder"
                 )
             self.write_json("config.json", wanted)
             return
@@ -219,7 +227,7 @@ class RunStore:
                 for later in self._checkpoints():
                     if later > number:
                         shutil.rmtree(self.folder / "checkpoints" / str(later))
-                for path in self.folder.glob("*.jsonl"):
+                for path in self._logs():
                     # A log that was begun after the checkpoint is cut back to nothing.
                     os.truncate(path, lengths.get(path.name, 0))
             return state, folder / "weights"
@@ -256,7 +264,7 @@ class RunStore:
 
     def clear_logs(self) -> None:
         """Delete the logs of a run that was killed before its first checkpoint."""
-        for path in self.folder.glob("*.jsonl"):
+        for path in self._logs():
             path.unlink()
 
     def version_path(self, version: str) -> Path:
@@ -275,7 +283,11 @@ class RunStore:
         return sorted(int(name) for name in names if name.isdigit())
 
     def _lengths(self) -> dict[str, int]:
-        return {path.name: flush(path) for path in sorted(self.folder.glob("*.jsonl"))}
+        return {path.name: flush(path) for path in self._logs()}
+
+    def _logs(self) -> list[Path]:
+        paths = (self.folder / f"{name}.jsonl" for name in LOGS)
+        return [path for path in paths if path.exists()]
 
 
 @dataclass(frozen=True)
@@ -336,7 +348,7 @@ def _short(value: Any) -> str:
 
 def _comparable(config: Mapping[str, Any]) -> dict[str, Any]:
     """What has to be the same for a run to go on."""
-    plain = {key: value for key, value in config.items() if key != "environment"}
+    plain = {key: value for key, value in config.items() if key not in NOT_COMPARED}
     settings = plain.get("settings")
     if isinstance(settings, dict):
         settings = without_removed(settings)

@@ -406,7 +406,9 @@ def run_trial(trial: optuna.Trial, plan: StudyPlan, task: Task, worker: str) -> 
         **plan.space.suggest(trial),
         "max_rollouts": plan.objective.rollouts,
     }
-    folder = Path(trial.user_attrs.get("folder") or plan.folder / f"trial-{trial.number:04d}")
+    # By its name: the study's folder may be another one by now, or on another machine.
+    name = Path(trial.user_attrs.get("folder", f"trial-{trial.number:04d}")).name
+    folder = plan.folder / name
     trial.set_user_attr("folder", str(folder))
     trial.set_user_attr("settings", settings)
     listener = TrialListener(trial, plan.objective, folder)
@@ -417,7 +419,7 @@ def run_trial(trial: optuna.Trial, plan: StudyPlan, task: Task, worker: str) -> 
     except BudgetSpentError:
         pass
     except KeyboardInterrupt:
-        retry(trial.study, trial.number)  # Optuna marks this one failed
+        retry(trial.study, trial.number, at_most=None)  # Optuna marks this one failed
         raise
     except optuna.TrialPruned:
         _keep_measures(trial, plan, listener)

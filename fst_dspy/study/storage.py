@@ -47,14 +47,14 @@ def open_storage(url: str) -> optuna.storages.BaseStorage:
             f"{url!r} is no storage; give sqlite:///file.db, journal:///file.log or "
             "postgresql://user@host/name"
         )
-    if kind == "journal":
-        file = Path(path.removeprefix("/"))
-        file.parent.mkdir(parents=True, exist_ok=True)
-        return JournalStorage(JournalFileBackend(str(file)))
     if kind == "postgresql":
         url = f"postgresql+psycopg://{path}"  # SQLAlchemy's own choice changed between versions
     patience = {"connect_args": {"timeout": SQLITE_WAIT_SECONDS}} if kind == "sqlite" else {}
     try:
+        if kind == "journal":
+            file = Path(path.removeprefix("/"))
+            file.parent.mkdir(parents=True, exist_ok=True)
+            return JournalStorage(JournalFileBackend(str(file)))
         if kind == "sqlite":
             _sqlite_file(url).parent.mkdir(parents=True, exist_ok=True)
         with _no_experimental_warning():
@@ -132,9 +132,16 @@ def retry_lost_trials(study: optuna.Study, folder: Path) -> list[int]:
     return lost
 
 
-def retry(study: optuna.Study, number: int) -> None:
-    """Queue a failed trial again, with its settings and run folder, at most three times."""
-    _retry_callback()(study, study.get_trials()[number])
+def retry(study: optuna.Study, number: int, at_most: int | None = MAX_RETRIES) -> None:
+    """Queue a failed trial again, with its settings and run folder.
+
+    Args:
+        study: The study.
+        number: The trial's.
+        at_most: Times that it may be, for what ends a worker may be the trial; ``None`` where it is
+            known to have been something else.
+    """
+    _retry_callback(at_most)(study, study.get_trials()[number])
 
 
 def retried_numbers(study: optuna.Study) -> set[int]:
@@ -180,9 +187,9 @@ def _lock_path(folder: Path, worker: str) -> Path:
     return folder / "workers" / f"{os.path.basename(worker)}.lock"
 
 
-def _retry_callback() -> RetryHeartbeatStaleTrialCallback:
+def _retry_callback(at_most: int | None = MAX_RETRIES) -> RetryHeartbeatStaleTrialCallback:
     with _no_experimental_warning():
-        return RetryHeartbeatStaleTrialCallback(max_retry=MAX_RETRIES)
+        return RetryHeartbeatStaleTrialCallback(max_retry=at_most)
 
 
 @contextmanager

@@ -16,8 +16,8 @@ import cloudpickle
 import dspy
 import pytest
 import torch
-from bundles import adapted, answers, compile_greedy, read_manifest, seal
-from helpers import Echo, RawAdapter, Twice
+from bundles import SETTINGS, adapted, answers, compile_greedy, read_manifest, seal
+from helpers import Echo, RawAdapter, Twice, questions, vowels
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from places import ROOT, SUPPORT
@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 import fst_dspy
-from fst_dspy import LocalLM
+from fst_dspy import FST, LocalLM
 from fst_dspy.bundle.saving import BundleSave
 from fst_dspy.errors import FSTError, ModelError, ProgramError, StoreError
 
@@ -326,6 +326,48 @@ def test_a_missing_or_different_base_is_named(lora_bundle, tiny_qwen3, tiny_llam
         fst_dspy.load(lora_bundle, base=tiny_llama)
     moved = shutil.copytree(tiny_qwen3, tmp_path / "another-name")
     assert fst_dspy.load(lora_bundle, base=moved).say.lm.model.startswith("tiny-qwen3@")
+
+
+def test_a_model_by_a_relative_path_is_the_same_from_another_folder(
+    tiny_qwen3, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tiny_qwen3.parent)
+    program, policy = Echo(), LocalLM(tiny_qwen3.name).policy
+    monkeypatch.chdir(tmp_path)
+    program.say.lm = LocalLM(policy)
+    with torch.no_grad():
+        next(policy.model.parameters()).add_(1)
+    policy.step += 1
+    with policy.at(policy.base_version):  # is read again
+        assert policy.version() == policy.base_version
+    policy.restore(policy.base_version)
+    weights = read_manifest(fst_dspy.save(program, tmp_path / "bundle"))["weights"]
+    assert weights["kind"] == "full" and weights["base"]["source"] == "folder"
+
+
+def test_quantized_weights_are_left_to_their_base(tiny_qwen3, tmp_path):
+    program = Echo()
+    program.say.lm = LocalLM(str(tiny_qwen3))
+    program.say.lm.policy.model.is_quantized = True
+    weights = read_manifest(fst_dspy.save(program, tmp_path / "bundle"))["weights"]
+    assert weights["kind"] == "base" and weights["base"]["source"] == "folder"
+    with pytest.raises(ModelError, match="pass base="):
+        fst_dspy.load(tmp_path / "bundle", Echo())
+    loaded = fst_dspy.load(tmp_path / "bundle", Echo(), base=tiny_qwen3)
+    assert loaded.say.lm.model == program.say.lm.model
+
+
+def test_what_goes_wrong_with_a_model_is_not_told_of_the_folder(tiny_qwen3, tmp_path):
+    program = adapted(shutil.copytree(tiny_qwen3, tmp_path / "model"))
+    policy = program.say.lm.policy
+    program.say.lm = program.say.lm.at(policy.base_version)
+    policy.restore(policy.base_version)
+    with torch.no_grad():
+        next(policy.model.parameters()).add_(1)
+    policy.step += 1
+    shutil.rmtree(tmp_path / "model")
+    with pytest.raises(ModelError, match="cannot read the base weights again"):
+        fst_dspy.save(program, tmp_path / "bundle")
 
 
 def test_without_a_program_only_imported_classes_are_made(tampered, tiny_qwen3, tmp_path):
@@ -743,3 +785,12 @@ def test_the_command_exports_bundles_and_runs(tiny_qwen3, lora_bundle, tmp_path)
         assert_equal_logits(logits(exported), logits(policy.model))
     with dspy.context(adapter=RawAdapter()):
         assert compiled(question="number 1").answer is not None
+
+
+def test_a_run_is_exported_in_the_dtype_it_was_trained_in(tiny_qwen3, tmp_path):
+    lm = LocalLM(str(tiny_qwen3), dtype="bfloat16", max_tokens=8)  # on this machine not the default
+    fst = FST(vowels, arm="gepa_only", log_dir=tmp_path / "run", **SETTINGS)
+    with dspy.context(lm=lm, adapter=RawAdapter()):
+        fst.compile(Echo(), trainset=questions(6), valset=questions(4, 6))
+    folder = fst_dspy.export(tmp_path / "run", tmp_path / "model", base=tiny_qwen3)
+    assert AutoModelForCausalLM.from_pretrained(folder).dtype == torch.bfloat16

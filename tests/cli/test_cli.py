@@ -118,6 +118,8 @@ def test_a_new_program_runs_as_it_stands(tiny_qwen3, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     done = run("init", "routing")
     assert done.exit_code == 0 and "fst compile routing.py --out runs/routing" in done.output
+    hides = run("init", "json")
+    assert hides.exit_code == 1 and "would hide" in hides.output
     again = run("init", "routing")
     assert again.exit_code == 1 and "is there already" in again.output
     task = load_task("routing.py", 1)

@@ -21,6 +21,7 @@ FILES = {
     "broken.py": "def load(:",
     "notes.txt": "",
     "fails.py": "def load(seed):\n    return 1 / 0",
+    "ends.py": "import sys\nsys.exit(3)\ndef load(seed): ...",
     "none.py": "from fst_dspy import Task\n"
     "def load(seed):\n    return Task('none', None, print, [], [], [])",
     "silent.py": "from fst_dspy import Task\n"
@@ -40,6 +41,9 @@ EARLY = {
         "load(0) in",
         "fails.py failed, line 2: ZeroDivisionError",
     ),
+    "ends itself": ("compile ends.py", "ends.py cannot be imported, line 2", "SystemExit: 3"),
+    "a name of the system's": (f"compile {'x' * 300}", "File name too long", "xxx"),
+    "no such preset": ("compile triage --set auto=huge", "auto must be one of", "huge"),
     "no examples": ("compile none.py", "the trainset of none is empty", "must be examples"),
     "no metric": ("compile silent.py", "metric of the Task from", "must be a function"),
     "setting's name": ("compile triage --set grup_size=4", "'grup_size'", "mean 'group_size'"),
@@ -73,6 +77,7 @@ EARLY = {
     "a file as model": ("compile triage --model notes.txt", "notes.txt is a file", "the folder"),
     "plan of no model": ("plan triage --model ./nosuch", "no model folder", 'give "embedded"'),
     "a file as folder": ("compile triage --out notes.txt/run", "cannot write", "another --out"),
+    "limit of a study": ("tune triage --at-most foo", "--at-most takes name=value", "'foo'"),
     "arm": ("compile triage --arm rl", "'rl' is not one of", "'rl_only'"),
     "arm of an experiment": ("compare triage --arms fst,rl_onl", "no arm 'rl_onl'", "'rl_only'"),
     "axis": ("ablate triage --axes Q", "no axis 'Q'", "known: K, T"),

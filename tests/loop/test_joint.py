@@ -124,6 +124,15 @@ def test_rollouts_are_not_logged_where_that_is_off(tiny_qwen3, tmp_path):
     assert (tmp_path / "page.html").stat().st_size > 1000
 
 
+def test_every_sample_of_a_validation_example_is_logged(tiny_qwen3, tmp_path):
+    result = compile_tiny(tiny_qwen3, log_dir=tmp_path, arm="gepa_only", val_samples=2)[2]
+    asked = [row for row in read_jsonl(tmp_path / "answers.jsonl") if "inputs" in row]
+    twice = [q.question for q in questions(4, 6) for _ in range(2)]
+    assert [row["inputs"]["question"] for row in asked] == twice
+    assert sum(row["reward"] for row in asked) / 8 == pytest.approx(result.records[0].val_score)
+    write_report([tmp_path], tmp_path / "page.html")
+
+
 def test_the_student_is_left_as_it_was(tiny_qwen3):
     student = Echo()
     compile_tiny(tiny_qwen3, student)

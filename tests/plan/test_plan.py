@@ -8,7 +8,7 @@ import pytest
 import torch
 from chat_families import save_family
 from model_sizes import QWEN
-from transformers import Qwen3Config
+from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3MoeConfig
 from typer.testing import CliRunner
 
 import fst_dspy
@@ -18,11 +18,12 @@ from fst_dspy.errors import ModelError
 from fst_dspy.loop import parts
 from fst_dspy.model import hardware
 from fst_dspy.model.policy import Policy
-from fst_dspy.model.sizes import parameter_count
+from fst_dspy.model.sizes import active_count, described, parameter_count
 from fst_dspy.plan import plan as plan_module
 from fst_dspy.plan.files import plan_of_files
 from fst_dspy.plan.memory import fitting_lora, memory_of, trainable_count
-from fst_dspy.plan.prompts import prompts_of
+from fst_dspy.plan.plan import make_plan
+from fst_dspy.plan.prompts import Prompts, prompts_of
 from fst_dspy.types import Arm
 
 GIB = 2**30
@@ -40,6 +41,7 @@ def qwen(tmp_path: Path) -> Path:
 
 def machine(monkeypatch: pytest.MonkeyPatch, gib: float, *, bfloat16: bool = True) -> None:
     monkeypatch.setattr(plan_module, "total_memory", lambda device: int(gib * GIB))
+    monkeypatch.setattr(plan_module, "measured_flops", lambda *_: 1e12)  # whatever else it does
     monkeypatch.setattr(hardware, "multiplies_bfloat16", lambda: bfloat16)
 
 
@@ -93,6 +95,30 @@ def test_adapters_are_trained_where_all_weights_do_not_fit(
     assert full.adapters is None and "lora=True" in full.problems[0]
 
 
+def test_adapters_are_advised_wherever_all_weights_are_trained(qwen: Path) -> None:
+    prompts = Prompts(1, 350, True)
+    plan = make_plan(
+        described(qwen), "qwen", FSTConfig.make(lora=False), prompts,
+        dtype=torch.bfloat16, device=torch.device("cuda"), max_tokens=512, context=4096,
+        flops=1e14, total=16 * GIB,
+    )  # fmt: skip
+    (problem,) = plan.problems
+    assert "may not fit" in problem and "lora=True" in problem
+
+
+def test_the_time_of_a_mixture_is_that_of_the_experts_in_use() -> None:
+    shape = {"hidden_size": 32, "num_hidden_layers": 2, "moe_intermediate_size": 16, "head_dim": 8,
+             "num_attention_heads": 4, "vocab_size": 64, "num_experts": 16}  # fmt: skip
+    with torch.device("meta"):
+        few, all_of_them = (
+            AutoModelForCausalLM.from_config(Qwen3MoeConfig(**shape, num_experts_per_tok=used))
+            for used in (2, 16)
+        )
+    experts = 2 * 16 * 3 * 32 * 16
+    assert active_count(all_of_them) == parameter_count(all_of_them) == parameter_count(few)
+    assert active_count(few) == parameter_count(few) - experts * 14 // 16
+
+
 def test_what_does_not_fit_at_all_is_told(qwen: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     machine(monkeypatch, 1)
     assert "smaller model" in planned(qwen).problems[0]
@@ -139,6 +165,12 @@ def test_adapters_are_counted_as_they_are_made(name: str, tmp_path: Path) -> Non
     assert counted == sum(weight.numel() for weight in policy.trainable_state().values())
     assert trainable_count(policy.model, lora) == counted
     assert trainable_count(policy.model, None) == parameter_count(policy.model)
+
+
+def test_adapters_that_a_model_cannot_have_are_told(tmp_path: Path) -> None:
+    policy = Policy.load(save_family(tmp_path, "qwen3-moe"), device="cpu")
+    with pytest.raises(ModelError, match=r"dropout=0\.1.*Qwen3Moe.*other lora settings"):
+        trainable_count(policy.model, LoraConfig(rank=2, dropout=0.1))
 
 
 def test_the_choice_of_adapters_is_a_matter_of_size(tiny_qwen3: Path) -> None:
@@ -203,6 +235,12 @@ def test_the_command_prints_json_and_its_exit_code_tells(qwen: Path) -> None:
         app, ["plan", "triage", "--model", str(qwen), "--device", "cpu", "--set", "lora=true"]
     )
     assert "596 M parameters" in " ".join(done.output.split())
+
+
+@pytest.mark.parametrize("device", ["foo", "meta", "gpu:7"])
+def test_a_device_that_there_is_not_is_told(device: str) -> None:
+    done = CliRunner().invoke(app, ["plan", "triage", "--device", device])
+    assert done.exit_code == 1 and f"there is no device '{device}'" in done.output
 
 
 def test_a_missing_model_is_a_clear_error(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import math
 import os
 import random
 import re
@@ -26,6 +27,8 @@ from fst_dspy.report.faults import find_faults, skipped_steps
 from fst_dspy.report.rollouts import COLUMNS, Outcome, read_rollouts
 from fst_dspy.report.watch import run_view, watch
 from fst_dspy.run import rollout_log
+from fst_dspy.run.records import cycle_record
+from fst_dspy.run.store import RunStore
 from fst_dspy.types import Candidate
 
 pytestmark = pytest.mark.slow
@@ -208,6 +211,20 @@ def test_the_run_says_what_its_result_says(run_folder):
     assert sum(scores) / len(scores) == pytest.approx(best["val_score"])
     assert skipped_steps(run.steps) == {"constant": 1}
     assert data.spent(run) == run.cycles[-1]["seconds"]
+
+
+def test_a_drift_that_is_not_finite_is_shown_as_such(tmp_path):
+    result = write_run(tmp_path / "run", finished=False)
+    store = RunStore(tmp_path / "run")
+    store.clear_logs()
+    store.append(
+        "cycles", [dataclasses.replace(record, kl_to_base=math.inf) for record in result.records]
+    )
+    store.close()
+    write_report([tmp_path / "run"], tmp_path / "page.html")
+    assert "<td>nan</td>" in (tmp_path / "page.html").read_text()
+    (first, *_) = map(cycle_record, store.read("cycles"))
+    assert math.isnan(first.kl_to_base)
 
 
 def test_lineage_holds_every_candidate_once_under_its_parent(run_folder):

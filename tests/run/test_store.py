@@ -52,6 +52,22 @@ def test_resuming_cuts_the_logs_back(tmp_path):
     assert store.read("steps") == []
 
 
+def test_files_of_others_are_left_alone(tmp_path):
+    (tmp_path / "train.jsonl").write_text("{}")
+    store = RunStore(tmp_path)
+    store.begin({"seed": 0})
+    store.clear_logs()
+    store.append("cycles", [{"cycle": 0}])
+    store.checkpoint({}, write_weights(""))
+    store.latest()
+    assert (tmp_path / "train.jsonl").read_text() == "{}" and store.read("cycles")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "answers.jsonl").write_text("{}")  # a run's by its name
+    with pytest.raises(StoreError, match=r"answers\.jsonl.*choose another folder"):
+        RunStore(tmp_path / "other").begin({"seed": 0})
+    assert (tmp_path / "other" / "answers.jsonl").read_text() == "{}"
+
+
 @dataclass(frozen=True)
 class Row:
     fields: Mapping[str, object]

@@ -75,8 +75,8 @@ def examples(run: Run) -> str:
     return (
         f"<p>Of {len(found)} validation examples, {better} got better, {len(worse)} got worse and "
         f"{len(found) - better - len(worse)} scored the same; {len(failing)} score less than "
-        f"{perfect:g}. Each was answered once before learning and once at the best, by sampling, "
-        "so a single answer may be chance.</p>"
+        f"{perfect:g}. Each is told by one answer before learning and one at the best, both "
+        "sampled, so a single one may be chance.</p>"
         f"{_list('Still failing', failing)}{_list('Got worse', worse)}"
     )
 
