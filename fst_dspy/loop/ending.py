@@ -238,8 +238,10 @@ def fits(parts: Parts, rollouts: int, turns: TurnCounts, *, step: bool) -> bool:
         step: It is an optimizer step; else an iteration of prompts.
     """
     budget, fast, slow = parts.budget, parts.config.fast, parts.config.slow
-    own = slow.problems_per_step * slow.group_size if step else 2 * fast.minibatch_size
-    more = own + len(parts.val_ids)
+    more = slow.problems_per_step * slow.group_size if step else 2 * fast.minibatch_size
+    # Weights that have moved are validated under all candidates, unless slow rollouts score those.
+    scored = fast.population_size if step and parts.fast_on and not parts.fast.reuses else 1
+    more += scored * len(parts.val_ids) * parts.config.sampling.val_samples
     if budget.max_rollouts is not None and rollouts + more > budget.max_rollouts:
         return False
     counted = [(getattr(turns, name), limit) for name, limit in budget.env_limits().items()]
