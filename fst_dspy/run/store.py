@@ -156,7 +156,12 @@ class RunStore:
 
         What a program puts into its fields may be anything; what JSON cannot hold is written as its
         ``repr``.
+
+        Raises:
+            ValueError: It is none of ``LOGS``: resuming would not cut it back.
         """
+        if name not in LOGS:
+            raise ValueError(f"a run has no log {name!r}, it has {', '.join(LOGS)}")
         lines = b"".join(map(_line, rows))
         with writing_to(self.folder), open(self.folder / f"{name}.jsonl", "ab") as file:
             file.write(lines)

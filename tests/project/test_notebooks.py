@@ -61,7 +61,7 @@ HOLDS = {
         "again.lm.version == compiled.lm.version == result.best.version",
     ],
     "06_compared": [
-        "fst_rollouts == by_fst.detailed_results.rollouts.total >= budget",
+        "0.7 * budget < fst_rollouts == by_fst.detailed_results.rollouts.total <= budget",
         "0.9 * budget < gepa_rollouts < 1.3 * budget",
         "0.9 * budget < both_rollouts < 1.3 * budget",
         "fst_score > untrained",

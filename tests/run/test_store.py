@@ -180,7 +180,7 @@ def checkpointed(folder: Path, count: int = 2) -> RunStore:
     """A store with some rows of a log and as many checkpoints."""
     store = RunStore(folder)
     for number in range(count):
-        store.append("rows", [{"number": number}])
+        store.append("steps", [{"number": number}])
         store.checkpoint(
             {"number": number}, lambda place: (place / "w.bin").write_bytes(b"weights") and None
         )
@@ -197,7 +197,7 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(
     found = store.latest()
     assert found is not None and found[0] == {"number": 0}
     assert "checkpoint 1 is damaged" in caplog.text
-    assert store.read("rows") == [{"number": 0}], "the log is of that checkpoint"
+    assert store.read("steps") == [{"number": 0}], "the log is of that checkpoint"
     store.close()
 
 
@@ -207,7 +207,7 @@ def test_where_no_checkpoint_is_whole_the_run_is_refused_and_nothing_is_cut(tmp_
         (tmp_path / "checkpoints" / str(number) / "state.json").write_text("{")
     with pytest.raises(StoreError, match=r"no checkpoint in .* is whole"):
         store.latest()
-    assert len(store.read("rows")) == 2
+    assert len(store.read("steps")) == 2
     store.close()
 
 
@@ -217,11 +217,11 @@ def test_a_log_is_never_made_longer_nor_cut_by_nonsense(tmp_path: Path, length: 
     folder = tmp_path / "checkpoints" / "0"
     (folder / "hashes.json").unlink()  # as of versions before, or of somebody who wrote them anew
     state = json.loads((folder / "state.json").read_text())
-    (folder / "state.json").write_text(json.dumps(state | {"lengths": {"rows.jsonl": length}}))
-    before = (tmp_path / "rows.jsonl").read_bytes()
+    (folder / "state.json").write_text(json.dumps(state | {"lengths": {"steps.jsonl": length}}))
+    before = (tmp_path / "steps.jsonl").read_bytes()
     with pytest.raises(StoreError, match="shorter"):
         store.latest()
-    assert (tmp_path / "rows.jsonl").read_bytes() == before
+    assert (tmp_path / "steps.jsonl").read_bytes() == before
     store.close()
 
 
@@ -233,7 +233,7 @@ def test_a_checkpoint_of_an_earlier_version_is_read(tmp_path: Path) -> None:
     store.close()
 
 
-@pytest.mark.parametrize("name", ["versions", "rows.jsonl", ".lock", "config.json", "checkpoints"])
+@pytest.mark.parametrize("name", ["versions", "steps.jsonl", ".lock", "config.json", "checkpoints"])
 def test_links_are_refused_and_what_they_point_to_is_left_alone(tmp_path: Path, name: str) -> None:
     outside, folder = tmp_path / "outside", tmp_path / "run"
     outside.mkdir()
