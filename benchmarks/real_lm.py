@@ -143,34 +143,37 @@ def overview(found: Mapping[str, Sequence[Run]]) -> Table:
 
 def together(found: Mapping[str, Sequence[Run]]) -> Table:
     """What ``fst`` is above the other arms by, over all stores of a model."""
-    stores: dict[str, list[Sequence[Run]]] = {}
-    for runs in found.values():
-        stores.setdefault(runs[0].job.model, []).append(runs)
     rows = []
-    for model, own in stores.items():
+    for model in dict.fromkeys(runs[0].job.model for runs in found.values()):
+        own = [runs for runs in found.values() if runs[0].job.model == model]
         for label in dict.fromkeys(run.job.label for runs in own for run in runs):
-            if label == OURS:
+            # Adapters share the examples of a task's seed, so they make one value of it.
+            values: dict[tuple[str, int], list[tuple[float, float]]] = {}
+            for runs in own:
+                for seed, pair in _pairs(runs, label).items():
+                    values.setdefault((runs[0].job.program, seed), []).append(pair)
+            if label == OURS or not values:
                 continue
-            pairs = [pair for runs in own for pair in _pairs(runs, label)]
-            if not pairs:
-                continue
-            tests, gains = zip(*pairs, strict=True)
+            tests, gains = zip(
+                *(map(_mean, zip(*v, strict=True)) for v in values.values()), strict=True
+            )
+            runs_of_both = str(sum(map(len, values.values())))
             span = interval_text(mean_interval(gains))
-            rows.append((model, label, str(len(pairs)), f"{_mean(tests):.3f}", span))
+            rows.append((model, label, runs_of_both, str(len(values)), f"{_mean(tests):.3f}", span))
     return Table(
         "fst against each arm, all stores of a model",
-        ("model", "arm", "runs", "test", "fst minus it"),
+        ("model", "arm", "runs", "values", "test", "fst minus it"),
         tuple(rows),
-        "Over the tasks, adapters and seeds that both have, each pair one value: 95 % interval "
-        "(Student t). Adapters of a task share its examples of a seed.",
+        "Over the tasks, adapters and seeds that both have. The adapters of a task share its "
+        "examples of a seed, so that their mean is one value; 95 % interval (Student t).",
     )
 
 
-def _pairs(runs: Sequence[Run], label: str) -> list[tuple[float, float]]:
-    """The test of an arm, and what ``fst`` of the same seed is above it by."""
+def _pairs(runs: Sequence[Run], label: str) -> dict[int, tuple[float, float]]:
+    """The test of an arm, and what ``fst`` is above it by, of each seed that both have."""
     groups = by_label(runs)
     ours, theirs = (scores_by_seed(groups.get(name, ())) for name in (OURS, label))
-    return [(theirs[seed], ours[seed] - theirs[seed]) for seed in ours.keys() & theirs.keys()]
+    return {n: (theirs[n], ours[n] - theirs[n]) for n in sorted(ours.keys() & theirs.keys())}
 
 
 HEADS = (
