@@ -6,8 +6,10 @@ a cycle that went wrong.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 
 from fst_dspy.config import ENV_LIMITS, LIMITS
 from fst_dspy.errors import ConfigError, TrainingError
@@ -75,6 +77,10 @@ def without_signal(parts: Parts, records: Sequence[CycleRecord]) -> str | None:
     ):
         return None
     assert record.reward_range is not None
+    # A cycle of prompts alone has few rollouts: these say little where validation shows others.
+    same = partial(math.isclose, record.reward_range[0], abs_tol=1e-9)
+    if parts.learner is None and not all(same(each.val_score) for each in records):
+        return None
     text = (
         f"every rollout of cycle {record.cycle} had the reward {record.reward_range[0]:g}, so that "
         "there is nothing to learn from"

@@ -146,6 +146,20 @@ def test_a_run_that_has_ended_of_itself_goes_on_when_told_to(
     assert further.records[-1].rollouts.slow == 4
 
 
+@pytest.mark.parametrize("right", [0.0, 1.0], ids=["none", "one"])
+def test_few_failures_of_prompts_alone_say_little_where_validation_differs(tiny_qwen3, right):
+    hard = {question.question for question in questions(6)}
+
+    def seldom(gold, pred, trace=None):
+        score = 0.0 if gold.question in hard else right
+        return dspy.Prediction(score=score, feedback="Lesson: say early letters.")
+
+    settings = {"arm": "gepa_only", "max_cycles": 3, "cold_start_demos": 0}
+    result = compiled(tiny_qwen3, seldom, **settings)
+    cut_short = "nothing to learn from" in (result.stopped or "")
+    assert cut_short == (right == 0.0) and result.records[1].reward_range == (0.0, 0.0)
+
+
 def test_a_limit_that_counts_nothing_is_refused(tiny_qwen3):
     with pytest.raises(ConfigError, match="max_env_steps is the only limit, and would never be"):
         compiled(tiny_qwen3, max_cycles=None, max_env_steps=100)
