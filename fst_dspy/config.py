@@ -346,6 +346,11 @@ class SlowConfig:
         _require(self.lora != "auto", "lora='auto' is for FST; give True, False or a LoraConfig")
         return None if self.lora == "auto" else self.lora
 
+    @property
+    def averages_teacher(self) -> bool:
+        """Whether an average of the weights over the steps teaches them."""
+        return self.slow_signal != "reward" and self.teacher_update_rate < 1
+
     def __post_init__(self) -> None:
         _check_kinds(self)
         for name in ("steps_per_cycle", "problems_per_step", "micro_batch_size", "max_bad_steps"):

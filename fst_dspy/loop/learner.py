@@ -65,7 +65,7 @@ class GRPOLearner:
         self._slow = config.slow
         self.learns_from_rewards = self._slow.slow_signal == "reward"
         averaged = None
-        if not self.learns_from_rewards and self._slow.teacher_update_rate < 1:
+        if self._slow.averages_teacher:
             averaged = AveragedWeights(lm.policy, self._slow.teacher_update_rate)
         self._averaged = averaged
         self._teacher = SelfTeacher(program, lm, config.fast.perfect_score, averaged)
@@ -102,9 +102,9 @@ class GRPOLearner:
 
     def load(self, folder: Path) -> None:
         """See :meth:`Learner.load`."""
-        self._trainer.load(folder)
+        state = self._trainer.load(folder)
         if self._averaged is not None:
-            self._averaged.load(TrainingState.read(folder).teacher)
+            self._averaged.load(state.teacher)
 
 
 def schedule_steps(config: FSTConfig) -> int:

@@ -91,8 +91,9 @@ class SelfTeacher:
         return lessons
 
     def _read(self, rows: list[TrainingRow]) -> list[tuple[float, ...]]:
-        with self._lm.policy.lock, self._averaged.in_use() if self._averaged else nullcontext():
-            return sampled_logprobs(self._lm.policy, rows)
+        policy, averaged = self._lm.policy, self._averaged
+        with policy.lock, policy.holding(averaged.state()) if averaged else nullcontext():
+            return sampled_logprobs(policy, rows)
 
     def _rows(self, group: Group, rollout: Rollout) -> Iterator[TrainingRow | None]:
         """Each call as the teacher reads it; ``None`` where it has nothing to say."""

@@ -374,6 +374,23 @@ class Policy:
             if hashed is not None:  # the same weights as before, so the same hash
                 self._hashed = (self.mark(), hashed[1])
 
+    @contextmanager
+    def holding(self, state: Mapping[str, Tensor]) -> Iterator[None]:
+        """Use other trained weights inside the block, under ``lock``; then put the live ones back.
+
+        Args:
+            state: As ``trainable_state`` gives it, in any dtype.
+
+        Raises:
+            ModelError: The tensors are not those of this model, or the adapters differ.
+        """
+        with self.lock:
+            hashed = self._hashed
+            with _swapped(self._trainable(), state):
+                yield
+            if hashed is not None:  # the same weights as before, so the same hash
+                self._hashed = (self.mark(), hashed[1])
+
     def add_lora(self, cfg: LoraConfig, seed: int) -> None:
         """Put fresh adapters on every linear layer but the output; only they are trained.
 

@@ -235,7 +235,7 @@ def make_plan(
     item, text = dtype.itemsize, model.config.get_text_config()
     parameters = parameter_count(model)
     trainable = trainable_count(model, lora)
-    averaged = slow.slow_signal != "reward" and slow.teacher_update_rate < 1
+    averaged = slow.averages_teacher
     bare = memory_of(model, dtype, lora, trainable=trainable, averaged=averaged, micro_tokens=0)
     room = max(0, total - bare.peak(device))
     most = MICRO_TOKENS["cuda" if device.type == "cuda" else "cpu"]

@@ -43,8 +43,9 @@ def _charted(value: float) -> float:
 Count = Annotated[int, Field(ge=0, le=10**15)]
 Number = Annotated[float, Field(ge=-LARGEST, le=LARGEST, allow_inf_nan=False)]
 Diagnostic = Annotated[float, AfterValidator(_charted)]
-Unbounded = Annotated[Diagnostic, BeforeValidator(read_number)]
 """May be infinite or not a number, as it is where a step was dropped for that."""
+Unbounded = Annotated[Diagnostic, BeforeValidator(read_number)]
+"""Likewise, of a number that is then written as null."""
 
 
 @with_config(ConfigDict(strict=True))

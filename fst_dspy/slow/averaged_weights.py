@@ -7,8 +7,7 @@ average of them (Tarvainen and Valpola, 2017, "Mean teachers are better role mod
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -39,16 +38,6 @@ class AveragedWeights:
         """Move towards the live weights, after a step."""
         for name, weight in self._policy.trainable_state(copy=False).items():
             self._tensors[name].lerp_(weight.float(), self._rate)
-
-    @contextmanager
-    def in_use(self) -> Iterator[None]:
-        """The policy has the average inside the block; the caller holds its lock."""
-        own = self._policy.trainable_state()
-        self._policy.load_trainable_state(self._tensors)
-        try:
-            yield
-        finally:
-            self._policy.load_trainable_state(own)
 
     def state(self) -> Mapping[str, Tensor]:
         """The average, not copied."""

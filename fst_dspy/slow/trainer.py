@@ -229,8 +229,11 @@ class SlowTrainer:
                 live=self.policy.device.type == "cpu",
             )
 
-    def load(self, folder: Path) -> None:
+    def load(self, folder: Path) -> TrainingState:
         """Go on from what ``state().write`` wrote, bit for bit, on a trainer of the same settings.
+
+        Returns:
+            What was read.
 
         Raises:
             StoreError: A file is missing or unreadable, or belongs to another model.
@@ -248,6 +251,7 @@ class SlowTrainer:
             self._rng = dict(state.rng)
             self.policy.step = scalars["step"]
             self.bad_steps = scalars.get("bad_steps", 0)  # earlier versions did not count
+        return state
 
     # --- inside -----------------------------------------------------------------------------------
 
