@@ -124,8 +124,8 @@ def main(
             continue
         run = partial(
             compare,
-            own.program,
-            STORES_OF[kind],
+            program=own.program,
+            arms=STORES_OF[kind],
             seeds=min(seeds, LONG_SEEDS) if kind == LONG else seeds,
             rollouts=own.rollouts * (LONGER if kind == LONG else 1),
             workers=workers,

@@ -31,8 +31,8 @@ def main(workers: int = 2, draw_only: bool = False) -> None:
     for axis, (program, seeds, rollouts) in PROGRAMS.items():
         run = partial(
             ablate,
-            program,
-            axis,
+            program=program,
+            axes=axis,
             seeds=seeds,
             rollouts=rollouts,
             workers=workers,
