@@ -21,18 +21,28 @@ frequent, and ``hard_stars`` are wider and longer than what can be guessed.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import product
 from pathlib import Path
 from statistics import fmean
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from rich.console import Console
 
-from fst_dspy.cli.experiments import compare
-from fst_dspy.experiments import Run, load_runs, pack, unpack, write_results
+from fst_dspy.cli.study_report import trial_line
+from fst_dspy.experiments import (
+    ExperimentStore,
+    Plan,
+    Run,
+    compare,
+    load_runs,
+    pack,
+    unpack,
+    write_results,
+)
 from fst_dspy.experiments.findings.contrasts import mean_curve_on, to_best_cells
 from fst_dspy.experiments.findings.over_families import (
     against_best,
@@ -60,7 +70,7 @@ class Family:
 
     program: str
     rollouts: int = 2400
-    settings: tuple[str, ...] = ()
+    settings: dict[str, Any] = field(default_factory=dict)
 
 
 FAMILIES = {
@@ -68,7 +78,7 @@ FAMILIES = {
     "star_graph": Family("star_graph"),
     "multihop": Family("multihop"),
     "list_program": Family("list_program", 8000),
-    "long_policy": Family("triage:topics=36,skew=1.0", 4800, ("instruction_tokens=160",)),
+    "long_policy": Family("triage:topics=36,skew=1.0", 4800, {"instruction_tokens": 160}),
     "hard_stars": Family("star_graph:degree=16,length=4", 4800),
 }
 ORDINARY = ("triage", "star_graph", "multihop", "list_program")
@@ -88,7 +98,10 @@ STORES_OF = {
     LONG: "rl_only",
 }
 """The arms of each store of a family."""
-SETTINGS = ["max_tokens=64"]
+SETTINGS = {"max_tokens": 64}
+TEST_SIZE = 100
+console = Console()
+
 COLOURS = {
     "fst": "C0",
     "gepa_only": "C1",
@@ -115,27 +128,34 @@ def main(
     found: dict[str, list[Run]] = {family: [] for family in families.split(",")}
     for kind, family in product(stores.split(","), found):
         own, store = FAMILIES[family], out / f"{family}-{kind}"
+        settings = SETTINGS | own.settings
         if (results / store.name / JOBS).is_file():
             unpack(results / store.name / JOBS, store)
         if draw_only and not store.exists():
             continue
-        chosen = tuned(out / f"{family}-{RL}") if kind in (UNTUNED, LONG) else []
+        chosen = tuned(out / f"{family}-{RL}", settings) if kind in (UNTUNED, LONG) else {}
         if kind == UNTUNED and not chosen:
             continue
+        plan = Plan(
+            own.program,
+            rollouts=own.rollouts * (LONGER if kind == LONG else 1),
+            seeds=min(seeds, LONG_SEEDS) if kind == LONG else seeds,
+            settings=settings | (chosen if kind == LONG else {}),
+            test_size=TEST_SIZE,
+            forget_on=tuple(
+                name
+                for name in ORDINARY
+                if kind in (RL, UNTUNED) and name != own.program.partition(":")[0]
+            ),
+        )
         run = partial(
             compare,
-            program=own.program,
-            arms=STORES_OF[kind],
-            seeds=min(seeds, LONG_SEEDS) if kind == LONG else seeds,
-            rollouts=own.rollouts * (LONGER if kind == LONG else 1),
+            plan=plan,
+            arms=STORES_OF[kind].split(","),
             workers=workers,
-            tune_rl=tune_rl if kind == RL else 0,
-            settings=[*SETTINGS, *own.settings, *(chosen if kind == LONG else [])],
-            forget_on=(
-                [name for name in ORDINARY if name != own.program.partition(":")[0]]
-                if kind in (RL, UNTUNED)
-                else None
-            ),
+            rl_trials=tune_rl if kind == RL else 0,
+            console=console,
+            on_trial=lambda _study, trial: console.print(f"tuning rl_only: {trial_line(trial)}"),
         )
         runs = runs_of(run, store, results / store.name, draw_only)
         if kind in LABELS:
@@ -151,23 +171,26 @@ def main(
             headline.savefig(results.parent / HEADLINE, dpi=130)
 
 
-def tuned(store: Path) -> list[str]:
-    """The settings that ``rl_only`` was tuned to in a store, as options; none for the defaults."""
+def tuned(store: Path, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that ``rl_only`` was tuned to in a store, beside those that were given.
+
+    None where those of the first trial, which are the defaults, were the best.
+    """
     study = open_store(store).about["tuned_rl"]["rl_only"]
-    chosen = {name: value for name, value in study["settings"].items() if name != "max_tokens"}
-    if chosen == study["trials"][0]["settings"]:  # the first trial has the defaults
-        return []
-    return [f"{name}={value}" for name, value in chosen.items()]
+    chosen = {name: value for name, value in study["settings"].items() if name not in given}
+    return {} if chosen == study["trials"][0]["settings"] else chosen
 
 
-def runs_of(run: Callable[..., None], out: Path, results: Path, draw_only: bool) -> list[Run]:
-    """Run a command of ``fst`` on a store, or only write its tables; the runs that are in it."""
+def runs_of(
+    run: Callable[[ExperimentStore], list[str]], folder: Path, results: Path, draw_only: bool
+) -> list[Run]:
+    """Run a protocol on a store, or only write its tables; the runs that are in it."""
     results.mkdir(parents=True, exist_ok=True)
-    if draw_only:
-        write_results(out, results)
-    else:  # which writes them itself
-        run(out=out, results=results, samples=4, test_size=100)
-    pack(store := open_store(out), results / JOBS)
+    store = ExperimentStore(folder)
+    if not draw_only and (failed := run(store)):
+        console.print(f"failed, tried again on the next call: {', '.join(failed)}")
+    write_results(folder, results)
+    pack(store, results / JOBS)
     return load_runs(store)
 
 

@@ -14,10 +14,9 @@ from functools import partial
 from pathlib import Path
 
 import typer
-from families import SETTINGS, draw, runs_of
+from families import SETTINGS, TEST_SIZE, console, draw, runs_of
 
-from fst_dspy.cli.experiments import ablate
-from fst_dspy.experiments import Run
+from fst_dspy.experiments import Plan, Run, ablate
 
 STORES = Path("runs/fast_channel")
 RESULTS = Path(__file__).parent.parent / "results" / "fast_channel"
@@ -29,15 +28,8 @@ def main(workers: int = 2, draw_only: bool = False) -> None:
     """Run what has not run yet, then write the tables and the figure."""
     found: dict[str, list[Run]] = {}
     for axis, (program, seeds, rollouts) in PROGRAMS.items():
-        run = partial(
-            ablate,
-            program=program,
-            axes=axis,
-            seeds=seeds,
-            rollouts=rollouts,
-            workers=workers,
-            settings=SETTINGS,
-        )
+        plan = Plan(program, rollouts=rollouts, seeds=seeds, settings=SETTINGS, test_size=TEST_SIZE)
+        run = partial(ablate, plan=plan, axes=[axis], workers=workers, console=console)
         runs = runs_of(run, STORES / axis, RESULTS / axis, draw_only)
         found[f"{axis}: {program}"] = runs
     draw(found).savefig(RESULTS / "fast_channel.png", dpi=130)
