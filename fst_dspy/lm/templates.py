@@ -12,7 +12,6 @@ import inspect
 import json
 import logging
 import re
-import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
@@ -22,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 
 from fst_dspy.errors import ConfigError
 from fst_dspy.model.policy import Policy
-from fst_dspy.pretrained.chat import apply_template
+from fst_dspy.pretrained.chat import apply_template, once_a_template
 
 logger = logging.getLogger(__name__)
 
@@ -125,13 +124,9 @@ class Prompt:
 class _Tried:
     """What has been found out about a tokenizer's template, and what was said of it."""
 
-    template: str
     format: ChatFormat
     thinks: dict[str, bool] = field(default_factory=dict)
     told: bool = False
-
-
-_tried: weakref.WeakKeyDictionary[Any, _Tried] = weakref.WeakKeyDictionary()
 
 
 def chat_format(tokenizer: Any) -> ChatFormat:
@@ -217,15 +212,13 @@ def check_options(policy: Policy, options: Any) -> dict[str, Any]:
     return dict(options)
 
 
+@once_a_template
 def _known(tokenizer: Any) -> _Tried:
+    return _Tried(_find_format(tokenizer))
+
+
+def _find_format(tokenizer: Any) -> ChatFormat:
     template = str(tokenizer.chat_template)
-    known = _tried.get(tokenizer)
-    if known is None or known.template != template:
-        known = _tried[tokenizer] = _Tried(template, _find_format(tokenizer, template))
-    return known
-
-
-def _find_format(tokenizer: Any, template: str) -> ChatFormat:
     user, answer = {"role": "user", "content": _A}, {"role": "assistant", "content": _B}
     system = {"role": "system", "content": _B}
     first, said = {"role": "system", "content": _NAME}, {"role": "assistant", "content": _A}

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fst_dspy.model.policy import Policy
-from fst_dspy.pretrained.chat import apply_template
+from fst_dspy.pretrained.chat import apply_template, once_a_template
 
 _PROBE = "zebra crossing"
 
@@ -36,19 +36,9 @@ def eos_ids(policy: Policy) -> set[int]:
     return {token for token in found if 0 <= token < known}
 
 
-_turn_ends: weakref.WeakKeyDictionary[Any, tuple[str, int | None]] = weakref.WeakKeyDictionary()
-
-
+@once_a_template
 def _turn_end(tokenizer: Any) -> int | None:
     """The special token that the chat template puts behind an answer, if it puts one there."""
-    template = str(tokenizer.chat_template)
-    known = _turn_ends.get(tokenizer)
-    if known is None or known[0] != template:
-        known = _turn_ends[tokenizer] = template, _find_turn_end(tokenizer)
-    return known[1]
-
-
-def _find_turn_end(tokenizer: Any) -> int | None:
     turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _PROBE}]
     try:
         whole = apply_template(tokenizer, turns, tokenize=False)
