@@ -3,11 +3,15 @@
 On records or plain curves: ``rollouts_to_score``, ``steps_to_score``, ``area_under_curve``,
 ``mean_curve``, ``kl_at_score``, ``kl_at_matched_score``, ``asymptote``. On scores: ``mean_at_k``,
 ``mean_interval``, ``paired_difference``; over families: ``interquartile_mean``,
-``probability_of_improvement``. On a model: ``held_out_drift``, ``forgetting``,
-``quadrants``.
+``mean_difference``, ``probability_of_improvement``. On a model: ``held_out_drift``,
+``forgetting``, ``quadrants``.
 """
 
-from fst_dspy.measures.aggregate import interquartile_mean, probability_of_improvement
+from fst_dspy.measures.aggregate import (
+    interquartile_mean,
+    mean_difference,
+    probability_of_improvement,
+)
 from fst_dspy.measures.curves import (
     MatchedKL,
     area_under_curve,
@@ -61,6 +65,7 @@ __all__ = [
     "kl_to_base",
     "mean_at_k",
     "mean_curve",
+    "mean_difference",
     "mean_interval",
     "paired_difference",
     "probability_of_improvement",

@@ -7,13 +7,14 @@ so that every resample has as many seeds of each family as there were.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
-from fst_dspy.errors import DataError
+from fst_dspy.errors import ConfigError, DataError
 from fst_dspy.measures.statistics import Interval
 
 RESAMPLES = 5000
@@ -71,6 +72,37 @@ def probability_of_improvement(
         )
 
     return _bootstrapped(samples, statistic, confidence, seed)
+
+
+def mean_difference(differences: Scores, confidence: float = 0.95) -> Interval:
+    """Mean over families of the mean differences of two arms, one a seed, with a t interval.
+
+    The error is that of the seeds within each family, so it speaks of these families; the degrees
+    of freedom are Satterthwaite's. A family of one seed has no error of its own, and then there is
+    no interval.
+
+    Args:
+        differences: Of two arms on the same seeds, by family.
+        confidence: Level of the interval, in (0, 1).
+
+    Raises:
+        DataError: As for ``interquartile_mean``.
+        ConfigError: A confidence outside (0, 1).
+    """
+    samples = _checked(differences)
+    if not 0 < confidence < 1:
+        raise ConfigError(f"confidence must be between 0 and 1, got {confidence}")
+    value, n = float(np.mean([sample.mean() for sample in samples])), sum(map(len, samples))
+    if any(len(sample) == 1 for sample in samples):
+        return Interval(value, None, None, n, confidence)
+    freedom = np.array([len(sample) - 1 for sample in samples])
+    variance = np.array([sample.var(ddof=1) / len(sample) for sample in samples])
+    total = float(variance.sum())
+    if total == 0:
+        return Interval(value, value, value, n, confidence)
+    width = stats.t.ppf((1 + confidence) / 2, total**2 / (variance**2 / freedom).sum())
+    width *= math.sqrt(total) / len(samples)
+    return Interval(value, value - float(width), value + float(width), n, confidence)
 
 
 def _checked(scores: Scores) -> list[NDArray[np.float64]]:

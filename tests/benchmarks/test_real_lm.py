@@ -79,7 +79,7 @@ def test_a_short_part_on_smollm2(tmp_path: Path, small: None) -> None:
         smollm2.fetch(smollm2.WITH_ADAPTER)
     except ModelError as error:
         pytest.skip(f"SmolLM2 is not to be had here: {error}")
-    arguments = ("--adapters", "chat", "--arms", "fst", "--seeds", "0")
+    arguments = ("--adapters", "xml", "--arms", "fst", "--seeds", "0")
     said = call(tmp_path, "smollm2", *arguments, settings=(*SMALL, "max_tokens=16"))
     (runs,) = jobs(tmp_path).values()
-    assert runs == ["fst-0"] and "smollm2-routing-chat" in said
+    assert runs == ["fst-0"] and "smollm2-routing-xml" in said

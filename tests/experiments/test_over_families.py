@@ -44,6 +44,27 @@ def test_arms_are_compared_over_families():
     assert column(table, "runs") == {"fst": "6", "rl_only": "6", "gepa_only": "5"}
 
 
+def test_differences_are_paired_by_seed_and_averaged_over_families():
+    table = over_families(FOUND)
+    assert column(table, "fst minus it: test")["gepa_only"] == "0.100 ± 0.000"
+    assert column(table, "fst minus it: test")["rl_only"] == "0.500 ± 0.000"
+
+
+def test_the_best_split_may_be_another_on_each_family():
+    splits = {
+        family: [
+            *runs[:3],
+            *(rising("sequential", seed, (0.0, early, 1.0)) for seed in range(2)),
+            *(rising("sequential_25", seed, (0.0, 0.5, 1.0)) for seed in range(2)),
+        ]
+        for (family, runs), early in zip(FOUND.items(), (0.4, 0.8), strict=True)
+    }
+    table = over_families(splits)
+    for family, area in (("one", "0.250"), ("two", "0.400")):
+        assert column(table, f"area, {family}")["sequential-best"] == area
+    assert "sequential-best" not in column(over_families(FOUND), "area")
+
+
 def test_the_best_rival_may_be_another_on_each_family():
     table = against_best(FOUND)
     assert column(table, "best rival") == {"one": "gepa_only", "two": "gepa_only"}

@@ -4,7 +4,12 @@ import numpy as np
 import pytest
 
 from fst_dspy.errors import DataError
-from fst_dspy.measures import interquartile_mean, probability_of_improvement
+from fst_dspy.measures import (
+    interquartile_mean,
+    mean_difference,
+    paired_difference,
+    probability_of_improvement,
+)
 
 
 def test_a_dead_and_a_lucky_seed_do_not_move_the_interquartile_mean():
@@ -35,7 +40,27 @@ def test_probability_of_improvement_of_known_scores():
     assert probability_of_improvement({"a": [1.0]}, {"a": [1.0]}).mean == 0.5
 
 
+def test_differences_of_one_family_have_the_paired_interval():
+    alone = mean_difference({"a": [0.1, 0.3, 0.2]})
+    paired = paired_difference({0: 0.1, 1: 0.3, 2: 0.2}, {0: 0.0, 1: 0.0, 2: 0.0}).difference
+    assert (alone.mean, alone.low, alone.high) == pytest.approx(
+        (paired.mean, paired.low, paired.high)
+    )
+
+
+def test_the_interval_of_differences_covers_their_mean_as_often_as_it_says():
+    # Families differ in their means and in their spread; what is asked about is the mean of these.
+    rng, covered = np.random.default_rng(0), 0
+    families = (("a", 0.5, 0.01, 3), ("b", -0.2, 0.3, 5), ("c", 0.0, 0.1, 4))
+    for _ in range(1000):
+        found = mean_difference({f: rng.normal(mean, sd, n) for f, mean, sd, n in families})
+        covered += found.low <= 0.1 <= found.high
+    assert 0.92 <= covered / 1000 <= 0.98
+
+
 def test_a_single_seed_has_no_interval():
+    assert mean_difference({"a": [1.0, 0.5], "b": [0.0]}).low is None
+    assert mean_difference({"a": [0.5, 0.5]}).low == 0.5
     assert interquartile_mean({"a": [1.0], "b": [0.0]}).low is None
 
 

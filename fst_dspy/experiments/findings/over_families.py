@@ -6,8 +6,9 @@ probabilities of improvement, with intervals stratified by family (``fst_dspy.me
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import TYPE_CHECKING
 
@@ -15,8 +16,13 @@ import numpy as np
 
 from fst_dspy.errors import DataError
 from fst_dspy.experiments.findings.tables import NONE, Table, interval_text
-from fst_dspy.experiments.runs import Run, areas, by_label, shared_budget
-from fst_dspy.measures import Interval, interquartile_mean, probability_of_improvement
+from fst_dspy.experiments.runs import Run, areas, by_label, scores_by_seed, shared_budget
+from fst_dspy.measures import (
+    Interval,
+    interquartile_mean,
+    mean_difference,
+    probability_of_improvement,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -24,6 +30,7 @@ if TYPE_CHECKING:
 OURS = "fst"
 RIVALS = ("gepa_only", "rl_only", "sequential")
 """Beginnings of the labels of the arms that ``fst`` is not to fall behind of, whichever is best."""
+BEST_SPLIT = "sequential-best"
 POINTS = 200
 """Points of a figure's curve."""
 Found = Mapping[str, Sequence[Run]]
@@ -31,52 +38,60 @@ Found = Mapping[str, Sequence[Run]]
 
 
 def over_families(found: Found) -> Table:
-    """A line an arm that every family has runs of.
+    """A line an arm that every family has runs of; one more for the best split of each family.
 
     Raises:
         DataError: No arm is in every family, or none of them is ``fst``.
     """
+    found = {family: _with_best_split(runs) for family, runs in found.items()}
     area = {family: areas(runs) for family, runs in found.items()}
-    tests = {family: by_label(runs) for family, runs in found.items()}
-    labels = _shared(found)
+    test = {
+        family: {label: scores_by_seed(group) for label, group in by_label(runs).items()}
+        for family, runs in found.items()
+    }
     rows = []
-    for label in labels:
-        own = {family: list(groups[label].values()) for family, groups in area.items()}
-        ours = {family: list(groups[OURS].values()) for family, groups in area.items()}
-        test = {f: [run.test for run in groups[label]] for f, groups in tests.items()}
-        our_test = {f: [run.test for run in groups[OURS]] for f, groups in tests.items()}
-        against = [NONE, NONE]
-        if label != OURS:
-            against = [
-                _span(probability_of_improvement(ours, own)),
-                _span(probability_of_improvement(our_test, test)),
-            ]
-        rows.append(
-            (
-                label,
-                str(sum(map(len, own.values()))),
-                _span(interquartile_mean(own)),
-                against[0],
-                _span(interquartile_mean(test)),
-                against[1],
-                *(f"{fmean(values):.3f}" for values in own.values()),
+    for label in _shared(found):
+        against = []
+        for of in (area, test):
+            own, ours = ({f: of[f][name] for f in found} for name in (label, OURS))
+            plain, ours_plain = (
+                {f: list(by_seed.values()) for f, by_seed in each.items()} for each in (own, ours)
             )
-        )
+            against += [_span(interquartile_mean(plain))]
+            if label == OURS:
+                against += [NONE, NONE]
+                continue
+            differences = {
+                f: [ours[f][seed] - by_seed[seed] for seed in ours[f].keys() & by_seed.keys()]
+                for f, by_seed in own.items()
+            }
+            shared = all(differences.values())
+            against += [
+                interval_text(mean_difference(differences)) if shared else NONE,
+                _span(probability_of_improvement(ours_plain, plain)),
+            ]
+        runs = sum(len(by_seed[label]) for by_seed in area.values())
+        means = [f"{fmean(by_seed[label].values()):.3f}" for by_seed in area.values()]
+        rows.append((label, str(runs), *against, *means))
     return Table(
         "All families together",
         (
             "arm",
             "runs",
             "area",
+            "fst minus it: area",
             "fst better: area",
             "test",
+            "fst minus it: test",
             "fst better: test",
             *(f"area, {family}" for family in found),
         ),
         tuple(rows),
         "Area: mean over the rollouts of the best validation score so far. Area and test: "
-        "interquartile means over families and seeds; fst better: probability that fst is above "
-        "the arm on a family; 95 % bootstrap intervals, stratified by family.",
+        "interquartile means over families and seeds, 95 % bootstrap intervals, stratified by "
+        "family. fst minus it: mean over families of the differences paired by seed, 95 % t "
+        "interval over seeds. fst better: probability that fst is above the arm on a family, "
+        f"bootstrapped. {BEST_SPLIT}: on each family the split with the largest mean area.",
     )
 
 
@@ -176,6 +191,17 @@ def draw_over_families(
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.25)
     return figure
+
+
+def _with_best_split(runs: Sequence[Run]) -> list[Run]:
+    """The runs, and once more those of the split of ``sequential`` with the largest mean area."""
+    means = {label: fmean(by_seed.values()) for label, by_seed in areas(runs).items()}
+    splits = [label for label in means if re.fullmatch(r"sequential(_\d+)?", label)]
+    if len(splits) < 2:
+        return list(runs)
+    best = max(splits, key=means.__getitem__)
+    again = [replace(run, job=replace(run.job, label=BEST_SPLIT)) for run in by_label(runs)[best]]
+    return [*runs, *again]
 
 
 def _shared(found: Found) -> list[str]:
