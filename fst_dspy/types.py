@@ -497,6 +497,9 @@ class CycleRecord:
         ended: Whether that was that the run is over.
         peak_memory: Bytes that were in use at most up to the end of the cycle, since the process
             began: torch's on a GPU, else the process's; 0 where it is not known.
+        early_scores: What was known before the cycle's end, where the fast channel scores
+            candidates on the validation examples itself: for each that joined, the rollouts of all
+            channels by then, and the highest mean score of a candidate by then.
     """
 
     __repr__ = display.brief
@@ -528,3 +531,4 @@ class CycleRecord:
     decided: str | None = None
     ended: bool = False
     peak_memory: int = 0
+    early_scores: tuple[tuple[int, float], ...] = ()

@@ -157,8 +157,11 @@ class Iterations:
         proposal: CandidateProposal,
     ) -> None:
         """Score an accepted child, put it to the members, and tell."""
-        self.judge.answered(scores.add(child))
+        rollouts = scores.add(child)
         members.append(child)
+        if isinstance(scores, ValidationScores):
+            highest = max(map(mean, scores.rows(members)))
+            self.judge.scored(rollouts, (self.events.calls(), highest))
         if not self.events.callbacks:
             return
         state.increment_evals(max(0, self.events.calls() - state.total_num_evals))

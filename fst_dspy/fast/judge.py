@@ -37,6 +37,8 @@ class Verdict:
         before, after: Scores of the better parent and the child, on the same examples.
         changed: The texts that are not its first parent's, by component.
         answers: Its rollouts on the validation examples, where it was scored on them at once.
+        known: Then, the rollouts of all channels by then, and the highest mean score of a candidate
+            on these examples by then.
     """
 
     child: Candidate
@@ -47,6 +49,7 @@ class Verdict:
     after: tuple[float, ...]
     changed: Mapping[str, str]
     answers: tuple[Rollout, ...] = ()
+    known: tuple[int, float] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """For the run folder: plain values, with the texts that changed alone."""
@@ -131,9 +134,12 @@ class Judge:
             return str(own(proposal, state))
         return _scores(proposal)
 
-    def answered(self, rollouts: Sequence[Rollout]) -> None:
-        """Keep the latest child's rollouts on the validation examples with its verdict."""
-        self._verdicts[-1] = replace(self._verdicts[-1], answers=tuple(rollouts))
+    def scored(self, rollouts: Sequence[Rollout], known: tuple[int, float]) -> None:
+        """Keep the latest child's rollouts on the validation examples with its verdict.
+
+        Arguments are the verdict's ``answers`` and ``known``.
+        """
+        self._verdicts[-1] = replace(self._verdicts[-1], answers=tuple(rollouts), known=known)
 
     def take_verdicts(self) -> list[Verdict]:
         """The verdicts since the last call, oldest first."""

@@ -19,6 +19,7 @@ from typing import Any
 
 from fst_dspy import distributed
 from fst_dspy.errors import TrainingError
+from fst_dspy.fast.judge import Verdict
 from fst_dspy.fast.population import mean
 from fst_dspy.loop.cold_start import warmed_up
 from fst_dspy.loop.ending import (
@@ -144,10 +145,11 @@ class Run:
                 alone=alone,
                 has_room=partial(self._has_room, state.seconds, started, step=False),
             )
-            self._keep_verdicts()
+        verdicts = self._keep_verdicts()
         return replace(
             state,
             population=population,
+            early_scores=tuple(verdict.known for verdict in verdicts if verdict.known),
             share=share,
             phase="slow" if parts.learner is not None and not alone else "validate",
             fast_state=parts.fast.state(),
@@ -211,11 +213,12 @@ class Run:
         self._keep_verdicts()
         return population
 
-    def _keep_verdicts(self) -> None:
+    def _keep_verdicts(self) -> list[Verdict]:
         """Write down which candidates were accepted or not, and why."""
         verdicts = self.parts.fast.take_verdicts()
         if self.parts.folder is not None:
             self.parts.folder.record_verdicts(verdicts, self.policy.step)
+        return verdicts
 
     def _validate(self, state: LoopState) -> LoopState:
         """Score the fast weights under the slow ones as they are, and close the cycle's record."""
@@ -251,6 +254,7 @@ class Run:
             population=found.population,
             records=(*state.records, record),
             steps=(),
+            early_scores=(),
             best=best,
             peak_V=max(filter(None, (found.score_V, state.peak_V)), key=mean),
             **self._counted(),

@@ -77,6 +77,7 @@ def cycle_record(
         decided=decision.words,
         ended=decision.over,
         peak_memory=peak_memory(parts.policy.device),
+        early_scores=state.early_scores,
         reward_range=None if tally.low is None or tally.high is None else (tally.low, tally.high),
     )
 

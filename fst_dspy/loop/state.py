@@ -74,6 +74,7 @@ class LoopState:
         share: Who has the rollouts of the cycle under way; ``None`` before that is known.
         evidence: What the student and the latest cycles have shown, in order.
         cold_start: As ``CycleRecord.cold_start``.
+        early_scores: As ``CycleRecord.early_scores``, of the cycle under way.
         structured, explains_format: As the runner's, since then.
     """
 
@@ -97,6 +98,7 @@ class LoopState:
     share: Share | None = None
     evidence: tuple[Evidence, ...] = ()
     cold_start: tuple[str, ...] = ()
+    early_scores: tuple[tuple[int, float], ...] = ()
     structured: bool = False
     explains_format: bool = False
 
@@ -152,6 +154,7 @@ def state_from_json(plain: Mapping[str, Any]) -> LoopState:
             for row in plain.get("evidence", ())
         ),
         cold_start=tuple(plain.get("cold_start", ())),
+        early_scores=tuple(map(tuple, plain.get("early_scores", ()))),
         structured=plain.get("structured", False),
         explains_format=plain.get("explains_format", False),
     )

@@ -53,7 +53,11 @@ def score_curve(
     (curve,) = score_curves({"validation score": records})
     if against == "rollouts":
         return curve
-    return Curve(curve.label, tuple(float(record.step) for record in records), curve.y)
+    steps, taken = [], 0
+    for record in records:  # what is known early is known before the weights move
+        steps += [float(taken)] * len(record.early_scores) + [float(record.step)]
+        taken = record.step
+    return Curve(curve.label, tuple(steps), curve.y)
 
 
 def x_to_score(

@@ -24,14 +24,23 @@ class Curve:
 
 
 def score_curves(runs: Mapping[str, Sequence[CycleRecord]]) -> list[Curve]:
-    """Validation score against rollouts of all channels, a curve a run."""
+    """Validation score against rollouts of all channels, a curve a run.
+
+    Where the fast channel validates candidates itself, a cycle has points before its end.
+    """
     return [
         Curve(
-            label,
-            tuple(float(record.total_rollouts.total) for record in records),
-            tuple(record.val_score for record in records),
+            label, tuple(float(spent) for spent, _ in points), tuple(score for _, score in points)
         )
-        for label, records in runs.items()
+        for label, points in zip(runs, map(_points, runs.values()), strict=True)
+    ]
+
+
+def _points(records: Sequence[CycleRecord]) -> list[tuple[int, float]]:
+    return [
+        point
+        for record in records
+        for point in (*record.early_scores, (record.total_rollouts.total, record.val_score))
     ]
 
 

@@ -30,6 +30,7 @@ def cycle_record(row: Mapping[str, Any]) -> CycleRecord:
     counts = {name: RolloutCounts(**row[name]) for name in ("rollouts", "total_rollouts")}
     lists = {name: tuple(row[name]) for name in ("candidate_ids", "val_scores")}
     lists["cold_start"] = tuple(row.get("cold_start", ()))
+    lists["early_scores"] = tuple(map(tuple, row.get("early_scores", ())))
     if row.get("reward_range") is not None:
         lists["reward_range"] = tuple(row["reward_range"])
     turns = TurnCounts(**row.get("turns", {}))

@@ -32,9 +32,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from fst_dspy.config import FastConfig, SamplingConfig
 from fst_dspy.errors import ConfigError, DataError
 from fst_dspy.fast.gepa.adapter import GepaAdapter
+from fst_dspy.fast.gepa.events import Events
 from fst_dspy.fast.gepa.strategies import Strategies, WorstFirstComponentSelector
 from fst_dspy.fast.phase import FastPhase, ProposalStats
-from fst_dspy.fast.population import best, choose
+from fst_dspy.fast.population import best, choose, mean
 from fst_dspy.fast.proposers.demos import DemoProposer
 from fst_dspy.fast.proposers.lessons import LessonProposer
 from fst_dspy.fast.proposers.protocol import ProposalError
@@ -95,6 +96,19 @@ def test_every_rollout_is_counted_on_fast_and_salts_differ() -> None:
     verdicts = phase.take_verdicts()
     assert [verdict.accepted for verdict in verdicts].count(True) == stats.accepted
     assert {len(verdict.answers) for verdict in verdicts if verdict.accepted} == {24}
+
+
+def test_a_child_is_told_with_what_is_known_by_then() -> None:
+    runner = RuleRunner()
+    start = scored(runner, SEED)
+    phase = lesson_phase(events=Events(calls=lambda: sum(runner.counts.values())))
+    population = run(phase, runner, start)
+    known = [verdict.known for verdict in phase.take_verdicts() if verdict.accepted]
+    spent, highest = zip(*known, strict=True)
+    assert len(known) > 1 and list(spent) == sorted(set(spent))
+    assert spent[0] == 24 + 12 + 12 + 24 and spent[-1] <= sum(runner.counts.values())
+    assert list(highest) == sorted(highest)
+    assert highest[-1] == max(map(mean, population.score_K_V))
 
 
 def test_the_same_seed_gives_the_same_population() -> None:

@@ -27,6 +27,7 @@ from fst_dspy.loop import joint, validation
 from fst_dspy.loop.progress import SilentProgress
 from fst_dspy.report import write_report
 from fst_dspy.rollouts.evaluate import evaluate, evaluation_of
+from fst_dspy.run.records import cycle_record
 from fst_dspy.run.rollout_log import unpack
 
 pytestmark = pytest.mark.slow
@@ -131,6 +132,20 @@ def test_every_sample_of_a_validation_example_is_logged(tiny_qwen3, tmp_path):
     assert [row["inputs"]["question"] for row in asked] == twice
     assert sum(row["reward"] for row in asked) / 8 == pytest.approx(result.records[0].val_score)
     write_report([tmp_path], tmp_path / "page.html")
+
+
+def test_what_prompts_alone_know_within_a_cycle_is_recorded(tiny_qwen3, tmp_path):
+    settings = {"arm": "gepa_only", "acceptance_criterion": "improvement_or_equal"}
+    result = compile_tiny(tiny_qwen3, log_dir=tmp_path, **settings)[2]
+    assert not result.records[0].early_scores
+    before, cycle = result.records[:2]
+    assert cycle.early_scores
+    known = [(before.total_rollouts.total + 1, 0.0), *cycle.early_scores]
+    known.append((cycle.total_rollouts.total, 1.0))
+    for (spent, score), (later, after) in pairwise(known):
+        assert spent <= later and score <= after
+    rows = map(cycle_record, read_jsonl(tmp_path / "cycles.jsonl"))
+    assert [row.early_scores for row in rows] == [r.early_scores for r in result.records]
 
 
 def test_the_student_is_left_as_it_was(tiny_qwen3):

@@ -1,6 +1,7 @@
 """Measures on curves, seeds and examples, each on a case whose answer is known."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -84,6 +85,16 @@ def test_rollouts_of_all_channels_and_steps_to_a_score():
     assert steps_to_score(records, 0.8) is None
     assert score_curve(records).x == (10, 120, 230)
     assert score_curve(records, "steps").x == (0, 6, 12)
+
+
+def test_what_is_known_within_a_cycle_counts_from_then_on():
+    first, *others = run((0.1, 0), (0.4, 0), (0.7, 0))
+    second = replace(others[0], early_scores=((40, 0.3), (80, 0.4)))
+    records = (first, second, *others[1:])
+    assert score_curve(records).x == (10, 40, 80, 120, 230)
+    assert score_curve(records).y == (0.1, 0.3, 0.4, 0.4, 0.7)
+    assert score_curve(records, "steps").x == (0, 0, 0, 6, 12)
+    assert rollouts_to_score(records, 0.3) == 40 and steps_to_score(records, 0.3) == 0
 
 
 @pytest.mark.parametrize(
