@@ -57,7 +57,7 @@ def compare(
 ) -> None:
     """Compare FST with RL alone, GEPA alone and others: same model, data, seeds and rollouts."""
     with errors_told(GO_ON):
-        chosen = arms.split(",") if arms else USUAL_ARM_NAMES
+        chosen = USUAL_ARM_NAMES if arms is None else arms.split(",")
         check_names("arm", chosen, ARM_NAMES)
         check_experiment([program], options)
         with console.status("loading"):
@@ -92,7 +92,7 @@ def ablate(
 ) -> None:
     """Change one setting of FST at a time, to see what it is worth."""
     with errors_told(GO_ON):
-        chosen = axes.split(",") if axes else AXIS_NAMES
+        chosen = AXIS_NAMES if axes is None else axes.split(",")
         check_names("axis", chosen, AXIS_NAMES)
         check_experiment([program], options)
         with console.status("loading"):

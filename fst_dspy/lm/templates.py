@@ -74,6 +74,7 @@ class ChatFormat:
     Attributes:
         takes_system: Whether it shows a system message.
         takes_more_system: Whether it shows others behind the first, at their places.
+        takes_turns: Whether it shows what was said before the last question, such as demos.
         alternates: Whether it refuses two messages of one role, one after the other.
         thought: The marks around a thought; ``None`` where it names none.
         between: What stands between a thought and the closing mark, where every answer begins with
@@ -86,6 +87,7 @@ class ChatFormat:
 
     takes_system: bool
     takes_more_system: bool
+    takes_turns: bool
     alternates: bool
     thought: tuple[str, str] | None
     between: str
@@ -152,7 +154,7 @@ def render(tokenizer: Any, prompt: Prompt, **how: Any) -> Any:
         logger.warning(
             "the chat template takes no %s: %s",
             _refused(known.format),
-            "its text goes in front of the first user message, and messages of one role become one",
+            "its text goes in front of a user's message, and messages of one role become one",
         )
     return _apply(tokenizer, fitted, json.loads(prompt.tools), json.loads(prompt.options), **how)
 
@@ -223,6 +225,7 @@ def _find_format(tokenizer: Any) -> ChatFormat:
     system = {"role": "system", "content": _B}
     first, said = {"role": "system", "content": _NAME}, {"role": "assistant", "content": _A}
     systems = [first, user, said, system, user]
+    turns = [user, answer, {"role": "user", "content": _NAME}]
     syntax = _syntax(tokenizer, template)
     has_calls = syntax is not None and "tool_calls" in syntax["fields"]
     marks = _find_marks(template)
@@ -230,6 +233,7 @@ def _find_format(tokenizer: Any) -> ChatFormat:
     return ChatFormat(
         takes_system=_shows(tokenizer, [system, user], _B),
         takes_more_system=all(_shows(tokenizer, systems, text) for text in (_NAME, _B)),
+        takes_turns=all(_shows(tokenizer, turns, text) for text in (_A, _B)),
         alternates=_shows(tokenizer, [user, answer], _A)
         and not _shows(tokenizer, [user, user, answer], _A),
         thought=thought,
@@ -376,6 +380,8 @@ def _shows(
 def _refused(found: ChatFormat) -> str:
     if not found.takes_system:
         return "system message"
+    if not found.takes_turns:
+        return "turns before the last one"
     return "two messages of a role in turn" if found.alternates else "second system message"
 
 
@@ -397,6 +403,12 @@ def _fitted(messages: list[dict[str, Any]], found: ChatFormat) -> list[dict[str,
         if texts:
             rest = [m for m in messages if m["role"] != "system"]
             messages = [{"role": "system", "content": "\n\n".join(filter(None, texts))}, *rest]
+    called = any(m["role"] == "tool" or m.get("tool_calls") for m in messages)
+    if not (found.takes_turns or called):
+        said = [m for m in messages if m["role"] != "system"]
+        if len(said) > 1 and said[-1]["role"] == "user":
+            text = "\n\n".join(filter(None, (m["content"] for m in said)))
+            return [*(m for m in messages if m["role"] == "system"), {**said[-1], "content": text}]
     if found.alternates:
         merged: list[dict[str, Any]] = []
         for message in messages:

@@ -57,6 +57,22 @@ def test_no_system_message_is_lost(name: str) -> None:
     assert "Be kind." in shown(family_tokenizer(name), [USER, ANSWER, later, USER])
 
 
+def test_turns_before_the_last_are_not_lost_where_a_template_drops_them(caplog) -> None:
+    tokenizer = make_tokenizer("### {{ messages[-1]['content'] }}\n### Answer: ")
+    with caplog.at_level(logging.WARNING, "fst_dspy"):
+        text = shown(tokenizer, [SYSTEM, USER, ANSWER, USER])
+    assert text == "### Be brief.\n\nWhere to?\n\nsilver\n\nWhere to?\n### Answer: "
+    assert shown(tokenizer, [USER]) == "### Where to?\n### Answer: "
+    assert "takes no" in caplog.text
+    with_system = make_tokenizer(
+        "{% if messages[0].role == 'system' %}{{ messages[0].content }}|{% endif %}"
+        "{{ messages[-1].content }}"
+    )
+    assert shown(with_system, [SYSTEM, USER, ANSWER, USER]) == (
+        "Be brief.|Where to?\n\nsilver\n\nWhere to?"
+    )
+
+
 def test_turns_alternate_where_they_must() -> None:
     text = shown(family_tokenizer("gemma3"), [SYSTEM, USER, USER, ANSWER])
     assert text.count("<start_of_turn>user") == 1
