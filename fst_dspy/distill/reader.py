@@ -8,9 +8,10 @@ from dataclasses import dataclass, replace
 
 import dspy
 
+from fst_dspy import distributed
 from fst_dspy.errors import TrainingError
 from fst_dspy.lm.local_lm import LocalLM
-from fst_dspy.rollouts.rendering import Renderer, calls_with_inputs
+from fst_dspy.rollouts.rendering import NOT_MADE_AGAIN, Renderer, calls_with_inputs
 from fst_dspy.slow.advantage import row_of
 from fst_dspy.types import Candidate, Rollout, TrainingRow
 
@@ -42,19 +43,26 @@ class ContextReader:
     def __init__(self, program: dspy.Module, context: Candidate, lm: LocalLM) -> None:
         self.context_length = lm.policy.context_length
         self._renderer = Renderer(program, context, lm)
+        self._own = Renderer(program, None, lm)
+        self._told = False
 
     def read(self, rollouts: Sequence[Rollout]) -> list[Reading]:
         """One reading for each call of the rollouts, failed ones included.
 
         Left out are empty completions, calls that cannot be told apart from others of their
-        predictor, and those that do not fit into the context window with the longer prompt.
+        predictor, those that do not fit into the context window with the longer prompt, and those
+        whose own prompt cannot be made again, which is told once.
 
         Raises:
             TrainingError: None is left.
         """
-        readings = []
+        readings, asked, strange = [], 0, 0
         for rollout in rollouts:
             for call, inputs in calls_with_inputs(rollout):
+                asked += 1
+                if not self._own.makes_again(call, inputs):
+                    strange += 1
+                    continue
                 ids = self._renderer.prompt_ids(call.predictor, inputs)
                 length = len(ids or ()) + len(call.completion_ids_T)
                 if ids is None or not call.completion_ids_T or length > self.context_length:
@@ -62,6 +70,9 @@ class ContextReader:
                     continue
                 student = row_of(call)
                 readings.append(Reading(student, replace(student, prompt_ids_T=ids)))
+        if strange and not self._told and distributed.is_main():
+            self._told = True
+            logger.warning(NOT_MADE_AGAIN, "the teacher", strange, asked)
         if not readings:
             raise TrainingError(
                 "none of the student's calls could be read under the teacher's context; its "

@@ -12,6 +12,7 @@ and groups of equal rewards have a gradient.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -22,10 +23,12 @@ from fst_dspy import distributed
 from fst_dspy.config import SlowConfig
 from fst_dspy.lm.local_lm import LocalLM
 from fst_dspy.model.logprobs import sampled_logprobs
-from fst_dspy.rollouts.rendering import Renderer, calls_with_inputs
+from fst_dspy.rollouts.rendering import NOT_MADE_AGAIN, Renderer, calls_with_inputs
 from fst_dspy.slow.advantage import gives_row, row_of, without_lost
 from fst_dspy.slow.averaged_weights import AveragedWeights
 from fst_dspy.types import Call, Candidate, Group, Rollout, TrainingRow
+
+logger = logging.getLogger(__name__)
 
 FEEDBACK = "Feedback on an answer to this very input: {}"
 ANSWER = "A good answer to this very input:\n{}"
@@ -57,6 +60,7 @@ class SelfTeacher:
         self._program, self._lm, self._perfect = program, lm, perfect_score
         self._averaged = averaged
         self._renderers: dict[str, Renderer] = {}
+        self._told = False
 
     def lessons(
         self, groups_P: Sequence[Group], candidates: Mapping[str, Candidate]
@@ -64,8 +68,9 @@ class SelfTeacher:
         """What the teacher says of each call that gives a row (``group_rows``), in their order.
 
         Nothing is said of calls of perfect rollouts and of those of which nothing is known, of
-        those that do not fit into the context window with the longer prompt, and of those that
-        cannot be told apart from others of their predictor.
+        those that do not fit into the context window with the longer prompt, of those that
+        cannot be told apart from others of their predictor, and of those whose own prompt cannot be
+        made again, which is told once.
 
         Args:
             groups_P: The groups, sampled from the weights as they are.
@@ -75,12 +80,16 @@ class SelfTeacher:
             name: self._renderers.get(name) or Renderer(self._program, candidate, self._lm)
             for name, candidate in candidates.items()
         }
+        self._asked = self._strange = 0
         made = [
             row
             for group in map(without_lost, groups_P)
             for rollout in group.rollouts_G
             for row in self._rows(group, rollout)
         ]
+        if self._strange and not self._told and distributed.is_main():
+            self._told = True
+            logger.warning(NOT_MADE_AGAIN, "slow_signal", self._strange, self._asked)
         rows = {n: row for n, row in enumerate(made) if row is not None}
         order = sorted(rows, key=lambda n: _length(rows[n]))  # of like length together
         read = distributed.spread(self._read, [rows[n] for n in order])
@@ -103,7 +112,11 @@ class SelfTeacher:
             ids = None
             note = _note(group, rollout, call) if id(call) in inputs_of else ""
             if note and (renderer := self._renderers.get(rollout.candidate_id)) is not None:
-                ids = renderer.prompt_ids(call.predictor, inputs_of[id(call)], note)
+                self._asked += 1
+                if renderer.makes_again(call, inputs_of[id(call)]):
+                    ids = renderer.prompt_ids(call.predictor, inputs_of[id(call)], note)
+                else:
+                    self._strange += 1
             if ids is None or ids == call.prompt_ids_T:
                 yield None
                 continue

@@ -18,17 +18,24 @@ from fst_dspy.student.candidate import bind
 from fst_dspy.student.modules import every_predictor
 from fst_dspy.types import Call, Candidate, Rollout
 
+NOT_MADE_AGAIN = (
+    "%s says nothing of %d of %d answers: their prompts cannot be made again from the predictor's "
+    "texts and inputs, as the program itself gives these calls a signature, demos, an adapter or "
+    "options of the chat template"
+)
+"""A warning: for what the prompts were needed, how many answers they were, and of how many."""
+
 
 class Renderer:
     """Renders the calls of a program's predictors under the texts of a candidate.
 
     Args:
         program: The program.
-        context: The texts.
+        context: The texts; ``None`` leaves it its own.
         lm: The local model; it is not called.
     """
 
-    def __init__(self, program: dspy.Module, context: Candidate, lm: LocalLM) -> None:
+    def __init__(self, program: dspy.Module, context: Candidate | None, lm: LocalLM) -> None:
         self._engine = _PromptEngine(lm.policy)
         self._lm = lm.copy(
             engine=self._engine,
@@ -37,7 +44,16 @@ class Renderer:
             num_retries=0,
         )
         self._adapter = strict_adapter(dspy.settings.adapter)
-        self._predictors = every_predictor(bind(program, context))
+        bound = program if context is None else bind(program, context)
+        self._predictors = every_predictor(bound)
+
+    def makes_again(self, call: Call, inputs: dict[str, Any]) -> bool:
+        """Whether a call that ran under these texts has the prompt that is rendered for it.
+
+        Another one than it ran under would have its answer judged in the light of what it was
+        never told.
+        """
+        return self.prompt_ids(call.predictor, inputs) == call.prompt_ids_T
 
     def prompt_ids(
         self, predictor: str, inputs: dict[str, Any], note: str = ""

@@ -20,6 +20,7 @@ from dspy.utils.callback import BaseCallback
 
 from fst_dspy.lm.requests import ROLLOUT
 from fst_dspy.model.policy import Policy
+from fst_dspy.rollouts.inputs import own_value
 from fst_dspy.types import Call, PredictorTrace, Turn
 
 NAME = "fst_predictor"
@@ -149,7 +150,8 @@ class Session(BaseCallback):
         fields = ensure_signature(given.get("signature", instance.signature)).input_fields
         run = OpenCall(
             predictor=vars(instance).get(NAME, UNNAMED),
-            inputs={name: value for name, value in given.items() if name in fields},
+            # As they are now: a program may go on writing into a list or a history.
+            inputs={name: own_value(value) for name, value in given.items() if name in fields},
             before=len(self.calls.calls),
         )
         settings = {} if _session() is self else self.settings

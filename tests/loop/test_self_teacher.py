@@ -13,7 +13,8 @@ from training_rows import rows_for
 
 from fst_dspy import LocalLM
 from fst_dspy.config import SamplingConfig, SlowConfig
-from fst_dspy.errors import ConfigError
+from fst_dspy.distill.reader import ContextReader
+from fst_dspy.errors import ConfigError, TrainingError
 from fst_dspy.loop.self_teacher import ANSWER, FEEDBACK, MOST_NATS, SelfTeacher, taught_rows
 from fst_dspy.model.logprobs import completion_logprobs, sampled_logprobs
 from fst_dspy.model.policy import Policy
@@ -68,6 +69,48 @@ def test_a_token_is_credited_with_what_the_feedback_makes_of_it(tiny_qwen3):
         expected = under(lm, note, rollout) - torch.tensor(rollout.calls[0].logprobs_T)
         assert list(lesson) == pytest.approx(expected.tolist(), abs=1e-4)
         assert max(map(abs, lesson)) > 1e-3
+
+
+class Twisted(dspy.Module):
+    """A predictor's call that the program itself changes, or whose inputs it writes into."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.how = how
+        self.say = dspy.Predict(dspy.Signature("question, seen: list[str] -> answer", "Say it."))
+
+    def forward(self, question):
+        seen, more = [], {}
+        if self.how == "signature":
+            more["signature"] = self.say.signature.with_instructions("Say something else.")
+        adapter = dspy.JSONAdapter() if self.how == "adapter" else dspy.settings.adapter
+        for _ in range(2):
+            with dspy.context(adapter=adapter):
+                said = self.say(question=question, seen=seen, **more)
+            seen.append(said.answer)
+        return said
+
+
+@pytest.mark.parametrize("how", ["signature", "adapter", "plain"])
+def test_answers_are_judged_under_their_own_prompt_or_not_at_all(tiny_qwen3, how, caplog):
+    lm, program = LocalLM(str(tiny_qwen3)), Twisted(how)
+    groups, candidates = groups_of(program, lm, lambda *_: dspy.Prediction(score=0, feedback="No."))
+    teacher = SelfTeacher(program, lm, 1.0)
+    lessons = [teacher.lessons(groups, candidates) for _ in range(2)][-1]
+    rollouts = [rollout for group in groups for rollout in group.rollouts_G]
+    assert lessons and len(lessons) == len(group_rows(groups, "group"))
+    if how == "plain":  # what it wrote into the list later was not there when it asked
+        assert all(trace.inputs["seen"] == [] for r in rollouts for trace in r.traces[:1])
+        assert None not in lessons and "cannot be made again" not in caplog.text
+    else:
+        assert all(lesson is None for lesson in lessons)
+        assert caplog.text.count(f"says nothing of {len(lessons)} of {len(lessons)} answers") == 1
+    reader = ContextReader(program, seed_candidate(program), lm)
+    if how == "plain":
+        assert len(reader.read(rollouts)) == len(lessons)
+    else:
+        with pytest.raises(TrainingError, match="could be read"):
+            reader.read(rollouts)
 
 
 def test_without_feedback_the_groups_best_answer_teaches_the_others(tiny_qwen3):
