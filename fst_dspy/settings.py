@@ -22,7 +22,9 @@ class Settings(TypedDict, total=False):
     population_size: int
     """Default 4. K, candidates kept on the Pareto front and spread over each group."""
     first_cycle_iterations: int
-    """Default 8. GEPA iterations of the first fast phase, which has most to learn."""
+    """Default 8. GEPA iterations of the first fast phase, which has most to learn. Where it is
+    alone, it is interrupted by a validation once a child is better than its parent by more
+    than chance."""
     cycle_iterations: int
     """Default 2. GEPA iterations of each later fast phase. With 0, ``gepa_only`` ends after the
     first one."""
