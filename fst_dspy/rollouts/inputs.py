@@ -1,7 +1,8 @@
-"""The inputs of an example as a program gets them: the objects that DSPy would give it."""
+"""Inputs that are one's own: of an example for one rollout, of a call as it was made."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import dspy
@@ -15,7 +16,12 @@ def own_inputs(example: dspy.Example) -> dict[str, Any]:
     ``dspy.History``) is copied, as the rollouts of a group run at once; what is in it, if it is no
     such thing itself (an array, an image's pixels), is shared.
     """
-    return {name: _own(value) for name, value in example.inputs().items()}
+    return own_values(example.inputs())
+
+
+def own_values(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values that stay as they are now, whatever is written into them later; copied as above."""
+    return {name: _own(value) for name, value in values.items()}
 
 
 def _own(value: Any) -> Any:

@@ -78,7 +78,7 @@ def test_reverse_kl_is_that_of_trl(monkeypatch):
 def test_a_call_read_under_its_own_context_has_its_own_prompt(tiny_qwen3, program):
     lm = LocalLM(str(tiny_qwen3))
     rollouts = roll(program, lm)
-    readings = ContextReader(program, seed_candidate(program), lm).read(rollouts)
+    readings = ContextReader(program, seed_candidate(program), lm).read(rollouts).found
     assert len(readings) == sum(len(rollout.calls) for rollout in rollouts)
     for reading in readings:
         assert reading.teacher == reading.student
@@ -91,7 +91,7 @@ def test_a_call_read_under_another_context_has_the_prompt_of_that_program(tiny_q
     context = seed_candidate(evolved)
     asked = [rollout.calls[0].prompt_ids_T for rollout in roll(program, lm, candidate=context)]
     rollouts = roll(program, lm)
-    readings = ContextReader(program, context, lm).read(rollouts)
+    readings = ContextReader(program, context, lm).read(rollouts).found
     assert [reading.teacher.prompt_ids_T for reading in readings] == asked
     for reading, rollout in zip(readings, rollouts, strict=True):
         assert reading.student.prompt_ids_T == rollout.calls[0].prompt_ids_T != asked[0]
@@ -114,7 +114,7 @@ def test_steps_lower_the_divergence_and_leave_the_teacher_alone(tiny_qwen3, lora
     lm, program = LocalLM(str(tiny_qwen3)), Echo()
     policy = lm.policy
     context = seed_candidate(with_prompt(program, "Write many early letters and no others."))
-    readings = ContextReader(program, context, lm).read(roll(program, lm, count=6))
+    readings = ContextReader(program, context, lm).read(roll(program, lm, count=6)).found
     if lora is not None:
         policy.add_lora(lora, seed=0)
     slow = SlowConfig(learning_rate=1e-2, micro_batch_size=4)
@@ -129,7 +129,7 @@ def test_steps_lower_the_divergence_and_leave_the_teacher_alone(tiny_qwen3, lora
 
 def test_a_student_that_is_its_own_teacher_takes_no_step(tiny_qwen3):
     lm, program = LocalLM(str(tiny_qwen3)), Echo()
-    readings = ContextReader(program, seed_candidate(program), lm).read(roll(program, lm))
+    readings = ContextReader(program, seed_candidate(program), lm).read(roll(program, lm)).found
     trainer = DistillTrainer(
         lm.policy, SlowConfig(), SAMPLING, 10, 0, teacher_version=lm.policy.base_version
     )
@@ -146,7 +146,7 @@ def test_the_step_does_not_depend_on_how_it_is_cut(tiny_qwen3, monkeypatch):
         monkeypatch.setattr(distill_trainer, "CHUNK_BYTES", limit)
         lm, program = LocalLM(str(tiny_qwen3)), Echo()
         context = seed_candidate(with_prompt(program, "Another text."))
-        readings = ContextReader(program, context, lm).read(roll(program, lm, count=5))
+        readings = ContextReader(program, context, lm).read(roll(program, lm, count=5)).found
         slow = SlowConfig(micro_batch_size=size, max_grad_norm=0)
         trainer = DistillTrainer(lm.policy, slow, SAMPLING, 10, 0, lm.policy.base_version)
         caught = {}

@@ -43,7 +43,7 @@ def taught(lm, metric, perfect=1.0):
     program = Echo()
     groups, candidates = groups_of(program, lm, metric)
     lessons = SelfTeacher(program, lm, perfect).lessons(groups, candidates)
-    return groups, group_rows(groups, "group"), lessons
+    return groups, group_rows(groups, "group"), lessons.of_rows
 
 
 def under(lm, instructions, rollout):
