@@ -118,16 +118,14 @@ class SelfTeacher:
 
     def _rows(self, group: Group, rollout: Rollout) -> Iterator[TrainingRow | Untaught]:
         """Each call as the teacher reads it, or why it has nothing to say."""
-        if rollout.reward >= self._perfect:
-            yield from ("perfect" for call in rollout.calls if gives_row(call))
-            return
         renderer = self._renderers[rollout.candidate_id]
-        notes = [_note(group, rollout, call) for call in rollout.calls]
+        perfect, calls = rollout.reward >= self._perfect, list(filter(gives_row, rollout.calls))
+        notes = ["" if perfect else _note(group, rollout, call) for call in calls]
         sources = renderer.sources(rollout) if any(notes) else {}
-        for call, note in zip(rollout.calls, notes, strict=True):
-            if not gives_row(call):
-                continue
-            if not note:
+        for call, note in zip(calls, notes, strict=True):
+            if perfect:
+                yield "perfect"
+            elif not note:
                 yield "silent"
             elif id(call) not in sources:
                 yield "prompt"
