@@ -106,6 +106,37 @@ def test_calls_that_do_not_fit_under_the_longer_prompt_are_left_out(tiny_qwen3):
         ContextReader(program, words, lm).read(roll(program, lm, count=1))
 
 
+class Often(Echo):
+    """Asks again under another signature; and always, or for one of its questions."""
+
+    always = True
+
+    def forward(self, question):
+        if not self.always and not question.endswith("0"):
+            return super().forward(question)
+        signature = self.say.signature.with_instructions("Say it in other words.")
+        return self.say(question=question, signature=signature)
+
+
+def test_calls_whose_own_prompt_cannot_be_made_again_are_left_out_and_told(tiny_qwen3, caplog):
+    lm, program = LocalLM(str(tiny_qwen3)), Often()
+    evolved = with_prompt(program, "Say one thing, in early letters.")
+    reader = ContextReader(program, seed_candidate(evolved), lm)
+    with pytest.raises(TrainingError, match="their prompts could not be made again"):
+        reader.read(roll(program, lm))
+    program.always = evolved.always = False
+    found = reader.read(roll(program, lm))
+    assert (len(found.found), found.untaught) == (3, {"prompt": 1})
+    with dspy.context(lm=lm):
+        distill = FSTDistill(vowels, track_stats=True, **{**SETTINGS, "steps_per_cycle": 4})
+        compiled = distill.compile(
+            program, teacher=evolved, trainset=questions(4), valset=questions(4, 6)
+        )
+    (first, *_) = [r.lessons for r in compiled.detailed_results.records if r.train_reward]
+    assert first["taught"] and first["prompt"]
+    assert caplog.text.count("could not be made again") == 1
+
+
 # --- steps ----------------------------------------------------------------------------------------
 
 
