@@ -117,6 +117,8 @@ class FastConfig:
     Attributes:
         population_size: K, candidates kept on the Pareto front and spread over each group.
         first_cycle_iterations: GEPA iterations of the first fast phase, which has most to learn.
+            Where it is alone, it is interrupted by a validation once a child is better than its
+            parent by more than chance.
         cycle_iterations: GEPA iterations of each later fast phase. With 0, ``gepa_only`` ends after
             the first one.
         minibatch_size: Training examples reflected on in one iteration.

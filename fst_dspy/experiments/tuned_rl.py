@@ -74,7 +74,7 @@ def tune_rl(
     """
 
     noted = store.about.get("tuned_rl", {}).get(label)
-    if noted and noted["rollouts"] == plan.rollouts and _completed(noted["trials"]) >= trials:
+    if noted and noted["rollouts"] == plan.rollouts and _ended(noted["trials"]) >= trials:
         return dict(noted["settings"])
 
     folder = store.folder / f"tune-{label}"
@@ -123,8 +123,10 @@ def tune_rl(
     return best
 
 
-def _completed(trials: Sequence[Mapping[str, Any]]) -> int:
-    return sum(trial["state"] == TrialState.COMPLETE.name.lower() for trial in trials)
+def _ended(trials: Sequence[Mapping[str, Any]]) -> int:
+    """How many a study counts; one that failed is tried again."""
+    ended = {state.name.lower() for state in (TrialState.COMPLETE, TrialState.PRUNED)}
+    return sum(trial["state"] in ended for trial in trials)
 
 
 @contextmanager

@@ -82,6 +82,7 @@ class Iterations:
         cycle: int,
         iterations: int,
         has_room: Callable[[], bool],
+        until_proven: bool = False,
     ) -> list[Candidate]:
         """The population's candidates and the accepted children, after some iterations.
 
@@ -93,6 +94,7 @@ class Iterations:
             cycle: Number of the cycle, part of every seed.
             iterations: How many at most.
             has_room: Whether there is budget for another.
+            until_proven: Whether a child that is better by more than chance is the last one.
         """
         members, reflector = list(population.candidates), adapter.reflector
         self.memory.study(trainset)
@@ -103,6 +105,8 @@ class Iterations:
         for number in range(iterations):
             state = self.gepa_state(members, scores.rows(members), scores.objectives(members))
             if self.events.stop(state) or (number and not has_room()):
+                break
+            if until_proven and self.judge.stats.proven:
                 break
             self.judge.count(iterations=1)
             self.events.begin_iteration(self.judge.stats.iterations, state, trainset)

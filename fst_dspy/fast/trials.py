@@ -161,7 +161,14 @@ class TrialPhase:
             reflector = self.memory.reflector(c.id for c in members)
             adapter = GepaAdapter(runner, reflector, cycle, (self.memory.bank, self.scores.keep))
             members = self.iterations.run(
-                adapter, self.scores, population, trainset, cycle, iterations, has_room
+                adapter,
+                self.scores,
+                population,
+                trainset,
+                cycle,
+                iterations,
+                has_room,
+                until_proven=alone and first,
             )
             self.iterations.count_reflection(reflector)
             if first:

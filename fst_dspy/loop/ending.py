@@ -315,7 +315,13 @@ def shared_out(parts: Parts, state: LoopState, found: Validation) -> tuple[LoopS
     state = replace(state, evidence=(*state.evidence, shown)[-KEPT:])
     # The settings may leave prompts out after the opening, or from the start.
     turns = parts.fast.reuses and min(fast.first_cycle_iterations, fast.cycle_iterations) > 0
-    decision = next_share(state.evidence, now, turns=turns, perfect_score=fast.perfect_score)
+    decision = next_share(
+        state.evidence,
+        now,
+        turns=turns,
+        perfect_score=fast.perfect_score,
+        interrupted=bool(last) and bool(opening_left(parts, state)),
+    )
     if decision.over and parts.config.budget.on_no_signal == "warn":
         decision = Decision(Share(parts.fast_on, parts.learner is not None))
     # Without turns, the opening is followed by cycles of both all the same.
@@ -329,4 +335,15 @@ def iterations_of(parts: Parts, state: LoopState, alone: bool) -> int:
     fast = parts.config.fast
     if state.cycle == int(parts.slow_opens):
         return fast.first_cycle_iterations
+    if alone and (left := opening_left(parts, state)):
+        return left
     return max(fast.cycle_iterations, alone * fast.first_cycle_iterations // 2)
+
+
+def opening_left(parts: Parts, state: LoopState) -> int:
+    """Iterations that the first phase has left, where it was interrupted; asked then, and next."""
+    if not parts.has_opening or state.cycle > 1:
+        return 0
+    found = parts.fast.report()
+    left = parts.config.fast.first_cycle_iterations - found["iterations"]
+    return max(0, left) if found["proven"] else 0

@@ -5,7 +5,9 @@ the scores of the same validation examples at the end of every cycle, and the tr
 
 1. **Prompts first, and alone**, while that pays: a phase that was better than before it by more
    than chance is followed by another, half as long as the first. Rollouts are best spent so: a
-   phase costs a third of a cycle with optimizer steps.
+   phase costs a third of a cycle with optimizer steps. The first one is interrupted by a validation
+   once a candidate is better than its parent by more than chance: so a much better program is
+   known, and kept, after half of the rollouts.
 2. **Then weights**, with candidates on trial in their rollouts, which cost none of their own. So
    trials rest only where those of ``TRIED`` cycles held none that did better than its parent (or
    nothing more is proposed), and are taken up for a cycle after ``RESTED`` of rest. To ask that it
@@ -113,7 +115,12 @@ class Decision:
 
 
 def next_share(
-    history: Sequence[Evidence], now: Share, *, turns: bool, perfect_score: float
+    history: Sequence[Evidence],
+    now: Share,
+    *,
+    turns: bool,
+    perfect_score: float,
+    interrupted: bool = False,
 ) -> Decision:
     """Who gets the rollouts of the next cycle; the rule is the module's.
 
@@ -122,6 +129,7 @@ def next_share(
         now: The share of the cycle that has just ended.
         turns: Whether the channels may have their turns; else there is the end alone.
         perfect_score: The best score there is.
+        interrupted: Whether the first phase of prompts was, and is to go on.
     """
     last = history[-1]
     if not last.channels:
@@ -136,20 +144,22 @@ def next_share(
         words = f"{_named(now)} settled after {_since(history):,} rollouts; the run ends"
         return Decision(Share(False, False), words)
     if last.alone:
-        return _after_prompts(history, perfect_score)
+        return _after_prompts(history, perfect_score, interrupted)
     if _stalled(history):
         words = f"weights settled after {_since(history):,} rollouts; prompts since"
         return Decision(Share(True, False), words)
     return _with_weights(history, now)
 
 
-def _after_prompts(history: Sequence[Evidence], perfect_score: float) -> Decision:
+def _after_prompts(
+    history: Sequence[Evidence], perfect_score: float, interrupted: bool
+) -> Decision:
     """Prompts had a phase alone: another one, or the weights' turn, or the end."""
     if len(history) < 2:  # a run of before there were turns goes on
         return Decision(Share(True, True))
     before, last = history[-2:]
     open_V = [score for score in last.score_V if abs(score - perfect_score) > 1e-9]
-    if open_V and _paid(before, last):
+    if open_V and (interrupted or _paid(before, last)):
         return Decision(Share(True, False), "prompts pay; the next rollouts are theirs alone")
     if not before.alone:  # they were tried since the weights had stopped
         words = f"neither prompts nor weights pay after {last.rollouts:,} rollouts; the run ends"

@@ -176,8 +176,9 @@ def tune(
             ``Task``, whose metric seldom pickles.
         lm: A model's name, or a function that returns a ``LocalLM`` with base weights. It is
             loaded anew for every trial.
-        space: What is tuned; ``default_space()`` if not given. The learning rate is around
-            the default of a model that is named; of a function's, around that of small ones.
+        space: What is tuned; ``default_space()`` less what is fixed, if not given. The learning
+            rate is around the default of a model that is named; of a function's, around that of
+            small ones.
         objective: What for; the validation score after 3,000 rollouts if not given.
         fixed: Settings of FST that all trials share, such as ``{"val_size": 32}``.
         trials: Trials to finish, counting those of earlier calls, pruned and failed ones. With
@@ -209,15 +210,19 @@ def tune(
             "function of a module that returns the Task"
         )
     folder = Path(folder)
+    fixed = {name: as_plain(value) for name, value in (fixed or {}).items()}
+    if space is None:
+        space = default_space()
+        space = space.without(*space.fixed_by(fixed))
     plan = StudyPlan(
         task=task,
         lm=lm,
-        space=space or default_space(),
+        space=space,
         objective=objective or Objective(),
         folder=folder,
         storage=storage or sqlite_url(folder / "study.db"),
         study_name=study_name,
-        fixed={name: as_plain(value) for name, value in (fixed or {}).items()},
+        fixed=fixed,
         trials=trials,
         seed=seed,
         arm=arm,
@@ -278,7 +283,9 @@ def _check_settings(plan: StudyPlan, task: Task) -> None:
     """
     both = plan.space.fixed_by(plan.fixed)
     if both:
-        raise ConfigError(f"both fixed and in the search space: {', '.join(both)}")
+        raise ConfigError(
+            f"both fixed and in the search space: {', '.join(both)}; leave it out of one of them"
+        )
     own = sorted(OF_THE_STUDY.keys() & {ALIASES.get(name, name) for name in plan.fixed})
     if own:
         raise ConfigError(

@@ -411,6 +411,7 @@ TUNED = {
     "trials": [
         {"number": 0, "state": "complete", "score": 0.6, "spent": 99, "settings": {"beta": 0.01}},
         {"number": 1, "state": "fail", "score": None, "spent": None, "settings": {}},
+        {"number": 2, "state": "pruned", "score": None, "spent": 40, "settings": {"beta": 0.1}},
     ],
 }
 
@@ -470,5 +471,5 @@ def test_a_study_that_is_noted_down_is_not_run_again(tmp_path):
     store = ExperimentStore(tmp_path / "store")
     store.about["tuned_rl"] = {"rl_only": TUNED}
     plan = Plan(PROGRAM, rollouts=TUNED["rollouts"])
-    assert tune_rl(store, plan, 1, "rl_only") == TUNED["settings"]
+    assert tune_rl(store, plan, 2, "rl_only") == TUNED["settings"]  # a pruned trial is one
     assert not (store.folder / "tune-rl_only").exists()

@@ -24,6 +24,11 @@ def test_triage_improves_by_both_channels_at_low_drift():
     result = compiled.detailed_results
     first, last = result.records[0], result.records[-1]
     assert first.val_score < 0.2
+    # The opening is validated once a candidate is proven, and then has its other iterations.
+    proven, opened = result.records[1:3]
+    assert {proven.share, opened.share} == {"prompts"} and proven.proposals["proven"] == 1
+    assert proven.proposals["iterations"] < 8 == opened.proposals["iterations"]
+    assert first.val_score < proven.val_score
     assert result.best.score > 0.6
     assert result.best.candidate.id != result.seed_candidate.id
     assert 0 < last.kl_to_base < 1

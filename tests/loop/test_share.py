@@ -26,10 +26,10 @@ def history(*cycles, examples=V):
     return rows
 
 
-def judged(*cycles, turns=True, examples=V):
+def judged(*cycles, turns=True, examples=V, interrupted=False):
     rows = history(*cycles, examples=examples)
     now = BY_NAME.get(rows[-1].channels, PROMPTS)
-    return next_share(rows, now, turns=turns, perfect_score=1.0)
+    return next_share(rows, now, turns=turns, perfect_score=1.0, interrupted=interrupted)
 
 
 def test_prompts_go_on_alone_while_they_pay_and_then_it_is_the_weights_turn():
@@ -41,6 +41,13 @@ def test_prompts_go_on_alone_while_they_pay_and_then_it_is_the_weights_turn():
     assert settled.words == "prompts settled after 200 rollouts; weights since"
     useless = judged(("", 5), ("prompts", 5))
     assert useless.share == BOTH and useless.words.startswith("100 rollouts for prompts alone did")
+
+
+def test_a_phase_that_was_interrupted_goes_on_whatever_its_validation_shows():
+    for solved in (5, 20):
+        assert judged(("", 5), ("prompts", solved), interrupted=True).share == PROMPTS
+    perfect = judged(("", 5), ("prompts", V), interrupted=True)  # nothing is left to gain
+    assert perfect.share == BOTH
 
 
 def test_trials_rest_where_none_is_proven_and_are_taken_up_again():
@@ -136,7 +143,7 @@ def test_the_loop_gives_the_rollouts_as_decided_and_goes_on_after_a_kill(
     script = [PROMPTS, PROMPTS, BOTH, WEIGHTS, PROMPTS, Share(False, False)]
     kept = {}
 
-    def scripted(history, now, *, turns, perfect_score):
+    def scripted(history, now, *, turns, perfect_score, interrupted):
         assert turns and len(history[-1].score_V) == 4
         share = script[len(history) - 1]
         kept[len(history)] = history

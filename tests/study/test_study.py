@@ -26,7 +26,7 @@ from typer.testing import CliRunner
 from fst_dspy import FST, LocalLM
 from fst_dspy.cli import app
 from fst_dspy.config import FSTConfig
-from fst_dspy.errors import ConfigError, FSTError, ProgramError, TrainingError
+from fst_dspy.errors import ConfigError, FSTError, ModelError, ProgramError, TrainingError
 from fst_dspy.files import read_jsonl
 from fst_dspy.study import (
     Categorical,
@@ -457,6 +457,12 @@ def test_what_no_trial_could_run_with_is_refused_before_the_first(fixed, message
     assert not (tmp_path / "study").exists()
     with pytest.raises(ConfigError, match="arm must be"):
         tune_tiny("nowhere", tmp_path / "study", arm="rl")
+
+
+def test_what_is_fixed_is_left_out_of_the_default_space(tmp_path):
+    fixed = {**FIXED, "lr": 1e-3, "steps_per_cycle": 2, "group_size": 4}
+    with pytest.raises(ModelError, match="nowhere"):  # which is looked for after the settings
+        tune_tiny("nowhere", tmp_path / "study", fixed=fixed, space=None)
 
 
 class Shelf:
