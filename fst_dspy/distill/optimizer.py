@@ -207,7 +207,7 @@ class DistillLearner:
 
     def advance(self, groups_P: Sequence[Group], candidates: Mapping[str, Candidate]) -> StepStats:
         """See ``Learner.advance``; the rewards are not learned from."""
-        readings = self._reader.read(rollouts_of(groups_P))
+        readings = self._reader.read(rollouts_of(groups_P), candidates)
         stats = self._trainer.imitate(readings.found)
         return replace(stats, taught=len(readings.found), untaught=readings.untaught)
 

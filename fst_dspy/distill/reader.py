@@ -54,22 +54,35 @@ class ContextReader:
 
     def __init__(self, program: dspy.Module, context: Candidate, lm: LocalLM) -> None:
         self.context_length = lm.policy.context_length
+        self._program, self._lm = program, lm
         self._own = Renderer(program, seed_candidate(program), lm)
+        self._renderers: dict[str, Renderer] = {}
         self._renderer = Renderer(program, context, lm)
 
-    def read(self, rollouts: Sequence[Rollout]) -> Readings:
+    def read(
+        self, rollouts: Sequence[Rollout], candidates: Mapping[str, Candidate] | None = None
+    ) -> Readings:
         """One reading for each call of the rollouts, failed ones included.
 
         Left out are empty completions, calls whose own prompt cannot be made again
         (``Renderer.sources``), and those that do not fit into the context window with the longer
         prompt.
 
+        Args:
+            rollouts: All under the texts of the program, or of one of the candidates.
+            candidates: By id, such as one with the demos of a cold start.
+
         Raises:
             TrainingError: None is left.
         """
+        self._renderers = {
+            name: self._renderers.get(name) or Renderer(self._program, candidate, self._lm)
+            for name, candidate in (candidates or {}).items()
+        }
         made = []
         for rollout in rollouts:
-            sources = self._own.sources(rollout)
+            own = self._renderers.get(rollout.candidate_id, self._own)
+            sources = own.sources(rollout)
             answered = [call for call in rollout.calls if call.completion_ids_T]
             made += [self._reading(call, sources.get(id(call))) for call in answered]
         found = [reading for reading in made if isinstance(reading, Reading)]
