@@ -328,6 +328,15 @@ class TrainingRow:
         return any(self.token_advantages_T or (self.advantage,))
 
 
+Untaught = Literal["perfect", "silent", "prompt", "unshown", "long"]
+"""Why a call taught nothing that was to be read again, under a prompt that knows more.
+
+It was of a perfect rollout; nothing is known of it; its own prompt could not be made again, so that
+the other one would not be of the same question; what is known does not show in the prompt; or the
+longer prompt does not fit into the context window.
+"""
+
+
 @dataclass(frozen=True)
 class StepStats:
     """What one optimizer step did.
@@ -343,9 +352,11 @@ class StepStats:
         skipped: Why no step was taken (``"constant"``, ``"non_finite"``), or ``None``.
         drift: Mean absolute difference (nats a token) between the log-probabilities at sampling
             and at the step: rounding where both are of the same weights.
-        taught: Rows that were read again with feedback in their prompt (``slow_signal``).
+        taught: Rows that were read again with feedback in their prompt (``slow_signal``), or under
+            the teacher's (``FSTDistill``).
         lesson: Mean over these rows' tokens of how much more probable they are to the reader of the
             feedback (nats; below 0 where it would not have said them).
+        untaught: The calls that were not, by reason.
     """
 
     loss: float
@@ -358,6 +369,7 @@ class StepStats:
     drift: float = 0.0
     taught: int = 0
     lesson: float = 0.0
+    untaught: Mapping[Untaught, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -500,6 +512,8 @@ class CycleRecord:
         early_scores: What was known before the cycle's end, where the fast channel scores
             candidates on the validation examples itself: for each that joined, the rollouts of all
             channels by then, and the highest mean score of a candidate by then.
+        lessons: The calls that were to be read again under a prompt that knows more
+            (``slow_signal``, ``FSTDistill``): ``"taught"``, or why they were not (``Untaught``).
     """
 
     __repr__ = display.brief
@@ -532,3 +546,4 @@ class CycleRecord:
     ended: bool = False
     peak_memory: int = 0
     early_scores: tuple[tuple[int, float], ...] = ()
+    lessons: Mapping[str, int] = field(default_factory=dict)

@@ -207,7 +207,9 @@ class DistillLearner:
 
     def advance(self, groups_P: Sequence[Group], candidates: Mapping[str, Candidate]) -> StepStats:
         """See ``Learner.advance``; the rewards are not learned from."""
-        return self._trainer.imitate(self._reader.read(rollouts_of(groups_P)))
+        readings = self._reader.read(rollouts_of(groups_P), candidates)
+        stats = self._trainer.imitate(readings.found)
+        return replace(stats, taught=len(readings.found), untaught=readings.untaught)
 
     @property
     def bad_steps(self) -> int:

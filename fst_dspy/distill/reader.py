@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import dspy
 
-from fst_dspy import distributed
 from fst_dspy.errors import TrainingError
 from fst_dspy.lm.local_lm import LocalLM
-from fst_dspy.rollouts.rendering import NOT_MADE_AGAIN, Renderer, calls_with_inputs
+from fst_dspy.rollouts.rendering import OTHER_PROMPTS, Renderer
 from fst_dspy.slow.advantage import row_of
-from fst_dspy.types import Candidate, Rollout, TrainingRow
-
-logger = logging.getLogger(__name__)
+from fst_dspy.student.candidate import seed_candidate
+from fst_dspy.types import Call, Candidate, Rollout, TrainingRow, Untaught
 
 
 @dataclass(frozen=True)
@@ -31,51 +30,82 @@ class Reading:
     teacher: TrainingRow
 
 
+@dataclass(frozen=True)
+class Readings:
+    """What could be read of some rollouts.
+
+    Attributes:
+        found: One for each call that could be.
+        untaught: How many could not, by reason.
+    """
+
+    found: Sequence[Reading]
+    untaught: Mapping[Untaught, int]
+
+
 class ContextReader:
     """Renders the calls of rollouts again, as a program with other texts would have made them.
 
     Args:
-        program: The program that the rollouts ran.
+        program: The program that the rollouts ran, with the texts that they ran under.
         context: The other texts.
         lm: The local model; it is not called.
     """
 
     def __init__(self, program: dspy.Module, context: Candidate, lm: LocalLM) -> None:
         self.context_length = lm.policy.context_length
+        self._program, self._lm = program, lm
+        self._own = Renderer(program, seed_candidate(program), lm)
+        self._renderers: dict[str, Renderer] = {}
         self._renderer = Renderer(program, context, lm)
-        self._own = Renderer(program, None, lm)
-        self._told = False
 
-    def read(self, rollouts: Sequence[Rollout]) -> list[Reading]:
+    def read(
+        self, rollouts: Sequence[Rollout], candidates: Mapping[str, Candidate] | None = None
+    ) -> Readings:
         """One reading for each call of the rollouts, failed ones included.
 
-        Left out are empty completions, calls that cannot be told apart from others of their
-        predictor, those that do not fit into the context window with the longer prompt, and those
-        whose own prompt cannot be made again, which is told once.
+        Left out are empty completions, calls whose own prompt cannot be made again
+        (``Renderer.sources``), and those that do not fit into the context window with the longer
+        prompt.
+
+        Args:
+            rollouts: All under the texts of the program, or of one of the candidates.
+            candidates: By id, such as one with the demos of a cold start.
 
         Raises:
             TrainingError: None is left.
         """
-        readings, asked, strange = [], 0, 0
+        self._renderers = {
+            name: self._renderers.get(name) or Renderer(self._program, candidate, self._lm)
+            for name, candidate in (candidates or {}).items()
+        }
+        made = []
         for rollout in rollouts:
-            for call, inputs in calls_with_inputs(rollout):
-                asked += 1
-                if not self._own.makes_again(call, inputs):
-                    strange += 1
-                    continue
-                ids = self._renderer.prompt_ids(call.predictor, inputs)
-                length = len(ids or ()) + len(call.completion_ids_T)
-                if ids is None or not call.completion_ids_T or length > self.context_length:
-                    logger.debug("a call of %s is left out", call.predictor)
-                    continue
-                student = row_of(call)
-                readings.append(Reading(student, replace(student, prompt_ids_T=ids)))
-        if strange and not self._told and distributed.is_main():
-            self._told = True
-            logger.warning(NOT_MADE_AGAIN, "the teacher", strange, asked)
-        if not readings:
-            raise TrainingError(
-                "none of the student's calls could be read under the teacher's context; its "
-                f"prompts and answers may be too long for {self.context_length} tokens"
-            )
-        return readings
+            own = self._renderers.get(rollout.candidate_id, self._own)
+            sources = own.sources(rollout)
+            answered = [call for call in rollout.calls if call.completion_ids_T]
+            made += [self._reading(call, sources.get(id(call))) for call in answered]
+        found = [reading for reading in made if isinstance(reading, Reading)]
+        untaught = Counter(reading for reading in made if not isinstance(reading, Reading))
+        if not found:
+            raise TrainingError(self._why_none(untaught))
+        return Readings(found, untaught)
+
+    def _reading(self, call: Call, inputs: dict[str, Any] | None) -> Reading | Untaught:
+        if inputs is None:
+            return "prompt"
+        ids = self._renderer.prompt_ids(call.predictor, inputs)
+        if ids is None:
+            return "prompt"
+        if len(ids) + len(call.completion_ids_T) > self.context_length:
+            return "long"
+        student = row_of(call)
+        return Reading(student, replace(student, prompt_ids_T=ids))
+
+    def _why_none(self, untaught: Counter[Untaught]) -> str:
+        why = f"its prompts and answers are too long for {self.context_length} tokens"
+        if untaught["prompt"] > untaught["long"]:
+            why = OTHER_PROMPTS
+        elif not untaught:
+            why = "its answers are empty"
+        return f"none of the student's calls could be read under the teacher's context: {why}"

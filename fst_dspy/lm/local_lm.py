@@ -24,7 +24,7 @@ from fst_dspy.lm.requests import DEFAULT_MAX_TOKENS, EXTRA, OWN
 from fst_dspy.lm.templates import check_options, thinks
 from fst_dspy.model.hardware import dtype_named
 from fst_dspy.model.policy import Policy
-from fst_dspy.student.identity import adapter_identity, shown_adapter
+from fst_dspy.student.identity import adapter_identity, shown_adapter, writes_alike
 
 logger = logging.getLogger(__name__)
 
@@ -380,7 +380,7 @@ def check_adapter(program: dspy.Module, policy: Policy) -> None:
     if compiled is None or program in _told or serving(policy) is not None:
         return
     here = adapter_identity(dspy.settings.adapter)
-    if here != compiled:
+    if not writes_alike(here, compiled):
         _told.add(program)
         logger.warning(
             "%s was compiled under the adapter %s and is called under %s, so that its prompts "

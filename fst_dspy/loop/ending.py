@@ -7,6 +7,7 @@ a cycle that went wrong.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -19,6 +20,7 @@ from fst_dspy.loop.state import LoopState
 from fst_dspy.loop.validation import Validation, is_scored
 from fst_dspy.plan.plan import Plan
 from fst_dspy.rollouts.health import told_failures
+from fst_dspy.rollouts.rendering import OTHER_PROMPTS
 from fst_dspy.types import CycleRecord, Rollout, TurnCounts
 
 ALL = 0.999
@@ -37,12 +39,8 @@ def troubles(parts: Parts, records: Sequence[CycleRecord]) -> list[str]:
     texts = told_failures(record.failure_shares, record.failure_messages, parts.policy.tokenizer)
     if above := _above_perfect(parts, (record.reward_range or (0.0, 0.0))[1]):
         texts.append(above)
-    elif _taught_nothing(parts, records):
-        texts.append(
-            f"slow_signal={parts.config.slow.slow_signal!r} taught the weights nothing: no answer "
-            "below perfect_score had feedback, or a better one in its group to learn from (the "
-            "metric must return dspy.Prediction(score=, feedback=))"
-        )
+    elif untaught := _untaught(parts, records):
+        texts.append(untaught)
     if (
         record.train_reward is not None
         and _learns_from_rewards(parts)
@@ -138,6 +136,35 @@ def _taught_nothing(parts: Parts, records: Sequence[CycleRecord]) -> bool:
         and record.train_reward is not None
         and record.weights_version == before.weights_version
     )
+
+
+def _untaught(parts: Parts, records: Sequence[CycleRecord]) -> str | None:
+    """Why calls of a cycle taught the weights nothing that were to be read again.
+
+    Told are the largest cause where that is so of all of them, and once a run how many had prompts
+    that could not be made again. That all answers were perfect is no trouble.
+    """
+    *before, record = records
+    lessons = Counter(record.lessons)
+    total, imperfect = lessons.total(), lessons - Counter(perfect=lessons["perfect"])
+    if imperfect and not lessons["taught"] and _taught_nothing(parts, records):
+        cause = _UNTAUGHT[imperfect.most_common(1)[0][0]]
+        return f"slow_signal={parts.config.slow.slow_signal!r} taught the weights nothing: {cause}"
+    if not lessons["prompt"] or any(each.lessons.get("prompt") for each in before):
+        return None
+    share = f"{lessons['prompt']:,} of {total:,} calls ({lessons['prompt'] / total:.0%})"
+    return f"{share} taught the weights nothing: {OTHER_PROMPTS}"
+
+
+_UNTAUGHT = {
+    "silent": "no answer below perfect_score had feedback, or a better one in its group to learn "
+    "from (the metric must return dspy.Prediction(score=, feedback=))",
+    "prompt": OTHER_PROMPTS,
+    "unshown": "the adapter does not write a signature's instructions into the prompt, where "
+    "feedback is shown (use one that does, such as dspy.ChatAdapter)",
+    "long": "with feedback in them, the prompts and answers do not fit into the context window "
+    "(shorten the prompts, the metric's feedback or max_tokens)",
+}
 
 
 def _above_perfect(parts: Parts, highest: float) -> str | None:

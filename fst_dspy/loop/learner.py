@@ -81,12 +81,11 @@ class GRPOLearner:
             return self._trainer.advance(rows)
         # The feedback is read by the weights as they are, before the step moves them.
         lessons = self._teacher.lessons(groups_P, candidates)
-        stats = self._trainer.advance(taught_rows(rows, lessons, slow))
+        stats = self._trainer.advance(taught_rows(rows, lessons.of_rows, slow))
         if self._averaged is not None:
             self._averaged.follow()
-        nats = [value for lesson in lessons for value in lesson or ()]
-        taught = sum(lesson is not None for lesson in lessons)
-        return replace(stats, taught=taught, lesson=sum(nats) / max(1, len(nats)))
+        taught, lesson = lessons.taught, lessons.mean
+        return replace(stats, taught=taught, lesson=lesson, untaught=lessons.untaught)
 
     @property
     def bad_steps(self) -> int:

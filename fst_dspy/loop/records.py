@@ -78,8 +78,18 @@ def cycle_record(
         ended=decision.over,
         peak_memory=peak_memory(parts.policy.device),
         early_scores=state.early_scores,
+        lessons=_lessons(steps),
         reward_range=None if tally.low is None or tally.high is None else (tally.low, tally.high),
     )
+
+
+def _lessons(steps: Sequence[StepRecord]) -> dict[str, int]:
+    """The calls of some steps by what they taught; see ``CycleRecord.lessons``."""
+    total: Counter[str] = Counter()
+    for step in steps:
+        total.update(step.stats.untaught)
+        total["taught"] += step.stats.taught
+    return {what: count for what, count in total.items() if count}
 
 
 def result_of(parts: Parts, state: LoopState) -> FSTResult:

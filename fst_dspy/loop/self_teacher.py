@@ -12,10 +12,11 @@ and groups of equal rewards have a gradient.
 
 from __future__ import annotations
 
-import logging
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Any
 
 import dspy
 
@@ -23,12 +24,10 @@ from fst_dspy import distributed
 from fst_dspy.config import SlowConfig
 from fst_dspy.lm.local_lm import LocalLM
 from fst_dspy.model.logprobs import sampled_logprobs
-from fst_dspy.rollouts.rendering import NOT_MADE_AGAIN, Renderer, calls_with_inputs
+from fst_dspy.rollouts.rendering import Renderer
 from fst_dspy.slow.advantage import gives_row, row_of, without_lost
 from fst_dspy.slow.averaged_weights import AveragedWeights
-from fst_dspy.types import Call, Candidate, Group, Rollout, TrainingRow
-
-logger = logging.getLogger(__name__)
+from fst_dspy.types import Call, Candidate, Group, Rollout, TrainingRow, Untaught
 
 FEEDBACK = "Feedback on an answer to this very input: {}"
 ANSWER = "A good answer to this very input:\n{}"
@@ -38,6 +37,31 @@ MOST_NATS = 5.0
 
 Lesson = Sequence[float]
 """Of each token of a completion, the teacher's log-probability less the sampling one (nats)."""
+
+
+@dataclass(frozen=True)
+class Lessons:
+    """What the teacher has said in a step.
+
+    Attributes:
+        of_rows: Of each call that gives a row (``group_rows``), in their order; ``None`` where it
+            said nothing.
+        untaught: How many these were, by reason.
+    """
+
+    of_rows: Sequence[Lesson | None]
+    untaught: Mapping[Untaught, int]
+
+    @property
+    def taught(self) -> int:
+        """How many calls had a lesson."""
+        return sum(lesson is not None for lesson in self.of_rows)
+
+    @property
+    def mean(self) -> float:
+        """Mean over all tokens that had one, nats; 0 where none had."""
+        nats = [value for lesson in self.of_rows for value in lesson or ()]
+        return sum(nats) / max(1, len(nats))
 
 
 class SelfTeacher:
@@ -60,17 +84,9 @@ class SelfTeacher:
         self._program, self._lm, self._perfect = program, lm, perfect_score
         self._averaged = averaged
         self._renderers: dict[str, Renderer] = {}
-        self._told = False
 
-    def lessons(
-        self, groups_P: Sequence[Group], candidates: Mapping[str, Candidate]
-    ) -> list[Lesson | None]:
-        """What the teacher says of each call that gives a row (``group_rows``), in their order.
-
-        Nothing is said of calls of perfect rollouts and of those of which nothing is known, of
-        those that do not fit into the context window with the longer prompt, of those that
-        cannot be told apart from others of their predictor, and of those whose own prompt cannot be
-        made again, which is told once.
+    def lessons(self, groups_P: Sequence[Group], candidates: Mapping[str, Candidate]) -> Lessons:
+        """What the teacher says of each call that gives a row, and where it says nothing, why.
 
         Args:
             groups_P: The groups, sampled from the weights as they are.
@@ -80,48 +96,50 @@ class SelfTeacher:
             name: self._renderers.get(name) or Renderer(self._program, candidate, self._lm)
             for name, candidate in candidates.items()
         }
-        self._asked = self._strange = 0
         made = [
             row
             for group in map(without_lost, groups_P)
             for rollout in group.rollouts_G
             for row in self._rows(group, rollout)
         ]
-        if self._strange and not self._told and distributed.is_main():
-            self._told = True
-            logger.warning(NOT_MADE_AGAIN, "slow_signal", self._strange, self._asked)
-        rows = {n: row for n, row in enumerate(made) if row is not None}
+        rows = {n: row for n, row in enumerate(made) if isinstance(row, TrainingRow)}
         order = sorted(rows, key=lambda n: _length(rows[n]))  # of like length together
         read = distributed.spread(self._read, [rows[n] for n in order])
         lessons: list[Lesson | None] = [None] * len(made)
         for n, logprobs_T in zip(order, read, strict=True):
             pairs = zip(logprobs_T, rows[n].logprobs_T, strict=True)
             lessons[n] = [teacher - own for teacher, own in pairs]
-        return lessons
+        return Lessons(lessons, Counter(row for row in made if not isinstance(row, TrainingRow)))
 
     def _read(self, rows: list[TrainingRow]) -> list[tuple[float, ...]]:
         policy, averaged = self._lm.policy, self._averaged
         with policy.lock, policy.holding(averaged.state()) if averaged else nullcontext():
             return sampled_logprobs(policy, rows)
 
-    def _rows(self, group: Group, rollout: Rollout) -> Iterator[TrainingRow | None]:
-        """Each call as the teacher reads it; ``None`` where it has nothing to say."""
-        taught = rollout.reward < self._perfect
-        inputs_of = {id(c): inputs for c, inputs in calls_with_inputs(rollout)} if taught else {}
-        for call in filter(gives_row, rollout.calls):
-            ids = None
-            note = _note(group, rollout, call) if id(call) in inputs_of else ""
-            if note and (renderer := self._renderers.get(rollout.candidate_id)) is not None:
-                self._asked += 1
-                if renderer.makes_again(call, inputs_of[id(call)]):
-                    ids = renderer.prompt_ids(call.predictor, inputs_of[id(call)], note)
-                else:
-                    self._strange += 1
-            if ids is None or ids == call.prompt_ids_T:
-                yield None
-                continue
-            row = replace(row_of(call), prompt_ids_T=ids)
-            yield row if _length(row) <= self._lm.policy.context_length else None
+    def _rows(self, group: Group, rollout: Rollout) -> Iterator[TrainingRow | Untaught]:
+        """Each call as the teacher reads it, or why it has nothing to say."""
+        renderer = self._renderers[rollout.candidate_id]
+        perfect, calls = rollout.reward >= self._perfect, list(filter(gives_row, rollout.calls))
+        notes = ["" if perfect else _note(group, rollout, call) for call in calls]
+        sources = renderer.sources(rollout) if any(notes) else {}
+        for call, note in zip(calls, notes, strict=True):
+            if perfect:
+                yield "perfect"
+            elif not note:
+                yield "silent"
+            elif id(call) not in sources:
+                yield "prompt"
+            else:
+                yield self._row(renderer, call, sources[id(call)], note)
+
+    def _row(
+        self, renderer: Renderer, call: Call, inputs: dict[str, Any], note: str
+    ) -> TrainingRow | Untaught:
+        ids = renderer.prompt_ids(call.predictor, inputs, note)
+        if ids is None or ids == call.prompt_ids_T:
+            return "unshown"
+        row = replace(row_of(call), prompt_ids_T=ids)
+        return row if _length(row) <= self._lm.policy.context_length else "long"
 
 
 def taught_rows(

@@ -1,7 +1,8 @@
-"""Inputs that nobody else writes into: of an example, and of a predictor's call."""
+"""Inputs that are one's own: of an example for one rollout, of a call as it was made."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import dspy
@@ -15,25 +16,29 @@ def own_inputs(example: dspy.Example) -> dict[str, Any]:
     ``dspy.History``) is copied, as the rollouts of a group run at once; what is in it, if it is no
     such thing itself (an array, an image's pixels), is shared.
     """
-    return {name: own_value(value) for name, value in example.inputs().items()}
+    return own_values(example.inputs())
 
 
-def own_value(value: Any) -> Any:
-    """A value whose lists, dicts and the like are copied, those within them too."""
+def own_values(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values that stay as they are now, whatever is written into them later; copied as above."""
+    return {name: _own(value) for name, value in values.items()}
+
+
+def _own(value: Any) -> Any:
     kind = type(value)
     if kind in (list, set):
-        return kind(map(own_value, value))
+        return kind(map(_own, value))
     if kind is tuple:
-        return tuple(map(own_value, value))
+        return tuple(map(_own, value))
     if kind is dict:
-        return {key: own_value(item) for key, item in value.items()}
+        return {key: _own(item) for key, item in value.items()}
     if isinstance(value, dspy.Example):
         copied = value.copy()
         for name, item in value.items():
-            copied[name] = own_value(item)
+            copied[name] = _own(item)
         return copied
     if isinstance(value, BaseModel):
-        own = {name: own_value(item) for name, item in vars(value).items()}
+        own = {name: _own(item) for name, item in vars(value).items()}
         changed = {name: item for name, item in own.items() if item is not vars(value)[name]}
         return value.model_copy(update=changed) if changed else value
     return value

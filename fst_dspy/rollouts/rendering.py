@@ -3,57 +3,58 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any
 
 import dspy
 
 from fst_dspy.lm.engine import AsyncLocalEngine, LocalEngine
-from fst_dspy.lm.local_lm import LocalLM
+from fst_dspy.lm.local_lm import COMPILED_ADAPTER, LocalLM
+from fst_dspy.lm.predictors import resolved_lm, shares_policy
 from fst_dspy.lm.requests import prompt_ids
 from fst_dspy.model.policy import Policy
 from fst_dspy.student.adapter import strict_adapter
 from fst_dspy.student.candidate import bind
 from fst_dspy.student.modules import every_predictor
-from fst_dspy.types import Call, Candidate, Rollout
+from fst_dspy.types import Candidate, Rollout
 
-NOT_MADE_AGAIN = (
-    "%s says nothing of %d of %d answers: their prompts cannot be made again from the predictor's "
-    "texts and inputs, as the program itself gives these calls a signature, demos, an adapter or "
-    "options of the chat template"
+OTHER_PROMPTS = (
+    "their prompts could not be made again from their predictors' inputs, as the program gives a "
+    "call an adapter, signature, demos or settings of its own as it runs (set them on the "
+    "predictor, or with dspy.configure)"
 )
-"""A warning: for what the prompts were needed, how many answers they were, and of how many."""
+"""Why calls have no ``Renderer.sources``, and what to do about it."""
 
 
 class Renderer:
     """Renders the calls of a program's predictors under the texts of a candidate.
 
+    Each with the settings of the language model that the predictor calls.
+
     Args:
         program: The program.
-        context: The texts; ``None`` leaves it its own.
+        context: The texts.
         lm: The local model; it is not called.
     """
 
-    def __init__(self, program: dspy.Module, context: Candidate | None, lm: LocalLM) -> None:
+    def __init__(self, program: dspy.Module, context: Candidate, lm: LocalLM) -> None:
         self._engine = _PromptEngine(lm.policy)
-        self._lm = lm.copy(
+        self._adapter = strict_adapter(dspy.settings.adapter)
+        self._predictors = every_predictor(bind(program, context))
+        self._lms = {name: self._lm(p, lm) for name, p in self._predictors.items()}
+        for predictor in self._predictors.values():
+            # The program itself, where it is a predictor: what is rendered is no use of it.
+            vars(predictor).pop(COMPILED_ADAPTER, None)
+
+    def _lm(self, predictor: dspy.Predict, lm: LocalLM) -> LocalLM:
+        own = resolved_lm(predictor)
+        own = own if shares_policy(own, lm.policy) else lm
+        return own.copy(
             engine=self._engine,
             async_engine=AsyncLocalEngine(self._engine),
             cache=False,
             num_retries=0,
         )
-        self._adapter = strict_adapter(dspy.settings.adapter)
-        bound = program if context is None else bind(program, context)
-        self._predictors = every_predictor(bound)
-
-    def makes_again(self, call: Call, inputs: dict[str, Any]) -> bool:
-        """Whether a call that ran under these texts has the prompt that is rendered for it.
-
-        Another one than it ran under would have its answer judged in the light of what it was
-        never told.
-        """
-        return self.prompt_ids(call.predictor, inputs) == call.prompt_ids_T
 
     def prompt_ids(
         self, predictor: str, inputs: dict[str, Any], note: str = ""
@@ -78,23 +79,30 @@ class Renderer:
             dspy.context(adapter=self._adapter, callbacks=[], trace=None, disable_history=True),
             suppress(Exception),
         ):
-            module(lm=self._lm, **inputs)
+            module(lm=self._lms[predictor], **inputs)
         return self._engine.ids
 
+    def sources(self, rollout: Rollout) -> dict[int, dict[str, Any]]:
+        """The inputs from which the prompts of a rollout's calls can be made again.
 
-def calls_with_inputs(rollout: Rollout) -> Iterator[tuple[Call, dict[str, Any]]]:
-    """The calls of a rollout with their predictor's inputs, predictor by predictor.
+        A call's inputs are those that give its very prompt under this candidate's texts, however
+        many calls a run of the predictor has made, and in what order. A call has none where the
+        program has chosen an adapter, a signature, demos or settings for it as it ran, or changed
+        its predictor: under any other prompt its answer would say something else.
 
-    A predictor's calls and traces are matched in order; where an adapter calls several times, or
-    calls overtake each other, they do not match and are left out.
-    """
-    for name in dict.fromkeys(call.predictor for call in rollout.calls):
-        calls = [call for call in rollout.calls if call.predictor == name]
-        traces = [trace for trace in rollout.traces if trace.predictor == name]
-        if len(calls) == len(traces):
-            for call, trace in zip(calls, traces, strict=True):
-                if call.text == trace.text:
-                    yield call, dict(trace.inputs)
+        Args:
+            rollout: Run under this candidate.
+
+        Returns:
+            Inputs by ``id`` of the call.
+        """
+        made: dict[tuple[str, tuple[int, ...]], dict[str, Any]] = {}
+        for trace in rollout.traces:
+            ids = self.prompt_ids(trace.predictor, dict(trace.inputs))
+            if ids is not None:
+                made.setdefault((trace.predictor, ids), dict(trace.inputs))
+        keys = {id(call): (call.predictor, call.prompt_ids_T) for call in rollout.calls}
+        return {call: made[key] for call, key in keys.items() if key in made}
 
 
 class _PromptEngine(LocalEngine):

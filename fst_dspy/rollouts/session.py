@@ -20,7 +20,7 @@ from dspy.utils.callback import BaseCallback
 
 from fst_dspy.lm.requests import ROLLOUT
 from fst_dspy.model.policy import Policy
-from fst_dspy.rollouts.inputs import own_value
+from fst_dspy.rollouts.inputs import own_values
 from fst_dspy.types import Call, PredictorTrace, Turn
 
 NAME = "fst_predictor"
@@ -53,7 +53,7 @@ class OpenCall:
 
     Attributes:
         predictor: Its name.
-        inputs: As it was given them.
+        inputs: As they were when it was given them; programs write on in lists and histories.
         before: Calls that the rollout had made when it began.
         calls: Its calls of the local model.
         prediction: ``None`` until it has ended, and where it failed.
@@ -150,8 +150,7 @@ class Session(BaseCallback):
         fields = ensure_signature(given.get("signature", instance.signature)).input_fields
         run = OpenCall(
             predictor=vars(instance).get(NAME, UNNAMED),
-            # As they are now: a program may go on writing into a list or a history.
-            inputs={name: own_value(value) for name, value in given.items() if name in fields},
+            inputs=own_values({name: given[name] for name in given if name in fields}),
             before=len(self.calls.calls),
         )
         settings = {} if _session() is self else self.settings

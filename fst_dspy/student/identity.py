@@ -58,6 +58,15 @@ def adapter_identity(adapter: dspy.Adapter | None) -> dict[str, Any]:
     return {"class": _name_of(type(adapter)), "settings": plain}
 
 
+def writes_alike(adapter: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether two adapters, by their identities, write the same prompts.
+
+    Rollouts run without ChatAdapter's second try (``strict_adapter``), which is no difference.
+    """
+    told = [{**one["settings"], "use_json_adapter_fallback": False} for one in (adapter, other)]
+    return adapter["class"] == other["class"] and told[0] == told[1]
+
+
 def shown_adapter(identity: Mapping[str, Any]) -> str:
     """An adapter's identity in a line: class and plain settings."""
     settings = ", ".join(f"{name}={value!r}" for name, value in identity["settings"].items())

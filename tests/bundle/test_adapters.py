@@ -14,6 +14,7 @@ import fst_dspy
 from fst_dspy import FST, LocalLM
 from fst_dspy.lm.predictors import bound_to
 from fst_dspy.student.candidate import seed_candidate
+from fst_dspy.student.identity import adapter_identity, writes_alike
 
 FRESH = """
 import sys, dspy, fst_dspy
@@ -64,6 +65,15 @@ def test_a_program_runs_and_says_where_its_adapter_is_another(same: str, tmp_pat
     said = f"was compiled under the adapter {name}("
     assert (before.count(said), after.count(said)) == (0, 1), done.stderr[-2000:]
     assert "is called under ChatAdapter(" in after
+
+
+def test_an_adapter_is_no_other_by_its_second_try_alone():
+    chat, strict = dspy.ChatAdapter(), dspy.ChatAdapter(use_json_adapter_fallback=False)
+    here, there = adapter_identity(chat), adapter_identity(strict)
+    assert here != there and writes_alike(here, there)
+    assert not writes_alike(here, adapter_identity(dspy.JSONAdapter()))
+    native = dspy.ChatAdapter(use_native_function_calling=True)
+    assert not writes_alike(here, adapter_identity(native))
 
 
 class Choosing(Echo):

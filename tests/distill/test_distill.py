@@ -78,7 +78,7 @@ def test_reverse_kl_is_that_of_trl(monkeypatch):
 def test_a_call_read_under_its_own_context_has_its_own_prompt(tiny_qwen3, program):
     lm = LocalLM(str(tiny_qwen3))
     rollouts = roll(program, lm)
-    readings = ContextReader(program, seed_candidate(program), lm).read(rollouts)
+    readings = ContextReader(program, seed_candidate(program), lm).read(rollouts).found
     assert len(readings) == sum(len(rollout.calls) for rollout in rollouts)
     for reading in readings:
         assert reading.teacher == reading.student
@@ -91,7 +91,7 @@ def test_a_call_read_under_another_context_has_the_prompt_of_that_program(tiny_q
     context = seed_candidate(evolved)
     asked = [rollout.calls[0].prompt_ids_T for rollout in roll(program, lm, candidate=context)]
     rollouts = roll(program, lm)
-    readings = ContextReader(program, context, lm).read(rollouts)
+    readings = ContextReader(program, context, lm).read(rollouts).found
     assert [reading.teacher.prompt_ids_T for reading in readings] == asked
     for reading, rollout in zip(readings, rollouts, strict=True):
         assert reading.student.prompt_ids_T == rollout.calls[0].prompt_ids_T != asked[0]
@@ -106,6 +106,37 @@ def test_calls_that_do_not_fit_under_the_longer_prompt_are_left_out(tiny_qwen3):
         ContextReader(program, words, lm).read(roll(program, lm, count=1))
 
 
+class Often(Echo):
+    """Asks again under another signature; and always, or for one of its questions."""
+
+    always = True
+
+    def forward(self, question):
+        if not self.always and not question.endswith("0"):
+            return super().forward(question)
+        signature = self.say.signature.with_instructions("Say it in other words.")
+        return self.say(question=question, signature=signature)
+
+
+def test_calls_whose_own_prompt_cannot_be_made_again_are_left_out_and_told(tiny_qwen3, caplog):
+    lm, program = LocalLM(str(tiny_qwen3)), Often()
+    evolved = with_prompt(program, "Say one thing, in early letters.")
+    reader = ContextReader(program, seed_candidate(evolved), lm)
+    with pytest.raises(TrainingError, match="their prompts could not be made again"):
+        reader.read(roll(program, lm))
+    program.always = evolved.always = False
+    found = reader.read(roll(program, lm))
+    assert (len(found.found), found.untaught) == (3, {"prompt": 1})
+    with dspy.context(lm=lm):
+        distill = FSTDistill(vowels, track_stats=True, **{**SETTINGS, "steps_per_cycle": 4})
+        compiled = distill.compile(
+            program, teacher=evolved, trainset=questions(4), valset=questions(4, 6)
+        )
+    (first, *_) = [r.lessons for r in compiled.detailed_results.records if r.train_reward]
+    assert first["taught"] and first["prompt"]
+    assert caplog.text.count("could not be made again") == 1
+
+
 # --- steps ----------------------------------------------------------------------------------------
 
 
@@ -114,7 +145,7 @@ def test_steps_lower_the_divergence_and_leave_the_teacher_alone(tiny_qwen3, lora
     lm, program = LocalLM(str(tiny_qwen3)), Echo()
     policy = lm.policy
     context = seed_candidate(with_prompt(program, "Write many early letters and no others."))
-    readings = ContextReader(program, context, lm).read(roll(program, lm, count=6))
+    readings = ContextReader(program, context, lm).read(roll(program, lm, count=6)).found
     if lora is not None:
         policy.add_lora(lora, seed=0)
     slow = SlowConfig(learning_rate=1e-2, micro_batch_size=4)
@@ -129,7 +160,7 @@ def test_steps_lower_the_divergence_and_leave_the_teacher_alone(tiny_qwen3, lora
 
 def test_a_student_that_is_its_own_teacher_takes_no_step(tiny_qwen3):
     lm, program = LocalLM(str(tiny_qwen3)), Echo()
-    readings = ContextReader(program, seed_candidate(program), lm).read(roll(program, lm))
+    readings = ContextReader(program, seed_candidate(program), lm).read(roll(program, lm)).found
     trainer = DistillTrainer(
         lm.policy, SlowConfig(), SAMPLING, 10, 0, teacher_version=lm.policy.base_version
     )
@@ -146,7 +177,7 @@ def test_the_step_does_not_depend_on_how_it_is_cut(tiny_qwen3, monkeypatch):
         monkeypatch.setattr(distill_trainer, "CHUNK_BYTES", limit)
         lm, program = LocalLM(str(tiny_qwen3)), Echo()
         context = seed_candidate(with_prompt(program, "Another text."))
-        readings = ContextReader(program, context, lm).read(roll(program, lm, count=5))
+        readings = ContextReader(program, context, lm).read(roll(program, lm, count=5)).found
         slow = SlowConfig(micro_batch_size=size, max_grad_norm=0)
         trainer = DistillTrainer(lm.policy, slow, SAMPLING, 10, 0, lm.policy.base_version)
         caught = {}

@@ -6,15 +6,15 @@ from dataclasses import replace
 import dspy
 import pytest
 import torch
-from helpers import Echo, questions, vowels
+from chat_families import save_family
+from helpers import Echo, RawAdapter, questions, vowels
 from helpers import sampled_logprobs as by_one_pass
-from tiny_compile import compile_tiny, raw_adapter  # noqa: F401
+from tiny_compile import SETTINGS, compile_tiny, raw_adapter  # noqa: F401
 from training_rows import rows_for
 
-from fst_dspy import LocalLM
+from fst_dspy import FST, LocalLM
 from fst_dspy.config import SamplingConfig, SlowConfig
-from fst_dspy.distill.reader import ContextReader
-from fst_dspy.errors import ConfigError, TrainingError
+from fst_dspy.errors import ConfigError
 from fst_dspy.loop.self_teacher import ANSWER, FEEDBACK, MOST_NATS, SelfTeacher, taught_rows
 from fst_dspy.model.logprobs import completion_logprobs, sampled_logprobs
 from fst_dspy.model.policy import Policy
@@ -44,7 +44,7 @@ def taught(lm, metric, perfect=1.0):
     program = Echo()
     groups, candidates = groups_of(program, lm, metric)
     lessons = SelfTeacher(program, lm, perfect).lessons(groups, candidates)
-    return groups, group_rows(groups, "group"), lessons
+    return groups, group_rows(groups, "group"), lessons.of_rows
 
 
 def under(lm, instructions, rollout):
@@ -69,48 +69,6 @@ def test_a_token_is_credited_with_what_the_feedback_makes_of_it(tiny_qwen3):
         expected = under(lm, note, rollout) - torch.tensor(rollout.calls[0].logprobs_T)
         assert list(lesson) == pytest.approx(expected.tolist(), abs=1e-4)
         assert max(map(abs, lesson)) > 1e-3
-
-
-class Twisted(dspy.Module):
-    """A predictor's call that the program itself changes, or whose inputs it writes into."""
-
-    def __init__(self, how):
-        super().__init__()
-        self.how = how
-        self.say = dspy.Predict(dspy.Signature("question, seen: list[str] -> answer", "Say it."))
-
-    def forward(self, question):
-        seen, more = [], {}
-        if self.how == "signature":
-            more["signature"] = self.say.signature.with_instructions("Say something else.")
-        adapter = dspy.JSONAdapter() if self.how == "adapter" else dspy.settings.adapter
-        for _ in range(2):
-            with dspy.context(adapter=adapter):
-                said = self.say(question=question, seen=seen, **more)
-            seen.append(said.answer)
-        return said
-
-
-@pytest.mark.parametrize("how", ["signature", "adapter", "plain"])
-def test_answers_are_judged_under_their_own_prompt_or_not_at_all(tiny_qwen3, how, caplog):
-    lm, program = LocalLM(str(tiny_qwen3)), Twisted(how)
-    groups, candidates = groups_of(program, lm, lambda *_: dspy.Prediction(score=0, feedback="No."))
-    teacher = SelfTeacher(program, lm, 1.0)
-    lessons = [teacher.lessons(groups, candidates) for _ in range(2)][-1]
-    rollouts = [rollout for group in groups for rollout in group.rollouts_G]
-    assert lessons and len(lessons) == len(group_rows(groups, "group"))
-    if how == "plain":  # what it wrote into the list later was not there when it asked
-        assert all(trace.inputs["seen"] == [] for r in rollouts for trace in r.traces[:1])
-        assert None not in lessons and "cannot be made again" not in caplog.text
-    else:
-        assert all(lesson is None for lesson in lessons)
-        assert caplog.text.count(f"says nothing of {len(lessons)} of {len(lessons)} answers") == 1
-    reader = ContextReader(program, seed_candidate(program), lm)
-    if how == "plain":
-        assert len(reader.read(rollouts)) == len(lessons)
-    else:
-        with pytest.raises(TrainingError, match="could be read"):
-            reader.read(rollouts)
 
 
 def test_without_feedback_the_groups_best_answer_teaches_the_others(tiny_qwen3):
@@ -264,6 +222,142 @@ def test_weights_that_are_taught_nothing_end_the_run_and_it_is_told(tiny_qwen3, 
     result = compile_tiny(tiny_qwen3, metric=silent, **settings)[2]
     assert "slow_signal='feedback' taught the weights nothing" in caplog.text
     assert result.records[-1].cycle == 1 and "nothing to learn from" in result.stopped
+
+
+class Told(dspy.Module):
+    """Asks twice, with what it has been told in a history, and in a list, that it writes on in."""
+
+    def __init__(self):
+        super().__init__()
+        fields = "history: dspy.History, seen: list[str], question -> answer"
+        self.say = dspy.Predict(dspy.Signature(fields, "Say something."))
+
+    def forward(self, question):
+        history, seen = dspy.History(messages=[]), []
+        for _ in range(2):
+            found = self.say(history=history, seen=seen, question=question)
+            history.messages.append({"question": question, "answer": found.answer})
+            seen.append(found.answer)
+        return found
+
+
+def lessons_of(program, lm, metric=vowels):
+    groups, candidates = groups_of(program, lm, metric, size=2)
+    calls = [c for group in groups for rollout in group.rollouts_G for c in rollout.calls]
+    return calls, SelfTeacher(program, lm, 1.0).lessons(groups, candidates), groups
+
+
+def test_inputs_are_those_of_before_the_program_wrote_on_in_them(tiny_qwen3):
+    lm, program = LocalLM(str(tiny_qwen3)), Told()
+    calls, lessons, groups = lessons_of(program, lm)
+    assert lessons.taught == len(calls) == 8 and not lessons.untaught
+    for rollout in groups[0].rollouts_G:
+        first, second = (trace.inputs for trace in rollout.traces)
+        assert not first["seen"] and not first["history"].messages
+        assert second["seen"] == [rollout.traces[0].outputs["answer"]]
+        assert len(second["history"].messages) == 1
+
+
+def in_context(self, question):
+    with dspy.context(adapter=Loud()):
+        return self.say(question=question)
+
+
+def own_signature(self, question):
+    signature = self.say.signature.with_instructions(f"Say {len(question)} words.")
+    return self.say(question=question, signature=signature)
+
+
+def own_texts(self, question):
+    self.say.signature = self.say.signature.with_instructions(f"Say {len(question)} words.")
+    return self.say(question=question)
+
+
+class Loud(RawAdapter):
+    """Another adapter, of another prompt."""
+
+    def format(self, signature, demos, inputs):
+        return [{"role": "user", "content": f"{signature.instructions} {inputs}!"}]
+
+
+@pytest.mark.parametrize("forward", [in_context, own_signature, own_texts])
+def test_calls_under_a_prompt_that_cannot_be_made_again_teach_nothing(forward, tiny_qwen3, caplog):
+    program = type("Own", (Echo,), {"forward": forward})()
+    calls, lessons, _ = lessons_of(program, LocalLM(str(tiny_qwen3)))
+    assert lessons.of_rows == [None] * len(calls)
+    assert lessons.untaught == {"prompt": len(calls)}
+    settings = {"arm": "rl_only", "max_cycles": 1, "slow_signal": "feedback"}
+    result = compile_tiny(tiny_qwen3, program, **settings)[2]
+    assert result.records[-1].weights_version == result.base_version
+    assert "taught the weights nothing: their prompts could not be made again" in caplog.text
+
+
+class Sometimes(Echo):
+    """Has one of its questions answered under another adapter."""
+
+    def forward(self, question):
+        return in_context(self, question) if question.endswith("0") else super().forward(question)
+
+
+def test_that_some_prompts_cannot_be_made_again_is_told_once(tiny_qwen3, caplog):
+    settings = {"arm": "rl_only", "max_cycles": 2, "slow_signal": "feedback", "steps_per_cycle": 3}
+    result = compile_tiny(tiny_qwen3, Sometimes(), metric=wrong, on_no_signal="warn", **settings)[2]
+    first, second = (record.lessons for record in result.records[1:])
+    assert first["prompt"] and first["taught"] and second["prompt"]
+    total = sum(first.values())
+    assert caplog.text.count("could not be made again") == 1
+    assert f"cycle 1: {first['prompt']} of {total} calls" in caplog.text
+
+
+def test_every_answer_of_a_call_that_asks_for_several_is_taught(tiny_qwen3):
+    program = Echo()
+    program.say = dspy.Predict(program.say.signature, n=2)
+    calls, lessons, _ = lessons_of(program, LocalLM(str(tiny_qwen3)), wrong)
+    assert lessons.taught == len(calls) == 8
+
+
+def test_a_predictor_is_read_with_the_settings_of_its_own_lm(tmp_path):
+    lm, program = LocalLM(str(save_family(tmp_path, "qwen3"))), Echo()
+    program.say.lm = lm.copy(chat_template_kwargs={"enable_thinking": False})
+    calls, lessons, _ = lessons_of(program, lm)
+    own, *_ = groups_of(Echo(), lm, vowels)[0][0].rollouts_G
+    assert calls[0].prompt_ids_T != own.calls[0].prompt_ids_T
+    assert lessons.taught == len(calls)
+
+
+def test_lessons_that_do_not_fit_or_are_not_shown_are_counted(tiny_qwen3):
+    lm, program = LocalLM(str(tiny_qwen3)), Echo()
+
+    def wordy(gold, pred, trace=None):
+        return dspy.Prediction(score=0.0, feedback="word " * lm.policy.context_length)
+
+    assert lessons_of(program, lm, wordy)[1].untaught == {"long": 4}
+    assert lessons_of(program, lm, lambda *given: 0.0)[1].untaught == {"silent": 4}
+
+    class Mute(RawAdapter):
+        def format(self, signature, demos, inputs):
+            return [{"role": "user", "content": str(inputs)}]
+
+    with dspy.context(adapter=Mute()):
+        assert lessons_of(program, lm)[1].untaught == {"unshown": 4}
+
+
+def test_that_all_answers_are_perfect_is_no_trouble(tiny_qwen3, caplog):
+    settings = {"arm": "rl_only", "max_cycles": 1, "slow_signal": "feedback"}
+    metric = lambda gold, pred, trace=None: dspy.Prediction(score=1.0, feedback="Well done.")  # noqa: E731
+    result = compile_tiny(tiny_qwen3, metric=metric, on_no_signal="warn", **settings)[2]
+    assert set(result.records[-1].lessons) == {"perfect"}
+    assert "taught the weights nothing" not in caplog.text
+
+
+def test_a_compiled_program_is_compiled_again_without_a_word_of_adapters(tiny_qwen3, caplog):
+    program = dspy.Predict(dspy.Signature("question -> answer", "Say something."))
+    settings = {"arm": "rl_only", "max_cycles": 1, "slow_signal": "both", "steps_per_cycle": 1}
+    with dspy.context(lm=LocalLM(str(tiny_qwen3))):
+        for _ in range(2):
+            fst = FST(vowels, **{**SETTINGS, **settings})
+            program = fst.compile(program, trainset=questions(6), valset=questions(4, 6))
+    assert "compiled under the adapter" not in caplog.text
 
 
 def test_what_was_taught_is_recorded(tiny_qwen3, tmp_path):
