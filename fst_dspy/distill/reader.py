@@ -11,9 +11,8 @@ import dspy
 
 from fst_dspy.errors import TrainingError
 from fst_dspy.lm.local_lm import LocalLM
-from fst_dspy.rollouts.rendering import OTHER_PROMPTS, Renderer
+from fst_dspy.rollouts.rendering import OTHER_PROMPTS, Renderer, Renderers
 from fst_dspy.slow.advantage import row_of
-from fst_dspy.student.candidate import seed_candidate
 from fst_dspy.types import Call, Candidate, Rollout, TrainingRow, Untaught
 
 
@@ -47,21 +46,17 @@ class ContextReader:
     """Renders the calls of rollouts again, as a program with other texts would have made them.
 
     Args:
-        program: The program that the rollouts ran, with the texts that they ran under.
+        program: The program that the rollouts ran.
         context: The other texts.
         lm: The local model; it is not called.
     """
 
     def __init__(self, program: dspy.Module, context: Candidate, lm: LocalLM) -> None:
         self.context_length = lm.policy.context_length
-        self._program, self._lm = program, lm
-        self._own = Renderer(program, seed_candidate(program), lm)
-        self._renderers: dict[str, Renderer] = {}
+        self._own = Renderers(program, lm)
         self._renderer = Renderer(program, context, lm)
 
-    def read(
-        self, rollouts: Sequence[Rollout], candidates: Mapping[str, Candidate] | None = None
-    ) -> Readings:
+    def read(self, rollouts: Sequence[Rollout], candidates: Mapping[str, Candidate]) -> Readings:
         """One reading for each call of the rollouts, failed ones included.
 
         Left out are empty completions, calls whose own prompt cannot be made again
@@ -69,20 +64,15 @@ class ContextReader:
         prompt.
 
         Args:
-            rollouts: All under the texts of the program, or of one of the candidates.
-            candidates: By id, such as one with the demos of a cold start.
+            rollouts: Of the program.
+            candidates: Those that they ran under, by id.
 
         Raises:
             TrainingError: None is left.
         """
-        self._renderers = {
-            name: self._renderers.get(name) or Renderer(self._program, candidate, self._lm)
-            for name, candidate in (candidates or {}).items()
-        }
-        made = []
+        own, made = self._own.of(candidates), []
         for rollout in rollouts:
-            own = self._renderers.get(rollout.candidate_id, self._own)
-            sources = own.sources(rollout)
+            sources = own[rollout.candidate_id].sources(rollout)
             answered = [call for call in rollout.calls if call.completion_ids_T]
             made += [self._reading(call, sources.get(id(call))) for call in answered]
         found = [reading for reading in made if isinstance(reading, Reading)]

@@ -85,8 +85,7 @@ def tune_rl(
         if on_trial is not None:
             on_trial(study, trial)
 
-    space = rl_space()
-    space = space.without(*space.fixed_by(plan.settings))
+    space = rl_space().beside(plan.settings)
     with _threads(threads_each(workers)), dspy.context(**adapter_setting(plan.adapter)):
         study = tune(
             plan.program,

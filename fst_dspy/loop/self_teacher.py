@@ -24,7 +24,7 @@ from fst_dspy import distributed
 from fst_dspy.config import SlowConfig
 from fst_dspy.lm.local_lm import LocalLM
 from fst_dspy.model.logprobs import sampled_logprobs
-from fst_dspy.rollouts.rendering import Renderer
+from fst_dspy.rollouts.rendering import Renderer, Renderers
 from fst_dspy.slow.advantage import gives_row, row_of, without_lost
 from fst_dspy.slow.averaged_weights import AveragedWeights
 from fst_dspy.types import Call, Candidate, Group, Rollout, TrainingRow, Untaught
@@ -81,9 +81,9 @@ class SelfTeacher:
         perfect_score: float,
         averaged: AveragedWeights | None = None,
     ) -> None:
-        self._program, self._lm, self._perfect = program, lm, perfect_score
+        self._lm, self._perfect = lm, perfect_score
         self._averaged = averaged
-        self._renderers: dict[str, Renderer] = {}
+        self._renderers = Renderers(program, lm)
 
     def lessons(self, groups_P: Sequence[Group], candidates: Mapping[str, Candidate]) -> Lessons:
         """What the teacher says of each call that gives a row, and where it says nothing, why.
@@ -92,15 +92,12 @@ class SelfTeacher:
             groups_P: The groups, sampled from the weights as they are.
             candidates: The candidates of their rollouts, by id.
         """
-        self._renderers = {
-            name: self._renderers.get(name) or Renderer(self._program, candidate, self._lm)
-            for name, candidate in candidates.items()
-        }
+        renderers = self._renderers.of(candidates)
         made = [
             row
             for group in map(without_lost, groups_P)
             for rollout in group.rollouts_G
-            for row in self._rows(group, rollout)
+            for row in self._rows(group, rollout, renderers[rollout.candidate_id])
         ]
         rows = {n: row for n, row in enumerate(made) if isinstance(row, TrainingRow)}
         order = sorted(rows, key=lambda n: _length(rows[n]))  # of like length together
@@ -116,9 +113,10 @@ class SelfTeacher:
         with policy.lock, policy.holding(averaged.state()) if averaged else nullcontext():
             return sampled_logprobs(policy, rows)
 
-    def _rows(self, group: Group, rollout: Rollout) -> Iterator[TrainingRow | Untaught]:
+    def _rows(
+        self, group: Group, rollout: Rollout, renderer: Renderer
+    ) -> Iterator[TrainingRow | Untaught]:
         """Each call as the teacher reads it, or why it has nothing to say."""
-        renderer = self._renderers[rollout.candidate_id]
         perfect, calls = rollout.reward >= self._perfect, list(filter(gives_row, rollout.calls))
         notes = ["" if perfect else _note(group, rollout, call) for call in calls]
         sources = renderer.sources(rollout) if any(notes) else {}

@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
-from fst_dspy.errors import ConfigError, DataError
-from fst_dspy.measures.statistics import Interval
+from fst_dspy.errors import DataError
+from fst_dspy.measures.statistics import Interval, check_confidence
 
 RESAMPLES = 5000
 Scores = Mapping[str, Sequence[float]]
@@ -90,8 +90,7 @@ def mean_difference(differences: Scores, confidence: float = 0.95) -> Interval:
         ConfigError: A confidence outside (0, 1).
     """
     samples = _checked(differences)
-    if not 0 < confidence < 1:
-        raise ConfigError(f"confidence must be between 0 and 1, got {confidence}")
+    check_confidence(confidence)
     value, n = float(np.mean([sample.mean() for sample in samples])), sum(map(len, samples))
     if any(len(sample) == 1 for sample in samples):
         return Interval(value, None, None, n, confidence)

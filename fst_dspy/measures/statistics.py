@@ -81,14 +81,23 @@ def mean_interval(values: Iterable[float], confidence: float = 0.95) -> Interval
     found = np.asarray(list(values), dtype=float)
     if not len(found) or not np.isfinite(found).all():
         raise DataError("a mean needs at least one value, and all of them finite")
-    if not 0 < confidence < 1:
-        raise ConfigError(f"confidence must be between 0 and 1, got {confidence}")
+    check_confidence(confidence)
     mean, n = float(found.mean()), len(found)
     error = _standard_error(found)
     if error is None:
         return Interval(mean, None, None, n, confidence)
     width = float(stats.t.ppf((1 + confidence) / 2, n - 1)) * error
     return Interval(mean, mean - width, mean + width, n, confidence)
+
+
+def check_confidence(confidence: float) -> None:
+    """Refuse a level that no interval has.
+
+    Raises:
+        ConfigError: It is outside (0, 1).
+    """
+    if not 0 < confidence < 1:
+        raise ConfigError(f"confidence must be between 0 and 1, got {confidence}")
 
 
 def paired_difference(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -103,6 +104,26 @@ class Renderer:
                 made.setdefault((trace.predictor, ids), dict(trace.inputs))
         keys = {id(call): (call.predictor, call.prompt_ids_T) for call in rollout.calls}
         return {call: made[key] for call, key in keys.items() if key in made}
+
+
+class Renderers:
+    """A renderer for each of a program's candidates, kept from one step to the next.
+
+    Args:
+        program, lm: As for ``Renderer``.
+    """
+
+    def __init__(self, program: dspy.Module, lm: LocalLM) -> None:
+        self._program, self._lm = program, lm
+        self._by_id: dict[str, Renderer] = {}
+
+    def of(self, candidates: Mapping[str, Candidate]) -> Mapping[str, Renderer]:
+        """By the candidates' ids; those of others are let go."""
+        self._by_id = {
+            name: self._by_id.get(name) or Renderer(self._program, candidate, self._lm)
+            for name, candidate in candidates.items()
+        }
+        return self._by_id
 
 
 class _PromptEngine(LocalEngine):

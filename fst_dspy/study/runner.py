@@ -212,8 +212,7 @@ def tune(
     folder = Path(folder)
     fixed = {name: as_plain(value) for name, value in (fixed or {}).items()}
     if space is None:
-        space = default_space()
-        space = space.without(*space.fixed_by(fixed))
+        space = default_space().beside(fixed)
     plan = StudyPlan(
         task=task,
         lm=lm,

@@ -205,6 +205,10 @@ class Space:
         }
         return sorted(given & {parameter.name for parameter in self.parameters})
 
+    def beside(self, names: Iterable[str]) -> Space:
+        """This space less the parameters that settings of these names say."""
+        return self.without(*self.fixed_by(names))
+
     def suggest(self, trial: optuna.Trial) -> dict[str, Value]:
         """Draw the settings of a trial, as ``FST`` takes them."""
         settings: dict[str, Value] = {}

@@ -114,8 +114,7 @@ class TunedFST(Teleprompter):
             raise ConfigError(f"trials must be at least 2, got {trials}; one is plain FST")
         if not 0 < tuning_share < 1:
             raise ConfigError(f"tuning_share must be between 0 and 1, got {tuning_share}")
-        space = space or default_space()
-        self.space = space.without(*space.fixed_by(options))
+        self.space = (space or default_space()).beside(options)
         self.metric, self.max_rollouts, self.trials = metric, max_rollouts, trials
         self.tuning_share, self.seed, self.track_stats = tuning_share, seed, track_stats
         self.log_dir = Path(log_dir) if log_dir is not None else None

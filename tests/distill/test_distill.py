@@ -43,6 +43,12 @@ def roll(program, lm, count=4, candidate=None):
     return runner.run(jobs, channel="slow", salt=0)
 
 
+def read(program, context, lm, rollouts):
+    """What is read of rollouts under the program's own texts."""
+    own = seed_candidate(program)
+    return ContextReader(program, context, lm).read(rollouts, {own.id: own})
+
+
 # --- the loss -------------------------------------------------------------------------------------
 
 
@@ -78,7 +84,7 @@ def test_reverse_kl_is_that_of_trl(monkeypatch):
 def test_a_call_read_under_its_own_context_has_its_own_prompt(tiny_qwen3, program):
     lm = LocalLM(str(tiny_qwen3))
     rollouts = roll(program, lm)
-    readings = ContextReader(program, seed_candidate(program), lm).read(rollouts).found
+    readings = read(program, seed_candidate(program), lm, rollouts).found
     assert len(readings) == sum(len(rollout.calls) for rollout in rollouts)
     for reading in readings:
         assert reading.teacher == reading.student
@@ -91,7 +97,7 @@ def test_a_call_read_under_another_context_has_the_prompt_of_that_program(tiny_q
     context = seed_candidate(evolved)
     asked = [rollout.calls[0].prompt_ids_T for rollout in roll(program, lm, candidate=context)]
     rollouts = roll(program, lm)
-    readings = ContextReader(program, context, lm).read(rollouts).found
+    readings = read(program, context, lm, rollouts).found
     assert [reading.teacher.prompt_ids_T for reading in readings] == asked
     for reading, rollout in zip(readings, rollouts, strict=True):
         assert reading.student.prompt_ids_T == rollout.calls[0].prompt_ids_T != asked[0]
@@ -103,7 +109,7 @@ def test_calls_that_do_not_fit_under_the_longer_prompt_are_left_out(tiny_qwen3):
     limit = lm.policy.context_length
     words = make_candidate({"say.instructions": "word " * limit})
     with pytest.raises(TrainingError, match="too long"):
-        ContextReader(program, words, lm).read(roll(program, lm, count=1))
+        read(program, words, lm, roll(program, lm, count=1))
 
 
 class Often(Echo):
@@ -121,11 +127,11 @@ class Often(Echo):
 def test_calls_whose_own_prompt_cannot_be_made_again_are_left_out_and_told(tiny_qwen3, caplog):
     lm, program = LocalLM(str(tiny_qwen3)), Often()
     evolved = with_prompt(program, "Say one thing, in early letters.")
-    reader = ContextReader(program, seed_candidate(evolved), lm)
+    context = seed_candidate(evolved)
     with pytest.raises(TrainingError, match="their prompts could not be made again"):
-        reader.read(roll(program, lm))
+        read(program, context, lm, roll(program, lm))
     program.always = evolved.always = False
-    found = reader.read(roll(program, lm))
+    found = read(program, context, lm, roll(program, lm))
     assert (len(found.found), found.untaught) == (3, {"prompt": 1})
     with dspy.context(lm=lm):
         distill = FSTDistill(vowels, track_stats=True, **{**SETTINGS, "steps_per_cycle": 4})
@@ -145,7 +151,7 @@ def test_steps_lower_the_divergence_and_leave_the_teacher_alone(tiny_qwen3, lora
     lm, program = LocalLM(str(tiny_qwen3)), Echo()
     policy = lm.policy
     context = seed_candidate(with_prompt(program, "Write many early letters and no others."))
-    readings = ContextReader(program, context, lm).read(roll(program, lm, count=6)).found
+    readings = read(program, context, lm, roll(program, lm, count=6)).found
     if lora is not None:
         policy.add_lora(lora, seed=0)
     slow = SlowConfig(learning_rate=1e-2, micro_batch_size=4)
@@ -160,7 +166,7 @@ def test_steps_lower_the_divergence_and_leave_the_teacher_alone(tiny_qwen3, lora
 
 def test_a_student_that_is_its_own_teacher_takes_no_step(tiny_qwen3):
     lm, program = LocalLM(str(tiny_qwen3)), Echo()
-    readings = ContextReader(program, seed_candidate(program), lm).read(roll(program, lm)).found
+    readings = read(program, seed_candidate(program), lm, roll(program, lm)).found
     trainer = DistillTrainer(
         lm.policy, SlowConfig(), SAMPLING, 10, 0, teacher_version=lm.policy.base_version
     )
@@ -177,7 +183,7 @@ def test_the_step_does_not_depend_on_how_it_is_cut(tiny_qwen3, monkeypatch):
         monkeypatch.setattr(distill_trainer, "CHUNK_BYTES", limit)
         lm, program = LocalLM(str(tiny_qwen3)), Echo()
         context = seed_candidate(with_prompt(program, "Another text."))
-        readings = ContextReader(program, context, lm).read(roll(program, lm, count=5)).found
+        readings = read(program, context, lm, roll(program, lm, count=5)).found
         slow = SlowConfig(micro_batch_size=size, max_grad_norm=0)
         trainer = DistillTrainer(lm.policy, slow, SAMPLING, 10, 0, lm.policy.base_version)
         caught = {}

@@ -51,25 +51,7 @@ def over_families(found: Found) -> Table:
     }
     rows = []
     for label in _shared(found):
-        against = []
-        for of in (area, test):
-            own, ours = ({f: of[f][name] for f in found} for name in (label, OURS))
-            plain, ours_plain = (
-                {f: list(by_seed.values()) for f, by_seed in each.items()} for each in (own, ours)
-            )
-            against += [_span(interquartile_mean(plain))]
-            if label == OURS:
-                against += [NONE, NONE]
-                continue
-            differences = {
-                f: [ours[f][seed] - by_seed[seed] for seed in ours[f].keys() & by_seed.keys()]
-                for f, by_seed in own.items()
-            }
-            shared = all(differences.values())
-            against += [
-                interval_text(mean_difference(differences)) if shared else NONE,
-                _span(probability_of_improvement(ours_plain, plain)),
-            ]
+        against = [cell for values in (area, test) for cell in _against(values, label)]
         runs = sum(len(by_seed[label]) for by_seed in area.values())
         means = [f"{fmean(by_seed[label].values()):.3f}" for by_seed in area.values()]
         rows.append((label, str(runs), *against, *means))
@@ -93,6 +75,23 @@ def over_families(found: Found) -> Table:
         "interval over seeds. fst better: probability that fst is above the arm on a family, "
         f"bootstrapped. {BEST_SPLIT}: on each family the split with the largest mean area.",
     )
+
+
+def _against(values: Mapping[str, Mapping[str, Mapping[int, float]]], label: str) -> list[str]:
+    """An arm's mean, what ``fst`` is above it by, and how probably; ``values`` by family, label."""
+    own, ours = ({f: by_label[name] for f, by_label in values.items()} for name in (label, OURS))
+    plain, ours_plain = (
+        {f: [*seeds.values()] for f, seeds in each.items()} for each in (own, ours)
+    )
+    mean = _span(interquartile_mean(plain))
+    if label == OURS:
+        return [mean, NONE, NONE]
+    differences = {
+        f: [ours[f][seed] - by_seed[seed] for seed in ours[f].keys() & by_seed.keys()]
+        for f, by_seed in own.items()
+    }
+    paired = interval_text(mean_difference(differences)) if all(differences.values()) else NONE
+    return [mean, paired, _span(probability_of_improvement(ours_plain, plain))]
 
 
 def against_best(found: Found) -> Table:
