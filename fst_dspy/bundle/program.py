@@ -14,6 +14,7 @@ from fst_dspy.bundle.manifest import TOOLS, Manifest, PredictorRecord, check_lm_
 from fst_dspy.errors import ProgramError, StoreError
 from fst_dspy.files import plain_json
 from fst_dspy.lm.local_lm import LocalLM
+from fst_dspy.student.modules import every_predictor
 from fst_dspy.student.tools import set_tool_texts, tool_texts
 
 _PREDICT_STATE = {"traces", "train", "demos", "signature", "lm", "fields"}
@@ -41,6 +42,9 @@ def predictor_record(predictor: dspy.Predict) -> PredictorRecord:
 def dump_state(program: dspy.Module) -> dict[str, Any]:
     """What ``program.save("x.json")`` would write, but for the language models.
 
+    And the states of the predictors that DSPy leaves out (``every_predictor``), unless the
+    program's class saves itself.
+
     Raises:
         ProgramError: The state holds what JSON cannot.
     """
@@ -50,13 +54,17 @@ def dump_state(program: dspy.Module) -> dict[str, Any]:
         else:
             states = {
                 name: _without_lm(parameter).dump_state()
-                for name, parameter in program.named_parameters()
+                for name, parameter in _parameters(program).items()
             }
             state = states["self"] if set(states) == {"self"} else states
         metadata = {"dependency_versions": get_dependency_versions()}
         return plain_json({**state, "metadata": metadata})
     except (TypeError, ValueError, RecursionError) as error:
         raise ProgramError(f"the program's state is not plain JSON: {error}") from error
+
+
+def _parameters(program: dspy.Module) -> dict[str, Any]:
+    return dict(program.named_parameters()) | every_predictor(program)
 
 
 def _saves_itself(program: dspy.Module) -> bool:
@@ -76,7 +84,7 @@ def _dump_without_lms(program: dspy.Module) -> dict[str, Any]:
     """The state by the program's own ``dump_state``, which has to find predictors without LMs."""
     bare = program.deepcopy()
     # A program that cannot be copied whole may share predictors with its copy: put the LMs back.
-    lms = [(predictor, predictor.lm) for predictor in bare.predictors()]
+    lms = [(predictor, predictor.lm) for predictor in every_predictor(bare).values()]
     try:
         for predictor, _ in lms:
             predictor.lm = None
@@ -147,19 +155,19 @@ def load_state(program: dspy.Module, manifest: Manifest, state: dict[str, Any]) 
     if not isinstance(state, dict):
         raise StoreError("program.json does not hold the state of a program")
     own = {name: value for name, value in state.items() if name != "metadata"}
-    lms = {name: predictor.lm for name, predictor in program.named_predictors()}
+    lms = {name: predictor.lm for name, predictor in every_predictor(program).items()}
     if _saves_itself(program):
         _check_predictors(program, own)
         program.load_state(own)
         _check_fields(program, manifest)
     else:
         _load_parameters(program, manifest, own)
-    for name, predictor in program.named_predictors():
+    for name, predictor in every_predictor(program).items():
         predictor.lm = lms.get(name)
 
 
 def _load_parameters(program: dspy.Module, manifest: Manifest, state: dict[str, Any]) -> None:
-    parameters = dict(program.named_parameters())
+    parameters = _parameters(program)
     if set(parameters) == {"self"}:  # a bare predictor's state is flat
         state = {"self": state}
     if set(state) != set(parameters):
@@ -174,7 +182,7 @@ def _load_parameters(program: dspy.Module, manifest: Manifest, state: dict[str, 
 
 
 def _check_fields(program: dspy.Module, manifest: Manifest) -> None:
-    predictors = dict(program.named_predictors())
+    predictors = every_predictor(program)
     if set(manifest.predictors) != set(predictors):
         raise ProgramError(
             f"the bundle's program has the predictors {sorted(manifest.predictors)}, but "
@@ -191,7 +199,7 @@ def _check_fields(program: dspy.Module, manifest: Manifest) -> None:
 
 def _check_predictors(program: dspy.Module, state: dict[str, Any]) -> None:
     """Check the states of all predictors that DSPy loads and that stand under their names."""
-    for name, predictor in program.named_predictors():
+    for name, predictor in every_predictor(program).items():
         if name in state and type(predictor).load_state is dspy.Predict.load_state:
             _check_state(name, state[name], len(predictor.signature.fields))
 
@@ -221,7 +229,7 @@ def _check_state(name: str, state: dict[str, Any], fields: int) -> None:
 def bind_lms(program: dspy.Module, manifest: Manifest, lm: LocalLM) -> None:
     """Give the predictors their LMs; those with equal settings share one, as before."""
     bound: dict[str, LocalLM] = {}
-    for name, predictor in program.named_predictors():
+    for name, predictor in every_predictor(program).items():
         settings = manifest.predictors[name].lm
         if settings is not None:
             key = json.dumps(settings, sort_keys=True)

@@ -56,6 +56,7 @@ from fst_dspy.student.candidate import (
     population_to_json,
 )
 from fst_dspy.student.identity import adapter_identity
+from fst_dspy.student.modules import every_predictor
 
 
 def save(program: dspy.Module, folder: str | os.PathLike[str]) -> Path:
@@ -77,7 +78,7 @@ def save(program: dspy.Module, folder: str | os.PathLike[str]) -> Path:
         StoreError: The folder holds something else, or cannot be written.
     """
     policy, version = _weights_of(program)
-    predictors = {name: predictor_record(p) for name, p in program.named_predictors()}
+    predictors = {name: predictor_record(p) for name, p in every_predictor(program).items()}
     state, result, tools = dump_state(program), _result_of(program), dump_tools(program)
 
     def write(path: Path) -> None:
@@ -144,7 +145,7 @@ def load(
     policy = read_weights(path, manifest, os.fspath(base) if base is not None else None, device)
     policy.keep()
     lm = LocalLM(policy, structured=_all_held(manifest))
-    following = [p for p in loaded.predictors() if p.lm is None]
+    following = [p for p in every_predictor(loaded).values() if p.lm is None]
     bind_lms(loaded, manifest, lm)
     following = [p for p in following if p.lm is not None]
     mark_compiled(loaded, lm, following, manifest.adapter)
@@ -234,7 +235,7 @@ def make_savable(program: dspy.Module, result: FSTResult | None) -> None:
 def _weights_of(program: dspy.Module) -> tuple[Policy, str]:
     if not isinstance(program, dspy.Module):
         raise ProgramError(f"a program must be a dspy.Module, got {type(program).__name__}")
-    lms = [p.lm for _, p in program.named_predictors() if isinstance(p.lm, LocalLM)]
+    lms = [p.lm for p in every_predictor(program).values() if isinstance(p.lm, LocalLM)]
     if not lms:
         raise ProgramError(
             "no predictor of the program has a LocalLM of its own, so there are no weights to "

@@ -25,6 +25,7 @@ from fst_dspy.lm.templates import check_options, thinks
 from fst_dspy.model.hardware import dtype_named
 from fst_dspy.model.policy import Policy
 from fst_dspy.student.identity import adapter_identity, shown_adapter, writes_alike
+from fst_dspy.student.modules import every_predictor
 
 logger = logging.getLogger(__name__)
 
@@ -305,7 +306,7 @@ class LocalLM(dspy.LM):
         # By name: a program that was saved is loaded over a policy of its own.
         if other.policy.name != self.policy.name:
             return False
-        own = [p.lm for p in program.predictors() if isinstance(p.lm, LocalLM)]
+        own = [p.lm for p in every_predictor(program).values() if isinstance(p.lm, LocalLM)]
         # One that was given to another LM since (``set_lm``, a later optimizer) is that one's.
         return all(lm.model == self.model for lm in own if lm.policy is self.policy)
 

@@ -28,6 +28,7 @@ from fst_dspy.rollouts.evaluate import evaluate
 from fst_dspy.rollouts.jobs import calls_of
 from fst_dspy.rollouts.runner import RolloutRunner
 from fst_dspy.student.candidate import INSTRUCTIONS, component_name, make_candidate, predictor_names
+from fst_dspy.student.modules import every_predictor
 from fst_dspy.types import Candidate, Task
 
 Weights = LocalLM | str | os.PathLike[str]
@@ -206,7 +207,7 @@ def _lm_of(weights: Weights, base: str | os.PathLike[str] | None) -> LocalLM:
 
 def _without_local_lms(program: dspy.Module) -> dspy.Module:
     bare = program.deepcopy()
-    for _, predictor in bare.named_predictors():
+    for predictor in every_predictor(bare).values():
         if isinstance(predictor.lm, LocalLM):
             predictor.lm = None
     return bare

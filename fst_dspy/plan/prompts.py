@@ -11,6 +11,7 @@ from typing import Any
 import dspy
 
 from fst_dspy.student.adapter import strict_adapter, texts_of_prompt
+from fst_dspy.student.modules import every_predictor
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +52,7 @@ def prompts_of(
     """
     adapter = strict_adapter(dspy.settings.adapter)
     lengths = []
-    predictors = program.predictors()
+    predictors = list(every_predictor(program).values())
     for predictor in predictors:
         for example in examples[:LOOKED_AT]:
             text = _rendered(adapter, predictor, dict(example.inputs()))

@@ -16,6 +16,7 @@ from helpers import RawAdapter, questions, vowels
 import fst_dspy
 from fst_dspy import FST, LocalLM
 from fst_dspy.errors import ConfigError, ProgramError, StoreError
+from fst_dspy.student.modules import every_predictor
 
 pytestmark = pytest.mark.slow
 
@@ -40,6 +41,31 @@ class Pair(dspy.Module):
         super().__init__()
         self.first = predict()
         self.second = self.first
+
+
+class Nested(dspy.Module):
+    """Predictors where DSPy does not look for them: in lists within lists, and in a plain object."""
+
+    def __init__(self):
+        super().__init__()
+        self.say = predict()
+        self.grid = {"a": [predict(), [predict()]]}
+        self.held = Holder()
+
+
+class Holder:
+    def __init__(self):
+        self.inside = predict()
+
+
+class Frozen(dspy.Module):
+    """A sub-module that was compiled before, whose predictors DSPy leaves as they are."""
+
+    def __init__(self):
+        super().__init__()
+        self.say = predict()
+        self.inner = Pair()
+        self.inner._compiled = True
 
 
 class Remembering(dspy.Module):
@@ -94,6 +120,8 @@ SHAPES = {
     "program of thought": lambda: dspy.ProgramOfThought("question -> answer"),
     "parts": Parts,
     "pair": Pair,
+    "nested": Nested,
+    "frozen": Frozen,
     "remembering": Remembering,
     "wrapped": Wrapped,
     "checked": Checked,
@@ -103,7 +131,7 @@ SHAPES = {
 def tuned(make, model):
     """A program with a text, a demo and settings of its own in every predictor."""
     program, lm = make(), LocalLM(str(model), temperature=0.0, max_tokens=8, cache=False)
-    for number, (name, predictor) in enumerate(program.named_predictors()):
+    for number, (name, predictor) in enumerate(every_predictor(program).items()):
         predictor.signature = predictor.signature.with_instructions(f"Tuned {name}.")
         predictor.demos = [dspy.Example(question=f"q {name}", answer="a")]
         predictor.lm = lm.copy(max_tokens=8 + number)
@@ -115,7 +143,7 @@ def tuned(make, model):
 def texts(program):
     return {
         name: (p.signature.instructions, [dict(d) for d in p.demos], p.lm.model, p.lm.kwargs)
-        for name, p in program.named_predictors()
+        for name, p in every_predictor(program).items()
     }
 
 
