@@ -30,8 +30,6 @@ from fst_dspy.student.candidate import example_id
 from fst_dspy.student.metric import Score, ask_about_predictor, call_metric
 from fst_dspy.types import Call, Failure, FailureKind, Rollout
 
-logger = logging.getLogger(__name__)
-
 TOLD = "fst_told"
 """The DSPy setting that holds from where DSPy has warned in the rollouts of a run."""
 SHOWN = 80
@@ -72,6 +70,7 @@ class RolloutThread:
     Attributes:
         done: Set once it has ended.
         error: What the program or the metric raised, if it ended by that.
+        unasked: What the metric raised when it was asked about a predictor, if it did.
         interrupt: What ends the whole run, if the program or metric raised it: Ctrl-C.
     """
 
@@ -91,6 +90,7 @@ class RolloutThread:
         self.done = threading.Event()
         self.interrupt: KeyboardInterrupt | None = None
         self.error: BaseException | None = None
+        self.unasked: Exception | None = None
         self.time = OwnTime()
         self._given_up = False
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -234,7 +234,7 @@ class RolloutThread:
     def _ask(self, prediction: Any, score: Score) -> dict[str, str]:
         """What the metric says of each predictor that ran, by its last call (dspy.GEPA's protocol).
 
-        The scores it gives with that are not used: the reward is the rollout's.
+        What it raises there costs the hint alone: the rollout has its reward.
         """
         trace = [
             (self.predictors[run.predictor], run.inputs, run.prediction)
@@ -248,11 +248,11 @@ class RolloutThread:
                 continue
             try:
                 asked = (self.setting.metric, self.job.example, prediction)
-                feedback = ask_about_predictor(*asked, trace, name, own[-1:]).feedback
-            except Exception as error:  # the rollout has its reward; only the hint is lost
-                logger.debug("the metric raised %s about predictor %s", error, name)
+                feedback = ask_about_predictor(*asked, trace, name, own[-1:])
+            except Exception as error:
+                self.unasked = error
                 continue
-            if feedback and feedback != score.feedback:
+            if feedback is not None and feedback != score.feedback:
                 said[name] = feedback
         return said
 

@@ -52,6 +52,10 @@ WATCHES = 20
 
 WAKE_SECONDS = 0.1
 """How often event loops are woken while nothing runs, at most."""
+UNASKED = (
+    "the metric failed when it was asked about a predictor (pred_name, pred_trace), which gets the "
+    "feedback on the whole program instead"
+)
 
 
 class RolloutRunner:
@@ -105,7 +109,7 @@ class RolloutRunner:
         self.lowest_score = sampling.failure_score
         self.early_batches = 0
         self.turns = TurnCounts()
-        self._shown: set[str] = set()  # kinds of failure whose traceback was logged
+        self._shown: set[str] = set()  # what has failed with a traceback that was logged
         self._lms = RolloutLMs(program, lm, sampling)
         self._settings = {
             "lm": self._lms.of(self._lms.settings_lm),
@@ -214,12 +218,14 @@ class RolloutRunner:
     ) -> None:
         """Log the traceback of the first failure of each kind: the message alone names no line."""
         for run, rollout in zip(runs, rollouts, strict=True):
-            if run.error is None or rollout.failure is None:
-                continue
-            kind = rollout.failure.kind
-            if kind not in self._shown:
-                self._shown.add(kind)
-                logger.warning("a rollout failed (%s)", kind, exc_info=run.error)
+            if rollout.failure is not None:
+                self._show(f"a rollout failed ({rollout.failure.kind})", run.error)
+            self._show(UNASKED, run.unasked)
+
+    def _show(self, what: str, error: BaseException | None) -> None:
+        if error is not None and what not in self._shown:
+            self._shown.add(what)
+            logger.warning(what, exc_info=error)
 
     def _watch(self, runs: Sequence[RolloutThread], scheduler: Scheduler) -> None:
         """Wait for the rollouts to end; end those that are stuck, and all if the engine fails."""

@@ -91,8 +91,10 @@ def ask_about_predictor(
     trace: list[Any],
     pred_name: str,
     pred_trace: list[Any],
-) -> Score:
+) -> str | None:
     """What a metric says of one predictor's part in a prediction (dspy.GEPA's protocol).
+
+    The score that it gives with that is checked, and not used.
 
     Args:
         metric: One that ``gives_predictor_feedback``.
@@ -100,10 +102,16 @@ def ask_about_predictor(
         trace, pred_trace: The program's and the predictor's calls: (predictor, inputs, outputs).
         pred_name: The predictor's name.
 
+    Returns:
+        Its feedback, which may be empty where there is nothing to say; ``None`` where it gave none.
+
     Raises:
         MetricError: As ``call_metric``.
     """
-    return read_score(metric(own_copy(gold), own_copy(pred), trace, pred_name, pred_trace))
+    result = metric(own_copy(gold), own_copy(pred), trace, pred_name, pred_trace)
+    score = read_score(result)
+    says = isinstance(result, dspy.Prediction | dict) and result.get("feedback", None) is not None
+    return score.feedback if says else None
 
 
 def gives_predictor_feedback(metric: Callable[..., Any]) -> bool:

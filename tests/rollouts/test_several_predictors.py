@@ -134,12 +134,40 @@ def test_it_is_not_asked_where_nothing_would_come_of_it(
     assert ASKED == [] and all(not r.feedback_by_predictor for r in rollouts)
 
 
-def test_a_metric_that_fails_on_a_predictor_costs_only_the_hint(tiny_qwen3):
+def test_a_metric_that_fails_on_a_predictor_costs_only_the_hint(tiny_qwen3, caplog):
     def fragile(gold, pred, trace=None, pred_name=None, pred_trace=None):
         if pred_name:
             raise KeyError(pred_name)
         return 0.5
 
-    rollouts, _ = rollouts_of(runner_of(tiny_qwen3, Twice(), fragile, predictor_feedback=True))
+    runner = runner_of(tiny_qwen3, Twice(), fragile, predictor_feedback=True)
+    rollouts = [*rollouts_of(runner)[0], *rollouts_of(runner)[0]]
     assert any(r.failure is None for r in rollouts)
     assert all(r.reward == 0.5 and not r.feedback_by_predictor for r in rollouts if not r.failure)
+    (told,) = [r for r in caplog.records if "asked about a predictor" in r.message]
+    assert told.exc_info[0] is KeyError, "once, with its cause"
+
+
+@pytest.mark.parametrize(
+    ("answer", "heard"),
+    [
+        (dspy.Prediction(score=0.5, feedback=""), ""),
+        ({"score": 0.5, "feedback": ""}, ""),
+        (dspy.Prediction(score=0.5), "Overall."),
+        (dspy.Prediction(score=0.5, feedback=None), "Overall."),
+        (0.5, "Overall."),
+    ],
+)
+def test_a_metric_may_have_nothing_to_say_of_a_predictor(tiny_qwen3, answer, heard):
+    """An empty feedback is its answer; where it gives none, that on the whole program stands."""
+
+    def about_second(gold, pred, trace=None, pred_name=None, pred_trace=None):
+        return dspy.Prediction(score=0.5, feedback="Overall.") if pred_name is None else answer
+
+    runner = runner_of(tiny_qwen3, Twice(), about_second, predictor_feedback=True)
+    rollouts, jobs = rollouts_of(runner)
+    fine = [(r, j) for r, j in zip(rollouts, jobs, strict=True) if r.failure is None]
+    assert fine
+    for rollout, job in fine:
+        pair = [Trajectory(job.example, rollout)]
+        assert make_records("first.instructions", pair)[0]["Feedback"] == heard
