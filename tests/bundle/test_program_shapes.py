@@ -44,7 +44,7 @@ class Pair(dspy.Module):
 
 
 class Nested(dspy.Module):
-    """Predictors where DSPy does not look for them: in lists within lists, and in a plain object."""
+    """Predictors where DSPy does not look for them: in lists in lists, and in a plain object."""
 
     def __init__(self):
         super().__init__()
