@@ -262,7 +262,7 @@ class SlowConfig:
             (``fst_dspy.slow.learning_rate``).
         lr_scheduler_type: One of transformers' schedules that need no settings of their own. One
             that decays spans ``max_cycles`` cycles, and so needs ``max_cycles``.
-        warmup_steps: Optimizer steps of linear warm-up.
+        warmup_steps: Optimizer steps of linear warm-up, with every schedule.
         max_grad_norm: Gradient clipping; 0 switches it off.
         weight_decay: AdamW's weight decay.
         loss_type: TRL's name of the loss, one over tokens; the paper uses ``"cispo"``.
@@ -551,6 +551,27 @@ def settings_of_arm(arm: str, settings: Mapping[str, Any]) -> dict[str, Any]:
     if "rollouts_per_candidate" in settings:
         settings = _derive(dict(settings))
     return {**settings, "population_size": 1}
+
+
+def without_effect(config: FSTConfig, given: Iterable[str]) -> list[str]:
+    """What to tell of settings that were given, and that other settings leave without effect."""
+    needed = {
+        "distillation_weight": (config.slow.slow_signal == "both", "slow_signal='both'"),
+        "teacher_update_rate": (
+            config.slow.slow_signal != "reward",
+            "slow_signal='feedback' or 'both'",
+        ),
+        "discount": (config.slow.credit == "turn", "credit='turn'"),
+        "epsilon": (
+            config.slow.loss_type not in ("cispo", "sapo", "vespo"),
+            "a loss_type that clips both ways, such as 'dapo'",
+        ),
+    }
+    return [
+        f"{name} has no effect without {what}"
+        for name, (has_effect, what) in needed.items()
+        if name in given and not has_effect
+    ]
 
 
 def check_setting(name: str, value: Any) -> None:

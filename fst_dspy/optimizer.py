@@ -43,6 +43,7 @@ Example::
 
 from __future__ import annotations
 
+import logging
 import operator
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -55,7 +56,7 @@ from gepa.core.adapter import ProposalFn
 from gepa.utils import StopperProtocol
 
 from fst_dspy.bundle.saving import make_savable
-from fst_dspy.config import Auto, FSTConfig, settings_of_arm
+from fst_dspy.config import Auto, FSTConfig, settings_of_arm, without_effect
 from fst_dspy.display import on_a_screen
 from fst_dspy.errors import ConfigError
 from fst_dspy.fast.gepa.plugins import read_plugins
@@ -76,6 +77,8 @@ from fst_dspy.settings_help import settings_text
 from fst_dspy.student.candidate import bind
 from fst_dspy.student.seeds import read_seeds
 from fst_dspy.types import Arm
+
+logger = logging.getLogger(__name__)
 
 
 class FST(Teleprompter):
@@ -156,6 +159,8 @@ class FST(Teleprompter):
         self.metric = metric
         self.reflection_lm, self.strategies = plugins.reflection_lm, plugins.strategies
         self.config = FSTConfig.make(auto, **plugins.settings)
+        for text in without_effect(self.config, plugins.settings):
+            logger.warning(text)
         self.arm: Arm = arm
         self.seed = _read_seed(seed)
         self.log_dir = Path(log_dir) if log_dir is not None else None

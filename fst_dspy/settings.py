@@ -120,7 +120,7 @@ class Settings(TypedDict, total=False):
     """Default 'constant'. One of transformers' schedules that need no settings of their own. One
     that decays spans ``max_cycles`` cycles, and so needs ``max_cycles``."""
     warmup_steps: int
-    """Default 0. Optimizer steps of linear warm-up."""
+    """Default 0. Optimizer steps of linear warm-up, with every schedule."""
     max_grad_norm: float
     """Default 1.0. Gradient clipping; 0 switches it off."""
     weight_decay: float

@@ -29,6 +29,24 @@ def test_flat_settings_reach_their_part():
     assert config.sampling.val_size == 7
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "needed"),
+    [
+        ("distillation_weight", 0.3, {"slow_signal": "both"}),
+        ("teacher_update_rate", 0.05, {"slow_signal": "feedback"}),
+        ("discount", 0.9, {"credit": "turn"}),
+        ("epsilon", 0.1, {"loss_type": "dapo"}),
+    ],
+)
+def test_a_setting_that_others_leave_without_effect_is_told(name, value, needed, caplog):
+    FST(vowels, **{name: value})
+    assert f"{name} has no effect" in caplog.text and next(iter(needed)) in caplog.text
+    caplog.clear()
+    FST(vowels, **{name: value}, **needed)
+    FST(vowels)
+    assert not caplog.records
+
+
 def test_light_is_the_default_budget_and_names_win_over_a_preset():
     assert FSTConfig.make().budget.max_cycles == AUTO["light"]["max_cycles"]
     assert FSTConfig.make("heavy", max_cycles=3).budget.max_cycles == 3

@@ -421,8 +421,10 @@ class Run:
         self.parts.trackers.cycle(record, state.population)
         try:
             self.parts.progress.cycle_done(record)
-        except StopRun:
+        except StopRun as error:
             stop = True
+            if said := str(error):
+                logger.info("the run ends: %s", said)
         return distributed.any_process(stop)
 
     @property

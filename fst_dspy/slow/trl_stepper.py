@@ -418,11 +418,14 @@ def _trl_config(
     folder: str,
 ) -> GRPOConfig:
     cuda = device.type == "cuda"
+    schedule = slow.lr_scheduler_type
+    if schedule == "constant" and slow.warmup_steps:  # which transformers would leave out
+        schedule = "constant_with_warmup"
     args = GRPOConfig(
         output_dir=folder,
         max_steps=total_steps,
         learning_rate=slow.learning_rate,
-        lr_scheduler_type=slow.lr_scheduler_type,
+        lr_scheduler_type=schedule,
         warmup_steps=slow.warmup_steps,
         max_grad_norm=slow.max_grad_norm,
         weight_decay=slow.weight_decay,

@@ -501,6 +501,14 @@ def test_the_schedule_does_not_remember_a_short_step(tiny_qwen3):
     assert trainer.advance(rows_for(1)).learning_rate == 1e-3
 
 
+@pytest.mark.parametrize("schedule", ["constant", "constant_with_warmup"])
+def test_a_constant_rate_is_warmed_up_where_that_is_asked_for(schedule, tiny_qwen3):
+    slow = SlowConfig(learning_rate=1e-3, lr_scheduler_type=schedule, warmup_steps=2)
+    _, trainer = make(tiny_qwen3, slow)
+    rates = [trainer.advance(rows_for(number)).learning_rate for number in range(4)]
+    assert rates == pytest.approx([0, 5e-4, 1e-3, 1e-3])
+
+
 def test_the_learning_rate_goes_by_the_models_size(tiny_qwen3):
     rate = default_learning_rate
     for size in (0, 947_200, 2_000_000):
