@@ -3,11 +3,11 @@
     python benchmarks/quality/families.py --workers 2
     python benchmarks/quality/families.py --draw-only
 
-A family has six stores below ``runs/families``: ``FAMILY-rl`` for ``fst`` and tuned ``rl_only``,
+A family has seven stores below ``runs/families``: ``FAMILY-rl`` for ``fst`` and tuned ``rl_only``,
 with what they forget; ``FAMILY-others``, ``FAMILY-rivals`` and ``FAMILY-apart`` for the other arms;
-``FAMILY-untuned`` for ``rl_only`` at the defaults, where tuning chose other settings; and
-``FAMILY-long`` for ``rl_only`` on five times the budget, at the settings that the first store's
-study found, on three of the seeds. All families' first stores come first.
+``FAMILY-untuned`` for ``rl_only`` at the defaults, and ``FAMILY-same`` for ``fst`` at the settings
+that ``rl_only`` was tuned to, where tuning chose others; and ``FAMILY-long`` for ``rl_only`` at
+these on five times the budget, on three of the seeds. All families' first stores come first.
 Started again, what has run is not run again. The tables go to ``benchmarks/results/families``, in
 folders of the same names, each with its jobs in one file (``jobs.jsonl``), so that another machine
 runs only what is missing; beside them the figures, ``against.md``, which sets ``fst`` against every
@@ -83,9 +83,9 @@ FAMILIES = {
 }
 ORDINARY = ("triage", "star_graph", "multihop", "list_program")
 """What others forget is measured on these."""
-RL, UNTUNED, LONG = "rl", "untuned", "long"
+RL, UNTUNED, SAME, LONG = "rl", "untuned", "same", "long"
 LONGER, LONG_SEEDS = 5, 3
-LABELS = {UNTUNED: "rl_only-untuned", LONG: f"rl_only-{LONGER}x"}
+LABELS = {UNTUNED: "rl_only-untuned", SAME: "fst-as-rl", LONG: f"rl_only-{LONGER}x"}
 """What the runs of a store are shown as, where its arms have the names of another store's."""
 MARKED = 40
 """Most points of a curve that are marked one by one."""
@@ -94,6 +94,7 @@ STORES_OF = {
     "others": "gepa_only,sequential",
     "rivals": "sequential_10,sequential_25,sequential_75,sdpo,fst_both,fst_blind",
     UNTUNED: "rl_only",
+    SAME: "fst",
     "apart": "sequential_reverse,fst_distill",
     LONG: "rl_only",
 }
@@ -109,6 +110,7 @@ COLOURS = {
     "sequential": "C4",
     "sequential_reverse": "C8",
     "fst_distill": "C5",
+    LABELS[SAME]: "C2",
     "reuse=off": "C1",
     "demos=on": "C2",
 }
@@ -133,14 +135,14 @@ def main(
             unpack(results / store.name / JOBS, store)
         if draw_only and not store.exists():
             continue
-        chosen = tuned(out / f"{family}-{RL}", settings) if kind in (UNTUNED, LONG) else {}
-        if kind == UNTUNED and not chosen:
+        chosen = tuned(out / f"{family}-{RL}", settings) if kind in LABELS else {}
+        if kind in (UNTUNED, SAME) and not chosen:
             continue
         plan = Plan(
             own.program,
             rollouts=own.rollouts * (LONGER if kind == LONG else 1),
             seeds=min(seeds, LONG_SEEDS) if kind == LONG else seeds,
-            settings=settings | (chosen if kind == LONG else {}),
+            settings=settings | (chosen if kind in (SAME, LONG) else {}),
             test_size=TEST_SIZE,
             forget_on=tuple(
                 name

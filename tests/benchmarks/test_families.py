@@ -24,7 +24,7 @@ def test_a_family_runs_once_and_is_drawn_from_its_packed_jobs(
 
     def call(out: str, *, draw_only: bool = False) -> list[str]:
         families.main(
-            "triage", "rl,untuned", 1, 1, 1, draw_only, out=tmp_path / out, results=results
+            "triage", "rl,untuned,same", 1, 1, 1, draw_only, out=tmp_path / out, results=results
         )
         (store,) = (tmp_path / out).iterdir()  # one trial has the defaults: they are tuned to
         assert store.name == "triage-rl"
