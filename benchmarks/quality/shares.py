@@ -5,9 +5,11 @@
 Simulated: a task is a score by how far prompts and weights are, and what a cycle of each adds.
 Validation draws one reward of 0 or 1 for each of 48 examples, from hard to easy. The rule
 (``fst_dspy.loop.share``) sees nothing else, but for the candidates that trials accept: 4 in 10 of
-equals, more of better ones. Rollouts are those of the defaults. Beside it the same tasks without
-the rule: an opening of prompts, then both in every cycle. The table goes to
-``benchmarks/results/shares.md``. It takes some 20 seconds.
+equals, more of better ones. Its opening is interrupted by a validation once an iteration's child
+does better than the parent on their minibatch by more than chance. Rollouts are those of the
+defaults. Beside it the same tasks without the rule: an opening of prompts, then both in every
+cycle. The table goes to
+``benchmarks/results/shares.md``. It takes half a minute.
 """
 
 from __future__ import annotations
@@ -19,16 +21,22 @@ from pathlib import Path
 import numpy as np
 from scipy.stats import norm
 
+from fst_dspy.fast import decide
+from fst_dspy.fast.population import blocks_of
 from fst_dspy.loop.share import Evidence, Share, next_share
 from fst_dspy.measures.curves import area_under_curve
 
 RESULTS = Path(__file__).parent.parent / "results" / "shares.md"
-BUDGET, RUNS = 6000, 40
+BUDGET, RUNS = 6000, 150
 EXAMPLES = 48
-OPENING, ALONE, STEPS, VALIDATION = 192, 96, 384, 48
-"""Rollouts of the first phase, of a later one alone, of a cycle's steps, of validation."""
+OPENING, MINIBATCH = 8, 12
+"""Iterations of the first phase, and of each the examples that parent and child are tried on."""
+ALONE, STEPS, VALIDATION = 96, 384, 48
+"""Rollouts of a later phase of prompts alone, of a cycle's steps, of validation."""
 FOUND, TRIALS = 0.4, 0.2
 """What a phase of prompts alone adds, as a share of what is left to find, and a cycle's trials."""
+FOUND_FIRST = 2 * FOUND
+"""What the whole of the first phase adds, each of its iterations the same share."""
 
 
 @dataclass(frozen=True)
@@ -76,15 +84,18 @@ def simulate(world: World, seed: int, *, rule: bool, budget: int = BUDGET) -> Ra
     rng = np.random.default_rng(seed)
     hard_V = rng.normal(0, 1.5, EXAMPLES)
     prompts = weights = 0.0
-    rollouts, share, ran = 0, Share(True, False), Ran()
+    rollouts, share, ran, left = 0, Share(True, False), Ran(), OPENING
     history: list[Evidence] = []
     while True:
         score, accepted, name = world.score(prompts, weights), 0, share.name if ran.x else ""
         if ran.x:
-            steps, first = share.weights, len(ran.x) == 1
-            rollouts += STEPS if steps else OPENING if first else ALONE
+            steps, before = share.weights, left
+            if left:
+                found, left = opening(world, prompts, weights, left, rng, interrupts=rule)
+            else:
+                found = TRIALS if steps else FOUND
+            rollouts += 2 * MINIBATCH * (before - left) or (STEPS if steps else ALONE)
             if share.prompts:
-                found = TRIALS if steps else FOUND + FOUND * first
                 better = max(0.0, (world.top(weights) - prompts) * found)
                 gain = world.score(prompts + better, weights) - score
                 accepted = int(rng.binomial(2, norm.cdf(gain / 2 / 0.1 - 0.25)))
@@ -97,14 +108,44 @@ def simulate(world: World, seed: int, *, rule: bool, budget: int = BUDGET) -> Ra
         history.append(Evidence(name, drawn_V, accepted, rollouts))
         ran = replace(ran, x=(*ran.x, rollouts), y=(*ran.y, score), shares=(*ran.shares, name))
         if rule:
-            decision = next_share(history, share, turns=True, perfect_score=1.0)
+            decision = next_share(
+                history, share, turns=True, perfect_score=1.0, interrupted=bool(name and left)
+            )
             if decision.over:
                 return replace(ran, ended=decision.words)
             share = decision.share
+            left *= share.name == "prompts"
         elif name:
             share = Share(True, True)
         if rollouts >= budget:
             return ran
+
+
+def opening(
+    world: World,
+    prompts: float,
+    weights: float,
+    left: int,
+    rng: np.random.Generator,
+    *,
+    interrupts: bool,
+) -> tuple[float, int]:
+    """The first phase, or the rest of it: the share of what is left that it finds.
+
+    Returns:
+        That share, and the iterations that are left where a child was proven to be better.
+    """
+    each = 1 - (1 - FOUND_FIRST) ** (1 / OPENING)
+    parent = world.score(prompts, weights)
+    for number in range(1, left + 1):
+        found = 1 - (1 - each) ** number
+        child = world.score(prompts + max(0.0, (world.top(weights) - prompts) * found), weights)
+        theirs, own = (rng.random(MINIBATCH) < score for score in (parent, child))
+        proven = decide.better(blocks_of(tuple(map(float, own)), tuple(map(float, theirs))))
+        if interrupts and proven and number < left:
+            return found, left - number
+        parent = child
+    return found, 0
 
 
 def _by_example(score: float, hard_V: np.ndarray) -> np.ndarray:
