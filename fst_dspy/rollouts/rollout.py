@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import inspect
 import logging
 import threading
 from collections.abc import Callable, Mapping
@@ -210,7 +211,7 @@ class RolloutThread:
             kind = type(program)  # asking the instance for forward makes DSPy warn
             if hasattr(kind, "aforward") and not hasattr(kind, "forward"):
                 return asyncio.run(self._acall(program, inputs))
-            return program(**inputs)
+            return _that_ran(program(**inputs))
 
     async def _acall(self, program: dspy.Module, inputs: Mapping[str, Any]) -> Any:
         self._loop = asyncio.get_running_loop()
@@ -309,6 +310,20 @@ class RolloutThread:
             objective_scores=score.objectives,
             turns=tuple(self.session.turns),
         )
+
+
+def _that_ran(returned: Any) -> Any:
+    """What a program returned, unless that is code of which nothing has run."""
+    if inspect.isawaitable(returned):
+        if inspect.iscoroutine(returned):
+            returned.close()
+        raise TypeError("forward returned something to be awaited: name an async forward aforward")
+    if inspect.isgenerator(returned) or inspect.isasyncgen(returned):
+        raise TypeError(
+            "forward is a generator (it has a yield), of which nothing runs until it is read: "
+            "return a dspy.Prediction, and stream with dspy.streamify"
+        )
+    return returned
 
 
 def _first_line(text: str) -> str:

@@ -64,6 +64,24 @@ def test_a_predictor_that_is_never_given_its_inputs_ends_the_run(tiny_qwen3):
         fst.compile(dspy.Predict("question -> answer"), trainset=renamed)
 
 
+class Yields(Echo):
+    def forward(self, question):
+        yield self.say(question=question)
+
+
+class Async(Echo):
+    async def forward(self, question):
+        return self.say(question=question)
+
+
+@pytest.mark.parametrize(
+    ("program", "told"), [(Yields, "forward is a generator"), (Async, "an async forward aforward")]
+)
+def test_a_forward_of_which_nothing_runs_is_told_as_that(program, told, tiny_qwen3):
+    with pytest.raises(ProgramError, match=told):
+        compiled(tiny_qwen3, program=program())
+
+
 def test_what_is_told_has_share_cause_and_advice():
     tally = Tally().plus(
         [rollout("parse", "no 'queue'\nin it")] * 9 + [rollout(reward=1.0)], learned_from=True
