@@ -52,6 +52,12 @@ def troubles(parts: Parts, records: Sequence[CycleRecord]) -> list[str]:
             "each other (where they are not solved: mix easier and harder problems, or give "
             "partial credit in the metric)"
         )
+    by_turn = parts.config.slow.credit == "turn" and parts.learner is not None
+    if record.cycle == 0 and by_turn and not record.turns.turns:
+        texts.append(
+            "credit='turn' has no effect: no rollout of the first validation had turns of an "
+            "environment (fst_dspy.env)"
+        )
     return texts
 
 

@@ -82,6 +82,12 @@ def test_a_forward_of_which_nothing_runs_is_told_as_that(program, told, tiny_qwe
         compiled(tiny_qwen3, program=program())
 
 
+def test_credit_by_turns_without_turns_is_told(tiny_qwen3, caplog):
+    compiled(tiny_qwen3, arm="rl_only", max_cycles=1, steps_per_cycle=1, credit="turn")
+    (told,) = [r.message for r in caplog.records if "credit='turn'" in r.message]
+    assert "no effect" in told
+
+
 def test_what_is_told_has_share_cause_and_advice():
     tally = Tally().plus(
         [rollout("parse", "no 'queue'\nin it")] * 9 + [rollout(reward=1.0)], learned_from=True
