@@ -7,7 +7,8 @@ channel anything to compare. What helps is tried in the order of what it costs, 
    on where many answers cannot be read, whatever the rewards, and left off again where that does
    not help.
 2. *Labelled demos* cost prompt tokens: training examples, shown in a candidate beside the student's
-   own texts, as ``dspy.LabeledFewShot`` does.
+   own texts, as ``dspy.LabeledFewShot`` does. They are kept where they do better by more than
+   chance (``decide.LEVEL``): whatever is learned from then on is learned under them.
 3. *What the adapter could not read*, as feedback: whoever proposes instructions then reads what was
    wrong, and what had been asked for.
 
@@ -20,10 +21,12 @@ import logging
 from dataclasses import replace
 from functools import partial
 
+from fst_dspy.fast.decide import better
+from fst_dspy.fast.population import blocks_of, mean
 from fst_dspy.fast.proposers.demos import DemoProposer
 from fst_dspy.loop.parts import Parts, count_tokens
 from fst_dspy.loop.state import LoopState
-from fst_dspy.loop.validation import Validation, score
+from fst_dspy.loop.validation import Validation, score, scored_now, with_better
 from fst_dspy.rollouts.health import Tally, told_failures, unread_share
 from fst_dspy.student.candidate import (
     DEMOS,
@@ -90,27 +93,30 @@ def _held(parts: Parts, state: LoopState, found: Validation) -> tuple[LoopState,
 
 
 def _shown(parts: Parts, state: LoopState, found: Validation) -> tuple[LoopState, Validation]:
-    """A candidate with labelled demos beside the student's own."""
+    """A candidate with labelled demos beside the student's own, where it does better."""
     candidate, tally = _with_labels(parts), parts.runner.tally
     if candidate is None:
         return state, found
-    population = replace(state.population, candidates=(*state.population.candidates, candidate))
-    shown = _again(parts, replace(state, population=population))
-    failed = Tally().plus(shown.latest, learned_from=False)
+    parts.runner.tally = Tally()  # the record is of the validation that stands
+    shown = scored_now(parts, [candidate])
+    (rollouts,), (score_V,) = shown.rollouts_K, shown.score_K_V
+    failed = Tally().plus(rollouts, learned_from=False)
     if sum(failed.failures.values()) > sum(r.failure is not None for r in found.rollouts):
         parts.runner.tally = tally
         first = next(iter(failed.messages.values()))
         text = f"labelled demos made answers fail, and were left out (cold_start_demos): {first}"
         return _told(state, text), found
-    reward = found.val_score
     demos = sum(
         len(decode_demos(text)) for name, text in candidate.components.items() if DEMOS in name
     )
-    text = (
-        f"every answer had the reward {reward:g}: a candidate with {demos} labelled demos was "
-        f"added (cold_start_demos); the better of both has {shown.val_score:.3f}"
-    )
-    return _told(replace(state, population=population), text), shown
+    text = f"every answer had the reward {found.val_score:g}, and with {demos} labelled demos "
+    text += f"(cold_start_demos) the mean is {mean(score_V):.3f}"
+    if not better(blocks_of(score_V, found.score_V)):
+        parts.runner.tally = tally
+        return _told(state, f"{text}, no more than by chance: they were left out"), found
+    found = with_better(parts, found, candidate, shown)
+    state = replace(state, population=found.population)
+    return _told(state, f"{text}: a candidate with them was added"), found
 
 
 def _with_labels(parts: Parts) -> Candidate | None:

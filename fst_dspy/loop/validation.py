@@ -37,7 +37,6 @@ class Validation:
         score_V, val_score: Of the best candidate, by example and their mean.
         kl_to_base: Of the weights, on the best candidate's calls, nats a token.
         rollouts: Of the best candidate, where it was scored just now.
-        latest: Of the last candidate, likewise.
         format_share: See ``CycleRecord.format_share``.
     """
 
@@ -46,7 +45,6 @@ class Validation:
     val_score: float
     kl_to_base: float
     rollouts: tuple[Rollout, ...] = ()
-    latest: tuple[Rollout, ...] = ()
     format_share: float | None = None
 
 
@@ -71,15 +69,10 @@ def score(parts: Parts, state: LoopState) -> Validation:
         score_V = state.evidence[-1].score_V
         return Validation(population, score_V, mean(score_V), kl, format_share=kept)
     candidates = (population.candidates[best_k],) if best_only else population.candidates
-    channel: Channel = "fast" if parts.fast_on and not parts.fast.reuses else "eval"
     if best_only:
-        scored = _until_clear(parts, candidates[0], state.peak_V, channel, step)
+        scored = _until_clear(parts, candidates[0], state.peak_V, _channel(parts), step)
     else:
-        samples = parts.config.sampling.val_samples
-        scored = evaluate(
-            parts.runner, candidates, parts.valset, channel=channel, salt=step, samples=samples
-        )
-    if not best_only:
+        scored = scored_now(parts, candidates)
         population = replace(
             population,
             score_K_V=scored.score_K_V,
@@ -91,12 +84,51 @@ def score(parts: Parts, state: LoopState) -> Validation:
         check_first_rollouts(scored.rollouts_K[k], parts.runner.program)
         if parts.fast_on and parts.config.fast.frontier_type != "instance":
             check_objectives(scored.rollouts_K[k], parts.config.fast.frontier_type)
-    if step > 0 or parts.lm.version != parts.policy.base_version:
-        calls = spread_calls(scored.rollouts_K[k], KL_TOKENS, parts.spec.seed)
-        kl = kl_to_base(parts.policy, calls)
-    own, latest = tuple(scored.rollouts_K[k]), tuple(scored.rollouts_K[-1])
-    kept = format_share(parts.policy, spread_calls(own, FORMAT_TOKENS, parts.spec.seed))
-    return Validation(population, scored.score_K_V[k], scored.mean_K[k], kl, own, latest, kept)
+    return _measured(parts, population, scored, k)
+
+
+def scored_now(parts: Parts, candidates: Sequence[Candidate]) -> Evaluation:
+    """Some candidates scored on the validation examples, under the weights as they are."""
+    return evaluate(
+        parts.runner,
+        candidates,
+        parts.valset,
+        channel=_channel(parts),
+        salt=parts.policy.step,
+        samples=parts.config.sampling.val_samples,
+    )
+
+
+def with_better(
+    parts: Parts, found: Validation, candidate: Candidate, own: Evaluation
+) -> Validation:
+    """A validation with one more candidate, which was scored by itself and is the best.
+
+    Args:
+        own: Its scores alone.
+    """
+    before = found.population
+    population = replace(
+        before,
+        candidates=(*before.candidates, candidate),
+        score_K_V=(*before.score_K_V, *own.score_K_V),
+        objective_K_V=(*before.objective_K_V, *own.objective_K_V),
+    )
+    return _measured(parts, population, own, 0)
+
+
+def _channel(parts: Parts) -> Channel:
+    return "fast" if parts.fast_on and not parts.fast.reuses else "eval"
+
+
+def _measured(parts: Parts, population: Population, scored: Evaluation, k: int) -> Validation:
+    """A validation by its best candidate, the ``k``-th of those that were scored."""
+    policy, seed, own_V = parts.policy, parts.spec.seed, tuple(scored.rollouts_K[k])
+    kl = 0.0
+    if policy.step > 0 or parts.lm.version != policy.base_version:
+        kl = kl_to_base(policy, spread_calls(own_V, KL_TOKENS, seed))
+    share = format_share(policy, spread_calls(own_V, FORMAT_TOKENS, seed))
+    return Validation(population, scored.score_K_V[k], scored.mean_K[k], kl, own_V, share)
 
 
 def is_scored(parts: Parts, state: LoopState, population: Population) -> bool:

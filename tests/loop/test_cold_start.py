@@ -39,11 +39,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_long_model(tmp_path_factory.mktemp("cold") / "tiny-long")
 
 
-def compile_router(folder: Path, metric: Any = right_desk, **settings: Any) -> Any:
+def compile_router(
+    folder: Path,
+    metric: Any = right_desk,
+    program: type[dspy.Module] = Router,
+    val: int = 4,
+    **settings: Any,
+) -> Any:
     lm = LocalLM(str(folder))
     with dspy.context(lm=lm):
         compiled = FST(metric, seed=0, track_stats=True, **{**SETTINGS, **settings}).compile(
-            Router(), trainset=tickets(8), valset=tickets(4, 8)
+            program(), trainset=tickets(8), valset=tickets(val, 8)
         )
     return compiled, compiled.detailed_results
 
@@ -109,33 +115,48 @@ def test_it_can_be_switched_off_and_on(folder: Path) -> None:
         FST(right_desk, structured="always")
 
 
-def test_where_all_rewards_are_equal_labels_are_shown_and_errors_told(folder: Path) -> None:
+class Counting(Router):
+    """It says how many demos it was shown."""
+
+    def forward(self, ticket: str) -> dspy.Prediction:
+        return dspy.Prediction(desk=super().forward(ticket).desk, demos=len(self.route.demos))
+
+
+def with_demos(gold, pred, trace=None, pred_name=None, pred_trace=None) -> float:
+    """What the demos alone decide."""
+    return 50.0 + 10 * (pred.demos > 0)
+
+
+SHOWN: dict[str, Any] = {
+    "structured": True, "on_no_signal": "warn", "steps_per_cycle": 1, "val_size": 8,
+    "program": Counting, "val": 8,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("demo_tokens", [200, 0])
+def test_labels_that_help_are_shown_where_all_rewards_are_equal(
+    demo_tokens: int, folder: Path
+) -> None:
+    """Also where the metric has another range, and where no demos are learned."""
+    compiled, result = compile_router(folder, with_demos, **SHOWN, demo_tokens=demo_tokens)
+    (told,) = result.records[0].cold_start
+    assert told.startswith("every answer had the reward 50, and with 4 labelled demos")
+    assert "the mean is 60.000" in told and told.endswith("was added")
+    assert len(result.records[0].candidate_ids) == 2 and len(compiled.route.demos) == 4
+    few = compile_router(folder, with_demos, **SHOWN, demo_tokens=1)[1]
+    assert not few.records[0].cold_start, "what was asked for is kept to"
+
+
+def test_labels_that_do_not_help_are_left_out(folder: Path) -> None:
     result = compile_router(folder, never, structured=True, on_no_signal="warn")[1]
     (told,) = result.records[0].cold_start
-    assert "4 labelled demos" in told and "cold_start_demos" in told
-    assert len(result.records[0].candidate_ids) == 2
+    assert "4 labelled demos" in told and told.endswith("left out")
+    assert len(result.records[0].candidate_ids) == 1
+    assert result.records[0].rollouts.total == 8, "both validations count"
     none = compile_router(folder, never, structured=True, on_no_signal="warn", cold_start_demos=0)[
         1
     ]
     assert not none.records[0].cold_start and len(none.records[0].candidate_ids) == 1
-
-
-def test_labels_are_shown_where_no_demos_are_learned(folder: Path) -> None:
-    settings = {"structured": True, "on_no_signal": "warn", "demo_tokens": 0, "steps_per_cycle": 1}
-    compiled, result = compile_router(folder, never, **settings)
-    assert "4 labelled demos" in result.records[0].cold_start[0]
-    assert len(result.records[0].candidate_ids) == 2 and len(compiled.route.demos) in (0, 4)
-    few = compile_router(folder, never, **{**settings, "demo_tokens": 1})[1]
-    assert not few.records[0].cold_start, "what was asked for is kept to"
-
-
-def test_labels_are_shown_where_the_metric_has_another_range(folder: Path) -> None:
-    def fifty(gold: Any, pred: Any, trace: Any = None) -> float:
-        return 50.0
-
-    settings = {"structured": True, "on_no_signal": "warn", "steps_per_cycle": 1}
-    (told,) = compile_router(folder, fifty, **settings)[1].records[0].cold_start
-    assert told.startswith("every answer had the reward 50: a candidate with 4 labelled demos")
 
 
 def test_what_could_not_be_read_is_explained_to_who_writes_instructions(
