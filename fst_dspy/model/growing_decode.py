@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -46,6 +47,24 @@ def forward(
         **_last_only(kind),
     )
     return output.logits[:, -1], getattr(output, name)
+
+
+@contextmanager
+def head_on(model: Any, row_R: Tensor) -> Iterator[None]:
+    """Have the output layer read some rows alone: with a large vocabulary it is a good part of all.
+
+    Args:
+        row_R: The rows of the pass that logits are wanted of.
+    """
+    head = base_of(model).get_output_embeddings()
+    if head is None:
+        yield
+        return
+    handle = head.register_forward_pre_hook(lambda _, args: (args[0][row_R], *args[1:]))
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def base_of(model: Any) -> Any:
@@ -129,12 +148,15 @@ class GrowingDecode:
             ids_N[place_N > 0] = torch.tensor(said, dtype=ids_N.dtype, device=ids_N.device)
             read_next(self.cache, row_N, begun_B[row_N] + place_N)
             position_N1 = (position_B[row_N] + place_N)[:, None]
-            with shared_attention(self.model, self.cache):
-                logits_nV, self.cache = forward(
+            last_R = counts_B[part_R].cumsum(0) - 1
+            with shared_attention(self.model, self.cache), head_on(self.model, last_R):
+                logits_RV, self.cache = forward(
                     self.model, ids_N[:, None], None, position_N1, self.cache
                 )
-            logits.append(logits_nV)
-        return torch.cat(logits)[counts_B.cumsum(0) - 1]
+            if len(logits_RV) != len(part):  # a model that calls its output layer in another way
+                logits_RV = logits_RV[last_R]
+            logits.append(logits_RV)
+        return torch.cat(logits)
 
     def keep(self, keep_B: Tensor) -> None:
         """Drop all rows but these."""

@@ -171,6 +171,20 @@ def test_what_is_forced_in_the_middle_costs_no_pass_of_its_own(
             assert (found.text, found.finish_reason) == (expected.text, expected.finish_reason)
 
 
+def test_the_output_layer_reads_no_token_that_another_follows(tiny_llama: Path) -> None:
+    policy = Policy.load(tiny_llama)
+    read: list[int] = []
+    head = policy.model.get_output_embeddings()
+    head.register_forward_hook(lambda _, args, out: read.append(out.shape[:-1].numel()))
+    results = generate(
+        policy,
+        [GenerationRequest(encode(policy, "abc"), 60, seed=n, grammar=FIELDS) for n in range(4)],
+    )
+    drawn = [(np.array(result.logprobs_T) != 0).sum() for result in results]
+    assert sum(map(len, (r.completion_ids_T for r in results))) > 2 * sum(read)
+    assert max(drawn) <= len(read) and max(read) <= len(results)
+
+
 def test_an_answer_that_is_forced_whole_needs_no_model(tiny_llama: Path) -> None:
     policy = Policy.load(tiny_llama)
     policy.model.forward = None
