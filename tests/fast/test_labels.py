@@ -209,7 +209,24 @@ def test_what_feedback_states_goes_before_what_labels_tell():
     assert "visa: silver" not in text and "visa tickets go to silver." in text
     marked = [Trajectory(e, rollout_of(e, "?", "Lesson: loan goes to amber.")) for e in rest]
     text = proposer.propose({NAME: text}, {NAME: make_records(NAME, marked)}, [NAME])[NAME]
-    assert "card: cobalt" not in text and "loan goes to amber." in text, "it marks its lessons"
+    assert "loan: " not in text and "loan goes to amber." in text
+    assert "visa: silver" in text, "feedback that marks its lessons says so of all others"
+
+
+def test_lessons_and_what_labels_tell_are_tried_together_and_lessons_alone():
+    proposer = LessonProposer(256, words)
+    proposer.study({example_id(e): e for e in TRAIN})
+    visa = next(e for e in TRAIN if e.topic == "visa")
+    told = make_records(NAME, [Trajectory(visa, rollout_of(visa, "?", "Lesson: visa: jade."))])
+
+    def proposed(text):
+        return proposer.propose({NAME: text}, {NAME: told}, [NAME])[NAME].split("\n")[1:]
+
+    both, alone, again = (proposed("Answer.") for _ in range(3))
+    assert alone == ["visa: jade."], "the metric's word, where labels say silver"
+    rest = {f"{topic}: {queue}" for topic, queue in QUEUES.items() if topic != "visa"}
+    assert both == again and set(both) == {*alone, *rest}
+    assert proposed("\n".join(["Answer.", *both])) != alone, "what was accepted stays"
 
 
 def test_labels_that_changed_replace_the_rules_of_before():

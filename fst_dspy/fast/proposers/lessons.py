@@ -3,8 +3,9 @@
 Feedback often says in so many words what the model did not know ("Lesson: visa tickets go to
 silver."). Such sentences are collected over all training rollouts of a run, counted by the examples
 they came from, and appended to the instruction, one a line. Feedback without any such marker is
-searched for sentences that hold beyond their own example. Where it only names the right answers,
-rules are read off the examples' inputs and labels (``fst_dspy.fast.proposers.labels``).
+searched for sentences that hold beyond their own example. What it has not stated yet is read off
+the examples' inputs and labels (``fst_dspy.fast.proposers.labels``), where these tell rules: the
+labels of all examples are known before the first rollout, lessons come minibatch by minibatch.
 """
 
 from __future__ import annotations
@@ -139,6 +140,7 @@ class LessonProposer:
         self.count_tokens = count_tokens
         self._memory: dict[str, dict[str, Lesson]] = {}
         self._orders: dict[str, int] = {}  # orders tried since the lessons last changed
+        self._both: dict[str, int] = {}  # times that lessons and rules were new together
         self._clock = 0
         self._templates: dict[str, dict[str, Template]] = {}
         self._outputs: dict[str, list[str]] = {}  # names of the fields that predictors give
@@ -209,13 +211,10 @@ class LessonProposer:
         return Findings(self._seen[0], self._seen[1], known + rules, self._sample)
 
     def rules(self, component: str) -> list[Rule]:
-        """What labels tell and feedback does not; none where feedback marks its lessons."""
+        """What labels tell and feedback does not, which goes before them."""
         memory = self._memory.get(component, {})
-        if any(lesson.marked for lesson in memory.values()):
-            return []
-        stated = " ".join(f" {key} " for key, lesson in memory.items() if lesson.usable)
-        every = self._all_rules(component)
-        return [rule for rule in every if f" {key_of(rule.answer)} " not in stated]
+        stated = {word for key, lesson in memory.items() if lesson.usable for word in key.split()}
+        return [rule for rule in self._all_rules(component) if rule.cue not in stated]
 
     def lessons(self, component: str) -> list[str]:
         """The lessons known for a component, best supported first."""
@@ -227,6 +226,7 @@ class LessonProposer:
         return {
             "clock": self._clock,
             "orders": dict(self._orders),
+            "both": dict(self._both),
             "outputs": {name: list(fields) for name, fields in self._outputs.items()},
             "templates": {
                 component: {key: dataclasses.asdict(t) for key, t in templates.items()}
@@ -242,6 +242,7 @@ class LessonProposer:
         """Take up the memory that :meth:`state` gave."""
         self._clock = int(state["clock"])
         self._orders = dict(state["orders"])
+        self._both = dict(state.get("both", {}))
         self._rules = {}
         self._outputs = {name: list(fields) for name, fields in state.get("outputs", {}).items()}
         self._templates = {
@@ -337,6 +338,10 @@ class LessonProposer:
         lines = [line for line in lines if key_of(line) not in stale]
         present = f" {key_of(' '.join(lines))} "
         missing = _ranked([x for key, x in live.items() if f" {key} " not in present])
+        if missing and rules and not any(f" {key_of(rule.text)} " in present for rule in rules):
+            # Labels are not always what a metric is after: lessons are tried without them as well.
+            turn = self._both[component] = self._both.get(component, 0) + 1
+            rules = rules if turn % 2 else []
         unmarked = [lesson for lesson in missing if not lesson.marked][NEW_UNMARKED:]
         lines += [lesson.text for lesson in missing if lesson not in unmarked]
         lines += [rule.text for rule in rules if f" {key_of(rule.text)} " not in present]
