@@ -213,7 +213,7 @@ def test_what_feedback_states_goes_before_what_labels_tell():
     assert "visa: silver" in text, "feedback that marks its lessons says so of all others"
 
 
-def test_lessons_and_what_labels_tell_are_tried_together_and_lessons_alone():
+def test_lessons_and_what_labels_tell_are_tried_together_and_each_alone():
     proposer = LessonProposer(256, words)
     proposer.study({example_id(e): e for e in TRAIN})
     visa = next(e for e in TRAIN if e.topic == "visa")
@@ -222,11 +222,27 @@ def test_lessons_and_what_labels_tell_are_tried_together_and_lessons_alone():
     def proposed(text):
         return proposer.propose({NAME: text}, {NAME: told}, [NAME])[NAME].split("\n")[1:]
 
-    both, alone, again = (proposed("Answer.") for _ in range(3))
+    both, alone, labels, again = (proposed("Answer.") for _ in range(4))
     assert alone == ["visa: jade."], "the metric's word, where labels say silver"
-    rest = {f"{topic}: {queue}" for topic, queue in QUEUES.items() if topic != "visa"}
-    assert both == again and set(both) == {*alone, *rest}
+    rules = {f"{topic}: {queue}" for topic, queue in QUEUES.items()}
+    assert both == again and set(both) == {*alone, *(rules - {"visa: silver"})}
+    assert set(labels) == rules
     assert proposed("\n".join(["Answer.", *both])) != alone, "what was accepted stays"
+
+
+@pytest.mark.parametrize("feedback", ["quoted", "reversed"])
+def test_labels_are_tried_where_what_feedback_states_is_of_no_use(feedback):
+    said = {
+        "quoted": 'The ticket "{ticket}" should go to {queue}.',
+        "reversed": "Lesson: {queue} takes {topic} tickets.",
+    }[feedback]
+    proposer = LessonProposer(256, words)
+    proposer.study({example_id(e): e for e in TRAIN})
+    rollouts = [(e, rollout_of(e, "?", said.format(**e))) for e in TRAIN]
+    told = make_records(NAME, [Trajectory(*pair) for pair in rollouts])
+    texts = [proposer.propose({NAME: "Answer."}, {NAME: told}, [NAME])[NAME] for _ in range(3)]
+    rules = {f"{topic}: {queue}" for topic, queue in QUEUES.items()}
+    assert any(set(text.split("\n")[1:]) == rules for text in texts)
 
 
 def test_labels_that_changed_replace_the_rules_of_before():

@@ -140,7 +140,7 @@ class LessonProposer:
         self.count_tokens = count_tokens
         self._memory: dict[str, dict[str, Lesson]] = {}
         self._orders: dict[str, int] = {}  # orders tried since the lessons last changed
-        self._both: dict[str, int] = {}  # times that lessons and rules were new together
+        self._mixes: dict[str, int] = {}  # times that lessons and labels' rules were both new
         self._clock = 0
         self._templates: dict[str, dict[str, Template]] = {}
         self._outputs: dict[str, list[str]] = {}  # names of the fields that predictors give
@@ -226,7 +226,7 @@ class LessonProposer:
         return {
             "clock": self._clock,
             "orders": dict(self._orders),
-            "both": dict(self._both),
+            "mixes": dict(self._mixes),
             "outputs": {name: list(fields) for name, fields in self._outputs.items()},
             "templates": {
                 component: {key: dataclasses.asdict(t) for key, t in templates.items()}
@@ -242,7 +242,7 @@ class LessonProposer:
         """Take up the memory that :meth:`state` gave."""
         self._clock = int(state["clock"])
         self._orders = dict(state["orders"])
-        self._both = dict(state.get("both", {}))
+        self._mixes = dict(state.get("mixes", {}))
         self._rules = {}
         self._outputs = {name: list(fields) for name, fields in state.get("outputs", {}).items()}
         self._templates = {
@@ -338,10 +338,13 @@ class LessonProposer:
         lines = [line for line in lines if key_of(line) not in stale]
         present = f" {key_of(' '.join(lines))} "
         missing = _ranked([x for key, x in live.items() if f" {key} " not in present])
-        if missing and rules and not any(f" {key_of(rule.text)} " in present for rule in rules):
-            # Labels are not always what a metric is after: lessons are tried without them as well.
-            turn = self._both[component] = self._both.get(component, 0) + 1
-            rules = rules if turn % 2 else []
+        every = [] if tool is not None else self._all_rules(component)
+        if missing and every and not any(f" {key_of(rule.text)} " in present for rule in every):
+            # Labels are not always what a metric is after, and not all feedback is of use to a
+            # model: where both are new they are tried together, and each alone.
+            mixes = [(missing, rules), *([(missing, [])] if rules else []), ([], every)]
+            turn = self._mixes[component] = self._mixes.get(component, -1) + 1
+            missing, rules = mixes[turn % len(mixes)]
         unmarked = [lesson for lesson in missing if not lesson.marked][NEW_UNMARKED:]
         lines += [lesson.text for lesson in missing if lesson not in unmarked]
         lines += [rule.text for rule in rules if f" {key_of(rule.text)} " not in present]
