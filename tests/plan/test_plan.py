@@ -42,7 +42,8 @@ def qwen(tmp_path: Path) -> Path:
 def machine(monkeypatch: pytest.MonkeyPatch, gib: float, *, bfloat16: bool = True) -> None:
     monkeypatch.setattr(plan_module, "total_memory", lambda device: int(gib * GIB))
     monkeypatch.setattr(plan_module, "measured_flops", lambda *_: 1e12)  # whatever else it does
-    monkeypatch.setattr(hardware, "multiplies_bfloat16", lambda: bfloat16)
+    for module in (hardware, plan_module):
+        monkeypatch.setattr(module, "multiplies_bfloat16", lambda: bfloat16)
 
 
 def planned(folder: Path, arm: Arm = "fst", **settings: object) -> plan_module.Plan:
