@@ -8,8 +8,7 @@ Validation draws one reward of 0 or 1 for each of 48 examples, from hard to easy
 equals, more of better ones. Its opening is interrupted by a validation once an iteration's child
 does better than the parent on their minibatch by more than chance. Rollouts are those of the
 defaults. Beside it the same tasks without the rule: an opening of prompts, then both in every
-cycle. The table goes to
-``benchmarks/results/shares.md``. It takes half a minute.
+cycle. The table goes to ``benchmarks/results/shares.md``. It takes half a minute.
 """
 
 from __future__ import annotations
@@ -89,12 +88,14 @@ def simulate(world: World, seed: int, *, rule: bool, budget: int = BUDGET) -> Ra
     while True:
         score, accepted, name = world.score(prompts, weights), 0, share.name if ran.x else ""
         if ran.x:
-            steps, before = share.weights, left
+            steps = share.weights
             if left:
+                before = left
                 found, left = opening(world, prompts, weights, left, rng, interrupts=rule)
+                rollouts += 2 * MINIBATCH * (before - left)
             else:
                 found = TRIALS if steps else FOUND
-            rollouts += 2 * MINIBATCH * (before - left) or (STEPS if steps else ALONE)
+                rollouts += STEPS if steps else ALONE
             if share.prompts:
                 better = max(0.0, (world.top(weights) - prompts) * found)
                 gain = world.score(prompts + better, weights) - score
@@ -114,7 +115,8 @@ def simulate(world: World, seed: int, *, rule: bool, budget: int = BUDGET) -> Ra
             if decision.over:
                 return replace(ran, ended=decision.words)
             share = decision.share
-            left *= share.name == "prompts"
+            if share.weights:
+                left = 0
         elif name:
             share = Share(True, True)
         if rollouts >= budget:

@@ -68,11 +68,11 @@ def score(parts: Parts, state: LoopState) -> Validation:
     if best_only and is_scored(parts, state, population):
         score_V = state.evidence[-1].score_V
         return Validation(population, score_V, mean(score_V), kl, format_share=kept)
-    candidates = (population.candidates[best_k],) if best_only else population.candidates
     if best_only:
-        scored = _until_clear(parts, candidates[0], state.peak_V, _channel(parts), step)
+        candidate = population.candidates[best_k]
+        scored = _until_clear(parts, candidate, state.peak_V, _channel(parts), step)
     else:
-        scored = scored_now(parts, candidates)
+        scored = scored_now(parts, population.candidates)
         population = replace(
             population,
             score_K_V=scored.score_K_V,
@@ -123,12 +123,12 @@ def _channel(parts: Parts) -> Channel:
 
 def _measured(parts: Parts, population: Population, scored: Evaluation, k: int) -> Validation:
     """A validation by its best candidate, the ``k``-th of those that were scored."""
-    policy, seed, own_V = parts.policy, parts.spec.seed, tuple(scored.rollouts_K[k])
+    policy, seed, rollouts = parts.policy, parts.spec.seed, scored.rollouts_K[k]
     kl = 0.0
     if policy.step > 0 or parts.lm.version != policy.base_version:
-        kl = kl_to_base(policy, spread_calls(own_V, KL_TOKENS, seed))
-    share = format_share(policy, spread_calls(own_V, FORMAT_TOKENS, seed))
-    return Validation(population, scored.score_K_V[k], scored.mean_K[k], kl, own_V, share)
+        kl = kl_to_base(policy, spread_calls(rollouts, KL_TOKENS, seed))
+    share = format_share(policy, spread_calls(rollouts, FORMAT_TOKENS, seed))
+    return Validation(population, scored.score_K_V[k], scored.mean_K[k], kl, rollouts, share)
 
 
 def is_scored(parts: Parts, state: LoopState, population: Population) -> bool:

@@ -56,6 +56,7 @@ UNASKED = (
     "the metric failed when it was asked about a predictor (pred_name, pred_trace), which gets the "
     "feedback on the whole program instead"
 )
+"""What is told of a metric that raised there, with what it raised."""
 
 
 class RolloutRunner:

@@ -109,9 +109,8 @@ def ask_about_predictor(
         MetricError: As ``call_metric``.
     """
     result = metric(own_copy(gold), own_copy(pred), trace, pred_name, pred_trace)
-    score = read_score(result)
-    says = isinstance(result, dspy.Prediction | dict) and result.get("feedback", None) is not None
-    return score.feedback if says else None
+    read_score(result)
+    return _feedback_in(result)
 
 
 def gives_predictor_feedback(metric: Callable[..., Any]) -> bool:
@@ -143,13 +142,18 @@ def read_score(result: Any) -> Score:
             result.close()
         raise MetricError("the metric must not be async: it returned something to be awaited")
     if isinstance(result, dspy.Prediction | dict):
-        raw, feedback = result.get("score", None), result.get("feedback", "")
-        objectives = result.get("objective_scores", None)
+        raw, objectives = result.get("score", None), result.get("objective_scores", None)
     else:
-        raw, feedback, objectives = result, "", None
+        raw, objectives = result, None
     wanted = "the metric must return a number or dspy.Prediction(score=, feedback=)"
     reward = _finite(raw, f"{wanted}, got {result!r}")
-    return Score(reward, str(feedback or ""), _objectives(objectives))
+    return Score(reward, _feedback_in(result) or "", _objectives(objectives))
+
+
+def _feedback_in(result: Any) -> str | None:
+    """The text that a metric returned; ``None`` where it returned none."""
+    found = result.get("feedback", None) if isinstance(result, dspy.Prediction | dict) else None
+    return None if found is None else str(found or "")
 
 
 def _objectives(given: Any) -> dict[str, float]:
