@@ -18,7 +18,7 @@ SETTINGS = (
 
 
 @pytest.mark.slow
-def test_a_job_runs_once_and_its_stages_share_the_steps(tmp_path):
+def test_a_job_runs_once_and_its_stages_share_the_steps(tmp_path, jobs_run_here):
     def run():
         main(
             "frozen_lake", "sequential", seeds=1, workers=1, env_steps=BUDGET, test_size=2,

@@ -14,7 +14,7 @@ SMALL = {"group_size": 4, "problems_per_step": 2, "val_size": 4, "steps_per_cycl
 
 @pytest.mark.slow
 def test_a_family_runs_once_and_is_drawn_from_its_packed_jobs(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, jobs_run_here: None
 ) -> None:
     family = families.Family("triage", 40, SMALL)
     monkeypatch.setattr(families, "FAMILIES", {"triage": family})

@@ -18,8 +18,8 @@ SMALL = ("group_size=4", "problems_per_step=2", "val_size=4", "steps_per_cycle=1
 
 
 @pytest.fixture
-def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    tasks = {"routing": real_lm.RealTask("routing:train=8,val=4,test=4")}
+def small(monkeypatch: pytest.MonkeyPatch, jobs_run_here: None) -> None:
+    tasks = {"routing": real_lm.RealTask("routing:train=8,val=4,test=1")}
     monkeypatch.setattr(real_lm, "TASKS", tasks)
 
 

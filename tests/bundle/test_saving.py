@@ -115,7 +115,6 @@ def test_a_fresh_process_elsewhere_gives_the_same_answers(tiny_qwen3, tiny_llama
             [
                 (tiny_qwen3, {"rank": 4}),
                 (tiny_llama, False),
-                ("embedded", False),
                 ("embedded", {"rank": 4}),
             ]
         )
@@ -125,7 +124,7 @@ def test_a_fresh_process_elsewhere_gives_the_same_answers(tiny_qwen3, tiny_llama
     assert done.returncode == 0, done.stderr
     found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[")]
     assert found == [expected for _, expected in cases]
-    assert all(len(texts) == 50 for _, texts in found)
+    assert all(len(texts) == 20 for _, texts in found)
 
 
 def test_a_lora_bundle_holds_the_adapter_alone_and_the_outcome(tiny_qwen3, tmp_path):

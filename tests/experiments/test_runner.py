@@ -65,7 +65,7 @@ def test_a_job_that_fails_is_reported_and_the_others_go_on(tiny_qwen3, tmp_path)
         run_jobs(store, [replace(jobs[0], settings={**TINY, "learning_rate": 1e-3})])
 
 
-def test_a_job_names_its_adapter(tmp_path):
+def test_a_job_names_its_adapter(tmp_path, jobs_run_here):
     """Of two jobs that differ in nothing else, each is asked in its adapter's words."""
     model = save_model(tmp_path / "model", "qwen3")
     config = model / "config.json"  # room for a whole prompt

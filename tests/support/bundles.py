@@ -42,7 +42,7 @@ def compile_greedy(model: str, lora=False, **options) -> dspy.Module:
     raise AssertionError("no seed trained weights better than the base's")
 
 
-def answers(program: dspy.Module, count: int = 50) -> list[str]:
+def answers(program: dspy.Module, count: int = 20) -> list[str]:
     """What the model wrote for each question; an empty answer counts as one."""
 
     def answer(question: str) -> str:
