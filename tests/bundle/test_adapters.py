@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 import dspy
-import pytest
 from helpers import Echo, RawAdapter, questions
 
 import fst_dspy
@@ -18,20 +17,22 @@ from fst_dspy.student.identity import adapter_identity, writes_alike
 
 FRESH = """
 import sys, dspy, fst_dspy
-def load():
-    return fst_dspy.load({folder!r}, program=dspy.Predict("question -> answer"))
+def load(folder):
+    return fst_dspy.load(folder, program=dspy.Predict("question -> answer"))
 def ask(program):
     try:
         program(question="where?")
     except dspy.utils.exceptions.AdapterParseError:
         pass
-dspy.configure(adapter={same})
-ask(load())
-print("now the default", file=sys.stderr, flush=True)
-dspy.configure(adapter=None)
-program = load()
-ask(program)
-ask(program)
+for folder, same in zip(sys.argv[1::2], sys.argv[2::2]):
+    print("next bundle", file=sys.stderr, flush=True)
+    dspy.configure(adapter=eval(same))
+    ask(load(folder))
+    print("now the default", file=sys.stderr, flush=True)
+    dspy.configure(adapter=None)
+    program = load(folder)
+    ask(program)
+    ask(program)
 """
 
 
@@ -39,32 +40,28 @@ def length(gold, pred, trace=None, pred_name=None, pred_trace=None):
     return dspy.Prediction(score=len(str(pred.answer)) % 5 / 5, feedback="Lesson: be brief.")
 
 
-@pytest.mark.parametrize(
-    "same",
-    [
-        "dspy.XMLAdapter(use_native_function_calling=True)",
-        "dspy.JSONAdapter()",
-    ],
-)
-def test_a_program_runs_and_says_where_its_adapter_is_another(same: str, tmp_path: Path) -> None:
+def test_a_program_runs_and_says_where_its_adapter_is_another(tmp_path: Path) -> None:
     lm = LocalLM("embedded", max_tokens=16)
     fst = FST(
         length, max_cycles=1, steps_per_cycle=1, group_size=2, problems_per_step=2,
         population_size=2, val_size=2, first_cycle_iterations=1, seed=0,
     )  # fmt: skip
-    with dspy.context(lm=lm, adapter=eval(same)):
-        program = dspy.Predict("question -> answer")
-        compiled = fst.compile(program, trainset=questions(3), valset=questions(2, 3))
-        fst_dspy.save(compiled, tmp_path / "bundle")
-    script = FRESH.format(folder=str(tmp_path / "bundle"), same=same)
-    done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=120
-    )
-    name = same.partition("(")[0].removeprefix("dspy.")
-    before, _, after = done.stderr.partition("now the default")
-    said = f"was compiled under the adapter {name}("
-    assert (before.count(said), after.count(said)) == (0, 1), done.stderr[-2000:]
-    assert "is called under ChatAdapter(" in after
+    adapters = ("dspy.XMLAdapter(use_native_function_calling=True)", "dspy.JSONAdapter()")
+    arguments = []
+    for same in adapters:
+        arguments += [str(tmp_path / str(len(arguments))), same]
+        with dspy.context(lm=lm, adapter=eval(same)):
+            program = dspy.Predict("question -> answer")
+            compiled = fst.compile(program, trainset=questions(3), valset=questions(2, 3))
+            fst_dspy.save(compiled, arguments[-2])
+    command = [sys.executable, "-c", FRESH, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+    _, *bundles = done.stderr.split("next bundle")
+    for same, told in zip(adapters, bundles, strict=True):
+        before, _, after = told.partition("now the default")
+        said = f"was compiled under the adapter {same.partition('(')[0].removeprefix('dspy.')}("
+        assert (before.count(said), after.count(said)) == (0, 1), told[-2000:]
+        assert "is called under ChatAdapter(" in after
 
 
 def test_an_adapter_is_no_other_by_its_second_try_alone():

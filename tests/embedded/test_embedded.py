@@ -337,11 +337,16 @@ def threads_as_before() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def test_pretraining_survives_kill_9(tmp_path: Path, threads_as_before: None) -> None:
+def test_pretraining_survives_kill_9(
+    tmp_path: Path, threads_as_before: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def pretrain_here(name: str) -> None:
         exec(PRETRAIN, {"folder": str(tmp_path / name)})
 
-    pretrain_here("whole")
+    with monkeypatch.context() as without_figures:  # which take longer than all else
+        name = "fst_dspy.embedded.pretrain.family_figures"
+        without_figures.setattr(name, lambda *_, **__: {})
+        pretrain_here("whole")
     code = f"folder = {str(tmp_path / 'killed')!r}\n{WAIT_BEFORE_THE_END}\n{PRETRAIN}"
     killed = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL)
     checkpoint = tmp_path / "killed-work" / "checkpoint-0.pt"

@@ -109,7 +109,7 @@ def test_killed_experiments_go_on_to_the_same_end(tiny_qwen3, tmp_path):
     sums otherwise.
     """
     settings = {**TINY, "learning_rate": 1e-3}
-    plan = Plan(PROGRAM, str(tiny_qwen3), rollouts=150, seeds=1, settings=settings)
+    plan = Plan(PROGRAM, str(tiny_qwen3), rollouts=100, seeds=1, settings=settings)
     folder = tmp_path / "cut"
     cycles = folder / "fst-0" / "0-fst" / "cycles.jsonl"
     runner = os.fork()
