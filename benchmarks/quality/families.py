@@ -11,8 +11,8 @@ these on five times the budget, on three of the seeds. All families' first store
 Started again, what has run is not run again. The tables go to ``benchmarks/results/families``, in
 folders of the same names, each with its jobs in one file (``jobs.jsonl``), so that another machine
 runs only what is missing; beside them the figures, ``against.md``, which sets ``fst`` against every
-other arm family by family, and ``together.md``, which does so over all that have run. List programs
-are learned last and get the larger budget.
+other arm family by family, and ``together.md``, which does so over all that have run. Families of
+which more is to be learned get the larger budget.
 
 Two families are there since they ask for both channels, chosen before any result was seen:
 ``long_policy`` has three times the rules that its instruction may hold, of topics some of which are
@@ -77,7 +77,7 @@ FAMILIES = {
     "triage": Family("triage"),
     "star_graph": Family("star_graph"),
     "multihop": Family("multihop"),
-    "list_program": Family("list_program", 8000),
+    "list_program": Family("list_program", 4800),
     "long_policy": Family("triage:topics=36,skew=1.0", 4800, {"instruction_tokens": 160}),
     "hard_stars": Family("star_graph:degree=16,length=4", 4800),
 }
