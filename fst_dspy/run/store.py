@@ -94,7 +94,8 @@ class RunStore:
 
         What earlier versions did not write is added. A budget may change, so that a run can be
         extended, but where the learning rate decays over it. A metric or program of the same name
-        whose source has changed is told of: the scores of before are the old one's.
+        whose source has changed is told of: the scores of before are the old one's. A run that
+        ended before it had anything to keep, by a mistake that is mended now, binds nobody.
 
         Raises:
             StoreError: The folder holds a run with other settings, data or program, or a run
@@ -102,16 +103,20 @@ class RunStore:
         """
         path = self.folder / "config.json"
         wanted = json.loads(json.dumps({"schema_version": SCHEMA_VERSION, **config}))
-        if not path.exists():
-            own = (*self._logs(), self.folder / "checkpoints", self.folder / "versions")
-            if there := [found.name for found in own if found.exists()]:
-                raise StoreError(
-                    f"the run folder {self.folder} holds a run ({', '.join(there)}), but not its "
-                    "config.json, without which nothing tells whether it is this one; put the "
-                    "file back, or choose another folder"
-                )
+        own = (
+            *self._logs(),
+            *map(self.folder.joinpath, ("checkpoints", "versions", "result.json")),
+        )
+        there = [found.name for found in own if found.exists()]
+        if not there:
             self.write_json("config.json", wanted)
             return
+        if not path.exists():
+            raise StoreError(
+                f"the run folder {self.folder} holds a run ({', '.join(there)}), but not its "
+                "config.json, without which nothing tells whether it is this one; put the "
+                "file back, or choose another folder"
+            )
         if (self.folder / "result.json").exists() and not self._checkpoints():
             raise StoreError(
                 f"the run in {self.folder} has ended and its checkpoints were deleted, so that it "

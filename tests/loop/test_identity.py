@@ -10,7 +10,7 @@ import pytest
 from helpers import Echo, RawAdapter, questions, vowels
 
 from fst_dspy import FST, LocalLM
-from fst_dspy.errors import StoreError
+from fst_dspy.errors import ProgramError, StoreError
 from fst_dspy.student.identity import program_identity
 
 SETTINGS = dict(
@@ -67,6 +67,21 @@ def other_metric(gold, pred, trace=None):
 def test_what_differs_is_named(tiny_qwen3, finished, change, named):
     with pytest.raises(StoreError, match=f"holds another run: .*{named}"):
         run(tiny_qwen3, finished[0], **change)
+
+
+class Failing(Echo):
+    """A program with a mistake in it."""
+
+    def forward(self, question):
+        raise KeyError("a mistake")
+
+
+def test_a_run_that_failed_before_it_kept_anything_is_mended_in_its_folder(tiny_qwen3, tmp_path):
+    with pytest.raises(ProgramError, match="a mistake"):
+        run(tiny_qwen3, tmp_path, program=Failing())
+    assert run(tiny_qwen3, tmp_path, learning_rate=2e-3).records
+    with pytest.raises(StoreError, match=r"holds another run: .*program"):
+        run(tiny_qwen3, tmp_path, program=Failing(), learning_rate=2e-3)
 
 
 def test_settings_of_the_language_model_count(tiny_qwen3, finished):

@@ -114,6 +114,9 @@ def test_two_writers_are_refused(tmp_path):
 def test_another_runs_folder_is_refused(tmp_path):
     store = RunStore(tmp_path)
     store.begin({"seed": 0, "environment": {"python": "3.11"}})
+    store.begin({"seed": 2})  # nothing is kept of the first one
+    store.begin({"seed": 0, "environment": {"python": "3.11"}})
+    store.append("cycles", [{"cycle": 0}])
     store.begin({"seed": 0, "environment": {"python": "3.12"}})
     with pytest.raises(StoreError, match="seed differs"):
         store.begin({"seed": 1, "environment": {}})
