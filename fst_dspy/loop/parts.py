@@ -206,7 +206,7 @@ def _made_parts(spec: RunSpec, student: dspy.Module, checked: CheckedInput, star
     # Then the weights, which runner and learner take as they find them.
     lm.policy.restore(lm.version)
     lm.policy.step = 0
-    if slow_on and config.slow.adapters is not None:
+    if slow_on:
         begin_lora(lm.policy, config.slow.adapters, seed)
     runner = RolloutRunner(
         student, spec.metric, lm, config.sampling, seed, predictor_feedback=fast_on
@@ -265,20 +265,22 @@ def _plan(spec: RunSpec, student: dspy.Module, checked: CheckedInput) -> Plan:
     )
 
 
-def begin_lora(policy: Policy, lora: LoraConfig, seed: int) -> None:
-    """Make adapters the trained weights: those that the live weights have, or fresh ones.
+def begin_lora(policy: Policy, lora: LoraConfig | None, seed: int) -> None:
+    """Make what is asked for the trained weights: all, or adapters, those that are live or fresh.
 
     Raises:
-        ConfigError: The live weights have adapters of other settings.
+        ConfigError: The live weights have adapters, and others or none are asked for.
         ModelError: They have none and are not the base.
     """
-    if policy.lora is None:
-        policy.add_lora(lora, seed)
-    elif policy.lora != lora:
+    if policy.lora == lora:
+        return
+    if policy.lora is not None:
         raise ConfigError(
             f"the weights {policy.version()} have adapters with {policy.lora}; train them on with "
-            f"the same lora settings, or start from {policy.base_version}"
+            f"the same lora settings (lora='auto' takes them), or start from {policy.base_version}"
         )
+    assert lora is not None
+    policy.add_lora(lora, seed)
 
 
 def sample(examples: Sequence[dspy.Example], size: int, seed: int) -> list[dspy.Example]:

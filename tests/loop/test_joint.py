@@ -51,6 +51,12 @@ def test_both_channels_change_and_the_best_pair_is_bound(kind, lora, request):
     assert compiled(question="number 3").answer is not None
 
 
+def test_whole_weights_are_not_asked_of_adapters_in_vain(tiny_qwen3):
+    adapted = compile_tiny(tiny_qwen3, arm="rl_only", lora={"rank": 4}, max_cycles=1)[0]
+    with pytest.raises(ConfigError, match=r"have adapters with .*lora='auto' takes them"):
+        compile_tiny(tiny_qwen3, adapted, arm="rl_only", lora=False)
+
+
 def test_the_same_seed_gives_the_same_weights_and_population(tiny_qwen3):
     one, two = compile_tiny(tiny_qwen3)[2], compile_tiny(tiny_qwen3)[2]
     assert one.weights_version == two.weights_version
