@@ -404,8 +404,10 @@ class Policy:
             self._unwrap()
             if self.version() != self.base_version:
                 raise ModelError(
-                    f"LoRA needs the base weights {self.base_version}, but {self.version()} is "
-                    "live; call policy.restore(policy.base_version) first"
+                    f"LoRA needs the base weights {self.base_version}, and {self.version()} was "
+                    "trained whole: train it on with lora=False, start from the base "
+                    f"(lm.at({self.base_version!r})), or export what was trained and load that "
+                    "folder as a model of its own"
                 )
             with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
                 torch.manual_seed(seed)
