@@ -123,7 +123,9 @@ def _split(
     ids = [example_id(example) for example in examples]
     distinct = list(dict.fromkeys(ids))
     if len(distinct) < 2:
-        raise DataError("a trainset of one example cannot be split; pass a valset as well")
+        raise DataError(
+            "a trainset of one example, once or many times, cannot be split; pass a valset as well"
+        )
     cut = max(1, min(len(distinct) // 5, val_size))
     held_out = set(random.Random(seed).sample(distinct, cut))
     pairs = list(zip(ids, examples, strict=True))

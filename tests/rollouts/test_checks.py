@@ -75,7 +75,7 @@ def test_the_same_set_for_both_is_refused_with_what_to_do(check):
     for valset in (examples, questions(6), questions(8)):
         with pytest.raises(DataError, match="leave valset out"):
             check(examples, valset)
-    with pytest.raises(DataError, match="cannot be split"):
+    with pytest.raises(DataError, match="one example, once or many times, cannot be split"):
         check(questions(1) * 3)
 
 
