@@ -17,6 +17,7 @@ from fst_dspy.lm.predictors import find_local_lm
 from fst_dspy.rollouts.health import no_objectives
 from fst_dspy.student.candidate import bind, example_id, predictor_names, seed_candidate
 from fst_dspy.student.metric import call_metric, check_metric
+from fst_dspy.student.modules import every_predictor
 
 logger = logging.getLogger(__name__)
 
@@ -73,11 +74,21 @@ def check_input(
             f"a module of {type(student).__name__} holds a module that it lies in, and DSPy cannot "
             "list the predictors of such a program; hold that one by a weakref.ref, or a function"
         ) from None
-    if not names:
+    unlisted = ", ".join(name for name in every_predictor(student) if name not in names)
+    if not names and not unlisted:
         raise ProgramError(
             f"{type(student).__name__} has no predictors to tune; give it a dspy.Predict or "
             "dspy.ChainOfThought as an attribute"
         )
+    why = (
+        f"DSPy does not list {unlisted}, which lie in a module that was compiled before (set its "
+        "_compiled to False to have them tuned), in a list within a list, or in an object that is "
+        "no module"
+    )
+    if not names:
+        raise ProgramError(f"{type(student).__name__} has no predictors to tune; {why}")
+    if unlisted:
+        logger.warning("some instructions stay as they are: %s", why)
     lm = find_local_lm(student)
     train = _check_examples("trainset", trainset)
     if valset is None:

@@ -70,6 +70,31 @@ def test_examples_may_say_that_they_have_no_inputs(tiny_qwen3):
     assert len(found.trainset) + len(found.valset) == 4
 
 
+class Around(dspy.Module):
+    """A program around another one."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, question):
+        return self.inner(question=question)
+
+
+def test_predictors_that_dspy_does_not_list_are_told_of(tiny_qwen3, caplog):
+    inner = Echo()
+    program = Around(inner)
+    with dspy.context(lm=LocalLM(str(tiny_qwen3)), adapter=RawAdapter()):
+        check_input(program, vowels, questions(4), None)
+        assert not caplog.records
+        inner._compiled = True
+        with pytest.raises(ProgramError, match=r"does not list inner\.say, .*_compiled to False"):
+            check_input(program, vowels, questions(4), None)
+        program.last = Echo()
+        check_input(program, vowels, questions(4), None)
+        assert "stay as they are: DSPy does not list inner.say, " in caplog.text
+
+
 def test_the_same_set_for_both_is_refused_with_what_to_do(check):
     examples = questions(6)
     for valset in (examples, questions(6), questions(8)):
