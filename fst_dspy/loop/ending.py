@@ -202,6 +202,23 @@ def check_perfect_score(parts: Parts, rollouts: Sequence[Rollout]) -> None:
         raise ConfigError(above)
 
 
+def not_sampled(parts: Parts, rollouts: Sequence[Rollout]) -> str | None:
+    """What to tell of predictors whose answers were never drawn from the policy.
+
+    Args:
+        rollouts: Of the first validation.
+    """
+    calls = [call for rollout in rollouts for call in rollout.calls]
+    sampled = {call.predictor for call in calls if call.temperature}
+    greedy = dict.fromkeys(call.predictor for call in calls if call.predictor not in sampled)
+    if parts.learner is None or not _learns_from_rewards(parts) or not greedy:
+        return None
+    return (
+        f"the weights learn nothing from the calls of {', '.join(greedy)}, which are at "
+        "temperature 0 or have penalties: leave that out, and set it on the compiled program"
+    )
+
+
 def _learns_from_rewards(parts: Parts) -> bool:
     return parts.learner is None or parts.learner.learns_from_rewards
 

@@ -32,6 +32,7 @@ from fst_dspy.loop.ending import (
     has_ended,
     iterations_of,
     measured_plan,
+    not_sampled,
     recorded_spent,
     share_of,
     shared_out,
@@ -229,6 +230,8 @@ class Run:
         if first:  # where it shows nothing to learn from, give it something
             check_limits(parts)
             check_perfect_score(parts, came.rollouts)
+            if (words := not_sampled(parts, came.rollouts)) and distributed.is_main():
+                logger.warning(words)
             state, found = warmed_up(parts, state, came)
         seconds = _add_seconds(state.seconds, "eval", started)
         parts.fast.validated(found.population, parts.val_ids, found.score_V)

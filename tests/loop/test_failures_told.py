@@ -7,7 +7,7 @@ import logging
 import dspy
 import pytest
 from chat_families import family_tokenizer
-from helpers import Echo, RawAdapter, questions, vowels
+from helpers import Echo, RawAdapter, Twice, questions, vowels
 
 from fst_dspy import FST, LocalLM
 from fst_dspy.errors import ConfigError, MetricError, ProgramError, TrainingError
@@ -50,8 +50,23 @@ def test_a_metric_that_fails_on_all_it_is_given_is_told_though_answers_fail_too(
         check_first_rollouts([rollout("parse", "x"), rollout("program", "boom")], Echo())
     check_first_rollouts([rollout("parse", "x")] * 3, Echo())
     check_first_rollouts([rollout("metric", "x"), rollout(reward=1.0)], Echo())
+    with pytest.raises(ProgramError, match="ConnectionError; what the program runs on fails"):
+        check_first_rollouts([rollout("infrastructure", "ConnectionError")], Echo())
     with pytest.raises(ProgramError, match="program: too long; the program fails"):
         check_first_rollouts([rollout("program", "too long\n\n  To fix:\n  - Shorten")], Echo())
+
+
+def test_predictors_that_are_only_asked_greedily_are_told_of(tiny_qwen3, caplog):
+    program = Twice()
+    compiled(tiny_qwen3, program=program, arm="rl_only", max_cycles=1)
+    assert "learn nothing" not in caplog.text
+    program.second.config["temperature"] = 0.0
+    compiled(tiny_qwen3, program=program, arm="gepa_only", max_cycles=1)
+    assert "learn nothing" not in caplog.text
+    compiled(tiny_qwen3, program=program, arm="rl_only", max_cycles=1)
+    assert "the weights learn nothing from the calls of second, which are at temperature 0" in (
+        caplog.text
+    )
 
 
 def test_a_predictor_that_is_never_given_its_inputs_ends_the_run(tiny_qwen3):
