@@ -17,6 +17,14 @@ from safetensors import SafetensorError
 from fst_dspy.errors import FSTError, StoreError
 
 
+def folder_given(path: str | os.PathLike[str] | None) -> Path | None:
+    """A folder that a user named, or none; it stays the same one wherever the program goes.
+
+    A program may change the working directory, which is that of the whole process.
+    """
+    return None if path is None else Path(path).absolute()
+
+
 def as_plain(row: Any) -> Any:
     """A dataclass (or a dict) as plain values ready for JSON."""
     return dataclasses.asdict(row) if dataclasses.is_dataclass(row) else row  # type: ignore[arg-type]

@@ -47,7 +47,6 @@ import logging
 import operator
 import os
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, Unpack
 
 import dspy
@@ -61,6 +60,7 @@ from fst_dspy.display import on_a_screen
 from fst_dspy.errors import ConfigError
 from fst_dspy.fast.gepa.plugins import read_plugins
 from fst_dspy.fast.proposers.protocol import Proposer
+from fst_dspy.files import folder_given
 from fst_dspy.lm.predictors import bound_to
 from fst_dspy.loop.joint import Run
 from fst_dspy.loop.parts import Parts, RunSpec, make_parts
@@ -163,7 +163,7 @@ class FST(Teleprompter):
             logger.warning(text)
         self.arm: Arm = arm
         self.seed = _read_seed(seed)
-        self.log_dir = Path(log_dir) if log_dir is not None else None
+        self.log_dir = folder_given(log_dir)
         self.log_rollouts = log_rollouts
         self.track_stats = track_stats
         self.instruction_proposer = plugins.proposer

@@ -38,6 +38,7 @@ from fst_dspy.continual.origin import Origin, alike, find_origin, kept_origin
 from fst_dspy.continual.scores import ScoreCache, StreamScores, test_examples
 from fst_dspy.continual.stages import TaskStage, read_version
 from fst_dspy.errors import ConfigError, ProgramError
+from fst_dspy.files import folder_given
 from fst_dspy.lm.in_use import versions_in_use
 from fst_dspy.lm.local_lm import LocalLM
 from fst_dspy.lm.predictors import bound_to, find_local_lm
@@ -86,7 +87,7 @@ class ContinualFST:
         **options: Any,
     ) -> None:
         self.arm, self.seed, self.progress = arm, seed, progress
-        self.log_dir = Path(log_dir) if log_dir is not None else None
+        self.log_dir = folder_given(log_dir)
         self.options = {**options, "track_stats": True}
         self.stages: tuple[TaskStage, ...] = ()
         # Refuses settings that cannot work.

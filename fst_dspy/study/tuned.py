@@ -24,7 +24,7 @@ import dspy
 from dspy.teleprompt import Teleprompter
 
 from fst_dspy.errors import ConfigError, TrainingError
-from fst_dspy.files import read_jsonl
+from fst_dspy.files import folder_given, read_jsonl
 from fst_dspy.lm.predictors import find_local_lm
 from fst_dspy.loop.progress import ProgressListener, SilentProgress, StopRun
 from fst_dspy.model.sizes import parameter_count
@@ -117,7 +117,7 @@ class TunedFST(Teleprompter):
         self.space = (space or default_space()).beside(options)
         self.metric, self.max_rollouts, self.trials = metric, max_rollouts, trials
         self.tuning_share, self.seed, self.track_stats = tuning_share, seed, track_stats
-        self.log_dir = Path(log_dir) if log_dir is not None else None
+        self.log_dir = folder_given(log_dir)
         self.progress = progress
         self.options = {**options, "max_rollouts": max_rollouts}
         self._fst(self.space.defaults(), None, None)  # refuses settings that cannot work

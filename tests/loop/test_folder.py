@@ -1,11 +1,15 @@
 """Checkpoints: by their share of the time, beside the work, of one moment."""
 
+import os
 import threading
 import time
 
+import dspy
 import pytest
 import torch
+from helpers import Echo, RawAdapter
 from safetensors.torch import load_file
+from tiny_compile import compile_tiny
 
 from fst_dspy.config import SamplingConfig, SlowConfig
 from fst_dspy.errors import StoreError
@@ -130,3 +134,16 @@ def test_a_config_that_holds_no_object_is_damaged(run_folder, text):
     (run_folder.path / "config.json").write_text(text)
     with pytest.raises(StoreError, match=r"config\.json is damaged: it holds no object"):
         run_folder.begin({"seed": 0})
+
+
+def test_a_program_may_change_the_working_directory(tiny_qwen3, tmp_path, monkeypatch):
+    class Moving(Echo):
+        def forward(self, question):
+            os.chdir(tmp_path / "elsewhere")
+            return self.say(question=question)
+
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with dspy.context(adapter=RawAdapter()):
+        result = compile_tiny(tiny_qwen3, Moving(), log_dir="run", max_cycles=1)[2]
+    assert result.log_dir == str(tmp_path / "run") and (tmp_path / "run/result.json").exists()
