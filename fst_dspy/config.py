@@ -409,7 +409,7 @@ class SamplingConfig:
     """How rollouts are sampled and scored.
 
     Attributes:
-        temperature: Sampling temperature of every rollout, above 0.
+        temperature: Sampling temperature of every rollout, above 0 and at most 2.
         top_p: Nucleus mass, in (0, 1].
         max_tokens: Longest completion of one call, in tokens; ``None`` takes the LM's own limit.
         failure_score: Reward of a rollout that could not be scored; where the metric has given less
@@ -444,8 +444,8 @@ class SamplingConfig:
     def __post_init__(self) -> None:
         _check_kinds(self)
         _require(
-            0 < self.temperature < math.inf,
-            "temperature must be above 0 (greedy groups are constant) and finite, "
+            0 < self.temperature <= 2,  # what a ``LocalLM`` takes
+            "temperature must be above 0 (greedy groups are constant) and at most 2, "
             f"got {self.temperature}",
         )
         _require(0 < self.top_p <= 1, f"top_p must be in (0, 1], got {self.top_p}")

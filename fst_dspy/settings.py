@@ -180,7 +180,7 @@ class Settings(TypedDict, total=False):
     besides, its default: adapters where training all weights would not fit in the machine's
     memory."""
     temperature: float
-    """Default 1.0. Sampling temperature of every rollout, above 0."""
+    """Default 1.0. Sampling temperature of every rollout, above 0 and at most 2."""
     top_p: float
     """Default 1.0. Nucleus mass, in (0, 1]."""
     max_tokens: int | None

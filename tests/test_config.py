@@ -77,7 +77,7 @@ def test_the_papers_settings_are_a_preset_without_what_is_ours():
         ({"loss_type": "ppo"}, "loss_type must be 'cispo', .* got 'ppo'"),
         ({"beta": float("inf")}, "beta must be finite"),
         ({"weight_decay": float("inf")}, "weight_decay must be finite"),
-        ({"temperature": float("inf")}, "temperature must be above 0 .* and finite, got inf"),
+        ({"temperature": 2.1}, "temperature must be above 0 .* and at most 2, got 2.1"),
         ({"max_seconds": float("inf")}, "max_seconds must be finite; None sets no limit"),
         ({"lora": {"alpha": float("inf")}}, "alpha must be positive and finite"),
         ({"failure_score": -1e300}, "failure_score must be a score, at most 1e"),
