@@ -98,8 +98,8 @@ class RunStore:
         ended before it had anything to keep, by a mistake that is mended now, binds nobody.
 
         Raises:
-            StoreError: The folder holds a run with other settings, data or program, or a run
-                without its ``config.json``.
+            StoreError: The folder holds a run with other settings, data or program, a run without
+                its ``config.json``, or such a file of something else.
         """
         path = self.folder / "config.json"
         wanted = json.loads(json.dumps({"schema_version": SCHEMA_VERSION, **config}))
@@ -109,6 +109,8 @@ class RunStore:
         )
         there = [found.name for found in own if found.exists()]
         if not there:
+            if path.exists() and "schema_version" not in self.config():
+                raise StoreError(f"{path} is not a run's, but a file of yours; choose another folder")
             self.write_json("config.json", wanted)
             return
         if not path.exists():

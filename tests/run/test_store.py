@@ -111,6 +111,14 @@ def test_two_writers_are_refused(tmp_path):
     RunStore(tmp_path).close()
 
 
+def test_the_config_of_something_else_is_left_alone(tmp_path):
+    config = tmp_path / "config.json"  # as every model's folder has
+    config.write_text('{"model_type": "qwen3"}')
+    with pytest.raises(StoreError, match="is not a run's, but a file of yours"):
+        RunStore(tmp_path).begin({"seed": 0})
+    assert config.read_text() == '{"model_type": "qwen3"}'
+
+
 def test_another_runs_folder_is_refused(tmp_path):
     store = RunStore(tmp_path)
     store.begin({"seed": 0, "environment": {"python": "3.11"}})
