@@ -110,7 +110,7 @@ class RunStore:
         there = [found.name for found in own if found.exists()]
         if not there:
             if path.exists() and "schema_version" not in self.config():
-                raise StoreError(f"{path} is not a run's, but a file of yours; choose another folder")
+                raise StoreError(f"{path} is not a run's, but your own; choose another folder")
             self.write_json("config.json", wanted)
             return
         if not path.exists():

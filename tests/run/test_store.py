@@ -114,7 +114,7 @@ def test_two_writers_are_refused(tmp_path):
 def test_the_config_of_something_else_is_left_alone(tmp_path):
     config = tmp_path / "config.json"  # as every model's folder has
     config.write_text('{"model_type": "qwen3"}')
-    with pytest.raises(StoreError, match="is not a run's, but a file of yours"):
+    with pytest.raises(StoreError, match="is not a run's, but your own"):
         RunStore(tmp_path).begin({"seed": 0})
     assert config.read_text() == '{"model_type": "qwen3"}'
 
