@@ -147,12 +147,16 @@ class Run:
                 has_room=partial(self._has_room, state.seconds, started, step=False),
             )
         verdicts = self._keep_verdicts()
+        trains = parts.learner is not None and not alone
+        # Rollouts of its own may have used up what a step would take.
+        if trains and self.runner.counts.total > state.counts.total:
+            trains = self._has_room(state.seconds, started, step=True)
         return replace(
             state,
             population=population,
             early_scores=tuple(verdict.known for verdict in verdicts if verdict.known),
             share=share,
-            phase="slow" if parts.learner is not None and not alone else "validate",
+            phase="slow" if trains else "validate",
             fast_state=parts.fast.state(),
             **self._counted(),
             seconds=_add_seconds(state.seconds, "fast", started),

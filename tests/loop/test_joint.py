@@ -468,6 +468,15 @@ def test_a_budget_says_that_it_is_reached_and_what_is_done(tiny_qwen3, tmp_path)
     assert first.total_rollouts.total == prompts + 2 * step + validation
 
 
+def test_a_step_that_a_fast_phase_has_left_no_room_for_is_not_taken(tiny_qwen3):
+    settings = {"reuse": False, "max_cycles": None}
+    _, first, *_ = compile_tiny(tiny_qwen3, max_rollouts=46, **settings)[2].records
+    limit = first.total_rollouts.total + 20  # an iteration and a step, but not the validation too
+    result = compile_tiny(tiny_qwen3, max_rollouts=limit, **settings)[2]
+    assert result.records[-1].cycle == 2 and result.records[-1].step == first.step
+    assert result.records[-1].rollouts.fast > 0 and result.rollouts.total <= limit
+
+
 def test_reused_rollouts_leave_the_fast_channel_its_first_phase_alone(tiny_qwen3):
     reused = compile_tiny(tiny_qwen3, max_cycles=3)[2]
     separate = compile_tiny(tiny_qwen3, max_cycles=3, reuse=False)[2]
