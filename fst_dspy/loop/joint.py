@@ -303,7 +303,8 @@ class Run:
     def _finished(self, state: LoopState) -> bool:
         """Whether the budget is spent; a cycle that was begun is ended first."""
         parts = self.parts
-        if state.phase != "fast":
+        opens = parts.slow_opens and not state.cycle and not state.step
+        if state.phase != "fast" and not opens:
             return False
         last = with_end(parts, state.records)  # of a run of before, which did not say so
         if cycles_spent(parts, state):
