@@ -392,8 +392,9 @@ class Run:
 
     def _tell_untouched(self, state: LoopState) -> None:
         """Say that the first validation has used a limit up, so that nothing can be learned."""
-        counts = self.runner.counts.total, self.runner.turns
-        spent = counts_spent(self.parts, *counts) or time_spent(self.parts, state.seconds)
+        record = state.records[0]  # a run that goes on has spent more since
+        counts = record.total_rollouts.total, record.turns
+        spent = counts_spent(self.parts, *counts) or time_spent(self.parts, record.seconds)
         if spent:
             words = f"{spent} reached by the first validation: nothing is learned"
             self._tell_once(f"{words}; a higher limit lets the run go on")

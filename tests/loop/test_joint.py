@@ -426,6 +426,24 @@ def test_a_limit_that_validation_uses_up_is_told_and_can_be_raised(
     assert further.records[:1] == short.records and 30 < further.rollouts.total <= 40
 
 
+def test_a_limit_that_a_step_has_reached_is_not_put_down_to_validation(
+    tiny_qwen3, tmp_path, monkeypatch
+):
+    own = {"arm": "rl_only", "max_rollouts": 5, "log_dir": tmp_path}
+    real = joint.Run._slow_step
+
+    def interrupted(self, state):
+        signal.raise_signal(signal.SIGINT)
+        return real(self, state)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(joint.Run, "_slow_step", interrupted)
+        compile_tiny(tiny_qwen3, **own)
+    listener = Heard()
+    assert compile_tiny(tiny_qwen3, progress=listener, **own)[2].records[-1].step == 1
+    assert not any("first validation" in words for words in listener.said)
+
+
 def test_ctrl_c_in_the_first_validation_is_not_held_back_for_a_fast_phase(
     tiny_qwen3, tmp_path, monkeypatch
 ):
