@@ -27,7 +27,7 @@ from typing import Any
 
 import dspy
 
-from fst_dspy.config import FSTConfig
+from fst_dspy.config import ALIASES, LIMITS, BudgetConfig, FSTConfig
 from fst_dspy.distill.reader import ContextReader
 from fst_dspy.distill.trainer import DistillTrainer
 from fst_dspy.errors import ConfigError, ProgramError
@@ -69,8 +69,8 @@ class FSTDistill(FST):
 
     Args:
         metric: As for ``FST``.
-        search_share: Share of ``max_rollouts`` and ``max_seconds`` that the search for the context
-            may take, in (0, 1). ``max_cycles`` holds for the search and the distillation each.
+        search_share: Share of every limit but one that the search for the context may take, in
+            (0, 1). ``max_cycles`` holds for the search and the distillation each.
         **options: As for ``FST``, but for ``arm``: settings, ``seed``, ``log_dir``, ... The search
             has the run folder ``log_dir/search``.
 
@@ -90,20 +90,19 @@ class FSTDistill(FST):
         # Groups of equal rewards have a gradient here, so there is no need to draw others.
         slow = replace(self.config.slow, revisit_constant=1.0)
         self.config = replace(self.config, slow=slow)
-        self._search = FST(metric, arm="gepa_only", **self._search_options(options, search_share))
+        search = FST(metric, arm="gepa_only", **self._search_options(options))
+        # By the settings as they were read: a limit may have been given under another name.
+        budget = _share_of(search.config.budget, search_share)
+        search.config = replace(search.config, budget=budget)
+        self._search = search
 
-    def _search_options(self, options: Mapping[str, Any], share: float) -> dict[str, Any]:
+    def _search_options(self, options: Mapping[str, Any]) -> dict[str, Any]:
         # Its groups need not suit a population, and the search has none.
-        own = {
-            k: v for k, v in options.items() if k not in ("group_size", "rollouts_per_candidate")
-        }
+        groups = ("group_size", "rollouts_per_candidate")
+        own = {k: v for k, v in options.items() if ALIASES.get(k, k) not in groups}
         own |= {"rollouts_per_candidate": 2, "track_stats": True}
         if self.log_dir is not None:
             own["log_dir"] = self.log_dir / "search"
-        if options.get("max_rollouts") is not None:
-            own["max_rollouts"] = max(1, int(options["max_rollouts"] * share))
-        if options.get("max_seconds") is not None:
-            own["max_seconds"] = options["max_seconds"] * share
         return own
 
     def compile(
@@ -178,6 +177,17 @@ class FSTDistill(FST):
             )
 
         return self.finish(make_parts(spec, pupil, checked, start), pupil, with_context)
+
+
+def _share_of(budget: BudgetConfig, share: float) -> BudgetConfig:
+    """A share of every limit that is set, but of cycles."""
+    limits = {name: getattr(budget, name) for name in LIMITS if name != "max_cycles"}
+    parts: dict[str, Any] = {
+        name: limit * share if name.endswith("seconds") else max(1, int(limit * share))
+        for name, limit in limits.items()
+        if limit is not None
+    }
+    return replace(budget, **parts)
 
 
 class DistillLearner:

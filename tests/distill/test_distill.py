@@ -15,7 +15,7 @@ from tiny_compile import SETTINGS as TINY
 from tiny_compile import raw_adapter  # noqa: F401
 
 from fst_dspy import FST, FSTDistill, LocalLM
-from fst_dspy.config import FSTConfig, LoraConfig, SamplingConfig, SlowConfig
+from fst_dspy.config import BudgetConfig, FSTConfig, LoraConfig, SamplingConfig, SlowConfig
 from fst_dspy.distill.reader import ContextReader
 from fst_dspy.distill.trainer import DistillTrainer, reverse_kl
 from fst_dspy.errors import ConfigError, ProgramError, TrainingError
@@ -305,6 +305,18 @@ def test_the_settings_of_groups_are_the_students_own():
     optimizer = FSTDistill(vowels, group_size=6, population_size=4)
     every_turn = FSTConfig.make(group_size=6, population_size=1, revisit_constant=1.0)
     assert optimizer.config == every_turn
+    assert FSTDistill(vowels, num_generations=6).config.slow.group_size == 6
+
+
+def test_the_search_has_its_share_of_every_limit_by_whatever_name():
+    def searched(**limits):
+        return FSTDistill(vowels, search_share=0.25, **limits)._search.config.budget
+
+    assert searched(max_metric_calls=80).max_rollouts == 20
+    assert searched(gepa_kwargs={"max_metric_calls": 80}).max_rollouts == 20
+    assert searched(max_full_evals=8).max_full_evals == 2
+    assert searched(max_seconds=3).max_seconds == 0.75
+    assert searched(max_env_steps=80, max_cycles=3) == BudgetConfig(max_cycles=3, max_env_steps=20)
 
 
 @pytest.mark.slow
