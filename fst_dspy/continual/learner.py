@@ -295,7 +295,8 @@ class ContinualFST:
         stage = self._stage_of(origin.name) if origin.name is not None else None
         size = self.config.fast.population_size
         candidates = stage.candidates(size) if stage is not None else ()
-        return origin.name, Start(candidates, origin.counts, origin.tokens, origin.seconds)
+        spent = origin.counts, origin.tokens, origin.seconds, origin.turns
+        return origin.name, Start(candidates, *spent)
 
     def _origin(self, task: Task, number: int, student: dspy.Module) -> Origin:
         if self.arm == "rl_only":

@@ -23,7 +23,7 @@ from fst_dspy.rollouts.evaluate import evaluate
 from fst_dspy.rollouts.jobs import Runner
 from fst_dspy.rollouts.runner import RolloutRunner
 from fst_dspy.student.candidate import seed_candidate
-from fst_dspy.types import Candidate, RolloutCounts, Task
+from fst_dspy.types import Candidate, RolloutCounts, Task, TurnCounts
 
 logger = logging.getLogger(__name__)
 
@@ -37,13 +37,14 @@ class Origin:
 
     Attributes:
         name: The known task that it is taken from; ``None`` for the program's own prompt.
-        counts, tokens, seconds: What finding that out has cost, as in ``CycleRecord``.
+        counts, tokens, seconds, turns: What finding that out has cost, as in ``CycleRecord``.
     """
 
     name: str | None
     counts: RolloutCounts = field(default_factory=RolloutCounts)
     tokens: Mapping[str, int] = field(default_factory=dict)
     seconds: Mapping[str, float] = field(default_factory=dict)
+    turns: TurnCounts = field(default_factory=TurnCounts)
 
 
 def kept_origin(folder: Path | None, name: str, find: Callable[[], Origin]) -> Origin:
@@ -74,7 +75,8 @@ def kept_origin(folder: Path | None, name: str, find: Callable[[], Origin]) -> O
             f"the stage in {folder} learned another task than {name!r}; learn the tasks in the "
             "same order as before, or choose another log_dir"
         )
-    return Origin(**{**plain, "counts": RolloutCounts(**plain["counts"])})
+    counts, turns = RolloutCounts(**plain["counts"]), TurnCounts(**plain.get("turns", {}))
+    return Origin(**{**plain, "counts": counts, "turns": turns})
 
 
 def find_origin(
@@ -105,7 +107,7 @@ def find_origin(
     name = nearest(runner, own, known, examples, lm.version)
     logger.info("%s begins with the population of %s", task.name, name or "its own prompt")
     seconds = {"fast": time.monotonic() - started}
-    return Origin(name, runner.counts, dict(runner.tokens), seconds)
+    return Origin(name, runner.counts, dict(runner.tokens), seconds, runner.turns)
 
 
 def nearest(

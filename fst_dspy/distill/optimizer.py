@@ -146,7 +146,7 @@ class FSTDistill(FST):
             )
             search = teacher.detailed_results
             last = search.records[-1]
-            start = Start((), last.total_rollouts, last.tokens, last.seconds)
+            start = Start((), last.total_rollouts, last.tokens, last.seconds, last.turns)
         elif seed_candidate(teacher, tools).id == bare.id:
             raise ConfigError("the teacher has the student's own prompt: nothing to distill")
         teacher_lm, context = find_local_lm(teacher), seed_candidate(teacher, tools)

@@ -272,12 +272,13 @@ class Run:
 
     def _start(self) -> LoopState:
         parts, start = self.parts, self.parts.start
-        self.runner.counts = start.counts
+        self.runner.counts, self.runner.turns = start.counts, start.turns
         self.runner.tokens |= start.tokens
         population = Population(start.candidates or (parts.seed_candidate,), parts.val_ids, (), 0)
         return LoopState(
             population=population,
             counts=start.counts,
+            turns=start.turns,
             seconds=start.seconds,
             fast_state=parts.fast.state(),
         )

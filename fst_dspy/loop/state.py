@@ -39,14 +39,15 @@ class Start:
 
     Attributes:
         candidates: The first population; the student's own texts where there are none.
-        counts, tokens, seconds: What finding them has cost, as in ``CycleRecord``; the run counts
-            on from there, also towards its budget.
+        counts, tokens, seconds, turns: What finding them has cost, as in ``CycleRecord``; the run
+            counts on from there, also towards its budget.
     """
 
     candidates: tuple[Candidate, ...] = ()
     counts: RolloutCounts = field(default_factory=RolloutCounts)
     tokens: Mapping[str, int] = field(default_factory=dict)
     seconds: Mapping[str, float] = field(default_factory=dict)
+    turns: TurnCounts = field(default_factory=TurnCounts)
 
 
 @dataclass(frozen=True)

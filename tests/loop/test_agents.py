@@ -33,9 +33,9 @@ EXAMPLES = [
 ]
 
 
-def compile_hall(folder, log_dir=None, **settings):
+def compile_hall(folder, log_dir=None, optimizer=fst_dspy.FST, **settings):
     lm = fst_dspy.LocalLM(str(folder))
-    fst = fst_dspy.FST(
+    fst = optimizer(
         fst_dspy.env_reward, seed=0, log_dir=log_dir, track_stats=True, **{**SETTINGS, **settings}
     )
     with dspy.context(lm=lm, adapter=OneWord()):
@@ -61,6 +61,16 @@ def test_a_budget_of_environment_steps_ends_the_run(tiny_qwen3):
     assert len(counted) > 2 and 30 < counted[-1] <= 60  # no step that would go beyond
     with pytest.raises(ConfigError, match="max_env_steps must be positive"):
         fst_dspy.FST(fst_dspy.env_reward, max_env_steps=0)
+
+
+def test_what_a_search_for_a_context_does_counts_towards_the_budget(tiny_qwen3, tmp_path):
+    settings = {"max_cycles": None, "max_env_steps": 90, "first_cycle_iterations": 1}
+    result = compile_hall(tiny_qwen3, tmp_path, fst_dspy.FSTDistill, **settings)
+    searched = result.search.records[-1].turns
+    assert 0 < searched.steps < result.records[0].turns.steps
+    assert result.records[-1].turns.steps <= 90
+    again = compile_hall(tiny_qwen3, tmp_path, fst_dspy.FSTDistill, **settings)
+    assert again.records == result.records
 
 
 @pytest.mark.parametrize(
