@@ -86,6 +86,8 @@ class Job:
         find_arm(self.arm)
         if not re.fullmatch(r"[\w.=+-]+", self.label):
             raise ConfigError(f"a label names a folder; {self.label!r} cannot")
+        if type(self.seed) is not int or self.seed < 0:  # it is in the folder's name, too
+            raise ConfigError(f"seed must be a whole number of at least 0, got {self.seed!r}")
         for name in ("rollouts", "samples", "test_size"):
             value = getattr(self, name)
             if value is not None and value < 1:

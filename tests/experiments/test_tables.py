@@ -462,7 +462,13 @@ def test_what_has_ended_is_packed_and_goes_on_elsewhere(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "change", [("0-fst", "../../away"), ('"label":"fst"', '"label":"../fst"'), ('"job"', '"jab"')]
+    "change",
+    [
+        ("0-fst", "../../away"),
+        ('"label":"fst"', '"label":"../fst"'),
+        ('"seed":0', '"seed":"/../../away"'),
+        ('"job"', '"jab"'),
+    ],
 )
 def test_a_packed_file_that_is_none_is_refused(change, tmp_path):
     pack(store_of(two_arms(), tmp_path / "here"), tmp_path / "jobs.jsonl")
@@ -470,7 +476,7 @@ def test_a_packed_file_that_is_none_is_refused(change, tmp_path):
     (tmp_path / "jobs.jsonl").write_text(broken)
     with pytest.raises(StoreError, match="holds no packed experiments"):
         unpack(tmp_path / "jobs.jsonl", tmp_path / "there")
-    assert not (tmp_path / "there").exists()
+    assert not (tmp_path / "there").exists() and not (tmp_path / "away").exists()
 
 
 def test_a_study_that_is_noted_down_is_not_run_again(tmp_path):
