@@ -365,6 +365,9 @@ def test_ablations_are_paired_with_the_reference():
         ("K", "population_size=4"),
     ]
     assert [row[table.columns.index("difference")] for row in table.rows] == ["-0.100 ± 0.000", "—"]
+    # The reference's only seed that has ended is not the variant's.
+    table = ablations([reference[0], other[1]], axes)
+    assert [row[table.columns.index("difference")] for row in table.rows] == ["—", "—"]
 
 
 def store_of(runs, folder):

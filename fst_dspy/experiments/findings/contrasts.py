@@ -180,10 +180,10 @@ def ablations(runs: Sequence[Run], axes: Mapping[str, Mapping[str, Any]]) -> Tab
             group = groups.get(label, [])
             if not group:
                 continue
-            difference = NONE
-            if label != REFERENCE and REFERENCE in groups:
-                paired = paired_difference(scores_by_seed(group), scores_by_seed(groups[REFERENCE]))
-                difference = interval_text(paired.difference)
+            difference, own = NONE, scores_by_seed(group)
+            reference = scores_by_seed(groups.get(REFERENCE, ()))
+            if label != REFERENCE and own.keys() & reference.keys():
+                difference = interval_text(paired_difference(own, reference).difference)
             areas = [area_under_curve(*run.curve, budget, running_best=True) for run in group]
             rows.append(
                 (
