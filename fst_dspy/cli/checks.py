@@ -11,11 +11,14 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fst_dspy.errors import ConfigError, ModelError, StoreError
 from fst_dspy.pretrained.smollm2 import NAMES
 from fst_dspy.tasks import check_program
+
+if TYPE_CHECKING:
+    from fst_dspy.config import FSTConfig
 
 MODEL_FILES = ("config.json", "adapter_config.json", "*.gguf")
 """A model folder has one of these."""
@@ -70,8 +73,8 @@ def check_each(settings: Mapping[str, Any]) -> None:
         check_setting(ALIASES.get(name, name), value)
 
 
-def check_settings(settings: Mapping[str, Any], auto: Any, arm: str) -> None:
-    """Names, types and ranges of settings, and whether they go together.
+def check_settings(settings: Mapping[str, Any], auto: Any, arm: str) -> FSTConfig:
+    """Names, types and ranges of settings, and whether they go together; what they come to.
 
     Raises:
         ConfigError: What is wrong.
@@ -79,7 +82,7 @@ def check_settings(settings: Mapping[str, Any], auto: Any, arm: str) -> None:
     from fst_dspy.config import FSTConfig, settings_of_arm
 
     plain = {name: value for name, value in settings.items() if name != "batch_sampler"}
-    FSTConfig.make(**{"auto": auto, **settings_of_arm(arm, plain)})
+    return FSTConfig.make(**{"auto": auto, **settings_of_arm(arm, plain)})
 
 
 def check_model(model: str) -> None:
@@ -184,7 +187,6 @@ def check_same_run(out: Path, seed: int, arm: str, auto: Any, settings: Mapping[
     path = out / "config.json"
     if not path.is_file():
         return
-    from fst_dspy.config import FSTConfig, settings_of_arm
     from fst_dspy.run.store import another_run, differences
 
     try:
@@ -192,7 +194,7 @@ def check_same_run(out: Path, seed: int, arm: str, auto: Any, settings: Mapping[
         known = {"arm": found["arm"], "seed": found["seed"], "settings": found["settings"]}
     except (OSError, ValueError, KeyError, TypeError):
         return  # the run itself says what is wrong with the folder
-    asked = FSTConfig.make(**{"auto": auto, **settings_of_arm(arm, settings)}).to_dict()
+    asked = check_settings(settings, auto, arm).to_dict()
     # What the model and the data settle is known when they are.
     slow = known["settings"].get("slow", {})
     for name, unsettled in (("learning_rate", None), ("lora", "auto")):

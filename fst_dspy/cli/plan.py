@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from fst_dspy.cli.checks import check_arguments
+from fst_dspy.cli.checks import check_arguments, check_settings
 from fst_dspy.cli.options import (
     ArmOption,
     Json,
@@ -40,15 +40,13 @@ def plan(
         from fst_dspy.tasks import load_task
 
         task = load_task(program, seed)
-        from fst_dspy.config import FSTConfig
         from fst_dspy.plan.files import plan_of_files
 
-        config = FSTConfig.make(**{"auto": auto, **given})
         found = plan_of_files(
             model,
             task.program,
             task.trainset,
-            config,
+            check_settings(given, auto, arm),
             device=device,
             arm=arm,
             val_examples=len(task.valset),

@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 from fst_dspy import FST, LocalLM
 from fst_dspy.cli import app
+from fst_dspy.cli.checks import check_same_run
 from fst_dspy.cli.options import console
 from fst_dspy.errors import ConfigError, DataError, MetricError, ProgramError
 
@@ -177,6 +178,14 @@ def test_a_run_folder_of_other_settings_is_told_at_once(tmp_path):
     assert "temperature differs (1.0 there, 0.5 here)" in message
     assert "choose another folder" in message
     assert "learning_rate" not in message and "lora" not in message
+    sampler = {"max_cycles": 1, "batch_sampler": "epoch_shuffled"}  # is no part of a run's settings
+    check_same_run(tmp_path, 0, "fst", None, sampler)
+
+
+def test_what_can_be_compiled_can_be_planned():
+    given = "--arm rl_only --set group_size=6 --set batch_sampler=epoch_shuffled"
+    done = CliRunner().invoke(app, f"plan triage {given}".split())
+    assert done.exit_code == 0, done.output
 
 
 def raising(gold, pred, trace=None):
