@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
@@ -41,7 +42,8 @@ def write_program(name: str) -> Path:
     if not re.fullmatch(r"[A-Za-z_]\w*", stem):
         raise ConfigError(f"{name!r} is no name for a program: letters, digits and _ make one")
     file = Path(f"{stem}.py")
-    if not file.exists() and find_spec(stem) is not None:
+    # ``__main__`` is there, but cannot be found.
+    if not file.exists() and (stem in sys.modules or find_spec(stem) is not None):
         raise ConfigError(
             f"{file} would hide Python's own or an installed {stem} from all that runs beside it; "
             "choose another name: fst init NAME"

@@ -147,6 +147,11 @@ def test_a_mistake_is_told_with_its_cause_and_what_to_do(mistake):
     assert cause in message and advice in message
 
 
+def test_a_program_cannot_have_the_name_of_the_module_that_runs(monkeypatch):
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", None)  # as of the command itself
+    assert "would hide Python's own or an installed __main__" in told("init __main__")
+
+
 def test_it_is_told_before_anything_heavy_is_imported(folder):
     commands = [command for command, _, _ in EARLY.values()]
     run = [sys.executable, "-c", NOTHING_HEAVY, *commands]
