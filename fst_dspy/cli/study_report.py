@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,8 @@ def report_study(console: Console, study: optuna.Study, out: Path) -> None:
         return
     text = json.dumps(settings, indent=1).encode()
     write_atomically(out / "best.json", lambda file: file.write(text))
-    flags = " ".join(f"--set {name}={json.dumps(value)}" for name, value in settings.items())
+    given = (shlex.quote(f"{name}={json.dumps(value)}") for name, value in settings.items())
+    flags = " ".join(f"--set {setting}" for setting in given)
     words = f"best settings, also in {out / 'best.json'}:\n{flags}"
     console.print(as_text(words), soft_wrap=True)
 

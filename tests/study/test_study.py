@@ -1,9 +1,11 @@
 """Studies on tiny random models: real compiles, real Optuna storages, real killed workers."""
 
+import io
 import json
 import multiprocessing
 import os
 import pickle
+import shlex
 import shutil
 import signal
 import socket
@@ -20,11 +22,14 @@ import pytest
 from helpers import Echo, RawAdapter, questions, vowels, wait_for
 from optuna.trial import TrialState
 from places import PROGRAM
+from rich.console import Console
 from study_workers import held, held_model
 from typer.testing import CliRunner
 
 from fst_dspy import FST, LocalLM
 from fst_dspy.cli import app
+from fst_dspy.cli.options import parse_settings
+from fst_dspy.cli.study_report import report_study
 from fst_dspy.config import FSTConfig
 from fst_dspy.errors import ConfigError, FSTError, ModelError, ProgramError, TrainingError
 from fst_dspy.files import read_jsonl
@@ -777,6 +782,20 @@ def test_the_command_runs_a_study_and_writes_its_best_settings(tiny_qwen3, tmp_p
     assert (tmp_path / "study" / "front.png").exists()
     wrong = CliRunner().invoke(app, ["tune", PROGRAM, "--objective", "sore"])
     assert wrong.exit_code == 1 and "there is no measure" in wrong.output
+
+
+def test_the_best_settings_are_shown_as_a_shell_takes_them(tmp_path):
+    settings = {"loss_type": "dapo", "lora": {"rank": 4}, "reflection_prompt_template": "it's"}
+    attributes = {
+        "settings": settings,
+        "measured": {"score": 1.0, "kl_to_base": 0.0, "rollouts": 9},
+    }
+    study = optuna.create_study(direction="maximize")
+    study.add_trial(optuna.trial.create_trial(value=1.0, user_attrs=attributes))
+    console = Console(file=io.StringIO(), width=400)
+    report_study(console, study, tmp_path)
+    said = shlex.split(console.file.getvalue().splitlines()[-1])
+    assert said[::2] == ["--set"] * 3 and parse_settings(said[1::2]) == settings
 
 
 # --- settings tuned inside a compile ---------------------------------------------------------
