@@ -26,9 +26,17 @@ from dspy.teleprompt import Teleprompter
 from fst_dspy.errors import ConfigError, TrainingError
 from fst_dspy.files import folder_given, read_jsonl
 from fst_dspy.lm.predictors import find_local_lm
-from fst_dspy.loop.progress import ProgressListener, SilentProgress, StopRun
+from fst_dspy.loop.progress import (
+    ProgressListener,
+    SilentProgress,
+    StopRun,
+    TellsPlan,
+    default_progress,
+    tell,
+)
 from fst_dspy.model.sizes import parameter_count
 from fst_dspy.optimizer import FST
+from fst_dspy.plan.plan import Plan
 from fst_dspy.results.result import FSTResult
 from fst_dspy.run.records import cycle_record
 from fst_dspy.study.space import Space, default_space, draw_settings
@@ -120,7 +128,7 @@ class TunedFST(Teleprompter):
         self.log_dir = folder_given(log_dir)
         self.progress = progress
         self.options = {**options, "max_rollouts": max_rollouts}
-        self._fst(self.space.defaults(), None, None)  # refuses settings that cannot work
+        self._fst(self.space.defaults(), None, progress)  # refuses settings that cannot work
 
     def compile(
         self,
@@ -246,14 +254,18 @@ class RunTo(SilentProgress):
 
     Args:
         rollouts: Rollouts of the run, over all channels.
-        inner: Hears everything too.
+        inner: Hears everything too; ``None`` for the default.
     """
 
     def __init__(self, rollouts: int, inner: ProgressListener | None) -> None:
-        self.rollouts, self.inner = rollouts, inner or SilentProgress()
+        self.rollouts, self.inner = rollouts, inner or default_progress()
 
     def begin(self, budget: Any) -> None:
         self.inner.begin(budget)
+
+    def plan(self, plan: Plan) -> None:
+        if isinstance(self.inner, TellsPlan):
+            self.inner.plan(plan)
 
     def phase(self, cycle: int, name: str, counts: RolloutCounts) -> None:
         self.inner.phase(cycle, name, counts)
@@ -266,6 +278,9 @@ class RunTo(SilentProgress):
 
     def end(self) -> None:
         self.inner.end()
+
+    def say(self, text: str) -> None:
+        tell(self.inner, text)
 
 
 def best_score(records: Sequence[CycleRecord], rollouts: int) -> float:

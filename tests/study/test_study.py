@@ -33,6 +33,7 @@ from fst_dspy.cli.study_report import report_study
 from fst_dspy.config import FSTConfig
 from fst_dspy.errors import ConfigError, FSTError, ModelError, ProgramError, TrainingError
 from fst_dspy.files import read_jsonl
+from fst_dspy.loop.progress import SilentProgress
 from fst_dspy.study import (
     Categorical,
     Float,
@@ -830,6 +831,30 @@ def test_settings_are_tuned_inside_one_budget_and_the_best_run_goes_on(tiny_qwen
     whole = compile_tuned(tiny_qwen3).detailed_results
     assert [one.score for one in whole.tried] == [one.score for one in result.tried]
     assert whole.weights_version == result.weights_version and whole.log_dir is None
+
+
+class Heard(SilentProgress):
+    """Keeps what it is told."""
+
+    def __init__(self):
+        self.plans, self.said = [], []
+
+    def plan(self, plan):
+        self.plans.append(plan)
+
+    def say(self, text):
+        self.said.append(text)
+
+
+def test_a_listener_hears_of_a_tuned_compile_what_it_hears_of_a_plain_one(tiny_qwen3, caplog):
+    listener = Heard()
+    compile_tuned(tiny_qwen3, progress=listener, trials=2, max_rollouts=3)
+    assert len(listener.plans) == 2 * 2 and "reached by the first validation" in listener.said[0]
+    with caplog.at_level("INFO", "fst_dspy"):
+        compile_tuned(tiny_qwen3, trials=2, max_rollouts=3)
+    assert "cycle   0" in caplog.text
+    with pytest.raises(ConfigError, match="progress must be a listener"):
+        TunedFST(vowels, max_rollouts=60, progress=object())
 
 
 def test_settings_that_training_diverges_with_are_given_up(tiny_qwen3, monkeypatch):
