@@ -94,15 +94,18 @@ def _validated(run: Run, best: Mapping[str, Any], name: str, *, own: bool) -> Ce
     candidate = data.chosen_id(run) if name.endswith("evolved") else data.seed_id(run)
     step = 0 if name.startswith("base") else best["step"]
     first = name == "base_original"  # as the student came, before a cold start changed anything
-    answers = {
-        row["example_id"]: row["reward"]
-        for row in run.answers
-        if row["candidate_id"] == candidate
-        and row["step"] == step
-        and row["cycle"] <= best["cycle"]
-        and ("inputs" in row or not first)
-    }
-    scores = _in_order(run, answers) or _of_populations(run, candidate, step)
+    answers: dict[str, list[float]] = {}
+    for row in run.answers:
+        if (
+            row["candidate_id"] == candidate
+            and row["step"] == step
+            and row["cycle"] <= best["cycle"]
+            and ("inputs" in row or not first)
+        ):
+            answers.setdefault(row["example_id"], []).append(row["reward"])
+    # With val_samples above 1 an example has several.
+    means = {example: sum(rewards) / len(rewards) for example, rewards in answers.items()}
+    scores = _in_order(run, means) or _of_populations(run, candidate, step)
     recorded = run.cycles[0]["val_score"] if first else best["val_score"] if own else None
     mean = sum(scores) / len(scores) if scores else None
     if mean is not None and (first or recorded is None or abs(mean - recorded) < 1e-9):

@@ -52,6 +52,15 @@ def test_validations_give_the_cells_that_were_measured(folder):
     assert "no interval" in answer([run])
 
 
+def test_of_several_answers_to_an_example_the_mean_counts(folder):
+    run = data.read_run(folder)
+    twice = [row for one in run.answers for row in (one, {**one, "reward": 0.0})]
+    cycles = [{**cycle, "val_score": cycle["val_score"] / 2} for cycle in run.cycles]
+    found = cells_of(dataclasses.replace(run, answers=twice, cycles=cycles))
+    assert found.cells["base_original"].mean == pytest.approx(cycles[0]["val_score"])
+    assert all(found.cells[name].scores for name in ("base_original", "trained_evolved"))
+
+
 def test_test_scores_come_first_where_there_are_some(folder):
     run = with_test_scores(folder, scores=SCORES)
     found = cells_of(run)
