@@ -32,7 +32,7 @@ from typing import Any
 import dspy
 
 from fst_dspy.bundle.saving import make_savable
-from fst_dspy.config import BudgetConfig
+from fst_dspy.config import ALIASES, BudgetConfig
 from fst_dspy.continual import folder as continual_bundle
 from fst_dspy.continual.origin import Origin, alike, find_origin, kept_origin
 from fst_dspy.continual.scores import ScoreCache, StreamScores, test_examples
@@ -52,6 +52,13 @@ from fst_dspy.types import Arm, RolloutCounts, Task
 
 STAGE_SEEDS = 1_000_003
 """How far the seeds of two stages lie apart; the first stage has the stream's own."""
+IN_PLACE_OF = {
+    "rollouts_per_candidate": "group_size",
+    "lora_rank": "lora",
+    "max_full_evals": "max_rollouts",
+    "max_rollouts": "max_full_evals",
+}
+"""Saved settings that are not taken where another is given."""
 
 
 class ContinualFST:
@@ -244,7 +251,10 @@ class ContinualFST:
         path, given = Path(folder), {task.name: task for task in tasks}
         history, stages = continual_bundle.read(path)
         saved = {"arm": history["arm"], "seed": history["seed"], **flat_settings(history["config"])}
-        learner = cls(**{**saved, **options})
+        said = {ALIASES.get(name, name) for name in options}
+        said |= {IN_PLACE_OF[name] for name in said if name in IN_PLACE_OF}
+        kept = {name: value for name, value in saved.items() if name not in said}
+        learner = cls(**kept, **options)
         learner._start_version = history["start_version"]
         learner._scores.cells = {**history["scores"], **learner._scores.cells}
         for name in dict.fromkeys(stage.task for stage in stages):

@@ -244,6 +244,8 @@ def test_a_saved_stream_is_loaded_and_goes_on_as_the_first_would(tiny_qwen3, tmp
         loaded = ContinualFST.load(folder, [A, B])
         assert loaded.config == learner.config and loaded.rollouts == learner.rollouts
         assert versions(loaded) == versions(learner)
+        other = ContinualFST.load(folder, [A, B], lr=1e-4, rollouts_per_candidate=1).config.slow
+        assert (other.learning_rate, other.group_size) == (1e-4, 2)
         assert loaded.program("a").say.lm.model == learner.stages[-1].version
         assert loaded.evaluate() == scores
         loaded.learn(A)
