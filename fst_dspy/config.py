@@ -554,7 +554,10 @@ def settings_of_arm(arm: str, settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def without_effect(config: FSTConfig, given: Iterable[str]) -> list[str]:
-    """What to tell of settings that were given, and that other settings leave without effect."""
+    """What to tell of settings that were given, and that other settings leave without effect.
+
+    Where all settings are given, as those that were saved are, the defaults are no wish.
+    """
     needed = {
         "distillation_weight": (config.slow.slow_signal == "both", "slow_signal='both'"),
         "teacher_update_rate": (
@@ -570,7 +573,9 @@ def without_effect(config: FSTConfig, given: Iterable[str]) -> list[str]:
     return [
         f"{name} has no effect without {what}"
         for name, (has_effect, what) in needed.items()
-        if name in given and not has_effect
+        if name in given
+        and not has_effect
+        and getattr(config.slow, name) != getattr(SlowConfig, name)
     ]
 
 

@@ -18,6 +18,7 @@ from fst_dspy.config import (
     without_removed,
 )
 from fst_dspy.errors import ConfigError
+from fst_dspy.results.result import flat_settings
 
 
 def test_flat_settings_reach_their_part():
@@ -44,6 +45,7 @@ def test_a_setting_that_others_leave_without_effect_is_told(name, value, needed,
     caplog.clear()
     FST(vowels, **{name: value}, **needed)
     FST(vowels)
+    FST(vowels, **flat_settings(FST(vowels).config.to_dict()))
     assert not caplog.records
 
 
