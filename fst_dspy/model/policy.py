@@ -26,7 +26,7 @@ from typing import Any
 import peft
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 from transformers.utils import logging as hf_logging
 
 from fst_dspy import distributed
@@ -39,6 +39,7 @@ from fst_dspy.pretrained.chat import content_form
 from fst_dspy.pretrained.gguf import SUFFIX, read_from, read_gguf
 from fst_dspy.pretrained.places import model_place
 from fst_dspy.pretrained.quantized import plain_quantization, quantization_of
+from fst_dspy.pretrained.weights import read_whole
 
 DEFAULT_CHAT_TEMPLATE = (
     "{% for message in messages %}{{ message['role'] + ': ' + message['content'] + '\n\n' }}"
@@ -506,7 +507,7 @@ def _read_model(source: Mapping[str, Any], device: torch.device) -> Any:
     showed_bars = hf_logging.is_progress_bar_enabled()
     hf_logging.disable_progress_bar()
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model = read_whole(
             where, dtype=dtype, trust_remote_code=source["trust_remote_code"], **more
         )
         return model if "device_map" in more else model.to(device)

@@ -6,6 +6,7 @@ quantized stays forgotten: the model is the one that the file describes.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,11 +14,14 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 
 from fst_dspy.errors import ModelError
+from fst_dspy.pretrained.weights import read_whole
 
 SUFFIX = ".gguf"
+_PART = re.compile(r"-\d{5}-of-(\d{5})\.gguf")
+"""How llama.cpp ends the names of the parts of a model."""
 
 
 def find_gguf(where: Path) -> Path | None:
@@ -27,17 +31,27 @@ def find_gguf(where: Path) -> Path | None:
         ``None`` where it is another kind of model, or none.
 
     Raises:
-        ModelError: There are several: the parts of a model or different ones.
+        ModelError: There are several, or it is a part of a model, which would be read as a whole.
     """
     if where.suffix == SUFFIX and where.is_file():
-        return where
+        return _whole(where)
     if not where.is_dir() or (where / "config.json").is_file():
         return None
-    found = sorted(where.glob(f"*{SUFFIX}"))
+    found = list(map(_whole, sorted(where.glob(f"*{SUFFIX}"))))
     if len(found) > 1:
         names = ", ".join(file.name for file in found[:4])
         raise ModelError(f"{where} holds {len(found)} GGUF files ({names}); name one of them")
     return found[0] if found else None
+
+
+def _whole(file: Path) -> Path:
+    part = _PART.search(file.name)
+    if part is not None and int(part[1]) > 1:
+        raise ModelError(
+            f"{file} is one of the {int(part[1])} parts of a model; put them together with "
+            "llama.cpp's llama-gguf-split --merge, and name the file that comes of it"
+        )
+    return file
 
 
 def read_from(where: str | Path) -> tuple[str, Mapping[str, Any]]:
@@ -68,9 +82,7 @@ def read_gguf(file: Path, dtype: torch.dtype) -> Any:
     if hasattr(transformers, "GgufConfig"):
         # Later versions of transformers would leave the weights packed if they could compute so.
         more["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    model = AutoModelForCausalLM.from_pretrained(
-        file.parent, gguf_file=file.name, dtype=dtype, **more
-    )
+    model = read_whole(file.parent, gguf_file=file.name, dtype=dtype, **more)
     # What is left to tell that the weights were quantized would keep them from being saved.
     for mark in ("quantization_config", "_pre_quantization_dtype"):
         if hasattr(model.config, mark):

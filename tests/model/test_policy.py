@@ -90,6 +90,16 @@ def test_a_missing_model_is_a_model_error_that_says_what_to_give(tmp_path: Path)
         Policy.load(tmp_path / "empty")
 
 
+def test_weights_that_are_missing_are_not_made_up(tmp_path: Path) -> None:
+    tokenizer = make_tokenizer()
+    model = make_model("llama", tokenizer)
+    weights = {k: v for k, v in model.state_dict().items() if "layers.1.mlp" not in k}
+    model.save_pretrained(tmp_path, state_dict=weights)
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=r"lack 3 of its weights \(model.layers.1.mlp"):
+        Policy.load(tmp_path)
+
+
 def test_a_tokenizer_without_chat_template_or_pad_gets_them(tmp_path: Path) -> None:
     tokenizer = make_tokenizer(chat_template=None)
     make_model("llama", tokenizer).save_pretrained(tmp_path)

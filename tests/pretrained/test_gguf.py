@@ -102,6 +102,17 @@ def test_a_header_that_claims_too_much_is_refused(tmp_path: Path) -> None:
         Policy.load(tmp_path / "broken.gguf")
 
 
+@pytest.mark.parametrize("by_folder", [False, True])
+def test_a_part_of_a_model_is_not_read_as_the_whole(tmp_path: Path, by_folder: bool) -> None:
+    # A third layer is in the header, and its weights would be in the other file.
+    save_gguf(tmp_path / "m-00001-of-00002.gguf", layers=3)
+    with pytest.raises(ModelError, match=r"one of the 2 parts .* --merge"):
+        Policy.load(tmp_path if by_folder else tmp_path / "m-00001-of-00002.gguf")
+    (tmp_path / "m-00001-of-00002.gguf").rename(tmp_path / "m.gguf")
+    with pytest.raises(ModelError, match=r"lack 9 of its weights \(model.layers.2"):
+        Policy.load(tmp_path / "m.gguf")
+
+
 def test_without_the_package_that_reads_them_it_says_which(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
