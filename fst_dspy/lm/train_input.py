@@ -23,6 +23,7 @@ from fst_dspy.model.endings import eos_ids
 from fst_dspy.model.policy import Policy
 
 ROLES = ("system", "user", "assistant")
+_OTHER = "zebra crossing"
 
 
 @dataclass(frozen=True)
@@ -158,6 +159,8 @@ def _frame(
     tokenizer, ends = policy.tokenizer, eos_ids(policy)
     own = tokenizer.eos_token_id
     end = [own] if own in ends else sorted(ends)[:1]
+    if not answer:  # of a model that ended at once, as it would have behind another answer
+        return "", _frame(policy, prompt, _OTHER, options)[1]
     asked = Prompt.of(prompt, options=options)
     answered = Prompt.of([*prompt, {"role": "assistant", "content": answer}], options=options)
     before = render(tokenizer, asked, add_generation_prompt=True, tokenize=False)

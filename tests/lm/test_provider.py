@@ -127,6 +127,13 @@ def test_the_end_token_is_the_one_of_the_template(lm):
     assert lm.policy.tokenizer.decode(turn.completion_ids_T) == "silver<|im_end|>"
 
 
+def test_an_answer_that_is_empty_is_its_end(lm):
+    turn = encode_turn(lm.policy, prompt(), "", 512)
+    other = encode_turn(lm.policy, prompt(), "silver queue", 512)
+    assert turn.prompt_ids_T == other.prompt_ids_T
+    assert turn.completion_ids_T == other.completion_ids_T[-1:]
+
+
 def test_long_answers_are_cut_and_long_prompts_left_out(lm):
     whole = encode_turn(lm.policy, prompt(), "silver queue", 512)
     room = len(whole.prompt_ids_T)
