@@ -238,21 +238,23 @@ def make_plan(
     averaged = slow.averages_teacher
     bare = memory_of(model, dtype, lora, trainable=trainable, averaged=averaged, micro_tokens=0)
     room = max(0, total - bare.peak(device))
-    most = MICRO_TOKENS["cuda" if device.type == "cuda" else "cpu"]
+    cuda = device.type == "cuda"
+    most = MICRO_TOKENS["cuda" if cuda else "cpu"]
     micro = training_tokens(model.config, item, room, most)
     length = prompts.tokens + new
     batch = slow.group_size * slow.problems_per_step
-    most_rows = micro // max(1, length), MICRO_ROWS
+    # On a GPU rows are not counted: as many go together as there is memory for.
+    most_rows = micro // max(1, length), batch if cuda else MICRO_ROWS
     # A candidate's rollouts of a problem have the same prompt, which counts once.
     candidates = 1 if arm == "rl_only" else config.fast.population_size
     shared = min(1.0, candidates / slow.group_size) if can_continue(model) else 1.0
     read = prompts.tokens * shared + new
-    if device.type == "cpu" and can_pack(model):
-        most_rows = int(min(micro, PACKED_TOKENS) / read), batch
+    if can_pack(model):
+        most_rows = int((micro if cuda else min(micro, PACKED_TOKENS)) / read), batch
     rows = max(1, min(most_rows[0], slow.micro_batch_size or most_rows[1], batch))
     alive = min(batch, config.sampling.num_threads)
     fits = power_of_two(room // 2) // cache_bytes(text, item)
-    cap = min(fits, MAX_CPU_TOKENS) if device.type != "cuda" else fits
+    cap = fits if cuda else min(fits, MAX_CPU_TOKENS)
     cached = min(alive * length, max(length, cap))
     memory = memory_of(
         model, dtype, lora,

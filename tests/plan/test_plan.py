@@ -107,6 +107,19 @@ def test_adapters_are_advised_wherever_all_weights_are_trained(qwen: Path) -> No
     assert "may not fit" in problem and "lora=True" in problem
 
 
+def test_on_a_gpu_all_rows_of_a_step_are_counted_that_memory_holds(qwen: Path) -> None:
+    own, sixteen, all_of_them = (
+        make_plan(
+            described(qwen), "qwen", FSTConfig.make(lora=False, micro_batch_size=rows),
+            Prompts(1, 350, True), dtype=torch.bfloat16, device=torch.device("cuda"),
+            max_tokens=24, context=4096, flops=1e14, total=139 * GIB,
+        )
+        for rows in (None, 16, 64)
+    )  # fmt: skip
+    assert own.memory == all_of_them.memory  # as SlowTrainer does
+    assert own.memory.activations == pytest.approx(4 * sixteen.memory.activations)
+
+
 def test_the_time_of_a_mixture_is_that_of_the_experts_in_use() -> None:
     shape = {"hidden_size": 32, "num_hidden_layers": 2, "moe_intermediate_size": 16, "head_dim": 8,
              "num_attention_heads": 4, "vocab_size": 64, "num_experts": 16}  # fmt: skip
