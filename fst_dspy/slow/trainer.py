@@ -139,8 +139,8 @@ class SlowTrainer:
 
         Raises:
             TrainingError: A row without completion tokens or of temperature 0, the adapters were
-                changed, or memory runs out on a single row. Where it runs out on several,
-                ``micro_batch_size`` is halved and the step taken again.
+                changed, or memory runs out on a single row or while the weights move. Where it runs
+                out on several, ``micro_batch_size`` is halved and the step taken again.
         """
         if not all(row.completion_ids_T for row in rows):
             raise TrainingError("a training row has no completion; leave such rows out")
@@ -362,10 +362,23 @@ class SlowTrainer:
         self.bad_steps = 0
         with self._rates_times(shorten):
             stats = self._stats(rows, gradients, norm, None)
-            trl.optimizer.step()
+            self._move()
         trl.lr_scheduler.step()
         self.policy.step += 1
         return stats
+
+    def _move(self) -> None:
+        """The optimizer's step, which cannot be taken again: some weights have moved by then."""
+        try:
+            self._trl.optimizer.step()
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise TrainingError(
+                "memory ran out in the middle of an optimizer's step, where fewer rows at a time "
+                "are of no help; go on from the last checkpoint on a larger machine, or train "
+                "adapters (lora=True) or a smaller model"
+            ) from error
 
     def _pass_over(self, rows: Sequence[TrainingRow], seen: Gradients) -> StepStats:
         """A step that has no gradient: only the schedule goes on."""

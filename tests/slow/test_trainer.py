@@ -459,6 +459,21 @@ def test_checkpointing_is_the_last_resort_when_memory_runs_out(
         trainer.advance(rows_for(1))
 
 
+def test_a_step_is_not_taken_again_once_weights_have_moved(tiny_qwen3, monkeypatch):
+    policy, trainer = make(tiny_qwen3, replace(SLOW, micro_batch_size=4))
+    before = trainer._trl.optimizer.step
+    steps = []
+
+    def short(*args):
+        steps.append(before(*args))
+        raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(trainer._trl.optimizer, "step", short)
+    with pytest.raises(TrainingError, match="middle of an optimizer's step"):
+        trainer.advance(rows_for(0))
+    assert len(steps) == 1 and policy.step == 0
+
+
 @pytest.mark.parametrize("most", [20, 64])
 def test_micro_batches_keep_to_a_number_of_tokens(most, tiny_lfm2, monkeypatch):
     slow = replace(SLOW, max_grad_norm=0)
