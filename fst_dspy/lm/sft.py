@@ -29,7 +29,7 @@ from fst_dspy.config import SCHEDULES, LoraConfig
 from fst_dspy.errors import ConfigError, DataError, TrainingError
 from fst_dspy.lm.templates import check_options
 from fst_dspy.lm.train_input import Turn, check_format, check_messages, encode_turn
-from fst_dspy.model.hardware import global_rng_kept
+from fst_dspy.model.hardware import as_current, global_rng_kept, on_device
 from fst_dspy.model.policy import Policy
 from fst_dspy.slow.master_weights import MasterWeights
 
@@ -146,35 +146,37 @@ def fine_tune(
     cuda = policy.device.type == "cuda"
     with (
         tempfile.TemporaryDirectory() as folder,
+        as_current(policy.device),
         global_rng_kept(policy.device),
         _model_kept(policy),
         warnings.catch_warnings(),
     ):
         # transformers renames gradient_checkpointing, which TRL sets by itself.
         warnings.simplefilter("ignore", FutureWarning)
+        args = SFTConfig(
+            output_dir=folder,
+            learning_rate=config.learning_rate,
+            num_train_epochs=config.num_train_epochs,
+            per_device_train_batch_size=config.per_device_train_batch_size,
+            gradient_accumulation_steps=config.gradient_accumulation_steps,
+            lr_scheduler_type=config.lr_scheduler_type,
+            warmup_steps=config.warmup_steps,
+            weight_decay=config.weight_decay,
+            max_grad_norm=config.max_grad_norm,
+            seed=config.seed,
+            max_length=None,  # cut already
+            dataset_kwargs={"skip_prepare_dataset": True},
+            use_cpu=not cuda,
+            bf16=cuda and torch.cuda.is_bf16_supported(),
+            gradient_checkpointing=False,
+            report_to="none",
+            logging_strategy="no",
+            save_strategy="no",
+            disable_tqdm=True,
+        )
         trainer = SFTTrainer(
             model=policy.model,
-            args=SFTConfig(
-                output_dir=folder,
-                learning_rate=config.learning_rate,
-                num_train_epochs=config.num_train_epochs,
-                per_device_train_batch_size=config.per_device_train_batch_size,
-                gradient_accumulation_steps=config.gradient_accumulation_steps,
-                lr_scheduler_type=config.lr_scheduler_type,
-                warmup_steps=config.warmup_steps,
-                weight_decay=config.weight_decay,
-                max_grad_norm=config.max_grad_norm,
-                seed=config.seed,
-                max_length=None,  # cut already
-                dataset_kwargs={"skip_prepare_dataset": True},
-                use_cpu=not cuda,
-                bf16=cuda and torch.cuda.is_bf16_supported(),
-                gradient_checkpointing=False,
-                report_to="none",
-                logging_strategy="no",
-                save_strategy="no",
-                disable_tqdm=True,
-            ),
+            args=on_device(args, policy.device),
             train_dataset=_dataset(turns),
             processing_class=policy.tokenizer,
             callbacks=[listener, _FullPrecision()],

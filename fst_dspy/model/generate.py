@@ -22,7 +22,12 @@ from fst_dspy.model.cache_layers import CHANGED, DynamicLayer, left_out, obstacl
 from fst_dspy.model.endings import End, closing_tokens, eos_ids, kept_tokens, texts_of
 from fst_dspy.model.graph_decode import GraphDecode, begin, release
 from fst_dspy.model.growing_decode import GrowingDecode, forward
-from fst_dspy.model.hardware import cudnn_attention, give_back_memory, is_out_of_memory
+from fst_dspy.model.hardware import (
+    as_current,
+    cudnn_attention,
+    give_back_memory,
+    is_out_of_memory,
+)
 from fst_dspy.model.policy import Policy
 from fst_dspy.model.prefixes import (
     backbone_of,
@@ -135,7 +140,8 @@ def generate(policy: Policy, requests: Sequence[GenerationRequest]) -> list[Gene
     results = [each if isinstance(each, GenerationResult) else None for each in started]
     requests = [each for each in started if isinstance(each, GenerationRequest)]
     places = [index for index, result in enumerate(results) if result is None]
-    with policy.lock, torch.no_grad(), cudnn_attention(policy.device, False):
+    device = policy.device
+    with policy.lock, torch.no_grad(), as_current(device), cudnn_attention(device, False):
         model = policy.model
         was_training = model.training
         model.eval()

@@ -7,7 +7,7 @@ import random
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import MethodType
 from typing import Any
 
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import rms_norm
 
+from fst_dspy.distributed import processes
 from fst_dspy.errors import ModelError
 
 LARGE = 30_000_000
@@ -98,6 +99,33 @@ def cudnn_attention(device: torch.device, use: bool) -> Iterator[None]:
         yield
     finally:
         torch.backends.cuda.enable_cudnn_sdp(enabled)
+
+
+@contextmanager
+def as_current(device: torch.device) -> Iterator[None]:
+    """Inside the block a GPU is the one that is meant where none is named.
+
+    That is so for events, for Triton's kernels and for transformers' trainers, none of which look
+    where the model is.
+    """
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        yield
+
+
+def on_device(args: Any, device: torch.device) -> Any:
+    """The arguments of a transformers trainer, for the device that the model is on.
+
+    Without ``torchrun`` it would move the model to the first GPU and, where there are several, want
+    them all, which TRL refuses. Leans on ``TrainingArguments._n_gpu`` and ``_setup_devices``.
+
+    Args:
+        args: They are changed; made inside ``as_current``.
+    """
+    if device.type == "cuda" and processes() == 1:
+        args._n_gpu = 1
+        args.__dict__["_setup_devices"] = device
+        torch.cuda.set_device(device)  # they have made the first the current one
+    return args
 
 
 def free_memory(device: torch.device | str = "cpu") -> int:

@@ -26,6 +26,7 @@ from fst_dspy.config import SamplingConfig, SlowConfig
 from fst_dspy.errors import ModelError, StoreError, TrainingError
 from fst_dspy.model.graph_decode import release
 from fst_dspy.model.hardware import (
+    as_current,
     cudnn_attention,
     free_memory,
     give_back_memory,
@@ -163,7 +164,8 @@ class SlowTrainer:
 
     def _step(self, rows: Sequence[TrainingRow], live_rows: Sequence[TrainingRow]) -> StepStats:
         attention = cudnn_attention(self.policy.device, False)
-        with self.policy.lock, self._trl.fused(), self._own_rng(), attention:
+        current = as_current(self.policy.device)
+        with self.policy.lock, current, self._trl.fused(), self._own_rng(), attention:
             own_rows = distributed.own_share(live_rows, _tokens)
             batches = self._micro_batches(own_rows)
             idle = self._idle(live_rows, len(batches))

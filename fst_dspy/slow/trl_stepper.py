@@ -1,8 +1,9 @@
 """TRL's GRPOTrainer, advanced one optimizer step at a time on rows that are given to it.
 
 This is the one file that leans on private parts of TRL 1.16 and transformers 5.17 to 5.24, but for
-their caches (``fst_dspy.model.cache_layers``). The test ``test_trl_contract`` holds it to
-the stock trainer, bit for bit on small batches and to rounding on large ones. They are:
+their caches (``fst_dspy.model.cache_layers``) and the choice of a GPU (``on_device``). The test
+``test_trl_contract`` holds it to the stock trainer, bit for bit on small batches and to rounding on
+large ones. They are:
 
 - ``GRPOTrainer._compute_loss(model, inputs)`` and the keys of ``inputs`` it reads, of which
   ``advantages`` may be one a row or one a token;
@@ -43,7 +44,7 @@ from trl.trainer.utils import add_fused_lm_head
 from fst_dspy import distributed
 from fst_dspy.config import SamplingConfig, SlowConfig
 from fst_dspy.errors import ConfigError, TrainingError
-from fst_dspy.model.hardware import global_rng_kept
+from fst_dspy.model.hardware import as_current, global_rng_kept, on_device
 from fst_dspy.model.logprobs import chosen_logprobs, completion_inputs, only_at
 from fst_dspy.model.prefixes import can_continue, is_checkpointing, left_padded, right_padded
 from fst_dspy.slow.master_weights import MasterWeights
@@ -111,6 +112,7 @@ class SteppedGRPOTrainer(GRPOTrainer):
         trained = [(weight, weight.data) for weight in model.parameters() if weight.requires_grad]
         with (
             tempfile.TemporaryDirectory() as folder,
+            as_current(device),
             global_rng_kept(device),
             warnings.catch_warnings(),
         ):
@@ -451,7 +453,7 @@ def _trl_config(
     if distributed.uses_fsdp():
         # Or accelerate would turn the weights that it cuts up into float32: MasterWeights has such.
         args.mixed_precision = "no"
-    return args
+    return on_device(args, device)
 
 
 def _rows(

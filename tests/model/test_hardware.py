@@ -5,6 +5,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from transformers import TrainingArguments
 
 from fst_dspy.model import hardware
 from fst_dspy.model.hardware import default_dtype, fuse_norms
@@ -86,6 +87,17 @@ def test_the_default_dtype_goes_by_the_size_that_the_configuration_describes(
 
 
 @pytest.mark.skipif(hardware._trim is None, reason="the C library gives memory back by itself")
+def test_a_trainer_stays_on_the_gpu_of_its_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    made_current: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "set_device", made_current.append)
+    args, device = TrainingArguments(use_cpu=True, report_to="none"), torch.device("cuda:1")
+    assert args.device.type == "cpu"
+    args._n_gpu = 2  # as where two can be seen
+    with hardware.as_current(torch.device("cpu")):
+        assert hardware.on_device(args, device) is args
+    assert (args.device, args.n_gpu, made_current) == (device, 1, [device])
+
+
 def test_freed_memory_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
     def resident() -> int:
         return psutil.Process().memory_info().rss
