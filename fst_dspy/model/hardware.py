@@ -241,7 +241,8 @@ def device_named(device: str | torch.device | None) -> torch.device:
     """A device by its name, ``"gpu"`` among them; of ``None`` CUDA where there is one.
 
     Raises:
-        ModelError: torch knows no such device, or this machine does not have it.
+        ModelError: torch knows no such device, this machine does not have it, or models cannot run
+            on it.
     """
     name = str(device or ("cuda" if torch.cuda.is_available() else "cpu")).lower()
     name = "cuda" + name.removeprefix("gpu") if name.startswith("gpu") else name
@@ -249,9 +250,14 @@ def device_named(device: str | torch.device | None) -> torch.device:
         found = torch.device(name)
     except RuntimeError as error:
         raise ModelError(
-            f"there is no device {str(device)!r}: give 'cpu', 'cuda' ('gpu'), 'cuda:1' or 'mps', "
-            "or leave it out"
+            f"there is no device {str(device)!r}: give 'cpu', 'cuda' ('gpu') or 'cuda:1', or leave "
+            "it out"
         ) from error
+    if found.type == "mps":
+        raise ModelError(
+            "models do not run on 'mps', which has no float64, in which tokens are drawn, and on "
+            "which nothing is trained here; leave device out, for the CPU"
+        )
     if not _computes(found):
         raise ModelError(
             f"there is no device {str(device)!r} on this machine: torch sees "

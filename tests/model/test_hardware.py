@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import TrainingArguments
 
+from fst_dspy.errors import ModelError
 from fst_dspy.model import hardware
 from fst_dspy.model.hardware import default_dtype, fuse_norms
 from fst_dspy.model.policy import Policy
@@ -96,6 +97,13 @@ def test_a_trainer_stays_on_the_gpu_of_its_model(monkeypatch: pytest.MonkeyPatch
     with hardware.as_current(torch.device("cpu")):
         assert hardware.on_device(args, device) is args
     assert (args.device, args.n_gpu, made_current) == (device, 1, [device])
+
+
+def test_a_device_without_float64_is_refused_before_a_model_is_loaded() -> None:
+    with pytest.raises(ModelError, match="float64.*leave device out"):
+        hardware.device_named("mps")
+    with pytest.raises(ModelError, match=r"give 'cpu', 'cuda' \('gpu'\) or 'cuda:1', or leave"):
+        hardware.device_named("tpu9")
 
 
 def test_freed_memory_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
