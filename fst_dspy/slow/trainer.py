@@ -250,7 +250,8 @@ class SlowTrainer:
             self._load_optimizer(tensors, scalars["learning_rates"])
             self._trl.masters.load(tensors)
             self._trl.lr_scheduler.load_state_dict(dict(scalars["scheduler"]))
-            self._rng = dict(state.rng)
+            # It may have been saved on a GPU and go on without one, or the other way round.
+            self._rng |= {device: own for device, own in state.rng.items() if device in self._rng}
             self.policy.step = scalars["step"]
             self.bad_steps = scalars.get("bad_steps", 0)  # earlier versions did not count
         return state

@@ -459,6 +459,16 @@ def test_checkpointing_is_the_last_resort_when_memory_runs_out(
         trainer.advance(rows_for(1))
 
 
+def test_what_was_saved_on_a_gpu_goes_on_without_one(tiny_qwen3, tmp_path):
+    _, trainer = make(tiny_qwen3)
+    trainer.advance(rows_for(0))
+    state = trainer.state()
+    replace(state, rng={**state.rng, "cuda": torch.zeros(16, dtype=torch.uint8)}).write(tmp_path)
+    _, again = make(tiny_qwen3)
+    again.load(tmp_path)
+    assert again.advance(rows_for(1)) == trainer.advance(rows_for(1))
+
+
 def test_a_step_is_not_taken_again_once_weights_have_moved(tiny_qwen3, monkeypatch):
     policy, trainer = make(tiny_qwen3, replace(SLOW, micro_batch_size=4))
     before = trainer._trl.optimizer.step
