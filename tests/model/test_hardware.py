@@ -100,7 +100,7 @@ def test_a_trainer_stays_on_the_gpu_of_its_model(monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_device_without_float64_is_refused_before_a_model_is_loaded() -> None:
-    with pytest.raises(ModelError, match="float64.*leave device out"):
+    with pytest.raises(ModelError, match=r"float64.*leave device out"):
         hardware.device_named("mps")
     with pytest.raises(ModelError, match=r"give 'cpu', 'cuda' \('gpu'\) or 'cuda:1', or leave"):
         hardware.device_named("tpu9")
