@@ -87,7 +87,6 @@ def test_the_default_dtype_goes_by_the_size_that_the_configuration_describes(
     assert Policy.load(tiny_qwen3, device="cpu", dtype="float32").base_version == small.base_version
 
 
-@pytest.mark.skipif(hardware._trim is None, reason="the C library gives memory back by itself")
 def test_a_trainer_stays_on_the_gpu_of_its_model(monkeypatch: pytest.MonkeyPatch) -> None:
     made_current: list[torch.device] = []
     monkeypatch.setattr(torch.cuda, "set_device", made_current.append)
@@ -106,6 +105,7 @@ def test_a_device_without_float64_is_refused_before_a_model_is_loaded() -> None:
         hardware.device_named("tpu9")
 
 
+@pytest.mark.skipif(hardware._trim is None, reason="the C library gives memory back by itself")
 def test_freed_memory_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
     def resident() -> int:
         return psutil.Process().memory_info().rss
