@@ -231,7 +231,7 @@ def test_versions_of_every_kind_can_be_visited_from_every_other(
 def test_adapters_are_refused_on_weights_that_are_not_the_base(tiny_qwen3: Path) -> None:
     policy = Policy.load(tiny_qwen3)
     nudge(policy)
-    with pytest.raises(ModelError, match="restore"):
+    with pytest.raises(ModelError, match="start from the base"):
         policy.add_lora(LoraConfig(), seed=0)
 
 
