@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from types import MethodType
 from typing import Any
 
@@ -20,6 +21,8 @@ from torch.nn.functional import rms_norm
 from fst_dspy.distributed import processes
 from fst_dspy.errors import ModelError
 
+CGROUP = Path("/sys/fs/cgroup")
+"""Where Linux tells a container what it may have."""
 LARGE = 30_000_000
 """Parameters above which a model is in bfloat16 on a CPU that multiplies such."""
 
@@ -132,7 +135,8 @@ def free_memory(device: torch.device | str = "cpu") -> int:
     """Bytes that are free on a device; on a GPU, what torch holds and does not use counted in."""
     device = torch.device(device)
     if device.type != "cuda":
-        return psutil.virtual_memory().available
+        free = psutil.virtual_memory().available
+        return min([free, *(most - used for most, used in _of_container())])
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return torch.cuda.mem_get_info(device)[0] + unused
 
@@ -141,8 +145,23 @@ def total_memory(device: torch.device | str = "cpu") -> int:
     """Bytes of memory that a device has."""
     device = torch.device(device)
     if device.type != "cuda":
-        return psutil.virtual_memory().total
+        return min([psutil.virtual_memory().total, *(most for most, _ in _of_container())])
     return torch.cuda.mem_get_info(device)[1]
+
+
+def _of_container() -> Iterator[tuple[int, int]]:
+    """Bytes that a container may use at most, and those that it does; none where it may use all.
+
+    psutil tells the machine's. Files that are cached are given up when memory is wanted.
+    """
+    try:
+        most = (CGROUP / "memory.max").read_text().strip()
+        used = int((CGROUP / "memory.current").read_text())
+        stat = dict(line.split() for line in (CGROUP / "memory.stat").read_text().splitlines())
+        if most != "max":
+            yield int(most), max(0, used - int(stat.get("inactive_file", 0)))
+    except (OSError, ValueError):  # another system, or the first version of control groups
+        return
 
 
 def peak_memory(device: torch.device | str = "cpu") -> int:

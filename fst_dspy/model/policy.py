@@ -216,7 +216,7 @@ class Policy:
                 "reach"
             ) from error
         if tokenizer.chat_template is None:
-            tokenizer.chat_template = DEFAULT_CHAT_TEMPLATE
+            tokenizer.chat_template = _plain_template(tokenizer)
         if content_form(tokenizer) is None:
             raise ModelError(
                 f"the chat template of {str(name_or_path)!r} shows nothing of what a user says, so "
@@ -490,6 +490,17 @@ class Policy:
             for weight in self._weights.values():
                 weight.requires_grad_(True)
         self._lora = None
+
+
+def _plain_template(tokenizer: Any) -> str:
+    """What a base model is asked in: it begins as the texts did that the model has learned from.
+
+    Gemma and Llama had a token of their own there, which tokenizers put in front of a plain text,
+    and templates say by themselves.
+    """
+    own = tokenizer.bos_token_id
+    begun = own is not None and tokenizer("a").input_ids[0] == own
+    return "{{ bos_token }}" * begun + DEFAULT_CHAT_TEMPLATE
 
 
 def _read_model(source: Mapping[str, Any], device: torch.device) -> Any:

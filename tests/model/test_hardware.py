@@ -87,6 +87,23 @@ def test_the_default_dtype_goes_by_the_size_that_the_configuration_describes(
     assert Policy.load(tiny_qwen3, device="cpu", dtype="float32").base_version == small.base_version
 
 
+def test_memory_is_what_a_container_may_have(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hardware, "CGROUP", tmp_path)
+    machine = hardware.total_memory()  # there is no such folder, as elsewhere than on Linux
+    files = {
+        "memory.max": "max",
+        "memory.current": "3000000",
+        "memory.stat": "inactive_file 1000000",
+    }
+    for name, text in files.items():
+        (tmp_path / name).write_text(text + "\n")
+    assert hardware.total_memory() == machine == psutil.virtual_memory().total
+    (tmp_path / "memory.max").write_text("8000000\n")
+    assert (hardware.total_memory(), hardware.free_memory()) == (8_000_000, 6_000_000)
+
+
 def test_a_trainer_stays_on_the_gpu_of_its_model(monkeypatch: pytest.MonkeyPatch) -> None:
     made_current: list[torch.device] = []
     monkeypatch.setattr(torch.cuda, "set_device", made_current.append)

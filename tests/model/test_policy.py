@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from tiny_models import make_model, make_tokenizer, save_model
+from tokenizers.processors import TemplateProcessing
 
 import fst_dspy.model.policy as policy_module
 from fst_dspy.config import LoraConfig
@@ -112,6 +113,21 @@ def test_a_tokenizer_without_chat_template_or_pad_gets_them(tmp_path: Path) -> N
     assert text == "user: hi\n\nassistant:"
     assert policy.tokenizer.pad_token_id is not None
     assert policy.context_length == 512
+
+
+def test_a_base_model_is_asked_behind_the_token_that_begins_its_texts(tmp_path: Path) -> None:
+    tokenizer = make_tokenizer(chat_template=None)
+    make_model("llama", tokenizer).save_pretrained(tmp_path)
+    tokenizer.bos_token = first = "<|im_start|>"
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{first} $A", special_tokens=[(first, tokenizer.bos_token_id)]
+    )
+    tokenizer.save_pretrained(tmp_path)
+    asked = [{"role": "user", "content": "hi"}]
+    options = {"tokenize": False, "add_generation_prompt": True}
+    policy = Policy.load(tmp_path)
+    text = policy.tokenizer.apply_chat_template(asked, **options)
+    assert text == f"{first}user: hi\n\nassistant:"
 
 
 def test_a_pad_token_that_was_added_to_the_tokenizer_alone_is_not_used(tmp_path: Path) -> None:
