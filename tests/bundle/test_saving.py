@@ -98,7 +98,7 @@ def bundled_elsewhere(model, lora, here, there):
     compiled = compile_greedy(str(model), lora)
     expected = [compiled.say.lm.model, answers(compiled)]
     # What the packaged model makes of these questions is its own affair.
-    assert len(set(expected[1])) > 5 or model == "embedded"
+    assert len(set(expected[1])) > 2 or model == "embedded"
     compiled.save(here / "bundle")
     there.mkdir()
     bundle = shutil.move(here / "bundle", there / "renamed")
