@@ -72,7 +72,7 @@ def test_a_program_whose_signature_and_words_the_model_never_saw_improves():
     examples = unseen_task()
     train, val, test = examples[:40], examples[40:56], examples[56:]
     program, lm = dspy.ChainOfThought(ShelveFinding), LocalLM("embedded")
-    settings = {"max_cycles": 3, "learning_rate": 3e-4, "max_tokens": 48}
+    settings = {"max_cycles": 1, "learning_rate": 3e-4, "max_tokens": 48}
     fst = FST(shelf_metric, seed=0, track_stats=True, **settings)
     with dspy.context(lm=lm):
         result = fst.compile(program, trainset=train, valset=val).detailed_results
