@@ -607,7 +607,7 @@ def _check_derived(name: str, value: Any) -> None:
 def _derive(settings: dict[str, Any]) -> dict[str, Any]:
     """The settings with ``group_size`` and ``lora`` in place of what they are derived from."""
     settings = dict(settings)
-    for name, target in (("rollouts_per_candidate", "group_size"), ("lora_rank", "lora")):
+    for name, target in STANDS_FOR.items():
         if name not in settings:
             continue
         _require(target not in settings, f"give {name} or {target}, not both")
@@ -687,6 +687,8 @@ def as_lora(value: Any) -> LoraConfig | Literal["auto"] | None:
 
 DERIVED = {"rollouts_per_candidate": 1, "lora_rank": 0}
 """Flat settings that stand for others, with the least value of each."""
+STANDS_FOR = {"rollouts_per_candidate": "group_size", "lora_rank": "lora"}
+"""Which they stand for."""
 
 PARTS: dict[str, Any] = {
     "fast": FastConfig,

@@ -32,7 +32,7 @@ from typing import Any
 import dspy
 
 from fst_dspy.bundle.saving import make_savable
-from fst_dspy.config import ALIASES, BudgetConfig
+from fst_dspy.config import ALIASES, STANDS_FOR, BudgetConfig
 from fst_dspy.continual import folder as continual_bundle
 from fst_dspy.continual.origin import Origin, alike, find_origin, kept_origin
 from fst_dspy.continual.scores import ScoreCache, StreamScores, test_examples
@@ -53,8 +53,7 @@ from fst_dspy.types import Arm, RolloutCounts, Task
 STAGE_SEEDS = 1_000_003
 """How far the seeds of two stages lie apart; the first stage has the stream's own."""
 IN_PLACE_OF = {
-    "rollouts_per_candidate": "group_size",
-    "lora_rank": "lora",
+    **STANDS_FOR,
     "max_full_evals": "max_rollouts",
     "max_rollouts": "max_full_evals",
 }

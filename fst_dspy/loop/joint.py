@@ -43,7 +43,7 @@ from fst_dspy.loop.ending import (
 )
 from fst_dspy.loop.interrupt import Interrupt
 from fst_dspy.loop.parts import Parts
-from fst_dspy.loop.progress import StopRun, TellsPlan, tell
+from fst_dspy.loop.progress import StopRun, tell, tell_plan
 from fst_dspy.loop.records import cycle_record, rollouts_of, step_record
 from fst_dspy.loop.state import LoopState
 from fst_dspy.loop.validation import better_of, score
@@ -414,8 +414,7 @@ class Run:
 
     def _tell_plan(self, plan: Plan) -> None:
         """Tell what the run is expected to take, and what is wrong with that."""
-        if isinstance(self.parts.progress, TellsPlan):
-            self.parts.progress.plan(plan)
+        tell_plan(self.parts.progress, plan)
         if self.parts.folder is not None:
             self.parts.folder.record_plan(plan)
         for name, words in plan.lines():

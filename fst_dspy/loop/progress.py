@@ -109,6 +109,12 @@ def tell(listener: ProgressListener, text: str) -> None:
     say(text)
 
 
+def tell_plan(listener: ProgressListener, plan: Plan) -> None:
+    """Tell a listener the plan, if it is one that hears of it."""
+    if isinstance(listener, TellsPlan):
+        listener.plan(plan)
+
+
 class RichProgress:
     """A live line with the phase, rollouts a second and time left; a printed line a cycle."""
 

@@ -7,7 +7,7 @@ import random
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from types import MethodType
 from typing import Any
@@ -104,15 +104,13 @@ def cudnn_attention(device: torch.device, use: bool) -> Iterator[None]:
         torch.backends.cuda.enable_cudnn_sdp(enabled)
 
 
-@contextmanager
-def as_current(device: torch.device) -> Iterator[None]:
+def as_current(device: torch.device) -> AbstractContextManager[None]:
     """Inside the block a GPU is the one that is meant where none is named.
 
     That is so for events, for Triton's kernels and for transformers' trainers, none of which look
     where the model is.
     """
-    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-        yield
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def on_device(args: Any, device: torch.device) -> Any:

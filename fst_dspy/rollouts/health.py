@@ -150,10 +150,10 @@ def check_first_rollouts(rollouts: Sequence[Rollout], program: dspy.Module) -> N
         raise MetricError(
             f"the metric failed on every validation example: {_most(messages)}; {ADVICE['metric']}"
         )
-    alone = next(iter(kinds)) if len(kinds) == 1 else None
+    kind = kinds.pop() if len(kinds) == 1 else None
     raise ProgramError(
         f"the program failed on every validation example: {_most(messages)}; "
-        f"{ADVICE[alone or 'program']}"
+        f"{ADVICE[kind or 'program']}"
     )
 
 

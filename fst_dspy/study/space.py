@@ -27,12 +27,12 @@ from typing import Any
 import optuna
 import yaml
 
-from fst_dspy.config import ALIASES, PARTS, BudgetConfig, check_setting
+from fst_dspy.config import ALIASES, PARTS, STANDS_FOR, BudgetConfig, check_setting
 from fst_dspy.errors import ConfigError
 from fst_dspy.slow.learning_rate import default_learning_rate
 
 Value = bool | int | float | str
-SAME = {"group_size": "rollouts_per_candidate", "lora": "lora_rank"}
+SAME = {target: name for name, target in STANDS_FOR.items()}
 """Settings that the default space has under another name."""
 When = Mapping[str, Sequence[Value]]
 

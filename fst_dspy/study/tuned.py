@@ -30,9 +30,9 @@ from fst_dspy.loop.progress import (
     ProgressListener,
     SilentProgress,
     StopRun,
-    TellsPlan,
     default_progress,
     tell,
+    tell_plan,
 )
 from fst_dspy.model.sizes import parameter_count
 from fst_dspy.optimizer import FST
@@ -264,8 +264,7 @@ class RunTo(SilentProgress):
         self.inner.begin(budget)
 
     def plan(self, plan: Plan) -> None:
-        if isinstance(self.inner, TellsPlan):
-            self.inner.plan(plan)
+        tell_plan(self.inner, plan)
 
     def phase(self, cycle: int, name: str, counts: RolloutCounts) -> None:
         self.inner.phase(cycle, name, counts)
