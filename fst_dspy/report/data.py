@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +37,8 @@ class Run:
         cycles: Rows of ``cycles.jsonl``, oldest first.
         steps: Rows of ``steps.jsonl``.
         populations: Rows of ``population.jsonl``: one a cycle.
-        result: ``result.json``, or ``None`` while the run has not ended.
-        quadrants: ``quadrants.json``, or ``None`` where no test set was run.
+        result: ``result.json``, or ``None`` while the run has not ended, or goes on again.
+        quadrants: ``quadrants.json``, or ``None`` where the chosen pair was not tested.
         age: Seconds since anything was written to the logs.
         proposals: Rows of ``proposals.jsonl``, in the order in which they were judged.
         answers: Rows of ``answers.jsonl``, oldest first; none of a run of an earlier version.
@@ -74,7 +74,7 @@ def read_run(folder: Path, label: str | None = None) -> Run:
             "(fst compile --out)"
         )
     logs = [path.stat().st_mtime for path in (folder / "config.json", *folder.glob("*.jsonl"))]
-    return Run(
+    run = Run(
         label=label or folder.resolve().name,
         folder=folder,
         config=schema.read_checked(folder / "config.json", schema.CONFIG),
@@ -87,6 +87,19 @@ def read_run(folder: Path, label: str | None = None) -> Run:
         proposals=list(schema.read_checked_rows(folder / "proposals.jsonl", schema.PROPOSAL)),
         answers=list(schema.read_checked_rows(folder / "answers.jsonl", schema.ANSWER)),
     )
+    return _without_outdated(run)
+
+
+def _without_outdated(run: Run) -> Run:
+    """A run without the outcome, and the test of a pair, of before it was gone on with."""
+    records = run.result.get("records") if run.result else None
+    if records is not None and len(records) < len(run.cycles):
+        run = replace(run, result=None)
+    pair, best = (run.quadrants or {}).get("pair"), best_cycle(run)
+    if pair is None or best is None:
+        return run
+    chosen = {"version": best["weights_version"], "candidate_id": chosen_id(run)}
+    return run if pair == chosen else replace(run, quadrants=None)
 
 
 def read_runs(folders: Sequence[Path]) -> list[Run]:
@@ -111,9 +124,37 @@ def total(counts: Mapping[str, int]) -> int:
 
 
 def failure_score(run: Run) -> float:
-    """What a rollout that could not be scored was given."""
+    """What a rollout that could not be scored was given at most.
+
+    That is the setting, but the lowest score that the metric has given, where it is lower.
+    """
     sampling = run.config.get("settings", {}).get("sampling", {})
-    return float(sampling.get("failure_score", FAILURE_SCORE))
+    seen = [bounds[0] for cycle in run.cycles if (bounds := cycle.get("reward_range"))]
+    return float(min([sampling.get("failure_score", FAILURE_SCORE), *seen]))
+
+
+def first_score(run: Run) -> float:
+    """The validation score of the student as it came, before a cold start changed anything.
+
+    Where its answers are not kept, that of the first cycle's record.
+    """
+    first, student, rewards = run.cycles[0], seed_id(run), dict[str, list[float]]()
+    for row in run.answers:
+        if "inputs" in row and row["candidate_id"] == student:
+            rewards.setdefault(row["example_id"], []).append(row["reward"])
+    if means := [sum(own) / len(own) for own in rewards.values()]:
+        return sum(means) / len(means)
+    scores = dict(zip(first["candidate_ids"], first["val_scores"], strict=True))
+    return float(scores.get(student, first["val_score"]))
+
+
+def steps_of(run: Run, cycle: Mapping[str, Any]) -> set[int]:
+    """The counts of optimizer steps at which the weights were those of a cycle.
+
+    A step that moves nothing counts, and leaves them as they are.
+    """
+    version = cycle["weights_version"]
+    return {one["step"] for one in run.cycles if one["weights_version"] == version}
 
 
 def best_cycle(run: Run) -> Mapping[str, Any] | None:

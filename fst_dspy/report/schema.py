@@ -245,8 +245,14 @@ class Config(TypedDict):
 
 
 @with_config(ConfigDict(strict=True))
+class _Pair(TypedDict):
+    version: str
+    candidate_id: str
+
+
+@with_config(ConfigDict(strict=True))
 class Quadrants(TypedDict):
-    """``quadrants.json``: ``rollouts.evaluate.Quadrants``."""
+    """``quadrants.json``: ``rollouts.evaluate.Quadrants``, and the pair that was tested."""
 
     base_original: Number
     base_evolved: Number
@@ -254,11 +260,12 @@ class Quadrants(TypedDict):
     trained_evolved: Number
     examples: Count
     scores: NotRequired[dict[str, list[Number]]]
+    pair: NotRequired[_Pair]
 
 
 def _of_each_example(found: Quadrants) -> Quadrants:
     scores = found.get("scores", {})
-    if scores and scores.keys() != found.keys() - {"examples", "scores"}:
+    if scores and scores.keys() != found.keys() - {"examples", "scores", "pair"}:
         raise ValueError("scores are not those of the four quadrants")
     if any(len(score_V) != found["examples"] for score_V in scores.values()):
         raise ValueError("scores has not one for each example")
@@ -310,6 +317,7 @@ class Result(TypedDict):
     """``result.json``: what is shown of it."""
 
     best: NotRequired[_Best]
+    records: NotRequired[list[dict[str, Any]]]
 
 
 CONFIG = TypeAdapter(Config)

@@ -85,7 +85,7 @@ def headline_facts(run: Run) -> list[tuple[str, str, str]]:
     best = data.best_cycle(run)
     if best is None:
         return [("validation score", "—", "no validation yet")]
-    first, last = run.cycles[0], run.cycles[-1]
+    last = run.cycles[-1]
     scores = data.best_scores(run)
     bounds = interval(scores) if scores else None
     examples = f"{len(run.config['val_ids'])} examples"
@@ -99,7 +99,7 @@ def headline_facts(run: Run) -> list[tuple[str, str, str]]:
             f"cycle {best['cycle']} of {last['cycle']}; "
             f"{spread}; chosen as the best, so a little too high",
         ),
-        ("before learning", f"{first['val_score']:.3f}", "validation score of the student"),
+        ("before learning", f"{data.first_score(run):.3f}", _of_the_student(run)),
         ("KL to the base model", f"{best['kl_to_base']:.4f}", "nats a token, at the best"),
         (
             "rollouts",
@@ -125,6 +125,14 @@ def headline_facts(run: Run) -> list[tuple[str, str, str]]:
             ),
         )
     return facts
+
+
+def _of_the_student(run: Run) -> str:
+    """What a score before learning is of, and what the cold start made of it."""
+    text, warmed = "validation score of the student", run.cycles[0]["val_score"]
+    if not run.cycles[0].get("cold_start"):
+        return text
+    return f"{text}; {warmed:.3f} after the cold start"
 
 
 # --- candidates ---------------------------------------------------------------------------------
@@ -232,9 +240,12 @@ def faults(run: Run, found: Faults, outcomes: Sequence[Outcome], failure_score: 
         whole=True,
         caption="of the rollouts; of the most frequent answer, of the parsed",
     )
+    head = ["cycle", *by_cycle[0][1]]
+    by_row = [[str(cycle), *map(percent, shares.values())] for cycle, shares in by_cycle]
+    each = f"<details><summary>The same, cycle by cycle</summary>{table(head, by_row)}</details>"
     return (
         f"{table(['what became of them', 'share', 'meaning'], rows)}"
-        f"{legend([line.label for line in lines])}<div class=charts>{chart}<div>{facts}"
+        f"{legend([line.label for line in lines])}<div class=charts>{chart}<div>{facts}{each}"
         f"{table(['kind of failure', 'share', 'whose'], kinds) if kinds else ''}</div></div>"
         f"{table(['frequent answer', 'of parsed', 'examples', 'mean reward'], answers)}"
     )

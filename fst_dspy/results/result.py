@@ -272,7 +272,8 @@ class FSTResult:
             raise DataError("the testset is empty; give examples that nothing was learned on")
         found = tester(testset, samples)
         if self.log_dir is not None and (folder := Path(self.log_dir)).is_dir():
-            text = json.dumps(as_plain(found), indent=1).encode()
+            pair = {"version": self.best.version, "candidate_id": self.best.candidate.id}
+            text = json.dumps({**as_plain(found), "pair": pair}, indent=1).encode()
             with writing_to(folder):
                 write_atomically(folder / "quadrants.json", lambda file: file.write(text))
         return found

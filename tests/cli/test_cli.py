@@ -109,7 +109,9 @@ def test_what_compile_found_can_be_had_as_json(program, tiny_qwen3, tmp_path):
     )
     assert result.exit_code == 0, result.output
     found = json.loads(result.stdout)
-    assert found["test_scores"] == json.loads((out / "quadrants.json").read_text())
+    kept = json.loads((out / "quadrants.json").read_text())
+    pair = {"version": found["best"]["weights"], "candidate_id": found["best"]["candidate"]}
+    assert kept == {**found["test_scores"], "pair": pair}
     assert found["seed"] == 3 and found["run_folder"] == str(out)
     assert found["rollouts"]["slow"] > 0 and "cycle   1" in result.stderr
 

@@ -23,6 +23,7 @@ from fst_dspy.cli import app
 from fst_dspy.errors import ModelError, StoreError
 from fst_dspy.files import read_json, read_jsonl
 from fst_dspy.report import data, follow, page, render, sections, write_report
+from fst_dspy.report.answer.examples import perfect_score
 from fst_dspy.report.faults import find_faults, skipped_steps
 from fst_dspy.report.rollouts import COLUMNS, Outcome, read_rollouts
 from fst_dspy.report.watch import run_view, watch
@@ -171,7 +172,7 @@ def test_ten_thousand_rollouts_take_a_few_megabytes(tmp_path):
     assert len(rollouts.outcomes) == 10_240
     assert len(text) < 6e6 < (run.folder / "rollouts.jsonl").stat().st_size
     # Before the data, and so before the first paint, comes what does not grow with the rollouts.
-    assert text.index('id="data"') < 120_000
+    assert text.index('id="data"') < 125_000
     assert text.count("<li>") < 300
 
 
@@ -200,6 +201,16 @@ def test_faults_tell_format_wrong_and_stock_answers_apart():
     assert faults.answers[0].share == pytest.approx(4 / 6)
     assert faults.tokens["rewarded"] == 30
     assert find_faults([], 0.0).rollouts == 0
+
+
+def test_a_failure_scores_the_lowest_and_the_perfect_the_highest_that_was_seen(run_folder):
+    run = data.read_run(run_folder)
+    assert data.failure_score(run) == 0.0 and perfect_score(run) == 1.0
+    cycles = [{**cycle, "reward_range": [-2.0, -1.0]} for cycle in run.cycles]
+    answers = [{**row, "reward": 9.0} for row in run.answers]
+    of_another_range = dataclasses.replace(run, cycles=cycles, answers=answers)
+    assert data.failure_score(of_another_range) == -2.0
+    assert perfect_score(of_another_range) == 9.0
 
 
 def test_the_run_says_what_its_result_says(run_folder):

@@ -104,7 +104,8 @@ def write_run(
         run.record_cycle(records[-1], population)
         if best is None or records[-1].val_score >= best.score:
             top = next(c for c in population.candidates if c.id == records[-1].best_candidate_id)
-            best = Best(f"synthetic@{cycle:012}", top, records[-1].val_score, cycle)
+            version = records[-1].weights_version
+            best = Best(version, top, records[-1].val_score, cycle)
             answers = _answers(population, top, step, rng)
             run.record_answers(answers, cycle, step, None if cycle else _examples())
     assert best is not None

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from html import escape
 
+from fst_dspy.report import data
 from fst_dspy.report.answer.cells import Cell, Cells, cells_of
 from fst_dspy.report.data import Run
 from fst_dspy.report.intervals import Estimate
@@ -76,7 +77,7 @@ def _verdict(way: Estimate) -> str:
             return f"{size} on any of the examples"
         why = ": all examples changed by the same" if way.how else ""
         return f"{size} (no interval{why})"
-    low, high = way.bounds
+    low, high = (round(bound, 3) for bound in way.bounds)  # as they are shown
     sure = "" if size == "no change" else "more than chance; "
     words = "may be chance; " if low <= 0 <= high and sure else sure
     return f"{size} ({words}95 % interval {_signed(low)} to {_signed(high)})"
@@ -88,7 +89,7 @@ def _findings(run: Run, found: Cells) -> str:
     if found.evolved:
         way = found.gain("base_original", "base_evolved")
         lines.append(
-            f"<b>Prompts alone</b>, on the weights as they came: {_verdict(way)}."
+            f"<b>Prompts alone</b>, on the weights as they came: {_verdict(way)}.{_warmed(run)}"
             if way
             else "<b>Prompts alone</b>: the chosen prompt was not measured on the weights as they "
             f"came.{_opening(run)}"
@@ -110,6 +111,17 @@ def _findings(run: Run, found: Cells) -> str:
     return "".join(f"<li>{line}</li>" for line in lines)
 
 
+def _warmed(run: Run) -> str:
+    """What the cold start has in the prompts' gain."""
+    if not run.cycles[0].get("cold_start"):
+        return ""
+    before, after = data.first_score(run), run.cycles[0]["val_score"]
+    return (
+        f" Of it the cold start alone (below) took the validation score from {_score(before)} to "
+        f"{_score(after)}."
+    )
+
+
 def _opening(run: Run) -> str:
     """The score that prompts had reached before the weights moved, whichever prompt it was."""
     rows = [cycle for cycle in run.cycles[1:] if cycle["step"] == 0]
@@ -117,7 +129,7 @@ def _opening(run: Run) -> str:
         return ""
     return (
         f" Before the weights moved (cycle {rows[-1]['cycle']:d}) the best prompt of then had "
-        f"reached {_score(rows[-1]['val_score'])} from {_score(run.cycles[0]['val_score'])}."
+        f"reached {_score(rows[-1]['val_score'])} from {_score(data.first_score(run))}."
     )
 
 

@@ -73,7 +73,8 @@ def cells_of(run: Run) -> Cells | None:
     best = data.best_cycle(run)
     if best is None:
         return None
-    trained, evolved = best["step"] > 0, data.chosen_id(run) != data.seed_id(run)
+    trained = best["weights_version"] != run.cycles[0]["weights_version"]
+    evolved = data.chosen_id(run) != data.seed_id(run)
     names = [
         name
         for name in CELLS
@@ -92,20 +93,20 @@ def cells_of(run: Run) -> Cells | None:
 def _validated(run: Run, best: Mapping[str, Any], name: str, *, own: bool) -> Cell | None:
     """A cell that validations of the run give; ``own`` for that of the chosen pair."""
     candidate = data.chosen_id(run) if name.endswith("evolved") else data.seed_id(run)
-    step = 0 if name.startswith("base") else best["step"]
+    steps = data.steps_of(run, run.cycles[0] if name.startswith("base") else best)
     first = name == "base_original"  # as the student came, before a cold start changed anything
     answers: dict[str, list[float]] = {}
     for row in run.answers:
         if (
             row["candidate_id"] == candidate
-            and row["step"] == step
+            and row["step"] in steps
             and row["cycle"] <= best["cycle"]
             and ("inputs" in row or not first)
         ):
             answers.setdefault(row["example_id"], []).append(row["reward"])
     # With val_samples above 1 an example has several.
     means = {example: sum(rewards) / len(rewards) for example, rewards in answers.items()}
-    scores = _in_order(run, means) or _of_populations(run, candidate, step)
+    scores = _in_order(run, means) or _of_populations(run, candidate, steps)
     recorded = run.cycles[0]["val_score"] if first else best["val_score"] if own else None
     mean = sum(scores) / len(scores) if scores else None
     if mean is not None and (first or recorded is None or abs(mean - recorded) < 1e-9):
@@ -113,9 +114,9 @@ def _validated(run: Run, best: Mapping[str, Any], name: str, *, own: bool) -> Ce
     return None if recorded is None else Cell(recorded)
 
 
-def _of_populations(run: Run, candidate: str | None, step: int) -> tuple[float, ...]:
-    """The latest scores of a candidate where the population was validated after so many steps."""
-    cycles = {cycle["cycle"] for cycle in run.cycles if cycle["step"] == step}
+def _of_populations(run: Run, candidate: str | None, steps: set[int]) -> tuple[float, ...]:
+    """The latest scores of a candidate where the population was validated at such a step."""
+    cycles = {cycle["cycle"] for cycle in run.cycles if cycle["step"] in steps}
     for row in reversed(run.populations):
         ids = [one["id"] for one in row["candidates"]]
         if row["cycle"] in cycles and candidate in ids and row["score_K_V"]:

@@ -41,12 +41,11 @@ def pairs(run: Run) -> list[Pair]:
     if best is None:
         return []
     first = {row["example_id"]: row for row in run.answers if "inputs" in row}
+    steps = data.steps_of(run, best)
     last = {
         row["example_id"]: row
         for row in run.answers
-        if row["candidate_id"] == chosen
-        and row["step"] == best["step"]
-        and row["cycle"] <= best["cycle"]
+        if row["candidate_id"] == chosen and row["step"] in steps and row["cycle"] <= best["cycle"]
     }
     return [Pair(row, last[name]) for name, row in first.items() if name in last]
 
@@ -82,10 +81,13 @@ def examples(run: Run) -> str:
 
 
 def perfect_score(run: Run) -> float:
-    """What the settings call a perfect score; 1 where they do not say."""
+    """What the settings call a perfect score, or the highest that was given, where it is higher.
+
+    1 where they do not say.
+    """
     score = run.config.get("settings", {}).get("fast", {}).get("perfect_score", 1.0)
     known = type(score) in (int, float) and abs(score) <= LARGEST
-    return float(score) if known else 1.0
+    return max([float(score) if known else 1.0, *(row["reward"] for row in run.answers)])
 
 
 def _list(title: str, found: Sequence[Pair]) -> str:

@@ -73,7 +73,7 @@ def _figures(run: Run, top: Run) -> dict[str, Cell]:
     cells: list[Cell] = [
         (score, best["val_score"]),
         _difference(run, top),
-        (f"{run.cycles[0]['val_score']:.3f}", run.cycles[0]["val_score"]),
+        (f"{data.first_score(run):.3f}", data.first_score(run)),
         NOTHING,
         (f"{best['kl_to_base']:.4f}", best["kl_to_base"]),
         (f"{data.total(counts):,}", data.total(counts)),

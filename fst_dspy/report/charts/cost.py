@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from html import escape
-from typing import Any
 
 from fst_dspy.report import data
+from fst_dspy.report.charts.curves import folded
 from fst_dspy.report.charts.figure import Line, figure
 from fst_dspy.report.data import Run
 from fst_dspy.report.sections import Html, duration, percent, table
 
 NAMES = {"fast": "fast", "slow": "slow", "eval": "validation"}
+CHANNELS = {channel: (name, channel) for channel, name in NAMES.items()}
+TOKENS = {"prompt": ("prompt", "c2"), "completion": ("completion", "c3")}
+"""Parts of what a cycle cost: their names, and their colours in the style sheet."""
+MEANT = {"tokens": ": prompts below, completions above"}
 GIB = 2**30
 
 
@@ -26,22 +30,41 @@ def cost(run: Run) -> str:
     key = "".join(
         f'<li><span class="key {channel}"></span>{name}</li>' for channel, name in NAMES.items()
     )
-    tokens = {"prompt": "c2", "completion": "c3"}
     figures = [
-        figure("Rollouts", "cycle", _bars(run, lambda c: c["total_rollouts"]), whole=True,
-               kind="stack", caption="of each cycle"),
-        figure("Seconds", "cycle", _bars(run, lambda c: c["seconds"]), whole=True, kind="stack",
-               caption="of each cycle"),
-        figure("Tokens", "cycle",
-               _bars(run, lambda c: c["tokens"], {t: (t, colour) for t, colour in tokens.items()}),
-               whole=True, kind="stack", caption="of each cycle: prompts below, completions above"),
+        figure(name.title(), "cycle", lines, whole=True, kind="stack",
+               caption=f"of each cycle{MEANT.get(name, '')}")
+        for name, lines in _bars(run).items()
     ]  # fmt: skip
     return (
         f"<dl>{facts}</dl><ul class=legend>{key}</ul><div class=charts>{''.join(figures)}</div>"
-        f"{_channels(run)}<p><small>Where the fast channel is on, the rollouts that validate the "
-        "population count as fast, since the fast channel learns from their scores; their time is "
-        "under validation.</small></p>"
+        f"{_channels(run)}{_counted_as(run)}{_table(run)}"
     )
+
+
+def _counted_as(run: Run) -> str:
+    """Where validation's rollouts are counted, in runs that count them elsewhere."""
+    fast = run.config.get("settings", {}).get("fast", {})
+    if run.config.get("arm") == "rl_only" or (
+        run.config.get("arm") == "fst" and fast.get("reuse") is not False
+    ):
+        return ""
+    return (
+        "<p><small>The rollouts that validate the population count as fast, since the fast channel "
+        "learns from their scores; their time is under validation.</small></p>"
+    )
+
+
+def _table(run: Run) -> str:
+    """The figures of the bars, which are of each cycle."""
+    bars = _bars(run)
+    head = [f"{line.label}, {name}" for name, lines in bars.items() for line in lines]
+    rows = [
+        [str(cycle["cycle"])]
+        + [f"{line.points[n][1]:,.0f}" for lines in bars.values() for line in lines]
+        for n, cycle in enumerate(run.cycles)
+    ]
+    title = f"What each cycle of {run.label} cost, as a table"
+    return folded(title, ["cycle", *head], rows, f"Cost of {run.label}")
 
 
 def cost_facts(run: Run) -> list[tuple[str, str, str]]:
@@ -78,18 +101,22 @@ def cost_facts(run: Run) -> list[tuple[str, str, str]]:
     return facts
 
 
-def _bars(
-    run: Run,
-    sums: Callable[[Mapping[str, Any]], Mapping[str, float]],
-    parts: Mapping[str, tuple[str, str]] | None = None,
-) -> list[Line]:
-    """For each part what a cycle added to it, from sums since the start of the run."""
-    named = parts or {channel: (name, channel) for channel, name in NAMES.items()}
+def _bars(run: Run) -> dict[str, list[Line]]:
+    """Rollouts, seconds and tokens: for each part of them what a cycle added to it."""
+    return {
+        "rollouts": _parts(run, "total_rollouts", CHANNELS),
+        "seconds": _parts(run, "seconds", CHANNELS),
+        "tokens": _parts(run, "tokens", TOKENS),
+    }
+
+
+def _parts(run: Run, key: str, parts: Mapping[str, tuple[str, str]]) -> list[Line]:
+    """From sums since the start of the run."""
     lines = []
-    for key, (name, colour) in named.items():
+    for part, (name, colour) in parts.items():
         before, points = 0.0, []
         for cycle in run.cycles:
-            now = float(sums(cycle).get(key, before))
+            now = float(cycle[key].get(part, before))
             points.append((float(cycle["cycle"]), max(0.0, now - before)))
             before = now
         lines.append(Line(name, points, colour))

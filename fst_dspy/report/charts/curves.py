@@ -189,12 +189,13 @@ def _step_table(run: Run) -> str:
             str(step["cycle"]),
             cell(step["reward"]),
             cell(parsed_share(step)),
+            percent(step["constant_group_share"]),
             *(f"{s:.3g}" if (s := step["stats"].get(key)) is not None else "—" for key in names),
             step["stats"]["skipped"] or "",
         ]
         for step in run.steps[::every]
     ]
-    head = ("step", "cycle", "reward", "parsed", *names.values(), "skipped")
+    head = ("step", "cycle", "reward", "parsed", "constant groups", *names.values(), "skipped")
     more = f", one of every {every}" if every > 1 else ""
     return folded(f"The steps of {run.label} as a table{more}", head, rows, f"Steps of {run.label}")
 

@@ -8,8 +8,10 @@ from run_folders import write_run
 
 from fst_dspy.errors import StoreError
 from fst_dspy.report import data
-from fst_dspy.report.answer.answer import answer
+from fst_dspy.report.answer.answer import _verdict, answer
 from fst_dspy.report.answer.cells import CELLS, cells_of
+from fst_dspy.report.intervals import gain_of
+from fst_dspy.report.sections import headline_facts
 
 MEANS = {"base_original": 0.25, "base_evolved": 0.5, "trained_original": 0.5, "trained_evolved": 1}
 SCORES = {
@@ -98,3 +100,55 @@ def test_what_was_not_changed_is_said(folder):
     assert shown.startswith("<div class=answer><p class=lead>So far, nothing was learned")
     assert "the prompt is the original" in shown and "weights are as they came" in shown
     assert "Nothing is validated yet" in answer([dataclasses.replace(first, cycles=())])
+
+
+def test_a_test_of_another_pair_than_the_chosen_is_left_out(folder):
+    """A run may go on after its test, and choose another pair."""
+    best = data.read_run(folder)
+    pair = {"version": data.best_cycle(best)["weights_version"], "candidate_id": "cafe"}
+    assert not cells_of(with_test_scores(folder, pair=pair)).tested
+    pair["candidate_id"] = data.chosen_id(best)
+    assert cells_of(with_test_scores(folder, pair=pair)).tested
+    # Nor is an outcome that the run has gone on from.
+    result = json.loads((folder / "result.json").read_text())
+    result["records"].pop()
+    (folder / "result.json").write_text(json.dumps(result))
+    assert best.finished and not data.read_run(folder).finished
+
+
+def test_steps_that_moved_nothing_train_no_weights(folder):
+    run = data.read_run(folder)
+    still = [{**cycle, "weights_version": run.cycles[0]["weights_version"]} for cycle in run.cycles]
+    found = cells_of(dataclasses.replace(run, cycles=still))
+    assert not found.trained and found.cells.keys() == {"base_original", "base_evolved"}
+    # The best pair's answers are of an earlier step with the same weights.
+    best = data.best_cycle(run)
+    later = [
+        {**cycle, "step": cycle["step"] + 2} if cycle["cycle"] == best["cycle"] else cycle
+        for cycle in run.cycles
+    ]
+    same = {**best, "cycle": 0, "step": best["step"]}
+    found = cells_of(dataclasses.replace(run, cycles=[{**run.cycles[0]}, same, *later[1:]]))
+    assert found.cells["trained_evolved"].scores
+
+
+def test_what_the_cold_start_brought_is_told(folder):
+    run = data.read_run(folder)
+    before = data.first_score(run)
+    assert before == run.cycles[0]["val_score"]
+    warmed = {**run.cycles[0], "val_score": 0.9, "cold_start": ["answers are held"]}
+    run = dataclasses.replace(run, cycles=[warmed, *run.cycles[1:]])
+    assert data.first_score(run) == before
+    facts = {name: (value, note) for name, value, note in headline_facts(run)}
+    assert facts["before learning"][0] == f"{before:.3f}"
+    assert "0.900 after the cold start" in facts["before learning"][1]
+    # Where answers are not kept there is the student's own score of the first cycle.
+    run = dataclasses.replace(run, answers=())
+    assert data.first_score(run) == run.cycles[0]["val_scores"][0]
+
+
+def test_chance_is_judged_by_the_bounds_that_are_shown(folder):
+    gained = {**SCORES, "base_original": [0, 0, 0], "trained_evolved": [1, 1, 1]}
+    assert "more than chance" in _verdict(gain_of(*map(gained.get, ("base_original", CELLS[3]))))
+    half = _verdict(gain_of([0] * 6, [1, 1, 1, 0, 0, 0]))
+    assert "may be chance; 95 % interval +0.000" in half

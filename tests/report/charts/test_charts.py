@@ -141,6 +141,11 @@ def test_cost_is_told_by_cycle_and_in_sum(run: Run) -> None:
     (slow,) = (x for x in charts(cost(run))["Rollouts"]["lines"] if x["label"] == "slow")
     assert slow["ys"] == [0, 32, 32, 32]
     assert "memory" not in str(cost_facts(run)) and "reflection" not in str(cost_facts(run))
+    # What the bars show stands in a table, too; where validation counts is told where it is so.
+    assert '<th scope="col">validation, rollouts</th>' in cost(run)
+    assert "count as fast" not in cost(run)
+    config = {**run.config, "arm": "gepa_only"}
+    assert "count as fast" in cost(dataclasses.replace(run, config=config))
     reflection = {"calls": 7, "tokens": 9000, "cost": 0.0123, "unpriced": 2}
     change_rows(
         run.folder,
