@@ -122,7 +122,8 @@ class FastConfig:
         cycle_iterations: GEPA iterations of each later fast phase. With 0, ``gepa_only`` ends after
             the first one.
         minibatch_size: Training examples reflected on in one iteration.
-        instruction_tokens: Longest instruction a proposer may write, in tokens of the local model.
+        instruction_tokens: Most tokens of the local model that an instruction may hold of what is
+            learned, beside the student's own text.
         first_phase: Which phase opens the first cycle: ``"fast"``, as in the paper, or ``"slow"``,
             which leaves that cycle to the slow channel alone. Later cycles are the same.
         demo_tokens: Most tokens that a predictor's learned demos may take in its prompt; 0 leaves
@@ -258,8 +259,8 @@ class SlowConfig:
         problems_per_step: P, problems an optimizer step.
         learning_rate: Peak learning rate of AdamW. ``None`` takes one by the size of the model and
             whether adapters are trained: 3e-4 for the embedded model, 5e-5 at 135 million
-            parameters, 1e-6 at 7 billion, ten times that with adapters
-            (``fst_dspy.slow.learning_rate``).
+            parameters, 1e-6 at 7 billion; ten times that with adapters, from
+            135 million on (``fst_dspy.slow.learning_rate``).
         lr_scheduler_type: One of transformers' schedules that need no settings of their own. One
             that decays spans ``max_cycles`` cycles, and so needs ``max_cycles``.
         warmup_steps: Optimizer steps of linear warm-up, with every schedule.
@@ -544,20 +545,43 @@ def settings_of_arm(arm: str, settings: Mapping[str, Any]) -> dict[str, Any]:
     """Flat settings as an arm has them: weights alone have one candidate, under which all G run.
 
     ``rollouts_per_candidate`` is taken of the candidates that there are in other arms, so that the
-    same settings give groups of one size in all of them.
+    same settings give groups of one size in all of them. Prompts alone have no groups, and so any
+    population; their group size, where none is given, is one that goes with it.
     """
-    if arm != "rl_only":
-        return dict(settings)
-    if "rollouts_per_candidate" in settings:
-        settings = _derive(dict(settings))
-    return {**settings, "population_size": 1}
+    if arm == "rl_only":
+        if "rollouts_per_candidate" in settings:
+            settings = _derive(dict(settings))
+        return {**settings, "population_size": 1}
+    size, given = settings.get("population_size"), {ALIASES.get(n, n) for n in settings}
+    if arm == "gepa_only" and type(size) is int and not given & {"group_size", *DERIVED}:
+        return {**settings, "group_size": 2 * size}
+    return dict(settings)
 
 
-def without_effect(config: FSTConfig, given: Iterable[str]) -> list[str]:
-    """What to tell of settings that were given, and that other settings leave without effect.
+def without_channel(arm: str, settings: Mapping[str, Any]) -> list[str]:
+    """What to tell of settings that were given for a channel that the arm does not have.
 
     Where all settings are given, as those that were saved are, the defaults are no wish.
     """
+    lacking = {"rl_only": "fast", "gepa_only": "slow"}.get(arm)
+    owner, told = _owners(), []
+    for name, value in settings.items():
+        own = ALIASES.get(name, name)
+        part = owner.get(STANDS_FOR.get(own, own))
+        usual = getattr(PARTS[part], own, None) if part else None
+        if part == lacking is not None and own != "perfect_score" and value != usual:
+            told.append(f"{name} has no effect with arm={arm!r}")
+    return told
+
+
+def without_effect(
+    config: FSTConfig, given: Iterable[str], *, has_reflection_lm: bool = True
+) -> list[str]:
+    """What to tell of settings that were given, and that others leave without effect.
+
+    Where all settings are given, as those that were saved are, the defaults are no wish.
+    """
+    reflects = (has_reflection_lm, "a reflection_lm")
     needed = {
         "distillation_weight": (config.slow.slow_signal == "both", "slow_signal='both'"),
         "teacher_update_rate": (
@@ -569,13 +593,17 @@ def without_effect(config: FSTConfig, given: Iterable[str]) -> list[str]:
             config.slow.loss_type not in ("cispo", "sapo", "vespo"),
             "a loss_type that clips both ways, such as 'dapo'",
         ),
+        "reuse_window": (config.fast.reuse, "reuse=True"),
+        "max_reflection_cost": reflects,
+        "max_reflection_tokens": reflects,
     }
+    owner = _owners()
     return [
         f"{name} has no effect without {what}"
         for name, (has_effect, what) in needed.items()
         if name in given
         and not has_effect
-        and getattr(config.slow, name) != getattr(SlowConfig, name)
+        and getattr(getattr(config, owner[name]), name) != getattr(PARTS[owner[name]], name)
     ]
 
 
@@ -658,6 +686,11 @@ def _unknown_setting(name: str) -> ConfigError:
         return ConfigError(f"{name!r} is called {ALIASES[name]!r} here")
     if name in ELSEWHERE:
         return ConfigError(f"FST has no setting {name!r}: {ELSEWHERE[name]}")
+    if name in OPTIONS:
+        return ConfigError(
+            f"{name!r} is no setting but an argument of FST; on the command line it is "
+            f"{OPTIONS[name]}"
+        )
     known = sorted([*_owners(), *DERIVED, *ALIASES])
     near = difflib.get_close_matches(name, known, n=1)
     known = sorted([*_owners(), *DERIVED])
@@ -709,6 +742,16 @@ ALIASES = {
 """Names that TRL, GEPA and DSPy have for settings of ours."""
 
 _OF_THE_MODEL = "the model has it: LocalLM(..., {}=)"
+OPTIONS = {
+    "arm": "--arm",
+    "auto": "--auto",
+    "log_dir": "--out",
+    "log_rollouts": "--no-rollouts",
+    "reflection_lm": "--reflection-lm",
+    "report_to": "--report-to",
+    "seed": "--seed",
+}
+"""Arguments of FST that are no settings, and the options that they are on the command line."""
 ELSEWHERE = {
     "device": _OF_THE_MODEL.format("device"),
     "dtype": _OF_THE_MODEL.format("dtype"),

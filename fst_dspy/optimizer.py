@@ -55,7 +55,7 @@ from gepa.core.adapter import ProposalFn
 from gepa.utils import StopperProtocol
 
 from fst_dspy.bundle.saving import make_savable
-from fst_dspy.config import Auto, FSTConfig, settings_of_arm, without_effect
+from fst_dspy.config import Auto, FSTConfig, settings_of_arm, without_channel, without_effect
 from fst_dspy.display import on_a_screen
 from fst_dspy.errors import ConfigError
 from fst_dspy.fast.gepa.plugins import read_plugins
@@ -113,8 +113,8 @@ class FST(Teleprompter):
             there are such, and answered with what to use instead where there are not.
         report_to: ``"tensorboard"``, ``"wandb"`` or ``"mlflow"``, or several; each logs to the run
             folder, and nowhere else unless told to. See ``fst_dspy.run.trackers``.
-        progress: Hears what goes on; by default a live line on the terminal, and nothing where
-            there is none.
+        progress: Hears what goes on; by default a live line on the terminal or in the notebook,
+            elsewhere lines to ``logging``, or to standard error where that is not set up.
         **settings: Any setting of ``fst_dspy.config``, flat: ``learning_rate=1e-4``,
             ``population_size=8``, ``lora=True``, ``max_rollouts=5000``, ... Where gepa has objects
             for one, such as ``component_selector``, these are taken too, and names that DSPy, GEPA
@@ -159,7 +159,10 @@ class FST(Teleprompter):
         self.metric = metric
         self.reflection_lm, self.strategies = plugins.reflection_lm, plugins.strategies
         self.config = FSTConfig.make(auto, **plugins.settings)
-        for text in without_effect(self.config, plugins.settings):
+        told = without_effect(
+            self.config, plugins.settings, has_reflection_lm=plugins.reflection_lm is not None
+        )
+        for text in (*without_channel(arm, settings), *told):
             logger.warning(text)
         self.arm: Arm = arm
         self.seed = _read_seed(seed)

@@ -31,7 +31,8 @@ class Settings(TypedDict, total=False):
     minibatch_size: int
     """Default 12. Training examples reflected on in one iteration."""
     instruction_tokens: int
-    """Default 256. Longest instruction a proposer may write, in tokens of the local model."""
+    """Default 256. Most tokens of the local model that an instruction may hold of what is
+    learned, beside the student's own text."""
     first_phase: Literal["fast", "slow"]
     """Default 'fast'. Which phase opens the first cycle: ``"fast"``, as in the paper, or
     ``"slow"``, which leaves that cycle to the slow channel alone. Later cycles are the same."""
@@ -107,7 +108,8 @@ class Settings(TypedDict, total=False):
     learning_rate: float | None
     """Default None. Peak learning rate of AdamW. ``None`` takes one by the size of the model and
     whether adapters are trained: 3e-4 for the embedded model, 5e-5 at 135 million parameters,
-    1e-6 at 7 billion, ten times that with adapters (``fst_dspy.slow.learning_rate``)."""
+    1e-6 at 7 billion; ten times that with adapters, from 135 million on
+    (``fst_dspy.slow.learning_rate``)."""
     lr_scheduler_type: Literal[
         "constant",
         "constant_with_warmup",

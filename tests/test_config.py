@@ -37,10 +37,17 @@ def test_flat_settings_reach_their_part():
         ("teacher_update_rate", 0.05, {"slow_signal": "feedback"}),
         ("discount", 0.9, {"credit": "turn"}),
         ("epsilon", 0.1, {"loss_type": "dapo"}),
+        ("reuse_window", 300, {"reuse": True}),
+        ("max_reflection_tokens", 1000, {"reflection_lm": "openai/gpt-5-mini"}),
+        ("learning_rate", 1e-4, {"arm": "fst"}),
+        ("demo_tokens", 64, {"arm": "fst"}),
     ],
 )
 def test_a_setting_that_others_leave_without_effect_is_told(name, value, needed, caplog):
-    FST(vowels, **{name: value})
+    other = {"reuse": {"reuse": False}, "arm": {"arm": "gepa_only"}}.get(next(iter(needed)), {})
+    if name == "demo_tokens":
+        other = {"arm": "rl_only"}
+    FST(vowels, **{name: value}, **other)
     assert f"{name} has no effect" in caplog.text and next(iter(needed)) in caplog.text
     caplog.clear()
     FST(vowels, **{name: value}, **needed)
@@ -128,6 +135,18 @@ def test_the_same_settings_give_groups_of_one_size_in_every_arm(arm):
     usual = FSTConfig.make(**settings_of_arm(arm, {"rollouts_per_candidate": 2}))
     assert usual.slow.group_size == FSTConfig.make().slow.group_size
     assert FST(vowels, arm=arm, rollouts_per_candidate=1).config.slow.group_size == 4
+
+
+def test_prompts_alone_have_no_groups_for_a_population_to_fit():
+    assert FST(vowels, arm="gepa_only", population_size=6).config.fast.population_size == 6
+    with pytest.raises(ConfigError, match="group_size"):
+        FST(vowels, population_size=6)
+
+
+@pytest.mark.parametrize("name", ["seed", "log_rollouts"])
+def test_arguments_that_are_no_settings_are_named_as_options(name):
+    with pytest.raises(ConfigError, match="no setting but an argument of FST.*--"):
+        FSTConfig.make(**{name: 1})
 
 
 def test_numbers_of_other_libraries_become_pythons_own():

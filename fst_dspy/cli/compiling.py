@@ -9,6 +9,7 @@ from fst_dspy.cli.options import (
     ArmOption,
     Json,
     Model,
+    NoRollouts,
     Out,
     Preset,
     Program,
@@ -41,6 +42,7 @@ def compile(
     settings: Settings = None,
     reflection_lm: ReflectionLM = None,
     report_to: ReportTo = None,
+    no_rollouts: NoRollouts = False,
     as_json: Json = False,
 ) -> None:
     """Compile a program with FST and report what each channel brought on the test set."""
@@ -58,6 +60,7 @@ def compile(
             "seed": seed,
             "log_dir": out,
             "report_to": [str(tracker) for tracker in report_to or ()],
+            "log_rollouts": not no_rollouts,
         }
         task, result, tested = _run(program, model, {**options, **given})
         if as_json:

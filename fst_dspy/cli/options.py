@@ -76,6 +76,10 @@ class Tracker(StrEnum):
 ReportTo = Annotated[
     list[Tracker] | None, typer.Option(help="Logs to the run folder; repeat for more.")
 ]
+NoRollouts = Annotated[
+    bool,
+    typer.Option("--no-rollouts", help="Log neither rollouts nor answers."),
+]
 Json = Annotated[
     bool, typer.Option("--json", help="Print the results as one JSON object, all else on stderr.")
 ]
@@ -134,6 +138,9 @@ ARMS_IN_HELP = (
     "fst_distill, sdpo, fst_both, fst_blind"
 )
 """The same in words that a terminal of 60 columns can break."""
+TRAINING_ARM_NAMES = tuple(name for name in ARM_NAMES if name != "gepa_only")
+STREAM_ARM_NAMES = ("fst", "rl_only", "gepa_only")
+"""Those of ``fst plasticity``, which starts from weights that were trained, and ``continual``."""
 AXIS_NAMES = ("K", "T", "advantage", "reuse", "first", "demos", "weights")
 """Axes of ``fst ablate``, likewise."""
 MEASURE_NAMES = ("score", "kl_to_base", "rollouts")

@@ -9,9 +9,10 @@ import typer
 from fst_dspy.cli.checks import check_names
 from fst_dspy.cli.experiments import check_experiment, default_folder, finish, make_plan
 from fst_dspy.cli.options import (
-    ARM_NAMES,
     ARMS_IN_HELP,
     GO_ON,
+    STREAM_ARM_NAMES,
+    TRAINING_ARM_NAMES,
     Experiment,
     completed,
     console,
@@ -20,9 +21,19 @@ from fst_dspy.cli.options import (
     parse_settings,
 )
 
-Arms = Annotated[
+TrainingArms = Annotated[
     str,
-    typer.Option(help=f"{ARMS_IN_HELP}.", autocompletion=completed(ARM_NAMES)),
+    typer.Option(
+        help=f"{ARMS_IN_HELP.replace(' gepa_only,', '')}.",
+        autocompletion=completed(TRAINING_ARM_NAMES),
+    ),
+]
+StreamArms = Annotated[
+    str,
+    typer.Option(
+        help=f"With commas: {', '.join(STREAM_ARM_NAMES)}.",
+        autocompletion=completed(STREAM_ARM_NAMES),
+    ),
 ]
 RLSettings = Annotated[
     list[str] | None,
@@ -42,7 +53,7 @@ def plasticity(
         str, typer.Argument(help="The program that rl_only learns then.", show_default=False)
     ],
     options: Experiment,
-    arms: Arms = "fst,rl_only",
+    arms: TrainingArms = "fst,rl_only",
     second_rollouts: Annotated[
         int | None,
         typer.Option(
@@ -55,7 +66,7 @@ def plasticity(
 ) -> None:
     """See how well another task is learned afterwards: fresh RL from each arm's weights."""
     with errors_told(GO_ON):
-        check_names("arm", arms.split(","), ARM_NAMES)
+        check_names("arm", arms.split(","), TRAINING_ARM_NAMES)
         check_experiment([first, second], options, rl_settings)
         with console.status("loading"):
             from fst_dspy.experiments import ExperimentStore
@@ -84,7 +95,7 @@ def continual(
         ),
     ],
     options: Experiment,
-    arms: Arms = "fst,rl_only",
+    arms: StreamArms = "fst,rl_only",
     rl_settings: RLSettings = None,
     seed_prompt: Annotated[
         str | None,
@@ -93,7 +104,7 @@ def continual(
 ) -> None:
     """Learn tasks one after another in one run, every task tested at every stage."""
     with errors_told(GO_ON):
-        check_names("arm", arms.split(","), ARM_NAMES)
+        check_names("arm", arms.split(","), STREAM_ARM_NAMES)
         check_experiment(programs, options, rl_settings)
         with console.status("loading"):
             from fst_dspy.experiments import SEED_PROMPT, ExperimentStore

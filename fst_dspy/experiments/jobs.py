@@ -95,7 +95,7 @@ class Job:
         if self.adapter is not None and self.adapter not in ADAPTERS:
             raise ConfigError(f"there is no adapter {self.adapter!r}; known: {', '.join(ADAPTERS)}")
         if "max_rollouts" in self.settings:
-            raise ConfigError("max_rollouts is the job's budget; give it as rollouts")
+            raise ConfigError("max_rollouts is the job's budget; give it as rollouts (--rollouts)")
         own = settings_of_arm(self.arm, self.settings)  # as FST has it
         FSTConfig.make(**{**own, "max_rollouts": self.rollouts})
 

@@ -74,7 +74,7 @@ OF_A_CALL = frozenset(
 DRAWS = 16
 """Settings drawn to see whether any trial can run at all."""
 OF_THE_STUDY = {
-    "max_rollouts": "a trial's budget is the objective's: Objective(rollouts=)",
+    "max_rollouts": "a trial's budget is the objective's: Objective(rollouts=), or --rollouts",
     "metric": "the task has it",
     "seed": "give it to the study itself",
     "arm": "give it to the study itself",
