@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
+from gepa.core.state import GEPAState
 from gepa.proposer.base import CandidateProposal, SubsampleEvaluation
 from gepa.strategies.acceptance import AcceptanceCriterion, ImprovementOrEqualAcceptance
 
 from fst_dspy.fast.proposers.demos import only_fewer
 from fst_dspy.student.candidate import DEMOS, split_component
 from fst_dspy.types import Candidate
+
+T = TypeVar("T")
+
+ROUNDING = 1e-9
+"""By how much two sums of scores may differ, relative to them where they are large, and be equal:
+the same tenths give different sums in different orders."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +62,24 @@ class ProposalStats:
         return ProposalStats(**sums, errors=dict(Counter(self.errors) + Counter(other.errors)))
 
 
+@dataclass(frozen=True)
+class BySums:
+    """One of gepa's criteria that compare sums, to which sums that differ by rounding are equal.
+
+    Attributes:
+        rule: The criterion.
+    """
+
+    rule: AcceptanceCriterion
+
+    def should_accept(self, proposal: CandidateProposal, state: GEPAState) -> bool:
+        """Whether the rule accepts a child by its scores and its parent's."""
+        before, after = proposal.subsample_scores_before, proposal.subsample_scores_after or []
+        if math.isclose(sum(before or ()), sum(after), rel_tol=ROUNDING, abs_tol=ROUNDING):
+            proposal = dataclasses.replace(proposal, subsample_scores_before=list(after))
+        return self.rule.should_accept(proposal, state)
+
+
 def criterion_for(
     child: Candidate, parent: Candidate, strict: AcceptanceCriterion
 ) -> AcceptanceCriterion:
@@ -63,7 +89,7 @@ def criterion_for(
     well: gepa's rule for the one, and for the other the shorter prompt is gain enough.
     """
     as_well = child.source == "merge" or shows_fewer(child, parent)
-    return ImprovementOrEqualAcceptance() if as_well else strict
+    return BySums(ImprovementOrEqualAcceptance()) if as_well else strict
 
 
 def proposal_of(
@@ -90,6 +116,44 @@ def proposal_of(
         eval_after=SubsampleEvaluation(list(after)),
         tag=child.source,
     )
+
+
+def lost_in(proposal: CandidateProposal) -> set[int]:
+    """Places in a minibatch where the rollout of the child, or of its parent, was lost.
+
+    None where the proposal comes without rollouts, as from :func:`proposal_of`.
+    """
+    sides = (side for side in (proposal.eval_before, proposal.eval_after) if side is not None)
+    return {i for side in sides for i, rollout in enumerate(side.outputs) if rollout.is_lost}
+
+
+def without_lost(proposal: CandidateProposal) -> CandidateProposal:
+    """The proposal as if its minibatch had been the other examples alone: see :func:`lost_in`."""
+    lost = lost_in(proposal)
+    if not lost:
+        return proposal
+    return dataclasses.replace(
+        proposal,
+        subsample_indices=others(proposal.subsample_indices, lost),
+        subsample_scores_before=others(proposal.subsample_scores_before, lost),
+        subsample_scores_after=others(proposal.subsample_scores_after, lost),
+        eval_before=_without(proposal.eval_before, lost),
+        eval_after=_without(proposal.eval_after, lost),
+    )
+
+
+def _without(side: SubsampleEvaluation | None, lost: Collection[int]) -> SubsampleEvaluation | None:
+    return side and SubsampleEvaluation(
+        scores=others(side.scores, lost),
+        outputs=others(side.outputs, lost),
+        objective_scores=side.objective_scores and others(side.objective_scores, lost),
+        trajectories=side.trajectories and others(side.trajectories, lost),
+    )
+
+
+def others(values: Sequence[T] | None, places: Collection[int]) -> list[T]:
+    """The values at all places but these."""
+    return [value for i, value in enumerate(values or ()) if i not in places]
 
 
 def shows_fewer(child: Candidate, parent: Candidate) -> bool:

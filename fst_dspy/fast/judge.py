@@ -3,7 +3,8 @@
 To be accepted is to join the population, which claims nothing and sends nobody away: gepa's
 criterion, a higher sum than the parent's, is enough for that. Whether it was more than chance
 (``fst_dspy.fast.decide``) is counted beside it. To ask it of who joins was tried: small gains, of
-which a search lives, are not found then (``docs/decisions.md``).
+which a search lives, are not found then (``docs/decisions.md``). But a child that has not run on
+anything beside its parent does not join, whatever the criterion.
 """
 
 from __future__ import annotations
@@ -16,7 +17,13 @@ from gepa.core.state import GEPAState
 from gepa.proposer.base import CandidateProposal
 from gepa.strategies.acceptance import AcceptanceCriterion
 
-from fst_dspy.fast.acceptance import ProposalStats, criterion_for
+from fst_dspy.fast.acceptance import (
+    ProposalStats,
+    criterion_for,
+    lost_in,
+    others,
+    without_lost,
+)
 from fst_dspy.fast.decide import Block, better
 from fst_dspy.student.candidate import candidate_from_json, candidate_to_json
 from fst_dspy.types import Candidate, Rollout
@@ -99,10 +106,13 @@ class Judge:
             parents: What it was made from, at least one.
             proposal: Its scores and its parents', as gepa's criteria take them.
             state: gepa's, with the parents among its candidates.
-            blocks: What was observed of the child and its parents at once.
+            blocks: What was observed of the child and its parents at once; of a minibatch, an
+                example each.
         """
+        blocks, proposal = others(blocks, lost_in(proposal)), without_lost(proposal)
         criterion = criterion_for(child, parents[0], self.acceptance)
-        accepted = criterion.should_accept(proposal, state)
+        seen = bool(proposal.subsample_scores_after)
+        accepted = seen and criterion.should_accept(proposal, state)
         texts, first = child.components, parents[0].components
         verdict = Verdict(
             child,
@@ -129,6 +139,9 @@ class Judge:
 
     def reason(self, proposal: CandidateProposal, state: GEPAState) -> str:
         """Why a child was not accepted: what the criterion says, or its scores."""
+        proposal = without_lost(proposal)
+        if not proposal.subsample_scores_after:
+            return "no example on which both it and its parent have run"
         own = getattr(self.acceptance, "reject_reason", None)
         if own is not None:
             return str(own(proposal, state))

@@ -31,6 +31,10 @@ class Memory:
         proposer: Proposes instructions; see ``fst_dspy.fast.proposers.protocol``.
         demos: Proposes demos; ``None`` leaves them alone.
         config: What a proposer is shown, and what is refused.
+
+    Attributes:
+        guard: Refuses copies of training examples, the proposer's own where it has one; or
+            ``None``.
     """
 
     def __init__(
@@ -40,8 +44,11 @@ class Memory:
         config: FastConfig | None = None,
     ) -> None:
         self.proposer, self.demos, self.config = proposer, demos, config or FastConfig()
-        self.guard = CopyGuard() if self.config.copy_guard else None
+        own = getattr(proposer, "guard", None)
+        guard = own if isinstance(own, CopyGuard) else CopyGuard()
+        self.guard = guard if self.config.copy_guard else None
         self._studied: Sequence[dspy.Example] | None = None
+        self._fell_short = False  # a rollout did: there is something to mend
         self._indexed: tuple[Sequence[dspy.Example], dict[str, dspy.Example]] = ((), {})
 
     def reflector(self, known_ids: Iterable[str]) -> Reflector:
@@ -74,7 +81,7 @@ class Memory:
             return
         self._studied = trainset
         if self.guard is not None:
-            self.guard.study(trainset)
+            self.guard.study(list(self.by_id(trainset).values()))
         for proposer in (self.proposer, self.demos):
             if isinstance(proposer, StudiesExamples):
                 proposer.study(self.by_id(trainset))
@@ -84,7 +91,8 @@ class Memory:
         found = self.proposer.findings() if isinstance(self.proposer, TellsFindings) else None
         if stats.accepted or not stats.iterations or found is None:
             return None
-        if found.lessons and not stats.rejected:
+        changed_nothing = self._fell_short and stats.empty == stats.iterations
+        if found.lessons and not stats.rejected and not changed_nothing:
             return None  # there was nothing to mend, or it is yet to be tried
         if not found.rollouts:
             return (
@@ -93,10 +101,13 @@ class Memory:
             )
         said = "the metric gave no feedback"
         if found.lessons:
-            said = (
-                f"what was read off feedback and labels ({found.lessons} rules) made no answers "
-                "better"
+            came_of_it = (
+                "made no answers better"
+                if stats.rejected
+                else "changed no instruction: it stands there already, is longer than "
+                "instruction_tokens, or copies training examples (copy_guard)"
             )
+            said = f"what was read off feedback and labels ({found.lessons} rules) {came_of_it}"
         elif found.with_feedback:
             said = (
                 f"the feedback of {found.with_feedback} rollouts states nothing that holds beyond "
@@ -110,6 +121,7 @@ class Memory:
 
     def bank(self, rollouts: Sequence[Rollout]) -> None:
         """Keep the successful calls of training rollouts, to be shown as demos."""
+        self._fell_short |= any(r.reward < self.config.perfect_score for r in rollouts)
         if self.demos is not None:
             self.demos.bank(rollouts)
 

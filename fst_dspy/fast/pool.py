@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
+import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,23 +20,29 @@ from fst_dspy.fast.proposers.demos import shown_examples
 from fst_dspy.rollouts.evaluate import objectives_in, score_of
 from fst_dspy.run.records import as_read_back, rollout_from_json, with_fields
 from fst_dspy.run.rollout_log import unpack
-from fst_dspy.types import Candidate, Rollout
+from fst_dspy.types import Candidate, Rollout, Turn
 
 SWEEPS = 50
 """Alternations of the two-way fit; a chain of candidates compared pairwise needs a few dozen."""
 MAX_CHARACTERS = 4000
-"""Characters of one field that a pooled trace keeps: the pool is written at every checkpoint."""
+"""Characters of one field that a pooled rollout keeps: the pool is written at every checkpoint."""
+SENTENCE_END = re.compile(r"[.!?。！？](?:\s+|$)|\n")
+"""Where long feedback may be cut."""
 
 
 @dataclass(frozen=True)
 class RolloutPool:
-    """Rollouts of training problems under recent weights, oldest first, without their tokens."""
+    """Rollouts of training problems under recent weights, oldest first, without their tokens.
+
+    Lost ones are not among them (``Rollout.is_lost``): they say nothing of a candidate.
+    """
 
     rollouts: tuple[Rollout, ...] = ()
 
     def plus(self, rollouts: Sequence[Rollout]) -> RolloutPool:
-        """With some more rollouts."""
-        return RolloutPool((*self.rollouts, *map(_without_tokens, rollouts)))
+        """With some more rollouts, but for lost ones."""
+        more = [_without_tokens(rollout) for rollout in rollouts if not rollout.is_lost]
+        return RolloutPool((*self.rollouts, *more))
 
     def since(self, policy_version: int) -> RolloutPool:
         """Those sampled from this version of the weights or a later one."""
@@ -226,7 +233,39 @@ def _without_tokens(rollout: Rollout) -> Rollout:
         dataclasses.replace(with_fields(trace, _short), text=trace.text[:MAX_CHARACTERS])
         for trace in rollout.traces
     )
-    return dataclasses.replace(rollout, calls=(), traces=traces)
+    failure = rollout.failure
+    return dataclasses.replace(
+        rollout,
+        calls=(),
+        traces=traces,
+        feedback=_said(rollout.feedback),
+        feedback_by_predictor={
+            name: _said(text) for name, text in rollout.feedback_by_predictor.items()
+        },
+        failure=failure and dataclasses.replace(failure, message=_said(failure.message)),
+        turns=tuple(map(_short_turn, rollout.turns)),
+    )
+
+
+def _said(text: str) -> str:
+    """Feedback, without its middle where it is long.
+
+    Lessons are read off it again. So it is cut where sentences end, and what stands for the rest is
+    a paragraph of one word: half a sentence, or an account of what was left out, would be learned.
+    """
+    if len(text) <= MAX_CHARACTERS:
+        return text
+    half = MAX_CHARACTERS // 2
+    head, tail = text[:half], text[-half:]
+    last = max((found.end() for found in SENTENCE_END.finditer(head)), default=half)
+    first = next((found.end() for found in SENTENCE_END.finditer(tail)), 0)
+    return f"{head[:last].rstrip()}\n\n[...]\n\n{tail[first:].lstrip()}"
+
+
+def _short_turn(turn: Turn) -> Turn:
+    names = ("observation", "action", "result")
+    texts = {name: getattr(turn, name)[:MAX_CHARACTERS] for name in names}
+    return dataclasses.replace(turn, **texts, said=_short(turn.said))
 
 
 def _short(fields: Mapping[str, Any]) -> dict[str, Any]:

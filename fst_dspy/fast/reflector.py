@@ -16,12 +16,15 @@ from fst_dspy.display import visible
 from fst_dspy.fast.proposers.copying import CopyGuard
 from fst_dspy.fast.proposers.demos import DemoProposer
 from fst_dspy.fast.proposers.protocol import (
+    FEEDBACK,
+    MAX_TEXT,
     TRAJECTORY,
     CountsFaults,
     LearnsFromRecords,
     ProposalError,
     Proposer,
     Record,
+    clipped,
     well_formed,
 )
 from fst_dspy.student.candidate import (
@@ -47,8 +50,6 @@ PROGRAMMING_ERRORS = (
     NotImplementedError,
 )
 """What a proposer raises because it is wrong, not because there is no proposal to be had."""
-MAX_TEXT = 4000
-"""Characters of one field that go into a record; longer texts lose their middle."""
 STEP_TEXT = 1000
 """Characters of one field of a step in a trajectory."""
 MAX_STEPS = 24
@@ -218,7 +219,7 @@ def _record(predictor: str, fields: Sequence[str], trajectory: Trajectory) -> Re
     return {
         "Inputs": {name: _clip(value) for name, value in inputs.items()},
         "Generated Outputs": _outputs(trace),
-        "Feedback": _feedback(predictor, rollout, trace, fields),
+        FEEDBACK: _feedback(predictor, rollout, trace, fields),
         "score": rollout.reward,
         "example_id": rollout.example_id,
         "labels": {name: _clip(value) for name, value in example.labels().toDict().items()},
@@ -256,11 +257,7 @@ def _output_fields(predictor: str, trajectories: Sequence[Trajectory]) -> list[s
 
 
 def _clip(value: Any, limit: int = MAX_TEXT) -> str:
-    text = well_formed(value_text(value))
-    if len(text) <= limit:
-        return text
-    half = limit // 2
-    return f"{text[:half]}\n[... {len(text) - 2 * half} characters left out ...]\n{text[-half:]}"
+    return clipped(well_formed(value_text(value)), limit)
 
 
 def candidate_of(texts: Mapping[str, str], parent: Candidate, cycle: int) -> Candidate:

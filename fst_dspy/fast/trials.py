@@ -444,7 +444,8 @@ class TrialPhase:
         texts = dict(parent.components)
         told.append(selected(k, texts, state))
         best = self.config.perfect_score if self.config.skip_perfect_score else None
-        if best is not None and all(score >= best for score in batch.scores):
+        perfect = best is not None and all(score >= best for score in batch.scores)
+        if not rollouts or perfect:
             reflector.outcomes["empty"] += 1
             return None
         selector = component_selector(self.config, self.strategies)

@@ -7,13 +7,16 @@ import time
 
 import dspy
 import pytest
+from dspy.utils import DummyLM
 from rule_runner import NAME, QUEUES, RULES, SEED, VAL, RuleRunner, Scripted, scored, words
 
 from fst_dspy.config import FastConfig
+from fst_dspy.fast.memory import Memory
 from fst_dspy.fast.phase import FastPhase
 from fst_dspy.fast.proposers.copying import RUN, CopyGuard
 from fst_dspy.fast.proposers.lessons import LessonProposer
 from fst_dspy.fast.proposers.protocol import ProposalError
+from fst_dspy.fast.proposers.reflection import ReflectionLMProposer
 
 STEM = "Read the letter below with care and say which queue it belongs to, by its topic alone."
 RNG = random.Random(0)
@@ -118,6 +121,23 @@ def test_demos_may_show_examples():
     with pytest.raises(ProposalError, match=r"copy_guard=False") as caught:
         guard.check({NAME: f"Answer. {BODY}"}, before)
     assert caught.value.kind == "copied_example"
+
+
+def test_one_guard_is_fed_once(monkeypatch):
+    guard = CopyGuard()
+    lessons = LessonProposer(256, words, guard)
+    reflection = ReflectionLMProposer(DummyLM([]), 256, words, fallback=lessons)
+    for proposer in (lessons, reflection):
+        memory = Memory(proposer)
+        assert memory.guard is guard
+    memory.study(TRAIN)
+    assert guard.copied(BODY, "") is not None
+    read = []
+    monkeypatch.setattr("fst_dspy.fast.proposers.copying._normal", read.append)
+    guard.study(list(TRAIN))
+    assert read == []
+    assert Memory(lessons, config=FastConfig(copy_guard=False)).guard is None
+    assert Memory(Scripted(copying)).guard is not None
 
 
 def test_it_is_quick():

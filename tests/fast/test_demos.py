@@ -117,6 +117,44 @@ def test_the_students_own_demos_stay() -> None:
     assert propose(by, encode_demos(demos))[0].toDict() == own.toDict()
 
 
+def test_the_students_own_demos_take_no_room_of_those_learned() -> None:
+    own = dspy.Example(ticket="mine " * 500, queue="pink")
+    demos = propose(filled(tokens=60), encode_demos([own]))
+    assert [demo.toDict() for demo in demos[1:]] == [d.toDict() for d in propose(filled(60))]
+
+
+def test_the_tokens_of_a_demo_are_counted_once() -> None:
+    counted: list[str] = []
+
+    def count(text: str) -> int:
+        counted.append(text)
+        return words(text)
+
+    by = DemoProposer(100, count)
+    by.bank([rollout("bad", "a bad one", "black", 0.0)])
+    by.bank([rollout(f"e{n}", f"ticket {n}", "red") for n in range(12)])
+    for _ in range(3):
+        propose(by)
+    assert len(counted) == len(set(counted)) == 12
+
+
+def test_fields_may_have_any_name() -> None:
+    trace = PredictorTrace("solve", {"base": "3", "self": "4"}, {"area": "12"}, "")
+    by = DemoProposer(100, words)
+    by.bank([rollout("bad", "a bad one", "black", 0.0)])
+    by.bank([make_rollout(1.0, example_id="e", traces=(trace,))])
+    (demo,) = propose(by)
+    assert demo.toDict() == {"base": "3", "self": "4", "area": "12", SOURCE: "e"}
+
+
+def test_words_of_scripts_without_spaces_are_covered_too() -> None:
+    by = DemoProposer(90, words)
+    by.bank([rollout("bad", "坏", "黑", 0.0)])
+    by.bank([rollout(f"v{n}", f"我想咨询签证的手续{n}", "红") for n in range(8)])
+    by.bank([rollout("t", "税务申报怎么办理", "红")])
+    assert "t" in {demo[SOURCE] for demo in propose(by)[:2]}
+
+
 def test_the_bank_is_bounded_and_keeps_rare_answers() -> None:
     by = filled()
     by.bank([rollout("rare", "once", "gold")])

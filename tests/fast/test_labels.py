@@ -173,6 +173,80 @@ def test_examples_that_tell_no_rule(examples):
     assert read_rules(examples, ["a", "nowhere"]) == []
 
 
+def labelled(texts, answers, number=60):
+    """Examples with one of some texts, and the answer that goes with it."""
+    pairs = list(zip(texts, answers, strict=True))
+    return [
+        dspy.Example(ticket=f"{text.format(n)}", queue=answer).with_inputs("ticket")
+        for n in range(number)
+        for text, answer in [pairs[n % len(pairs)]]
+    ]
+
+
+def test_cues_keep_their_symbols():
+    texts = ["I use C++ number {}", "I use C# number {}", "I use Java number {}"]
+    rules = read_rules(labelled(texts, ["amber", "onyx", "jade"]), ["queue"])
+    assert {rule.text for rule in rules} == {"c++: amber", "c#: onyx", "java: jade"}
+
+
+def test_cues_of_scripts_without_spaces_are_two_characters():
+    topics = {"签证": "琥珀", "护照": "玛瑙", "税务": "青玉", "养老": "珍珠"}
+    texts = [f"您好，我想咨询{topic}办理的问题，编号{{}}，谢谢。" for topic in topics]
+    rules = read_rules(labelled(texts, topics.values(), 200), ["queue"])
+    assert {rule.answer for rule in rules} == {*topics.values()}
+    for rule in rules:
+        (topic,) = (topic for topic, queue in topics.items() if queue == rule.answer)
+        assert set(rule.cue) & set(topic)
+
+
+def test_answers_of_several_lines_tell_no_rule():
+    texts = ["on visa number {}", "on tax number {}", "on loan number {}"]
+    examples = labelled(texts, ["amber\nteam two", "onyx", "jade"])
+    rules = read_rules(examples, ["queue"])
+    assert [rule.text for rule in rules] == ["loan: jade", "tax: onyx"]
+
+
+def test_only_a_lesson_that_names_an_answer_goes_before_what_labels_tell():
+    own = "Route the ticket.\n- visa → amber\n- tax → jade"
+    texts = ["on visa number {}", "on tax number {}", "on loan number {}"]
+    examples = labelled(texts, ["amber", "jade", "onyx"])
+
+    def proposed(proposer, lesson, text):
+        told = [Trajectory(examples[0], rollout_of(examples[0], "?", lesson))]
+        return proposer.propose({NAME: text}, {NAME: make_records(NAME, told)}, [NAME])[NAME]
+
+    proposer = LessonProposer(256, words)
+    proposer.study({example_id(e): e for e in examples})
+    care = "Handle visa and tax tickets with care."
+    lines = proposed(proposer, f"Lesson: {care}", own).split("\n")
+    assert lines[:3] == own.split("\n") and set(lines[3:]) == {care, "loan: onyx"}
+    other = LessonProposer(256, words)
+    other.load_state(json.loads(json.dumps(proposer.state())))
+    other.study({example_id(e): e for e in examples})
+    for one in (proposer, other):
+        after = proposed(
+            one, "Lesson: visa and loan tickets go to teal, or jade.", "\n".join(lines)
+        )
+        assert after.split("\n")[:3] == own.split("\n"), "lines of the student's own stay"
+        assert "loan: onyx" not in after and care in after
+
+
+def test_states_of_before_are_taken_up():
+    proposer = LessonProposer(256, words)
+    visa = next(e for e in TRAIN if e.topic == "visa")
+    told = make_records(NAME, [Trajectory(visa, rollout_of(visa, "?", "Lesson: visa: jade."))])
+    text = proposer.propose({NAME: "Answer."}, {NAME: told}, [NAME])[NAME]
+    state = proposer.state()
+    for name in ("marks", "is_marked", "added"):
+        del state[name]
+    other = LessonProposer(256, words)
+    other.load_state(json.loads(json.dumps(state)))
+    chatter = make_records(NAME, [Trajectory(visa, rollout_of(visa, "?", "We are closed today."))])
+    assert other.propose({NAME: text}, {NAME: chatter}, [NAME])[NAME] == text
+    other.instruction_tokens = 1
+    assert other.propose({NAME: text}, {NAME: chatter}, [NAME])[NAME] == "Answer."
+
+
 def observed(*pairs, topic_rules=False):
     """A proposer that has seen feedback on examples, with their training set."""
     proposer = LessonProposer(256, words)
@@ -330,6 +404,18 @@ def test_where_no_rollout_reached_the_metric_its_feedback_is_not_at_fault():
     assert "every rollout failed before it had a score" in memory.advice(stats)
     memory.observe([NAME], NOTHING[:1], [dataclasses.replace(cut, failure=None)])
     assert "the metric gave no feedback" in memory.advice(stats)
+
+
+def test_where_what_was_learned_changes_nothing_it_is_said():
+    memory = Memory(LessonProposer(1, words))
+    empty = ProposalStats(iterations=4, empty=4)
+    right = rollout_of(TRAIN[0], TRAIN[0].queue, f"Lesson: {TRAIN[0].topic} goes first.")
+    memory.observe([NAME], TRAIN[:1], [right])
+    assert memory.advice(empty) is None, "there was nothing to mend"
+    memory.observe([NAME], TRAIN[:1], [dataclasses.replace(right, reward=0.0)])
+    assert "changed no instruction" in memory.advice(empty)
+    assert "instruction_tokens" in memory.advice(empty)
+    assert memory.advice(dataclasses.replace(empty, iterations=5)) is None
 
 
 def test_a_proposer_of_ones_own_is_not_advised():

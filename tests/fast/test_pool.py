@@ -14,11 +14,13 @@ from fst_dspy.fast.pool import (
     observed,
     paired,
     pool_from_json,
+    problem_means,
     score_table,
 )
 from fst_dspy.fast.proposers.demos import SOURCE
+from fst_dspy.fast.proposers.lessons import marked_lessons, unmarked_sentences
 from fst_dspy.student.candidate import encode_demos, make_candidate
-from fst_dspy.types import Call, Failure, PredictorTrace, Rollout
+from fst_dspy.types import Call, Failure, PredictorTrace, Rollout, Turn
 
 A, B, C = (make_candidate({"solve.instructions": text}) for text in "abc")
 
@@ -140,3 +142,54 @@ def test_a_pool_goes_through_json_unchanged():
     again = pool_from_json(json.loads(json.dumps(pool.rollouts, default=vars)))
     assert again == pool
     assert again.rollouts[0].calls == () and len(again.rollouts[1].traces[0].text) == 4000
+
+
+LOST = Failure("infrastructure", "connection reset")
+
+
+def test_lost_rollouts_say_nothing_of_a_candidate():
+    pool = RolloutPool().plus(
+        [
+            *(rollout(A, "p", 1.0), rollout(A, "p", 0.0, failure=LOST), rollout(B, "p", 1.0)),
+            *(rollout(A, "q", 0.0, failure=LOST), rollout(B, "q", 1.0)),
+        ]
+    )
+    assert problem_means(pool, A) == {"p": 1.0} and len(pool.rollouts) == 3
+    assert observed(pool, B, A) == [([1.0], [1.0])] and paired(pool, B, [A]) == ([[1.0]], [1.0])
+    assert RolloutPool().plus([rollout(failure=LOST)]) == RolloutPool()
+
+
+def test_what_is_long_is_written_without_its_middle():
+    long = (
+        "Lesson: visas go to silver.\n" + "It is said again. " * 99_999 + "\nRule: taxes to teal."
+    )
+    turn = Turn(long, long, long, 0.0, "ok", 0.0, 1, {"reasoning": long})
+    pool = RolloutPool().plus(
+        [
+            rollout(
+                feedback=long,
+                feedback_by_predictor={"solve": long},
+                failure=Failure("program", long),
+                turns=(turn,),
+            )
+        ]
+    )
+    (kept,) = pool.rollouts
+    assert len(json.dumps(pool.rollouts, default=vars)) < 40_000
+    assert kept.feedback == kept.feedback_by_predictor["solve"] == kept.failure.message
+    assert marked_lessons(kept.feedback) == ["visas go to silver.", "taxes to teal."]
+
+
+def test_what_was_left_out_and_half_sentences_are_no_lessons():
+    whole = [f"Sentence number {n} is about something else." for n in range(999)]
+    (kept,) = RolloutPool().plus([rollout(feedback=" ".join(whole))]).rollouts
+    assert 3800 < len(kept.feedback) <= 4010
+    assert set(unmarked_sentences(kept.feedback)) < set(whole)
+    listed = "Lessons:\n" + "\n".join(f"- {sentence}" for sentence in whole)
+    (kept,) = RolloutPool().plus([rollout(feedback=listed)]).rollouts
+    assert set(marked_lessons(kept.feedback)) < set(whole)
+
+
+def test_feedback_of_ordinary_length_is_kept_as_it_is():
+    own = {"feedback": "a\n" * 2000, "failure": Failure("parse", "b" * 4000)}
+    assert RolloutPool().plus([rollout(calls=(), **own)]).rollouts == (rollout(calls=(), **own),)

@@ -20,6 +20,7 @@ from fst_dspy.config import FastConfig
 from fst_dspy.fast.phase import FastPhase
 from fst_dspy.fast.population import best, choose
 from fst_dspy.fast.proposers.lessons import LessonProposer
+from fst_dspy.fast.proposers.proposal_fn import ProposalFnProposer
 from fst_dspy.fast.proposers.protocol import ProposalError
 from fst_dspy.fast.proposers.reflection import RETRIED, ReflectionLMProposer, dropped_fields
 from fst_dspy.fast.reflector import Trajectory, make_records
@@ -187,7 +188,7 @@ def test_reflection_over_http_changes_the_instruction(
     (prompt,) = script.prompts
     assert "Answer the question." in prompt
     assert "You said red; the sky is blue." in prompt and "question " in prompt
-    assert "not be longer than 33 words" in prompt
+    assert "not be longer than 35 words" in prompt, "two thirds of 3 + 50 tokens"
     assert "labels" not in prompt and "example_id" not in prompt
 
 
@@ -234,7 +235,7 @@ def test_what_was_wrong_is_told(server: tuple[Script, str]) -> None:
     script, url = server
     script.answers = ["word " * 60]
     proposer = ReflectionLMProposer(reflection_lm(url), 50, words)
-    with pytest.raises(ProposalError, match="60 tokens, over 50"):
+    with pytest.raises(ProposalError, match="60 tokens, over 53"):
         proposer.propose(SEED.components, {NAME: []}, [NAME])
 
 
@@ -403,6 +404,8 @@ def test_several_components_are_reflected_at_the_same_time(server: tuple[Script,
         ("Use user_name well.", "Use the user name well.", []),
         ("Use `user_name`.", "Use the user.", ["user_name"]),
         ("The ticketing office.", "The office.", []),
+        ("Read the `ticket`.", "请根据ticket选择queue。", []),
+        ("请根据ticket选择queue。", "Answer with a queue.", ["ticket"]),
     ],
 )
 def test_dropped_fields(old: str, new: str, expected: list[str]) -> None:
@@ -429,6 +432,40 @@ def test_an_engines_own_response_tells_how_it_ended() -> None:
         assert caught.value.kind == kind
 
 
+@pytest.mark.parametrize("engine", ["litellm", "auto"])
+def test_retries_are_not_read_from_the_cache(server: tuple[Script, str], engine: str) -> None:
+    script, url = server
+    script.answers = ["", "", GOOD]
+    lm = reflection_lm(url, num_retries=2, cache=True, engine=engine)
+    proposer = ReflectionLMProposer(lm, 50, words, pause=0.01)
+    assert proposer.propose(SEED.components, {NAME: []}, [NAME])[NAME] == "Always answer blue."
+    assert len(script.prompts) == 3 and proposer.take_faults() == {"no_text": 2}
+
+
+@pytest.mark.parametrize("bad", ["truncated", "refused", "too_long", "empty"])
+def test_a_prompt_whose_answer_was_of_no_use_is_asked_anew(
+    server: tuple[Script, str], bad: str
+) -> None:
+    script, url = server
+    script.answers = [FAULTS[bad], GOOD]
+    lm = reflection_lm(url, cache=True)
+    proposer = ReflectionLMProposer(lm, 50, words)
+    with pytest.raises(ProposalError):
+        proposer.propose(SEED.components, {NAME: []}, [NAME])
+    resumed = ReflectionLMProposer(lm, 50, words)
+    resumed.load_state(json.loads(json.dumps(proposer.state())))
+    assert resumed.propose(SEED.components, {NAME: []}, [NAME])[NAME] == "Always answer blue."
+    assert len(script.prompts) == 2
+
+
+def test_a_good_answer_is_read_from_the_cache(server: tuple[Script, str]) -> None:
+    script, url = server
+    for _ in range(2):  # as a run that is started again
+        proposer = ReflectionLMProposer(reflection_lm(url, cache=True), 50, words)
+        assert proposer.propose(SEED.components, {NAME: []}, [NAME])[NAME] == "Always answer blue."
+    assert len(script.prompts) == 1
+
+
 class Says(dspy.LM):
     """A language model that says one thing."""
 
@@ -438,6 +475,126 @@ class Says(dspy.LM):
 
     def __call__(self, *args: Any, **kwargs: Any) -> list[str]:
         return [self.text]
+
+
+def said(text: str, own: str = "Answer.", name: str = NAME, **inputs: str) -> str:
+    """What is proposed where the language model says this."""
+    records = [{"Inputs": inputs}] if inputs else []
+    return ReflectionLMProposer(Says(text), 50, words).propose(
+        {name: own}, {name: records}, [name]
+    )[name]
+
+
+def kind_of_fault(text: str) -> str:
+    with pytest.raises(ProposalError) as caught:
+        said(text)
+    return caught.value.kind
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "<think>\nThey want rules.\n</think>\n\nSend visas to silver.",
+        "<think>\nIt was ```Answer.```, so...\n</think>\n\n```\nSend visas to silver.\n```",
+        "<think>Shall I close with </think>? No.</think>\n```\nSend visas to silver.\n```",
+        "They want rules.\n</think>\n\nSend visas to silver.",
+        "<think>a</think>\n<seed:think>b</seed:think>Send visas to silver.",
+        "[THINK]They want rules.[/THINK]```Send visas to silver.```",
+    ],
+)
+def test_a_thought_is_no_part_of_the_instruction(answer: str) -> None:
+    assert said(answer) == "Send visas to silver."
+
+
+def test_a_thought_without_an_end_was_cut_off() -> None:
+    assert kind_of_fault("<think>\nThey want") == "truncated"
+    assert kind_of_fault("<think>a</think>\n<think>```They want``` and") == "truncated"
+    assert kind_of_fault("<think>They want rules.</think>\n") == "empty"
+
+
+def test_an_instruction_may_ask_for_thoughts() -> None:
+    asks = "Think between <think> and </think>, then answer."
+    for answer in (asks, f"```\n{asks}\n```", f"<think>Hm.</think>\n```\n{asks}\n```"):
+        assert said(answer) == asks
+
+
+@pytest.mark.parametrize(
+    ("text", "refused"),
+    [
+        ("I'm afraid I can't help with that request.", True),
+        ("Unfortunately, I cannot help with that.", True),
+        ("As an AI language model, I can't write that.", True),
+        ("As an AI, I am not able to.", True),
+        ("I’m so sorry, no.", True),
+        ("I must decline.", True),
+        ("As an AI assistant for support, send visa tickets to silver.", False),
+        ("As an assistant, you route tickets. I cannot is no answer.", False),
+        ("Unfortunate customers go to silver.", False),
+    ],
+)
+def test_what_is_a_refusal(text: str, refused: bool) -> None:
+    if refused:
+        assert kind_of_fault(text) == "refused"
+    else:
+        assert said(text) == text
+
+
+def test_a_tools_description_need_not_name_the_inputs() -> None:
+    text, own = "Finds the opening hours of an office.", "Looks up a ticket by number."
+    assert said(text, own, "agent.tool:search", ticket="x") == text
+    with pytest.raises(ProposalError, match="mentions the input ticket"):
+        said(text, own, ticket="x")
+
+
+def test_an_own_instruction_of_any_length_can_be_added_to() -> None:
+    own = "Be polite. " * 50
+    more = f"{own}\n" + "Visas go to silver. " * 10
+    script = [f"```\n{more}\n```", f"```\n{more} And {own}\n```"]
+
+    class InTurn(Says):
+        def __call__(self, *args: Any, **kwargs: Any) -> list[str]:
+            return [script.pop(0)]
+
+    lm = InTurn("")
+    proposer = ReflectionLMProposer(lm, 50, words)
+    first = proposer.propose({NAME: own}, {NAME: []}, [NAME])[NAME]
+    assert first == more.strip() and "longer than 100 words" in proposer.prompt_template(NAME)
+    resumed = ReflectionLMProposer(lm, 50, words)
+    resumed.load_state(json.loads(json.dumps(proposer.state())))
+    with pytest.raises(ProposalError, match="over 150"):  # what was written here does not count
+        resumed.propose({NAME: first}, {NAME: []}, [NAME])
+    assert resumed.limit(NAME) == 150 and resumed.limit("other.instructions") == 50
+
+
+def test_the_longest_of_the_texts_that_a_run_begins_with_counts() -> None:
+    proposer = ReflectionLMProposer(Says("```\nAnswer q.\n```"), 50, words)
+    for own in ("Answer.", "be brief " * 40, "Answer now."):
+        proposer.propose({NAME: own}, {NAME: []}, [NAME])
+    assert proposer.limit(NAME) == 130
+
+
+def test_a_prompt_holds_no_more_of_feedback_than_of_other_fields(
+    server: tuple[Script, str],
+) -> None:
+    script, url = server
+    example, long = EXAMPLES[0], "begun " + "log " * 300_000 + "ended"
+    rollout = make_rollout(
+        example_id=example_id(example), candidate_id=SEED.id, feedback=f"{long} Lesson: say blue."
+    )
+    records = make_records(NAME, [Trajectory(example, rollout)] * 12)
+    assert records[0]["Feedback"] == rollout.feedback, "who reads lessons reads all of it"
+    proposer_of(url).propose(SEED.components, {NAME: records}, [NAME])
+    (prompt,) = script.prompts
+    assert len(prompt) < 12 * 5000
+    assert "begun log" in prompt and "ended Lesson: say blue." in prompt and "left out" in prompt
+    shown: list[Any] = []
+
+    def propose(candidate, reflective_dataset, components_to_update):
+        shown.extend(reflective_dataset["solve"])
+        return {}
+
+    ProposalFnProposer(propose).propose(SEED.components, {NAME: records}, [NAME])
+    assert len(shown) == 12 and all(len(record["Feedback"]) < 5000 for record in shown)
 
 
 def test_a_huge_answer_is_not_tokenized() -> None:

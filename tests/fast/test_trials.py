@@ -4,6 +4,7 @@ import json
 import threading
 import time
 from collections import Counter
+from dataclasses import replace
 from statistics import mean
 
 import pytest
@@ -18,6 +19,7 @@ from fst_dspy.fast.proposers.lessons import LessonProposer
 from fst_dspy.fast.trials import Trial, TrialPhase, lineup
 from fst_dspy.rollouts.jobs import RolloutJob
 from fst_dspy.student.candidate import example_id, make_candidate
+from fst_dspy.types import Failure
 
 TRAIN, VAL = tickets(200, 1), tickets(48, 2)
 WHOLE = make_candidate({**SEED.components, NAME: "\n".join(["Answer.", *RULES.values()])})
@@ -163,6 +165,36 @@ def test_a_worse_child_is_sent_away_and_not_tried_again():
     (verdict,) = phase.take_verdicts()
     assert (verdict.child.parent_ids, verdict.accepted) == ((WHOLE.id,), False)
     assert verdict.changed == {NAME: "Bare."} and sum(verdict.after) < sum(verdict.before)
+
+
+@pytest.mark.parametrize("source", ["instructions", "merge"])
+def test_a_child_whose_rollouts_were_all_lost_does_not_join(source):
+    phase, runner, population = started(WHOLE.components[NAME])
+    phase.trial = replace(phase.trial, child=replace(phase.trial.child, source=source))
+    real = runner.rollout
+
+    def rollout(job, salt):
+        made = real(job, salt)
+        lost = job.candidate.id == WHOLE.id
+        return replace(made, reward=1.0, failure=Failure("infrastructure", "")) if lost else made
+
+    runner.rollout = rollout
+    population = step_through(phase, population, runner, 3)
+    assert [c.id for c in population.candidates] == [SEED.id]
+    (verdict,) = phase.take_verdicts()
+    assert not verdict.accepted and "no example" in verdict.reason
+    assert {r.candidate_id for r in phase.pool.rollouts} == {SEED.id}
+
+
+def test_where_all_was_lost_nothing_is_proposed():
+    def lost(job, salt):
+        return replace(real(job, salt), failure=Failure("infrastructure", ""))
+
+    phase = make_phase(True, Scripted(lambda *_: {NAME: "Bare."}), 0, skip_perfect_score=False)
+    runner, population = ScriptedRunner(reward, 0), choose([SEED], [[0.0]], ["x"], 4, 0)
+    real, runner.rollout = runner.rollout, lost
+    assert step_through(phase, population, runner, 4).candidates == (SEED,)
+    assert phase.proposer.names == [] and phase.trial is None
 
 
 def test_no_iterations_mean_no_trials():

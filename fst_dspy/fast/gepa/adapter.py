@@ -47,7 +47,8 @@ class GepaAdapter:
         Args:
             batch: Examples.
             candidate: Texts by component name.
-            capture_traces: Whether to keep the trajectories: training examples alone.
+            capture_traces: Whether to keep the trajectories: training examples alone. There are
+                none where all rollouts were lost, which makes gepa skip the iteration.
         """
         self._runs += 1
         bound = make_candidate(candidate)
@@ -63,11 +64,12 @@ class GepaAdapter:
         for keep in self.keep if capture_traces else ():
             keep(rollouts)
         trajectories = [Trajectory(e, r) for e, r in zip(batch, rollouts, strict=True)]
+        tells = capture_traces and not all(rollout.is_lost for rollout in rollouts)
         names = objectives_in(rollouts)
         return EvaluationBatch(
             outputs=rollouts,
             scores=[rollout.reward for rollout in rollouts],
-            trajectories=trajectories if capture_traces else None,
+            trajectories=trajectories if tells else None,
             objective_scores=[
                 {name: score_of(rollout, name) for name in names} for rollout in rollouts
             ]
@@ -81,8 +83,8 @@ class GepaAdapter:
         eval_batch: EvaluationBatch[Trajectory, Rollout],
         components_to_update: Sequence[str],
     ) -> dict[str, list[Record]]:
-        """For each component, one record a rollout, failures included."""
-        trajectories = eval_batch.trajectories or []
+        """For each component, one record a rollout, failures included, but for lost ones."""
+        trajectories = [t for t in eval_batch.trajectories or [] if not t.rollout.is_lost]
         return {name: self.reflector.records(name, trajectories) for name in components_to_update}
 
     def propose_new_texts(

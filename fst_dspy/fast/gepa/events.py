@@ -38,6 +38,7 @@ from gepa.proposer.base import CandidateProposal
 from gepa.utils import StopperProtocol
 
 from fst_dspy import distributed
+from fst_dspy.fast.acceptance import without_lost
 
 Told = tuple[str, Mapping[str, Any]]
 """A callback's method, and the event it is given."""
@@ -148,6 +149,7 @@ class Events:
 
     def judged(self, proposal: CandidateProposal, accepted: bool, index: int, why: str) -> None:
         """A child was accepted, as the candidate of that index, or not; ``why`` says why not."""
+        proposal = without_lost(proposal)
         parents = proposal.parent_program_ids
         before, after = (
             float(sum(scores or ()))

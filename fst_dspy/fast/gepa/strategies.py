@@ -26,6 +26,7 @@ from gepa.utils import StopperProtocol
 
 from fst_dspy.config import FastConfig
 from fst_dspy.errors import ConfigError
+from fst_dspy.fast.acceptance import BySums
 from fst_dspy.fast.reflector import Trajectory
 from fst_dspy.student.candidate import INSTRUCTIONS, component_name, split_component
 
@@ -34,7 +35,8 @@ class WorstFirstComponentSelector:
     """Picks a component of the predictor that fares worst on the minibatch.
 
     Worst is the largest share of calls that could not be read, then the lowest mean reward of the
-    rollouts that reached the predictor. The components of equals take turns.
+    rollouts that reached the predictor; of lost rollouts, nothing counts. The components of equals
+    take turns.
     """
 
     def __call__(
@@ -56,6 +58,8 @@ class WorstFirstComponentSelector:
 def _health(predictor: str, trajectories: Sequence[Trajectory]) -> tuple[float, float]:
     reads, rewards = [], []
     for trajectory in trajectories:
+        if trajectory.rollout.is_lost:
+            continue
         traces = [t for t in trajectory.rollout.traces if t.predictor == predictor]
         reads += [trace.outputs is not None for trace in traces]
         rewards += [trajectory.rollout.reward] if traces else []
@@ -136,7 +140,7 @@ class Strategies:
         candidate_selector: gepa's protocol.
         batch_sampler: gepa's protocol; for iterations with rollouts of their own.
         acceptance_criterion: gepa's protocol. A merge, and a child with fewer demos, need not do
-            better than its parent, whatever the criterion.
+            better than its parent, whatever the criterion; one that has not run is not accepted.
         callbacks: Objects with methods of gepa's ``GEPACallback``.
         stop_callbacks: gepa's ``StopperProtocol``: called with gepa's state, they end the run.
     """
@@ -205,9 +209,9 @@ def acceptance_criterion(config: FastConfig, own: Strategies) -> AcceptanceCrite
         return own.acceptance_criterion
     match config.acceptance_criterion:
         case "strict_improvement":
-            return StrictImprovementAcceptance()
+            return BySums(StrictImprovementAcceptance())
         case "improvement_or_equal":
-            return ImprovementOrEqualAcceptance()
+            return BySums(ImprovementOrEqualAcceptance())
     raise _missing("acceptance_criterion")
 
 

@@ -18,11 +18,13 @@ import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import dspy
 
 from fst_dspy.fast.proposers.protocol import Record, well_formed
+from fst_dspy.fast.proposers.words import length, telling_words
 from fst_dspy.student.candidate import (
     DEMOS,
     canonical_json,
@@ -44,6 +46,8 @@ SHORT_ANSWER = 6
 """Outputs of at most this many words are answers to be covered one by one; others are prose."""
 LABELLED = 512
 """Labelled examples to choose from, the first."""
+COUNTED = 4096
+"""Demos whose tokens are remembered: a choice is made among the same ones again and again."""
 NOT_SUPPLIED = "Not supplied for this particular example."
 """What DSPy's adapters write for a field that a demo lacks."""
 ANSWER_WEIGHT = 4.0
@@ -70,13 +74,13 @@ class DemoProposer:
     """Proposes demos from a bank of successful calls. Deterministic; implements ``Proposer``.
 
     Args:
-        demo_tokens: Most tokens for the demos of one predictor.
+        demo_tokens: Most tokens for the learned demos of one predictor.
         count_tokens: Counts the tokens of a text, best with the local model's tokenizer.
     """
 
     def __init__(self, demo_tokens: int, count_tokens: Callable[[str], int]) -> None:
         self.demo_tokens = demo_tokens
-        self.count_tokens = count_tokens
+        self._count = lru_cache(maxsize=COUNTED)(count_tokens)
         self._bank: dict[str, list[BankedCall]] = {}
         self._rewards: list[float] = []  # the lowest and the highest seen
         self._turns: dict[str, int] = {}
@@ -185,9 +189,8 @@ class DemoProposer:
         calls += [call for call in self._labelled(predictor) if _answer(call) not in found]
         calls = [call for call in calls if call.example_id not in shown]
         failed = set().union(*(_words(r["Inputs"]) for r in records if self._is_low(r["score"])))
-        room = self.demo_tokens - sum(self._tokens(demo, predictor) for demo in own)
         rng = random.Random(f"{component}|{turn}")
-        chosen = self._cover(predictor, calls, failed, room, rng)
+        chosen = self._cover(predictor, calls, failed, self.demo_tokens, rng)
         return encode_demos([*own, *map(_demo, chosen)]) if chosen else text
 
     def _is_low(self, reward: float) -> bool:
@@ -248,7 +251,7 @@ class DemoProposer:
         fields |= dict.fromkeys(missing, NOT_SUPPLIED)
         lines = [f"[[ ## {name} ## ]]\n{value}\n" for name, value in fields.items()]
         text = "\n".join([*lines, "[[ ## completed ## ]]\n"])
-        return max(1, self.count_tokens(well_formed(text)))
+        return max(1, self._count(well_formed(text)))
 
 
 def only_fewer(new: str, old: str) -> bool:
@@ -266,7 +269,7 @@ def shown_examples(candidate: Candidate) -> frozenset[str]:
     return frozenset(
         demo[SOURCE]
         for name, text in candidate.components.items()
-        if name.endswith(".demos") and SOURCE in text
+        if SOURCE in text and split_component(name)[1] == DEMOS
         for demo in decode_demos(text)
         if SOURCE in demo
     )
@@ -320,13 +323,14 @@ def _banked(trace: PredictorTrace, example_id: str, reward: float) -> BankedCall
 
 
 def _demo(call: BankedCall) -> dspy.Example:
-    return dspy.Example(**{**call.inputs, **call.outputs, SOURCE: call.example_id})
+    return dspy.Example({**call.inputs, **call.outputs, SOURCE: call.example_id})
 
 
 def _answer(call: BankedCall) -> str:
-    short = {k: str(v) for k, v in call.outputs.items() if len(str(v).split()) <= SHORT_ANSWER}
+    short = {k: str(v) for k, v in call.outputs.items() if length(str(v)) <= SHORT_ANSWER}
     return canonical_json(short)
 
 
 def _words(fields: Mapping[str, Any]) -> set[str]:
-    return set(re.findall(r"\w+", " ".join(map(str, fields.values())).lower()))
+    found = telling_words(" ".join(map(str, fields.values())))
+    return {part for word in found for part in re.findall(r"\w+", word)}

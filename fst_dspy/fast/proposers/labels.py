@@ -7,7 +7,6 @@ examples that hold it have that answer far more often than chance would have it.
 
 from __future__ import annotations
 
-import re
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +16,8 @@ from typing import Any
 import dspy
 
 from fst_dspy.fast.proposers.protocol import well_formed
+from fst_dspy.fast.proposers.verdicts import parts_of
+from fst_dspy.fast.proposers.words import key_of, length, telling_words
 from fst_dspy.student.candidate import value_text
 
 MAX_EXAMPLES = 512
@@ -52,8 +53,8 @@ def read_rules(examples: Sequence[dspy.Example], fields: Sequence[str]) -> list[
     """The rules that examples tell for some output fields, best supported first.
 
     Args:
-        examples: Training examples; labels that are no short texts, or differ in most of them,
-            tell no rules.
+        examples: Training examples; labels that are no short texts of one line, or differ in most
+            of them, tell no rules.
         fields: Names of output fields; those that are no labels are passed over.
     """
     rules: list[Rule] = []
@@ -75,15 +76,26 @@ def read_rules(examples: Sequence[dspy.Example], fields: Sequence[str]) -> list[
 
 def words_of(fields: Mapping[str, Any]) -> frozenset[str]:
     """The words of some fields' values, in lower case."""
-    text = well_formed(" ".join(map(value_text, fields.values())))
-    return frozenset(re.findall(r"\w+(?:['’.-]\w+)*", text.lower()))
+    return frozenset(telling_words(well_formed(" ".join(map(value_text, fields.values())))))
+
+
+def answers_in(examples: Sequence[dspy.Example], fields: Sequence[str]) -> frozenset[str]:
+    """The keys of the answers that the labels of some output fields have, and of their parts."""
+    values = {
+        well_formed(value_text(example.labels()[name]))
+        for example in examples[:MAX_EXAMPLES]
+        for name in fields
+        if name in example.labels()
+    }
+    parts = {value_text(part) for value in values for part in parts_of(value)}
+    return frozenset(key_of(part) for part in parts if _is_answer(part)) - {""}
 
 
 def _cues(pairs: Sequence[tuple[frozenset[str], str]]) -> list[tuple[str, str, int]]:
     """Cues, their answers and their support, from (words, answer) of the examples."""
     of_answer: dict[str, list[frozenset[str]]] = defaultdict(list)
     for words, answer in pairs:
-        if answer and len(answer.split()) <= SHORT_ANSWER:
+        if _is_answer(answer):
             of_answer[answer].append(words)
     if len(of_answer) < 2 or 2 * len(of_answer) > len(pairs):
         return []
@@ -107,6 +119,11 @@ def _cues(pairs: Sequence[tuple[frozenset[str], str]]) -> list[tuple[str, str, i
             found.append((cue, answer, own[cue]))
             left = [words for words in left if cue not in words]
     return found
+
+
+def _is_answer(label: str) -> bool:
+    """Whether a label is short enough to be told, and of one line, as rules are."""
+    return 0 < length(label) <= SHORT_ANSWER and len(label.splitlines()) == 1
 
 
 def _tail(least: int, draws: int, share: float) -> float:

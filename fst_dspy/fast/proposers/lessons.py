@@ -13,36 +13,23 @@ from __future__ import annotations
 import dataclasses
 import random
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from itertools import accumulate
 from typing import Any
 
 import dspy
 
 from fst_dspy.fast.proposers.copying import CopyGuard
-from fst_dspy.fast.proposers.labels import Rule, read_rules
+from fst_dspy.fast.proposers.labels import Rule, answers_in, read_rules
 from fst_dspy.fast.proposers.protocol import Findings, Record, well_formed
+from fst_dspy.fast.proposers.sentences import HEADING, after_markers, markers, sentences
+from fst_dspy.fast.proposers.verdicts import VERDICT, quotes_example, template_of
+from fst_dspy.fast.proposers.words import holds, key_of, length, words
 from fst_dspy.student.candidate import texts_in, tool_in
 
-MARKER = re.compile(r"\b(?:lesson|rule|hint|note|remember|tip)s?\s*:\s*", re.IGNORECASE)
 BULLET = re.compile(r"^\s*(?:[-*•]|\d+[.)])\s+")
-SENTENCE_END = re.compile(r"(?<=[.!?])(?<!\be\.g\.)(?<!\bi\.e\.)(?<!\bvs\.)\s+")
-QUOTED = re.compile(r"\"[^\"]+\"|`[^`]+`|(?<!\w)'[^']+'(?!\w)")
-_ANSWER = r"(?:answer|output|response|reply|prediction|guess|completion)"
-VERDICT = re.compile(
-    r"^(?:correct|incorrect|wrong|right|expected|got|predicted|gold|score|this (?:is|was)"
-    r"|(?:it|that)(?:'s| is| was) (?:not )?(?:wrong|right|correct|incorrect)"
-    r"|(?:not |almost |nearly |partly |partially |mostly )+(?:\w+ )?(?:right|correct)"
-    r"|(?:no|yes|close|almost|nearly|good job|nice work|well done|great job)[,.!:;]"
-    r"|the (?:correct|expected|right|gold|model|episode (?:ended|was cut off))"
-    rf"|(?:the|this|that|your|model|model's|predicted) {_ANSWER}"
-    r"|you (?:answered|said|wrote|predicted|chose)"
-    r"|\d[\d.]*(?: ?%| ?/| of| out of))(?!\w)"
-    r"|\b(?:score|accuracy|precision|recall|f1|bleu|rouge)\b[^.]*\d",
-    re.IGNORECASE,
-)
-"""What is said of one answer, or how it was scored, at the beginning of a sentence or in it."""
 MIN_WORDS = 4
 """Shorter sentences without a marker ("Well done.") teach nothing."""
 NEW_UNMARKED = 4
@@ -52,6 +39,11 @@ ORDERS = 3
 and candidates of a population that know as much should still differ."""
 MEMORY_SIZE = 512
 """Lessons remembered for a component; the least supported are forgotten first."""
+FORGOTTEN = (-2, 0, 0)
+"""The rank of a line that was a lesson, or a rule of labels, and is none that is known now."""
+
+Gap = tuple[int, int, int]
+"""What is around some words of a key."""
 
 
 @dataclass
@@ -121,11 +113,12 @@ class LessonProposer:
 
     A lesson replaces an older one that differs from it only in a word or two at its end ("visa
     tickets go to silver." becomes "visa tickets go to amber."), so a changed policy is followed.
-    When an instruction would be too long, the least supported lessons are left out; lines that no
-    feedback stated, such as the student's own, stay.
+    When more was learned than the instruction may hold, the least supported lessons are left out.
+    Lines that it did not put there, such as the student's own, stay and are not counted; only a
+    lesson that says otherwise takes their place.
 
     Args:
-        instruction_tokens: Longest instruction to propose.
+        instruction_tokens: Most tokens of an instruction that are learned, beside its other lines.
         count_tokens: Counts the tokens of a text, best with the local model's tokenizer.
         guard: Lessons that copy a training example's inputs are left out; ``None`` for none.
     """
@@ -139,6 +132,9 @@ class LessonProposer:
         self.instruction_tokens, self.guard = instruction_tokens, guard
         self.count_tokens = count_tokens
         self._memory: dict[str, dict[str, Lesson]] = {}
+        self._marks: dict[str, list[str]] = {}  # examples whose feedback had markers, up to two
+        self._is_marked: set[str] = set()  # components whose feedback marks its lessons
+        self._added: dict[str, dict[str, None]] = {}  # lines put into proposals
         self._orders: dict[str, int] = {}  # orders tried since the lessons last changed
         self._mixes: dict[str, int] = {}  # times that lessons and labels' rules were both new
         self._clock = 0
@@ -146,6 +142,7 @@ class LessonProposer:
         self._outputs: dict[str, list[str]] = {}  # names of the fields that predictors give
         self._examples: Sequence[dspy.Example] = ()
         self._rules: dict[str, list[Rule]] = {}
+        self._answers: dict[str, frozenset[str]] = {}
         self._seen = [0, 0]  # rollouts that were scored, and those with feedback
         self._sample = ""
 
@@ -170,29 +167,37 @@ class LessonProposer:
             return
         self._sample = self._sample or told[0]["Feedback"][:200]
         memory = self._memory.setdefault(component, {})
-        alike: dict[tuple[int, str], list[str]] = {}
-        for key in memory:
-            alike.setdefault(opening(key), []).append(key)
+        near = Near(memory)
         before = {key for key, lesson in memory.items() if lesson.usable}
         top = max(record["score"] for record in told)
         worst = min(record["score"] for record in told)
-        inputs = [_words(" ".join(map(str, record["Inputs"].values()))) for record in told]
+        read = [" ".join(map(str, record["Inputs"].values())) for record in told]
+        inputs = [words(text) for text in read]
         everywhere = set.intersection(*map(set, inputs)) if len(inputs) > 1 else set()
-        stated = [marked_lessons(record["Feedback"]) for record in told]
-        marked = any(stated) or any(lesson.marked for lesson in memory.values())
-        if marked:  # feedback that marks its lessons says so of all others: they are none
+        stated = [
+            marked_lessons(record["Feedback"], text)
+            for record, text in zip(told, read, strict=True)
+        ]
+        self._take_marks(component, told, stated)
+        is_marked = component in self._is_marked
+        if is_marked:  # then it says of all its other sentences: no lessons
             for known in memory.values():
                 known.live &= known.marked
-        for record, words, lessons in zip(told, inputs, stated, strict=True):
+        marked = is_marked or any(stated)
+        for record, its_words, lessons in zip(told, inputs, stated, strict=True):
             failed = record["score"] < top or top == worst
-            subject = set(words) - everywhere
-            for text in lessons if marked else unmarked_sentences(record["Feedback"]):
+            subject = set(its_words) - everywhere
+            others = [] if is_marked else unmarked_sentences(record["Feedback"])
+            for key in map(key_of, others if lessons else ()):  # no lessons, by this feedback
+                if key in memory:
+                    memory[key].live &= memory[key].marked
+            for text in lessons if marked else others:
                 general = marked or not quotes_example(text, record)
                 lesson = self._remember(
-                    memory, alike, text, record["example_id"], failed, subject, general, marked
+                    memory, near, text, record["example_id"], failed, subject, general, marked
                 )
                 if lesson is not None and not marked:
-                    self._compare(component, lesson, record, subject)
+                    self._compare(component, near, lesson, record, subject)
         for key in sorted(memory, key=lambda key: memory[key].rank)[: len(memory) - MEMORY_SIZE]:
             del memory[key]
         if before != {key for key, lesson in memory.items() if lesson.usable}:
@@ -200,7 +205,7 @@ class LessonProposer:
 
     def study(self, examples: Mapping[str, dspy.Example]) -> None:
         """Take training examples, to read rules off their inputs and labels where need be."""
-        self._examples, self._rules = list(examples.values()), {}
+        self._examples, self._rules, self._answers = list(examples.values()), {}, {}
         if self.guard is not None:
             self.guard.study(self._examples)
 
@@ -211,10 +216,16 @@ class LessonProposer:
         return Findings(self._seen[0], self._seen[1], known + rules, self._sample)
 
     def rules(self, component: str) -> list[Rule]:
-        """What labels tell and feedback does not, which goes before them."""
-        memory = self._memory.get(component, {})
-        stated = {word for key, lesson in memory.items() if lesson.usable for word in key.split()}
-        return [rule for rule in self._all_rules(component) if rule.cue not in stated]
+        """What labels tell and feedback does not, which goes before them.
+
+        A lesson that names a rule's cue and no answer at all says something else of it.
+        """
+        rules, memory = self._all_rules(component), self._memory.get(component, {})
+        stated = [key for key, lesson in memory.items() if lesson.usable] if rules else []
+        answers = self._answers.get(component, frozenset())
+        stated = [key for key in stated if any(holds(key, answer) for answer in answers)]
+        cues = {rule.cue: key_of(rule.cue) for rule in rules}
+        return [rule for rule in rules if not any(holds(key, cues[rule.cue]) for key in stated)]
 
     def lessons(self, component: str) -> list[str]:
         """The lessons known for a component, best supported first."""
@@ -227,6 +238,9 @@ class LessonProposer:
             "clock": self._clock,
             "orders": dict(self._orders),
             "mixes": dict(self._mixes),
+            "marks": {name: list(examples) for name, examples in self._marks.items()},
+            "is_marked": sorted(self._is_marked),
+            "added": {name: list(lines) for name, lines in self._added.items()},
             "outputs": {name: list(fields) for name, fields in self._outputs.items()},
             "templates": {
                 component: {key: dataclasses.asdict(t) for key, t in templates.items()}
@@ -243,7 +257,7 @@ class LessonProposer:
         self._clock = int(state["clock"])
         self._orders = dict(state["orders"])
         self._mixes = dict(state.get("mixes", {}))
-        self._rules = {}
+        self._rules, self._answers = {}, {}
         self._outputs = {name: list(fields) for name, fields in state.get("outputs", {}).items()}
         self._templates = {
             component: {key: Template(**row) for key, row in rows.items()}
@@ -253,11 +267,21 @@ class LessonProposer:
             component: {key_of(row["text"]): Lesson(**row) for row in rows}
             for component, rows in state["memory"].items()
         }
+        # Earlier states lack what follows: one marker was enough then, and lessons were known
+        # by their words.
+        memories = self._memory.items()
+        marked = {name for name, memory in memories if any(x.marked for x in memory.values())}
+        added = {name: [x.text for x in memory.values()] for name, memory in memories}
+        self._marks = {name: list(ids) for name, ids in state.get("marks", {}).items()}
+        self._is_marked = set(state.get("is_marked", marked))
+        self._added = {
+            name: dict.fromkeys(lines) for name, lines in state.get("added", added).items()
+        }
 
     def _remember(
         self,
         memory: dict[str, Lesson],
-        alike: dict[tuple[int, str], list[str]],
+        near: Near,
         text: str,
         example: str,
         failed: bool,
@@ -273,20 +297,19 @@ class LessonProposer:
         if lesson is None:
             own = sorted(subject & set(key.split()))
             lesson = memory[key] = Lesson(text, general, marked, own, self._clock, self._clock)
-            alike.setdefault(opening(key), []).append(key)
         lesson.last = self._clock
         lesson.general |= general
+        lesson.marked |= marked
         lesson.revived += not lesson.live
         lesson.live = True
         for ids, counts in ((lesson.example_ids, True), (lesson.failed_ids, failed)):
             if counts and example not in ids:
                 ids.append(example)
-        # Only those that open alike can contradict; to try all would take seconds a step.
-        for other_key in alike[opening(key)] if lesson.usable else ():
-            other = memory[other_key]
+        near.take(key, lesson)
+        for other_key, other in near.opposed(key, lesson) if lesson.usable else ():
             # Two that keep coming back after each other do not contradict: both hold.
             both_return = lesson.revived > 0 and other.revived > 0
-            if other.live and not both_return and contradicts(key, other_key, lesson.subject):
+            if not both_return and contradicts(key, other_key, lesson.subject):
                 other.live = False
         return lesson
 
@@ -295,7 +318,23 @@ class LessonProposer:
             return []
         if component not in self._rules:
             self._rules[component] = read_rules(self._examples, self._outputs[component])
+            self._answers[component] = answers_in(self._examples, self._outputs[component])
         return self._rules[component]
+
+    def _take_marks(
+        self, component: str, told: Sequence[Record], stated: Sequence[Sequence[str]]
+    ) -> None:
+        """Notice where feedback marks its lessons: that of two examples does, or of the only one.
+
+        A single one among others may be a word that only looks like a marker.
+        """
+        memory, marks = self._memory[component], self._marks.setdefault(component, [])
+        for record, lessons in zip(told, stated, strict=True):
+            if lessons and record["example_id"] not in marks:
+                marks[:] = [*marks, record["example_id"]][:2]
+        known = {example for lesson in memory.values() for example in lesson.example_ids}
+        if len(marks) > 1 or {*marks} == known | {record["example_id"] for record in told}:
+            self._is_marked.add(component)
 
     def _take_fields(self, component: str, records: Sequence[Record]) -> None:
         if component not in self._outputs:
@@ -304,29 +343,34 @@ class LessonProposer:
             if fields:
                 self._outputs[component] = list(dict.fromkeys(fields))
 
-    def _compare(self, component: str, lesson: Lesson, record: Record, subject: set[str]) -> None:
+    def _compare(
+        self, component: str, near: Near, lesson: Lesson, record: Record, subject: set[str]
+    ) -> None:
         """Find out whether a sentence is only a verdict, by the others of its template."""
         found = template_of(lesson.text, record)
         if found is None:
             return
-        lesson.template, answer = found
-        own = sorted(subject & set(lesson.template.split()))
+        text, answer = found
+        near.retemplate(lesson, text)
+        own = sorted(subject & set(text.split()))
         templates = self._templates.setdefault(component, {})
-        template = templates.setdefault(lesson.template, Template([answer], own))
+        before = templates[text].is_verdict if text in templates else None
+        template = templates.setdefault(text, Template([answer], own))
         if answer not in template.answers:
             template.answers = [*template.answers, answer][:2]
         template.subject = [word for word in template.subject if word in own]
         while len(templates) > MEMORY_SIZE:
             del templates[next(iter(templates))]
-        for other in self._memory[component].values():
-            if other.template == lesson.template:
+        lesson.verdict = template.is_verdict
+        if template.is_verdict != before:
+            for other in near.of_template(text):
                 other.verdict = template.is_verdict
 
     def _rewrite(self, component: str, instruction: str) -> str:
         memory, rules = self._memory.get(component, {}), self.rules(component)
         tool = tool_in(component)
         if tool is not None:  # all others stand in the instructions, once
-            memory = {key: le for key, le in memory.items() if f" {key_of(tool)} " in f" {key} "}
+            memory = {key: le for key, le in memory.items() if holds(key, key_of(tool))}
             rules = []
         live = {key: lesson for key, lesson in memory.items() if lesson.usable}
         if self.guard is not None:  # else no proposal with such a lesson in it would pass
@@ -334,23 +378,30 @@ class LessonProposer:
         said = {key: lesson.subject for key, lesson in live.items()}
         said |= {key_of(rule.text): [rule.cue] for rule in rules}
         stale = {key_of(rule.text) for rule in self._all_rules(component) if rule not in rules}
-        lines = [line for line in instruction.split("\n") if not _outdated(line, memory, said)]
-        lines = [line for line in lines if key_of(line) not in stale]
-        present = f" {key_of(' '.join(lines))} "
-        missing = _ranked([x for key, x in live.items() if f" {key} " not in present])
+        added = self._added.setdefault(component, {})
+        lines = [
+            line
+            for line in (instruction.split("\n") if instruction else [])
+            if not _outdated(line, memory, said, line in added)
+            and not (line in added and key_of(line) in stale)
+        ]
+        present = key_of(" ".join(lines))
+        missing = _ranked([x for key, x in live.items() if not holds(present, key)])
         every = [] if tool is not None else self._all_rules(component)
-        if missing and every and not any(f" {key_of(rule.text)} " in present for rule in every):
+        if missing and every and not any(holds(present, key_of(rule.text)) for rule in every):
             # Labels are not always what a metric is after, and not all feedback is of use to a
             # model: where both are new they are tried together, and each alone.
             mixes = [(missing, rules), *([(missing, [])] if rules else []), ([], every)]
             turn = self._mixes[component] = self._mixes.get(component, -1) + 1
             missing, rules = mixes[turn % len(mixes)]
         unmarked = [lesson for lesson in missing if not lesson.marked][NEW_UNMARKED:]
-        lines += [lesson.text for lesson in missing if lesson not in unmarked]
-        lines += [rule.text for rule in rules if f" {key_of(rule.text)} " not in present]
+        new = [lesson.text for lesson in missing if lesson not in unmarked]
+        new += [rule.text for rule in rules if not holds(present, key_of(rule.text))]
+        added |= dict.fromkeys(new)
+        lines += new
         rank = {key: lesson.rank for key, lesson in memory.items()}
         rank |= {key_of(rule.text): (-1, 0, rule.support) for rule in rules}
-        lines = self._shorten(lines, rank)
+        lines = self._shorten(lines, added, rank)
         text = "\n".join(lines)
         if text != instruction or self._orders.get(component, 0) >= ORDERS:
             return text
@@ -366,36 +417,59 @@ class LessonProposer:
         moved = dict(zip(places, shuffled, strict=True))
         return "\n".join(moved.get(i, line) for i, line in enumerate(lines))
 
-    def _shorten(self, lines: list[str], rank: Mapping[str, tuple[int, int, int]]) -> list[str]:
-        learned = [line for line in lines if key_of(line) in rank]
-        weakest = sorted(learned, key=lambda line: rank[key_of(line)], reverse=True)
-        while weakest and self._tokens(lines) > self.instruction_tokens:
-            dropped = weakest.pop()
-            lines = [line for line in lines if line != dropped]
-        return lines
+    def _shorten(
+        self, lines: list[str], added: Collection[str], rank: Mapping[str, tuple[int, int, int]]
+    ) -> list[str]:
+        """The lines without the weakest of those added, which would take too many tokens."""
+        own = [line for line in lines if line not in added]
+        learned = dict.fromkeys(line for line in lines if line in added)
+        best_first = sorted(
+            learned, key=lambda line: rank.get(key_of(line), FORGOTTEN), reverse=True
+        )
+        room = self._tokens(own) + self.instruction_tokens
+
+        def with_best(count: int) -> list[str]:
+            dropped = set(best_first[count:])
+            return [line for line in lines if line not in dropped]
+
+        def is_too_long(count: int) -> bool:
+            return self._tokens(with_best(count)) > room
+
+        if not learned or not is_too_long(len(best_first)):
+            return lines
+        # To drop one after the other would count what is left as often as there are lessons.
+        return with_best(bisect_left(range(len(best_first)), True, key=is_too_long) - 1)
 
     def _tokens(self, lines: Sequence[str]) -> int:
         return self.count_tokens(well_formed("\n".join(lines)))
 
 
-def marked_lessons(feedback: str) -> list[str]:
+def marked_lessons(feedback: str, inputs: str = "") -> list[str]:
     """The sentences after a marker such as ``Lesson:``, to the end of its line.
 
-    A marker that ends its line holds for the lines up to the next blank one.
+    A marker that ends its line holds for the lines up to the next blank one, and one that is a
+    heading also for those after a blank one, up to the next.
+
+    Args:
+        feedback: What the metric said.
+        inputs: What it is about: what that holds, the metric only repeats.
     """
     lessons: list[str] = []
-    in_block = False
-    for raw in feedback.split("\n"):
-        line = BULLET.sub("", raw).strip()
-        found = MARKER.search(line)
-        if found:
-            rest = MARKER.sub("", line[found.end() :])
+    in_block, is_awaited = False, False
+    lines, about = [BULLET.sub("", raw).strip() for raw in feedback.split("\n")], key_of(inputs)
+    for number, line in enumerate(lines):
+        found = markers(line, "\n".join(lines[number + 1 : number + 3]), about)
+        if HEADING.match(line):
+            in_block = is_awaited = True
+        elif found:
+            rest = after_markers(line, found)
             lessons += sentences(rest)
-            in_block = not rest
+            in_block, is_awaited = not rest, False
         elif in_block and line:
-            lessons += sentences(line)
+            in_block, is_awaited = not line.startswith("# ") and not line.startswith("##"), False
+            lessons += sentences(line) if in_block else []
         elif not line:
-            in_block = False
+            in_block = is_awaited
     return lessons
 
 
@@ -409,54 +483,8 @@ def unmarked_sentences(feedback: str) -> list[str]:
         sentence
         for line in lines
         for sentence in sentences(line, quotations_whole=True)
-        if len(sentence.split()) >= MIN_WORDS and not VERDICT.search(sentence)
+        if length(sentence) >= MIN_WORDS and not VERDICT.search(sentence)
     ]
-
-
-def sentences(line: str, *, quotations_whole: bool = False) -> list[str]:
-    """The sentences of one line; where quotations are whole, none ends within one."""
-    quoted = [found.span() for found in QUOTED.finditer(line)] if quotations_whole else []
-    ends = [
-        found.span()
-        for found in SENTENCE_END.finditer(line)
-        if not any(start < found.start() < end for start, end in quoted)
-    ]
-    starts = [0, *(end for _, end in ends)]
-    parts = [line[a:b].strip() for a, b in zip(starts, [*(a for a, _ in ends), None], strict=True)]
-    return [part for part in parts if part]
-
-
-def quotes_example(sentence: str, record: Record) -> bool:
-    """Whether a sentence repeats its own example: a value of it, or words that stand in one."""
-    if QUOTED.search(sentence):
-        return True
-    outputs = record["Generated Outputs"]
-    values = [*record["Inputs"].values(), *record["labels"].values()]
-    values += outputs.values() if isinstance(outputs, Mapping) else [outputs]
-    inside = f" {key_of(sentence)} "
-    keys = [f" {key} " for key in (key_of(str(value)) for value in values) if key]
-    return any(key in inside or inside in key for key in keys)
-
-
-def template_of(sentence: str, record: Record) -> tuple[str, str] | None:
-    """A sentence's key with the answers of its example left out, and these.
-
-    Answers are labels and outputs that the example's inputs do not hold. ``None`` where the
-    sentence names none.
-    """
-    outputs = record["Generated Outputs"]
-    values = [
-        *record["labels"].values(),
-        *(outputs.values() if isinstance(outputs, Mapping) else ()),
-    ]
-    inputs = f" {key_of(' '.join(map(str, record['Inputs'].values())))} "
-    keys = {key_of(str(value)) for value in values}
-    inside = f" {key_of(sentence)} "
-    named = [k for k in sorted(keys, key=lambda k: (-len(k), k)) if k and f" {k} " in inside]
-    named = [key for key in named if f" {key} " not in inputs]
-    for key in named:
-        inside = inside.replace(f" {key} ", " _ ")
-    return (inside.strip(), "|".join(named)) if named else None
 
 
 def contradicts(new: str, old: str, subject: Sequence[str] = ()) -> bool:
@@ -477,29 +505,68 @@ def contradicts(new: str, old: str, subject: Sequence[str] = ()) -> bool:
     return 2 * differ[0] >= len(new_words)
 
 
-def opening(key: str) -> tuple[int, str]:
-    """What two keys must have in common for one to contradict the other."""
-    words = key.split()
-    return len(words), " ".join(words[: (len(words) + 1) // 2])
+def gaps(key: str) -> list[Gap]:
+    """What two keys must have in common for one to contradict the other, as hashes.
+
+    That is all but two neighbouring words, or the last, of the second half.
+    """
+    parts = key.split()
+    before = list(accumulate(parts, lambda known, word: hash((known, word)), initial=0))
+    after = list(accumulate(parts[::-1], lambda known, word: hash((known, word)), initial=0))[::-1]
+    second_half = range((len(parts) + 1) // 2, len(parts))
+    return [(len(parts), before[i], after[min(i + 2, len(parts))]) for i in second_half]
 
 
-@lru_cache(maxsize=1024)  # an input's text is compared with every sentence about it
-def key_of(text: str) -> str:
-    """A text's words in lower case: texts with equal keys say the same."""
-    return " ".join(_words(text))
+class Near:
+    """Lessons by what they share with others, so that a new one is compared with few of them."""
 
+    def __init__(self, memory: Mapping[str, Lesson]) -> None:
+        self._by_gap: dict[Gap, dict[str, Lesson]] = {}
+        self._by_template: dict[str, dict[int, Lesson]] = {}
+        for key, lesson in memory.items():
+            self.take(key, lesson)
+            self.retemplate(lesson, lesson.template)
 
-def _words(text: str) -> list[str]:
-    return re.findall(r"\w+(?:['’.-]\w+)*", text.lower())
+    def take(self, key: str, lesson: Lesson) -> None:
+        """Take a lesson in."""
+        for gap in gaps(key):
+            self._by_gap.setdefault(gap, {})[key] = lesson
+
+    def opposed(self, key: str, lesson: Lesson) -> Iterator[tuple[str, Lesson]]:
+        """The live lessons that may contradict one, with their keys."""
+        for gap in gaps(key):
+            near = self._by_gap.get(gap, {})
+            for other_key, other in [*near.items()]:
+                if not other.live:
+                    del near[other_key]  # comes back when it is taken in again
+                elif other is not lesson:
+                    yield other_key, other
+
+    def retemplate(self, lesson: Lesson, template: str) -> None:
+        """Give a lesson its template."""
+        self._by_template.get(lesson.template, {}).pop(id(lesson), None)
+        lesson.template = template
+        if template:
+            self._by_template.setdefault(template, {})[id(lesson)] = lesson
+
+    def of_template(self, template: str) -> list[Lesson]:
+        """The lessons that have a template."""
+        return [*self._by_template.get(template, {}).values()]
 
 
 def _ranked(lessons: Sequence[Lesson]) -> list[Lesson]:
     return sorted(lessons, key=lambda x: (-len(x.failed_ids), -len(x.example_ids), x.first))
 
 
-def _outdated(line: str, memory: Mapping[str, Lesson], said: Mapping[str, Sequence[str]]) -> bool:
-    """Whether a line is no longer true, by what is said now and the subject of each saying."""
+def _outdated(
+    line: str, memory: Mapping[str, Lesson], said: Mapping[str, Sequence[str]], is_added: bool
+) -> bool:
+    """Whether a line is no longer true, by what is said now and the subject of each saying.
+
+    Where the proposer added it, it also goes with the lesson that it was.
+    """
     key = key_of(line)
-    if key in memory:
-        return not memory[key].live or memory[key].verdict
+    lesson = memory.get(key)
+    if lesson is not None and (is_added or lesson.live):
+        return is_added and (not lesson.live or lesson.verdict)
     return any(contradicts(other, key, subject) for other, subject in said.items())

@@ -14,7 +14,7 @@ from typing import Any
 import dspy
 from gepa.core.adapter import ProposalFn
 
-from fst_dspy.fast.proposers.protocol import TRAJECTORY, Record
+from fst_dspy.fast.proposers.protocol import FEEDBACK, TRAJECTORY, Record, shown
 from fst_dspy.student.candidate import (
     INSTRUCTIONS,
     component_name,
@@ -29,7 +29,7 @@ SINGLE = (
     ("current_instruction", "examples_with_feedback"),
 )
 """What a module for one component is given, such as DSPy's multimodal one."""
-RECORD_KEYS = ("Inputs", "Generated Outputs", TRAJECTORY, "Feedback")
+RECORD_KEYS = ("Inputs", "Generated Outputs", TRAJECTORY, FEEDBACK)
 """What is in dspy.GEPA's reflective examples, and all steps where they are asked for."""
 
 
@@ -59,10 +59,7 @@ class ProposalFnProposer:
         wanted = [_short(name) for name in texts_in(names)]
         candidate = {_short(name): components[name] for name in texts_in(components)}
         dataset = {
-            _short(name): [
-                {key: record[key] for key in RECORD_KEYS if key in record}
-                for record in records[name]
-            ]
+            _short(name): [shown(record, RECORD_KEYS) for record in records[name]]
             for name in texts_in(names)
         }
         context = dspy.context(lm=self.lm) if self.lm is not None else contextlib.nullcontext()

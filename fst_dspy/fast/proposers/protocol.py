@@ -25,6 +25,10 @@ are for programs.
 """
 TRAJECTORY = "Program Trajectory"
 """The key of all steps in a record."""
+FEEDBACK = "Feedback"
+"""The key of what the metric said, whole: a proposer may read all of it."""
+MAX_TEXT = 4000
+"""Characters of one field that a language model is shown; longer texts lose their middle."""
 
 
 def well_formed(text: str) -> str:
@@ -34,6 +38,20 @@ def well_formed(text: str) -> str:
     except UnicodeEncodeError:
         return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     return text
+
+
+def clipped(text: str, limit: int = MAX_TEXT) -> str:
+    """The text, without its middle where it is long."""
+    if len(text) <= limit:
+        return text
+    half = limit // 2
+    return f"{text[:half]}\n[... {len(text) - 2 * half} characters left out ...]\n{text[-half:]}"
+
+
+def shown(record: Record, keys: Sequence[str]) -> dict[str, Any]:
+    """What a language model is shown of a record, of the keys that it has; feedback is clipped."""
+    own = {key: record[key] for key in keys if key in record}
+    return {key: clipped(value) if key == FEEDBACK else value for key, value in own.items()}
 
 
 class ProposalError(Exception):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextvars
 import dataclasses
+import hashlib
 import logging
 import re
 import threading
@@ -24,7 +25,9 @@ from dspy.utils.exceptions import LMError
 from gepa.strategies.instruction_proposal import InstructionProposalSignature
 
 from fst_dspy.display import visible
+from fst_dspy.fast.proposers.copying import CopyGuard
 from fst_dspy.fast.proposers.protocol import (
+    FEEDBACK,
     TRAJECTORY,
     HasState,
     LearnsFromRecords,
@@ -32,13 +35,14 @@ from fst_dspy.fast.proposers.protocol import (
     Proposer,
     Record,
     StudiesExamples,
+    shown,
     well_formed,
 )
 from fst_dspy.student.candidate import split_component, texts_in, tool_in
 
 logger = logging.getLogger(__name__)
 
-PROMPT_KEYS = ("Inputs", "Generated Outputs", TRAJECTORY, "Feedback", "score")
+PROMPT_KEYS = ("Inputs", "Generated Outputs", TRAJECTORY, FEEDBACK, "score")
 RETRIED = frozenset({"rate_limit", "server", "timeout", "transport", "garbled", "no_text"})
 """Kinds of failure that may pass; others, such as a wrong key, come back the same."""
 GARBLED = re.compile(r"is not JSON|Expecting value|is not a list|JSONDecodeError")
@@ -49,9 +53,14 @@ MAX_FAILURES = 3
 MAX_CALLS_AT_ONCE = 8
 CHARACTERS_A_TOKEN = 32
 """More than a token has in any language: a longer text is too long without counting its tokens."""
+_TAG = r"(?:\w+:)?(?:think|thinking|thought|reasoning)"
+THOUGHT_BEGINS = re.compile(rf"<{_TAG}>|\[(?:THINK|THINKING)\]")
+THOUGHT_ENDS = re.compile(rf"</{_TAG}>|\[/(?:THINK|THINKING)\]")
+"""The marks around a thought, where the provider leaves it in the answer."""
 REFUSAL = re.compile(
-    r"^\W*(?:(?:i['’]?m|i am) (?:very |so )?sorry|sorry\b|i apologi[sz]e|as an ai\b"
-    r"|i (?:cannot|can['’]t|can not|won['’]t|will not|am unable to|am not able to)\b"
+    r"^\W*(?:unfortunately,? |as an? (?:ai|language model|assistant)\b[^.\n]{0,80}?, )?"
+    r"(?:(?:i['’]?m|i am) (?:very |so )?(?:sorry|afraid)\b|sorry\b|i apologi[sz]e"
+    r"|i (?:cannot|can['’]t|can not|won['’]t|will not|am unable to|am not able to|must decline)\b"
     r"|i['’]m (?:unable|not able) to\b)",
     re.IGNORECASE,
 )
@@ -86,8 +95,10 @@ class ReflectionLMProposer:
 
     Args:
         lm: Any ``dspy.LM``. Its own settings hold: temperature, timeout, cache, and
-            ``num_retries`` for the attempts after the first.
-        instruction_tokens: Longest instruction to accept.
+            ``num_retries`` for the attempts after the first. These leave the cache out, and so do
+            all at a prompt that had an answer of no use: the cache would give that again.
+        instruction_tokens: Most tokens that an instruction may have beyond the student's own: the
+            longest that was to be improved and was not written here.
         count_tokens: Counts the tokens of a text, best with the local model's tokenizer.
         fallback: Proposes in place of the LM whenever it gives nothing usable. Without one, a
             failure is raised, and that iteration has no proposal.
@@ -123,8 +134,17 @@ class ReflectionLMProposer:
         self.usage = ReflectionUsage()
         self._faults: Counter[str] = Counter()
         self._told: set[str] = set()
+        self._own: dict[str, int] = {}  # tokens of the student's own texts by component
+        self._written: set[str] = set()  # keys of the texts that are not among these
+        self._useless: set[str] = set()  # keys of prompts that had an answer of no use
         self._lock = threading.RLock()
         self.template = template
+
+    @property
+    def guard(self) -> CopyGuard | None:
+        """The fallback's guard against copies of training examples."""
+        guard = getattr(self.fallback, "guard", None)
+        return guard if isinstance(guard, CopyGuard) else None
 
     def propose(
         self,
@@ -141,7 +161,11 @@ class ReflectionLMProposer:
         self.observe_all(records)
 
         def one(name: str) -> str:
-            return self._instruction(name, components, records[name])
+            self._take_own(name, components[name])
+            text = self._instruction(name, components, records[name])
+            with self._lock:
+                self._written.add(_key(text))
+            return text
 
         if len(names) < 2:
             return {name: one(name) for name in names}
@@ -171,14 +195,23 @@ class ReflectionLMProposer:
         return faults
 
     def state(self) -> dict[str, Any]:
-        """What was spent, and the fallback's memory, for JSON."""
+        """What was spent, what was asked and written, and the fallback's memory, for JSON."""
         memory = self.fallback.state() if isinstance(self.fallback, HasState) else None
-        return {"usage": dataclasses.asdict(self.usage), "fallback": memory}
+        with self._lock:
+            return {
+                "usage": dataclasses.asdict(self.usage),
+                "fallback": memory,
+                "own": dict(self._own),
+                "written": sorted(self._written),
+                "useless": sorted(self._useless),
+            }
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Take up the state that :meth:`state` gave. A provider that was down is tried again."""
         usage = ReflectionUsage(**state["usage"])
         self.usage = dataclasses.replace(usage, failures=0, stopped=None)
+        self._own = dict(state.get("own", {}))
+        self._written, self._useless = (set(state.get(n, ())) for n in ("written", "useless"))
         if isinstance(self.fallback, HasState) and state["fallback"] is not None:
             self.fallback.load_state(state["fallback"])
 
@@ -209,12 +242,26 @@ class ReflectionLMProposer:
             self._add(fallbacks=1)
             return self.fallback.propose(components, {name: records}, [name])[name]
 
+    def _take_own(self, name: str, text: str) -> None:
+        """Count a text that is to be improved among the student's own, unless it was written here.
+
+        It may be one of several that a run begins with: the longest of them is what counts.
+        """
+        with self._lock:
+            if _key(text) not in self._written:
+                tokens = self.count_tokens(well_formed(text))
+                self._own[name] = max(tokens, self._own.get(name, 0))
+
+    def limit(self, name: str) -> int:
+        """Tokens that a component's text may have: the student's own, and what may be learned."""
+        return self._own.get(name, 0) + self.instruction_tokens
+
     def prompt_template(self, name: str) -> str:
         """The reflection prompt of a component, with what every new instruction must keep to."""
         own = self.template
         if isinstance(own, Mapping):
             own = own.get(name, own.get(split_component(name)[0]))
-        words = max(1, self.instruction_tokens * 2 // 3)  # English: about 1.5 tokens a word
+        words = max(1, self.limit(name) * 2 // 3)  # English: about 1.5 tokens a word
         tool = tool_in(name)
         if tool is not None:
             return (
@@ -234,24 +281,39 @@ class ReflectionLMProposer:
         prompt = InstructionProposalSignature.prompt_renderer(
             {
                 "current_instruction_doc": instruction,
-                "dataset_with_feedback": [
-                    {key: record[key] for key in PROMPT_KEYS if key in record} for record in records
-                ],
+                "dataset_with_feedback": [shown(record, PROMPT_KEYS) for record in records],
                 "prompt_template": self.prompt_template(name),
             }
         )
-        answer = self._ask(str(prompt))
-        proposal = InstructionProposalSignature.output_extractor(answer)["new_instruction"].strip()
-        self._check_text(proposal)
-        dropped = dropped_fields(instruction, proposal, records)
-        if dropped:
-            raise ProposalError(
-                "dropped_field", f"the proposal no longer mentions the input {', '.join(dropped)}"
-            )
+        key = _key(str(prompt))
+        try:
+            proposal = self._read(self._ask(str(prompt), key in self._useless))
+            self._check_text(proposal, self.limit(name))
+            dropped = dropped_fields(instruction, proposal, records)
+            if dropped and tool_in(name) is None:  # a description need not name a program's inputs
+                raise ProposalError(
+                    "dropped_field",
+                    f"the proposal no longer mentions the input {', '.join(dropped)}",
+                )
+        except ProposalError:
+            with self._lock:
+                self._useless.add(key)
+            raise
         return proposal
 
-    def _check_text(self, proposal: str) -> None:
-        """Check that a text can be an instruction.
+    def _read(self, answer: str) -> str:
+        """The instruction in an answer.
+
+        Raises:
+            ProposalError: There is but a thought that was cut off.
+        """
+        said = without_thoughts(answer)
+        if said is None:
+            raise ProposalError("truncated", "the reflection LM's answer ends within its thought")
+        return str(InstructionProposalSignature.output_extractor(said)["new_instruction"]).strip()
+
+    def _check_text(self, proposal: str, limit: int) -> None:
+        """Check that a text can be an instruction, of so many tokens at most.
 
         Raises:
             ProposalError: It cannot.
@@ -260,7 +322,6 @@ class ReflectionLMProposer:
             raise ProposalError("empty", "the reflection LM proposed an empty instruction")
         if REFUSAL.match(proposal):
             raise ProposalError("refused", f"the reflection LM refused: {proposal[:200]!r}")
-        limit = self.instruction_tokens
         if len(proposal) > limit * CHARACTERS_A_TOKEN:
             raise ProposalError(
                 "too_long", f"the proposal has {len(proposal)} characters, over {limit} tokens"
@@ -271,12 +332,17 @@ class ReflectionLMProposer:
         if tokens > limit:
             raise ProposalError("too_long", f"the proposal has {tokens} tokens, over {limit}")
 
-    def _ask(self, prompt: str) -> str:
-        """The LM's answer, after as many attempts as it takes or ``num_retries`` allows."""
+    def _ask(self, prompt: str, anew: bool) -> str:
+        """The LM's answer, after as many attempts as it takes or ``num_retries`` allows.
+
+        Args:
+            prompt: What is asked.
+            anew: Whether an answer from the LM's cache is of no use.
+        """
         attempts = 1 + max(0, int(getattr(self.lm, "num_retries", 0) or 0))
         for attempt in range(attempts):
             try:
-                answer = self._call(prompt)
+                answer = self._call(prompt, anew or attempt > 0)
             except Exception as error:
                 kind = kind_of(error)
                 if kind not in RETRIED or attempt + 1 == attempts:
@@ -293,10 +359,10 @@ class ReflectionLMProposer:
                 return answer.text
         raise AssertionError("unreachable")
 
-    def _call(self, prompt: str) -> _Answer:
+    def _call(self, prompt: str, anew: bool) -> _Answer:
         # A copy has a history of its own, so that calls at the same time can be told apart.
-        own = {"num_retries": 0} if hasattr(self.lm, "num_retries") else {}
-        lm = self.lm.copy(**own)
+        own = {"num_retries": 0, **({"cache": False} if anew else {})}
+        lm = self.lm.copy(**{name: value for name, value in own.items() if hasattr(self.lm, name)})
         with dspy.context(disable_history=False):
             answers = lm(prompt)
         entry = lm.history[-1] if lm.history else {}
@@ -359,6 +425,26 @@ class _Answer:
     fault: tuple[str, str] | None
 
 
+def _key(text: str) -> str:
+    return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()
+
+
+def without_thoughts(answer: str) -> str | None:
+    """What an answer says behind its thoughts; ``None`` where one of these has no end.
+
+    Of some models the prompt has opened the thought, so that the answer holds its end alone. Marks
+    within an answer that begins with none, such as an instruction that asks for thoughts, stay.
+    """
+    while True:
+        begins, ends = THOUGHT_BEGINS.search(answer), THOUGHT_ENDS.search(answer)
+        opened = begins is not None and not answer[: begins.start()].strip()
+        if ends is None:
+            return None if opened else answer
+        if begins is not None and begins.start() < ends.start() and not opened:
+            return answer
+        answer = answer[ends.end() :]
+
+
 def _fault(response: Any) -> tuple[str, str] | None:
     """Why a provider's response is no whole answer, if it says so."""
     responses = response if isinstance(response, list | tuple) else [response]
@@ -393,7 +479,8 @@ def kind_of(error: Exception) -> str:
 def dropped_fields(old: str, new: str, records: Sequence[Record]) -> list[str]:
     """Input fields that the old instruction names and the new one does not.
 
-    A field is named by its name as a word, in any case, in the singular or the plural.
+    A field is named by its name as a word, in any case, in the singular or the plural. Letters of
+    other scripts may stand next to it: many of these have no space between words.
     """
     fields = sorted({field for record in records for field in record["Inputs"]})
     return [field for field in fields if _names(old, field) and not _names(new, field)]
@@ -401,4 +488,4 @@ def dropped_fields(old: str, new: str, records: Sequence[Record]) -> list[str]:
 
 def _names(text: str, field: str) -> bool:
     name = r"[\W_]+".join(map(re.escape, field.split("_")))
-    return re.search(rf"(?<![^\W_]){name}s?(?![^\W_])", text, re.IGNORECASE) is not None
+    return re.search(rf"(?<![a-z0-9]){name}s?(?![a-z0-9])", text, re.IGNORECASE) is not None
