@@ -145,7 +145,7 @@ def test_prompts_alone_have_no_groups_for_a_population_to_fit():
 
 @pytest.mark.parametrize("name", ["seed", "log_rollouts"])
 def test_arguments_that_are_no_settings_are_named_as_options(name):
-    with pytest.raises(ConfigError, match="no setting but an argument of FST.*--"):
+    with pytest.raises(ConfigError, match=r"no setting but an argument of FST.*--"):
         FSTConfig.make(**{name: 1})
 
 

@@ -255,10 +255,13 @@ def _is_a(annotation: Any, kind: type) -> bool:
     return isinstance(annotation, type) and issubclass(annotation, kind)
 
 
-def _type_text(annotation: Any) -> str:
+def _type_text(annotation: Any, within: tuple[Any, ...] = ()) -> str:
     """A type as the model reads it: of an enum its values, of what has fields its fields.
 
     So are those within a list, a union or a dict.
+
+    Args:
+        within: The types whose fields it is among; one that holds itself is named there.
     """
     if get_origin(annotation) is Annotated:
         annotation = get_args(annotation)[0]
@@ -269,11 +272,15 @@ def _type_text(annotation: Any) -> str:
         fields = {name: one.annotation for name, one in annotation.model_fields.items()}
     elif is_typeddict(annotation) or (is_dataclass(annotation) and isinstance(annotation, type)):
         fields = get_type_hints(annotation)
+    if fields and annotation in within:
+        return str(annotation.__name__)
     if fields:
-        return f"{{{', '.join(f'{name!r}: {_type_text(one)}' for name, one in fields.items())}}}"
+        own = (*within, annotation)
+        told = [f"{name!r}: {_type_text(one, own)}" for name, one in fields.items()]
+        return f"{{{', '.join(told)}}}"
     origin = get_origin(annotation)
     parts = () if origin is Literal else get_args(annotation)
-    told = [_type_text(part) for part in parts]
+    told = [_type_text(part, within) for part in parts]
     if told == [inspect.formatannotation(part) for part in parts]:
         return inspect.formatannotation(annotation)
     if origin in (Union, UnionType):

@@ -19,6 +19,7 @@ Example::
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
@@ -35,13 +36,16 @@ from fst_dspy.lm.local_lm import LocalLM
 from fst_dspy.lm.predictors import bound_to, find_local_lm
 from fst_dspy.loop.learner import schedule_steps
 from fst_dspy.loop.parts import make_parts
+from fst_dspy.loop.progress import ProgressListener, StopRun
 from fst_dspy.loop.records import rollouts_of
 from fst_dspy.loop.state import Start
 from fst_dspy.optimizer import FST
 from fst_dspy.results.result import FSTResult
 from fst_dspy.slow.training_state import TrainingState
 from fst_dspy.student.candidate import bind, seed_candidate
-from fst_dspy.types import Candidate, Group, StepStats
+from fst_dspy.types import Candidate, CycleRecord, Group, StepStats
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,8 @@ class FSTDistill(FST):
     """Distills an evolved context into the weights, so that the bare prompt does as well.
 
     Without a teacher the context is found first, by the arm ``gepa_only`` within the same budget.
+    Where that keeps the student's own prompt there is nothing to distill: a warning says so, and
+    the run ends with its first validation.
 
     Args:
         metric: As for ``FST``.
@@ -147,9 +153,11 @@ class FSTDistill(FST):
             search = teacher.detailed_results
             last = search.records[-1]
             start = Start((), last.total_rollouts, last.tokens, last.seconds, last.turns)
-        elif seed_candidate(teacher, tools).id == bare.id:
+        context = seed_candidate(teacher, tools)
+        teaches = context.id != bare.id
+        if search is None and not teaches:
             raise ConfigError("the teacher has the student's own prompt: nothing to distill")
-        teacher_lm, context = find_local_lm(teacher), seed_candidate(teacher, tools)
+        teacher_lm = find_local_lm(teacher)
         bind(student, context)
         if teacher_lm.policy is not lm.policy:
             raise ProgramError(
@@ -176,7 +184,28 @@ class FSTDistill(FST):
                 search=search,
             )
 
-        return self.finish(make_parts(spec, pupil, checked, start), pupil, with_context)
+        parts = make_parts(spec, pupil, checked, start)
+        if not teaches:
+            logger.warning(
+                "nothing is distilled: the search for a teacher kept the student's own prompt. "
+                "Give it more (max_rollouts, search_share), or give a teacher"
+            )
+            parts = replace(parts, progress=_FirstValidation(parts.progress))
+        return self.finish(parts, pupil, with_context)
+
+
+class _FirstValidation:
+    """A listener that ends the run with its first validation, and leaves all else to another."""
+
+    def __init__(self, listener: ProgressListener) -> None:
+        self._listener = listener
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._listener, name)
+
+    def cycle_done(self, record: CycleRecord) -> None:
+        self._listener.cycle_done(record)
+        raise StopRun("there is nothing to distill")
 
 
 def _share_of(budget: BudgetConfig, share: float) -> BudgetConfig:

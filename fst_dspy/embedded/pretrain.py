@@ -124,8 +124,8 @@ def pretrain(
     Args:
         out: The model folder, in the format of ``AutoModelForCausalLM``.
         work: Where the tokenizer and the checkpoints are kept during the run.
-        recipes: How the model is made, one after the other. Other recipes in the same ``work``
-            start from nothing.
+        recipes: How the model is made, one after the other. In the same ``work``, other ones (or
+            another base) start from nothing, and so do all that come after them.
         questions: Test questions a family for the figures.
         save_every: Steps between checkpoints.
         base: The folder of a model to go on from; the recipes must be ones that are ``continued``.

@@ -7,6 +7,7 @@ optimizer and position, so that a run that was killed goes on to the very same w
 from __future__ import annotations
 
 import copy
+import hashlib
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -204,6 +205,15 @@ def grown(model: Lfm2ForCausalLM, old: Tokenizer, new: Tokenizer, added: Mapping
         rows[token] = rows[old.encode(text).ids].mean(0)
 
 
+def _digest(model: Lfm2ForCausalLM) -> str:
+    """Hex SHA-256 of the weights."""
+    found = hashlib.sha256()
+    for name, weight in sorted(model.state_dict().items()):
+        found.update(name.encode())
+        found.update(weight.contiguous().view(torch.uint8).numpy())
+    return found.hexdigest()
+
+
 def _twin(model: Lfm2ForCausalLM) -> Lfm2ForCausalLM:
     """The same model with gradients of its own: its weights are the other's."""
     twin = copy.deepcopy(model)
@@ -286,6 +296,7 @@ class Trainer:
             betas=(0.9, 0.98),
         )
         self.position = Position()
+        self.origin = _digest(self.model)
         self.stages = stages(families, recipe)
 
     @property
@@ -342,6 +353,7 @@ class Trainer:
         temporary = file.with_suffix(".tmp")
         state: dict[str, Any] = {
             "recipe": vars(self.recipe),
+            "origin": self.origin,
             "position": vars(self.position),
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -353,11 +365,14 @@ class Trainer:
         os.replace(temporary, file)
 
     def load(self, file: Path) -> bool:
-        """Goes on from a checkpoint of the same recipe; ``False`` where there is none."""
+        """Goes on from a checkpoint of this run; ``False`` where there is none.
+
+        That is one of the same recipe, which began from the same weights.
+        """
         if not file.exists():
             return False
         state = torch.load(file, weights_only=True)
-        if state["recipe"] != vars(self.recipe):
+        if state["recipe"] != vars(self.recipe) or state.get("origin") != self.origin:
             return False
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])

@@ -40,6 +40,8 @@ WORD_BITS = 32
 ALL = np.int32(-1)
 NOT_ALLOWED = "doesn't satisfy the grammar"
 """What llguidance says of a token that may not follow; all its other errors are its own limits."""
+FORMS = frozenset({"NFC", "NFD", "NFKC", "NFKD", "Lowercase", "Strip", "StripAccents"})
+"""Normalizers that write other texts in place of those that they are given."""
 GLUE, SPELLED_GLUE = "\u00ff", "\ue0ff"
 """A byte that no text holds, as byte-level alphabets write it, and a character in its place: some
 tokenizers (the embedded model's) put it where a word begins without a space."""
@@ -49,7 +51,8 @@ class Vocabulary:
     """A model's tokens, as llguidance looks at them; made once for each model.
 
     Raises:
-        ConfigError: The tokenizer is none of the tokenizers library, or no token ends an answer.
+        ConfigError: The tokenizer is none of the tokenizers library, or none that llguidance can
+            read, or no token ends an answer.
 
     Attributes:
         size: Tokens; at least as many as the model gives logits.
@@ -133,15 +136,22 @@ class Vocabulary:
                 f"{type(tokenizer).__name__}; set structured=False"
             )
         from llguidance import LLTokenizer
-        from llguidance.hf import from_tokenizer
 
-        eos = sorted(self.eos)
-        normalizer = json.loads(backend.to_str())["normalizer"]
-        if GLUE not in json.dumps(normalizer, ensure_ascii=False):
-            return from_tokenizer(tokenizer, n_vocab=self.size, eos_token=eos)
-        self.spell = functools.partial(_spelled, backend.normalizer)
-        glued: Any = _Glued(tokenizer, self.size)
-        return LLTokenizer(glued, n_vocab=self.size, eos_token=eos)
+        state = json.loads(backend.to_str())
+        own: Any
+        if GLUE in json.dumps(state["normalizer"], ensure_ascii=False):
+            self.spell = functools.partial(_spelled, backend.normalizer)
+            own = _Glued(tokenizer, self.size)
+        else:
+            changed = {name: _verbatim(state[name]) for name in ("normalizer", "pre_tokenizer")}
+            own = json.dumps({**state, **changed, "padding": None, "truncation": None})
+        try:
+            return LLTokenizer(own, n_vocab=self.size, eos_token=sorted(self.eos))
+        except ValueError as error:
+            raise ConfigError(
+                "structured decoding needs a tokenizer that llguidance can read, and this model's "
+                f"it cannot ({error}); set structured=False"
+            ) from error
 
 
 class Walk:
@@ -210,7 +220,7 @@ class Walk:
             self._lead_on(self._lead, token)
         elif self._queue:
             if token != self._queue.popleft():
-                self._free = True
+                self._let_go()
         elif token in self._vocabulary.eos:
             self._free = not self._matcher.is_accepting()
         elif not self._matcher.consume_token(token):
@@ -246,18 +256,27 @@ class Walk:
 
     def _refill(self) -> None:
         tokens = self._matcher.compute_ff_tokens() if self._takes_runs else []
-        if tokens:
-            self._matcher.consume_tokens(tokens)
+        if tokens and self._matcher.consume_tokens(tokens):
             self._queue.extend(tokens)
         if self._matcher.is_error():
-            self._leave()
+            self._leave(chosen=False)
         elif self._matcher.is_stopped():
             self._queue.append(self._vocabulary.end)
 
-    def _leave(self) -> None:
+    def _let_go(self) -> None:
+        """Leave the rest free: nothing of it is forced any more."""
         self._free = True
+        self._queue.clear()
+
+    def _leave(self, *, chosen: bool = True) -> None:
+        """Leave the rest free, by llguidance's word.
+
+        Args:
+            chosen: By a token that was chosen, and not by one that llguidance says is forced.
+        """
+        self._let_go()
         error = self._matcher.get_error()
-        if NOT_ALLOWED in error:
+        if chosen and NOT_ALLOWED in error:
             # Tokens that others chose; as they are read again, they leave at the same place.
             logger.debug("an answer left its grammar: %s", error[:500])
         else:
@@ -298,6 +317,21 @@ def _alphabet() -> dict[str, int]:
 
 def _decoded(text: str) -> bytes:
     return bytes(_alphabet()[character] for character in text)
+
+
+def _verbatim(part: Any) -> Any:
+    """A normalizer or pre-tokenizer that takes texts as they are, with no space before them.
+
+    What is forced is written letter by letter, and goes on from what was said.
+    """
+    if isinstance(part, list):
+        return [_verbatim(item) for item in part]
+    if not isinstance(part, dict):
+        return part
+    if part.get("type") in FORMS:
+        return {"type": "Sequence", "normalizers": []}
+    own = {name: _verbatim(value) for name, value in part.items()}
+    return own | {"add_prefix_space": False} if "add_prefix_space" in own else own
 
 
 class _Glued:

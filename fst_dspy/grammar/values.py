@@ -357,6 +357,30 @@ def is_valid(piece: str) -> bool:
 class _Schema(GenerateJsonSchema):
     """JSON schemas of what can be read again from text, where pydantic says less, or more."""
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.takes_aliases = self.by_alias
+
+    def model_schema(self, schema: Any) -> dict[str, Any]:
+        return self._as_shown(super().model_schema, schema)
+
+    def dataclass_schema(self, schema: Any) -> dict[str, Any]:
+        return self._as_shown(super().dataclass_schema, schema)
+
+    def typed_dict_schema(self, schema: Any) -> dict[str, Any]:
+        return self._as_shown(super().typed_dict_schema, schema)
+
+    def _as_shown(self, make: Callable[[Any], dict[str, Any]], schema: Any) -> dict[str, Any]:
+        """By the names of fields where they are read, as demos have them, else by the aliases."""
+        config, before = schema.get("config", {}), self.by_alias
+        writes_aliases = config.get("serialize_by_alias") and config.get("validate_by_alias", True)
+        by_name = config.get("validate_by_name") and not writes_aliases
+        self.by_alias = self.takes_aliases and not by_name
+        try:
+            return make(schema)
+        finally:
+            self.by_alias = before
+
     def enum_schema(self, schema: Any) -> dict[str, Any]:
         # Of these, ``IntEnum`` among them, pydantic reads the values from text as well.
         own = super().enum_schema(schema)

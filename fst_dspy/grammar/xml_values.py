@@ -112,7 +112,7 @@ class NestedXml:
 
     def __init__(self, writer: Writer, schema: Mapping[str, Any]) -> None:
         self.writer, self.named = writer, schema.get("$defs", {})
-        self._rules: dict[tuple[str, str], str] = {}
+        self._rules: dict[tuple[str, str, str | None], str] = {}
 
     def element(
         self,
@@ -219,17 +219,21 @@ class NestedXml:
         return self.named[reference.rsplit("/", 1)[-1]] if reference else schema
 
     def _rule(self, tag: str, name: str, opening: str | None) -> str | None:
-        """A rule of its own, to which the value itself may refer again."""
-        key = (tag, name)
+        """A rule of its own, to which the value itself may refer again.
+
+        It is the whole element; or what is behind the opening, where that is another.
+        """
+        before = None if opening is None else ""
+        key = (tag, name, before)
         if key not in self._rules:
             own = self._rules[key] = f"n{len(self.writer.definitions)}"
             place = len(self.writer.definitions)
             self.writer.definitions.append("")
-            piece = self.element(tag, self.named[name], None)
+            piece = self.element(tag, self.named[name], before)
             if piece is None:
                 return None
             self.writer.definitions[place] = f"{own}: {piece}"
-        return self._rules[key] if opening is None else self.element(tag, self.named[name], opening)
+        return f"{opening or ''} {self._rules[key]}".strip()
 
     def _text(self, schema: Mapping[str, Any], close: str) -> str:
         name = f"N{len(self.writer.definitions)}"

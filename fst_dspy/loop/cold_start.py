@@ -18,15 +18,18 @@ The first two are followed by another validation, whose rollouts count like all 
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 
+from fst_dspy.errors import ConfigError, ProgramError
 from fst_dspy.fast.decide import better
 from fst_dspy.fast.population import blocks_of, mean
 from fst_dspy.fast.proposers.demos import DemoProposer
 from fst_dspy.loop.parts import Parts, count_tokens
 from fst_dspy.loop.state import LoopState
 from fst_dspy.loop.validation import Validation, score, scored_now, with_better
+from fst_dspy.model.sampling import vocabulary
 from fst_dspy.rollouts.health import Tally, told_failures, unread_share
 from fst_dspy.student.candidate import (
     DEMOS,
@@ -35,9 +38,10 @@ from fst_dspy.student.candidate import (
     encode_demos,
     example_id,
     make_candidate,
+    split_component,
 )
 from fst_dspy.student.modules import every_predictor
-from fst_dspy.types import Candidate
+from fst_dspy.types import Candidate, Rollout
 
 logger = logging.getLogger(__name__)
 
@@ -71,23 +75,28 @@ def warmed_up(parts: Parts, state: LoopState, found: Validation) -> tuple[LoopSt
 
 
 def _held(parts: Parts, state: LoopState, found: Validation) -> tuple[LoopState, Validation]:
-    """Answers held to their format; as before, where they are read no better."""
+    """Answers held to their format; as before, where that lets no more of the rollouts succeed."""
     before, tally = unread_share(found.rollouts), parts.runner.tally
+    unread = f"{before:.0%} of the answers cannot be read, and"
+    try:
+        vocabulary(parts.policy)
+    except ConfigError as error:
+        return _told(state, f"{unread} they cannot be held to the adapter's format: {error}"), found
     parts.runner.structured = True
     held = _again(parts, state)
-    after = unread_share(held.rollouts)
-    if after >= before:
+    after = 1.0 if held is None else _failed_share(held.rollouts)
+    if held is None or after >= _failed_share(found.rollouts):
         failed = parts.runner.tally
         parts.runner.structured, parts.runner.tally = False, tally
         text = (
-            f"{before:.0%} of the answers cannot be read, and {after:.0%} where they are held to "
-            "the adapter's format: left free (structured)"
+            f"{unread} where they are held to the adapter's format {after:.0%} of the rollouts "
+            "fail: left free (structured)"
         )
         causes = told_failures(failed.shares, failed.messages, parts.policy.tokenizer)
         return _told(state, "; held: ".join([text, *causes[:1]])), found
     text = (
         f"{before:.0%} of the answers could not be read: they are held to the adapter's format "
-        f"from here on (structured), and {after:.0%} cannot"
+        f"from here on (structured), and {unread_share(held.rollouts):.0%} cannot"
     )
     return _told(state, text), held
 
@@ -107,7 +116,9 @@ def _shown(parts: Parts, state: LoopState, found: Validation) -> tuple[LoopState
         text = f"labelled demos made answers fail, and were left out (cold_start_demos): {first}"
         return _told(state, text), found
     demos = sum(
-        len(decode_demos(text)) for name, text in candidate.components.items() if DEMOS in name
+        len(decode_demos(text))
+        for name, text in candidate.components.items()
+        if split_component(name)[1] == DEMOS
     )
     text = f"every answer had the reward {found.val_score:g}, and with {demos} labelled demos "
     text += f"(cold_start_demos) the mean is {mean(score_V):.3f}"
@@ -141,9 +152,19 @@ def _with_labels(parts: Parts) -> Candidate | None:
     return make_candidate(components, (own.id,), source="demos")
 
 
-def _again(parts: Parts, state: LoopState) -> Validation:
+def _again(parts: Parts, state: LoopState) -> Validation | None:
+    """The validation once more; ``None`` where the program fails on every example of it."""
     parts.runner.tally = Tally()  # the record is of the validation that stands
-    return score(parts, state)
+    try:
+        return score(parts, state)
+    except ProgramError as error:  # this attempt's, for before it did not
+        logger.debug("the program fails where answers are held to their format: %s", error)
+        return None
+
+
+def _failed_share(rollouts: Sequence[Rollout]) -> float:
+    """Share of the rollouts that failed in any way, 0 to 1."""
+    return sum(rollout.failure is not None for rollout in rollouts) / len(rollouts)
 
 
 def _is_flat(parts: Parts, found: Validation) -> bool:

@@ -32,6 +32,7 @@ from fst_dspy.model.policy import Policy
 from fst_dspy.model.prefixes import (
     backbone_of,
     can_continue,
+    left_padded,
     pads_safely,
     positions,
     read_prefixes,
@@ -333,7 +334,8 @@ class _Batch:
         if begun is not None:
             cache, mask_UT = begun
         else:
-            ids_UT, mask_UT = self._padded(list(distinct))
+            pad_id = self.tokenizer.pad_token_id
+            ids_UT, mask_UT = left_padded(list(distinct), pad_id, device)
             logits_UV, cache = forward(self.model, ids_UT, mask_UT, positions(mask_UT), None)
         if not hasattr(cache, "reorder_cache") and len(distinct) < len(owner):
             logger.warning("equal prompts are read again: %s has no copies", type(cache))
@@ -379,13 +381,6 @@ class _Batch:
         if any(rest_U):
             mask_UT = read_rest(backbone, cache, mask_UT, rest_U, pad_id)
         return cache, mask_UT
-
-    def _padded(self, prompts_U: list[tuple[int, ...]]) -> tuple[Tensor, Tensor]:
-        longest, filler = max(map(len, prompts_U)), self.tokenizer.pad_token_id
-        ids_UT = torch.tensor([[filler] * (longest - len(p)) + list(p) for p in prompts_U])
-        lengths_U = torch.tensor([len(p) for p in prompts_U])
-        mask_UT = (torch.arange(longest)[None] >= longest - lengths_U[:, None]).long()
-        return ids_UT.to(self.policy.device), mask_UT.to(self.policy.device)
 
     def _sample(self, logits_BV: Tensor, rows: Tensor, at_B: Tensor) -> tuple[Tensor, Tensor]:
         if self.any_scaled:

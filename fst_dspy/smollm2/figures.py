@@ -22,6 +22,7 @@ import typer
 from dspy.utils.exceptions import AdapterParseError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from fst_dspy.files import sha256, write_atomically
 from fst_dspy.pretrained import smollm2
 from fst_dspy.smollm2.corpus import SKILLS
 from fst_dspy.smollm2.corpus.base import Exercise
@@ -160,6 +161,27 @@ def perplexity(model: Any, tokenizer: Any, texts: Sequence[str]) -> float:
     return math.exp(total / count)
 
 
+def _begun(out: Path, of: dict[str, Any]) -> dict[str, Any]:
+    """The figures in a file, to go on with, and what they are of; that alone where there are none.
+
+    Raises:
+        typer.BadParameter: They are of something else, and would be mixed with these.
+    """
+    if not out.exists():
+        return of
+    found: dict[str, Any] = json.loads(out.read_text())
+    if "with" not in found:  # no adapter has been measured
+        found["adapter"] = of["adapter"]
+    before = {name: found.get(name) for name in of}
+    if before != of:
+        raise typer.BadParameter(f"{out} holds figures of {before}, not of {of}: name another file")
+    return found
+
+
+def _as_text(found: dict[str, Any]) -> bytes:
+    return (json.dumps(found, indent=2) + "\n").encode()
+
+
 def main(
     adapter: Annotated[Path | None, typer.Option(help="The adapter; default: as shipped.")] = None,
     out: Annotated[Path, typer.Option(help="The file to write.")] = Path("runs/smollm2.json"),
@@ -169,17 +191,17 @@ def main(
     threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 2,
 ) -> None:
     """Measure the model as it comes and under the adapter; goes on where it was stopped."""
+    adapter = adapter or smollm2.adapter()
+    weights = sha256(adapter / "adapter_model.safetensors")
+    found = _begun(out, {"seed": seed, "questions": questions, "adapter": weights})
     os.nice(LOW_PRIORITY)
     torch.set_num_threads(threads)
     base = smollm2.fetch(smollm2.AS_IT_COMES)
     tokenizer = AutoTokenizer.from_pretrained(base)
     model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    found: dict[str, Any] = json.loads(out.read_text()) if out.exists() else {"seed": seed}
     for name in which.split(","):
         if name == "with":
-            loaded = peft.PeftModel.from_pretrained(model, adapter or smollm2.adapter())
-            model = loaded.merge_and_unload()
+            model = peft.PeftModel.from_pretrained(model, adapter).merge_and_unload()
         scores = found.setdefault(name, {})
         if "perplexity" not in scores:
             scores["perplexity"] = round(perplexity(model, tokenizer, english()), 3)
@@ -187,7 +209,7 @@ def main(
             if str(setting) not in scores:
                 scores[str(setting)] = asdict(measure(model, tokenizer, setting, questions, seed))
                 typer.echo(f"{name} adapter: {setting}: {scores[str(setting)]}")
-            out.write_text(json.dumps(found, indent=2) + "\n")
+            write_atomically(out, lambda file: file.write(_as_text(found)))
 
 
 if __name__ == "__main__":

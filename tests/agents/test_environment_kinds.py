@@ -92,6 +92,21 @@ class Box(TypedDict):
     pens: list[Pen]
 
 
+@dataclasses.dataclass
+class Frame:
+    pen: Pen
+    inner: Frame | None = None
+
+
+class Node(pydantic.BaseModel):
+    value: int
+    kids: list[Node] = []
+    by_name: dict[str, Node] = {}
+
+
+NODE = "{'value': int, 'kids': list[Node], 'by_name': dict[str, Node]}"
+
+
 @pytest.mark.parametrize(
     ("kind", "told"),
     [
@@ -101,6 +116,9 @@ class Box(TypedDict):
         (Box, "{'pens': list[{'colour': one of 'red', 'blue', 'width': int}]}"),
         (list[int], "list[int]"),
         (Literal["red"], "Literal['red']"),
+        (Node, NODE),
+        (tuple[Node, Node], f"tuple[{NODE}, {NODE}]"),
+        (Frame, "{'pen': {'colour': one of 'red', 'blue', 'width': int}, 'inner': Frame or None}"),
     ],
 )
 def test_of_types_within_others_the_model_is_told_too(kind, told):

@@ -201,10 +201,12 @@ def test_the_step_does_not_depend_on_how_it_is_cut(tiny_qwen3, monkeypatch):
 # --- the optimizer --------------------------------------------------------------------------------
 
 
-def distill(folder, *, student=None, teacher="Write early letters.", lm=None, **settings):
+def distill(
+    folder, *, student=None, teacher="Write early letters.", lm=None, metric=vowels, **settings
+):
     """Distill into a freshly loaded tiny model: the program, its LM and its results."""
     lm, student = lm or LocalLM(str(folder)), student or Echo()
-    optimizer = FSTDistill(vowels, track_stats=True, **{**SETTINGS, **settings})
+    optimizer = FSTDistill(metric, track_stats=True, **{**SETTINGS, **settings})
     teacher = with_prompt(student, teacher) if isinstance(teacher, str) else teacher
     with dspy.context(lm=lm):
         compiled = optimizer.compile(
@@ -244,22 +246,58 @@ def test_a_killed_distillation_goes_on_to_the_same_end(tiny_qwen3, tmp_path, lor
     assert resumed.weights_version == whole.weights_version and resumed.best == whole.best
 
 
+class Telling(Echo):
+    """It says whether it was given other words than its own."""
+
+    def forward(self, question):
+        said = super().forward(question)
+        return dspy.Prediction(
+            answer=said.answer, changed=self.say.signature.instructions != "Say something."
+        )
+
+
+def changed(gold, pred, trace=None, pred_name=None, pred_trace=None):
+    """Any other prompt is better."""
+    found = vowels(gold, pred)
+    return dspy.Prediction(score=found.score + pred.changed, feedback=found.feedback)
+
+
 @pytest.mark.slow
 def test_without_a_teacher_one_is_searched_for_within_the_budget(tiny_qwen3, tmp_path):
-    compiled, _, result = distill(
-        tiny_qwen3, teacher=None, max_cycles=9, max_rollouts=80, log_dir=tmp_path
-    )
+    settings = {"max_cycles": 9, "max_rollouts": 80, "log_dir": tmp_path, "teacher": None}
+    settings |= {"student": Telling(), "metric": changed}
+    compiled, _, result = distill(tiny_qwen3, **settings)
     search, first = result.search, result.records[0]
-    assert search.arm == "gepa_only" and result.context == search.best.candidate
+    assert search.arm == "gepa_only"
+    assert result.context.id == search.best.candidate.id != seed_candidate(Telling()).id
     assert 30 < search.rollouts.total <= 40
     assert first.total_rollouts.fast == search.rollouts.fast > 0
     assert first.total_rollouts.total == search.rollouts.total + 4
     assert first.seconds["fast"] >= search.records[-1].seconds["fast"]
     assert len(result.records) > 2 and 60 < result.rollouts.total <= 80
     assert (tmp_path / "search" / "result.json").is_file()
-    again = distill(tiny_qwen3, teacher=None, max_cycles=9, max_rollouts=80, log_dir=tmp_path)[2]
+    again = distill(tiny_qwen3, **settings)[2]
     assert again.records == result.records
     assert compiled.say.signature.instructions == "Say something."
+
+
+@pytest.mark.slow
+def test_a_search_that_accepts_no_proposal_costs_no_distillation(tiny_qwen3, tmp_path, caplog):
+    def unexplained(gold, pred, trace=None, pred_name=None, pred_trace=None):
+        return vowels(gold, pred).score  # without feedback there is nothing to propose
+
+    for _ in range(2):  # it has ended, and stays so
+        caplog.clear()
+        compiled, _, result = distill(
+            tiny_qwen3, teacher=None, metric=unexplained, log_dir=tmp_path
+        )
+        (record,) = result.records
+        assert result.context == result.best.candidate == seed_candidate(Echo())
+        assert result.best.version == result.base_version
+        assert record.total_rollouts.total == result.search.rollouts.total + 4
+        assert result.rollouts.slow == 0
+        assert "nothing is distilled: the search for a teacher kept" in caplog.text
+    assert compiled(question="number 3").answer is not None
 
 
 @pytest.mark.slow

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import re
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -300,6 +302,20 @@ def test_a_resumed_run_gives_the_same_weights(tmp_path: Path, tokenizer) -> None
     assert resumed.position.finished == whole.position.finished
     first, second = _state(tmp_path / "whole.pt"), _state(tmp_path / "part.pt")
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_run_takes_no_checkpoint_that_began_from_other_weights(tmp_path: Path, tokenizer) -> None:
+    """As those of a second recipe do, once the first is another."""
+    backend: Tokenizer = tokenizer.backend_tokenizer
+    second, file = replace(TINY, continued=True), tmp_path / "second.pt"
+    first, other = (make_model(backend, replace(TINY, seed=seed)) for seed in range(2))
+    Trainer(FAMILIES, backend, second, copy.deepcopy(first)).run(file, 100, lambda *_: None)
+    goes_on = Trainer(FAMILIES, backend, second, first)
+    assert goes_on.load(file) and goes_on.done
+    before = copy.deepcopy(other.state_dict())
+    starts_anew = Trainer(FAMILIES, backend, second, other)
+    assert not starts_anew.load(file) and starts_anew.position.step == 0
+    assert all(torch.equal(before[name], kept) for name, kept in other.state_dict().items())
 
 
 PRETRAIN = """

@@ -89,6 +89,28 @@ class Node(pydantic.BaseModel):
     children: list[Node] = []
 
 
+class Folder(pydantic.BaseModel):
+    """Another, within a dict."""
+
+    size: int
+    inside: dict[str, Folder] = {}
+
+
+class Named(pydantic.BaseModel):
+    """Read by its fields' names, which DSPy writes, and by their aliases, which it does not."""
+
+    model_config = pydantic.ConfigDict(populate_by_name=True)
+    first: int = pydantic.Field(alias="firstName")
+
+
+class Aliased(pydantic.BaseModel):
+    """Written by its aliases, with a model in it that is written by its names."""
+
+    model_config = pydantic.ConfigDict(validate_by_name=True, serialize_by_alias=True)
+    last: int = pydantic.Field(alias="lastName")
+    named: Named
+
+
 class Cat(pydantic.BaseModel):
     """One of two animals."""
 
@@ -194,6 +216,10 @@ TYPES: dict[str, Any] = {
     "models": list[Person],
     "maybe": Person | None,
     "tree": Node,
+    "folder": Folder,
+    "folders": list[Folder],
+    "named": Named,
+    "aliased": Aliased,
     "set": set[int],
     "place": Place,
     "parcel": Parcel,
@@ -430,6 +456,7 @@ def test_constraints_hold_for_a_type_and_its_parts(
         (dict[Literal["R&D"], list[int]], {"R&D": []}),
         (list[str], []),
         (Person | None, Person(name="A", age=3, born=datetime.date(2020, 2, 29))),
+        (Folder, Folder(size=1, inside={"a b": Folder(size=2, inside={"&": Folder(size=3)})})),
     ],
 )
 def test_xml_takes_each_type_of_a_union_and_any_key(policy: Policy, kind: Any, value: Any) -> None:
@@ -513,6 +540,7 @@ _IN_XML = {"a": True, "&amp;&lt;": True, "<": False, "&": False, "&quot;": False
         (ipaddress.IPv4Interface, ipaddress.IPv4Interface("10.0.0.1/24")),
         (Annotated[decimal.Decimal, pydantic.Field(max_digits=5, decimal_places=2)], "1.50"),
         (decimal.Decimal, decimal.Decimal("1.50")),
+        (list[Named], [Named(first=1)]),
     ],
     ids=repr,
 )

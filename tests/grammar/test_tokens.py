@@ -11,6 +11,8 @@ import dspy
 import pytest
 import torch
 from held_answers import DESKS, SMALL, all_answers, allowed_after, encode
+from tokenizers import decoders, pre_tokenizers
+from tokenizers.normalizers import NFC, Lowercase, Replace, Sequence
 
 import fst_dspy.grammar.tokens as tokens_module
 from fst_dspy.errors import ConfigError, ModelError
@@ -89,6 +91,61 @@ def test_a_run_that_is_forced_is_written_as_the_tokenizer_writes_it(tiny_llama: 
     assert len(begun) >= 2
     for answer in ANSWERS:
         assert list(encode(policy, answer)[: len(begun)]) == begun
+
+
+SPACED = pre_tokenizers.ByteLevel(add_prefix_space=True)
+
+
+@pytest.mark.parametrize("before", [SPACED, pre_tokenizers.Sequence([SPACED])])
+def test_an_answer_begins_as_it_is_where_texts_begin_with_a_space(tiny_llama: Path, before) -> None:
+    """Its tokenizer writes ``" to:"`` for ``"to:"``, which is another text than is forced."""
+    plain, policy = Policy.load(tiny_llama), Policy.load(tiny_llama)
+    policy.tokenizer.backend_tokenizer.pre_tokenizer = before
+    assert encode(policy, "to:") == encode(plain, " to:")
+    begun = Walk(vocabulary(policy), SMALL).begin()
+    assert begun == Walk(vocabulary(plain), SMALL).begin() != []
+    assert set(all_answers(policy, SMALL)) == set(all_answers(plain, SMALL))
+
+
+@pytest.mark.parametrize("changes", [NFC(), Sequence([Lowercase(), NFC()])])
+def test_an_answer_is_written_as_it_is_where_texts_are_given_another_form(
+    tiny_llama: Path, changes
+) -> None:
+    plain, policy = Policy.load(tiny_llama), Policy.load(tiny_llama)
+    policy.tokenizer.backend_tokenizer.normalizer = changes
+    grammar = Grammar('%llguidance {}\nstart: "Cafe\u0301: " ("silver" | "gold") "\\nEnd"')
+    begun = Walk(vocabulary(policy), grammar).begin()
+    assert begun == Walk(vocabulary(plain), grammar).begin() != []
+    assert set(all_answers(policy, grammar)) == set(all_answers(plain, grammar))
+
+
+def test_a_tokenizer_that_cannot_write_what_is_forced_leaves_answers_free_and_is_told_of(
+    tiny_llama: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    policy = Policy.load(tiny_llama)
+    policy.tokenizer.backend_tokenizer.normalizer = Replace("to", "TO")
+    walk = Walk(vocabulary(policy), SMALL)
+    assert walk.begin() == [] and walk.forced is None
+    assert len(allowed_after(policy, SMALL, ())) == len(policy.tokenizer)
+    (record,) = caplog.records
+    assert "llguidance gave up" in record.getMessage()
+
+
+def test_nothing_is_forced_once_an_answer_has_left_its_run(tiny_llama: Path) -> None:
+    policy = Policy.load(tiny_llama)
+    walk = Walk(vocabulary(policy), SMALL)
+    forced = walk.forced
+    assert forced is not None
+    walk.advance(forced + 1)
+    assert walk.forced is None and walk.begin() == [] and walk.to_the_end() is None
+
+
+@pytest.mark.parametrize("decoder", [decoders.Metaspace(), decoders.WordPiece()])
+def test_a_tokenizer_that_llguidance_cannot_read_is_refused(tiny_llama: Path, decoder) -> None:
+    policy = Policy.load(tiny_llama)
+    policy.tokenizer.backend_tokenizer.decoder = decoder
+    with pytest.raises(ConfigError, match="llguidance can read"):
+        vocabulary(policy)
 
 
 def test_tokens_that_others_chose_leave_the_grammar_without_harm(tiny_llama: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import fst_dspy
 from fst_dspy import FST, LocalLM
 from fst_dspy.errors import ConfigError
 from fst_dspy.files import read_json, read_jsonl
+from fst_dspy.lm import local_lm
 from fst_dspy.loop.progress import cycle_line
 from fst_dspy.results.result import result_from_json
 
@@ -93,6 +95,32 @@ def test_where_holding_them_does_not_help_it_is_told_why(folder: Path) -> None:
     assert "left free" in text and "; held: truncated 100%" in text and "raise max_tokens" in text
 
 
+def test_where_they_cannot_be_held_it_is_told_and_the_run_goes_on(tmp_path: Path) -> None:
+    """As with the tokenizers of T5 and of BERT, which llguidance does not know."""
+    folder = save_long_model(tmp_path / "model")
+    path = folder / "tokenizer.json"
+    state = json.loads(path.read_text())
+    metaspace = {"type": "Metaspace", "replacement": "_", "prepend_scheme": "always", "split": True}
+    path.write_text(json.dumps(state | {"decoder": metaspace}))
+    result = compile_router(folder, on_no_signal="warn")[1]
+    (text,) = [text for text in result.records[0].cold_start if "held" in text]
+    assert "cannot be held to the adapter's format: structured decoding needs" in text
+    assert not result.structured and len(result.records) > 1
+
+
+def test_where_the_program_fails_on_what_is_held_they_are_left_free(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*args: object) -> None:
+        raise ValueError("no such grammar")
+
+    monkeypatch.setattr(local_lm, "grammar_of_caller", refuse)
+    result = compile_router(folder, on_no_signal="warn")[1]
+    (text,) = [text for text in result.records[0].cold_start if "(structured)" in text]
+    assert "100% of the rollouts fail: left free" in text and "no such grammar" in text
+    assert not result.structured and len(result.records) > 1
+
+
 def test_what_was_held_is_tested_held(folder: Path, tmp_path: Path) -> None:
     result = compile_router(folder, readable, on_no_signal="warn", log_dir=tmp_path / "run")[1]
     assert result.structured and result.sampling.structured is True
@@ -145,6 +173,23 @@ def test_labels_that_help_are_shown_where_all_rewards_are_equal(
     assert len(result.records[0].candidate_ids) == 2 and len(compiled.route.demos) == 4
     few = compile_router(folder, with_demos, **SHOWN, demo_tokens=1)[1]
     assert not few.records[0].cold_start, "what was asked for is kept to"
+
+
+class Picking(dspy.Module):
+    """One whose predictor has a name that a component's kind has too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pick_demos = dspy.Predict("ticket -> desk: typing.Literal['silver', 'gold', 'sand']")
+
+    def forward(self, ticket: str) -> dspy.Prediction:
+        return self.pick_demos(ticket=ticket)
+
+
+def test_a_predictor_may_have_any_name(folder: Path) -> None:
+    settings: dict[str, Any] = {"structured": True, "on_no_signal": "warn", "program": Picking}
+    (told,) = compile_router(folder, never, **settings)[1].records[0].cold_start
+    assert "4 labelled demos" in told
 
 
 def test_labels_that_do_not_help_are_left_out(folder: Path) -> None:

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import typer
 from peft import PeftModel
 from tiny_models import save_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -17,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from fst_dspy.smollm2 import figures
 from fst_dspy.smollm2.corpus import SKILLS
 from fst_dspy.smollm2.corpus.render import ADAPTERS, Tree, render
+from fst_dspy.smollm2.figures import Score
 from fst_dspy.smollm2.train import train
 from fst_dspy.smollm2.training import Position, Recipe, Trainer
 from fst_dspy.smollm2.trees import STEM, answer_losses, encode
@@ -153,6 +155,49 @@ def test_perplexity_is_that_of_the_texts(tokenizer) -> None:
 
     found = figures.perplexity(knows_nothing, tokenizer, texts[:3])
     assert found == pytest.approx(len(tokenizer))
+
+
+class Loaded:
+    """In the place of a model, with an adapter and without."""
+
+    @classmethod
+    def from_pretrained(cls, *args: object, **kwargs: object) -> Loaded:
+        return cls()
+
+    def merge_and_unload(self) -> Loaded:
+        return self
+
+
+def test_figures_are_of_one_seed_number_and_adapter(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[int, int]] = []
+
+    def measure(model: object, tokenizer: object, setting: object, count: int, seed: int) -> Score:
+        asked.append((count, seed))
+        return Score(0.5, 1.0, count)
+
+    for name in ("AutoTokenizer", "AutoModelForCausalLM"):
+        monkeypatch.setattr(figures, name, Loaded)
+    monkeypatch.setattr(figures.peft, "PeftModel", Loaded)
+    monkeypatch.setattr(figures.smollm2, "fetch", str)
+    monkeypatch.setattr(figures.os, "nice", int)
+    monkeypatch.setattr(figures, "perplexity", lambda *_: 1.0)
+    monkeypatch.setattr(figures, "measure", measure)
+    out, folders = tmp_path / "figures.json", (tmp_path / "one", tmp_path / "other")
+    for folder in folders:
+        folder.mkdir()
+        (folder / "adapter_model.safetensors").write_text(folder.name)
+    threads = torch.get_num_threads()
+    for which in ("without", "with", "without,with"):  # the third has nothing left to do
+        figures.main(folders[0], out, 12, 1, which, threads)
+    assert asked == [(12, 1)] * 2 * len(figures.SETTINGS)
+    before = out.read_text()
+    assert json.loads(before).keys() == {"seed", "questions", "adapter", "without", "with"}
+    for adapter, count, seed in ((folders[0], 12, 7), (folders[0], 48, 1), (folders[1], 12, 1)):
+        with pytest.raises(typer.BadParameter, match="holds figures of"):
+            figures.main(adapter, out, count, seed, "with", threads)
+    assert out.read_text() == before
 
 
 def test_the_command_goes_on_and_writes_what_it_did(base: Path, tmp_path: Path) -> None:
