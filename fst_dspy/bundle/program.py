@@ -14,7 +14,7 @@ from fst_dspy.bundle.manifest import TOOLS, Manifest, PredictorRecord, check_lm_
 from fst_dspy.errors import ProgramError, StoreError
 from fst_dspy.files import plain_json
 from fst_dspy.lm.local_lm import LocalLM
-from fst_dspy.student.modules import every_predictor
+from fst_dspy.student.modules import copy_program, every_predictor
 from fst_dspy.student.tools import set_tool_texts, tool_texts
 
 _PREDICT_STATE = {"traces", "train", "demos", "signature", "lm", "fields"}
@@ -82,16 +82,10 @@ def _without_lm(parameter: Any) -> Any:
 
 def _dump_without_lms(program: dspy.Module) -> dict[str, Any]:
     """The state by the program's own ``dump_state``, which has to find predictors without LMs."""
-    bare = program.deepcopy()
-    # A program that cannot be copied whole may share predictors with its copy: put the LMs back.
-    lms = [(predictor, predictor.lm) for predictor in every_predictor(bare).values()]
-    try:
-        for predictor, _ in lms:
-            predictor.lm = None
-        return bare.dump_state()
-    finally:
-        for predictor, lm in lms:
-            predictor.lm = lm
+    bare = copy_program(program)
+    for predictor in every_predictor(bare).values():
+        predictor.lm = None
+    return bare.dump_state()
 
 
 def dump_tools(program: dspy.Module) -> dict[str, dict[str, str]]:
@@ -137,10 +131,10 @@ def new_instance(class_path: str) -> dspy.Module:
 
 
 def copy_of(program: dspy.Module) -> dspy.Module:
-    """A deep copy of the program that a caller gave, which must be one."""
+    """A copy of the program that a caller gave, which must be one; made as a compile's are."""
     if not isinstance(program, dspy.Module):
         raise ProgramError(f"program must be an instance of the program's class, got {program!r}")
-    return program.deepcopy()
+    return copy_program(program)
 
 
 def load_state(program: dspy.Module, manifest: Manifest, state: dict[str, Any]) -> None:

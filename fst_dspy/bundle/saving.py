@@ -21,7 +21,7 @@ import json
 import os
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import dspy
 import torch
@@ -56,7 +56,10 @@ from fst_dspy.student.candidate import (
     population_to_json,
 )
 from fst_dspy.student.identity import adapter_identity
+from fst_dspy.student.mixins import Mixin, mix_in, plain_class
 from fst_dspy.student.modules import every_predictor
+
+_RESULT = "fst_result"  # the attribute of a savable program that holds what its compile came to
 
 
 def save(program: dspy.Module, folder: str | os.PathLike[str]) -> Path:
@@ -194,39 +197,27 @@ def export(
     return write_folder(Path(folder), plain_folder(policy, version), may_replace=lambda _: False)
 
 
-class BundleSave:
-    """``save`` of a compiled program: a folder becomes a bundle, all else is DSPy's own ``save``.
+class Savable(Mixin):
+    """A compiled program: a folder that it is saved to becomes a bundle, all else is DSPy's own."""
 
-    Put on the program by ``FST.compile`` and ``load``, as an attribute: its class stays the
-    student's. Copies and pickles of the program get their own.
-    """
+    def save(self, path: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
+        """Save the program: with its weights as a bundle, or as ``dspy.Module.save`` does.
 
-    def __init__(self, program: dspy.Module | None, result: FSTResult | None) -> None:
-        self.program, self.result = program, result
-
-    def __call__(self, path: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
-        if self.program is None:
-            raise ProgramError(
-                "this copy of the program does not know itself, for its attributes were copied one "
-                "by one; call fst_dspy.save(program, folder), or "
-                "dspy.Module.save(program, 'x.json')"
-            )
-        own = args or any(kwargs.values()) or Path(path).suffix in (".json", ".pkl")
-        if own:
-            type(self.program).save(self.program, path, *args, **kwargs)
+        Args:
+            path: A folder for a bundle; for DSPy's own a file that ends in ``.json`` or ``.pkl``.
+            *args, **kwargs: Of ``dspy.Module.save``, which is what any of them asks for.
+        """
+        if args or any(kwargs.values()) or Path(path).suffix in (".json", ".pkl"):
+            super().save(path, *args, **kwargs)  # type: ignore[misc]
         else:
-            save(self.program, path)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> BundleSave:
-        # DSPy copies attribute by attribute where a program cannot be copied whole. Then the copy
-        # is not in the memo, and saving the original in its place would be the worst answer.
-        return BundleSave(memo.get(id(self.program)), self.result)
+            save(cast(dspy.Module, self), path)
 
 
 def make_savable(program: dspy.Module, result: FSTResult | None) -> None:
     """Let ``program.save(folder)`` write a bundle, unless its class has a ``save`` of its own."""
-    if type(program).save is dspy.Module.save:
-        program.save = BundleSave(program, result)
+    if plain_class(type(program)).save is dspy.Module.save:
+        mix_in(program, Savable)
+        vars(program)[_RESULT] = result
 
 
 # --- the program ----------------------------------------------------------------------------------
@@ -254,8 +245,7 @@ def _result_of(program: dspy.Module) -> FSTResult | None:
     found = getattr(program, "detailed_results", None)
     if isinstance(found, FSTResult):
         return found
-    attached = program.__dict__.get("save")
-    return attached.result if isinstance(attached, BundleSave) else None
+    return vars(program).get(_RESULT)
 
 
 def _run_to_json(result: FSTResult) -> dict[str, Any]:

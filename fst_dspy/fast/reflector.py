@@ -31,6 +31,7 @@ from fst_dspy.student.candidate import (
     DEMOS,
     INSTRUCTIONS,
     make_candidate,
+    plain_fields,
     split_component,
     value_text,
 )
@@ -215,14 +216,14 @@ def _record(predictor: str, fields: Sequence[str], trajectory: Trajectory) -> Re
     # one, says most about what went wrong; else the last one stands nearest to the answer.
     failed = [trace for trace in traces if trace.outputs is None]
     trace = failed[0] if failed else (traces[-1] if traces else None)
-    inputs = trace.inputs if trace is not None else example.inputs().toDict()
+    inputs = trace.inputs if trace is not None else plain_fields(example.inputs())
     return {
         "Inputs": {name: _clip(value) for name, value in inputs.items()},
         "Generated Outputs": _outputs(trace),
         FEEDBACK: _feedback(predictor, rollout, trace, fields),
         "score": rollout.reward,
         "example_id": rollout.example_id,
-        "labels": {name: _clip(value) for name, value in example.labels().toDict().items()},
+        "labels": {name: _clip(value) for name, value in plain_fields(example.labels()).items()},
         "failure": rollout.failure.kind if rollout.failure is not None else None,
     }
 

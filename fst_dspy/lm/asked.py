@@ -30,6 +30,7 @@ from fst_dspy.lm.templates import chat_format, thinks
 from fst_dspy.model.policy import Policy
 from fst_dspy.model.sampling import vocabulary
 from fst_dspy.student.adapter import default_adapter, texts_of_prompt
+from fst_dspy.student.by_identity import cached_by_identity
 from fst_dspy.types import Grammar
 
 logger = logging.getLogger(__name__)
@@ -60,7 +61,7 @@ def grammar_of_caller(policy: Policy, prompt: Any) -> str | None:
     adapter = dspy.settings.adapter or _default
     declared = ensure_signature(predictor.signature)
     # ChatAdapter's own is what others ask through, such as TwoStepAdapter when it extracts.
-    for own in dict.fromkeys((adapter, _default, _json)):
+    for own in {id(one): one for one in (adapter, _default, _json)}.values():
         if not isinstance(own, dspy.ChatAdapter):
             continue  # its formats are not known, nor need it say what it wants
         for signature in _variants(declared):
@@ -151,14 +152,14 @@ def _tell_free(adapter: str, fields: str | None) -> None:
         )
 
 
-@functools.lru_cache(KNOWN)
+@cached_by_identity(KNOWN)
 def wanted_format(adapter: Any, signature: Any) -> str:
     """The adapter's own words for the answer that it wants."""
     say = getattr(adapter, "user_message_output_requirements", None)
     return (say(signature) if say is not None else None) or adapter.format_system_message(signature)
 
 
-@functools.lru_cache(KNOWN)
+@cached_by_identity(KNOWN)
 def _grammar(adapter: Any, signature: Any, spell: Any) -> str | None:
     return grammar_of_answer(adapter, signature, spell)
 

@@ -6,15 +6,17 @@ calls, ``with dspy.context(lm=...)`` in its ``forward``, which an own LM of the 
 override; and predictors that it makes as it runs have no LM of their own, and would ask the one in
 the settings, which names other weights. So the program notes the settings' LM as it is entered,
 predictors that had no LM of their own are marked to follow a change of it, and modules are marked
-with the LM that they were compiled for. ``LocalLM`` reads the marks. Copies keep them.
+with the LM that they were compiled for. ``LocalLM`` reads the marks. Copies keep them. To note how
+it is entered, the program has a ``forward`` around its own, which its class has by a mixin.
 """
 
 from __future__ import annotations
 
-import copy
+import contextlib
+import functools
 import inspect
 import types
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import dspy
@@ -27,6 +29,7 @@ from fst_dspy.lm.local_lm import (
     LocalLM,
     check_adapter,
 )
+from fst_dspy.student.mixins import Mixin, mix_in
 from fst_dspy.student.modules import every_module
 
 
@@ -52,12 +55,7 @@ def mark_compiled(
     if adapter is not None:
         setattr(program, COMPILED_ADAPTER, adapter)
     if not isinstance(program, dspy.Predict):
-        for name in ("forward", "aforward"):
-            own = vars(program).get(name)
-            if own is not None or hasattr(type(program), name):
-                vars(program)[name] = Entry(
-                    program, name, own.own if isinstance(own, Entry) else own
-                )
+        mix_in(program, Entered)
 
 
 def follows(predictor: dspy.Predict) -> bool:
@@ -65,38 +63,72 @@ def follows(predictor: dspy.Predict) -> bool:
     return predictor.lm is None or vars(predictor).get(FOLLOWS) is predictor.lm
 
 
-class Entry:
-    """A compiled program's ``forward``, which notes the settings' LM and runs the program's.
+class _Entry:
+    """``forward``, or ``aforward``, of a compiled program: it enters the program and runs its own.
 
-    It also says where the settings' adapter is another than that of the compile.
-
-    As an attribute of the program, whose class stays the student's.
-
-    Args:
-        program: It.
-        name: ``"forward"`` or ``"aforward"``.
-        own: What the program had as this attribute; ``None`` where it had the class's.
+    That is what the program has as this attribute, or else its class; and it looks like that.
     """
 
-    def __init__(
-        self, program: dspy.Module | None, name: str, own: Callable[..., Any] | None = None
-    ) -> None:
-        self.program, self.name, self.own = program, name, own
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.owner, self.name = owner, name
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        # DSPy copies attribute by attribute where a program cannot be copied whole; then it does
-        # not know itself, but DSPy says which module is running.
-        program = self.program if self.program is not None else dspy.settings.caller_modules[-1]
-        check_adapter(program, vars(program)[COMPILED_LM].policy)
-        run = self.own or types.MethodType(getattr(type(program), self.name), program)
-        if inspect.iscoroutinefunction(run):
-            return self._awaited(run, *args, **kwargs)
-        with dspy.context(**{ENTERED_WITH: (dspy.settings.lm,)}):
-            return run(*args, **kwargs)
+    def __get__(self, program: dspy.Module | None, kind: type) -> Any:
+        of_class: Any = getattr(super(self.owner, kind), self.name, None)
+        given = None if program is None else vars(program).get(self.name)
+        if given is None and of_class is None:
+            raise AttributeError(f"{kind.__name__!r} object has no attribute {self.name!r}")
+        if program is None:
+            return of_class
+        if given is None:
+            return types.MethodType(_entering(of_class, self._of_class), program)
+        method = types.MethodType(_entering(given, lambda _: given), program)
+        # What the program was given is no method, and must not look like one.
+        return functools.wraps(given)(lambda *args, **kwargs: method(*args, **kwargs))
 
-    async def _awaited(self, run: Any, *args: Any, **kwargs: Any) -> Any:
-        with dspy.context(**{ENTERED_WITH: (dspy.settings.lm,)}):
-            return await run(*args, **kwargs)
+    def __set__(self, program: dspy.Module, value: Any) -> None:
+        function = getattr(value, "__func__", None)
+        if getattr(function, "__globals__", None) is globals() and value.__self__ is program:
+            vars(program).pop(self.name, None)  # DSPy had put another in its place for a while
+        else:
+            vars(program)[self.name] = value
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Entry:
-        return Entry(memo.get(id(self.program)), self.name, copy.deepcopy(self.own, memo))
+    def __delete__(self, program: dspy.Module) -> None:
+        if vars(program).pop(self.name, None) is None:
+            raise AttributeError(self.name)
+
+    def _of_class(self, program: dspy.Module) -> Any:
+        return getattr(super(self.owner, program), self.name)
+
+
+def _entering(like: Callable[..., Any], find: Callable[[dspy.Module], Any]) -> Callable[..., Any]:
+    """A function of a program that enters it and runs what is found for it."""
+
+    def forward(program: dspy.Module, *args: Any, **kwargs: Any) -> Any:
+        with _entered(program):
+            return find(program)(*args, **kwargs)
+
+    async def aforward(program: dspy.Module, *args: Any, **kwargs: Any) -> Any:
+        with _entered(program):
+            return await find(program)(*args, **kwargs)
+
+    return functools.wraps(like)(aforward if inspect.iscoroutinefunction(like) else forward)
+
+
+class Entered(Mixin):
+    """A compiled program, which notes the settings' LM as it is entered.
+
+    It also says where the settings' adapter is another than that of the compile.
+    """
+
+    forward, aforward = _Entry(), _Entry()
+
+
+@contextlib.contextmanager
+def _entered(program: dspy.Module) -> Iterator[None]:
+    lm = vars(program).get(COMPILED_LM)
+    if lm is None:  # another of its class, which it has made as it runs
+        yield
+        return
+    check_adapter(program, lm.policy)
+    with dspy.context(**{ENTERED_WITH: (dspy.settings.lm,)}):
+        yield

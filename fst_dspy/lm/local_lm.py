@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import logging
-import weakref
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -24,6 +23,7 @@ from fst_dspy.lm.requests import DEFAULT_MAX_TOKENS, EXTRA, OWN
 from fst_dspy.lm.templates import check_options, thinks
 from fst_dspy.model.hardware import dtype_named
 from fst_dspy.model.policy import Policy
+from fst_dspy.student.by_identity import cached_by_identity
 from fst_dspy.student.identity import adapter_identity, shown_adapter, writes_alike
 from fst_dspy.student.modules import every_predictor
 
@@ -37,6 +37,8 @@ ENTERED_WITH = "fst_entered_with"
 """The DSPy setting, in a tuple, that holds the settings' LM as a compiled program was entered."""
 COMPILED_ADAPTER = "fst_adapter"
 """The attribute of a compiled program that says which adapter it was compiled under."""
+TOLD = 256
+"""Programs of which it is known that they were told to be called under another adapter."""
 _ASKED = ("prompt", "messages", "request")  # of a call's arguments those that are no settings
 _ANSWERS_WITH = "answers_with"  # in a pickle: the version id, also where ``model`` is the live one
 
@@ -373,27 +375,27 @@ class LocalLM(dspy.LM):
 
 
 def check_adapter(program: dspy.Module, policy: Policy) -> None:
-    """Say so, once, where a compiled program is called under another adapter.
+    """Say so, once for each, where a compiled program is called under another adapter.
 
     As it is entered: within, it may choose others, as it did in training.
     """
     compiled = vars(program).get(COMPILED_ADAPTER)
-    if compiled is None or program in _told or serving(policy) is not None:
+    if compiled is None or serving(policy) is not None:
         return
     here = adapter_identity(dspy.settings.adapter)
     if not writes_alike(here, compiled):
-        _told.add(program)
-        logger.warning(
-            "%s was compiled under the adapter %s and is called under %s, so that its prompts "
-            "are others than those it was trained on; set the former with "
-            "dspy.configure(adapter=...)",
-            type(program).__name__,
-            shown_adapter(compiled),
-            shown_adapter(here),
-        )
+        _tell_adapters(program, shown_adapter(compiled), shown_adapter(here))
 
 
-_told: weakref.WeakSet[dspy.Module] = weakref.WeakSet()
+@cached_by_identity(TOLD)
+def _tell_adapters(program: dspy.Module, compiled: str, here: str) -> None:
+    logger.warning(
+        "%s was compiled under the adapter %s and is called under %s, so that its prompts are "
+        "others than those it was trained on; set the former with dspy.configure(adapter=...)",
+        type(program).__name__,
+        compiled,
+        here,
+    )
 
 
 def _serving(engine: LocalEngine, version: str) -> LocalEngine:

@@ -40,12 +40,8 @@ from fst_dspy.run import claims
 from fst_dspy.run.store import free_bytes
 from fst_dspy.run.trackers import Trackers
 from fst_dspy.student.candidate import example_id, seed_candidate
-from fst_dspy.student.identity import (
-    adapter_identity,
-    lm_identity,
-    metric_identity,
-    program_identity,
-)
+from fst_dspy.student.identity import adapter_identity, metric_identity, program_identity
+from fst_dspy.student.values import lm_identity
 from fst_dspy.types import Arm, Candidate
 
 AS_LOADED = ("dtype", "quantization_config")

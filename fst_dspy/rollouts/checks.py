@@ -15,7 +15,14 @@ from fst_dspy.errors import DataError, MetricError, ProgramError
 from fst_dspy.lm.local_lm import LocalLM
 from fst_dspy.lm.predictors import find_local_lm
 from fst_dspy.rollouts.health import no_objectives
-from fst_dspy.student.candidate import bind, example_id, predictor_names, seed_candidate
+from fst_dspy.student.candidate import (
+    bind,
+    example_id,
+    plain_fields,
+    predictor_names,
+    seed_candidate,
+    with_id,
+)
 from fst_dspy.student.metric import call_metric, check_metric
 from fst_dspy.student.modules import every_predictor
 
@@ -28,7 +35,8 @@ class CheckedInput:
 
     Attributes:
         lm: The local model that the program's predictors call.
-        trainset, valset: Non-empty, with inputs set and no example in both.
+        trainset, valset: Non-empty, with inputs set and no example in both. Each keeps the id that
+            it had then.
     """
 
     lm: LocalLM
@@ -110,6 +118,7 @@ def _check_examples(name: str, examples: Sequence[dspy.Example] | None) -> list[
         ) from None
     if not examples:
         raise DataError(f"the {name} is empty; FST needs at least one dspy.Example")
+    known = []
     for position, example in enumerate(examples):
         if not isinstance(example, dspy.Example):
             raise DataError(f"{name}[{position}] is a {type(example).__name__}, not a dspy.Example")
@@ -119,12 +128,12 @@ def _check_examples(name: str, examples: Sequence[dspy.Example] | None) -> list[
                 'call .with_inputs("field", ...) on it'
             )
         try:
-            example_id(example)
+            known.append(with_id(example))
         except RecursionError:
             raise DataError(
                 f"{name}[{position}] holds a value that holds itself; leave that field out"
             ) from None
-    return examples
+    return known
 
 
 def _split(
@@ -163,7 +172,7 @@ def _without(train: Sequence[dspy.Example], val: Sequence[dspy.Example]) -> list
 
 
 def _check_metric_on(metric: Callable[..., Any], example: dspy.Example, frontier: str) -> None:
-    labels = example.labels().toDict()
+    labels = plain_fields(example.labels())
     if not labels:
         return
     try:

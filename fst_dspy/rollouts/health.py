@@ -6,6 +6,7 @@ somebody looks. This is what looks: after the first validation and after every c
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, get_args
@@ -15,8 +16,11 @@ import dspy
 from fst_dspy.display import visible
 from fst_dspy.errors import MetricError, ProgramError
 from fst_dspy.lm.templates import cut_thought_advice
+from fst_dspy.student.mixins import plain_class
 from fst_dspy.student.modules import every_predictor
 from fst_dspy.types import Rollout
+
+logger = logging.getLogger(__name__)
 
 TOLD_SHARE = 0.05
 """Share of rollouts that fail in one way, from which on it is told."""
@@ -128,6 +132,7 @@ def check_first_rollouts(rollouts: Sequence[Rollout], program: dspy.Module) -> N
     """Stop where the program, or the metric, fails on all that the model has answered.
 
     Answers that cannot be read are the model's, and may be learned away: they hide nothing here.
+    Where other predictors run than those whose texts are tuned, that is told.
 
     Args:
         rollouts: Those of the first validation.
@@ -139,6 +144,7 @@ def check_first_rollouts(rollouts: Sequence[Rollout], program: dspy.Module) -> N
             answers could be read; or one of its predictors was never given anything.
     """
     _check_inputs(rollouts, program)
+    _tell_untuned(rollouts, program)
     failures = [rollout.failure for rollout in rollouts]
     kinds = {f.kind if f is not None else None for f in failures} - set(NOT_ANSWERED)
     if not kinds or None in kinds:
@@ -164,8 +170,8 @@ def _check_inputs(rollouts: Sequence[Rollout], program: dspy.Module) -> None:
         ProgramError: So one was, whenever it was run.
     """
     for name, predictor in every_predictor(program).items():
-        if type(predictor) is not dspy.Predict:  # another class may be given them in its own way
-            continue
+        if plain_class(type(predictor)) is not dspy.Predict:
+            continue  # another class may be given them in its own way
         fields = predictor.signature.input_fields
         needed = [
             f for f, i in fields.items() if i.is_required() and not _allows_none(i.annotation)
@@ -179,6 +185,20 @@ def _check_inputs(rollouts: Sequence[Rollout], program: dspy.Module) -> None:
                 "validation example; name the examples' inputs as the program takes them: "
                 'dspy.Example(...).with_inputs("field", ...)'
             )
+
+
+def _tell_untuned(rollouts: Sequence[Rollout], program: dspy.Module) -> None:
+    """Say so where rollouts ended well in which none of the predictors that are tuned was run."""
+    tuned = [name for name, _ in program.named_predictors()]
+    ran = {t.predictor for r in rollouts if r.failure is None for t in r.traces}
+    if ran and ran.isdisjoint(tuned):
+        logger.warning(
+            "of the predictors whose instructions are tuned (%s) none was run on a validation "
+            "example, but others were (%s): predictors that the program makes as it runs, or that "
+            "it holds in a way that DSPy does not look into",
+            ", ".join(tuned),
+            ", ".join(sorted(ran)),
+        )
 
 
 def _allows_none(annotation: Any) -> bool:

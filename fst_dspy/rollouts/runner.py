@@ -38,7 +38,7 @@ from fst_dspy.rollouts.rollout import TOLD, RolloutThread, Setting
 from fst_dspy.rollouts.scheduler import POLL_SECONDS, Scheduler, Slot
 from fst_dspy.rollouts.session import NAME
 from fst_dspy.student.adapter import BOUND_PROGRAMS, strict_adapter
-from fst_dspy.student.candidate import bind, example_id, plain_value, predictor_names
+from fst_dspy.student.candidate import bind, example_id, plain_value, predictor_names, with_id
 from fst_dspy.student.metric import gives_predictor_feedback
 from fst_dspy.student.modules import ProgramCopier, every_predictor
 from fst_dspy.types import Candidate, PredictorTrace, Rollout, RolloutCounts, TurnCounts
@@ -160,6 +160,8 @@ class RolloutRunner:
                 rollouts += self._run_part(own[start : start + size], channel, version)
             return list(map(_portable, rollouts)) if distributed.processes() > 1 else rollouts
 
+        # A program may write into what it is given, and into what cannot be copied for it.
+        jobs = [replace(job, example=with_id(job.example)) for job in jobs]
         seeds = self._slot_seeds(jobs, channel, salt)
         rollouts = self._no_better_failed(
             distributed.spread(run_own, list(zip(jobs, seeds, strict=True)))

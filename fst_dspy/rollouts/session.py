@@ -21,6 +21,7 @@ from dspy.utils.callback import BaseCallback
 from fst_dspy.lm.requests import ROLLOUT
 from fst_dspy.model.policy import Policy
 from fst_dspy.rollouts.inputs import own_values
+from fst_dspy.student.mixins import plain_class
 from fst_dspy.types import Call, PredictorTrace, Turn
 
 NAME = "fst_predictor"
@@ -157,7 +158,7 @@ class Session(BaseCallback):
         # A predictor runs an adapter and a language model, of which nothing need be heard: each
         # event that DSPy tells of takes as long as the work itself.
         heard = settings.get("callbacks", dspy.settings.callbacks) or []
-        if type(instance) is dspy.Predict:
+        if plain_class(type(instance)) is dspy.Predict:
             heard = [listener for listener in heard if listener is not self]
         run.leave = dspy.context(**{**settings, ROLLOUT: Within(self, run), "callbacks": heard})
         run.leave.__enter__()

@@ -7,7 +7,7 @@ from typing import Any
 
 import dspy
 
-from fst_dspy.student.candidate import value_text
+from fst_dspy.student.candidate import plain_fields, value_text
 from fst_dspy.types import Rollout
 
 MOST_CHARACTERS = 2000
@@ -40,8 +40,8 @@ def answer_rows(
     samples = len(rows) // max(1, len(examples))
     shown = [
         {
-            "inputs": _fields(example.inputs().toDict()),
-            "labels": _fields(example.labels().toDict()),
+            "inputs": _fields(plain_fields(example.inputs())),
+            "labels": _fields(plain_fields(example.labels())),
         }
         for example in examples
         for _ in range(samples)

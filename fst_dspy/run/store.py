@@ -52,8 +52,9 @@ HASHES = "hashes.json"
 """In a checkpoint: the SHA-256 of every other file."""
 ADDED_LATER = ("program", "adapter", "lm", "metric")
 """What the ``config.json`` of earlier versions may lack."""
-HAVE_SOURCES = ("metric", "program")
-"""What is known by its name, and of which it is told that its source has changed."""
+CODE = ("metric", "program")
+"""What is known by its name, and of which it is told what else has changed."""
+OF_CODE = ("source", "values")
 DIFFERENCES = 5
 """Named at most, where a folder holds another run."""
 NOT_COMPARED = ("environment", "loaded")
@@ -94,8 +95,9 @@ class RunStore:
 
         What earlier versions did not write is added. A budget may change, so that a run can be
         extended, but where the learning rate decays over it. A metric or program of the same name
-        whose source has changed is told of: the scores of before are the old one's. A run that
-        ended before it had anything to keep, by a mistake that is mended now, binds nobody.
+        whose source or values have changed is told of: the scores of before are the old one's. A
+        run that ended before it had anything to keep, by a mistake that is mended now, binds
+        nobody.
 
         Raises:
             StoreError: The folder holds a run with other settings, data or program, a run without
@@ -127,13 +129,11 @@ class RunStore:
         found = self.config()
         changed = differences(found, wanted)
         if not changed:
-            for name in HAVE_SOURCES:
-                before, now = (_source(config, name) for config in (found, wanted))
-                if None not in (before, now) and before != now:
-                    logger.warning(
-                        f"the {name}'s source has changed since the run in {self.folder} began; "
-                        "the scores of before are the old one's"
-                    )
+            for change in _changes_of_code(found, wanted):
+                logger.warning(
+                    f"{change} since the run in {self.folder} began; the scores of before are the "
+                    "old one's"
+                )
             if found != wanted:
                 self.write_json("config.json", {**found, **wanted})
         if changed:
@@ -368,17 +368,27 @@ def _comparable(config: Mapping[str, Any]) -> dict[str, Any]:
         if str(schedule).startswith("constant"):
             settings.pop("budget", None)
         plain["settings"] = settings
-    if isinstance(metric := plain.get("metric"), dict):
-        plain["metric"] = metric.get("name")
-    if isinstance(program := plain.get("program"), dict):
-        plain["program"] = {key: value for key, value in program.items() if key != "source"}
+    for name in CODE:
+        if isinstance(own := plain.get(name), dict):
+            plain[name] = {key: value for key, value in own.items() if key not in OF_CODE}
     return plain
 
 
-def _source(config: Mapping[str, Any], name: str) -> str | None:
-    """The hash of a metric's or program's source, where it is known."""
-    own = config.get(name)
-    return own.get("source") if isinstance(own, dict) else None
+def _changes_of_code(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+    """What has changed in the metric and the program of a run, which have their names still.
+
+    It is told, and does not make another run of it: a metric that counts, or a program with the
+    time in it, would be another one every time.
+    """
+    told = []
+    for name in CODE:
+        before, now = (dict(config.get(name) or {}) for config in (found, wanted))
+        if None not in (old := [before.get("source"), now.get("source")]) and old[0] != old[1]:
+            told.append(f"the {name}'s source has changed")
+        elif "values" in before and "values" in now:
+            changed = _differences(before["values"], now["values"], name)
+            told += ["; ".join(map(str, changed[:DIFFERENCES]))] if changed else []
+    return told
 
 
 def _differences(found: Any, wanted: Any, name: str = "") -> list[Difference]:
@@ -428,8 +438,14 @@ def _files_in(folder: Path) -> list[Path]:
 
 
 def _refuse_links(folder: Path) -> None:
-    """Deleting and cutting back follow a link to where it points, which is not the run's."""
-    for path in folder.rglob("*"):
+    """Deleting and cutting back follow a link to where it points, which is not the run's.
+
+    What others keep beside the run's files, such as a tracker, is not looked at: nothing of it is
+    read, cut back or deleted.
+    """
+    names = {".lock", "checkpoints", "versions", *(f"{name}.jsonl" for name in LOGS)}
+    own = [path for path in folder.iterdir() if path.name in names or ".json" in path.suffixes]
+    for path in (inner for top in own for inner in (top, *top.rglob("*"))):
         if path.is_symlink():
             raise StoreError(
                 f"{path} is a link; a run folder holds its own files alone: put what it points to "

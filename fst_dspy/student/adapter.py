@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import copy
 import functools
-import weakref
 from collections.abc import Mapping
 from typing import Any
 
 import dspy
 from dspy.adapters.chat_adapter import ChatAdapter
 
+from fst_dspy.student.by_identity import cached_by_identity
+
 BOUND_PROGRAMS = 64
 """Programs with a candidate's texts in them that are kept to be copied."""
 SIGNATURES = 256
 """Signatures whose answers' ends are known; a candidate has signatures of its own."""
+ADAPTERS = 64
+"""Adapters whose end markers are known; every run has one of its own."""
 
 
 def strict_adapter(adapter: dspy.Adapter | None) -> dspy.Adapter:
@@ -74,7 +77,6 @@ class _Probe(dspy.Signature):
 
 
 _A, _B = "zebra crossing", "violet lantern"
-_markers: weakref.WeakKeyDictionary[dspy.Adapter, str | None] = weakref.WeakKeyDictionary()
 _default = default_adapter()
 
 
@@ -84,20 +86,20 @@ def end_marker(adapter: dspy.Adapter | None) -> str | None:
     Found in how it writes an answer for a demo, and held to be one only where it is the same behind
     answers with other fields: a closing brace or tag belongs to the answer.
     """
-    adapter = adapter or _default
-    if adapter not in _markers:
-        _markers[adapter] = _find_marker(adapter)
-    return _markers[adapter]
+    return _find_marker(adapter or _default)
 
 
-@functools.lru_cache(SIGNATURES)
 def end_lines(adapter: dspy.Adapter | None, signature: Any) -> int:
     """How many lines of an answer begin with the adapter's end marker; the last one closes it.
 
     More than one where a field's header is the same, as of one named ``completed``. Where no answer
     can be written for a try, one; none without a marker.
     """
-    adapter = adapter or _default
+    return _count_lines(adapter or _default, signature)
+
+
+@cached_by_identity(SIGNATURES)
+def _count_lines(adapter: dspy.Adapter, signature: Any) -> int:
     marker, values = end_marker(adapter), dict.fromkeys(signature.output_fields, _A)
     try:
         written = adapter.format_assistant_message_content(signature, values)
@@ -107,6 +109,7 @@ def end_lines(adapter: dspy.Adapter | None, signature: Any) -> int:
     return sum(line.strip().startswith(marker) for line in lines) if marker is not None else 0
 
 
+@cached_by_identity(ADAPTERS)
 def _find_marker(adapter: dspy.Adapter) -> str | None:
     other = _Probe.append("verdict", dspy.OutputField(), str)
     behind = set()

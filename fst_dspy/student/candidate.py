@@ -37,10 +37,11 @@ What the package relies on of DSPy beyond what it documents, here and elsewhere;
 from __future__ import annotations
 
 import contextlib
+import copy
 import enum
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import dspy
@@ -48,26 +49,37 @@ from pydantic import BaseModel
 
 from fst_dspy.errors import ConfigError
 from fst_dspy.files import plain_json
+from fst_dspy.student.contents import contents
 from fst_dspy.student.modules import copy_program
 from fst_dspy.student.tools import set_tool_texts, tool_texts
 from fst_dspy.types import Candidate, Population
 
 INSTRUCTIONS = "instructions"
 DEMOS = "demos"
+TAKEN_ID = "_fst_id"
+"""The attribute of an example that holds the id it had when it was checked."""
 TOOL = "tool:"
 """What the kind of a tool's component begins with; the tool's name follows."""
 
 
 def canonical_json(value: Any) -> str:
     """JSON with sorted keys and no spaces; what JSON cannot hold is written as its ``repr``."""
-    return json.dumps(
-        plain_value(value), sort_keys=True, ensure_ascii=False, separators=(",", ":"), default=repr
-    )
+    return _canonical(value, repr)
 
 
 def content_hash(value: Any) -> str:
-    """First 12 hex digits of the SHA-256 of ``value``'s canonical JSON."""
-    return hashlib.sha256(canonical_json(value).encode("utf-8", "surrogatepass")).hexdigest()[:12]
+    """First 12 hex digits of the SHA-256 of ``value``'s canonical JSON.
+
+    Where a ``repr`` may leave something out, as of arrays, their contents count in its place.
+    """
+    text = _canonical(value, lambda part: plain_value(contents(part)))
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:12]
+
+
+def _canonical(value: Any, other: Callable[[Any], Any]) -> str:
+    return json.dumps(
+        plain_value(value), sort_keys=True, ensure_ascii=False, separators=(",", ":"), default=other
+    )
 
 
 def predictor_names(program: dspy.Module) -> tuple[str, ...]:
@@ -117,11 +129,38 @@ def instructions_in(components: Iterable[str]) -> list[str]:
 def example_id(example: dspy.Example) -> str:
     """Content hash of an example: all its fields (inputs and labels) and which are inputs.
 
-    Fields that JSON cannot hold count by their ``repr``; give such classes a ``repr`` without
-    memory addresses if ids are to agree between processes.
+    Fields that JSON cannot hold count by their ``repr``, and arrays and the like by what they hold;
+    give classes a ``repr`` without memory addresses if ids are to agree between processes. One that
+    was taken before (``with_id``) stays.
     """
+    taken = vars(example).get(TAKEN_ID)
+    if taken is not None:
+        return taken
     inputs = sorted(example._input_keys or ())
-    return content_hash({"fields": example.toDict(), "inputs": inputs})
+    return content_hash({"fields": plain_fields(example), "inputs": inputs})
+
+
+def with_id(example: dspy.Example) -> dspy.Example:
+    """The example with the id that it has now, which nobody changes who writes into its values.
+
+    It is another object with the same values; copies that are made to have others (``copy``) have
+    an id of their own.
+    """
+    if TAKEN_ID in vars(example):
+        return example
+    own = copy.copy(example)
+    own._store = dict(example._store)
+    vars(own)[TAKEN_ID] = example_id(example)
+    return own
+
+
+def plain_fields(example: dspy.Example) -> dict[str, Any]:
+    """An example's fields as ``toDict`` has them, but for those that DSPy keeps to itself.
+
+    ``dspy.datasets`` gives each example a ``dspy_uuid``, which is another in every process.
+    """
+    fields = example.toDict()
+    return {name: held for name, held in fields.items() if not str(name).startswith("dspy_")}
 
 
 def encode_demos(demos: Iterable[Any]) -> str:
@@ -150,7 +189,7 @@ def decode_demos(text: str) -> list[dspy.Example]:
         raise ConfigError(f"demos {text[:80]!r} are not valid JSON: {error}") from error
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise ConfigError(f"demos must be a JSON list of objects, got {text[:80]!r}")
-    return [dspy.Example(**row) for row in rows]
+    return [dspy.Example(row) for row in rows]  # a field may be called base, or self
 
 
 def make_candidate(

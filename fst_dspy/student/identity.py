@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import hashlib
 import inspect
 from collections.abc import Callable, Mapping
@@ -13,37 +12,30 @@ import dspy
 
 from fst_dspy.student.adapter import default_adapter
 from fst_dspy.student.candidate import content_hash
+from fst_dspy.student.mixins import plain_class
+from fst_dspy.student.values import called, lm_identity, name_of, own_classes, values_of
 
 
 def program_identity(program: dspy.Module) -> dict[str, Any]:
     """The program's class, and of each predictor its class, fields and own language model.
 
     Instructions and demos are left out: they are the student's texts, which a run names anyway.
-    Beside these a hash of the source of its modules' classes, where there is one.
+    Beside these the plain attributes of its modules (``fst_dspy.student.values``), and a hash of
+    the source of their classes, where there is one.
     """
     return {
-        "class": _name_of(type(program)),
+        "class": name_of(type(program)),
         **_sources(program),
+        "values": values_of(program, of_predictors=()),
         "predictors": {
             name: {
-                "class": _name_of(type(predictor)),
+                "class": name_of(type(predictor)),
                 "fields": _fields(predictor.signature),
                 "lm": lm_identity(predictor.lm),
                 "config": content_hash(dict(getattr(predictor, "config", {}) or {})),
             }
             for name, predictor in program.named_predictors()
         },
-    }
-
-
-def lm_identity(lm: Any) -> dict[str, Any] | None:
-    """A language model's name and settings, by hash: keys and the like do not go into a folder."""
-    if lm is None:
-        return None
-    settings = {k: v for k, v in (getattr(lm, "kwargs", None) or {}).items() if "key" not in k}
-    return {
-        "model": str(getattr(lm, "model", type(lm).__name__)),
-        "settings": content_hash(settings),
     }
 
 
@@ -55,7 +47,7 @@ def adapter_identity(adapter: dspy.Adapter | None) -> dict[str, Any]:
         for name, value in vars(adapter).items()
         if isinstance(value, str | int | float | bool | None) and not name.startswith("_")
     }
-    return {"class": _name_of(type(adapter)), "settings": plain}
+    return {"class": name_of(type(adapter)), "settings": plain}
 
 
 def writes_alike(adapter: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
@@ -73,16 +65,18 @@ def shown_adapter(identity: Mapping[str, Any]) -> str:
     return f"{identity['class'].rpartition('.')[2]}({settings})"
 
 
-def metric_identity(metric: Callable[..., Any]) -> dict[str, str]:
-    """The metric's name, and a hash of its source where there is one."""
-    while isinstance(metric, functools.partial):
-        metric = metric.func
-    named = metric if hasattr(metric, "__qualname__") else type(metric)
+def metric_identity(metric: Callable[..., Any]) -> dict[str, Any]:
+    """The metric's name, what it depends on, and a hash of its source where there is one.
+
+    It depends on the arguments of a ``functools.partial``, its attributes and the like; see
+    ``fst_dspy.student.values``.
+    """
+    named, values = called(metric), values_of(metric)
     try:
         source = inspect.getsource(named)
     except (OSError, TypeError):
-        return {"name": _name_of(named)}
-    return {"name": _name_of(named), "source": _short_hash(source)}
+        return {"name": name_of(named), "values": values}
+    return {"name": name_of(named), "source": _short_hash(source), "values": values}
 
 
 def _sources(program: dspy.Module) -> dict[str, str]:
@@ -90,11 +84,10 @@ def _sources(program: dspy.Module) -> dict[str, str]:
     kinds = {
         kind
         for _, module in program.named_sub_modules(dspy.Module)
-        for kind in type(module).__mro__
-        if kind.__module__.partition(".")[0] not in ("dspy", "builtins")
+        for kind in own_classes(plain_class(type(module)))
     }
     texts = []
-    for kind in sorted(kinds, key=_name_of):
+    for kind in sorted(kinds, key=name_of):
         with contextlib.suppress(OSError, TypeError):
             texts.append(inspect.getsource(kind))
     return {"source": _short_hash("\n".join(texts))} if texts else {}
@@ -119,7 +112,3 @@ def _fields(signature: Any) -> list[dict[str, str]]:
         for kind, fields in kinds
         for name, field in fields.items()
     ]
-
-
-def _name_of(thing: Any) -> str:
-    return f"{thing.__module__}.{thing.__qualname__}"

@@ -11,7 +11,6 @@ pred_trace=None)``, and returns a number or ``dspy.Prediction(score=, feedback=)
 
 from __future__ import annotations
 
-import copy
 import functools
 import inspect
 import math
@@ -23,6 +22,7 @@ import dspy
 
 from fst_dspy.config import MAX_SCORE
 from fst_dspy.errors import MetricError
+from fst_dspy.student.copies import own_value
 
 ARITIES = (5, 3, 2)
 """Numbers of arguments that a metric may take, the first one it accepts is used."""
@@ -121,14 +121,10 @@ def gives_predictor_feedback(metric: Callable[..., Any]) -> bool:
 def own_copy(record: Any) -> Any:
     """A ``dspy.Example`` or ``Prediction`` that a metric may change without harm.
 
-    Its lists, dicts and sets are copied; other values are the same objects, and so is anything
-    that is no example.
+    What is copied of its values, ``fst_dspy.student.copies`` says; anything that is no example is
+    the same object.
     """
-    if not isinstance(record, dspy.Example):
-        return record
-    copied = copy.copy(record)
-    copied._store = {name: _own(value, {}) for name, value in record._store.items()}
-    return copied
+    return own_value(record) if isinstance(record, dspy.Example) else record
 
 
 def read_score(result: Any) -> Score:
@@ -222,24 +218,3 @@ def _target(metric: Callable[..., Any]) -> Callable[..., Any] | None:
     if inspect.isroutine(metric) or inspect.isclass(metric):
         return metric
     return getattr(metric, "__call__", metric)  # noqa: B004  (its method, not whether it has one)
-
-
-def _own(value: Any, seen: dict[int, Any]) -> Any:
-    """The value with its containers copied, those within them too."""
-    if id(value) in seen:
-        return seen[id(value)]
-    if type(value) is list:
-        copied: list[Any] = []
-        seen[id(value)] = copied
-        copied.extend(_own(item, seen) for item in value)
-        return copied
-    if type(value) is dict:
-        filled: dict[Any, Any] = {}
-        seen[id(value)] = filled
-        filled.update((key, _own(item, seen)) for key, item in value.items())
-        return filled
-    if type(value) is tuple:
-        return tuple(_own(item, seen) for item in value)
-    if isinstance(value, set):
-        return set(value)
-    return own_copy(value)

@@ -5,7 +5,8 @@ nothing else: a retriever of a gigabyte is the same object in all rollouts, as i
 of ``dspy.Evaluate``. So of what a program holds there are copied
 
 - its modules, predictors, and whatever leads to one: containers, bound methods, partial functions,
-  functions that close over one, and plain objects that hold one;
+  functions that close over one, functions with a cache, whose copies begin with an empty one, weak
+  references to what else is copied, and plain objects that hold one;
 - small lists, dicts and sets that a module holds, which a program may write into;
 - objects whose class has a method ``copy_for_rollout()``, by that method: an environment, say, that
   every rollout needs to itself.
@@ -19,6 +20,7 @@ import contextlib
 import copy
 import functools
 import types
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -36,6 +38,7 @@ NOT_OF_THE_PROGRAM = "__fst_not_of_the_program__"
 """An attribute of classes whose objects a program may hold, and which are no part of it."""
 _LEAVES = (str, bytes, bytearray, int, float, complex, bool, type(None), type, types.ModuleType)
 _CONTAINERS = (list, dict, set, deque)
+_CACHED = type(functools.cache(len))
 
 
 def every_predictor(program: dspy.Module) -> dict[str, dspy.Predict]:
@@ -89,7 +92,7 @@ class ProgramCopier:
 
     def _module(self, module: dspy.Module, made: dict[int, Any]) -> dspy.Module:
         twin = made[id(module)] = object.__new__(type(module))
-        values = {name: self._copy(value, made) for name, value in _attributes(module).items()}
+        values = {name: self._copy(value, made) for name, value in attributes(module).items()}
         # As ``deepcopy``, which leaves them out; but who listens to a program goes on listening.
         own = {"history": [], "callbacks": list(values.get("callbacks") or [])}
         for name, value in (values | own).items():
@@ -123,6 +126,15 @@ class ProgramCopier:
             id(call), functools.partial(self._copy(call.func, made), *args, **kwargs)
         )
 
+    def _cached(self, call: Any, made: dict[int, Any]) -> Any:
+        twin = functools.lru_cache(**call.cache_parameters())(self._copy(call.__wrapped__, made))
+        vars(twin).update((name, self._copy(value, made)) for name, value in vars(call).items())
+        return made.setdefault(id(call), twin)
+
+    def _reference(self, reference: Any, made: dict[int, Any]) -> Any:
+        # Without its callback: that is for the end of the original, and copies end all the time.
+        return made.setdefault(id(reference), weakref.ref(self._copy(reference(), made)))
+
     def _function(self, function: types.FunctionType, made: dict[int, Any]) -> Any:
         cells = tuple(
             made.setdefault(id(cell), types.CellType()) if id(cell) in self._copied else cell
@@ -142,7 +154,7 @@ class ProgramCopier:
     def _object(self, item: Any, made: dict[int, Any]) -> Any:
         twin = made[id(item)] = _empty_twin(item)
         if twin is not item:
-            for name, value in _attributes(item).items():
+            for name, value in attributes(item).items():
                 object.__setattr__(twin, name, self._copy(value, made))  # also where it is frozen
         return twin
 
@@ -154,6 +166,8 @@ _MAKERS: tuple[tuple[Any, Callable[..., Any]], ...] = (
     (types.MethodType, ProgramCopier._method),
     (functools.partial, ProgramCopier._partial),
     (types.FunctionType, ProgramCopier._function),
+    (_CACHED, ProgramCopier._cached),
+    (weakref.ref, ProgramCopier._reference),
 )
 
 
@@ -173,6 +187,8 @@ def _to_copy(program: dspy.Module) -> set[int]:
         if isinstance(item, dspy.Module):
             for value in vars(item).values():
                 own |= _small_containers(value)
+        if type(item) is weakref.ref:  # it leads to what others hold: a copy of its own would end
+            parents.setdefault(id(item()), []).append(id(item))
         for _, child in children:
             parents.setdefault(id(child), []).append(id(item))
     found = set(wanted)
@@ -228,7 +244,7 @@ def _children(item: Any) -> Iterator[tuple[str, Any]]:
         held = iter([])
     elif isinstance(item, dspy.Module):
         skipped = ("history", "callbacks")
-        held = ((f".{n}", value) for n, value in _attributes(item).items() if n not in skipped)
+        held = ((f".{n}", value) for n, value in attributes(item).items() if n not in skipped)
     elif isinstance(item, dict):
         held = ((f"['{key}']", value) for key, value in _short(item).items())
     elif isinstance(item, list | tuple | set | frozenset | deque):
@@ -246,7 +262,7 @@ def _children(item: Any) -> Iterator[tuple[str, Any]]:
     elif isinstance(item, dspy.BaseLM | dspy.Adapter | dspy.Example):
         held = iter([])
     else:
-        held = ((f".{name}", value) for name, value in _attributes(item).items())
+        held = ((f".{name}", value) for name, value in attributes(item).items())
     return ((label, value) for label, value in held if not isinstance(value, _LEAVES))
 
 
@@ -254,8 +270,8 @@ def _empty_twin(item: Any) -> Any:
     """Another object of the same kind, to be given its attributes; itself where there is none.
 
     Classes may forbid copies, or be unfit for them (a ``__getattr__`` that asks
-    an attribute, a ``__getstate__`` that raises), or say that they are their own copy, as a
-    function with a cache does.
+    an attribute, a ``__getstate__`` that raises), or say that they are their own copy, as one of
+    which there is to be one alone does.
     """
     with contextlib.suppress(Exception):
         if (twin := copy.copy(item)) is not item:
@@ -266,7 +282,7 @@ def _empty_twin(item: Any) -> Any:
         return item
 
 
-def _attributes(item: Any) -> dict[str, Any]:
+def attributes(item: Any) -> dict[str, Any]:
     """An object's own attributes, those in slots too."""
     found = dict(getattr(item, "__dict__", {}))
     for kind in type(item).__mro__:
@@ -277,7 +293,10 @@ def _attributes(item: Any) -> dict[str, Any]:
 
 
 def _short(items: Any) -> Any:
-    return items if len(items) <= MAX_WALKED_ITEMS else type(items)() if items else items
+    """A container; one that is empty in the place of a long one, of whatever class."""
+    if len(items) <= MAX_WALKED_ITEMS:
+        return items
+    return {} if isinstance(items, dict) else ()
 
 
 def _is_filled(cell: types.CellType) -> bool:

@@ -100,6 +100,43 @@ class Wrapped(dspy.Module):
         super().load_state(state["program"], allow_unsafe_lm_state=allow_unsafe_lm_state)
 
 
+def look_up(predictor):
+    def look(question):
+        return predictor(question=question)
+
+    return look
+
+
+class Closing(dspy.Module):
+    """Functions that close over its predictor and another, and a part that knows the whole."""
+
+    def __init__(self):
+        super().__init__()
+        self.say = predict()
+        self.look = look_up(self.say)
+        self.other = look_up(predict())
+        self.inner = Knowing(lambda: self)
+
+    def forward(self, question):
+        return self.look(question)
+
+
+class Knowing(dspy.Module):
+    def __init__(self, whole):
+        super().__init__()
+        self.whole = whole
+
+
+class ClosingItself(Closing):
+    """The same, which saves itself."""
+
+    def dump_state(self, json_mode=True):
+        return {"program": super().dump_state(json_mode=json_mode)}
+
+    def load_state(self, state, *, allow_unsafe_lm_state=False):
+        super().load_state(state["program"], allow_unsafe_lm_state=allow_unsafe_lm_state)
+
+
 class Checked(dspy.Predict):
     """A predictor with another inside."""
 
@@ -124,6 +161,7 @@ SHAPES = {
     "frozen": Frozen,
     "remembering": Remembering,
     "wrapped": Wrapped,
+    "closing": Closing,
     "checked": Checked,
 }
 
@@ -166,6 +204,20 @@ def test_a_program_of_any_shape_comes_back(shape, tiny_qwen3, tmp_path):
     if shape != "checked":  # DSPy itself forgets a predictor inside a predictor
         own.load(tmp_path / "bundle" / "program.json")
         assert [p.demos for p in own.predictors()] == [p.demos for p in loaded.predictors()]
+
+
+@pytest.mark.parametrize("kind", [Closing, ClosingItself])
+def test_functions_of_a_loaded_program_reach_its_own_predictors(kind, tiny_qwen3, tmp_path):
+    program = tuned(kind, tiny_qwen3)
+    fst_dspy.save(program, tmp_path / "bundle")
+    given = kind()
+    loaded = fst_dspy.load(tmp_path / "bundle", given, base=tiny_qwen3)
+    inside = [f.__closure__[0].cell_contents for f in (loaded.look, loaded.other)]
+    assert inside[0] is loaded.say and loaded.inner.whole() is loaded
+    assert list(every_predictor(loaded).values()) == inside
+    assert all(isinstance(predictor.lm, LocalLM) for predictor in inside)
+    assert all(predictor.lm is None for predictor in every_predictor(given).values())
+    assert given.inner.whole() is given
 
 
 def test_a_compiled_bare_predictor_comes_back(tiny_qwen3, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import pickle
@@ -27,7 +28,6 @@ from typer.testing import CliRunner
 
 import fst_dspy
 from fst_dspy import FST, LocalLM
-from fst_dspy.bundle.saving import BundleSave
 from fst_dspy.errors import FSTError, ModelError, ProgramError, StoreError
 
 pytestmark = pytest.mark.slow
@@ -234,18 +234,30 @@ def test_copies_of_a_compiled_program_save_themselves(compiled_full, tmp_path):
     bare = compiled_full.deepcopy()
     bare.say.lm = None
     again = cloudpickle.loads(cloudpickle.dumps(bare))
-    assert isinstance(again.save, BundleSave) and again.save.program is again
+    with pytest.raises(ProgramError, match="LocalLM"):
+        again.save(tmp_path / "without")
 
 
-def test_a_copy_made_piece_by_piece_never_saves_the_original(compiled_full, tmp_path):
-    program = compiled_full.deepcopy()
+def piece_by_piece(program):
+    program = program.deepcopy()
     program.lock = threading.Lock()
-    copied = program.deepcopy()  # DSPy falls back to copying attribute by attribute
-    for path in (tmp_path / "bundle", tmp_path / "program.json"):
-        with pytest.raises(ProgramError, match=r"fst_dspy\.save"):
-            copied.save(path)
-    del copied.lock
-    fst_dspy.save(copied, tmp_path / "bundle")
+    return program.deepcopy()  # DSPy falls back to copying attribute by attribute
+
+
+@pytest.mark.parametrize("copied_by", [copy.copy, piece_by_piece])
+def test_a_copy_of_the_outside_alone_never_saves_the_original(
+    compiled_full, full_bundle, copied_by, tmp_path
+):
+    copied = copied_by(compiled_full)
+    copied.say = copy.copy(compiled_full.say)
+    copied.say.signature = copied.say.signature.with_instructions("Changed.")
+    copied.save(tmp_path / "bundle")
+    copied.save(tmp_path / "program.json")
+    loaded = fst_dspy.load(tmp_path / "bundle")
+    assert loaded.say.signature.instructions == "Changed."
+    assert loaded.detailed_results == fst_dspy.load(full_bundle).detailed_results
+    assert "Changed." in (tmp_path / "program.json").read_text()
+    assert compiled_full.say.signature.instructions != "Changed."
 
 
 # --- writing --------------------------------------------------------------------------------------

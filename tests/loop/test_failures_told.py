@@ -97,6 +97,29 @@ def test_a_forward_of_which_nothing_runs_is_told_as_that(program, told, tiny_qwe
         compiled(tiny_qwen3, program=program())
 
 
+class Elsewhere(Echo):
+    """Asks a predictor of its own only now and then."""
+
+    def __init__(self, own):
+        super().__init__()
+        self.own = own
+
+    def forward(self, question):
+        return (self.say if self.own(question) else dspy.Predict("question -> answer"))(
+            question=question
+        )
+
+
+@pytest.mark.parametrize(
+    ("own", "told"), [(lambda _: False, True), (lambda question: question.endswith("7"), False)]
+)
+def test_that_none_of_the_tuned_predictors_runs_is_told(own, told, tiny_qwen3, caplog):
+    compiled(tiny_qwen3, program=Elsewhere(own), arm="gepa_only", max_cycles=1)
+    said = "of the predictors whose instructions are tuned (say) none was run"
+    assert (said in caplog.text) == told
+    assert not told or "but others were (unnamed)" in caplog.text
+
+
 def test_credit_by_turns_without_turns_is_told(tiny_qwen3, caplog):
     compiled(tiny_qwen3, arm="rl_only", max_cycles=1, steps_per_cycle=1, credit="turn")
     (told,) = [r.message for r in caplog.records if "credit='turn'" in r.message]

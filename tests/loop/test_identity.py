@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
+from functools import partial
 
 import dspy
 import pytest
+from dspy.datasets.dataset import Dataset
 from helpers import Echo, RawAdapter, questions, vowels
 
 from fst_dspy import FST, LocalLM
@@ -25,11 +27,12 @@ SETTINGS = dict(
 )
 
 
-def run(model, folder, metric=vowels, program=None, lm=None, adapter=None, **settings):
+def run(model, folder, metric=vowels, program=None, lm=None, adapter=None, data=None, **settings):
     fst = FST(metric, log_dir=folder, track_stats=True, **(SETTINGS | settings))
     with dspy.context(lm=lm or LocalLM(str(model)), adapter=adapter or RawAdapter()):
         student = program or Echo()
-        return fst.compile(student, trainset=questions(6), valset=questions(4, 6)).detailed_results
+        train, val = (data.train, data.dev) if data else (questions(6), questions(4, 6))
+        return fst.compile(student, trainset=train, valset=val).detailed_results
 
 
 @pytest.fixture(scope="module")
@@ -55,11 +58,15 @@ def other_metric(gold, pred, trace=None):
     return 0.5
 
 
+other_program = Echo()
+other_program.more = 3
+
+
 @pytest.mark.parametrize(
     ("change", "named"),
     [
         ({"program": WithField()}, "program"),
-        ({"metric": other_metric}, "metric"),
+        ({"metric": other_metric}, "metric.name"),
         ({"adapter": dspy.JSONAdapter()}, "adapter"),
         ({"learning_rate": 2e-3}, r"learning_rate differs \([\d.e-]+ there, 0.002 here\)"),
     ],
@@ -100,6 +107,36 @@ def test_a_folder_without_its_config_is_refused(tiny_qwen3, finished):
         config.write_bytes(kept)
 
 
+def test_a_run_of_examples_of_dspys_datasets_goes_on(tiny_qwen3, tmp_path):
+    """They have another ``dspy_uuid`` in every process."""
+
+    class Asked(Dataset):
+        def __init__(self):
+            super().__init__(input_keys=["question"])
+            self._train = [example.toDict() for example in questions(6)]
+            self._dev = [example.toDict() for example in questions(4, 6)]
+
+    known = [run(tiny_qwen3, tmp_path, data=Asked()).records for _ in range(2)]
+    assert known[0] == known[1]
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"metric": partial(vowels, trace=5)}, "metric.trace differs (null there, 5 here) since"),
+        ({"program": other_program}, "program.more differs (null there, 3 here) since"),
+    ],
+)
+def test_what_has_other_values_is_told_of(tiny_qwen3, finished, caplog, change, named):
+    with caplog.at_level(logging.WARNING):
+        run(tiny_qwen3, finished[0], **change)
+    assert named in caplog.text and "scores of before are the old one's" in caplog.text
+    run(tiny_qwen3, finished[0])
+    caplog.clear()
+    run(tiny_qwen3, finished[0])
+    assert "differs" not in caplog.text
+
+
 @pytest.mark.parametrize("what", ["metric", "program"])
 def test_what_has_another_source_is_told_of(what, tiny_qwen3, finished, caplog):
     config = finished[0] / "config.json"
@@ -131,10 +168,13 @@ def test_a_program_is_known_by_the_source_of_all_its_modules():
 def test_folders_of_earlier_versions_are_taken_up(tiny_qwen3, finished):
     config = finished[0] / "config.json"
     plain = json.loads(config.read_text())
-    old = {k: v for k, v in plain.items() if k not in ("program", "adapter", "lm", "metric")}
-    config.write_text(json.dumps(old))
-    run(tiny_qwen3, finished[0])
-    assert json.loads(config.read_text()) == plain
+    later = ("program", "adapter", "lm", "metric")
+    old = {k: v for k, v in plain.items() if k not in later}
+    without = {k: {n: v for n, v in plain[k].items() if n != "values"} for k in later}
+    for earlier in (old, old | without):
+        config.write_text(json.dumps(earlier))
+        run(tiny_qwen3, finished[0])
+        assert json.loads(config.read_text()) == plain
 
 
 def test_a_finished_run_is_extended_by_raising_its_budget(tiny_qwen3, tmp_path, finished):

@@ -118,6 +118,18 @@ def test_sets_may_be_anything_that_is_gone_through(check):
         check([questions(1)[0], endless])
 
 
+def test_an_example_keeps_the_id_it_had_whatever_is_written_into_it(check):
+    examples = [
+        dspy.Example(question=f"number {n}", answer="", seen=[]).with_inputs("question")
+        for n in range(4)
+    ]
+    ids = set(map(example_id, examples))
+    found = check(examples)
+    for example in examples:
+        example.seen.append("something")
+    assert {example_id(one) for one in (*found.trainset, *found.valset)} == ids
+
+
 def test_an_iterator_of_examples_is_gone_through_once(tiny_qwen3):
     for fst in (FST(vowels), FSTDistill(vowels)):
         with (

@@ -1,5 +1,6 @@
 import logging
 import threading
+from collections import deque
 from contextlib import suppress
 
 import dspy
@@ -14,7 +15,7 @@ from fst_dspy.rollouts.health import told_failures
 from fst_dspy.rollouts.jobs import RolloutJob
 from fst_dspy.rollouts.runner import RolloutRunner
 from fst_dspy.student.adapter import strict_adapter
-from fst_dspy.student.candidate import seed_candidate
+from fst_dspy.student.candidate import example_id, seed_candidate
 
 SAMPLING = SamplingConfig(max_tokens=8, rollout_timeout=30, failure_score=-1.0)
 
@@ -129,6 +130,35 @@ def test_a_program_reads_its_own_history_as_it_runs(lm):
     assert all(r.failure is None or r.failure.kind != "program" for r in rollouts)
     assert sum(r.failure is None for r in rollouts) > len(rollouts) // 2
     assert not lm.history and not program.say.history and len(GLOBAL_HISTORY) == before
+
+
+class Basket:
+    def __init__(self, held=None):
+        self.items, self.held = [], held
+
+    def __repr__(self):
+        return f"Basket({self.items})"
+
+
+@pytest.mark.parametrize(
+    ("basket", "shared"),
+    [(Basket(), 0), (deque(), 0), (Basket(threading.Lock()), 12)],  # a lock cannot be copied
+)
+def test_a_program_may_write_into_what_it_is_given(lm, basket, shared):
+    class Writes(Echo):
+        def forward(self, question, basket):
+            getattr(basket, "items", basket).append(question)
+            return super().forward(question)
+
+    program = Writes()
+    jobs = [
+        RolloutJob(job.example.copy(basket=basket).with_inputs("question", "basket"), job.candidate)
+        for job in jobs_for(program)
+    ]
+    ids = [example_id(job.example) for job in jobs]
+    rollouts = make_runner(lm, program).run(jobs, channel="slow", salt=1)
+    assert [rollout.example_id for rollout in rollouts] == ids
+    assert len(getattr(basket, "items", basket)) == shared
 
 
 def test_a_parse_failure_is_a_scored_rollout_with_its_text(lm):

@@ -257,6 +257,26 @@ def test_links_are_refused_and_what_they_point_to_is_left_alone(tmp_path: Path, 
     assert (outside / "precious.safetensors").read_bytes() == b"precious"
 
 
+def test_a_link_within_what_the_run_deletes_is_refused(tmp_path: Path) -> None:
+    checkpointed(tmp_path, 1).close()
+    (tmp_path / "checkpoints" / "0" / "weights" / "other.bin").symlink_to(tmp_path / "steps.jsonl")
+    with pytest.raises(StoreError, match=r"other\.bin is a link"):
+        RunStore(tmp_path)
+
+
+def test_links_that_a_tracker_keeps_beside_the_run_are_its_own(tmp_path: Path) -> None:
+    """As Weights & Biases does, to its latest run and to the logs of it."""
+    checkpointed(tmp_path, 1).close()
+    own = tmp_path / "wandb" / "offline-run-1"
+    own.mkdir(parents=True)
+    (tmp_path / "wandb" / "latest-run").symlink_to(own)
+    (tmp_path / "wandb" / "debug.log").symlink_to(own / "debug.log")  # which need not be there
+    store = RunStore(tmp_path)
+    found = store.latest()
+    assert found is not None and found[0] == {"number": 0}
+    store.close()
+
+
 def test_a_full_disk_is_a_clear_error_wherever_it_is_met(tmp_path: Path) -> None:
     from safetensors import SafetensorError
 

@@ -1,12 +1,19 @@
+import dataclasses
 import datetime
 import json
 import subprocess
 import sys
+from collections import deque
+from collections.abc import Callable
 
 import dspy
+import numpy as np
+import pandas
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
 from fst_dspy.errors import ConfigError
 from fst_dspy.student.candidate import (
@@ -17,11 +24,13 @@ from fst_dspy.student.candidate import (
     encode_demos,
     example_id,
     make_candidate,
+    plain_fields,
     population_from_json,
     population_to_json,
     predictor_names,
     seed_candidate,
     split_component,
+    with_id,
 )
 from fst_dspy.types import Population
 
@@ -140,9 +149,9 @@ scalars = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False)
 values = st.recursive(scalars, lambda inner: st.lists(inner, max_size=3), max_leaves=5)
 
 
-@given(st.lists(st.dictionaries(st.sampled_from(["q", "a", "note"]), values, min_size=1)))
+@given(st.lists(st.dictionaries(st.sampled_from(["q", "base", "self"]), values, min_size=1)))
 def test_demos_come_back_as_they_were(rows: list[dict[str, object]]) -> None:
-    decoded = decode_demos(encode_demos([dspy.Example(**row) for row in rows]))
+    decoded = decode_demos(encode_demos([dspy.Example(row) for row in rows]))
     assert [demo.toDict() for demo in decoded] == rows
 
 
@@ -161,6 +170,77 @@ def test_example_id_covers_inputs_labels_and_which_is_which() -> None:
 @pytest.mark.parametrize("value", [{1, 2}, b"\x00", {1: "a", "b": 2}, float("nan"), int, "\ud800"])
 def test_example_id_takes_values_json_cannot_hold(value: object) -> None:
     assert example_id(dspy.Example(q=value)) == example_id(dspy.Example(q=value))
+
+
+@dataclasses.dataclass
+class Held:
+    pixels: object
+
+
+def of_middle(value: float) -> np.ndarray:
+    pixels = np.zeros((64, 64))
+    pixels[30, 30] = value
+    return pixels
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        of_middle,
+        lambda value: of_middle(value).astype(object),
+        lambda value: np.ma.masked_equal(of_middle(value), 0),
+        lambda value: np.array([0.1 + value * 1e-12]),
+        lambda value: torch.from_numpy(of_middle(value)),
+        lambda value: torch.from_numpy(of_middle(value)).bfloat16().requires_grad_(),
+        lambda value: torch.from_numpy(of_middle(value)).to_sparse(),
+        lambda value: pandas.DataFrame(of_middle(value)),
+        lambda value: pandas.DataFrame({f"column {value}": [1]}),
+        lambda value: pandas.Series(np.zeros(100), index=range(value, value + 100)),
+        lambda value: Image.fromarray(of_middle(value).astype("uint8")),
+        lambda value: memoryview(of_middle(value).tobytes()),
+        lambda value: Held(of_middle(value)),
+        lambda value: deque([{"a": [of_middle(value)]}]),
+    ],
+)
+def test_example_id_covers_what_a_repr_leaves_out(made: Callable[[int], object]) -> None:
+    ids = [example_id(dspy.Example(x=made(value)).with_inputs("x")) for value in (1, 1, 2)]
+    assert ids[0] == ids[1] != ids[2]
+
+
+@pytest.mark.parametrize(
+    ("value", "known"),
+    [
+        ("a", "c80cd3a999dc"),
+        ([1, {"a": (2.5, None)}], "a8bb9021417e"),
+        ({1, 2, "x"}, "1bb085401419"),
+        (b"\x00", "b819502f61cd"),
+        (datetime.date(2020, 1, 2), "61d640d3d331"),
+        (np.int64(3), "26fb75750749"),
+        (Held([1]), "6b37d82966de"),
+    ],
+)
+def test_ids_of_earlier_versions_stay(value: object, known: str) -> None:
+    """Seeds and run folders are made of them."""
+    assert example_id(dspy.Example(x=value, label="b").with_inputs("x")) == known
+
+
+def test_example_id_leaves_out_what_dspy_keeps_to_itself() -> None:
+    """``dspy.datasets`` gives examples another ``dspy_uuid`` in every process."""
+    plain = dspy.Example(q="1", a="2").with_inputs("q")
+    own = dspy.Example(q="1", a="2", dspy_uuid="x", dspy_split="train").with_inputs("q")
+    assert example_id(own) == example_id(plain)
+    assert plain_fields(own.labels()) == {"a": "2"}
+
+
+def test_an_id_that_was_taken_stays_whatever_is_written() -> None:
+    example = dspy.Example(q=["1"]).with_inputs("q")
+    before = example_id(example)
+    known = with_id(example)
+    example.q.append("2")
+    example.more = 1
+    assert example_id(known) == example_id(with_id(known)) == before != example_id(example)
+    assert known.q is example.q and "more" not in known and known.inputs().keys() == ["q"]
+    assert example_id(known.copy(q="3")) == example_id(dspy.Example(q="3").with_inputs("q"))
 
 
 def test_example_id_is_the_same_in_another_process() -> None:

@@ -1,0 +1,108 @@
+"""What a copy of a program has its own of, and what it shares."""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import dspy
+
+from fst_dspy.student.modules import MAX_WALKED_ITEMS, copy_program, every_predictor
+
+
+class Asks(dspy.Module):
+    """A predictor, and whatever else is given."""
+
+    def __init__(self, **held: Any) -> None:
+        super().__init__()
+        self.say = dspy.Predict("question -> answer")
+        for name, value in held.items():
+            setattr(self, name, value)
+
+    def ask(self, question: str) -> dspy.Predict:
+        return self.say
+
+
+class Child(dspy.Module):
+    """A part that knows the program it is in."""
+
+    def __init__(self, parent: Callable[[], dspy.Module | None]) -> None:
+        super().__init__()
+        self.parent = parent
+
+
+def test_a_weak_reference_to_the_program_is_to_the_copy() -> None:
+    ended: list[Any] = []
+    program = Asks()
+    program.child = Child(weakref.ref(program, ended.append))
+    twin = copy_program(program)
+    assert twin.child.parent() is twin and program.child.parent() is program
+    assert list(every_predictor(twin)) == ["say"]
+    del twin
+    assert not ended
+
+
+def test_a_weak_reference_to_what_no_program_holds_stays_as_it_is() -> None:
+    outside, gone = Asks(), weakref.ref(Asks())
+    child = Child(weakref.ref(outside))
+    program = Asks(child=child, gone=gone)
+    twin = copy_program(program)
+    assert twin.child is not child and twin.child.parent() is outside
+    assert twin.gone is gone and gone() is None
+    assert list(every_predictor(program)) == ["say"]
+
+
+def test_a_cached_method_is_the_copys_own_with_an_empty_cache() -> None:
+    program = Asks()
+    program.cached = functools.lru_cache(maxsize=7, typed=True)(program.ask)
+    program.cached.note = [program.say]
+    assert program.cached("a") is program.say
+    twin = copy_program(program)
+    assert twin.cached("a") is twin.say is not program.say
+    assert twin.cached.cache_parameters() == {"maxsize": 7, "typed": True}
+    assert twin.cached.cache_info().misses == 1 and program.cached.cache_info().currsize == 1
+    assert twin.cached.__name__ == "ask" and twin.cached.note == [twin.say]
+    again = copy_program(twin)
+    assert again.cached("a") is again.say
+
+
+def test_a_cached_function_may_call_itself() -> None:
+    predictor = dspy.Predict("question -> answer")
+
+    @functools.cache
+    def deep(n: int) -> dspy.Predict:
+        return predictor if n == 0 else deep(n - 1)
+
+    twin = copy_program(Asks(deep=deep))
+    assert twin.deep(3) is twin.deep(0) is not predictor
+    assert isinstance(twin.deep(0), dspy.Predict) and deep.cache_info().currsize == 0
+
+
+def test_a_cached_function_without_a_module_is_shared() -> None:
+    @functools.lru_cache
+    def length(text: str) -> int:
+        return len(text)
+
+    assert copy_program(Asks(length=length)).length is length
+
+
+class Index(dict):
+    """A long dict that is not made without arguments."""
+
+    def __init__(self, length: int) -> None:
+        super().__init__((n, [n]) for n in range(length))
+
+
+class Lines(list):
+    """A list of the same kind."""
+
+    def __init__(self, length: int) -> None:
+        super().__init__(range(length))
+
+
+def test_long_containers_of_any_class_are_data() -> None:
+    index, lines = Index(MAX_WALKED_ITEMS + 1), Lines(MAX_WALKED_ITEMS + 1)
+    twin = copy_program(Asks(index=index, lines=lines))
+    assert twin.index is index and twin.lines is lines
