@@ -558,20 +558,30 @@ def settings_of_arm(arm: str, settings: Mapping[str, Any]) -> dict[str, Any]:
     return dict(settings)
 
 
+def used_by(arm: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Flat settings without those of a channel that the arm does not have."""
+    lacking = {"rl_only": "fast", "gepa_only": "slow"}.get(arm)
+    owner, kept = _owners(), ("perfect_score", "population_size")  # who reads them, and group sizes
+    named = {name: ALIASES.get(name, name) for name in settings}
+    return {
+        name: value
+        for name, value in settings.items()
+        if named[name] in kept or owner.get(STANDS_FOR.get(named[name], named[name]), "") != lacking
+    }
+
+
 def without_channel(arm: str, settings: Mapping[str, Any]) -> list[str]:
     """What to tell of settings that were given for a channel that the arm does not have.
 
     Where all settings are given, as those that were saved are, the defaults are no wish.
     """
-    lacking = {"rl_only": "fast", "gepa_only": "slow"}.get(arm)
-    owner, told = _owners(), []
-    for name, value in settings.items():
-        own = ALIASES.get(name, name)
-        part = owner.get(STANDS_FOR.get(own, own))
-        usual = getattr(PARTS[part], own, None) if part else None
-        if part == lacking is not None and own != "perfect_score" and value != usual:
-            told.append(f"{name} has no effect with arm={arm!r}")
-    return told
+    usual = {f.name: f.default for kind in PARTS.values() for f in dataclasses.fields(kind)}
+    usual["lora"] = "auto"  # as ``FSTConfig.make`` has it
+    return [
+        f"{name} has no effect with arm={arm!r}"
+        for name in settings.keys() - used_by(arm, settings).keys()
+        if settings[name] != usual.get(ALIASES.get(name, name))
+    ]
 
 
 def without_effect(

@@ -162,8 +162,9 @@ class FST(Teleprompter):
         told = without_effect(
             self.config, plugins.settings, has_reflection_lm=plugins.reflection_lm is not None
         )
-        for text in (*without_channel(arm, settings), *told):
+        for text in told:
             logger.warning(text)
+        self._without_channel = without_channel(arm, settings)
         self.arm: Arm = arm
         self.seed = _read_seed(seed)
         self.log_dir = folder_given(log_dir)
@@ -209,6 +210,8 @@ class FST(Teleprompter):
         """
         if teacher is not None:
             raise ConfigError("FST has no use for a teacher; pass the student alone")
+        for text in sorted(self._without_channel):
+            logger.warning(text)
         start = Start()
         if seed_candidates is not None:
             checked = self.check(student, trainset, valset)

@@ -15,6 +15,7 @@ from fst_dspy.config import (
     FSTConfig,
     LoraConfig,
     settings_of_arm,
+    without_channel,
     without_removed,
 )
 from fst_dspy.errors import ConfigError
@@ -39,21 +40,35 @@ def test_flat_settings_reach_their_part():
         ("epsilon", 0.1, {"loss_type": "dapo"}),
         ("reuse_window", 300, {"reuse": True}),
         ("max_reflection_tokens", 1000, {"reflection_lm": "openai/gpt-5-mini"}),
-        ("learning_rate", 1e-4, {"arm": "fst"}),
-        ("demo_tokens", 64, {"arm": "fst"}),
     ],
 )
 def test_a_setting_that_others_leave_without_effect_is_told(name, value, needed, caplog):
-    other = {"reuse": {"reuse": False}, "arm": {"arm": "gepa_only"}}.get(next(iter(needed)), {})
-    if name == "demo_tokens":
-        other = {"arm": "rl_only"}
-    FST(vowels, **{name: value}, **other)
+    FST(vowels, **{name: value}, **({"reuse": False} if "reuse" in needed else {}))
     assert f"{name} has no effect" in caplog.text and next(iter(needed)) in caplog.text
     caplog.clear()
     FST(vowels, **{name: value}, **needed)
     FST(vowels)
     FST(vowels, **flat_settings(FST(vowels).config.to_dict()))
     assert not caplog.records
+
+
+def test_settings_of_a_channel_that_the_arm_does_not_have_are_told():
+    given = {
+        "learning_rate": 1e-4,
+        "num_generations": 4,
+        "demo_tokens": 64,
+        "val_size": 9,
+        "perfect_score": 2,
+    }
+    assert without_channel("fst", given) == []
+    assert without_channel("rl_only", given) == ["demo_tokens has no effect with arm='rl_only'"]
+    told = without_channel("gepa_only", {"learning_rate": 1e-4, "lora_rank": 4, "val_size": 9})
+    assert sorted(told) == [
+        "learning_rate has no effect with arm='gepa_only'",
+        "lora_rank has no effect with arm='gepa_only'",
+    ]
+    saved = flat_settings(FST(vowels).config.to_dict())
+    assert without_channel("rl_only", saved) == without_channel("gepa_only", saved) == []
 
 
 def test_light_is_the_default_budget_and_names_win_over_a_preset():

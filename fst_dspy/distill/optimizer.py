@@ -28,7 +28,7 @@ from typing import Any
 
 import dspy
 
-from fst_dspy.config import ALIASES, LIMITS, BudgetConfig, FSTConfig
+from fst_dspy.config import LIMITS, BudgetConfig, FSTConfig, used_by
 from fst_dspy.distill.reader import ContextReader
 from fst_dspy.distill.trainer import DistillTrainer
 from fst_dspy.errors import ConfigError, ProgramError
@@ -104,9 +104,7 @@ class FSTDistill(FST):
 
     def _search_options(self, options: Mapping[str, Any]) -> dict[str, Any]:
         # Its groups need not suit a population, and the search has none.
-        groups = ("group_size", "rollouts_per_candidate")
-        own = {k: v for k, v in options.items() if ALIASES.get(k, k) not in groups}
-        own |= {"rollouts_per_candidate": 2, "track_stats": True}
+        own = {**used_by("gepa_only", options), "track_stats": True}
         if self.log_dir is not None:
             own["log_dir"] = self.log_dir / "search"
         return own

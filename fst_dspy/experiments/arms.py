@@ -20,6 +20,7 @@ from typing import Any
 
 from dspy.teleprompt import Teleprompter
 
+from fst_dspy.config import used_by
 from fst_dspy.errors import ConfigError
 from fst_dspy.student.metric import call_metric
 from fst_dspy.types import Arm as Channels
@@ -59,7 +60,7 @@ def _fst(
 ) -> Teleprompter:
     from fst_dspy.optimizer import FST  # seconds of imports, which making jobs does not need
 
-    return FST(metric, arm=channels, **{**options, **own})
+    return FST(metric, arm=channels, **used_by(channels, {**options, **own}))
 
 
 def _distill(metric: Callable[..., Any], **options: Any) -> Teleprompter:

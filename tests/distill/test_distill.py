@@ -5,8 +5,10 @@ import pytest
 import torch
 from helpers import (
     Echo,
+    Telling,
     Twice,
     assert_equal_but_for_rounding,
+    changed,
     kill_before_steps,
     questions,
     vowels,
@@ -244,22 +246,6 @@ def test_a_killed_distillation_goes_on_to_the_same_end(tiny_qwen3, tmp_path, lor
     resumed = distill(tiny_qwen3, log_dir=tmp_path, lora=lora)[2]
     assert steps == [0, 1, 2, 3, 3]
     assert resumed.weights_version == whole.weights_version and resumed.best == whole.best
-
-
-class Telling(Echo):
-    """It says whether it was given other words than its own."""
-
-    def forward(self, question):
-        said = super().forward(question)
-        return dspy.Prediction(
-            answer=said.answer, changed=self.say.signature.instructions != "Say something."
-        )
-
-
-def changed(gold, pred, trace=None, pred_name=None, pred_trace=None):
-    """Any other prompt is better."""
-    found = vowels(gold, pred)
-    return dspy.Prediction(score=found.score + pred.changed, feedback=found.feedback)
 
 
 @pytest.mark.slow

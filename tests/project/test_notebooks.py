@@ -200,3 +200,15 @@ def test_progress_in_a_notebook_is_one_output_rewritten_in_place(tmp_path: Path)
     lines = last.data["text/plain"].splitlines()
     assert [line[:9] for line in lines] == ["cycle   0", "cycle   1"]
     assert "step 1/6" not in last.data["text/plain"]
+
+
+def test_the_page_on_other_optimizers_has_the_notebooks_figures() -> None:
+    """The table in ``docs/compared.md`` is that which ``06_compared`` ends with."""
+    last = code_cells(NOTEBOOKS / "06_compared.ipynb")[-1]
+    shown = "".join(output["data"]["text/plain"] for output in last.outputs)
+    rows = re.findall(r"^(\S.*?)\s{2,}(\d+)\s+([\d.]+)$", shown, re.MULTILINE)
+    assert len(rows) == 4
+    page = (ROOT / "docs" / "compared.md").read_text().split("06_compared.ipynb")[1]
+    for name, rollouts, score in rows:
+        line = next(n for n in page.splitlines() if n.startswith("|") and name.lower() in n.lower())
+        assert line.endswith(f"| {rollouts} | {float(score) / 100:.2f} |"), (name, line)

@@ -118,3 +118,19 @@ def kill_before_steps(monkeypatch, *calls):
 
     monkeypatch.setattr(joint.Run, "_slow_step", dying)
     return steps
+
+
+class Telling(Echo):
+    """It says whether it was given other words than its own."""
+
+    def forward(self, question):
+        said = super().forward(question)
+        return dspy.Prediction(
+            answer=said.answer, changed=self.say.signature.instructions != "Say something."
+        )
+
+
+def changed(gold, pred, trace=None, pred_name=None, pred_trace=None):
+    """Any other prompt is better."""
+    found = vowels(gold, pred)
+    return dspy.Prediction(score=found.score + pred.changed, feedback=found.feedback)
