@@ -25,6 +25,12 @@ def folder_given(path: str | os.PathLike[str] | None) -> Path | None:
     return None if path is None else Path(path).absolute()
 
 
+def shown_folder(path: str | os.PathLike[str]) -> str:
+    """A folder as one who is in the working directory names it, where it lies there."""
+    folder, here = Path(path), Path.cwd()
+    return str(folder.relative_to(here) if folder.is_relative_to(here) else folder)
+
+
 def as_plain(row: Any) -> Any:
     """A dataclass (or a dict) as plain values ready for JSON."""
     return dataclasses.asdict(row) if dataclasses.is_dataclass(row) else row  # type: ignore[arg-type]

@@ -1,5 +1,6 @@
 """What ``FST`` and its result say of themselves, and what a result can do."""
 
+import contextlib
 import copy
 import json
 import pickle
@@ -72,6 +73,9 @@ def test_a_result_tests_its_program_and_writes_its_report(tiny_qwen3, tmp_path):
     assert again.base_original == pytest.approx(result.records[0].val_score, abs=0.2)
     assert lm.policy.version() == result.best.version
     assert copy.deepcopy(compiled).detailed_results.quadrants(testset) == tested
+
+    with contextlib.chdir(tmp_path):  # a folder is shown as one names it there
+        assert dict(result.headline())["run folder"] == "run"
 
     page = result.report()
     assert page == tmp_path / "run" / "report.html" and "</html>" in page.read_text()

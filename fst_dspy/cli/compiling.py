@@ -25,6 +25,7 @@ from fst_dspy.cli.options import (
 )
 from fst_dspy.display import as_text, panel, table
 from fst_dspy.errors import DataError
+from fst_dspy.files import shown_folder
 
 if TYPE_CHECKING:
     from fst_dspy.results.result import FSTResult
@@ -144,4 +145,4 @@ def _report(result: FSTResult, tested: Quadrants) -> None:
         f"{sum(result.records[-1].seconds.values()):.0f} s"
     )
     if result.log_dir is not None:
-        console.print(f"run folder: {result.log_dir}")
+        console.print(f"run folder: {shown_folder(result.log_dir)}")

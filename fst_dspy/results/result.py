@@ -27,7 +27,7 @@ from fst_dspy.display import (
     score_text,
 )
 from fst_dspy.errors import ConfigError, DataError
-from fst_dspy.files import as_plain, read_jsonl, write_atomically, writing_to
+from fst_dspy.files import as_plain, read_jsonl, shown_folder, write_atomically, writing_to
 from fst_dspy.results import plots
 from fst_dspy.results.cycles import cycle_html, cycle_table, records_frame
 from fst_dspy.run.records import cycle_record
@@ -236,7 +236,7 @@ class FSTResult:
             ("optimizer steps", str(last.step)),
             ("best weights", self.best.version),
             ("best candidate", self.best.candidate.origin),
-            ("run folder", self.log_dir or "none"),
+            ("run folder", shown_folder(self.log_dir) if self.log_dir else "none"),
         ]
 
     def changes(self) -> list[tuple[str, str, str]]:
