@@ -65,5 +65,6 @@ def records_frame(records: Sequence[CycleRecord]) -> Any:
         row["total_rollouts"] = record.total_rollouts.total
         rows.append(row)
     frame = pd.DataFrame(rows)
-    shares = [name for name in frame.columns if name.startswith("failure_")]
+    kinds = {kind for record in records for kind in record.failure_shares}
+    shares = [f"failure_{kind}" for kind in sorted(kinds)]  # not messages, which are texts
     return frame.fillna(dict.fromkeys(shares, 0.0)).set_index("cycle")

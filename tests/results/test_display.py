@@ -1,5 +1,6 @@
 """What candidates, populations and results look like in a notebook and in a terminal."""
 
+import dataclasses
 import io
 from html.parser import HTMLParser
 
@@ -136,6 +137,9 @@ def test_to_pandas_has_a_row_a_cycle(result):
     assert frame.total_rollouts.iloc[-1] == result.rollouts.total
     assert frame.rollouts_slow.sum() == result.rollouts.slow
     assert frame.failure_parse.iloc[0] == 0 and frame.failure_parse.iloc[1] == 0.125
+    told = dataclasses.replace(result.records[1], failure_messages={"parse": "no field"})
+    told = dataclasses.replace(result, records=(result.records[0], told)).to_pandas()
+    assert told.failure_messages_parse.isna().tolist() == [True, False]
     assert frame.seconds_eval.notna().all() and frame.train_reward.isna().sum() == 1
 
 
