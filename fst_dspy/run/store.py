@@ -55,6 +55,7 @@ ADDED_LATER = ("program", "adapter", "lm", "metric")
 CODE = ("metric", "program")
 """What is known by its name, and of which it is told what else has changed."""
 OF_CODE = ("source", "values")
+"""What that is."""
 DIFFERENCES = 5
 """Named at most, where a folder holds another run."""
 NOT_COMPARED = ("environment", "loaded")
@@ -368,9 +369,10 @@ def _comparable(config: Mapping[str, Any]) -> dict[str, Any]:
         if str(schedule).startswith("constant"):
             settings.pop("budget", None)
         plain["settings"] = settings
-    for name in CODE:
-        if isinstance(own := plain.get(name), dict):
-            plain[name] = {key: value for key, value in own.items() if key not in OF_CODE}
+    if isinstance(metric := plain.get("metric"), dict):
+        plain["metric"] = metric.get("name")
+    if isinstance(program := plain.get("program"), dict):
+        plain["program"] = {key: value for key, value in program.items() if key not in OF_CODE}
     return plain
 
 
@@ -382,12 +384,15 @@ def _changes_of_code(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> lis
     """
     told = []
     for name in CODE:
-        before, now = (dict(config.get(name) or {}) for config in (found, wanted))
-        if None not in (old := [before.get("source"), now.get("source")]) and old[0] != old[1]:
+        before, now = (config.get(name) for config in (found, wanted))
+        if not (isinstance(before, dict) and isinstance(now, dict)):
+            continue
+        known = [key for key in OF_CODE if key in before and key in now]
+        if "source" in known and before["source"] != now["source"]:
             told.append(f"the {name}'s source has changed")
-        elif "values" in before and "values" in now:
+        elif "values" in known and before["values"] != now["values"]:
             changed = _differences(before["values"], now["values"], name)
-            told += ["; ".join(map(str, changed[:DIFFERENCES]))] if changed else []
+            told.append("; ".join(map(str, changed[:DIFFERENCES])))
     return told
 
 

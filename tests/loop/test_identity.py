@@ -66,7 +66,7 @@ other_program.more = 3
     ("change", "named"),
     [
         ({"program": WithField()}, "program"),
-        ({"metric": other_metric}, "metric.name"),
+        ({"metric": other_metric}, "metric differs"),
         ({"adapter": dspy.JSONAdapter()}, "adapter"),
         ({"learning_rate": 2e-3}, r"learning_rate differs \([\d.e-]+ there, 0.002 here\)"),
     ],

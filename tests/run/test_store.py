@@ -130,6 +130,17 @@ def test_another_runs_folder_is_refused(tmp_path):
         store.begin({"seed": 1, "environment": {}})
 
 
+def test_a_metric_that_was_kept_by_its_name_alone_is_the_same(tmp_path, caplog):
+    store = RunStore(tmp_path)
+    store.begin({"metric": "m"})
+    store.append("cycles", [{"cycle": 0}])
+    store.begin({"metric": {"name": "m", "source": "a", "values": {"k": 1}}})
+    store.begin({"metric": {"name": "m", "source": "a", "values": {"k": 2}}})
+    assert "metric.k differs (1 there, 2 here) since" in caplog.text
+    with pytest.raises(StoreError, match="metric differs"):
+        store.begin({"metric": {"name": "other"}})
+
+
 def test_a_run_that_has_ended_without_checkpoints_is_left_alone(tmp_path: Path) -> None:
     store = RunStore(tmp_path)
     store.begin({"seed": 0})

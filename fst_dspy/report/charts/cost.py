@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from html import escape
 
 from fst_dspy.report import data
@@ -30,14 +30,15 @@ def cost(run: Run) -> str:
     key = "".join(
         f'<li><span class="key {channel}"></span>{name}</li>' for channel, name in NAMES.items()
     )
+    bars = _bars(run)
     figures = [
         figure(name.title(), "cycle", lines, whole=True, kind="stack",
                caption=f"of each cycle{MEANT.get(name, '')}")
-        for name, lines in _bars(run).items()
+        for name, lines in bars.items()
     ]  # fmt: skip
     return (
         f"<dl>{facts}</dl><ul class=legend>{key}</ul><div class=charts>{''.join(figures)}</div>"
-        f"{_channels(run)}{_counted_as(run)}{_table(run)}"
+        f"{_channels(run)}{_counted_as(run)}{_table(run, bars)}"
     )
 
 
@@ -54,9 +55,8 @@ def _counted_as(run: Run) -> str:
     )
 
 
-def _table(run: Run) -> str:
+def _table(run: Run, bars: Mapping[str, Sequence[Line]]) -> str:
     """The figures of the bars, which are of each cycle."""
-    bars = _bars(run)
     head = [f"{line.label}, {name}" for name, lines in bars.items() for line in lines]
     rows = [
         [str(cycle["cycle"])]
