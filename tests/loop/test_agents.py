@@ -56,10 +56,9 @@ def test_an_agent_is_trained_and_its_turns_counted(tiny_qwen3, credit):
 
 
 def test_a_budget_of_environment_steps_ends_the_run(tiny_qwen3):
-    result = compile_hall(tiny_qwen3, max_cycles=None, max_env_steps=60)
+    result = compile_hall(tiny_qwen3, max_cycles=None, max_env_steps=70)
     counted = [record.turns.steps for record in result.records]
-    # Nothing is begun that would go beyond, if its rollouts are as long as those so far.
-    assert len(counted) > 2 and counted[-2] < 60 and 30 < counted[-1] <= 1.2 * 60
+    assert len(counted) > 2 and 30 < counted[-1] <= 70  # no step that would go beyond
     with pytest.raises(ConfigError, match="max_env_steps must be positive"):
         fst_dspy.FST(fst_dspy.env_reward, max_env_steps=0)
 
