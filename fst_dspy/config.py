@@ -281,11 +281,13 @@ class SlowConfig:
         slow_signal: What the weights learn from: ``"reward"``, the advantages of rollouts;
             ``"feedback"``, the metric's text: the policy that has read it teaches the one that has
             not, token by token on what that has said (``fst_dspy.loop.self_teacher``; SDPO,
-            arXiv 2601.20802); or ``"both"``.
+            arXiv 2601.20802); or ``"both"``. Text is for weights that have no prompts beside them
+            to hold it (``arm="rl_only"``).
         distillation_weight: Of the feedback with ``slow_signal="both"``, in (0, 1); rewards have
             the rest (TRL: SDPO's ``distillation_weight``).
         teacher_update_rate: With feedback, share of the way to the live weights that the teacher's
-            go after each step, in (0, 1]; at 1 the live weights teach (TRL: SDPO's, 0.05).
+            go after each step, in (0, 1] (TRL: SDPO's); at 1 the live weights teach, which may
+            follow each other into repeating themselves.
         beta: Weight of TRL's KL penalty to the base model; 0 switches it off.
         entropy_coef: Weight of TRL's entropy bonus, the mean entropy a token; 0 switches it off.
         micro_batch_size: Most rows in one forward and backward pass; by default as many as memory
@@ -330,7 +332,7 @@ class SlowConfig:
     discount: float = 1.0
     slow_signal: Literal["reward", "feedback", "both"] = "reward"
     distillation_weight: float = 0.5
-    teacher_update_rate: float = 1.0
+    teacher_update_rate: float = 0.05
     beta: float = 0.0
     entropy_coef: float = 0.0
     micro_batch_size: int | None = None

@@ -150,13 +150,15 @@ class Settings(TypedDict, total=False):
     """Default 'reward'. What the weights learn from: ``"reward"``, the advantages of rollouts;
     ``"feedback"``, the metric's text: the policy that has read it teaches the one that has
     not, token by token on what that has said (``fst_dspy.loop.self_teacher``; SDPO, arXiv
-    2601.20802); or ``"both"``."""
+    2601.20802); or ``"both"``. Text is for weights that have no prompts beside them to hold
+    it (``arm="rl_only"``)."""
     distillation_weight: float
     """Default 0.5. Of the feedback with ``slow_signal="both"``, in (0, 1); rewards have the rest
     (TRL: SDPO's ``distillation_weight``)."""
     teacher_update_rate: float
-    """Default 1.0. With feedback, share of the way to the live weights that the teacher's go
-    after each step, in (0, 1]; at 1 the live weights teach (TRL: SDPO's, 0.05)."""
+    """Default 0.05. With feedback, share of the way to the live weights that the teacher's go
+    after each step, in (0, 1] (TRL: SDPO's); at 1 the live weights teach, which may follow
+    each other into repeating themselves."""
     beta: float
     """Default 0.0. Weight of TRL's KL penalty to the base model; 0 switches it off."""
     entropy_coef: float

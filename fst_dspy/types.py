@@ -308,8 +308,6 @@ class TrainingRow:
         advantage: The advantage of the call's rollout, computed once per problem over all G.
         temperature: The temperature it was sampled at, above 0.
         grammar: What it was held to as it was sampled, and is when it is trained on.
-        token_advantages_T: An advantage for each token, in place of ``advantage``; empty where all
-            have that one.
     """
 
     __repr__ = display.brief
@@ -320,12 +318,11 @@ class TrainingRow:
     advantage: float
     temperature: float = 1.0
     grammar: Grammar | None = None
-    token_advantages_T: tuple[float, ...] = ()
 
     @property
     def has_gradient(self) -> bool:
-        """Whether any of its tokens has an advantage other than 0."""
-        return any(self.token_advantages_T or (self.advantage,))
+        """Whether its advantage is other than 0."""
+        return self.advantage != 0
 
 
 Untaught = Literal["perfect", "silent", "prompt", "unshown", "long"]
@@ -354,8 +351,8 @@ class StepStats:
             and at the step: rounding where both are of the same weights.
         taught: Rows that were read again with feedback in their prompt (``slow_signal``), or under
             the teacher's (``FSTDistill``).
-        lesson: Mean over these rows' tokens of how much more probable they are to the reader of the
-            feedback (nats; below 0 where it would not have said them).
+        lesson: How far the policy was, on these rows, from who read them again: nats a token, by
+            Jensen and Shannon's divergence (``FSTDistill``: reverse KL).
         untaught: The calls that were not, by reason.
     """
 

@@ -35,7 +35,7 @@ def test_flat_settings_reach_their_part():
     ("name", "value", "needed"),
     [
         ("distillation_weight", 0.3, {"slow_signal": "both"}),
-        ("teacher_update_rate", 0.05, {"slow_signal": "feedback"}),
+        ("teacher_update_rate", 0.2, {"slow_signal": "feedback"}),
         ("discount", 0.9, {"credit": "turn"}),
         ("epsilon", 0.1, {"loss_type": "dapo"}),
         ("reuse_window", 300, {"reuse": True}),

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 
 import pytest
 from distributed_worker import PROGRAM, SETTINGS, compile_letters, cycles_of, steps
@@ -15,10 +16,10 @@ from safetensors.torch import load_file
 
 from fst_dspy import LocalLM, distributed
 from fst_dspy.config import SamplingConfig, SlowConfig
-from fst_dspy.distill.trainer import DistillTrainer
 from fst_dspy.errors import ConfigError, StoreError
 from fst_dspy.lm.sft import FinetuneConfig, fine_tune
 from fst_dspy.model.policy import Policy
+from fst_dspy.slow.taught_trainer import TaughtTrainer, reverse_kl
 from fst_dspy.slow.trainer import SlowTrainer
 
 WORKER = SUPPORT / "distributed_worker.py"
@@ -221,8 +222,8 @@ def test_fsdp_is_refused_where_nothing_is_cut_up(tiny_qwen3, fsdp_configured):
     settings = (policy, SlowConfig(), SamplingConfig(), 9, 0)
     with pytest.raises(ConfigError, match="several processes with a GPU each"):
         SlowTrainer(*settings)
-    with pytest.raises(ConfigError, match="distillation does not work with FSDP"):
-        DistillTrainer(*settings, policy.base_version)
+    with pytest.raises(ConfigError, match=r"a teacher of the weights .* does not work with FSDP"):
+        TaughtTrainer(*settings, teaching=nullcontext, divergence=reverse_kl)
     with pytest.raises(ConfigError, match="fine-tuning does not work with FSDP"):
         fine_tune(policy, [], FinetuneConfig(), lambda: False)
 

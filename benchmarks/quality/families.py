@@ -3,8 +3,9 @@
     python benchmarks/quality/families.py --workers 2
     python benchmarks/quality/families.py --draw-only
 
-A family has seven stores below ``runs/families``: ``FAMILY-rl`` for ``fst`` and tuned ``rl_only``,
-with what they forget; ``FAMILY-others``, ``FAMILY-rivals`` and ``FAMILY-apart`` for the other arms;
+A family has eight stores below ``runs/families``: ``FAMILY-rl`` for ``fst`` and tuned ``rl_only``,
+with what they forget; ``FAMILY-others``, ``FAMILY-rivals``, ``FAMILY-taught`` (weights that learn
+from the metric's text) and ``FAMILY-apart`` for the other arms;
 ``FAMILY-untuned`` for ``rl_only`` at the defaults, and ``FAMILY-same`` for ``fst`` at the settings
 that ``rl_only`` was tuned to, where tuning chose others; and ``FAMILY-long`` for ``rl_only`` at
 these on five times the budget, on three of the seeds. All families' first stores come first.
@@ -92,7 +93,8 @@ MARKED = 40
 STORES_OF = {
     RL: "fst,rl_only",
     "others": "gepa_only,sequential",
-    "rivals": "sequential_10,sequential_25,sequential_75,sdpo,fst_both,fst_blind",
+    "rivals": "sequential_10,sequential_25,sequential_75,fst_blind",
+    "taught": "rl_both,sdpo,fst_both",
     UNTUNED: "rl_only",
     SAME: "fst",
     "apart": "sequential_reverse,fst_distill",

@@ -129,13 +129,14 @@ ARM_NAMES = (
     "sequential_reverse",
     "fst_distill",
     "sdpo",
+    "rl_both",
     "fst_both",
     "fst_blind",
 )
 """Arms of experiments, here as well so that telling a mistake imports nothing heavy."""
 ARMS_IN_HELP = (
     "With commas: fst, rl_only, gepa_only, sequential (or sequential_10, _25, _75, _reverse), "
-    "fst_distill, sdpo, fst_both, fst_blind"
+    "fst_distill, sdpo, rl_both, fst_both, fst_blind"
 )
 """The same in words that a terminal of 60 columns can break."""
 TRAINING_ARM_NAMES = tuple(name for name in ARM_NAMES if name != "gepa_only")

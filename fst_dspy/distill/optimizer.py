@@ -2,7 +2,7 @@
 
 The prompted policy teaches the bare one: the weights under the evolved context are held fixed, and
 the same weights under the student's own prompt are trained to answer alike, by reverse KL on what
-the bare policy samples (``fst_dspy.distill.trainer``). The outcome is the bare prompt with the
+the bare policy samples (``fst_dspy.slow.taught_trainer``). The outcome is the bare prompt with the
 distilled weights.
 
 It is the joint loop, ``fst_dspy.loop.joint``, with the fast channel off and another loss, so run
@@ -30,7 +30,6 @@ import dspy
 
 from fst_dspy.config import LIMITS, BudgetConfig, FSTConfig, used_by
 from fst_dspy.distill.reader import ContextReader
-from fst_dspy.distill.trainer import DistillTrainer
 from fst_dspy.errors import ConfigError, ProgramError
 from fst_dspy.lm.local_lm import LocalLM
 from fst_dspy.lm.predictors import bound_to, find_local_lm
@@ -41,6 +40,7 @@ from fst_dspy.loop.records import rollouts_of
 from fst_dspy.loop.state import Start
 from fst_dspy.optimizer import FST
 from fst_dspy.results.result import FSTResult
+from fst_dspy.slow.taught_trainer import TaughtTrainer, reverse_kl
 from fst_dspy.slow.training_state import TrainingState
 from fst_dspy.student.candidate import bind, seed_candidate
 from fst_dspy.types import Candidate, CycleRecord, Group, StepStats
@@ -238,8 +238,14 @@ class DistillLearner:
         seed: int,
     ) -> None:
         self._reader = reader
-        self._trainer = DistillTrainer(
-            lm.policy, config.slow, config.sampling, schedule_steps(config), seed, teacher_version
+        self._trainer = TaughtTrainer(
+            lm.policy,
+            config.slow,
+            config.sampling,
+            schedule_steps(config),
+            seed,
+            teaching=lambda: lm.policy.at(teacher_version),
+            divergence=reverse_kl,
         )
 
     def advance(self, groups_P: Sequence[Group], candidates: Mapping[str, Candidate]) -> StepStats:

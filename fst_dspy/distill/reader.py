@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import dspy
@@ -13,33 +13,8 @@ from fst_dspy.errors import TrainingError
 from fst_dspy.lm.local_lm import LocalLM
 from fst_dspy.rollouts.rendering import OTHER_PROMPTS, Renderer, Renderers
 from fst_dspy.slow.advantage import row_of
-from fst_dspy.types import Call, Candidate, Rollout, TrainingRow, Untaught
-
-
-@dataclass(frozen=True)
-class Reading:
-    """One completion of the student's, under its own prompt and under the teacher's.
-
-    Attributes:
-        student, teacher: Rows with the same completion; the advantages are not used, and the
-            temperature of a greedy one is 0.
-    """
-
-    student: TrainingRow
-    teacher: TrainingRow
-
-
-@dataclass(frozen=True)
-class Readings:
-    """What could be read of some rollouts.
-
-    Attributes:
-        found: One for each call that could be.
-        untaught: How many could not, by reason.
-    """
-
-    found: Sequence[Reading]
-    untaught: Mapping[Untaught, int]
+from fst_dspy.slow.taught_trainer import Reading, Readings
+from fst_dspy.types import Call, Candidate, Rollout, Untaught
 
 
 class ContextReader:

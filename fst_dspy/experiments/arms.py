@@ -115,6 +115,10 @@ ARMS: dict[str, Arm] = {
         "weights alone, by the metric's text in place of its score",
         (_stage("rl_only", slow_signal="feedback"),),
     ),
+    "rl_both": Arm(
+        "weights alone, by the metric's score and its text",
+        (_stage("rl_only", slow_signal="both"),),
+    ),
     "fst_both": Arm(
         "prompts and weights together, the weights by score and text",
         (_stage("fst", slow_signal="both"),),

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -11,9 +13,10 @@ import dspy
 
 from fst_dspy.config import FSTConfig
 from fst_dspy.lm.local_lm import LocalLM
-from fst_dspy.loop.self_teacher import SelfTeacher, taught_rows
+from fst_dspy.loop.self_teacher import SelfTeacher
 from fst_dspy.slow.advantage import group_rows
 from fst_dspy.slow.averaged_weights import AveragedWeights
+from fst_dspy.slow.taught_trainer import TaughtTrainer, jensen_shannon
 from fst_dspy.slow.trainer import SlowTrainer
 from fst_dspy.slow.training_state import TrainingState
 from fst_dspy.types import Candidate, Group, StepStats
@@ -62,30 +65,32 @@ class GRPOLearner:
     """
 
     def __init__(self, lm: LocalLM, program: dspy.Module, config: FSTConfig, seed: int) -> None:
-        self._slow = config.slow
-        self.learns_from_rewards = self._slow.slow_signal == "reward"
-        averaged = None
-        if self._slow.averages_teacher:
-            averaged = AveragedWeights(lm.policy, self._slow.teacher_update_rate)
-        self._averaged = averaged
-        self._teacher = SelfTeacher(program, lm, config.fast.perfect_score, averaged)
-        self._trainer = SlowTrainer(
-            lm.policy, config.slow, config.sampling, schedule_steps(config), seed
+        slow = self._slow = config.slow
+        self.learns_from_rewards = slow.slow_signal == "reward"
+        settings = lm.policy, slow, config.sampling, schedule_steps(config), seed
+        self._averaged: AveragedWeights | None = None
+        if self.learns_from_rewards:
+            self._trainer = SlowTrainer(*settings)
+            return
+        self._teacher = SelfTeacher(program, lm, config.fast.perfect_score)
+        if slow.averages_teacher:
+            self._averaged = AveragedWeights(lm.policy, slow.teacher_update_rate)
+        self._trainer = TaughtTrainer(
+            *settings, teaching=partial(_holding, lm, self._averaged), divergence=jensen_shannon
         )
 
     def advance(self, groups_P: Sequence[Group], candidates: Mapping[str, Candidate]) -> StepStats:
         """See :meth:`Learner.advance`."""
-        slow = self._slow
+        slow, trainer = self._slow, self._trainer
         rows = group_rows(groups_P, slow.scale_rewards, credit=slow.credit, discount=slow.discount)
-        if self.learns_from_rewards:
-            return self._trainer.advance(rows)
-        # The feedback is read by the weights as they are, before the step moves them.
-        lessons = self._teacher.lessons(groups_P, candidates)
-        stats = self._trainer.advance(taught_rows(rows, lessons.of_rows, slow))
+        if not isinstance(trainer, TaughtTrainer):
+            return trainer.advance(rows)
+        readings = self._teacher.read(groups_P, rows, candidates)
+        weight = 1.0 if slow.slow_signal == "feedback" else slow.distillation_weight
+        stats = trainer.imitate(readings.found, rows, weight)
         if self._averaged is not None:
             self._averaged.follow()
-        taught, lesson = lessons.taught, lessons.mean
-        return replace(stats, taught=taught, lesson=lesson, untaught=lessons.untaught)
+        return replace(stats, taught=len(readings.found), untaught=readings.untaught)
 
     @property
     def bad_steps(self) -> int:
@@ -104,6 +109,11 @@ class GRPOLearner:
         state = self._trainer.load(folder)
         if self._averaged is not None:
             self._averaged.load(state.teacher)
+
+
+def _holding(lm: LocalLM, averaged: AveragedWeights | None) -> AbstractContextManager[None]:
+    """The teacher's weights in the policy's place: an average, or the live ones."""
+    return nullcontext() if averaged is None else lm.policy.holding(averaged.state())
 
 
 def schedule_steps(config: FSTConfig) -> int:

@@ -143,17 +143,10 @@ class SlowTrainer:
                 changed, or memory runs out on a single row or while the weights move. Where it runs
                 out on several, ``micro_batch_size`` is halved and the step taken again.
         """
-        if not all(row.completion_ids_T for row in rows):
-            raise TrainingError("a training row has no completion; leave such rows out")
-        if not all(row.temperature > 0 for row in rows):
-            raise TrainingError("a training row is greedy, without a gradient; leave such rows out")
-        if self._trl.whole is not self.policy.model:
-            raise TrainingError("the policy's adapters were changed; make a new SlowTrainer")
-        sampled = [(row.completion_ids_T, row.advantage, row.token_advantages_T) for row in rows]
-        distributed.check_same("training rows", sampled)
+        self._check(rows)
         live_rows = [row for row in rows if row.has_gradient or self._all_count]
         if not live_rows:
-            return self._pass_over(rows, Gradients(0.0, _sampled_entropy(rows), 0.0))
+            return self._pass_over(rows, Gradients(0.0, sampled_entropy(rows), 0.0))
         while True:
             try:
                 return self._step(rows, live_rows)
@@ -163,37 +156,48 @@ class SlowTrainer:
                 self._halve_micro_batch(error)
 
     def _step(self, rows: Sequence[TrainingRow], live_rows: Sequence[TrainingRow]) -> StepStats:
+        with self._ready():
+            own_rows = distributed.own_share(live_rows, _tokens)
+            batches, idle = self._batches(live_rows, own_rows)
+            with self._trl.cut_up(), self._at_rest_afterwards():
+                gradients = self._accumulate(rows, batches, idle)
+                gradients = self._over_processes(gradients, own_rows)
+                return self._update(rows, gradients, self._live_share(rows))
+
+    @contextmanager
+    def _ready(self) -> Iterator[None]:
+        """Inside the block the policy is the trainer's, and TRL's loss can be taken."""
         attention = cudnn_attention(self.policy.device, False)
         current = as_current(self.policy.device)
         with self.policy.lock, current, self._trl.fused(), self._own_rng(), attention:
-            own_rows = distributed.own_share(live_rows, _tokens)
-            batches = self._micro_batches(own_rows)
-            idle = self._idle(live_rows, len(batches))
-            if self.slow.beta:
-                self._add_reference([*batches, *idle])
-            with self._trl.cut_up():
-                return self._train(rows, own_rows, batches, idle)
+            yield
 
-    def _train(
+    def _batches(
+        self, live_rows: Sequence[TrainingRow], own_rows: Sequence[TrainingRow]
+    ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+        """A process's micro-batches, and what it runs while others have more."""
+        batches = self._micro_batches(own_rows)
+        idle = self._idle(live_rows, len(batches))
+        if self.slow.beta:
+            self._add_reference([*batches, *idle])
+        return batches, idle
+
+    def _accumulate(
         self,
         rows: Sequence[TrainingRow],
-        own_rows: Sequence[TrainingRow],
         batches: Sequence[dict[str, Any]],
         idle: Sequence[dict[str, Any]],
-    ) -> StepStats:
+    ) -> Gradients:
+        """TRL's loss of a process's micro-batches, forward and backward."""
         self._trl.model.train()
+        tokens = sum(len(row.completion_ids_T) for row in rows)
+        return self._trl.accumulate(batches, len(rows), tokens, idle)
+
+    @contextmanager
+    def _at_rest_afterwards(self) -> Iterator[None]:
+        """After the block, however it ends, the model has no gradients and samples as before."""
         try:
-            tokens = sum(len(row.completion_ids_T) for row in rows)
-            gradients = self._trl.accumulate(batches, len(rows), tokens, idle)
-            if distributed.processes() > 1:
-                gradients = self._over_processes(gradients, own_rows)
-            if gradients.drift > DRIFT_LIMIT:
-                logger.warning(
-                    "sampling and training disagree by %.3f nats a token on the "
-                    "log-probabilities of the same weights; the step is not quite on policy",
-                    gradients.drift,
-                )
-            return self._update(rows, gradients, self._live_share(rows))
+            yield
         finally:
             self._trl.model.zero_grad()
             self._trl.model.eval()
@@ -257,6 +261,16 @@ class SlowTrainer:
         return state
 
     # --- inside -----------------------------------------------------------------------------------
+
+    def _check(self, rows: Sequence[TrainingRow]) -> None:
+        if not all(row.completion_ids_T for row in rows):
+            raise TrainingError("a training row has no completion; leave such rows out")
+        if not all(row.temperature > 0 for row in rows):
+            raise TrainingError("a training row is greedy, without a gradient; leave such rows out")
+        if self._trl.whole is not self.policy.model:
+            raise TrainingError("the policy's adapters were changed; make a new SlowTrainer")
+        sampled = [(row.completion_ids_T, row.advantage) for row in rows]
+        distributed.check_same("training rows", sampled)
 
     def _halve_micro_batch(self, error: BaseException) -> None:
         """After memory ran out: weights and optimizer are as before the step."""
@@ -344,6 +358,8 @@ class SlowTrainer:
 
     def _over_processes(self, own: Gradients, own_rows: Sequence[TrainingRow]) -> Gradients:
         """The gradients of all processes added up, and what was measured over all their tokens."""
+        if distributed.processes() == 1:
+            return own
         tokens = sum(len(row.completion_ids_T) for row in own_rows)
         means = [own.entropy, own.clip_share, own.drift, 1.0]
         figures = [own.loss, *(mean * tokens for mean in means)]
@@ -357,6 +373,12 @@ class SlowTrainer:
         self, rows: Sequence[TrainingRow], gradients: Gradients, shorten: float = 1.0
     ) -> StepStats:
         trl = self._trl
+        if gradients.drift > DRIFT_LIMIT:
+            logger.warning(
+                "sampling and training disagree by %.3f nats a token on the log-probabilities of "
+                "the same weights; the step is not quite on policy",
+                gradients.drift,
+            )
         limit = self.slow.max_grad_norm or math.inf
         norm = distributed.whole(torch.nn.utils.clip_grad_norm_(trl.parameters, limit)).item()
         if not (math.isfinite(gradients.loss) and math.isfinite(norm)):
@@ -475,7 +497,7 @@ def _padded_tokens(rows: Sequence[TrainingRow]) -> int:
     return len(rows) * (prompt + completion)
 
 
-def _sampled_entropy(rows: Sequence[TrainingRow]) -> float:
+def sampled_entropy(rows: Sequence[TrainingRow]) -> float:
     """Mean of ``-log p`` over sampled tokens: unbiased for the entropy of what they came from."""
     logprobs = [logprob for row in rows for logprob in row.logprobs_T]
     return -sum(logprobs) / len(logprobs) if logprobs else 0.0

@@ -5,8 +5,7 @@ their caches (``fst_dspy.model.cache_layers``) and the choice of a GPU (``on_dev
 ``test_trl_contract`` holds it to the stock trainer, bit for bit on small batches and to rounding on
 large ones. They are:
 
-- ``GRPOTrainer._compute_loss(model, inputs)`` and the keys of ``inputs`` it reads, of which
-  ``advantages`` may be one a row or one a token;
+- ``GRPOTrainer._compute_loss(model, inputs)`` and the keys of ``inputs`` it reads;
 - ``GRPOTrainer._get_per_token_logps_and_entropies``, overridden, and the ``fused_lm_head`` forward
   that it calls, which runs ``model.base_model`` and reads its ``last_hidden_state``, takes
   ``shift_labels`` and hands the cache on; ``trl.trainer.utils.add_fused_lm_head``, which makes it
@@ -395,11 +394,6 @@ def collate(
         allowed_BTW[completion_mask.bool().cpu()] = allowed_NW
         held["allowed"] = allowed_BTW.to(device)
     advantage_B = torch.tensor([row.advantage for row in rows], device=device)
-    if any(row.token_advantages_T for row in rows):
-        advantage_B = advantage_B[:, None].repeat(1, completion_ids.shape[1])  # TRL takes B x T too
-        for row, advantage_T in zip(rows, advantage_B, strict=True):
-            own_T = torch.tensor(row.token_advantages_T, device=device)
-            advantage_T[: len(own_T)] = own_T
     return held | {
         "prompt_ids": prompt_ids,
         "prompt_mask": prompt_mask,

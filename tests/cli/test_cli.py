@@ -162,7 +162,7 @@ def test_names_that_are_written_twice_are_the_same():
 
 
 def test_the_last_of_several_names_is_completed():
-    assert completed(ARM_NAMES)("fst,rl") == ["fst,rl_only"]
+    assert completed(ARM_NAMES)("fst,rl_o") == ["fst,rl_only"]
     assert completed(ARM_NAMES)("seq") == [name for name in ARM_NAMES if name.startswith("seq")]
 
 

@@ -19,10 +19,11 @@ from tiny_compile import raw_adapter  # noqa: F401
 from fst_dspy import FST, FSTDistill, LocalLM
 from fst_dspy.config import BudgetConfig, FSTConfig, LoraConfig, SamplingConfig, SlowConfig
 from fst_dspy.distill.reader import ContextReader
-from fst_dspy.distill.trainer import DistillTrainer, reverse_kl
 from fst_dspy.errors import ConfigError, ProgramError, TrainingError
 from fst_dspy.rollouts.jobs import RolloutJob
 from fst_dspy.rollouts.runner import RolloutRunner
+from fst_dspy.slow import taught_trainer
+from fst_dspy.slow.taught_trainer import TaughtTrainer, jensen_shannon, reverse_kl
 from fst_dspy.student.candidate import make_candidate, seed_candidate
 from fst_dspy.tasks import load_task
 
@@ -67,16 +68,29 @@ def test_reverse_kl_of_known_distributions():
     assert reverse_kl(student, student).item() == 0
 
 
-def test_reverse_kl_is_that_of_trl(monkeypatch):
+@pytest.mark.parametrize(("ours", "beta"), [(reverse_kl, 1), (jensen_shannon, 0.5)])
+def test_a_divergence_is_that_of_trl(ours, beta, monkeypatch):
     monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
     from trl.experimental.gkd import GKDTrainer
 
     student, teacher = random_logprobs(2, 5, 7, seed=0), random_logprobs(2, 5, 7, seed=1)
     mask = torch.tensor([[True] * 5, [True] * 3 + [False] * 2])
     labels = torch.where(mask, 0, -100)
-    theirs = GKDTrainer.generalized_jsd_loss(student, teacher, labels, beta=1)
-    ours = reverse_kl(student[mask], teacher[mask]) / mask.sum()
-    assert ours.item() == pytest.approx(theirs.item(), rel=1e-5)  # summed in another order
+    theirs = GKDTrainer.generalized_jsd_loss(student, teacher, labels, beta=beta)
+    own = ours(student[mask], teacher[mask]) / mask.sum()
+    assert own.item() == pytest.approx(theirs.item(), rel=1e-5)  # summed in another order
+
+
+@pytest.mark.parametrize("divergence", [reverse_kl, jensen_shannon])
+def test_what_a_format_leaves_out_adds_nothing_to_a_divergence(divergence):
+    student, teacher = random_logprobs(3, 5, seed=0), random_logprobs(3, 5, seed=1)
+    nothing = torch.full((3, 2), -torch.inf)
+    held, other = (torch.cat([own, nothing], 1) for own in (student, teacher))
+    held.requires_grad_()
+    value = divergence(held, other)
+    value.backward()
+    assert value.item() == pytest.approx(divergence(student, teacher).item())
+    assert not held.grad[:, 5:].any() and held.grad.isfinite().all()
 
 
 # --- reading the student's calls under another context --------------------------------------------
@@ -148,6 +162,19 @@ def test_calls_whose_own_prompt_cannot_be_made_again_are_left_out_and_told(tiny_
 # --- steps ----------------------------------------------------------------------------------------
 
 
+def by_base(policy, slow):
+    """A trainer whose teacher has the base weights."""
+    return TaughtTrainer(
+        policy,
+        slow,
+        SAMPLING,
+        10,
+        0,
+        teaching=lambda: policy.at(policy.base_version),
+        divergence=reverse_kl,
+    )
+
+
 @pytest.mark.parametrize("lora", [None, LoraConfig(rank=4)], ids=["full", "lora"])
 def test_steps_lower_the_divergence_and_leave_the_teacher_alone(tiny_qwen3, lora):
     lm, program = LocalLM(str(tiny_qwen3)), Echo()
@@ -157,7 +184,7 @@ def test_steps_lower_the_divergence_and_leave_the_teacher_alone(tiny_qwen3, lora
     if lora is not None:
         policy.add_lora(lora, seed=0)
     slow = SlowConfig(learning_rate=1e-2, micro_batch_size=4)
-    trainer = DistillTrainer(policy, slow, SAMPLING, 10, 0, policy.base_version)
+    trainer = by_base(policy, slow)
     stats = [trainer.imitate(readings) for _ in range(6)]
     assert stats[-1].loss < 0.5 * stats[0].loss
     assert all(step.skipped is None and step.entropy > 0 for step in stats)
@@ -169,25 +196,21 @@ def test_steps_lower_the_divergence_and_leave_the_teacher_alone(tiny_qwen3, lora
 def test_a_student_that_is_its_own_teacher_takes_no_step(tiny_qwen3):
     lm, program = LocalLM(str(tiny_qwen3)), Echo()
     readings = read(program, seed_candidate(program), lm, roll(program, lm)).found
-    trainer = DistillTrainer(
-        lm.policy, SlowConfig(), SAMPLING, 10, 0, teacher_version=lm.policy.base_version
-    )
+    trainer = by_base(lm.policy, SlowConfig())
     stats = trainer.imitate(readings)
     assert stats.skipped == "constant" and stats.loss == 0
     assert lm.policy.step == 0 and lm.policy.version() == lm.policy.base_version
 
 
 def test_the_step_does_not_depend_on_how_it_is_cut(tiny_qwen3, monkeypatch):
-    from fst_dspy.distill import trainer as distill_trainer
-
     losses, gradients = [], []  # Adam would blow up what rounding leaves of a gradient near 0
     for size, limit in ((16, 2**29), (2, 1)):
-        monkeypatch.setattr(distill_trainer, "CHUNK_BYTES", limit)
+        monkeypatch.setattr(taught_trainer, "CHUNK_BYTES", limit)
         lm, program = LocalLM(str(tiny_qwen3)), Echo()
         context = seed_candidate(with_prompt(program, "Another text."))
         readings = read(program, context, lm, roll(program, lm, count=5)).found
         slow = SlowConfig(micro_batch_size=size, max_grad_norm=0)
-        trainer = DistillTrainer(lm.policy, slow, SAMPLING, 10, 0, lm.policy.base_version)
+        trainer = by_base(lm.policy, slow)
         caught = {}
 
         def catch(*_, caught=caught, model=lm.policy.model):

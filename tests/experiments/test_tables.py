@@ -43,7 +43,7 @@ def test_every_arm_runs_within_its_budget_and_is_tested(arm, tiny_qwen3, tmp_pat
     assert records[-1].total_rollouts == outcome.rollouts
     assert 30 < outcome.rollouts.total <= job.rollouts
     assert outcome.steps == records[-1].step
-    trains, searches = arm not in ("gepa_only",), arm not in ("rl_only", "sdpo")
+    trains, searches = arm not in ("gepa_only",), arm not in ("rl_only", "rl_both", "sdpo")
     assert (outcome.rollouts.slow > 0, outcome.rollouts.fast > 0) == (trains, searches)
     assert {len(scores) for scores in outcome.test["trained_evolved"].values()} == {4}
     assert {len(scores) for scores in outcome.test["base_original"].values()} <= {1, 4}

@@ -7,21 +7,21 @@ import dspy
 import pytest
 import torch
 from chat_families import save_family
-from helpers import Echo, RawAdapter, questions, vowels
-from helpers import sampled_logprobs as by_one_pass
+from helpers import Echo, RawAdapter, assert_equal_but_for_rounding, questions, vowels
 from tiny_compile import SETTINGS, compile_tiny, raw_adapter  # noqa: F401
 from training_rows import rows_for
 
 from fst_dspy import FST, LocalLM
 from fst_dspy.config import SamplingConfig, SlowConfig
 from fst_dspy.errors import ConfigError
-from fst_dspy.loop.self_teacher import ANSWER, FEEDBACK, MOST_NATS, SelfTeacher, taught_rows
+from fst_dspy.loop.self_teacher import ANSWER, FEEDBACK, SelfTeacher
 from fst_dspy.model.logprobs import completion_logprobs, sampled_logprobs
 from fst_dspy.model.policy import Policy
 from fst_dspy.rollouts.jobs import RolloutJob
 from fst_dspy.rollouts.runner import RolloutRunner
 from fst_dspy.slow.advantage import group_rows
 from fst_dspy.slow.averaged_weights import AveragedWeights
+from fst_dspy.slow.taught_trainer import Reading, TaughtTrainer, jensen_shannon
 from fst_dspy.slow.trainer import SlowTrainer
 from fst_dspy.student.candidate import seed_candidate
 from fst_dspy.types import Group
@@ -40,127 +40,182 @@ def groups_of(program, lm, metric, size=3):
 
 
 def taught(lm, metric, perfect=1.0):
-    """Groups, rows of the reward, and what the teacher says of each."""
+    """Groups, the rows of their calls, and what the teacher reads of them."""
     program = Echo()
     groups, candidates = groups_of(program, lm, metric)
-    lessons = SelfTeacher(program, lm, perfect).lessons(groups, candidates)
-    return groups, group_rows(groups, "group"), lessons.of_rows
+    rows = group_rows(groups, "group")
+    return groups, rows, SelfTeacher(program, lm, perfect).read(groups, rows, candidates)
 
 
-def under(lm, instructions, rollout):
-    """Log-probabilities of a rollout's answer where the instructions are others."""
+def asked_with(lm, instructions, rollout):
+    """The prompt of a rollout's question where the instructions are others."""
     program = Echo()
     program.say.signature = program.say.signature.with_instructions(instructions)
-    call, candidate = rollout.calls[0], seed_candidate(program)
-    job = RolloutJob(next(q for q in questions(2) if q.question in str(rollout.traces)), candidate)
+    question = next(q for q in questions(2) if q.question in str(rollout.traces))
     runner = RolloutRunner(program, vowels, lm, SAMPLING, seed=0)
+    job = RolloutJob(question, seed_candidate(program))
     (other,) = runner.run([job], channel="eval", salt=0)
-    asked = replace(call, prompt_ids_T=other.calls[0].prompt_ids_T)
-    return by_one_pass(lm.policy, asked, asked)
+    return other.calls[0].prompt_ids_T
 
 
-def test_a_token_is_credited_with_what_the_feedback_makes_of_it(tiny_qwen3):
+def test_an_answer_is_read_with_its_feedback_behind_the_instructions(tiny_qwen3):
     lm = LocalLM(str(tiny_qwen3))
-    groups, rows, lessons = taught(lm, vowels)
+    groups, rows, readings = taught(lm, vowels)
     rollouts = [rollout for group in groups for rollout in group.rollouts_G]
-    assert len(rows) == len(lessons) == len(rollouts)
-    for rollout, lesson in zip(rollouts, lessons, strict=True):
+    assert [reading.student for reading in readings.found] == rows and not readings.untaught
+    for rollout, reading in zip(rollouts, readings.found, strict=True):
         note = f"Say something.\n\n{FEEDBACK.format(rollout.feedback)}"
-        expected = under(lm, note, rollout) - torch.tensor(rollout.calls[0].logprobs_T)
-        assert list(lesson) == pytest.approx(expected.tolist(), abs=1e-4)
-        assert max(map(abs, lesson)) > 1e-3
+        prompt = asked_with(lm, note, rollout)
+        assert reading.teacher == replace(reading.student, prompt_ids_T=prompt)
+        assert prompt != reading.student.prompt_ids_T == rollout.calls[0].prompt_ids_T
 
 
 def test_without_feedback_the_groups_best_answer_teaches_the_others(tiny_qwen3):
     lm = LocalLM(str(tiny_qwen3))
-    groups, _, lessons = taught(lm, lambda *given: vowels(*given).score)
-    lessons = iter(lessons)
+    groups, rows, readings = taught(lm, lambda *given: vowels(*given).score)
+    by_row = {id(reading.student): reading.teacher for reading in readings.found}
+    rows_left = iter(rows)
     for group in groups:
         best = max(group.rollouts_G, key=lambda rollout: rollout.reward)
         for rollout in group.rollouts_G:
-            lesson = next(lessons)
+            teacher = by_row.get(id(next(rows_left)))
             if rollout.reward == best.reward:
-                assert lesson is None
+                assert teacher is None
                 continue
             note = f"Say something.\n\n{ANSWER.format(best.calls[0].text.strip())}"
-            expected = under(lm, note, rollout) - torch.tensor(rollout.calls[0].logprobs_T)
-            assert list(lesson) == pytest.approx(expected.tolist(), abs=1e-4)
+            assert teacher.prompt_ids_T == asked_with(lm, note, rollout)
+    assert by_row and readings.untaught["silent"] == len(rows) - len(by_row)
 
 
 def test_nothing_is_said_of_what_was_perfect(tiny_qwen3):
-    groups, _, lessons = taught(LocalLM(str(tiny_qwen3)), vowels, perfect=0.2)
+    groups, rows, readings = taught(LocalLM(str(tiny_qwen3)), vowels, perfect=0.2)
     rewards = [rollout.reward for group in groups for rollout in group.rollouts_G]
-    assert [lesson is None for lesson in lessons] == [reward >= 0.2 for reward in rewards]
-    assert 0 < sum(lesson is None for lesson in lessons) < len(lessons)
+    told = [reading.student for reading in readings.found]
+    assert told == [row for row, reward in zip(rows, rewards, strict=True) if reward < 0.2]
+    assert 0 < len(told) < len(rows) and readings.untaught == {"perfect": len(rows) - len(told)}
 
 
-def test_an_averaged_teacher_follows_the_live_weights_and_says_what_it_would(tiny_qwen3):
+def test_an_averaged_teacher_follows_the_live_weights(tiny_qwen3):
     lm = LocalLM(str(tiny_qwen3))
     averaged = AveragedWeights(lm.policy, 0.25)
     before = lm.policy.trainable_state()
     slow = SlowConfig(learning_rate=1e-2)
     SlowTrainer(lm.policy, slow, SAMPLING, 3, seed=0).advance(rows_for(1))
     averaged.follow()
-    after, version = lm.policy.trainable_state(), lm.policy.version()
+    after = lm.policy.trainable_state()
     for name, tensor in averaged.state().items():
         torch.testing.assert_close(tensor, 0.75 * before[name] + 0.25 * after[name])
-    program, other = Echo(), LocalLM(str(tiny_qwen3))
-    groups, candidates = groups_of(program, lm, vowels)
-    other.policy.load_trainable_state(averaged.state())
-    lessons, expected, live = (
-        SelfTeacher(program, reader, 1.0, teacher).lessons(groups, candidates)
-        for reader, teacher in ((lm, averaged), (other, None), (lm, None))
+
+
+# --- the step -------------------------------------------------------------------------------------
+
+
+def readings_of(rows):
+    """Rows, each read under another prompt."""
+    return [Reading(row, replace(row, prompt_ids_T=(*row.prompt_ids_T[::-1], 5))) for row in rows]
+
+
+def step_of(folder, rows, readings, weight, *, before=None, **settings):
+    """The gradients, the statistics and the policy of one step."""
+    policy = Policy.load(folder)
+    slow = SlowConfig(learning_rate=1e-2, max_grad_norm=0, **settings)
+    state = before or policy.trainable_state()
+    trainer = TaughtTrainer(
+        policy,
+        slow,
+        SAMPLING,
+        3,
+        0,
+        teaching=lambda: policy.holding(state),
+        divergence=jensen_shannon,
     )
-    assert lessons == expected != live
-    assert lm.policy.version() == version
-    assert lm.policy.trainable_state().keys() == after.keys()
+    caught = {}
+
+    def catch(*_):
+        caught.update((name, w.grad.clone()) for name, w in policy.model.named_parameters())
+
+    trainer._trl.optimizer.optimizer.register_step_pre_hook(catch)
+    return caught, trainer.imitate(readings, rows, weight), policy
 
 
-def test_reward_and_feedback_are_mixed_by_the_weight():
-    rows = rows_for(0, count=3)
-    lessons = [[0.5] * len(rows[0].completion_ids_T), None, [9.0] * len(rows[2].completion_ids_T)]
-    both = taught_rows(rows, lessons, SlowConfig(slow_signal="both", distillation_weight=0.25))
-    first = 0.75 * rows[0].advantage + 0.125
-    assert both[0].token_advantages_T == (first,) * len(rows[0].completion_ids_T)
-    assert both[1].advantage == 0.75 * rows[1].advantage and not both[1].token_advantages_T
-    assert both[2].token_advantages_T[0] == 0.75 * rows[2].advantage + 0.25 * MOST_NATS
-    alone = taught_rows(rows, lessons, SlowConfig(slow_signal="feedback"))
-    assert set(alone[0].token_advantages_T) == {0.5}
-    assert not alone[1].has_gradient and alone[0].has_gradient
-
-
-@pytest.mark.parametrize("loss_type", ["cispo", "grpo", "dr_grpo"])
-def test_advantages_a_token_that_are_all_the_rows_make_the_same_step(loss_type, tiny_qwen3):
-    steps = []
-    for by_token in (False, True):
-        rows = rows_for(1)
-        if by_token:
-            rows = [
-                replace(
-                    row, advantage=7.0, token_advantages_T=(row.advantage,) * len(row.logprobs_T)
+def by_hand(folder, rows, readings, weight, before):
+    """The same gradients: each row alone, its whole vocabulary at once."""
+    policy = Policy.load(folder)
+    tokens = sum(len(row.completion_ids_T) for row in rows)
+    with torch.no_grad(), policy.holding(before):
+        teacher = [completion_logprobs(policy, [reading.teacher]) for reading in readings]
+    loss = 0.0
+    for row in rows:
+        own_TV = completion_logprobs(policy, [row])
+        own_T = own_TV.gather(1, torch.tensor(row.completion_ids_T)[:, None])[:, 0]
+        # On policy the ratio is 1, and only its gradient counts.
+        value = -(1 - weight) * row.advantage * (own_T - own_T.detach()).exp().sum() / tokens
+        for reading, other_TV in zip(readings, teacher, strict=True):
+            if reading.student is row:
+                mixed_TV = ((own_TV.exp() + other_TV.exp()) / 2).log()
+                both = (
+                    torch.nn.functional.kl_div(mixed_TV, p, reduction="sum", log_target=True)
+                    for p in (own_TV, other_TV)
                 )
-                for row in rows
-            ]
-        policy = Policy.load(tiny_qwen3)
-        slow = SlowConfig(learning_rate=1e-2, loss_type=loss_type, micro_batch_size=4)
-        stats = SlowTrainer(policy, slow, SAMPLING, 3, seed=0).advance(rows)
-        steps.append((stats, policy.version()))
-    assert steps[0] == steps[1]
+                value = value + weight * sum(both) / 2 / tokens
+        value.backward()
+        loss += value.item()
+    return {name: weight.grad for name, weight in policy.model.named_parameters()}, loss
 
 
-def test_the_step_raises_what_the_teacher_prefers_token_by_token(tiny_qwen3):
+def on_policy(folder, rows):
+    """Rows with the log-probabilities that the model has for them."""
+    policy = Policy.load(folder)
+    found = sampled_logprobs(policy, rows)
+    return [replace(row, logprobs_T=own) for row, own in zip(rows, found, strict=True)]
+
+
+@pytest.mark.parametrize("size", [None, 2])
+def test_the_gradient_is_that_of_reward_and_divergence_by_hand(size, tiny_qwen3, monkeypatch):
+    rows = on_policy(tiny_qwen3, rows_for(1))
+    readings = readings_of(rows[::2])
+    before = {
+        name: tensor + 0.01 * torch.randn(tensor.shape, generator=torch.Generator().manual_seed(n))
+        for n, (name, tensor) in enumerate(Policy.load(tiny_qwen3).trainable_state().items())
+    }
+    expected, loss = by_hand(tiny_qwen3, rows, readings, 0.3, before)
+    if size:  # parts of two tokens over the vocabulary
+        vocabulary = Policy.load(tiny_qwen3).model.config.vocab_size
+        monkeypatch.setattr("fst_dspy.model.logprobs.CHUNK_BYTES", 2 * 4 * vocabulary)
+    options = {"before": before, "micro_batch_size": size, "loss_type": "dapo"}
+    found, stats, policy = step_of(tiny_qwen3, rows, readings, 0.3, **options)
+    assert_equal_but_for_rounding(found, expected)
+    assert stats.loss == pytest.approx(loss, rel=1e-4)
+    assert stats.skipped is None and policy.step == 1
+
+
+def test_what_feedback_says_is_approached_and_nothing_is_said_of_the_rest(tiny_qwen3):
+    rows = rows_for(2, advantages=[0.0] * 6)
+    before = Policy.load(tiny_qwen3).trainable_state()
     policy = Policy.load(tiny_qwen3)
-    row = max(rows_for(2, advantages=[0.0] * 6), key=lambda row: len(row.logprobs_T))
-    wanted = tuple((-1.0) ** n for n in range(len(row.completion_ids_T)))
-    assert len(wanted) > 2
-    (before,) = sampled_logprobs(policy, [row])
-    slow = SlowConfig(learning_rate=1e-3, slow_signal="feedback")
-    trainer = SlowTrainer(policy, slow, SAMPLING, 3, seed=0)
-    for step in taught_rows([row], [wanted], slow):
-        trainer.advance([step])
-    (after,) = sampled_logprobs(policy, [row])
-    moved = [b - a for a, b in zip(before, after, strict=True)]
-    assert sum(m * w for m, w in zip(moved, wanted, strict=True)) > 0
+    slow = SlowConfig(learning_rate=1e-2, slow_signal="feedback")
+    trainer = TaughtTrainer(
+        policy,
+        slow,
+        SAMPLING,
+        9,
+        0,
+        teaching=lambda: policy.holding(before),
+        divergence=jensen_shannon,
+    )
+    lessons = [trainer.imitate(readings_of(rows[:3]), rows).lesson for _ in range(8)]
+    assert lessons[-1] < 0.5 * lessons[0]
+    version = policy.version()
+    assert trainer.imitate([], rows).skipped == "constant" and policy.version() == version
+
+
+def test_rows_of_which_nothing_is_said_shorten_the_step(tiny_qwen3):
+    rows = rows_for(1, 4, [1.0, -1.0, 0.0, 0.0])
+    rates = [
+        step_of(tiny_qwen3, rows, readings_of(rows[:count]), 0.5)[1].learning_rate
+        for count in (0, 3, 4)
+    ]
+    assert rates == pytest.approx([1e-2 * share**0.5 for share in (0.5, 0.75, 1.0)])
 
 
 def test_logprobs_of_sampled_tokens_are_those_of_the_vocabulary(tiny_qwen3, monkeypatch):
@@ -244,13 +299,14 @@ class Told(dspy.Module):
 def lessons_of(program, lm, metric=vowels):
     groups, candidates = groups_of(program, lm, metric, size=2)
     calls = [c for group in groups for rollout in group.rollouts_G for c in rollout.calls]
-    return calls, SelfTeacher(program, lm, 1.0).lessons(groups, candidates), groups
+    rows = group_rows(groups, "group")
+    return calls, SelfTeacher(program, lm, 1.0).read(groups, rows, candidates), groups
 
 
 def test_inputs_are_those_of_before_the_program_wrote_on_in_them(tiny_qwen3):
     lm, program = LocalLM(str(tiny_qwen3)), Told()
     calls, lessons, groups = lessons_of(program, lm)
-    assert lessons.taught == len(calls) == 8 and not lessons.untaught
+    assert len(lessons.found) == len(calls) == 8 and not lessons.untaught
     for rollout in groups[0].rollouts_G:
         first, second = (trace.inputs for trace in rollout.traces)
         assert not first["seen"] and not first["history"].messages
@@ -284,8 +340,7 @@ class Loud(RawAdapter):
 def test_calls_under_a_prompt_that_cannot_be_made_again_teach_nothing(forward, tiny_qwen3, caplog):
     program = type("Own", (Echo,), {"forward": forward})()
     calls, lessons, _ = lessons_of(program, LocalLM(str(tiny_qwen3)))
-    assert lessons.of_rows == [None] * len(calls)
-    assert lessons.untaught == {"prompt": len(calls)}
+    assert not lessons.found and lessons.untaught == {"prompt": len(calls)}
     settings = {"arm": "rl_only", "max_cycles": 1, "slow_signal": "feedback"}
     result = compile_tiny(tiny_qwen3, program, **settings)[2]
     assert result.records[-1].weights_version == result.base_version
@@ -313,7 +368,7 @@ def test_every_answer_of_a_call_that_asks_for_several_is_taught(tiny_qwen3):
     program = Echo()
     program.say = dspy.Predict(program.say.signature, n=2)
     calls, lessons, _ = lessons_of(program, LocalLM(str(tiny_qwen3)), wrong)
-    assert lessons.taught == len(calls) == 8
+    assert len(lessons.found) == len(calls) == 8
 
 
 def test_a_predictor_is_read_with_the_settings_of_its_own_lm(tmp_path):
@@ -322,7 +377,7 @@ def test_a_predictor_is_read_with_the_settings_of_its_own_lm(tmp_path):
     calls, lessons, _ = lessons_of(program, lm)
     own, *_ = groups_of(Echo(), lm, vowels)[0][0].rollouts_G
     assert calls[0].prompt_ids_T != own.calls[0].prompt_ids_T
-    assert lessons.taught == len(calls)
+    assert len(lessons.found) == len(calls)
 
 
 def test_lessons_that_do_not_fit_or_are_not_shown_are_counted(tiny_qwen3):

@@ -12,11 +12,11 @@ from held_answers import DESKS, FREE, SMALL, all_answers, encode
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from fst_dspy.config import LoraConfig, SamplingConfig, SlowConfig
-from fst_dspy.distill.trainer import reverse_kl
 from fst_dspy.model.divergence import kl_to_base, token_entropy
 from fst_dspy.model.generate import GenerationRequest, generate
 from fst_dspy.model.logprobs import completion_logprobs
 from fst_dspy.model.policy import Policy
+from fst_dspy.slow.taught_trainer import reverse_kl
 from fst_dspy.slow.trainer import SlowTrainer
 from fst_dspy.types import Call, Grammar, TrainingRow
 
