@@ -25,6 +25,8 @@ from fst_dspy.types import CycleRecord, Rollout, TurnCounts
 
 ALL = 0.999
 """Share from which on a figure is that of all rollouts."""
+BY_TEXT = "let its feedback teach the weights: slow_signal='both'"
+"""What makes up for a score that says nothing."""
 
 
 def troubles(parts: Parts, records: Sequence[CycleRecord]) -> list[str]:
@@ -49,8 +51,8 @@ def troubles(parts: Parts, records: Sequence[CycleRecord]) -> list[str]:
     ):
         texts.append(
             "no optimizer step had a gradient: the rollouts of every problem are all as good as "
-            "each other (where they are not solved: mix easier and harder problems, or give "
-            "partial credit in the metric)"
+            "each other (where they are not solved: mix easier and harder problems, give partial "
+            f"credit in the metric, or {BY_TEXT})"
         )
     by_turn = parts.config.slow.credit == "turn" and parts.learner is not None
     if record.cycle == 0 and by_turn and not record.turns.turns:
@@ -89,8 +91,21 @@ def without_signal(parts: Parts, records: Sequence[CycleRecord]) -> str | None:
         f"every rollout of cycle {record.cycle} had the reward {record.reward_range[0]:g}, so that "
         "there is nothing to learn from"
     )
-    failures = told_failures(record.failure_shares, record.failure_messages, parts.policy.tokenizer)
-    return "; ".join([text, *failures]) if _all_failed(record) else text
+    if _all_failed(record):
+        messages = record.failure_messages
+        return "; ".join(
+            [text, *told_failures(record.failure_shares, messages, parts.policy.tokenizer)]
+        )
+    if parts.learner is not None and _learns_from_rewards(parts) and not _is_perfect(parts, record):
+        text += f" (give partial credit in the metric, or {BY_TEXT})"
+    return text
+
+
+def _is_perfect(parts: Parts, record: CycleRecord) -> bool:
+    """Whether all rollouts of a cycle that are learned from had the best score there is."""
+    return record.reward_range is not None and record.reward_range[0] >= (
+        parts.config.fast.perfect_score
+    )
 
 
 def with_end(parts: Parts, records: Sequence[CycleRecord]) -> CycleRecord:
