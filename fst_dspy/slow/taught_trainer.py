@@ -136,8 +136,7 @@ class TaughtTrainer(SlowTrainer):
             except (MemoryError, RuntimeError) as error:
                 if not is_out_of_memory(error):
                     raise
-                self._halve_micro_batch(error)
-                self._reading_rows = max(1, self._reading_rows // 2)
+                self._halve_readings(error, len(readings))
 
     # --- inside -----------------------------------------------------------------------------------
 
@@ -168,6 +167,16 @@ class TaughtTrainer(SlowTrainer):
                 return self._pass_over(counted, gradients)
             stats = self._update(counted, gradients, shorten)
             return replace(stats, lesson=self._lesson(told.loss, students, counted, weight))
+
+    def _halve_readings(self, error: BaseException, count: int) -> None:
+        """After memory ran out, which may have been in either part of the step."""
+        at_once = min(self._reading_rows, count)
+        if at_once > 1:
+            self._reading_rows = at_once // 2
+        if at_once > 1 and self.micro_batch_size == 1:
+            logger.warning("memory ran out; going on with %d read at once", self._reading_rows)
+        else:
+            self._halve_micro_batch(error)
 
     def _lesson(
         self,

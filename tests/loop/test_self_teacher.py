@@ -15,10 +15,11 @@ from fst_dspy import FST, LocalLM
 from fst_dspy.config import SamplingConfig, SlowConfig
 from fst_dspy.errors import ConfigError
 from fst_dspy.loop.self_teacher import ANSWER, FEEDBACK, SelfTeacher
-from fst_dspy.model.logprobs import completion_logprobs, sampled_logprobs
+from fst_dspy.model.logprobs import completion_logprobs, completion_states, sampled_logprobs
 from fst_dspy.model.policy import Policy
 from fst_dspy.rollouts.jobs import RolloutJob
 from fst_dspy.rollouts.runner import RolloutRunner
+from fst_dspy.slow import taught_trainer
 from fst_dspy.slow.advantage import group_rows
 from fst_dspy.slow.averaged_weights import AveragedWeights
 from fst_dspy.slow.taught_trainer import Reading, TaughtTrainer, jensen_shannon
@@ -216,6 +217,26 @@ def test_rows_of_which_nothing_is_said_shorten_the_step(tiny_qwen3):
         for count in (0, 3, 4)
     ]
     assert rates == pytest.approx([1e-2 * share**0.5 for share in (0.5, 0.75, 1.0)])
+
+
+def test_where_memory_runs_out_fewer_are_read_at_once_and_the_step_is_the_same(
+    tiny_qwen3, monkeypatch, caplog
+):
+    rows = on_policy(tiny_qwen3, rows_for(1))
+    expected, _, _ = step_of(tiny_qwen3, rows, readings_of(rows), 0.5)
+    sizes = []
+
+    def scarce(policy, batch):
+        sizes.append(len(batch))
+        if len(batch) > 1:
+            raise MemoryError
+        return completion_states(policy, batch)
+
+    monkeypatch.setattr(taught_trainer, "completion_states", scarce)
+    found, stats, _ = step_of(tiny_qwen3, rows, readings_of(rows), 0.5)
+    assert stats.skipped is None and "memory ran out" in caplog.text
+    assert sizes[-1] == 1 and max(sizes) > 1
+    assert_equal_but_for_rounding(found, expected)
 
 
 def test_logprobs_of_sampled_tokens_are_those_of_the_vocabulary(tiny_qwen3, monkeypatch):
