@@ -127,6 +127,9 @@ class _StepStats(TypedDict):
     learning_rate: NotRequired[Diagnostic]
     clip_share: NotRequired[Diagnostic]
     skipped: str | None
+    taught: NotRequired[Count]
+    lesson: NotRequired[Diagnostic]
+    untaught: NotRequired[dict[str, Count]]
 
 
 @with_config(ConfigDict(strict=True))

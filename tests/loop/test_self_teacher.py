@@ -1,6 +1,7 @@
 """Text feedback into the weights, on tiny random models."""
 
 import itertools
+import json
 from dataclasses import replace
 
 import dspy
@@ -17,6 +18,7 @@ from fst_dspy.errors import ConfigError
 from fst_dspy.loop.self_teacher import ANSWER, FEEDBACK, SelfTeacher
 from fst_dspy.model.logprobs import completion_logprobs, completion_states, sampled_logprobs
 from fst_dspy.model.policy import Policy
+from fst_dspy.report import write_report
 from fst_dspy.rollouts.jobs import RolloutJob
 from fst_dspy.rollouts.runner import RolloutRunner
 from fst_dspy.slow import taught_trainer
@@ -436,7 +438,12 @@ def test_a_compiled_program_is_compiled_again_without_a_word_of_adapters(tiny_qw
     assert "compiled under the adapter" not in caplog.text
 
 
-def test_what_was_taught_is_recorded(tiny_qwen3, tmp_path):
-    compile_tiny(tiny_qwen3, max_cycles=1, slow_signal="both", log_dir=tmp_path)
-    lines = (tmp_path / "steps.jsonl").read_text().splitlines()
-    assert lines and all('"taught"' in line for line in lines)
+def test_what_was_taught_is_recorded_and_shown(tiny_qwen3, tmp_path):
+    folder = tmp_path / "run"
+    compile_tiny(tiny_qwen3, max_cycles=1, slow_signal="both", log_dir=folder)
+    steps = [json.loads(line)["stats"] for line in (folder / "steps.jsonl").open()]
+    taught = sum(step["taught"] for step in steps)
+    assert taught and all(step["lesson"] > 0 for step in steps if step["taught"])
+    write_report([folder], tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text()
+    assert f"{taught:,} of " in page and "Distance from the teacher" in page

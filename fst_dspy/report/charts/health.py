@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from typing import Any
@@ -32,6 +33,10 @@ def health(runs: Sequence[Run]) -> str:
         """Of the steps that were taken: a skipped one has no figures of its own."""
         return lambda step: None if step["stats"]["skipped"] else step["stats"].get(name)
 
+    def lesson(step: Mapping[str, Any]) -> float | None:
+        stats = step["stats"]
+        return stats["lesson"] if stats.get("taught") and not stats["skipped"] else None
+
     figures = [
         steps("Loss", stat("loss"), "before each step; its sign says little"),
         steps("Gradient norm", stat("grad_norm"), "before clipping", ends=ZERO),
@@ -58,6 +63,9 @@ def health(runs: Sequence[Run]) -> str:
             caption="what the model by itself gives to what it is held to; near 1 it need not be",
         ),
     ]  # fmt: skip
+    if any(_lessons(run)["taught"] for run in runs):
+        words = "of the answers that are read again; nats a token, before each step"
+        figures.append(steps("Distance from the teacher", lesson, words, ends=ZERO))
     return f"{_facts(runs)}<div class=charts>{''.join(figures)}</div>"
 
 
@@ -73,4 +81,20 @@ def _facts(runs: Sequence[Run]) -> str:
             "equal rewards, which give no gradient: "
             f"{percent(sum(constant) / max(1, len(constant)))} on average."
         )
+        if lessons := _lessons(run):
+            left_out = ", ".join(f"{n:,} {why}" for why, n in lessons.items() if why != "taught")
+            items.append(
+                f"{who}{lessons['taught']:,} of {lessons.total():,} answers were read again by a "
+                f"teacher under a prompt that knows more; left out: {left_out or 'none'}."
+            )
     return "<ul>" + "".join(f"<li>{escape(item)}</li>" for item in items) + "</ul>"
+
+
+def _lessons(run: Run) -> Counter[str]:
+    """A run's answers by what they taught, or why nothing: ``StepStats.untaught``."""
+    total: Counter[str] = Counter()
+    for step in run.steps:
+        stats = step["stats"]
+        total.update(stats.get("untaught", {}))
+        total["taught"] += stats.get("taught", 0)
+    return +total
