@@ -47,7 +47,25 @@ def _turn_end(tokenizer: Any) -> int | None:
     _, found, behind = whole.rpartition(_PROBE)
     behind = behind.strip() if found else ""
     first = tokenizer(behind, add_special_tokens=False)["input_ids"][:1] if behind else []
-    return first[0] if first and first[0] in tokenizer.all_special_ids else None
+    return first[0] if first and first[0] in special_tokens(tokenizer).values() else None
+
+
+_special: weakref.WeakKeyDictionary[Any, tuple[int, dict[str, int]]] = weakref.WeakKeyDictionary()
+
+
+def special_tokens(tokenizer: Any) -> dict[str, int]:
+    """The tokens that are no text, which decoding leaves out, with their ids.
+
+    Beside those that the tokenizer has a name for, as its end token, these are what its files mark
+    so: most templates' marks of turns, Gemma's and Phi's end of an answer among them.
+    """
+    size = len(tokenizer)
+    if tokenizer not in _special or _special[tokenizer][0] != size:
+        named = zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True)
+        marked = tokenizer.added_tokens_decoder.items()
+        found = {**dict(named), **{token.content: n for n, token in marked if token.special}}
+        _special[tokenizer] = size, {token: n for token, n in found.items() if token}
+    return _special[tokenizer][1]
 
 
 @dataclass(frozen=True)

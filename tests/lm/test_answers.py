@@ -119,6 +119,14 @@ def test_what_the_text_was_cut_at_cuts_the_parts_too() -> None:
     assert read(family_tokenizer("qwen3"), said, stop=("But",)).text.endswith("]]\n")
 
 
+@pytest.mark.parametrize(
+    ("name", "tools"), [("llama3", [ADD]), ("gpt-oss", []), ("gpt-oss", [ADD]), ("gemma4", [])]
+)
+def test_special_tokens_that_their_table_alone_marks_are_no_text(name: str, tools: list) -> None:
+    said = f"silver{FAMILIES[name].turn_end}"
+    assert read(family_tokenizer(name, named=False), said, tools=tools).text == "silver"
+
+
 def test_ids_of_calls_are_nine_letters_and_digits_and_tell_calls_apart() -> None:
     calls = [("add", {"a": 1}), ("add", {"a": 1})]
     ids = [part.id for part in tool_call_parts((1, 2), calls)]

@@ -11,7 +11,7 @@ import dspy
 import pytest
 import torch
 import transformers
-from chat_families import FAMILIES, save_family
+from chat_families import FAMILIES, family_tokenizer, save_family
 from dspy import lm15
 from helpers import Echo
 from tiny_models import SHAPE, make_tokenizer
@@ -87,6 +87,8 @@ def test_the_token_behind_an_answer_ends_it_though_no_settings_name_it(
     lm.policy.model.generation_config = None
     lm.policy.tokenizer.eos_token = "<|pad|>"
     assert end in eos_ids(lm.policy)
+    bare = lm.policy.tokenizer = family_tokenizer(name, named=False)
+    assert bare.convert_tokens_to_ids(FAMILIES[name].turn_end) in eos_ids(lm.policy)
 
 
 @pytest.mark.parametrize("name", [name for name, family in FAMILIES.items() if family.calls])

@@ -14,6 +14,7 @@ import torch
 import transformers
 import trl
 from tiny_models import SHAPE, make_tokenizer
+from tokenizers import AddedToken
 
 MISTRAL = """{{ bos_token }}
 {%- set users = messages | selectattr("role", "equalto", "user") | list %}
@@ -141,14 +142,21 @@ def chat_template(name: str) -> str:
     return (Path(trl.__file__).parent / "chat_templates" / f"{name}.jinja").read_text("utf-8")
 
 
-def family_tokenizer(name: str) -> transformers.PreTrainedTokenizerFast:
-    """The tokenizer of a family: marks of thoughts are tokens but not special ones, as in Qwen3."""
+def family_tokenizer(name: str, named: bool = True) -> transformers.PreTrainedTokenizerFast:
+    """The tokenizer of a family: marks of thoughts are tokens but not special ones, as in Qwen3.
+
+    Args:
+        named: Whether the tokenizer itself names its special tokens, or only their table does, as
+            of Gemma and Phi 4.
+    """
     family = FAMILIES[name]
     template = family.template if "{" in family.template else chat_template(family.template)
     tokenizer = make_tokenizer(template)
-    tokenizer.add_special_tokens(
-        {"additional_special_tokens": [family.turn_end, *family.special]},
-    )
+    special = [family.turn_end, *family.special]
+    if not named:
+        tokenizer.add_tokens([AddedToken(token, special=True) for token in special])
+        return tokenizer
+    tokenizer.add_special_tokens({"additional_special_tokens": special})
     tokenizer.bos_token = next((t for t in family.special if "bos" in t or "begin" in t), "<|pad|>")
     tokenizer.eos_token = family.turn_end
     tokenizer.add_tokens(["<think>", "</think>", "<tool_call>", "</tool_call>"])
