@@ -14,16 +14,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fst_dspy.errors import ConfigError, ModelError, StoreError
+from fst_dspy.pretrained.adapters import refuse_adapters
 from fst_dspy.pretrained.smollm2 import NAMES
 from fst_dspy.tasks import check_program
 
 if TYPE_CHECKING:
     from fst_dspy.config import FSTConfig
 
-MODEL_FILES = ("config.json", "adapter_config.json", "*.gguf")
+MODEL_FILES = ("config.json", "*.gguf")
 """A model folder has one of these."""
 NAMED_MODELS = ("embedded", *NAMES)
-CACHED_FILES = MODEL_FILES[:2]
 HUB_SECONDS = 10.0
 """How long the hub may take to say whether it has a model."""
 
@@ -100,6 +100,7 @@ def check_model(model: str) -> None:
                 f"{path} is a bundle, a compiled program; write its model to a folder with "
                 f"`fst export {path} FOLDER`"
             )
+        refuse_adapters(path)
         if not any(any(path.glob(name)) for name in MODEL_FILES):
             raise ModelError(
                 f"{path} holds no model: no {MODEL_FILES[0]} in it; give the folder that "
@@ -124,7 +125,7 @@ def _look_up(model: str) -> None:
     from huggingface_hub import HfApi, try_to_load_from_cache
     from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 
-    if any(isinstance(try_to_load_from_cache(model, name), str) for name in CACHED_FILES):
+    if isinstance(try_to_load_from_cache(model, MODEL_FILES[0]), str):
         return
     try:
         HfApi().model_info(model, timeout=HUB_SECONDS)

@@ -17,6 +17,7 @@ import transformers
 from transformers import AutoConfig
 
 from fst_dspy.errors import ModelError
+from fst_dspy.pretrained.adapters import refuse_adapters
 from fst_dspy.pretrained.weights import read_whole
 
 SUFFIX = ".gguf"
@@ -61,10 +62,12 @@ def read_from(where: str | Path) -> tuple[str, Mapping[str, Any]]:
         where: A folder, a GGUF file, or a hub id.
 
     Raises:
-        ModelError: As ``find_gguf``; or the package that reads such files is missing.
+        ModelError: As ``find_gguf``; the package that reads such files is missing; or the folder
+            holds adapters.
     """
     file = find_gguf(Path(where))
     if file is None:
+        refuse_adapters(where)
         return str(where), {}
     if find_spec("gguf") is None:
         raise ModelError("a GGUF file is read by the package gguf: pip install gguf")

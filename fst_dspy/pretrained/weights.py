@@ -8,6 +8,7 @@ from typing import Any
 from transformers import AutoModelForCausalLM
 
 from fst_dspy.errors import ModelError
+from fst_dspy.pretrained.adapters import refused
 
 
 def read_whole(where: str | Path, **how: Any) -> Any:
@@ -20,9 +21,11 @@ def read_whole(where: str | Path, **how: Any) -> Any:
         how: For ``from_pretrained``.
 
     Raises:
-        ModelError: Weights are missing.
+        ModelError: Weights are missing, or there are adapters among them.
     """
     model, told = AutoModelForCausalLM.from_pretrained(where, output_loading_info=True, **how)
+    if getattr(model, "_hf_peft_config_loaded", False):  # of the hub; folders are looked into first
+        raise refused(where)
     missing = sorted(told["missing_keys"])
     if missing:
         raise ModelError(

@@ -5,16 +5,22 @@ from __future__ import annotations
 import copy
 import shutil
 from pathlib import Path
+from typing import Any
 
+import peft
 import pytest
 import torch
+import transformers
 from tiny_models import make_model, make_tokenizer, save_model
 from tokenizers.processors import TemplateProcessing
 
 import fst_dspy.model.policy as policy_module
+from fst_dspy.cli.checks import check_model
 from fst_dspy.config import LoraConfig
 from fst_dspy.errors import ModelError
 from fst_dspy.model.policy import Policy
+from fst_dspy.plan.files import described_by_name
+from fst_dspy.pretrained.weights import read_whole
 
 
 def nudge(policy: Policy, amount: float = 0.01) -> None:
@@ -99,6 +105,22 @@ def test_weights_that_are_missing_are_not_made_up(tmp_path: Path) -> None:
     tokenizer.save_pretrained(tmp_path)
     with pytest.raises(ModelError, match=r"lack 3 of its weights \(model.layers.1.mlp"):
         Policy.load(tmp_path)
+
+
+@pytest.mark.parametrize("with_weights", [False, True])
+def test_adapters_are_no_model(with_weights: bool, tiny_llama: Path, tmp_path: Path) -> None:
+    # Transformers would put them into the model, where adapters that are trained replace them.
+    if with_weights:
+        shutil.copytree(tiny_llama, tmp_path, dirs_exist_ok=True)
+    base = transformers.AutoModelForCausalLM.from_pretrained(tiny_llama)
+    adapted = peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules="all-linear"))
+    adapted.save_pretrained(tmp_path)
+    make_tokenizer().save_pretrained(tmp_path)
+    refusals: list[Any] = [Policy.load, described_by_name, lambda folder: check_model(str(folder))]
+    refusals.append(lambda folder: read_whole(str(folder)))  # as of an id of the hub
+    for load in refusals:
+        with pytest.raises(ModelError, match="holds adapters.*merge_and_unload"):
+            load(tmp_path)
 
 
 def test_a_tokenizer_without_chat_template_or_pad_gets_them(tmp_path: Path) -> None:
