@@ -119,7 +119,7 @@ def test_adapters_are_no_model(with_weights: bool, tiny_llama: Path, tmp_path: P
     refusals: list[Any] = [Policy.load, described_by_name, lambda folder: check_model(str(folder))]
     refusals.append(lambda folder: read_whole(str(folder)))  # as of an id of the hub
     for load in refusals:
-        with pytest.raises(ModelError, match="holds adapters.*merge_and_unload"):
+        with pytest.raises(ModelError, match=r"holds adapters.*merge_and_unload"):
             load(tmp_path)
 
 
