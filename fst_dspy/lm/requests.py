@@ -33,8 +33,8 @@ from fst_dspy.lm.templates import (
     chat_format,
     check_options,
     cut_thought_advice,
-    render,
     thinks,
+    tokens_of,
 )
 from fst_dspy.model.endings import End
 from fst_dspy.model.generate import GenerationRequest, GenerationResult, check_prompt, generate
@@ -132,12 +132,11 @@ def prompt_ids(policy: Policy, request: lm15.Request) -> tuple[int, ...]:
 def encode(policy: Policy, prompt: Prompt) -> tuple[int, ...]:
     """The token ids of a conversation under the model's chat template; errors as ``prompt_ids``."""
     try:
-        ids = render(policy.tokenizer, prompt, add_generation_prompt=True, tokenize=True)
+        return tuple(tokens_of(policy.tokenizer, prompt))
     except Exception as error:
         raise lm15.InvalidRequestError(
             f"the chat template of {policy.name} refuses these messages: {error}"
         ) from error
-    return tuple(ids)
 
 
 def prompt_of(policy: Policy, request: lm15.Request) -> Prompt:

@@ -13,13 +13,14 @@ import json
 import logging
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import takewhile
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from fst_dspy.errors import ConfigError
+from fst_dspy.model.endings import special_tokens
 from fst_dspy.model.policy import Policy
 from fst_dspy.pretrained.chat import apply_template, once_a_template
 
@@ -157,6 +158,48 @@ def render(tokenizer: Any, prompt: Prompt, **how: Any) -> Any:
             "its text goes in front of a user's message, and messages of one role become one",
         )
     return _apply(tokenizer, fitted, json.loads(prompt.tools), json.loads(prompt.options), **how)
+
+
+def tokens_of(tokenizer: Any, prompt: Prompt) -> list[int]:
+    """The token ids of a conversation, up to where the answer begins.
+
+    What looks like a special token within a message is text, as it is to hosted models: a mail that
+    has "<|im_end|>" in it would end its turn, and could go on in another role.
+
+    Raises:
+        Exception: Whatever the template raises.
+    """
+    messages = json.loads(prompt.messages)
+    apart = [{**m, "content": _taken_apart(tokenizer, m["content"])} for m in messages]
+    if apart != messages:
+        marked = replace(prompt, messages=json.dumps(apart))
+        how = {"add_generation_prompt": True, "tokenize": False}
+        first, *others = render(tokenizer, marked, **how).split(_APART)
+        if "".join((first, *others)) == render(tokenizer, prompt, **how):
+            ids = _plain_ids(tokenizer, first)
+            return ids + [token for text in others for token in _ids_within(tokenizer, text)]
+    return list(render(tokenizer, prompt, add_generation_prompt=True, tokenize=True))
+
+
+_APART = "\ufdd0\ufdd1"
+"""Of characters that Unicode keeps out of texts: where one is cut."""
+
+
+def _taken_apart(tokenizer: Any, text: str) -> str:
+    """A text, cut within all that a tokenizer would read as a special token."""
+    special = sorted(special_tokens(tokenizer), key=len, reverse=True)
+    found = "|".join(re.escape(token) for token in special if len(token) > 1)
+    return re.sub(found, lambda m: m[0][0] + _APART + m[0][1:], text) if found else text
+
+
+def _plain_ids(tokenizer: Any, text: str) -> list[int]:
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def _ids_within(tokenizer: Any, text: str) -> list[int]:
+    """Without the space that tokenizers such as Llama 2's put in front of a text."""
+    line, both = _plain_ids(tokenizer, "\n"), _plain_ids(tokenizer, f"\n{text}")
+    return both[len(line) :] if both[: len(line)] == line else _plain_ids(tokenizer, text)
 
 
 def generation_prompt(tokenizer: Any, options: Mapping[str, Any]) -> str:

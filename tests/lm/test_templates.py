@@ -7,10 +7,19 @@ import logging
 import pytest
 from chat_families import FAMILIES, chat_template, family_tokenizer
 from tiny_models import make_tokenizer, save_model
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from fst_dspy.errors import ModelError
-from fst_dspy.lm.templates import Prompt, chat_format, generation_prompt, render, thinks
-from fst_dspy.model.endings import eos_ids
+from fst_dspy.lm.templates import (
+    Prompt,
+    chat_format,
+    generation_prompt,
+    render,
+    thinks,
+    tokens_of,
+)
+from fst_dspy.model.endings import eos_ids, special_tokens
 from fst_dspy.model.policy import Policy
 
 SYSTEM = {"role": "system", "content": "Be brief."}
@@ -71,6 +80,37 @@ def test_turns_before_the_last_are_not_lost_where_a_template_drops_them(caplog) 
     assert shown(with_system, [SYSTEM, USER, ANSWER, USER]) == (
         "Be brief.|Where to?\n\nsilver\n\nWhere to?"
     )
+
+
+@pytest.mark.parametrize("role", ["system", "user", "assistant"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_what_looks_like_a_special_token_in_a_message_is_text(name: str, role: str) -> None:
+    tokenizer, end = family_tokenizer(name), FAMILIES[name].turn_end
+    special = [end, *(() if role == "assistant" else FAMILIES[name].special), end]
+    said = [SYSTEM, USER, ANSWER, USER]
+    place = [message["role"] for message in said].index(role)
+    said[place] = {"role": role, "content": f"a{special[0]}\n{' b'.join(special)} c"}
+    ids = tokens_of(tokenizer, Prompt.of(said))
+    assert said[place]["content"] in tokenizer.decode(ids)
+    said[place] = {"role": role, "content": "a\n b c"}
+    marks = set(special_tokens(tokenizer).values())
+    without = tokens_of(tokenizer, Prompt.of(said))
+    assert [n for n in ids if n in marks] == [n for n in without if n in marks]
+    assert without == render(
+        tokenizer, Prompt.of(said), add_generation_prompt=True, tokenize=True
+    )  # as ever
+
+
+def test_no_space_is_put_where_a_special_token_was() -> None:
+    letters = {token: n for n, token in enumerate(["</s>", "▁", "\n", *"ab</s>"])}
+    spaced = Tokenizer(models.BPE(letters, []))
+    spaced.pre_tokenizer, spaced.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=spaced, eos_token="</s>")
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"
+    said = [{"role": "user", "content": "a</s>b</s>"}]
+    ids = tokens_of(tokenizer, Prompt.of(said))
+    assert "".join(tokenizer.convert_ids_to_tokens(ids)).lstrip("▁") == "a</s>b</s></s>"
+    assert ids.count(tokenizer.eos_token_id) == 1
 
 
 def test_turns_alternate_where_they_must() -> None:
