@@ -16,10 +16,10 @@ import secrets
 import threading
 import time
 import weakref
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from operator import methodcaller
 from typing import Any, Protocol
 
@@ -64,38 +64,50 @@ def serving(policy: Policy) -> Server | None:
 
 @dataclass
 class _Call:
-    """A call of an LM, which asks ``n`` times; the cache tells it from others by ``rollout_id``."""
+    """A call of an LM, which asks ``n`` times; the cache tells it from others by ``rollout_id``.
+
+    DSPy asks for one answer after the other. They are generated together, with the first.
+
+    Attributes:
+        ahead: Those that have not been asked for yet.
+    """
 
     rollout_id: Any
+    n: int
     asked: int = 0
+    ahead: list[Pending] = field(default_factory=list)
+
+    def answers(self, request: lm15.Request, make: Callable[[], Pending]) -> list[Pending]:
+        """What is to be generated for a request; the first of it is its answer."""
+        if self.ahead and self.ahead[0].request is request:
+            return [self.ahead.pop(0)]
+        made = [self._apart(make()) for _ in range(1 if self.asked else self.n)]
+        self.ahead = made[1:]
+        return made
+
+    def _apart(self, pending: Pending) -> Pending:
+        """Mix into a request's seed which of a call's answers it is for, and the ``rollout_id``.
+
+        As it is, the seed would make all ``n`` of them copies, and what ``dspy.BestOfN`` tries.
+        """
+        number, self.asked = self.asked, self.asked + 1
+        seed = pending.request.config.seed
+        if seed is not None and (number or self.rollout_id is not None):
+            pending.seed_from(seed, self.rollout_id, number)
+        return pending
 
 
 _CALL: contextvars.ContextVar[_Call | None] = contextvars.ContextVar("fst_call", default=None)
 
 
 @contextmanager
-def one_call(rollout_id: Any) -> Iterator[None]:
-    """What is asked within belongs to one call of an LM."""
-    token = _CALL.set(_Call(rollout_id))
+def one_call(rollout_id: Any, n: int) -> Iterator[None]:
+    """What is asked within belongs to one call of an LM, of ``n`` answers."""
+    token = _CALL.set(_Call(rollout_id, n))
     try:
         yield
     finally:
         _CALL.reset(token)
-
-
-def _apart(pending: Pending) -> Pending:
-    """Mix into a request's seed which of a call's answers it is for, and the ``rollout_id``.
-
-    As it is, the seed would make all ``n`` of them copies, and those that ``dspy.BestOfN`` tries.
-    """
-    call = _CALL.get()
-    if call is None:
-        return pending
-    number, call.asked = call.asked, call.asked + 1
-    seed = pending.request.config.seed
-    if seed is not None and (number or call.rollout_id is not None):
-        pending.seed_from(seed, call.rollout_id, number)
-    return pending
 
 
 def streamed(response: lm15.Response) -> Iterator[Any]:
@@ -156,16 +168,19 @@ class LocalEngine:
         """
         if (rollout := serving(self.policy)) is not None:
             return rollout.complete(request)
-        pending = _apart(prepare(self.policy, request, secrets.randbits(63)))
-        with self._guard:
-            self._waiting.append(pending)
-        # Whoever gets the turn serves everybody who is waiting, so the others find theirs done.
-        with self._turn:
-            if not pending.done:
-                time.sleep(GATHER_SECONDS)
-                with self._guard:
-                    batch, self._waiting = self._waiting, []
-                self.batches += run_batch(self.policy, batch)
+        call = _CALL.get() or _Call(None, 1)
+        answers = call.answers(request, lambda: prepare(self.policy, request, secrets.randbits(63)))
+        pending = answers[0]
+        if not pending.done:
+            with self._guard:
+                self._waiting += answers
+            # Whoever gets the turn serves all who are waiting, so the others find theirs done.
+            with self._turn:
+                if not pending.done:
+                    time.sleep(GATHER_SECONDS)
+                    with self._guard:
+                        batch, self._waiting = self._waiting, []
+                    self.batches += run_batch(self.policy, batch)
         return pending.response(ids=True)
 
     def stream(self, request: lm15.Request) -> Iterator[Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
 
@@ -197,7 +198,7 @@ class LocalLM(dspy.LM):
         if lm is not self:
             return lm(*args, **kwargs)
         args, kwargs = self._carried(args, kwargs)
-        with one_call(kwargs.get("rollout_id", self.kwargs.get("rollout_id"))):
+        with self._one_call(args, kwargs):
             return super().__call__(*args, **kwargs)
 
     async def acall(self, *args: Any, **kwargs: Any) -> Any:
@@ -205,8 +206,16 @@ class LocalLM(dspy.LM):
         if lm is not self:
             return await lm.acall(*args, **kwargs)
         args, kwargs = self._carried(args, kwargs)
-        with one_call(kwargs.get("rollout_id", self.kwargs.get("rollout_id"))):
+        with self._one_call(args, kwargs):
             return await super().acall(*args, **kwargs)
+
+    def _one_call(
+        self, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> AbstractContextManager[None]:
+        said = {**self.kwargs, **kwargs}
+        # A request of lm15 is for one answer, whatever the LM's settings.
+        n = 1 if _request_in(args, kwargs) is not None else said.get("n") or 1
+        return one_call(said.get("rollout_id"), n)
 
     def _carried(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -225,9 +234,7 @@ class LocalLM(dspy.LM):
         wanted = kwargs.get("response_format", self.kwargs.get("response_format"))
         if wanted is not None and (read := as_read(wanted)) is not wanted:
             kwargs = {**kwargs, "response_format": read}
-        request = kwargs.get("request", args[0] if args else None)
-        if not isinstance(request, lm15.Request):
-            request = None
+        request = _request_in(args, kwargs)
         given = kwargs if request is None else (request.config.extensions or {})
         own = {name: given.get(name, self.kwargs.get(name)) for name in OWN}
         if own["structured"]:
@@ -372,6 +379,12 @@ class LocalLM(dspy.LM):
     def live(self) -> LocalLM:
         """A copy that follows the live weights, without the cache."""
         return self.copy(model=self.policy.live_id, cache=False)
+
+
+def _request_in(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> lm15.Request | None:
+    """The request of lm15 among a call's arguments, if it is made with one."""
+    request = kwargs.get("request", args[0] if args else None)
+    return request if isinstance(request, lm15.Request) else None
 
 
 def check_adapter(program: dspy.Module, policy: Policy) -> None:

@@ -6,6 +6,7 @@ import asyncio
 
 import dspy
 import pytest
+from dspy import lm15
 
 import fst_dspy
 from fst_dspy.errors import ConfigError
@@ -87,6 +88,27 @@ async def _awaited(lm: fst_dspy.LocalLM) -> list[str]:
 def test_so_it_does_where_it_is_awaited():
     lm = fst_dspy.LocalLM("embedded", temperature=2.0, max_tokens=6, seed=1)
     assert asyncio.run(_awaited(lm)) == said(lm, n=3)
+
+
+def test_answers_of_one_call_are_generated_together():
+    lm = fst_dspy.LocalLM("embedded", temperature=2.0, max_tokens=6, cache=False, n=3)
+    engine = lm.engine
+    awaited = lambda text: asyncio.run(lm.acall(text))  # noqa: E731
+    for ask, number in ((lm, 3), (awaited, 3), (lm.copy(n=None), 1)):
+        before = engine.batches
+        assert len(set(ask("blue or red?"))) == number
+        assert engine.batches == before + 1
+    with dspy.context(lm=lm.copy(structured=True, max_tokens=64)):
+        before = engine.batches
+        told = dspy.Predict("question -> answer", n=2)(question="blue or red?")
+        assert len(told.completions.answer) == 2
+        assert engine.batches == before + 1
+    before = engine.batches
+    lm(lm15.Request(model=lm.model, messages=(lm15.Message.user("blue or red?"),)))
+    assert engine.batches == before + 1
+    with pytest.raises(dspy.utils.exceptions.ContextWindowExceededError):
+        lm("blue or red? " * 5000)
+    assert len(lm("blue or red?")) == 3
 
 
 class Bare(dspy.Adapter):
