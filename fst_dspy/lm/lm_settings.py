@@ -42,6 +42,11 @@ def check_settings(settings: Mapping[str, Any]) -> None:
         known = f"known: {', '.join(sorted({*SETTINGS, *OWN, *OF_CALLS}))}"
         hint = f"did you mean {near[0]!r}?" if near else known
         raise ConfigError(f"LocalLM has no setting {unknown[0]!r}; {hint}")
+    if settings.get("model_type") == "text":
+        raise ConfigError(
+            "LocalLM puts every prompt through the model's chat template, and takes no "
+            "model_type='text'; leave it out: a model without a template gets a plain one"
+        )
     structured = settings.get("structured")
     if not (structured is None or isinstance(structured, bool)):
         raise ConfigError(f"structured must be True or False, got {structured!r}")

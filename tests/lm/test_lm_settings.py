@@ -28,6 +28,7 @@ from fst_dspy.errors import ConfigError
         ({"repetition_penalty": float("inf")}, "repetition_penalty must be a finite number"),
         ({"frequency_penalty": 9}, "frequency_penalty"),
         ({"structured": "false"}, "structured must be True or False"),
+        ({"model_type": "text"}, "chat template, and takes no model_type='text'"),
         ({"stop": [""]}, "stop"),
     ],
 )
