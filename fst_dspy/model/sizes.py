@@ -188,15 +188,14 @@ def activation_bytes(config: Any, itemsize: int) -> int:
 class DecodingRoom:
     """What memory holds of the rows that are decoded together.
 
-    Their caches may take half of what the weights leave of a quarter of a CPU's memory or of all of
-    a GPU's, or half of what is free where that is less. Rounded down to a power of two: how
-    rollouts are cut into batches should not depend on what else runs, for it decides how sums are
-    rounded.
+    Of what the weights leave their caches may take half on a GPU and an eighth on a CPU, or half of
+    what is free where that is less. Rounded down to a power of two: how rollouts are cut into
+    batches should not depend on what else runs, for it decides how sums are rounded.
     """
 
     def __init__(self, model: Any) -> None:
         cpu = model.device.type != "cuda"
-        room = total_memory(model.device) // (4 if cpu else 1) - parameter_bytes(model)
+        room = (total_memory(model.device) - parameter_bytes(model)) // (4 if cpu else 1)
         self.bytes = power_of_two(min(room, free_memory(model.device)) // 2)
         self.most_tokens = MAX_CPU_TOKENS if cpu else None
         self._token = cache_bytes(model.config, model.dtype.itemsize)

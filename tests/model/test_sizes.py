@@ -66,7 +66,7 @@ def test_decoding_keeps_to_the_memory_that_the_weights_leave(
     monkeypatch.setattr(sizes, "LOGIT_BYTES", 0)
     monkeypatch.setattr(sizes, "LEAST_TOKENS", 0)
     monkeypatch.setattr(sizes, "free_memory", lambda device: 2**40)
-    total = 4 * (parameter_bytes(model) + 2 * 2**10 * token)
+    total = parameter_bytes(model) + 4 * 2 * 2**10 * token
     monkeypatch.setattr(sizes, "total_memory", lambda device: total)
     assert DecodingRoom(model).holds(1, 2**10)
     assert not DecodingRoom(model).holds(1, 2**10 + 1)
