@@ -221,11 +221,13 @@ def write_json(path: Path, value: Any) -> None:
 
 def _after(last: CycleRecord, record: CycleRecord) -> CycleRecord:
     channels = sorted({*last.seconds, *record.seconds})
+    before = last.total_rollouts.total
     return replace(
         record,
         cycle=last.cycle + 1 + record.cycle,
         step=last.step + record.step,
         total_rollouts=last.total_rollouts.plus(record.total_rollouts),
+        early_scores=tuple((before + spent, score) for spent, score in record.early_scores),
         turns=last.turns + record.turns,
         tokens={k: last.tokens.get(k, 0) + n for k, n in record.tokens.items()},
         seconds={c: last.seconds.get(c, 0) + record.seconds.get(c, 0) for c in channels},

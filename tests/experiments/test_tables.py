@@ -25,7 +25,7 @@ from fst_dspy.experiments.runs import load_runs, shared_budget
 from fst_dspy.experiments.tuned_rl import rl_space, tune_rl
 from fst_dspy.experiments.worker import run_job
 from fst_dspy.files import read_json
-from fst_dspy.measures import Forgetting, Interval, mean_at_k
+from fst_dspy.measures import Forgetting, Interval, mean_at_k, score_curve
 from fst_dspy.types import RolloutCounts
 
 # --- what a job does ------------------------------------------------------------------------------
@@ -428,13 +428,15 @@ TUNED = {
 def test_records_of_several_stages_are_those_of_one_run(tmp_path):
     for stage in ("0-a", "1-b"):
         (tmp_path / stage).mkdir()
-        lines = [asdict(record(n, 20 + 40 * n, 0.1, step=n)) for n in (0, 1)]
+        first, second = (record(n, 20 + 40 * n, 0.1, step=n) for n in (0, 1))
+        lines = [asdict(first), asdict(replace(second, early_scores=((30, 0.2),)))]
         text = "".join(json.dumps(line) + "\n" for line in lines)
         (tmp_path / stage / "cycles.jsonl").write_text(text)
     found = read_records(tmp_path, ("0-a", "1-b"))
     assert [r.cycle for r in found] == [0, 1, 2, 3]
     assert [r.step for r in found] == [0, 1, 1, 2]
     assert [r.total_rollouts.total for r in found] == [20, 60, 80, 120]
+    assert score_curve(found).x == (20, 30, 60, 80, 90, 120)
 
 
 def test_what_has_ended_is_packed_and_goes_on_elsewhere(tmp_path):
