@@ -16,6 +16,7 @@ where most of the others had come above it.
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -134,11 +135,13 @@ class Measured:
 def measure(records: Sequence[CycleRecord], rollouts: int) -> Measured:
     """The best of the cycles that ended within the budget; of equals the earliest.
 
-    The student as it came, cycle 0, counts in any case.
+    The student as it came, cycle 0, counts in any case. A KL that is not finite is infinite here:
+    Optuna takes no others for limits and objectives.
     """
     inside = [r for r in records if r.cycle == 0 or r.total_rollouts.total <= rollouts]
     best = max(inside, key=lambda record: record.val_score)
-    return Measured(best.val_score, best.kl_to_base, best.total_rollouts.total)
+    kl = best.kl_to_base if math.isfinite(best.kl_to_base) else math.inf
+    return Measured(best.val_score, kl, best.total_rollouts.total)
 
 
 class BudgetSpentError(Exception):

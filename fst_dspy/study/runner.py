@@ -8,6 +8,7 @@ from its last checkpoint. Starting the same ``tune`` again goes on with the stud
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import logging
 import multiprocessing
@@ -23,6 +24,7 @@ from typing import Any
 import dspy
 import optuna
 from dspy.dsp.utils.settings import DEFAULT_CONFIG
+from optuna.distributions import check_distribution_compatibility
 from optuna.exceptions import ExperimentalWarning
 from optuna.trial import FrozenTrial, TrialState
 
@@ -34,8 +36,9 @@ from fst_dspy.errors import (
     MetricError,
     ModelError,
     ProgramError,
+    StoreError,
 )
-from fst_dspy.files import as_plain
+from fst_dspy.files import as_plain, writing_to
 from fst_dspy.lm.local_lm import LocalLM
 from fst_dspy.model.sizes import parameter_count
 from fst_dspy.optimizer import FST
@@ -83,8 +86,9 @@ OF_THE_STUDY = {
     "progress": "hear of trials by on_trial",
 }
 """What of FST's arguments a study gives itself, and how that is said."""
-INPUT_ERRORS = (DataError, MetricError, ModelError, ProgramError)
-"""Raised for the task or the model, whatever the settings: they end the study, not the trial."""
+NOT_OF_THE_SETTINGS = (DataError, MetricError, ModelError, ProgramError, StoreError)
+"""Raised for the task, the model or the disk, whatever the settings: they end the study, and the
+trial goes on with it once that is mended."""
 
 OnTrial = Callable[[optuna.Study, FrozenTrial], None]
 
@@ -317,7 +321,8 @@ def open_study(plan: StudyPlan, task: Task, worker: int = 0) -> optuna.Study:
 
     Raises:
         ConfigError: It has another objective, task, model, seed, arm, adapter or fixed settings:
-            its scores and new ones could not be compared.
+            its scores and new ones could not be compared. Or it has drawn a setting from other
+            choices, which Optuna cannot change.
     """
     study = optuna.create_study(
         storage=open_storage(plan.storage),
@@ -351,10 +356,30 @@ def open_study(plan: StudyPlan, task: Task, worker: int = 0) -> optuna.Study:
                 f"the study {plan.study_name!r} has another {name}: {found[name]}, not {value}; "
                 "choose another study name, or warm-start from it"
             )
+    _check_drawn(study, plan.space)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ExperimentalWarning)
         study.set_metric_names(list(plan.objective.measures))  # axes of plots and dashboards
     return study
+
+
+def _check_drawn(study: optuna.Study, space: Space) -> None:
+    """That Optuna can go on to draw what the study has drawn so far.
+
+    Raises:
+        ConfigError: A setting's choices, or its kind of range, were others.
+    """
+    wanted = {parameter.name: parameter.distribution() for parameter in space.parameters}
+    for trial in study.get_trials(deepcopy=False):
+        for name in trial.distributions.keys() & wanted.keys():
+            try:
+                check_distribution_compatibility(trial.distributions[name], wanted[name])
+            except ValueError as error:
+                raise ConfigError(
+                    f"the study {study.study_name!r} has drawn {name} from "
+                    f"{trial.distributions[name]}, not {wanted[name]}, and a study keeps its "
+                    "choices; choose another study name, or warm-start from it"
+                ) from error
 
 
 def _name_of_model(lm: str | Callable[[], LocalLM]) -> str:
@@ -412,13 +437,11 @@ def run_trial(trial: optuna.Trial, plan: StudyPlan, task: Task, worker: str) -> 
         **plan.space.suggest(trial),
         "max_rollouts": plan.objective.rollouts,
     }
-    # By its name: the study's folder may be another one by now, or on another machine.
-    name = Path(trial.user_attrs.get("folder", f"trial-{trial.number:04d}")).name
-    folder = plan.folder / name
-    trial.set_user_attr("folder", str(folder))
-    trial.set_user_attr("settings", settings)
-    listener = TrialListener(trial, plan.objective, folder)
     try:
+        folder = _folder_of(trial, plan)
+        trial.set_user_attr("folder", str(folder))
+        trial.set_user_attr("settings", settings)
+        listener = TrialListener(trial, plan.objective, folder)
         fst = _optimizer(plan, task, settings, log_dir=folder, progress=listener)
         with dspy.context(**plan.settings()):
             fst.compile(task.program, trainset=task.trainset, valset=task.valset)
@@ -431,13 +454,36 @@ def run_trial(trial: optuna.Trial, plan: StudyPlan, task: Task, worker: str) -> 
         _keep_measures(trial, plan, listener)
         raise
     except Exception as error:
+        if isinstance(error, NOT_OF_THE_SETTINGS):
+            retry(trial.study, trial.number)
         trial.set_user_attr("error", f"{type(error).__name__}: {error}")
-        if isinstance(error, INPUT_ERRORS):
+        if isinstance(error, NOT_OF_THE_SETTINGS):
             raise
         raise TrialFailedError(str(error)) from error
     listener.finish()
     _keep_measures(trial, plan, listener)
     return listener.measured().values(plan.objective.measures)
+
+
+def _folder_of(trial: optuna.Trial, plan: StudyPlan) -> Path:
+    """The trial's run folder: the one it was begun in, or one that holds no other study's trial.
+
+    Raises:
+        StoreError: It cannot be made.
+    """
+    if known := trial.user_attrs.get("folder"):
+        # By its name: the study's folder may be another one by now, or on another machine.
+        return plan.folder / Path(known).name
+    name = f"trial-{trial.number:04d}"
+    with writing_to(plan.folder):
+        for number in itertools.count(1):
+            folder = plan.folder / (name if number == 1 else f"{name}_{number}")
+            try:
+                folder.mkdir(parents=True)
+                break
+            except FileExistsError:
+                continue
+    return folder
 
 
 def _keep_measures(trial: optuna.Trial, plan: StudyPlan, listener: TrialListener) -> None:

@@ -18,7 +18,7 @@ In YAML, with the same meaning::
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
@@ -131,7 +131,8 @@ class Space:
 
     Raises:
         ConfigError: A setting that FST does not have (the nearest name is suggested), a value that
-            it does not take, a range the wrong way round, or a ``when`` on a later parameter.
+            it does not take, a range the wrong way round, or a ``when`` on a later parameter or on
+            values that it never has.
     """
 
     parameters: tuple[Parameter, ...]
@@ -150,9 +151,13 @@ class Space:
                 raise ConfigError(f"{name} is in the search space twice")
             for value in parameter.ends:
                 check_setting(name, value)
-            for other in parameter.when or {}:
+            for other, values in (parameter.when or {}).items():
                 if other not in seen:
                     raise ConfigError(f"{name} depends on {other!r}, which must come before it")
+                if isinstance(values, str) or not isinstance(values, Collection):
+                    raise ConfigError(f"{name}: give a list of values of {other}, not {values!r}")
+                if not any(map(seen[other].has, values)):
+                    raise ConfigError(f"{name}: {other} never has one of the values {values}")
             try:
                 parameter.distribution()
             except ValueError as error:

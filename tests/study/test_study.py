@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import multiprocessing
 import os
 import pickle
@@ -13,6 +14,7 @@ import subprocess
 import tempfile
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -31,8 +33,16 @@ from fst_dspy.cli import app
 from fst_dspy.cli.options import parse_settings
 from fst_dspy.cli.study_report import report_study
 from fst_dspy.config import FSTConfig
-from fst_dspy.errors import ConfigError, FSTError, ModelError, ProgramError, TrainingError
+from fst_dspy.errors import (
+    ConfigError,
+    FSTError,
+    ModelError,
+    ProgramError,
+    StoreError,
+    TrainingError,
+)
 from fst_dspy.files import read_jsonl
+from fst_dspy.loop import joint
 from fst_dspy.loop.progress import SilentProgress
 from fst_dspy.study import (
     Categorical,
@@ -77,6 +87,7 @@ FIXED = {
     "val_size": 3,
 }
 BUDGET = 50
+RATES = Categorical("scale_rewards", ("group", "batch"))
 
 
 def tune_tiny(model, folder, **change):
@@ -135,6 +146,8 @@ def test_the_learning_rate_of_a_space_is_that_of_the_model():
         ((), "empty"),
         ((Categorical("scale_rewards", ("group", "grp")),), "scale_rewards"),
         ((Categorical("rollouts_per_candidate", (0, 1)),), "at least 1"),
+        ((RATES, Float("epsilon_high", 1, 2, when={"scale_rewards": "group"})), "a list of values"),
+        ((RATES, Float("epsilon_high", 1, 2, when={"scale_rewards": ["grp"]})), "never has one"),
     ],
 )
 def test_a_space_that_cannot_work_is_refused(parameters, message):
@@ -413,6 +426,18 @@ def test_limits_are_broken_above_and_below():
     assert all(excess < 0 for excess in kept.values())
 
 
+def test_a_kl_that_is_not_finite_is_above_every_limit(tiny_qwen3, tmp_path, monkeypatch):
+    real = joint.cycle_record
+    monkeypatch.setattr(
+        joint, "cycle_record", lambda *args: replace(real(*args), kl_to_base=math.nan)
+    )
+    objective = Objective(("score", "kl_to_base"), BUDGET, at_most={"kl_to_base": 0.1})
+    study = tune_tiny(tiny_qwen3, tmp_path, trials=1, objective=objective)
+    assert states(study) == [TrialState.COMPLETE] and study.trials[0].values[1] == math.inf
+    with pytest.raises(ConfigError, match="within the limits"):
+        best_settings(study)
+
+
 @pytest.mark.parametrize("limits", [{"at_most": {"rollouts": 0}}, {"at_least": {"score": 2.0}}])
 def test_no_trial_within_the_limit_is_a_clear_error(limits, tiny_qwen3, tmp_path):
     objective = Objective(rollouts=BUDGET, **limits)
@@ -506,13 +531,35 @@ def test_a_study_of_another_model_is_not_gone_on_with(tmp_path, monkeypatch):
             tune_tiny("", tmp_path, lm=model)
 
 
+def test_a_study_with_other_choices_takes_another_name_and_folders_of_its_own(tiny_qwen3, tmp_path):
+    tune_tiny(tiny_qwen3, tmp_path, trials=1)
+    space = SPACE.extend(Categorical("population_size", (2, 4)))
+    with pytest.raises(ConfigError, match=r"has drawn population_size from .* another study name"):
+        tune_tiny(tiny_qwen3, tmp_path, trials=2, space=space)
+    study = tune_tiny(tiny_qwen3, tmp_path, trials=1, space=space, study_name="other")
+    assert states(study) == [TrialState.COMPLETE]
+    assert Path(study.trials[0].user_attrs["folder"]).name == "trial-0000_2"
+
+
+def test_a_trial_that_a_full_disk_ended_goes_on(tiny_qwen3, tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise StoreError("No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(StoreError, match="No space left"):
+        patch.setattr(joint.Run, "_slow_step", full)
+        tune_tiny(tiny_qwen3, tmp_path, trials=2)
+    study = tune_tiny(tiny_qwen3, tmp_path, trials=2)
+    assert states(study) == [TrialState.FAIL, *[TrialState.COMPLETE] * 2]
+    first, again = study.trials[:2]
+    assert (first.user_attrs["folder"], first.params) == (again.user_attrs["folder"], again.params)
+    assert "error" not in again.user_attrs and count_trials(study) == (2, 0)
+
+
 def make_task(folder):
     return StudyPlan(PROGRAM, "", SPACE, Objective(), folder, "", "").load_task()
 
 
 def test_ctrl_c_queues_the_trial_again(tiny_qwen3, tmp_path, monkeypatch):
-    from fst_dspy.loop import joint
-
     real = joint.Run._slow_step
 
     def interrupted(self, state):
@@ -626,8 +673,6 @@ def test_the_trial_of_a_killed_worker_goes_on_in_its_folder(tiny_qwen3, tmp_path
     worker.join()
     study = optuna.load_study(study_name="fst", storage=open_storage(storage))
     assert states(study) == [TrialState.RUNNING]
-
-    from fst_dspy.loop import joint
 
     steps = []
     real = joint.Run._slow_step
