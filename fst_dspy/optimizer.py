@@ -308,6 +308,8 @@ class FST(Teleprompter):
         parts.policy.restore(best.version)
         lm = parts.lm.at(best.version)
         compiled = bound_to(student, best.candidate, lm, structured=result.structured)
+        # A student that was compiled before has the result of that.
+        vars(compiled).pop("detailed_results", None)
         if self.track_stats:
             compiled.detailed_results = result
         make_savable(compiled, result)

@@ -107,6 +107,16 @@ def file_records(root: Path) -> dict[str, dict[str, Any]]:
     }
 
 
+def holds_only(root: Path, is_own: Callable[[str], bool]) -> bool:
+    """Whether all files under a folder are of names, as ``list_files`` gives them, that are own."""
+    return all(is_own(path.relative_to(root).as_posix()) for path in _walk(root))
+
+
+def is_name(name: str) -> bool:
+    """Whether a bundle may hold a file of that name, its manifest among them."""
+    return name == MANIFEST or name in ALLOWED_FILES
+
+
 def check_files(root: Path, records: Mapping[str, Mapping[str, Any]]) -> None:
     """Compare a folder with the records of its files: names, then sizes, then content.
 
@@ -177,7 +187,7 @@ def write_folder(
     Args:
         target: Where it goes. An empty folder there is replaced.
         write: Fills the folder it is given.
-        may_replace: Whether a folder with content may give way to the new one.
+        may_replace: Whether a folder with content may give way to the new one, and all in it.
 
     Raises:
         StoreError: The place is taken, or cannot be written; what was there is intact.

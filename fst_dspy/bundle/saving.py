@@ -26,7 +26,14 @@ from typing import Any, cast
 import dspy
 import torch
 
-from fst_dspy.bundle.files import MANIFEST, file_records, read_plain_json, write_folder
+from fst_dspy.bundle.files import (
+    MANIFEST,
+    file_records,
+    holds_only,
+    is_name,
+    read_plain_json,
+    write_folder,
+)
 from fst_dspy.bundle.manifest import (
     TOOLS,
     Manifest,
@@ -71,7 +78,7 @@ def save(program: dspy.Module, folder: str | os.PathLike[str]) -> Path:
     Args:
         program: Its predictors call one ``LocalLM``, at one version. Those that call another model
             get it from the program that is passed to ``load``.
-        folder: A new or empty folder, or a bundle, which is replaced.
+        folder: A new or empty folder, or a bundle and nothing else, which is replaced.
 
     Returns:
         The folder.
@@ -103,7 +110,9 @@ def save(program: dspy.Module, folder: str | os.PathLike[str]) -> Path:
         )
         _write_json(path / MANIFEST, manifest.to_json())
 
-    return write_folder(Path(folder), write, may_replace=is_bundle)
+    return write_folder(
+        Path(folder), write, lambda path: is_bundle(path) and holds_only(path, is_name)
+    )
 
 
 def _all_held(manifest: Manifest) -> bool:
@@ -153,6 +162,7 @@ def load(
     following = [p for p in following if p.lm is not None]
     mark_compiled(loaded, lm, following, manifest.adapter)
     loaded._compiled = True
+    vars(loaded).pop("detailed_results", None)  # of the program that was passed
     if result is not None:
         loaded.detailed_results = result
     make_savable(loaded, result)

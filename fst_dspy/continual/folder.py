@@ -22,7 +22,7 @@ import dspy
 from safetensors.torch import load_file
 
 from fst_dspy.bundle import saving as bundle
-from fst_dspy.bundle.files import read_plain_json, write_folder
+from fst_dspy.bundle.files import holds_only, is_name, read_plain_json, write_folder
 from fst_dspy.bundle.manifest import damaged, read_manifest
 from fst_dspy.bundle.weights import read_weights
 from fst_dspy.continual.stages import TaskStage, keep_version, stage_from_json, stage_to_json
@@ -44,7 +44,7 @@ def write(
     """Write the folder whole or not at all.
 
     Args:
-        folder: A new or empty folder, or one of these.
+        folder: A new or empty folder, or one of these with nothing else in it.
         history: What else there is to know, for JSON.
         stages: All of them.
         programs: The tasks' programs by name, under one version of the weights.
@@ -65,7 +65,7 @@ def write(
             _link_weights(folders[0], other)
         (path / HISTORY).write_text(json.dumps(plain, indent=1))
 
-    return write_folder(folder, fill, may_replace=lambda path: (path / HISTORY).is_file())
+    return write_folder(folder, fill, lambda path: holds_only(path, _is_own))
 
 
 def read(folder: Path) -> tuple[dict[str, Any], tuple[TaskStage, ...]]:
@@ -109,6 +109,12 @@ def read_shared_weights(folder: Path, last: TaskStage, policy: Policy) -> None:
     else:
         state = read_weights(path, manifest, device="cpu").trainable_state()
     keep_version(policy, last.version, manifest.weights.lora, state)
+
+
+def _is_own(name: str) -> bool:
+    """Whether a file of that name is one of ours: run folders beside them may be a user's only."""
+    place, _, rest = name.partition("/")
+    return name == HISTORY or (place == "tasks" and is_name(rest.partition("/")[2]))
 
 
 def _task(folder: Path, name: str) -> Path:

@@ -162,6 +162,20 @@ def test_a_loaded_program_is_saved_and_trained_like_any_other(full_bundle, tmp_p
     assert loaded.detailed_results.population == again.detailed_results.population
 
 
+def test_what_was_compiled_again_is_saved_with_what_that_came_to(tiny_qwen3, tmp_path):
+    one = {**SETTINGS, "max_cycles": 1, "first_cycle_iterations": 1}
+    with dspy.context(lm=LocalLM(str(tiny_qwen3)), adapter=RawAdapter()):
+        sets = {"trainset": questions(6), "valset": questions(4, 6)}
+        first = FST(vowels, track_stats=True, **one).compile(Echo(), **sets)
+        again = FST(vowels, seed=3, **one).compile(first, **sets)
+    assert not hasattr(again, "detailed_results") and first.detailed_results.seed == 0
+    again.save(tmp_path / "again")
+    assert fst_dspy.load(tmp_path / "again", Echo()).detailed_results.seed == 3
+    fst_dspy.save(adapted(tiny_qwen3), tmp_path / "plain")
+    plain = fst_dspy.load(tmp_path / "plain", first, base=tiny_qwen3)
+    assert not hasattr(plain, "detailed_results")
+
+
 def test_the_folder_is_a_dspy_state_too(full_bundle):
     program = Echo()
     program.load(full_bundle / "program.json")
@@ -276,10 +290,14 @@ def test_bundles_are_replaced_and_nothing_else_is(tiny_qwen3, lora_bundle, tmp_p
         fst_dspy.export(program, other)
     assert (other / "thesis.txt").read_text() == "years of work"
     bundle = Path(shutil.copytree(lora_bundle, tmp_path / "bundle"))
-    (bundle / "leftover.txt").write_text("old")
+    (bundle / "notes.txt").write_text("which data this is of")
+    with pytest.raises(StoreError, match="not overwritten"):
+        fst_dspy.save(program, bundle)
+    (bundle / "notes.txt").unlink()
+    (bundle / "tools.json").write_text("{}")  # of a bundle of before
     program.say.signature = program.say.signature.with_instructions("New.")
     fst_dspy.save(program, bundle)
-    assert not (bundle / "leftover.txt").exists()
+    assert not (bundle / "tools.json").exists()
     assert fst_dspy.load(bundle, base=tiny_qwen3).say.signature.instructions == "New."
     assert sorted(p.name for p in tmp_path.iterdir()) == ["bundle", "other"]
 
