@@ -25,20 +25,22 @@ import copy
 import gc
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import dspy
 
+from fst_dspy.bundle.manifest import damaged
 from fst_dspy.bundle.saving import make_savable
-from fst_dspy.config import ALIASES, STANDS_FOR, BudgetConfig
+from fst_dspy.config import ALIASES, STANDS_FOR, BudgetConfig, without_removed
 from fst_dspy.continual import folder as continual_bundle
 from fst_dspy.continual.origin import Origin, alike, find_origin, kept_origin
 from fst_dspy.continual.scores import ScoreCache, StreamScores, test_examples
 from fst_dspy.continual.stages import TaskStage, read_version
 from fst_dspy.errors import ConfigError, ProgramError
-from fst_dspy.files import folder_given
+from fst_dspy.files import folder_given, read_json
 from fst_dspy.lm.in_use import versions_in_use
 from fst_dspy.lm.local_lm import LocalLM
 from fst_dspy.lm.predictors import bound_to, find_local_lm
@@ -71,7 +73,8 @@ class ContinualFST:
         seed: Seed of everything random.
         log_dir: Folder of the stream, with a run folder a stage. A stream that was killed goes on
             when the same tasks are learned again with the same folder: finished stages are
-            returned at once, the one under way is resumed.
+            returned at once, the one under way is resumed. A larger budget is for the last stage
+            that was begun, and those after it.
         progress: As for ``FST``.
         **options: Anything else that ``FST`` takes; budgets hold for each stage. Every stage has
             its own copy of an ``instruction_proposer``.
@@ -144,6 +147,7 @@ class ContinualFST:
         if "instruction_proposer" in options:
             options["instruction_proposer"] = copy.deepcopy(options["instruction_proposer"])
         fst = FST(task.metric, arm=self.arm, seed=self._seed(number), log_dir=folder, **options)
+        fst.config = replace(fst.config, budget=self._budget(number))
         try:
             compiled = fst.compile_from(start, student, trainset=task.trainset, valset=valset)
         except KeyboardInterrupt as error:
@@ -209,7 +213,8 @@ class ContinualFST:
         """Write a folder with a bundle for each task (see ``fst_dspy.load``) and the history.
 
         Args:
-            folder: A new or empty folder, or one that ``save`` wrote, which is replaced.
+            folder: A new or empty folder, or one that ``save`` wrote and nothing else is in, which
+                is replaced.
 
         Raises:
             ConfigError: Nothing has been learned.
@@ -272,6 +277,15 @@ class ContinualFST:
 
     def _folder(self, number: int) -> Path | None:
         return self.log_dir / "stages" / f"{number:03d}" if self.log_dir is not None else None
+
+    def _budget(self, number: int) -> BudgetConfig:
+        """A stage's budget; of one that others have gone on from, what it was: they need it so."""
+        folder, after = self._folder(number), self._folder(number + 1)
+        if folder is None or after is None or not after.exists():
+            return self.config.budget
+        with damaged(folder):
+            settings = without_removed(read_json(folder / "config.json")["settings"])
+            return BudgetConfig(**settings["budget"])
 
     def _stage_of(self, name: str, until: int | None = None) -> TaskStage | None:
         """The last stage, of the first ``until``, that learned a task."""

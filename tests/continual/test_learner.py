@@ -216,6 +216,15 @@ def test_a_stream_killed_in_its_second_stage_goes_on_there(tiny_qwen3, tmp_path,
 
 
 @pytest.mark.slow
+def test_a_larger_budget_is_for_the_last_stage_that_was_begun(tiny_qwen3, tmp_path):
+    one = {"log_dir": tmp_path, "on_no_signal": "warn"}
+    before = stream(tiny_qwen3, A, B, **one).stages
+    first, second = stream(tiny_qwen3, A, B, max_cycles=2, **one).stages
+    assert first.result.records == before[0].result.records
+    assert len(second.result.records) > len(before[1].result.records)
+
+
+@pytest.mark.slow
 def test_ctrl_c_says_how_the_stream_goes_on(tiny_qwen3, tmp_path, monkeypatch):
     from fst_dspy.loop import joint
 
@@ -235,6 +244,10 @@ def test_a_saved_stream_is_loaded_and_goes_on_as_the_first_would(tiny_qwen3, tmp
     scores = learner.evaluate()
     folder = learner.save(tmp_path / "stream")
     learner.save(folder)  # replaces it
+    (folder / "stages").mkdir()
+    (folder / "stages" / "config.json").write_text("{}")  # of a log_dir in the same place
+    with pytest.raises(StoreError, match="not overwritten"):
+        learner.save(folder)
     weights = [folder / "tasks" / name / "model" / "model.safetensors" for name in "ab"]
     if not lora:
         assert weights[0].samefile(weights[1])
