@@ -261,7 +261,7 @@ class FSTResult:
             DataError: There are no examples.
             StoreError: The run folder cannot be written to.
         """
-        tester: Tester | None = vars(self).get("_tester")
+        tester = self.tester
         if tester is None:
             raise ConfigError(
                 "a result that was read from a folder or a pickle has no program to test; use "
@@ -277,6 +277,11 @@ class FSTResult:
             with writing_to(folder):
                 write_atomically(folder / "quadrants.json", lambda file: file.write(text))
         return found
+
+    @property
+    def tester(self) -> Tester | None:
+        """What tests its program; ``None`` but of the result that the compile returned."""
+        return vars(self).get("_tester")
 
     def with_tester(self, tester: Tester) -> Self:
         """This result, which now can test its program; for who made it."""

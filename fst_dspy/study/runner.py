@@ -43,6 +43,7 @@ from fst_dspy.lm.local_lm import LocalLM
 from fst_dspy.model.sizes import parameter_count
 from fst_dspy.optimizer import FST
 from fst_dspy.plan.files import described_by_name
+from fst_dspy.student.candidate import content_hash, example_id
 from fst_dspy.study.objective import BudgetSpentError, Objective, TrialListener
 from fst_dspy.study.outcome import front
 from fst_dspy.study.space import Space, default_space, draw_settings
@@ -216,7 +217,7 @@ def tune(
     folder = Path(folder)
     fixed = {name: as_plain(value) for name, value in (fixed or {}).items()}
     if space is None:
-        space = default_space().beside(fixed)
+        space = default_space().of_arm(arm).beside(fixed)
     plan = StudyPlan(
         task=task,
         lm=lm,
@@ -320,9 +321,9 @@ def open_study(plan: StudyPlan, task: Task, worker: int = 0) -> optuna.Study:
     """Create the study, or take up the one of that name.
 
     Raises:
-        ConfigError: It has another objective, task, model, seed, arm, adapter or fixed settings:
-            its scores and new ones could not be compared. Or it has drawn a setting from other
-            choices, which Optuna cannot change.
+        ConfigError: It has another objective, task, model, reflection LM, seed, arm, adapter or
+            fixed settings: its scores and new ones could not be compared. Or it has drawn a
+            setting from other choices, which Optuna cannot change.
     """
     study = optuna.create_study(
         storage=open_storage(plan.storage),
@@ -346,6 +347,7 @@ def open_study(plan: StudyPlan, task: Task, worker: int = 0) -> optuna.Study:
         "arm": plan.arm,
         "adapter": type(adapter).__name__ if adapter else None,
         "lm": _name_of_model(plan.lm),
+        "reflection_lm": getattr(plan.reflection_lm, "model", None),
     }
     found = study.user_attrs
     for name, value in json.loads(json.dumps(wanted)).items():
@@ -357,10 +359,22 @@ def open_study(plan: StudyPlan, task: Task, worker: int = 0) -> optuna.Study:
                 "choose another study name, or warm-start from it"
             )
     _check_drawn(study, plan.space)
+    examples = _hash_of_examples(task)
+    if found.get("examples", examples) != examples:
+        logger.warning(
+            f"the examples of the task {task.name} have changed since the study "
+            f"{plan.study_name!r} began; the scores of before are those on the old ones"
+        )
+    study.set_user_attr("examples", examples)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ExperimentalWarning)
         study.set_metric_names(list(plan.objective.measures))  # axes of plots and dashboards
     return study
+
+
+def _hash_of_examples(task: Task) -> str:
+    found = (e for e in (*task.trainset, *(task.valset or ())) if isinstance(e, dspy.Example))
+    return content_hash([example_id(example) for example in found])
 
 
 def _check_drawn(study: optuna.Study, space: Space) -> None:

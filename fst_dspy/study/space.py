@@ -27,7 +27,7 @@ from typing import Any
 import optuna
 import yaml
 
-from fst_dspy.config import ALIASES, PARTS, STANDS_FOR, BudgetConfig, check_setting
+from fst_dspy.config import ALIASES, PARTS, STANDS_FOR, BudgetConfig, check_setting, used_by
 from fst_dspy.errors import ConfigError
 from fst_dspy.slow.learning_rate import default_learning_rate
 
@@ -213,6 +213,11 @@ class Space:
     def beside(self, names: Iterable[str]) -> Space:
         """This space less the parameters that settings of these names say."""
         return self.without(*self.fixed_by(names))
+
+    def of_arm(self, arm: str) -> Space:
+        """This space less the parameters of a channel that the arm does not have."""
+        names = [parameter.name for parameter in self.parameters]
+        return self.without(*(set(names) - used_by(arm, dict.fromkeys(names)).keys()))
 
     def suggest(self, trial: optuna.Trial) -> dict[str, Value]:
         """Draw the settings of a trial, as ``FST`` takes them."""

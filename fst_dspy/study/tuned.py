@@ -122,7 +122,8 @@ class TunedFST(Teleprompter):
             raise ConfigError(f"trials must be at least 2, got {trials}; one is plain FST")
         if not 0 < tuning_share < 1:
             raise ConfigError(f"tuning_share must be between 0 and 1, got {tuning_share}")
-        self.space = (space or default_space()).beside(options)
+        own = space or default_space().of_arm(options.get("arm", "fst"))
+        self.space = own.beside(options)
         self.metric, self.max_rollouts, self.trials = metric, max_rollouts, trials
         self.tuning_share, self.seed, self.track_stats = tuning_share, seed, track_stats
         self.log_dir = folder_given(log_dir)
@@ -141,11 +142,16 @@ class TunedFST(Teleprompter):
         """Tune a copy of the student, and the settings on the way. As ``FST.compile``.
 
         Settings that training diverges with are given up, unless it does with all of them.
+
+        Raises:
+            ConfigError: Besides, settings that were drawn cannot work together.
         """
         trainset = list(trainset) if isinstance(trainset, Iterator) else trainset
         valset = list(valset) if isinstance(valset, Iterator) else valset
         size = parameter_count(find_local_lm(student).policy.model)
         drawn = draw_settings(self.space.for_size(size), self.trials, self.seed)
+        for settings in drawn:  # what cannot work is refused before any of them has run
+            self._fst(settings, None, self.progress)
         with ExitStack() as stack:
             folder = self.log_dir or Path(stack.enter_context(tempfile.TemporaryDirectory()))
             runs = [
@@ -179,7 +185,10 @@ class TunedFST(Teleprompter):
         if self.track_stats:
             plain = {f.name: getattr(best.result, f.name) for f in fields(FSTResult)}
             plain["log_dir"] = str(best.folder) if self.log_dir is not None else None
-            compiled.detailed_results = TunedResult(**plain, tried=tuple(r.tried() for r in runs))
+            result = TunedResult(**plain, tried=tuple(run.tried() for run in runs))
+            if (tester := compiled.detailed_results.tester) is not None:
+                result = result.with_tester(tester)
+            compiled.detailed_results = result
         else:
             del compiled.detailed_results
         return compiled

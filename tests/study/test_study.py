@@ -28,7 +28,7 @@ from rich.console import Console
 from study_workers import held, held_model
 from typer.testing import CliRunner
 
-from fst_dspy import FST, LocalLM
+from fst_dspy import FST, LocalLM, Task
 from fst_dspy.cli import app
 from fst_dspy.cli.options import parse_settings
 from fst_dspy.cli.study_report import report_study
@@ -521,11 +521,16 @@ def test_workers_have_the_settings_that_dspy_has_where_the_study_is_started(tmp_
         tune_tiny("", tmp_path, workers=2)
 
 
-def test_a_study_of_another_model_is_not_gone_on_with(tmp_path, monkeypatch):
+def test_a_study_of_another_model_is_not_gone_on_with(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(runner, "run_worker", lambda *_: None)
     monkeypatch.setattr(runner, "_size_of", lambda _plan: 0)  # there are no such models
     for model in ("one/tiny", "elsewhere/tiny"):  # the same, as another machine has it
         tune_tiny(model, tmp_path)
+    with pytest.raises(ConfigError, match="has another reflection_lm: None, not openai/judge"):
+        tune_tiny("one/tiny", tmp_path, reflection_lm=dspy.LM("openai/judge"))
+    other = Task("letters", Echo(), vowels, questions(5), questions(4, 6), [])
+    tune_tiny("one/tiny", tmp_path, task=other)
+    assert "examples of the task letters have changed since the study 'fst' began" in caplog.text
     for model in ("one/other", lambda: None):
         with pytest.raises(ConfigError, match="has another lm: tiny, not"):
             tune_tiny("", tmp_path, lm=model)
@@ -871,6 +876,7 @@ def test_settings_are_tuned_inside_one_budget_and_the_best_run_goes_on(tiny_qwen
     assert compiled.say.lm.model == result.best.version
     with dspy.context(adapter=RawAdapter()):
         assert compiled(question="number 1").answer is not None
+        assert result.quadrants(questions(2, 10)).examples == 2
     again = compile_tuned(tiny_qwen3, tmp_path).detailed_results
     assert again.tried == result.tried and again.records == result.records
     whole = compile_tuned(tiny_qwen3).detailed_results
@@ -915,6 +921,13 @@ def test_settings_that_training_diverges_with_are_given_up(tiny_qwen3, monkeypat
         compile_tuned(tiny_qwen3, **options, space=Space((SPACE.parameters[0],)))
 
 
+def test_draws_that_cannot_work_are_refused_before_any_of_them_runs(tiny_qwen3, tmp_path):
+    space = Space((Categorical("group_size", (4, 6)), Categorical("population_size", (2, 4))))
+    with pytest.raises(ConfigError, match=r"group_size \(6\) must be a multiple"):
+        compile_tuned(tiny_qwen3, tmp_path / "tuned", space=space, trials=5)
+    assert not (tmp_path / "tuned").exists()
+
+
 def test_a_training_set_that_can_be_read_once_is_enough(tiny_qwen3):
     once = (question for question in questions(6))
     compiled = compile_tuned(tiny_qwen3, trainset=once, trials=2, max_rollouts=60)
@@ -925,6 +938,10 @@ def test_settings_that_the_user_gives_are_not_tuned():
     tuned = TunedFST(vowels, max_rollouts=100, group_size=8, learning_rate=1e-3)
     names = {parameter.name for parameter in tuned.space.parameters}
     assert not {"learning_rate", "rollouts_per_candidate", "group_size"} & names
+    prompts = TunedFST(vowels, max_rollouts=100, arm="gepa_only").space
+    assert "learning_rate" not in {parameter.name for parameter in prompts.parameters}
+    weights = TunedFST(vowels, max_rollouts=100, arm="rl_only").space
+    assert "minibatch_size" not in {parameter.name for parameter in weights.parameters}
     drawn = draw_settings(default_space(), 3, seed=1)
     assert drawn == draw_settings(default_space(), 3, seed=1)
     assert drawn[0] == default_space().defaults() and drawn[1] != drawn[2]
