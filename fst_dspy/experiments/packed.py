@@ -54,16 +54,17 @@ def unpack(file: Path, folder: Path) -> ExperimentStore:
         StoreError: The file cannot be read, or the store has other jobs of the same names.
     """
     try:
-        about, *rows = read_jsonl(file)
+        first, *rows = read_jsonl(file)
+        about, calls, environment = (first[name] for name in ("about", "calls", "environment"))
         jobs = [(_job(row), row) for row in rows]
     except (KeyError, TypeError, ValueError, ConfigError) as error:
         raise StoreError(f"{file} holds no packed experiments: {error}") from error
     store = ExperimentStore(folder)
     with store.locked():
-        store.about = {**about["about"], **store.about}
-        store.calls += [call for call in about["calls"] if call not in store.calls]
+        store.about = {**about, **store.about}
+        store.calls += [call for call in calls if call not in store.calls]
         if not store.status:
-            store.environment = about["environment"]
+            store.environment = environment
         for job, row in jobs:
             if store.is_done(job.name):
                 continue

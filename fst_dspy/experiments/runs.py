@@ -14,6 +14,7 @@ from fst_dspy.measures import (
     score_curve,
     steps_to_score,
 )
+from fst_dspy.results.plots import Curve
 from fst_dspy.types import CycleRecord
 
 PAIR = "trained_evolved"
@@ -43,6 +44,18 @@ class Run:
         """Validation score against rollouts of all channels: x, y."""
         found = score_curve(self.records)
         return found.x, found.y
+
+    @property
+    def budget(self) -> int:
+        """Rollouts that it has run or, having ended of itself with nothing to gain, could have."""
+        last = self.records[-1]
+        return self.job.rollouts if last.ended else last.total_rollouts.total
+
+    @property
+    def held_curve(self) -> Curve:
+        """Its curve to the whole of ``budget``; what ended of itself holds its last score to it."""
+        x, y = self.curve
+        return Curve(self.name, (*x, max(x[-1], float(self.budget))), (*y, y[-1]))
 
     @property
     def best(self) -> float:
@@ -92,10 +105,7 @@ def shared_budget(runs: Sequence[Run]) -> int:
 
     A run that has ended of itself, with nothing left to gain, holds its last score to the budget.
     """
-    return min(
-        run.job.rollouts if run.records[-1].ended else run.records[-1].total_rollouts.total
-        for run in runs
-    )
+    return min(run.budget for run in runs)
 
 
 def areas(runs: Sequence[Run]) -> dict[str, dict[int, float]]:

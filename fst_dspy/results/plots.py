@@ -76,7 +76,7 @@ def draw_comparison(runs: Mapping[str, Sequence[CycleRecord]], title: str) -> Fi
             named.add(arm)
             colour = f"C{arms.index(arm)}"
             axes.plot(curve.x, curve.y, ".-", color=colour, label=label, alpha=0.7, markersize=4)
-    left.set(xlabel="rollouts, all channels", ylabel="validation score", ylim=(-0.02, 1.02))
+    left.set(xlabel="rollouts, all channels", ylabel="validation score", ylim=score_limits(left))
     right.set(xlabel="KL to the base model, nats a token")
     right.set_xscale("symlog", linthresh=0.001)
     left.legend(frameon=False, fontsize=8)
@@ -84,6 +84,12 @@ def draw_comparison(runs: Mapping[str, Sequence[CycleRecord]], title: str) -> Fi
         axes.grid(alpha=0.25)
     figure.suptitle(title)
     return figure
+
+
+def score_limits(axes: Axes) -> tuple[float, float]:
+    """Limits of y that show the scores drawn so far: all from 0 to 1, and beyond where some are."""
+    low, high = axes.dataLim.intervaly
+    return min(-0.02, 1.02 * low), max(1.02, 1.02 * high)
 
 
 @dataclass(frozen=True)

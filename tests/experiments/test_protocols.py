@@ -131,6 +131,9 @@ def test_a_base_that_learned_nothing_is_no_measure():
     assert column(table, "share") == {"from-base": "—", "from-fst": "—"}
     assert share_bands(found) == []
     assert plasticity_table(probes(flat[1:], STARTS)) is None
+    below = [made_run(label, "rl_only", 0, [record(0, 10, -0.5), record(1, 50, 0.0)], [0.1])
+             for label in ("from-base", "from-fst")]  # fmt: skip
+    assert column(plasticity_table(probes(below, STARTS)), "val share")["from-fst"] == "—"
 
 
 def test_a_band_is_the_mean_of_the_last_measurements():

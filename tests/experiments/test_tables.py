@@ -26,6 +26,7 @@ from fst_dspy.experiments.tuned_rl import rl_space, tune_rl
 from fst_dspy.experiments.worker import run_job
 from fst_dspy.files import read_json
 from fst_dspy.measures import Forgetting, Interval, mean_at_k, score_curve
+from fst_dspy.results.plots import draw_comparison
 from fst_dspy.types import RolloutCounts
 
 # --- what a job does ------------------------------------------------------------------------------
@@ -347,6 +348,21 @@ def test_mean_curves_are_set_against_the_mean_curve_of_rl():
     (row,) = mean_curves([*rl, *fst]).rows
     assert row == ("fst", "2", "0.450", "50", "100", "2.0", "0.500")
     assert mean_curves([*rl[:1], *fst]) is None and mean_curves(fst) is None
+    # A seed of rl that is done at 100 does not cut off what the other reaches at 200.
+    done = replace(rl[0], records=(rl[0].records[0], replace(rl[0].records[1], ended=True)))
+    long = [replace(run, job=replace(run.job, rollouts=200)) for run in (done, rl[1])]
+    (row,) = mean_curves([*long, *fst]).rows
+    assert row == ("fst", "2", "0.600", "—", "200", "—", "0.500")
+
+
+def test_figures_show_scores_beyond_0_and_1():
+    def limits(*scores):
+        curve = [record(n, 10 * n, score) for n, score in enumerate(scores)]
+        return draw_comparison({"fst, seed 0": curve}, "").axes[0].get_ylim()
+
+    assert limits(0.2, 0.9) == (-0.02, 1.02)
+    low, high = limits(-3.0, 5.0)
+    assert low < -3 and high > 5
 
 
 def test_a_baseline_that_never_rose_is_reached_by_nobody():
@@ -473,6 +489,7 @@ def test_what_has_ended_is_packed_and_goes_on_elsewhere(tmp_path):
         ('"label":"fst"', '"label":"../fst"'),
         ('"seed":0', '"seed":"/../../away"'),
         ('"job"', '"jab"'),
+        ('"about"', '"abort"'),
     ],
 )
 def test_a_packed_file_that_is_none_is_refused(change, tmp_path):

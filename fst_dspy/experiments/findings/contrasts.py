@@ -25,7 +25,6 @@ from fst_dspy.measures import (
     mean_curve,
     mean_interval,
     paired_difference,
-    score_curve,
     x_to_score,
 )
 from fst_dspy.results.plots import Curve
@@ -112,15 +111,20 @@ def mean_curves(runs: Sequence[Run]) -> Table | None:
         f"Mean curves against that of {label}",
         ("arm", "seeds", "its best", "rollouts", "its own", "times", "best"),
         tuple(rows),
-        f"Validation scores averaged over the seeds that both have. Its best: the highest of "
+        f"Validation scores averaged over the seeds that both have; a run that has ended of itself "
+        f"holds its last. Its best: the highest of "
         f"{label}'s mean curve; then the rollouts of all channels until each mean curve is there, "
         "how many times fewer, and the highest of the arm's own.",
     )
 
 
 def mean_curve_on(runs: Sequence[Run], seeds: Collection[int]) -> Curve:
-    """The mean curve of the validation scores of the runs of some seeds."""
-    return mean_curve([score_curve(run.records) for run in runs if run.job.seed in seeds])
+    """The mean curve of the validation scores of the runs of some seeds.
+
+    It ends where the first of them does, but for those that ended of themselves: else what the
+    others reach later would be left out, as one was done early.
+    """
+    return mean_curve([run.held_curve for run in runs if run.job.seed in seeds])
 
 
 def to_best_cells(own: Curve, other: Curve) -> tuple[str, str, str]:

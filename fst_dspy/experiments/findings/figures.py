@@ -14,7 +14,7 @@ from fst_dspy.experiments.findings.stream_tables import by_arm, stage_label
 from fst_dspy.experiments.runs import Run
 from fst_dspy.experiments.streams import Stream
 from fst_dspy.measures import mean_curve
-from fst_dspy.results.plots import Curve
+from fst_dspy.results.plots import Curve, score_limits
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -81,7 +81,7 @@ def draw_plasticity(found: Mapping[str, Sequence[Probe]], title: str) -> Figure:
             colour = f"C{labels.index(one.label)}"
             _draw_band(axes, one, colour)
         axes.set(xlabel="rollouts on the second task, all channels")
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(bottom=min(0, axes.dataLim.y0))
         axes.grid(alpha=0.25)
     right.axhline(ENOUGH, color="black", linestyle=":", linewidth=1, label=f"{ENOUGH:.0%} of it")
     left.set(ylabel="validation score")
@@ -140,7 +140,10 @@ def draw_stages(streams: Sequence[Stream], runs: Sequence[Run], title: str) -> F
         axes.set_title(task, fontsize=10)
         axes.set_xticks(range(len(ticks)), ticks, rotation=30, ha="right", fontsize=8)
         axes.grid(alpha=0.25)
-    panels[0].set(ylabel="test score", ylim=(-0.02, 1.05))
+    limits = [score_limits(axes) for axes in panels]
+    panels[0].set(
+        ylabel="test score", ylim=(min(low for low, _ in limits), max(high for _, high in limits))
+    )
     handles = {
         label: h
         for axes in panels

@@ -29,7 +29,7 @@ class Probe:
     @property
     def counts(self) -> bool:
         """Whether the base learned anything, without which there is nothing to compare with."""
-        return self.base.best > self.base.records[0].val_score and self.base.test > 0
+        return self.base.best > max(0, self.base.records[0].val_score) and self.base.test > 0
 
     @property
     def share(self) -> float:

@@ -21,9 +21,9 @@ def by_arm(streams: Sequence[Stream]) -> dict[str, list[Stream]]:
 
 
 def share(stream: Stream, stage: int, task: str, runs: Sequence[Run]) -> float | None:
-    """A task's score after so many stages over its single-task peak; ``None`` without one."""
-    alone = stream.alone(task, runs)
-    return stream.score(stage, task) / alone if alone else None
+    """A task's score after so many stages over its single-task peak, where that is above 0."""
+    alone = stream.alone(task, runs) or 0.0
+    return stream.score(stage, task) / alone if alone > 0 else None
 
 
 def stage_label(stream: Stream, number: int) -> str:
