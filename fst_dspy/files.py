@@ -20,9 +20,10 @@ from fst_dspy.errors import FSTError, StoreError
 def folder_given(path: str | os.PathLike[str] | None) -> Path | None:
     """A folder that a user named, or none; it stays the same one wherever the program goes.
 
-    A program may change the working directory, which is that of the whole process.
+    A program may change the working directory, which is that of the whole process. ``~`` is the
+    home folder, as where programs are saved and models loaded.
     """
-    return None if path is None else Path(path).absolute()
+    return None if path is None else Path(path).expanduser().absolute()
 
 
 def shown_folder(path: str | os.PathLike[str]) -> str:

@@ -4,6 +4,7 @@ import contextlib
 import copy
 import json
 import pickle
+from pathlib import Path
 
 import pytest
 from helpers import questions, vowels
@@ -39,6 +40,10 @@ def test_an_optimizer_shows_what_was_set():
 def test_what_is_no_setting_is_checked_as_well(given, message):
     with pytest.raises(ConfigError, match=message):
         FST(vowels, **given)
+
+
+def test_a_folder_may_be_named_by_the_home_folder():
+    assert FST(vowels, log_dir="~/runs/x").log_dir == Path.home() / "runs" / "x"
 
 
 def test_what_is_shown_of_a_run_fits_a_screen(tmp_path):

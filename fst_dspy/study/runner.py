@@ -214,7 +214,7 @@ def tune(
             "several workers each load the task themselves: pass the program's name or file, or a "
             "function of a module that returns the Task"
         )
-    folder = Path(folder)
+    folder = Path(folder).expanduser().absolute()  # a program may change the working directory
     fixed = {name: as_plain(value) for name, value in (fixed or {}).items()}
     if space is None:
         space = default_space().of_arm(arm).beside(fixed)
