@@ -21,7 +21,10 @@ from typing import Annotated, Any
 
 import typer
 
-from fst_dspy.cli.options import parse_settings
+from fst_dspy.cli.checks import check_names
+from fst_dspy.cli.options import errors_told, parse_settings
+from fst_dspy.errors import ConfigError
+from fst_dspy.experiments import ARMS as ARM_STAGES
 from fst_dspy.experiments import (
     ExperimentStore,
     Plan,
@@ -33,6 +36,7 @@ from fst_dspy.experiments import (
     write_results,
 )
 from fst_dspy.experiments.findings.tables import Table, interval_text
+from fst_dspy.experiments.jobs import ADAPTERS
 from fst_dspy.experiments.packed import JOBS
 from fst_dspy.experiments.runs import by_label, scores_by_seed
 from fst_dspy.experiments.tuned_rl import tune_rl as tune_rl_only
@@ -229,38 +233,47 @@ def main(
     results: Annotated[Path, typer.Option(help="Where the tables go.")] = RESULTS,
 ) -> None:
     """Run the jobs that have not run yet, and write what all of them have found."""
-    left, failed = limit, []
-    for packed in results.glob(f"*/{JOBS}"):
-        unpack(packed, stores / packed.parent.name)
-    for task in tasks.split(","):
-        for adapter in adapters.split(","):
-            if left:
-                plan = make_plan(model, task, adapter, rollouts, setting)
-                store = ExperimentStore(stores / f"{Path(model).name}-{task}-{adapter}")
-                tried, wrong = run(
-                    store,
-                    plan,
-                    arms.split(","),
-                    [int(seed) for seed in seeds.split(",")],
-                    limit=left,
-                    workers=workers,
-                    rl_trials=tune_rl,
-                )
-                left -= tried
-                failed += wrong
-    found = {}
-    for folder in sorted(path.parent for path in stores.glob("*/index.json")):
-        runs = load_runs(store := ExperimentStore(folder))
-        if runs:
-            found[folder.name] = runs
-            write_results(folder, results / folder.name)
-            pack(store, results / folder.name / JOBS)
-    if found:
-        text = "\n".join(table(found).markdown() for table in (overview, together))
-        write_atomically(results / "overview.md", lambda file: file.write(text.encode()))
-        typer.echo(text)
-    if failed:
-        raise typer.Exit(1)
+    with errors_told("interrupted; start it again to go on"):
+        chosen, held_by, compared, numbers = (
+            given.split(",") for given in (tasks, adapters, arms, seeds)
+        )
+        check_names("task", chosen, list(TASKS))
+        check_names("adapter", held_by, list(ADAPTERS))
+        check_names("arm", compared, list(ARM_STAGES))
+        if not all(map(str.isdecimal, numbers)):
+            raise ConfigError(f"--seeds takes numbers with commas, such as 0,1,2, not {seeds}")
+        left, failed = limit, []
+        for packed in results.glob(f"*/{JOBS}"):
+            unpack(packed, stores / packed.parent.name)
+        for task in chosen:
+            for adapter in held_by:
+                if left:
+                    plan = make_plan(model, task, adapter, rollouts, setting)
+                    store = ExperimentStore(stores / f"{Path(model).name}-{task}-{adapter}")
+                    tried, wrong = run(
+                        store,
+                        plan,
+                        compared,
+                        list(map(int, numbers)),
+                        limit=left,
+                        workers=workers,
+                        rl_trials=tune_rl,
+                    )
+                    left -= tried
+                    failed += wrong
+        found = {}
+        for folder in sorted(path.parent for path in stores.glob("*/index.json")):
+            runs = load_runs(store := ExperimentStore(folder))
+            if runs:
+                found[folder.name] = runs
+                write_results(folder, results / folder.name)
+                pack(store, results / folder.name / JOBS)
+        if found:
+            text = "\n".join(table(found).markdown() for table in (overview, together))
+            write_atomically(results / "overview.md", lambda file: file.write(text.encode()))
+            typer.echo(text)
+        if failed:
+            raise typer.Exit(1)
 
 
 if __name__ == "__main__":

@@ -39,6 +39,26 @@ def call(folder: Path, model: str, *arguments: str, settings: tuple[str, ...] = 
     return done.output
 
 
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        (("--tasks", "rooting"), "did you mean 'routing'"),
+        (("--adapters", "chet"), "did you mean 'chat'"),
+        (("--arms", "fts"), "did you mean 'fst'"),
+        (("--seeds", "0-2"), "numbers with commas"),
+    ],
+)
+def test_mistakes_are_told_before_anything_runs(
+    tmp_path: Path, option: tuple[str, str], said: str
+) -> None:
+    app = real_lm.typer.Typer()
+    app.command()(real_lm.main)
+    places = ("--stores", str(tmp_path / "stores"), "--results", str(tmp_path / "results"))
+    done = CliRunner().invoke(app, [*places, *option])
+    assert done.exit_code == 1 and said in done.output
+    assert not (tmp_path / "stores").exists()
+
+
 def jobs(folder: Path) -> dict[str, list[str]]:
     stores = sorted((folder / "stores").iterdir())
     return {path.name: [run.name for run in load_runs(ExperimentStore(path))] for path in stores}
