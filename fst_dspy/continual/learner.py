@@ -36,7 +36,7 @@ from fst_dspy.bundle.manifest import damaged
 from fst_dspy.bundle.saving import make_savable
 from fst_dspy.config import ALIASES, STANDS_FOR, BudgetConfig, without_removed
 from fst_dspy.continual import folder as continual_bundle
-from fst_dspy.continual.origin import Origin, alike, find_origin, kept_origin
+from fst_dspy.continual.origin import Origin, alike, find_origin, fits, kept_origin
 from fst_dspy.continual.scores import ScoreCache, StreamScores, test_examples
 from fst_dspy.continual.stages import TaskStage, read_version
 from fst_dspy.errors import ConfigError, ProgramError
@@ -330,6 +330,10 @@ class ContinualFST:
             stage.task: stage.candidate
             for stage in self.stages
             if alike(self._tasks[stage.task], task)
+            and all(
+                fits(candidate, student)
+                for candidate in stage.candidates(self.config.fast.population_size)
+            )
         }
         progress = self.progress or default_progress()
         progress.begin(self.config.budget)

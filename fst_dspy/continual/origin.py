@@ -14,7 +14,7 @@ import dspy
 
 from fst_dspy import distributed
 from fst_dspy.config import SamplingConfig
-from fst_dspy.errors import StoreError
+from fst_dspy.errors import ConfigError, StoreError
 from fst_dspy.fast.decide import better, share
 from fst_dspy.fast.population import blocks_of
 from fst_dspy.files import read_json, write_atomically
@@ -22,7 +22,7 @@ from fst_dspy.lm.predictors import find_local_lm
 from fst_dspy.rollouts.evaluate import evaluate
 from fst_dspy.rollouts.jobs import Runner
 from fst_dspy.rollouts.runner import RolloutRunner
-from fst_dspy.student.candidate import seed_candidate
+from fst_dspy.student.candidate import bind, seed_candidate
 from fst_dspy.types import Candidate, RolloutCounts, Task, TurnCounts
 
 logger = logging.getLogger(__name__)
@@ -147,6 +147,15 @@ def nearest(
 def alike(one: Task, other: Task) -> bool:
     """Whether the programs have the same predictors with the same fields, to share candidates."""
     return _fields(one.program) == _fields(other.program)
+
+
+def fits(candidate: Candidate, program: dspy.Module) -> bool:
+    """Whether a program has all that a candidate tells of; agents may differ in their tools."""
+    try:
+        bind(program, candidate)
+    except ConfigError:
+        return False
+    return True
 
 
 def _fields(program: dspy.Module) -> dict[str, tuple[str, ...]]:

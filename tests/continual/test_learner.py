@@ -16,7 +16,7 @@ from training_helpers import late_letters
 import fst_dspy
 from fst_dspy import ContinualFST, LocalLM, Task
 from fst_dspy.config import LoraConfig
-from fst_dspy.continual.origin import SEARCH_EXAMPLES, alike, nearest
+from fst_dspy.continual.origin import SEARCH_EXAMPLES, alike, fits, nearest
 from fst_dspy.continual.scores import StreamScores
 from fst_dspy.errors import ConfigError, DataError, ModelError, ProgramError, StoreError
 from fst_dspy.loop.parts import begin_lora
@@ -104,6 +104,16 @@ def test_tasks_share_candidates_where_predictors_and_fields_are_the_same():
     other = Echo()
     other.say = dspy.Predict("question -> reply")
     assert not alike(A, make_task("c", program=other))
+
+
+def test_agents_with_other_tools_do_not_share_descriptions_of_tools():
+    def agent(name):
+        tool = dspy.Tool(lambda place: place, name=name, desc="Looks.")
+        return make_task(name, program=dspy.ReAct("question -> answer", tools=[tool]))
+
+    one, other = agent("look"), agent("ask")
+    told = make_candidate({"react.tool:look": "Looks around."})
+    assert alike(one, other) and fits(told, one.program) and not fits(told, other.program)
 
 
 def test_adapters_are_trained_on_and_not_dropped(tiny_qwen3):
