@@ -59,13 +59,16 @@ def make_tokenizer(chat_template: str | None = CHAT_TEMPLATE) -> PreTrainedToken
     )
 
 
-def make_model(kind: str, tokenizer: PreTrainedTokenizerFast, seed: int = 0) -> torch.nn.Module:
-    """A random model of one of the three kinds, in float32."""
+def make_model(
+    kind: str, tokenizer: PreTrainedTokenizerFast, seed: int = 0, **change: int
+) -> torch.nn.Module:
+    """A random model of one of the three kinds, in float32; of another shape where told to."""
     shape = SHAPE | {
         "vocab_size": len(tokenizer),
         "pad_token_id": tokenizer.pad_token_id,
         "eos_token_id": tokenizer.eos_token_id,
         "bos_token_id": None,
+        **change,
     }
     torch.manual_seed(seed)
     if kind == "qwen3":
@@ -73,7 +76,7 @@ def make_model(kind: str, tokenizer: PreTrainedTokenizerFast, seed: int = 0) -> 
             Qwen3Config(**shape, num_hidden_layers=2, head_dim=8, tie_word_embeddings=True)
         )
     if kind == "llama":
-        return LlamaForCausalLM(LlamaConfig(**shape, num_hidden_layers=2))
+        return LlamaForCausalLM(LlamaConfig(**{"num_hidden_layers": 2} | shape))
     layers = ["conv", "full_attention", "conv"]
     return Lfm2ForCausalLM(
         Lfm2Config(
@@ -88,9 +91,9 @@ def make_model(kind: str, tokenizer: PreTrainedTokenizerFast, seed: int = 0) -> 
     )
 
 
-def save_model(folder: Path, kind: str, seed: int = 0) -> Path:
+def save_model(folder: Path, kind: str, seed: int = 0, **change: int) -> Path:
     """Write a tiny model with its tokenizer, as a user's model folder would be."""
     tokenizer = make_tokenizer()
-    make_model(kind, tokenizer, seed).save_pretrained(folder)
+    make_model(kind, tokenizer, seed, **change).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
