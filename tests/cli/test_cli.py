@@ -210,19 +210,6 @@ def test_a_terminal_does_nothing_a_text_says():
     assert visible("a\r\nb\tc\x85\ud800") == "a\nb\tc\ufffd\ufffd"
 
 
-@pytest.mark.parametrize(
-    ("module", "heavy"),
-    [
-        ("fst_dspy.cli", {"dspy", "torch", "optuna", "matplotlib", "pydantic"}),
-        ("fst_dspy.results.result", {"matplotlib", "trl", "optuna"}),
-    ],
-)
-def test_what_is_not_needed_is_not_imported(module, heavy):
-    code = f"import sys, {module}; print({heavy!r} & set(sys.modules))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.stdout == "set()\n", done.stderr
-
-
 def test_help_can_be_read_in_sixty_columns():
     for known in app.registered_commands:
         name = known.name or known.callback.__name__
