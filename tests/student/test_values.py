@@ -148,11 +148,13 @@ def test_a_program_has_its_modules_values_and_its_predictors_texts_have_their_ow
     assert program_identity(program) == before
 
 
-def test_values_are_the_same_in_another_process() -> None:
+def test_values_and_ids_are_the_same_in_another_process() -> None:
     code = (
         "import json, dspy; from fst_dspy.student.identity import *; "
+        "from fst_dspy.student.candidate import example_id; "
         "p = dspy.ReAct('a -> b', tools=[len]); p.some = {'x', 'y', 'z'}; p.other = object(); "
-        "print(json.dumps([program_identity(p), metric_identity(p)], sort_keys=True))"
+        "print(json.dumps([program_identity(p), metric_identity(p)], sort_keys=True)); "
+        "print(example_id(dspy.Example(q={'b', 'a', 'c'}, n=1).with_inputs('q')))"
     )
     printed = {
         subprocess.run(
