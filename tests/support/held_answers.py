@@ -60,10 +60,10 @@ def drawn_answer(policy: Policy, grammar: Grammar, seed: int, limit: int = 400) 
     ends = _ends(policy)
     while len(said) < limit:
         walk.allowed_into(bits)
-        may = unpacked(torch.from_numpy(bits)[None], own.size)[0].nonzero().flatten().tolist()
-        ending = [t for t in may if t in ends]
-        pool = ending if ending and rng.random() < 0.3 else may
-        said.append(int(rng.choice(pool)))
+        may = unpacked(torch.from_numpy(bits)[None], own.size)[0].nonzero().flatten().numpy()
+        ending = may[ends[may]]
+        pool = ending if len(ending) and rng.random() < 0.3 else may
+        said.append(int(pool[rng.integers(len(pool))]))
         walk.advance(said[-1])
         if walk.ended:
             return policy.tokenizer.decode(said, skip_special_tokens=True)
@@ -71,7 +71,7 @@ def drawn_answer(policy: Policy, grammar: Grammar, seed: int, limit: int = 400) 
 
 
 @functools.cache
-def _ends(policy: Policy) -> frozenset[int]:
-    """Tokens by which values come to an end."""
+def _ends(policy: Policy) -> np.ndarray:
+    """Of every token whether values come to an end by it."""
     texts = policy.tokenizer.batch_decode([[token] for token in range(vocabulary(policy).size)])
-    return frozenset(token for token, text in enumerate(texts) if set(text) & set('\n<"]}'))
+    return np.array([bool(set(text) & set('\n<"]}')) for text in texts])
