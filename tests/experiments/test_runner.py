@@ -8,7 +8,7 @@ import time
 from dataclasses import replace
 
 import pytest
-from experiment_runs import TINY, job_of
+from experiment_runs import TINY
 from places import PROGRAM, SUPPORT
 from tiny_models import save_model
 from typer.testing import CliRunner
@@ -43,8 +43,13 @@ def wait_until(condition, seconds=240.0):
         time.sleep(0.05)
 
 
-def test_a_job_that_fails_is_reported_and_the_others_go_on(tiny_qwen3, tmp_path):
-    program = tmp_path / "fickle.py"
+@pytest.fixture(scope="module")
+def fickle(tiny_qwen3, tmp_path_factory):
+    """A plan of a program that fails with its second seed, a store of its jobs, and which failed.
+
+    They are run two at once: of one thread each.
+    """
+    program = tmp_path_factory.mktemp("fickle") / "fickle.py"
     program.write_text(
         "import study_program\n"
         "def load(seed=0):\n"
@@ -52,9 +57,18 @@ def test_a_job_that_fails_is_reported_and_the_others_go_on(tiny_qwen3, tmp_path)
         "        raise ValueError('no seed [1] today')\n"
         "    return study_program.load(seed)\n"
     )
-    store = ExperimentStore(tmp_path / "store")
-    jobs = [job_of(tiny_qwen3, program=str(program), seed=seed, rollouts=30) for seed in (0, 1)]
-    assert run_jobs(store, jobs, workers=2) == ["fst-1"]
+    settings = {**TINY, "learning_rate": 1e-3}
+    plan = Plan(str(program), str(tiny_qwen3), rollouts=100, seeds=2, settings=settings)
+    store = ExperimentStore(program.with_name("store"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(SUPPORT))
+        return plan, store, run_jobs(store, plan.jobs("fst", "fst"), workers=2)
+
+
+def test_a_job_that_fails_is_reported_and_the_others_go_on(fickle):
+    plan, store, failed = fickle
+    jobs, program = plan.jobs("fst", "fst"), plan.program
+    assert failed == ["fst-1"]
     state = {name: (line.state, line.error) for name, line in store.status.items()}
     said = f"load(1) in {program} failed, line 4: ValueError: no seed [1] today"
     assert state == {"fst-0": ("done", None), "fst-1": ("failed", f"ProgramError: {said}")}
@@ -62,7 +76,38 @@ def test_a_job_that_fails_is_reported_and_the_others_go_on(tiny_qwen3, tmp_path)
     assert run_jobs(again, jobs[:1]) == [] and again.status["fst-0"].attempts == 1
     assert [run.name for run in load_runs(again)] == ["fst-0"]
     with pytest.raises(StoreError, match="settings"):
-        run_jobs(store, [replace(jobs[0], settings={**TINY, "learning_rate": 1e-3})])
+        run_jobs(store, [replace(jobs[0], settings=TINY)])
+
+
+def test_killed_experiments_go_on_to_the_same_end(fickle, tmp_path):
+    """The runner is killed at work; its worker saves and ends; the same call goes on.
+
+    What it is compared with comes from a worker too: this process has other threads, which round
+    sums otherwise.
+    """
+    plan, whole, _ = fickle
+    plan, folder = replace(plan, seeds=1), tmp_path / "cut"
+    cycles = folder / "fst-0" / "0-fst" / "cycles.jsonl"
+    runner = os.fork()
+    if not runner:
+        try:
+            os.setsid()
+            compare(ExperimentStore(folder), plan, ["fst"], workers=2)
+        finally:
+            os._exit(1)
+    wait_until(lambda: len(list(read_jsonl(cycles))) > 2)
+    assert alive(folder / "fst-0")
+    os.kill(runner, signal.SIGKILL)
+    os.waitpid(runner, 0)
+    wait_until(lambda: not alive(folder / "fst-0"))
+    assert not (folder / "fst-0" / "outcome.json").exists()
+    assert "interrupted" in (folder / "fst-0" / "log.txt").read_text()
+    store = ExperimentStore(folder)
+    assert compare(store, plan, ["fst"], workers=2) == []
+    cut, uncut = (read_outcome(where / "fst-0") for where in (folder, whole.folder))
+    assert replace(cut, seconds={}) == replace(uncut, seconds={})
+    assert not list(tmp_path.rglob("checkpoints"))  # which only a job that has not ended needs
+    assert store.status["fst-0"].attempts == 2
 
 
 def test_a_job_names_its_adapter(tmp_path, jobs_run_here):
@@ -101,39 +146,6 @@ def test_a_job_names_its_adapter(tmp_path, jobs_run_here):
 def prompt_of(row):
     """The prompt's token ids of a logged rollout's first call."""
     return row["calls"][0]["prompt_ids_T"]
-
-
-def test_killed_experiments_go_on_to_the_same_end(tiny_qwen3, tmp_path):
-    """The runner is killed at work; its worker saves and ends; the same call goes on.
-
-    What it is compared with comes from a worker too: this process has other threads, which round
-    sums otherwise.
-    """
-    settings = {**TINY, "learning_rate": 1e-3}
-    plan = Plan(PROGRAM, str(tiny_qwen3), rollouts=100, seeds=1, settings=settings)
-    folder = tmp_path / "cut"
-    cycles = folder / "fst-0" / "0-fst" / "cycles.jsonl"
-    runner = os.fork()
-    if not runner:
-        try:
-            os.setsid()
-            compare(ExperimentStore(folder), plan, ["fst"])
-        finally:
-            os._exit(1)
-    wait_until(lambda: len(list(read_jsonl(cycles))) > 2)
-    assert alive(folder / "fst-0")
-    os.kill(runner, signal.SIGKILL)
-    os.waitpid(runner, 0)
-    wait_until(lambda: not alive(folder / "fst-0"))
-    assert not (folder / "fst-0" / "outcome.json").exists()
-    assert "interrupted" in (folder / "fst-0" / "log.txt").read_text()
-    store = ExperimentStore(folder)
-    assert compare(store, plan, ["fst"]) == []
-    assert compare(ExperimentStore(tmp_path / "whole"), plan, ["fst"]) == []
-    cut, whole = (read_outcome(tmp_path / name / "fst-0") for name in ("cut", "whole"))
-    assert replace(cut, seconds={}) == replace(whole, seconds={})
-    assert not list(tmp_path.rglob("checkpoints"))  # which only a job that has not ended needs
-    assert store.status["fst-0"].attempts == 2
 
 
 def test_the_baseline_runs_with_the_settings_it_was_tuned_to(tiny_qwen3, tmp_path, monkeypatch):
