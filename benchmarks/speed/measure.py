@@ -82,14 +82,17 @@ def row_of(
     )  # fmt: skip
 
 
-def alternate(functions: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
-    """Seconds of each function, in turn, after a round that is not counted.
+def alternate(
+    functions: Mapping[str, Callable[[], Any]], repeats: int, warm_up: bool = True
+) -> dict[str, list[float]]:
+    """Seconds of each function, in turn, after a round that is not counted unless told otherwise.
 
     Every other round runs in reverse, so that none always follows the same one.
     """
     times: dict[str, list[float]] = {name: [] for name in functions}
-    for function in functions.values():
-        function()
+    if warm_up:
+        for function in functions.values():
+            function()
     for repeat in range(repeats):
         for name in list(functions)[:: 1 if repeat % 2 == 0 else -1]:
             gc.collect()

@@ -24,7 +24,7 @@ def run(quick: bool) -> Iterator[Row]:
         "rollout": ["-c", FIRST_ROLLOUT],
     }
     runs = {name: lambda command=command: _start(command) for name, command in commands.items()}
-    times = alternate(runs, 1 if quick else 7)
+    times = alternate(runs, 1 if quick else 7, warm_up=not quick)
     extra = [ours - dspy for ours, dspy in zip(times["fst_dspy"], times["dspy"], strict=True)]
     note = f"{min(times['fst_dspy']):.2f} s against {min(times['dspy']):.2f} s"
     yield row_of("e", "import fst_dspy beyond import dspy", "s", extra, "<= 0.1", note)
