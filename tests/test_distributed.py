@@ -5,6 +5,7 @@ Under FSDP, which accelerate has to be talked into on CPUs, they agree with two 
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from contextlib import nullcontext
@@ -13,6 +14,7 @@ import pytest
 from distributed_worker import PROGRAM, SETTINGS, compile_letters, cycles_of, steps
 from places import ROOT, SUPPORT
 from safetensors.torch import load_file
+from torch.distributed import TCPStore
 
 from fst_dspy import LocalLM, distributed
 from fst_dspy.config import SamplingConfig, SlowConfig
@@ -22,8 +24,7 @@ from fst_dspy.model.policy import Policy
 from fst_dspy.slow.taught_trainer import TaughtTrainer, reverse_kl
 from fst_dspy.slow.trainer import SlowTrainer
 
-WORKER = SUPPORT / "distributed_worker.py"
-FSDP_WORKER = WORKER.with_name("fsdp_worker.py")
+PARTS = SUPPORT / "distributed_parts.py"
 
 
 def torchrun(*arguments, processes=2):
@@ -39,20 +40,27 @@ def torchrun(*arguments, processes=2):
     return subprocess.run(command, capture_output=True, text=True, timeout=280, env=environment)
 
 
-def found_by_ranks(worker, model, folder):
+def found_by_ranks(folder):
     """What each of two processes found before one was killed."""
-    done = torchrun(worker, model, folder)
-    ranks = [folder / f"rank-{n}.json" for n in range(2)]
-    assert all(path.exists() for path in ranks), done.stderr
-    assert done.returncode != 0 and "SIGKILL" in done.stderr
-    return [json.loads(path.read_text()) for path in ranks]
+    return [json.loads((folder / f"rank-{n}.json").read_text()) for n in range(2)]
 
 
 @pytest.fixture(scope="module")
-def run(tiny_qwen3, tmp_path_factory):
+def folders(tiny_qwen3, tmp_path_factory):
+    """Of the runs of two processes, and of two under FSDP; process 0 of each was killed in one."""
+    folders = [tmp_path_factory.mktemp(name) for name in ("two", "fsdp")]
+    meeting = [TCPStore("localhost", 0, is_master=True, wait_for_workers=False) for _ in range(3)]
+    done = torchrun(PARTS, tiny_qwen3, *folders, *(place.port for place in meeting))
+    assert done.returncode == 0, done.stderr
+    killed = -signal.SIGKILL
+    assert json.loads((folders[1] / "ended.json").read_text()) == [killed, killed, 0]
+    return folders
+
+
+@pytest.fixture(scope="module")
+def run(folders, tiny_qwen3):
     """What two processes found, the folder of their runs, and the folder of the model."""
-    folder = tmp_path_factory.mktemp("two")
-    return found_by_ranks(WORKER, tiny_qwen3, folder), folder, tiny_qwen3
+    return found_by_ranks(folders[0]), folders[0], tiny_qwen3
 
 
 @pytest.fixture
@@ -145,10 +153,9 @@ def test_another_number_of_processes_is_refused(run):
 
 
 @pytest.fixture(scope="module")
-def fsdp_run(tiny_qwen3, tmp_path_factory):
+def fsdp_run(folders):
     """What two processes found under FSDP before one was killed, and the folder of their runs."""
-    folder = tmp_path_factory.mktemp("fsdp")
-    return found_by_ranks(FSDP_WORKER, tiny_qwen3, folder), folder
+    return found_by_ranks(folders[1]), folders[1]
 
 
 def best_weights(folder):
@@ -190,11 +197,8 @@ def test_cycles_under_fsdp_end_in_the_weights_of_two_whole_models(run, fsdp_run)
 
 
 @pytest.mark.slow
-def test_a_killed_run_under_fsdp_goes_on_to_the_same_end(run, fsdp_run):
+def test_a_killed_run_under_fsdp_goes_on_to_the_same_end(fsdp_run):
     (found, _), folder = fsdp_run
-    assert not (folder / "cut" / "result.json").exists()
-    done = torchrun(FSDP_WORKER, run[2], folder)
-    assert done.returncode == 0, done.stderr
     for rank in range(2):
         assert json.loads((folder / f"again-{rank}.json").read_text()) == found["cycles"]
     assert texts_of(folder / "cut") == texts_of(folder / "whole")

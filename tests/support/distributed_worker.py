@@ -1,4 +1,4 @@
-"""What each of several processes does in ``test_distributed.py``: ``torchrun ... MODEL FOLDER``.
+"""What each of several processes does in ``test_distributed.py``.
 
 Writes what it found to ``FOLDER/rank-N.json``, compiles into ``FOLDER/whole``, and kills process 0
 in the middle of a compile into ``FOLDER/cut``.
@@ -7,7 +7,6 @@ in the middle of a compile into ``FOLDER/cut``.
 import json
 import os
 import signal
-import sys
 from pathlib import Path
 
 import dspy
@@ -148,7 +147,3 @@ def main(model, folder):
     (folder / f"rank-{distributed.rank()}.json").write_text(json.dumps(found))
     die_in_a_step()
     compile_letters(model, folder / "cut")
-
-
-if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]))

@@ -1,14 +1,11 @@
 """What each of several processes does under FSDP in ``test_distributed.py``.
 
-``torchrun ... MODEL FOLDER`` writes what it found to ``FOLDER/rank-N.json``, and kills process 0 in
-the middle of a compile into ``FOLDER/cut``. Started again it goes on with that, and writes
-``FOLDER/again-N.json``.
+Writes what it found to ``FOLDER/rank-N.json``, and kills process 0 in the middle of a compile into
+``FOLDER/cut``. Started again it goes on with that, and writes ``FOLDER/again-N.json``.
 """
 
 import json
 import os
-import sys
-from pathlib import Path
 
 import torch
 from accelerate import PartialState
@@ -71,6 +68,7 @@ def main(model, folder):
     call_cpus_gpus()
     found = folder / f"rank-{distributed.rank()}.json"
     if found.exists():
+        assert not (folder / "cut" / "result.json").exists()
         cycles = cycles_of(compile_letters(model, folder / "cut"))
         (folder / f"again-{distributed.rank()}.json").write_text(json.dumps(cycles))
         return
@@ -86,7 +84,3 @@ def main(model, folder):
     )
     die_in_a_step()
     compile_letters(model, folder / "cut")
-
-
-if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]))
