@@ -18,7 +18,8 @@ pytestmark = pytest.mark.slow
 
 def test_triage_improves_by_both_channels_at_low_drift():
     task, lm = load_task("triage", seed=3), LocalLM("embedded")
-    fst = FST(task.metric, seed=3, max_cycles=2, max_tokens=48, track_stats=True)
+    settings = {"max_cycles": 2, "steps_per_cycle": 3, "max_tokens": 48}
+    fst = FST(task.metric, seed=3, track_stats=True, **settings)
     with dspy.context(lm=lm):
         compiled = fst.compile(task.program, trainset=task.trainset, valset=task.valset)
     result = compiled.detailed_results
@@ -72,13 +73,13 @@ def test_a_program_whose_signature_and_words_the_model_never_saw_improves():
     examples = unseen_task()
     train, val, test = examples[:40], examples[40:56], examples[56:]
     program, lm = dspy.ChainOfThought(ShelveFinding), LocalLM("embedded")
-    settings = {"max_cycles": 1, "learning_rate": 3e-4, "max_tokens": 48}
+    settings = {"max_cycles": 1, "steps_per_cycle": 3, "learning_rate": 3e-4, "max_tokens": 48}
     fst = FST(shelf_metric, seed=0, track_stats=True, **settings)
     with dspy.context(lm=lm):
         result = fst.compile(program, trainset=train, valset=val).detailed_results
         runner = RolloutRunner(program, shelf_metric, lm, SamplingConfig(max_tokens=48), 9)
         before, after = (
-            evaluate(runner, [candidate], test, samples=4, version=version).mean_K[0]
+            evaluate(runner, [candidate], test, samples=2, version=version).mean_K[0]
             for candidate, version in (
                 (seed_candidate(program), result.base_version),
                 (result.best.candidate, result.best.version),

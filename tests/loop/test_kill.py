@@ -12,7 +12,7 @@ SCRIPT = ROOT / "benchmarks" / "machines" / "kill_nine.py"
 @pytest.mark.slow
 def test_a_compile_killed_at_a_random_instant_ends_as_if_it_had_not_been():
     done = subprocess.run(
-        [sys.executable, str(SCRIPT), "--trials", "1", "--seed", "5"],
+        [sys.executable, str(SCRIPT), "--trials", "1", "--seed", "1"],
         capture_output=True,
         text=True,
         timeout=280,
