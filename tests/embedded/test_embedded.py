@@ -326,7 +326,7 @@ from fst_dspy.embedded.training import Recipe
 torch.set_num_threads(1)
 recipe = Recipe(hidden=16, mlp=16, pieces=300, tokenizer_chats=20, batch=4, joint_steps=8,
                 polish_steps=4, calibrate_steps=4, warmup_limit=1)
-pretrain(Path(folder), Path(folder + "-work"), [recipe], questions=2, save_every=2)
+pretrain(Path(folder), Path(folder + "-work"), [recipe], questions=1, save_every=2)
 """
 
 
