@@ -23,14 +23,16 @@ def small(monkeypatch: pytest.MonkeyPatch, jobs_run_here: None) -> None:
     monkeypatch.setattr(real_lm, "TASKS", tasks)
 
 
-def call(folder: Path, model: str, *arguments: str, settings: tuple[str, ...] = SMALL) -> str:
+def call(
+    folder: Path, model: str, *arguments: str, settings: tuple[str, ...] = SMALL, rollouts: int = 24
+) -> str:
     options = [part for setting in settings for part in ("--setting", setting)]
     app = real_lm.typer.Typer()
     app.command()(real_lm.main)
     done = CliRunner().invoke(
         app,
         [
-            *("--model", model, "--tasks", "routing", "--rollouts", "24", *options),
+            *("--model", model, "--tasks", "routing", "--rollouts", str(rollouts), *options),
             *("--stores", str(folder / "stores"), "--results", str(folder / "results")),
             *arguments,
         ],
@@ -100,6 +102,8 @@ def test_a_short_part_on_smollm2(tmp_path: Path, small: None) -> None:
     except ModelError as error:
         pytest.skip(f"SmolLM2 is not to be had here: {error}")
     arguments = ("--adapters", "xml", "--arms", "fst", "--seeds", "0")
-    said = call(tmp_path, "smollm2", *arguments, settings=(*SMALL, "max_tokens=16"))
+    least = ("group_size=2", "problems_per_step=2", "val_size=2", "steps_per_cycle=1")
+    least += ("population_size=2", "first_cycle_iterations=1", "minibatch_size=2", "max_tokens=8")
+    said = call(tmp_path, "smollm2", *arguments, settings=least, rollouts=12)
     (runs,) = jobs(tmp_path).values()
     assert runs == ["fst-0"] and "smollm2-routing-xml" in said
