@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import dspy
 import pytest
-from helpers import Echo, Twice, kill_before_steps, questions, vowels
+from helpers import Echo, RawAdapter, Twice, kill_before_steps, questions, vowels
 from tiny_compile import SETTINGS, compile_tiny, raw_adapter  # noqa: F401
 
 from fst_dspy import FST, LocalLM
@@ -55,13 +55,6 @@ def test_whole_weights_are_not_asked_of_adapters_in_vain(tiny_qwen3):
     adapted = compile_tiny(tiny_qwen3, arm="rl_only", lora={"rank": 4}, max_cycles=1)[0]
     with pytest.raises(ConfigError, match=r"have adapters with .*lora='auto' takes them"):
         compile_tiny(tiny_qwen3, adapted, arm="rl_only", lora=False)
-
-
-def test_the_same_seed_gives_the_same_weights_and_population(tiny_qwen3):
-    one, two = compile_tiny(tiny_qwen3)[2], compile_tiny(tiny_qwen3)[2]
-    assert one.weights_version == two.weights_version
-    assert one.population == two.population
-    assert compile_tiny(tiny_qwen3, seed=1)[2].weights_version != one.weights_version
 
 
 def test_weights_that_moved_are_validated_also_after_steps_that_moved_nothing(tiny_qwen3):
@@ -117,10 +110,14 @@ def test_a_program_whose_fields_are_not_json_goes_on_after_a_kill(
     assert {row["traces"][0]["inputs"]["day"] for row in rows} == {repr(datetime.date(2020, 1, 2))}
 
 
-def test_rollouts_are_not_logged_where_that_is_off(tiny_qwen3, tmp_path):
+def test_the_same_seed_gives_the_same_run_also_where_its_rollouts_are_not_logged(
+    tiny_qwen3, tmp_path
+):
     logged = compile_tiny(tiny_qwen3, log_dir=tmp_path / "on")[2]
     unlogged = compile_tiny(tiny_qwen3, log_dir=tmp_path / "off", log_rollouts=False)[2]
     assert unlogged.weights_version == logged.weights_version
+    assert unlogged.population == logged.population
+    assert compile_tiny(tiny_qwen3, seed=1)[2].weights_version != logged.weights_version
     assert (tmp_path / "on" / "rollouts.jsonl").exists()
     assert not (tmp_path / "off" / "rollouts.jsonl").exists()
     assert not (tmp_path / "off" / "answers.jsonl").exists()
@@ -328,8 +325,16 @@ def test_a_loss_that_stays_non_finite_ends_the_run_at_the_best_weights(tiny_qwen
     assert lm.policy.version() == lm.policy.base_version
 
 
-def test_ctrl_c_finishes_the_step_saves_and_says_how_to_go_on(tiny_qwen3, tmp_path, monkeypatch):
-    whole = compile_tiny(tiny_qwen3)[2]
+@pytest.fixture(scope="module")
+def whole(tiny_qwen3):
+    """What the usual compile comes to, where nothing comes between."""
+    with dspy.context(adapter=RawAdapter()):
+        return compile_tiny(tiny_qwen3)[2]
+
+
+def test_ctrl_c_finishes_the_step_saves_and_says_how_to_go_on(
+    whole, tiny_qwen3, tmp_path, monkeypatch
+):
     real = joint.Run._slow_step
 
     def interrupted(self, state):
@@ -445,9 +450,8 @@ def test_a_limit_that_a_step_has_reached_is_not_put_down_to_validation(
 
 
 def test_ctrl_c_in_the_first_validation_is_not_held_back_for_a_fast_phase(
-    tiny_qwen3, tmp_path, monkeypatch
+    whole, tiny_qwen3, tmp_path, monkeypatch
 ):
-    whole = compile_tiny(tiny_qwen3)[2]
     real = joint.score
 
     def interrupted(parts, state):
@@ -464,8 +468,8 @@ def test_ctrl_c_in_the_first_validation_is_not_held_back_for_a_fast_phase(
     assert again.weights_version == whole.weights_version and again.rollouts == whole.rollouts
 
 
-def test_a_budget_says_that_it_is_reached_and_what_is_done(tiny_qwen3, tmp_path):
-    _, opening, first, *_ = compile_tiny(tiny_qwen3)[2].records
+def test_a_budget_says_that_it_is_reached_and_what_is_done(whole, tiny_qwen3, tmp_path):
+    _, opening, first, *_ = whole.records
     prompts, step, validation = opening.total_rollouts.total, 8, 4
     listener = Heard()
     budget = {"max_cycles": None, "log_dir": tmp_path, "progress": listener}
