@@ -11,6 +11,9 @@ TESTS ?= not slow or insides
 # What the latest versions are held to besides pyproject.toml: requirements.
 LATEST_BUT ?=
 
+# Tests start many processes, each of which would compile the package for itself.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: install demo test pytest test-fast test-gpu latest test-latest lowest test-lowest lint bench
 .PHONY: docs dist wheel clean real agents
 
