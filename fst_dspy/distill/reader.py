@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import dspy
@@ -50,26 +48,20 @@ class ContextReader:
             sources = own[rollout.candidate_id].sources(rollout)
             answered = [call for call in rollout.calls if call.completion_ids_T]
             made += [self._reading(call, sources.get(id(call))) for call in answered]
-        found = [reading for reading in made if isinstance(reading, Reading)]
-        untaught = Counter(reading for reading in made if not isinstance(reading, Reading))
-        if not found:
-            raise TrainingError(self._why_none(untaught))
-        return Readings(found, untaught)
+        readings = Readings.of(made)
+        if not readings.found:
+            raise TrainingError(self._why_none(readings.untaught))
+        return readings
 
     def _reading(self, call: Call, inputs: dict[str, Any] | None) -> Reading | Untaught:
         if inputs is None:
             return "prompt"
         ids = self._renderer.prompt_ids(call.predictor, inputs)
-        if ids is None:
-            return "prompt"
-        if len(ids) + len(call.completion_ids_T) > self.context_length:
-            return "long"
-        student = row_of(call)
-        return Reading(student, replace(student, prompt_ids_T=ids))
+        return "prompt" if ids is None else Reading.under(ids, row_of(call), self.context_length)
 
-    def _why_none(self, untaught: Counter[Untaught]) -> str:
+    def _why_none(self, untaught: Mapping[Untaught, int]) -> str:
         why = f"its prompts and answers are too long for {self.context_length} tokens"
-        if untaught["prompt"] > untaught["long"]:
+        if untaught.get("prompt", 0) > untaught.get("long", 0):
             why = OTHER_PROMPTS
         elif not untaught:
             why = "its answers are empty"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +12,7 @@ from typing import Any
 from dspy import lm15
 
 from fst_dspy.lm.templates import chat_format, thought_field
-from fst_dspy.model.endings import End, cut_before, special_tokens
+from fst_dspy.model.endings import End, cut_before, special_pattern
 from fst_dspy.model.policy import Policy
 
 logger = logging.getLogger(__name__)
@@ -159,5 +158,4 @@ def _split(policy: Policy, raw: str, marks: tuple[str, str], between: str) -> An
 
 
 def _without_special(policy: Policy, text: str) -> str:
-    special = sorted(special_tokens(policy.tokenizer), key=len, reverse=True)
-    return re.sub("|".join(map(re.escape, special)), "", text) if special else text
+    return special_pattern(policy.tokenizer).sub("", text)

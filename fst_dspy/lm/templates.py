@@ -20,7 +20,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from fst_dspy.errors import ConfigError
-from fst_dspy.model.endings import special_tokens
+from fst_dspy.model.endings import special_pattern
 from fst_dspy.model.policy import Policy
 from fst_dspy.pretrained.chat import apply_template, once_a_template
 
@@ -187,9 +187,12 @@ _APART = "\ufdd0\ufdd1"
 
 def _taken_apart(tokenizer: Any, text: str) -> str:
     """A text, cut within all that a tokenizer would read as a special token."""
-    special = sorted(special_tokens(tokenizer), key=len, reverse=True)
-    found = "|".join(re.escape(token) for token in special if len(token) > 1)
-    return re.sub(found, lambda m: m[0][0] + _APART + m[0][1:], text) if found else text
+
+    def apart(found: re.Match[str]) -> str:
+        token = found[0]
+        return token if len(token) == 1 else token[0] + _APART + token[1:]
+
+    return special_pattern(tokenizer).sub(apart, text)
 
 
 def _plain_ids(tokenizer: Any, text: str) -> list[int]:

@@ -11,9 +11,7 @@ gradient: so weights learn what they would never come upon by themselves.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 
 import dspy
 
@@ -60,16 +58,11 @@ class SelfTeacher:
             for rollout in group.rollouts_G
             for prompt in self._prompts(group, rollout, renderers[rollout.candidate_id])
         )
-        made = [self._reading(row, prompt) for row, prompt in zip(rows, prompts, strict=True)]
-        found = [reading for reading in made if isinstance(reading, Reading)]
-        return Readings(found, Counter(why for why in made if not isinstance(why, Reading)))
-
-    def _reading(self, row: TrainingRow, prompt: tuple[int, ...] | Untaught) -> Reading | Untaught:
-        if isinstance(prompt, str):
-            return prompt
-        if len(prompt) + len(row.completion_ids_T) > self._context_length:
-            return "long"
-        return Reading(row, replace(row, prompt_ids_T=prompt))
+        made: list[Reading | Untaught] = [
+            prompt if isinstance(prompt, str) else Reading.under(prompt, row, self._context_length)
+            for row, prompt in zip(rows, prompts, strict=True)
+        ]
+        return Readings.of(made)
 
     def _prompts(
         self, group: Group, rollout: Rollout, renderer: Renderer

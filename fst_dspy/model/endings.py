@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -50,7 +51,16 @@ def _turn_end(tokenizer: Any) -> int | None:
     return first[0] if first and first[0] in special_tokens(tokenizer).values() else None
 
 
-_special: weakref.WeakKeyDictionary[Any, tuple[int, dict[str, int]]] = weakref.WeakKeyDictionary()
+@dataclass(frozen=True)
+class _Special:
+    """What is known of a tokenizer of some size; some have thousands of special tokens."""
+
+    size: int
+    ids: dict[str, int]
+    pattern: re.Pattern[str]
+
+
+_special: weakref.WeakKeyDictionary[Any, _Special] = weakref.WeakKeyDictionary()
 
 
 def special_tokens(tokenizer: Any) -> dict[str, int]:
@@ -59,13 +69,24 @@ def special_tokens(tokenizer: Any) -> dict[str, int]:
     Beside those that the tokenizer has a name for, as its end token, these are what its files mark
     so: most templates' marks of turns, Gemma's and Phi's end of an answer among them.
     """
-    size = len(tokenizer)
-    if tokenizer not in _special or _special[tokenizer][0] != size:
+    return _special_of(tokenizer).ids
+
+
+def special_pattern(tokenizer: Any) -> re.Pattern[str]:
+    """Finds ``special_tokens`` in a text, of several at one place the longest."""
+    return _special_of(tokenizer).pattern
+
+
+def _special_of(tokenizer: Any) -> _Special:
+    size, known = len(tokenizer), _special.get(tokenizer)
+    if known is None or known.size != size:
         named = zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True)
         marked = tokenizer.added_tokens_decoder.items()
         found = {**dict(named), **{token.content: n for n, token in marked if token.special}}
-        _special[tokenizer] = size, {token: n for token, n in found.items() if token}
-    return _special[tokenizer][1]
+        ids = {token: n for token, n in found.items() if token}
+        any_of = "|".join(map(re.escape, sorted(ids, key=len, reverse=True)))
+        known = _special[tokenizer] = _Special(size, ids, re.compile(any_of or "(?!)"))
+    return known
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,11 @@ from __future__ import annotations
 
 import logging
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from typing import Literal, Self
 
 import torch
 from torch import Tensor
@@ -33,7 +35,13 @@ from fst_dspy.model.logprobs import (
     with_output_layer,
 )
 from fst_dspy.model.policy import Policy
-from fst_dspy.slow.trainer import MICRO_BATCH_ROWS, SlowTrainer, sampled_entropy
+from fst_dspy.slow.trainer import (
+    MICRO_BATCH_ROWS,
+    SlowTrainer,
+    completion_tokens,
+    row_tokens,
+    sampled_entropy,
+)
 from fst_dspy.slow.trl_stepper import Gradients
 from fst_dspy.types import StepStats, TrainingRow, Untaught
 
@@ -54,6 +62,14 @@ class Reading:
     student: TrainingRow
     teacher: TrainingRow
 
+    @classmethod
+    def under(
+        cls, prompt_ids_T: tuple[int, ...], student: TrainingRow, most: int
+    ) -> Self | Literal["long"]:
+        """A row read under another prompt, unless that makes it longer than ``most`` tokens."""
+        teacher = replace(student, prompt_ids_T=prompt_ids_T)
+        return cls(student, teacher) if row_tokens(teacher) <= most else "long"
+
 
 @dataclass(frozen=True)
 class Readings:
@@ -66,6 +82,12 @@ class Readings:
 
     found: Sequence[Reading]
     untaught: Mapping[Untaught, int]
+
+    @classmethod
+    def of(cls, made: Sequence[Reading | Untaught]) -> Self:
+        """Those that there are, and the reasons of the others counted."""
+        found = [reading for reading in made if isinstance(reading, Reading)]
+        return cls(found, Counter(why for why in made if not isinstance(why, Reading)))
 
 
 class TaughtTrainer(SlowTrainer):
@@ -129,7 +151,7 @@ class TaughtTrainer(SlowTrainer):
         live = sum(own.has_gradient or id(row) in read for row, own in pairs)
         if not (live_rows or readings):
             return self._pass_over(rows, Gradients(0.0, sampled_entropy(rows), 0.0))
-        shorten = math.sqrt(live / len(rows)) if rows and self.slow.damp_constant else 1.0
+        shorten = self._live_share(live, len(rows)) if rows else 1.0
         while True:
             try:
                 return self._taught_step(counted, live_rows, readings, weight, shorten)
@@ -148,7 +170,7 @@ class TaughtTrainer(SlowTrainer):
         weight: float,
         shorten: float,
     ) -> StepStats:
-        own_rows = distributed.own_share(live_rows, _tokens)
+        own_rows = distributed.own_share(live_rows, row_tokens)
         own_readings = distributed.own_share(readings, _reading_tokens)
         students = [reading.student for reading in own_readings]
         current = as_current(self.policy.device)
@@ -159,8 +181,10 @@ class TaughtTrainer(SlowTrainer):
                     scored = self._accumulate(counted, *self._batches(live_rows, own_rows))
                 self._trl.model.eval()
             if own_readings:
-                told = self._read(own_readings, weight / _total(counted))
-            gradients = _together(scored, _total(own_rows), told, _total(students))
+                told = self._read(own_readings, weight / completion_tokens(counted))
+            gradients = _together(
+                scored, completion_tokens(own_rows), told, completion_tokens(students)
+            )
             gradients = self._over_processes(gradients, [*own_rows, *students])
             if gradients.loss == 0 and not live_rows:
                 # What is left of the gradient is rounding, which Adam would blow up.
@@ -186,11 +210,11 @@ class TaughtTrainer(SlowTrainer):
         weight: float,
     ) -> float:
         """The divergence a token read, over all processes."""
-        own_2 = torch.tensor([loss, _total(students)], dtype=torch.float64)
+        own_2 = torch.tensor([loss, completion_tokens(students)], dtype=torch.float64)
         if distributed.processes() > 1:
             own_2 = distributed.sum_gradients([], own_2.to(self.policy.device))
         total, tokens = own_2.tolist()
-        return float(total) * _total(counted) / weight / max(1, tokens)
+        return float(total) * completion_tokens(counted) / weight / max(1, tokens)
 
     def _read(self, readings: Sequence[Reading], scale: float) -> Gradients:
         """The teacher's part, forward and backward; the summed divergence is multiplied."""
@@ -223,7 +247,9 @@ class TaughtTrainer(SlowTrainer):
                     loss += value.item()
                     entropy += torch.special.entr(student_nV.detach().exp()).sum().item()
                 student_ND.backward(leaf_ND.grad)
-        return Gradients(loss, entropy / _total([r.student for r in readings]), clip_share=0.0)
+        return Gradients(
+            loss, entropy / completion_tokens([r.student for r in readings]), clip_share=0.0
+        )
 
     def _chunks(self, readings: Sequence[Reading]) -> Iterator[list[Sequence[Reading]]]:
         """Micro-batches by length, in chunks whose hidden states fit in ``CHUNK_BYTES``."""
@@ -234,7 +260,7 @@ class TaughtTrainer(SlowTrainer):
         chunk: list[Sequence[Reading]] = []
         used = 0
         for batch in batches:
-            need = _total([reading.student for reading in batch]) * token_bytes
+            need = completion_tokens([reading.student for reading in batch]) * token_bytes
             if chunk and used + need > CHUNK_BYTES:
                 yield chunk
                 chunk, used = [], 0
@@ -296,14 +322,5 @@ def _together(first: Gradients, tokens: int, second: Gradients, more: int) -> Gr
     )
 
 
-def _total(rows: Sequence[TrainingRow]) -> int:
-    """Completion tokens of some rows."""
-    return sum(len(row.completion_ids_T) for row in rows)
-
-
-def _tokens(row: TrainingRow) -> int:
-    return len(row.prompt_ids_T) + len(row.completion_ids_T)
-
-
 def _reading_tokens(reading: Reading) -> int:
-    return _tokens(reading.student)
+    return row_tokens(reading.student)

@@ -157,12 +157,13 @@ class SlowTrainer:
 
     def _step(self, rows: Sequence[TrainingRow], live_rows: Sequence[TrainingRow]) -> StepStats:
         with self._ready():
-            own_rows = distributed.own_share(live_rows, _tokens)
+            own_rows = distributed.own_share(live_rows, row_tokens)
             batches, idle = self._batches(live_rows, own_rows)
             with self._trl.cut_up(), self._at_rest_afterwards():
                 gradients = self._accumulate(rows, batches, idle)
                 gradients = self._over_processes(gradients, own_rows)
-                return self._update(rows, gradients, self._live_share(rows))
+                live = sum(row.has_gradient for row in rows)
+                return self._update(rows, gradients, self._live_share(live, len(rows)))
 
     @contextmanager
     def _ready(self) -> Iterator[None]:
@@ -190,8 +191,7 @@ class SlowTrainer:
     ) -> Gradients:
         """TRL's loss of a process's micro-batches, forward and backward."""
         self._trl.model.train()
-        tokens = sum(len(row.completion_ids_T) for row in rows)
-        return self._trl.accumulate(batches, len(rows), tokens, idle)
+        return self._trl.accumulate(batches, len(rows), completion_tokens(rows), idle)
 
     @contextmanager
     def _at_rest_afterwards(self) -> Iterator[None]:
@@ -321,7 +321,7 @@ class SlowTrainer:
             # Rows of like length together need the least padding; one batch keeps its order.
             prompts = [row.prompt_ids_T for row in rows]
             shared = self._trl.continues and worthwhile_prefixes(prompts) is not None
-            rows = sorted(rows, key=_alike if shared else _tokens)
+            rows = sorted(rows, key=_alike if shared else row_tokens)
         cut: list[list[TrainingRow]] = [[]]
         for row in rows:
             part = cut[-1]
@@ -360,7 +360,7 @@ class SlowTrainer:
         """The gradients of all processes added up, and what was measured over all their tokens."""
         if distributed.processes() == 1:
             return own
-        tokens = sum(len(row.completion_ids_T) for row in own_rows)
+        tokens = completion_tokens(own_rows)
         means = [own.entropy, own.clip_share, own.drift, 1.0]
         figures = [own.loss, *(mean * tokens for mean in means)]
         figures_5 = torch.tensor(figures, dtype=torch.float64, device=self.policy.device)
@@ -414,11 +414,11 @@ class SlowTrainer:
             self._trl.lr_scheduler.step()
         return stats
 
-    def _live_share(self, rows: Sequence[TrainingRow]) -> float:
-        """What a step is shortened to, in (0, 1]."""
+    def _live_share(self, live: int, rows: int) -> float:
+        """What a step is shortened to, in (0, 1], where so many of its rows say something."""
         if self._all_count or not self.slow.damp_constant:
             return 1.0
-        return math.sqrt(sum(row.has_gradient for row in rows) / len(rows))
+        return math.sqrt(live / rows)
 
     @contextmanager
     def _rates_times(self, factor: float) -> Iterator[None]:
@@ -481,7 +481,13 @@ def _finite(value: float) -> float:
     return value if math.isfinite(value) else 0.0
 
 
-def _tokens(row: TrainingRow) -> int:
+def completion_tokens(rows: Sequence[TrainingRow]) -> int:
+    """Completion tokens of some rows."""
+    return sum(len(row.completion_ids_T) for row in rows)
+
+
+def row_tokens(row: TrainingRow) -> int:
+    """Tokens of a row, prompt and completion."""
     return len(row.prompt_ids_T) + len(row.completion_ids_T)
 
 

@@ -118,20 +118,24 @@ def readings_of(rows):
     return [Reading(row, replace(row, prompt_ids_T=(*row.prompt_ids_T[::-1], 5))) for row in rows]
 
 
+def taught_by(policy, slow, weights):
+    """A trainer whose teacher has weights of its own."""
+    return TaughtTrainer(
+        policy,
+        slow,
+        SAMPLING,
+        9,
+        0,
+        teaching=lambda: policy.holding(weights),
+        divergence=jensen_shannon,
+    )
+
+
 def step_of(folder, rows, readings, weight, *, before=None, **settings):
     """The gradients, the statistics and the policy of one step."""
     policy = Policy.load(folder)
     slow = SlowConfig(learning_rate=1e-2, max_grad_norm=0, **settings)
-    state = before or policy.trainable_state()
-    trainer = TaughtTrainer(
-        policy,
-        slow,
-        SAMPLING,
-        3,
-        0,
-        teaching=lambda: policy.holding(state),
-        divergence=jensen_shannon,
-    )
+    trainer = taught_by(policy, slow, before or policy.trainable_state())
     caught = {}
 
     def catch(*_):
@@ -197,15 +201,7 @@ def test_what_feedback_says_is_approached_and_nothing_is_said_of_the_rest(tiny_q
     before = Policy.load(tiny_qwen3).trainable_state()
     policy = Policy.load(tiny_qwen3)
     slow = SlowConfig(learning_rate=1e-2, slow_signal="feedback")
-    trainer = TaughtTrainer(
-        policy,
-        slow,
-        SAMPLING,
-        9,
-        0,
-        teaching=lambda: policy.holding(before),
-        divergence=jensen_shannon,
-    )
+    trainer = taught_by(policy, slow, before)
     lessons = [trainer.imitate(readings_of(rows[:3]), rows).lesson for _ in range(8)]
     assert lessons[-1] < 0.5 * lessons[0]
     version = policy.version()
