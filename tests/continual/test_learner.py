@@ -2,7 +2,6 @@
 
 import dataclasses
 import io
-import sys
 
 import dspy
 import pytest
@@ -22,7 +21,6 @@ from fst_dspy.errors import ConfigError, DataError, ModelError, ProgramError, St
 from fst_dspy.loop.parts import begin_lora
 from fst_dspy.rollouts.runner import RolloutRunner
 from fst_dspy.student.candidate import make_candidate
-from fst_dspy.tasks import load_task
 
 SETTINGS = TINY | {"max_cycles": 1, "first_cycle_iterations": 1}
 
@@ -352,28 +350,3 @@ def test_tasks_of_another_model_or_form_are_refused(tiny_qwen3, tiny_llama):
     twice.program.set_lm(lm)
     with pytest.raises(ProgramError, match="another name"):
         learner.learn(twice)
-
-
-@pytest.mark.slow
-def test_triage_policies_are_learned_one_after_another_without_forgetting():
-    load_task("triage")
-    load = sys.modules["fst_program_triage"].load
-    sizes = {"train": 96, "val": 24, "test": 40}
-    one, two = (load(seed=3, policy=number, **sizes) for number in (0, 1))
-    learner = ContinualFST(
-        seed=3,
-        max_cycles=1,
-        steps_per_cycle=3,
-        group_size=4,
-        population_size=2,
-        first_cycle_iterations=4,
-        learning_rate=3e-4,
-        max_tokens=40,
-    )
-    with dspy.context(lm=LocalLM("embedded"), adapter=None):
-        learner.learn(one)
-        learner.learn(two)
-        base, first, second = learner.evaluate().score_S_N
-    assert max(base) < 0.1
-    assert first[0] > 0.6 and second[1] > 0.6
-    assert second[0] > first[0] - 0.1

@@ -131,10 +131,9 @@ def test_a_job_names_its_adapter(tmp_path, jobs_run_here):
         assert run_jobs(store, plan.jobs("rl_only", "rl_only")) == []
         rows = read_jsonl(store.folder / "rl_only-0" / "0-rl_only" / "rollouts.jsonl")
         first[adapter] = policy.tokenizer.decode(prompt_of(next(rows)))
-    tune_rl(store, plan, 1, "rl_only", workers=2)  # in processes of their own
-    tried = list(store.folder.glob("tune-rl_only/trial-*/rollouts.jsonl"))
-    asked = {policy.tokenizer.decode(prompt_of(next(read_jsonl(log)))) for log in tried}
-    assert asked == {first["xml"]}  # of both workers, where the second began before it was enough
+    tune_rl(store, plan, 1, "rl_only")
+    (tried,) = store.folder.glob("tune-rl_only/trial-*/rollouts.jsonl")
+    assert policy.tokenizer.decode(prompt_of(next(read_jsonl(tried)))) == first["xml"]
     with pytest.raises(ConfigError, match="another adapter: XMLAdapter, not ChatAdapter"):
         tune_rl(store, replace(plan, adapter="chat"), 2, "rl_only")
     assert "[[ ## ticket ## ]]" in first["chat"] and "<ticket>" not in first["chat"]

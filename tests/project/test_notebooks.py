@@ -65,6 +65,7 @@ HOLDS = {
         "[stage.task for stage in stream.stages] == ['triage', 'triage-1', 'triage-2']",
         "scores.score_S_N[3][2] > scores.score_S_N[0][2] + 0.3",
         "scores.score_S_N[3][0] > scores.score_S_N[0][0] + 0.3",
+        "scores.score_S_N[3][0] > scores.score_S_N[1][0] - 0.2",  # of twelve examples
         "stream.rollouts.total > 300",
     ],
     "05_real_models": [
