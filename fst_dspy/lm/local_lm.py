@@ -15,7 +15,7 @@ from dspy import lm15
 from dspy.clients.provider import Provider
 
 from fst_dspy.display import on_a_screen
-from fst_dspy.errors import ModelError
+from fst_dspy.errors import ConfigError, ModelError
 from fst_dspy.lm.asked import as_read, grammar_of_caller
 from fst_dspy.lm.engine import AsyncLocalEngine, LocalEngine, one_call, serving
 from fst_dspy.lm.in_use import over_base, remember
@@ -79,8 +79,9 @@ class LocalLM(dspy.LM):
 
     Raises:
         ModelError: The model cannot be loaded, or there is no such device or dtype.
-        ConfigError: There is no such setting, a value is out of its range, or the chat template
-            does not read a variable in ``chat_template_kwargs``.
+        ConfigError: There is no such setting, a value is out of its range, the chat template does
+            not read a variable in ``chat_template_kwargs``, or it is said how to load a policy that
+            is loaded.
     """
 
     # DSPy writes this name into saved programs, so it must not tell where the code lies.
@@ -112,16 +113,12 @@ class LocalLM(dspy.LM):
                 engine, async_engine = serving, None
             version = _must_have(engine.policy, str(model))
         else:
-            policy = (
-                model
-                if isinstance(model, Policy)
-                else Policy.load(
-                    model,
-                    device=device,
-                    dtype=dtype_named(dtype),
-                    trust_remote_code=trust_remote_code,
-                    quantization_config=quantization_config,
-                )
+            policy = _loaded(
+                model,
+                device=device,
+                dtype=dtype_named(dtype),
+                trust_remote_code=trust_remote_code,
+                quantization_config=quantization_config,
             )
             engine, version = LocalEngine(policy), policy.version()
         self._local = engine
@@ -409,6 +406,18 @@ def _tell_adapters(program: dspy.Module, compiled: str, here: str) -> None:
         compiled,
         here,
     )
+
+
+def _loaded(model: str | Policy, **how: Any) -> Policy:
+    """The policy, or the model loaded as told."""
+    if not isinstance(model, Policy):
+        return Policy.load(model, **how)
+    if given := [name for name, value in how.items() if value not in (None, False)]:
+        raise ConfigError(
+            f"the policy is loaded already, so that {' and '.join(given)} would change nothing: "
+            "give them to Policy.load"
+        )
+    return model
 
 
 def _serving(engine: LocalEngine, version: str) -> LocalEngine:

@@ -17,7 +17,7 @@ from dspy.utils.exceptions import ContextWindowExceededError
 import fst_dspy.lm.engine as engine_module
 import fst_dspy.lm.requests as calls_module
 from fst_dspy.config import LoraConfig
-from fst_dspy.errors import ModelError
+from fst_dspy.errors import ConfigError, ModelError
 from fst_dspy.lm.local_lm import LocalLM
 from fst_dspy.model.policy import Policy
 
@@ -31,6 +31,12 @@ def move(policy: Policy, by: float = 1.5) -> None:
     with torch.no_grad():
         for weight in policy.model.parameters():
             weight.mul_(by)
+
+
+def test_how_to_load_what_is_loaded_is_refused(lm: LocalLM) -> None:
+    with pytest.raises(ConfigError, match=r"dtype and trust_remote_code would change nothing"):
+        LocalLM(lm.policy, dtype="bfloat16", trust_remote_code=True)
+    assert LocalLM(lm.policy, dtype=None, trust_remote_code=False).policy is lm.policy
 
 
 def test_defaults(tiny_qwen3: Path) -> None:
