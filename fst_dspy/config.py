@@ -282,9 +282,10 @@ class SlowConfig:
             ``"feedback"``, the metric's text: the policy that has read it teaches the one that has
             not, token by token on what that has said (``fst_dspy.loop.self_teacher``; SDPO,
             arXiv 2601.20802); or ``"both"``. Text is for weights that have no prompts beside them
-            to hold it (``arm="rl_only"``).
-        distillation_weight: Of the feedback with ``slow_signal="both"``, in (0, 1); rewards have
-            the rest (TRL: SDPO's ``distillation_weight``).
+            to hold it (``arm="rl_only"``), and for rewards that say nothing: with ``"auto"`` it is
+            rewards, and both once all rollouts of a cycle had the same one.
+        distillation_weight: Of the feedback where both count, in (0, 1); rewards have the rest
+            (TRL: SDPO's ``distillation_weight``).
         teacher_update_rate: With feedback, share of the way to the live weights that the teacher's
             go after each step, in (0, 1] (TRL: SDPO's); at 1 the live weights teach, which may
             follow each other into repeating themselves.
@@ -330,7 +331,7 @@ class SlowConfig:
     advantage: Literal["problem", "candidate"] = "problem"
     credit: Literal["rollout", "turn"] = "rollout"
     discount: float = 1.0
-    slow_signal: Literal["reward", "feedback", "both"] = "reward"
+    slow_signal: Literal["auto", "reward", "feedback", "both"] = "auto"
     distillation_weight: float = 0.5
     teacher_update_rate: float = 0.05
     beta: float = 0.0
@@ -353,8 +354,9 @@ class SlowConfig:
 
     @property
     def averages_teacher(self) -> bool:
-        """Whether an average of the weights over the steps teaches them."""
-        return self.slow_signal != "reward" and self.teacher_update_rate < 1
+        """Whether an average of the weights over the steps teaches them, from the start."""
+        taught = self.slow_signal in ("feedback", "both")
+        return taught and self.teacher_update_rate < 1
 
     def __post_init__(self) -> None:
         _check_kinds(self)
@@ -595,7 +597,7 @@ def without_effect(
     """
     reflects = (has_reflection_lm, "a reflection_lm")
     needed = {
-        "distillation_weight": (config.slow.slow_signal == "both", "slow_signal='both'"),
+        "distillation_weight": (config.slow.slow_signal in ("auto", "both"), "slow_signal='both'"),
         "teacher_update_rate": (
             config.slow.slow_signal != "reward",
             "slow_signal='feedback' or 'both'",
@@ -902,6 +904,7 @@ AUTO: dict[str, dict[str, Any]] = {
         "temperature": 1.0,
         "revisit_constant": 1.0,  # ours, and so are the next ones
         "damp_constant": False,
+        "slow_signal": "reward",
         "cold_start_demos": 0,
         "format_feedback": False,
         "structured": False,

@@ -146,15 +146,16 @@ class Settings(TypedDict, total=False):
     discount: float
     """Default 1.0. Of rewards of later turns, in (0, 1], with ``credit="turn"``: what is gained
     k turns later counts for ``discount ** k``."""
-    slow_signal: Literal["reward", "feedback", "both"]
-    """Default 'reward'. What the weights learn from: ``"reward"``, the advantages of rollouts;
+    slow_signal: Literal["auto", "reward", "feedback", "both"]
+    """Default 'auto'. What the weights learn from: ``"reward"``, the advantages of rollouts;
     ``"feedback"``, the metric's text: the policy that has read it teaches the one that has
     not, token by token on what that has said (``fst_dspy.loop.self_teacher``; SDPO, arXiv
     2601.20802); or ``"both"``. Text is for weights that have no prompts beside them to hold
-    it (``arm="rl_only"``)."""
+    it (``arm="rl_only"``), and for rewards that say nothing: with ``"auto"`` it is rewards,
+    and both once all rollouts of a cycle had the same one."""
     distillation_weight: float
-    """Default 0.5. Of the feedback with ``slow_signal="both"``, in (0, 1); rewards have the rest
-    (TRL: SDPO's ``distillation_weight``)."""
+    """Default 0.5. Of the feedback where both count, in (0, 1); rewards have the rest (TRL:
+    SDPO's ``distillation_weight``)."""
     teacher_update_rate: float
     """Default 0.05. With feedback, share of the way to the live weights that the teacher's go
     after each step, in (0, 1] (TRL: SDPO's); at 1 the live weights teach, which may follow

@@ -43,7 +43,8 @@ def test_flat_settings_reach_their_part():
     ],
 )
 def test_a_setting_that_others_leave_without_effect_is_told(name, value, needed, caplog):
-    FST(vowels, **{name: value}, **({"reuse": False} if "reuse" in needed else {}))
+    others = {"reuse": {"reuse": False}, "slow_signal": {"slow_signal": "reward"}}
+    FST(vowels, **{name: value}, **others.get(next(iter(needed)), {}))
     assert f"{name} has no effect" in caplog.text and next(iter(needed)) in caplog.text
     caplog.clear()
     FST(vowels, **{name: value}, **needed)

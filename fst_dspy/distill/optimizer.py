@@ -226,7 +226,7 @@ class DistillLearner:
         lm, program, config, seed: As for ``GRPOLearner``.
     """
 
-    learns_from_rewards = False
+    learns_from_rewards = learns_from_text = False
 
     def __init__(
         self,
@@ -253,6 +253,9 @@ class DistillLearner:
         readings = self._reader.read(rollouts_of(groups_P), candidates)
         stats = self._trainer.imitate(readings.found)
         return replace(stats, taught=len(readings.found), untaught=readings.untaught)
+
+    def learn_from_text(self) -> None:
+        """See ``Learner.learn_from_text``; the teacher here is another one."""
 
     @property
     def bad_steps(self) -> int:

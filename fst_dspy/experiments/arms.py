@@ -25,6 +25,9 @@ from fst_dspy.errors import ConfigError
 from fst_dspy.student.metric import call_metric
 from fst_dspy.types import Arm as Channels
 
+BY_SCORE: Mapping[str, Any] = {"slow_signal": "reward"}
+"""Weights alone stand for RL as others have it, unless told otherwise."""
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -60,7 +63,8 @@ def _fst(
 ) -> Teleprompter:
     from fst_dspy.optimizer import FST  # seconds of imports, which making jobs does not need
 
-    return FST(metric, arm=channels, **used_by(channels, {**options, **own}))
+    usual = BY_SCORE if channels == "rl_only" else {}
+    return FST(metric, arm=channels, **used_by(channels, {**usual, **options, **own}))
 
 
 def _distill(metric: Callable[..., Any], **options: Any) -> Teleprompter:

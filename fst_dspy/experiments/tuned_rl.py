@@ -12,6 +12,7 @@ import dspy
 import optuna
 from optuna.trial import TrialState
 
+from fst_dspy.experiments.arms import BY_SCORE
 from fst_dspy.experiments.jobs import adapter_setting
 from fst_dspy.experiments.plan import Plan
 from fst_dspy.experiments.runner import ExperimentStore, threads_each
@@ -92,7 +93,7 @@ def tune_rl(
             lm=plan.model,
             space=space,
             objective=Objective(("score",), plan.rollouts),
-            fixed=plan.settings,
+            fixed={**BY_SCORE, **plan.settings},
             trials=trials,
             workers=workers,
             folder=folder,
@@ -101,7 +102,8 @@ def tune_rl(
             on_trial=ended,
         )
     best = best_settings(study)
-    del best["max_rollouts"]
+    for name in {"max_rollouts", *BY_SCORE} - plan.settings.keys():
+        del best[name]
     store.about.setdefault("tuned_rl", {})[label] = {
         "seed": SEED,
         "rollouts": plan.rollouts,

@@ -14,6 +14,7 @@ from functools import partial
 
 from fst_dspy.config import ENV_LIMITS, LIMITS
 from fst_dspy.errors import ConfigError, TrainingError
+from fst_dspy.loop.learner import may_learn_from_text
 from fst_dspy.loop.parts import Parts
 from fst_dspy.loop.share import KEPT, Decision, Evidence, Share, next_share
 from fst_dspy.loop.state import LoopState
@@ -27,6 +28,8 @@ ALL = 0.999
 """Share from which on a figure is that of all rollouts."""
 BY_TEXT = "let its feedback teach the weights: slow_signal='both'"
 """What makes up for a score that says nothing."""
+IN_WORDS = "have it say in words what is right: dspy.Prediction(score=, feedback=)"
+"""As that, where text would teach the weights if there were any."""
 
 
 def troubles(parts: Parts, records: Sequence[CycleRecord]) -> list[str]:
@@ -87,18 +90,40 @@ def without_signal(parts: Parts, records: Sequence[CycleRecord]) -> str | None:
     same = partial(math.isclose, record.reward_range[0], abs_tol=1e-9)
     if parts.learner is None and not all(same(each.val_score) for each in records):
         return None
-    text = (
-        f"every rollout of cycle {record.cycle} had the reward {record.reward_range[0]:g}, so that "
-        "there is nothing to learn from"
-    )
+    text = f"{_same_reward(record)}, so that there is nothing to learn from"
     if _all_failed(record):
         messages = record.failure_messages
         return "; ".join(
             [text, *told_failures(record.failure_shares, messages, parts.policy.tokenizer)]
         )
     if parts.learner is not None and _learns_from_rewards(parts) and not _is_perfect(parts, record):
-        text += f" (give partial credit in the metric, or {BY_TEXT})"
+        by_words = BY_TEXT if parts.config.slow.slow_signal == "reward" else IN_WORDS
+        text += f" (give partial credit in the metric, or {by_words})"
     return text
+
+
+def _same_reward(record: CycleRecord) -> str:
+    assert record.reward_range is not None
+    return f"every rollout of cycle {record.cycle} had the reward {record.reward_range[0]:g}"
+
+
+def turns_to_text(parts: Parts, record: CycleRecord) -> bool:
+    """Whether rewards have said nothing to the weights in a cycle, and the metric's text is to.
+
+    So it is with ``slow_signal="auto"``: once, and for the rest of the run.
+    """
+    learner, slow = parts.learner, parts.config.slow
+    return (
+        learner is not None
+        and learner.learns_from_rewards
+        and slow.slow_signal == "auto"
+        and may_learn_from_text(slow)
+        and record.train_reward is not None
+        and all_equal(record)
+        and not _is_perfect(parts, record)
+        and not _all_failed(record)
+        and parts.runner.tally.told > 0
+    )
 
 
 def _is_perfect(parts: Parts, record: CycleRecord) -> bool:
@@ -115,7 +140,12 @@ def with_end(parts: Parts, records: Sequence[CycleRecord]) -> CycleRecord:
         records: Those so far; of the cycle itself the last.
     """
     record, reason = records[-1], without_signal(parts, records)
-    if record.ended or reason is None or parts.config.budget.on_no_signal == "warn":
+    if record.ended or reason is None:
+        return record
+    if turns_to_text(parts, record):
+        text = "the metric's text teaches the weights from now on"
+        return replace(record, decided=f"{_same_reward(record)}: {text}")
+    if parts.config.budget.on_no_signal == "warn":
         return record
     return replace(record, decided=f"{reason}; the run ends", ended=True)
 
@@ -151,8 +181,10 @@ def _taught_nothing(parts: Parts, records: Sequence[CycleRecord]) -> bool:
     return (
         before is not None
         and record is not None
-        and parts.config.slow.slow_signal != "reward"
         and parts.learner is not None
+        and parts.learner.learns_from_text
+        # Up to where rewards said nothing, text was not asked.
+        and (parts.config.slow.slow_signal != "auto" or bool(record.lessons))
         and not parts.learner.bad_steps
         and record.train_reward is not None
         and record.weights_version == before.weights_version
@@ -193,7 +225,7 @@ def _above_perfect(parts: Parts, highest: float) -> str | None:
     perfect, fast, slow = parts.config.fast.perfect_score, parts.config.fast, parts.config.slow
     by_it = {
         f"slow_signal={slow.slow_signal!r}": parts.learner is not None
-        and slow.slow_signal != "reward",
+        and parts.learner.learns_from_text,
         "skip_perfect_score": parts.fast_on and fast.skip_perfect_score,
     }
     asked = " and ".join(name for name, on in by_it.items() if on)

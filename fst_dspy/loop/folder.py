@@ -81,6 +81,8 @@ class Checkpoint:
         elif state.best is not None:
             policy.keep()
         if learner is not None:
+            if state.by_text:
+                learner.learn_from_text()
             learner.load(self.weights)
         return state
 

@@ -38,6 +38,7 @@ from fst_dspy.loop.ending import (
     shared_out,
     time_spent,
     troubles,
+    turns_to_text,
     with_end,
     without_signal,
 )
@@ -169,10 +170,13 @@ class Run:
         done = step - 1 - state.records[-1].step
         self._tell(cycle, f"step {done + 1}/{steps_per_cycle}")
         # G rollouts of each of P problems, spread over the population's candidates.
-        groups_P, candidates, stream = parts.sampler.sample(state.population, step, state.stream)
+        learner = parts.learner
+        assert learner is not None
+        groups_P, candidates, stream = parts.sampler.sample(
+            state.population, step, state.stream, learner.learns_from_rewards
+        )
         # Exactly one optimizer step; all G rollouts of a problem are compared with each other.
-        assert parts.learner is not None
-        stats = parts.learner.advance(groups_P, candidates)
+        stats = learner.advance(groups_P, candidates)
         record = step_record(cycle, step, groups_P, stats)
         if parts.folder is not None:
             parts.folder.record_step(record, groups_P, parts.config.slow.scale_rewards)
@@ -242,6 +246,8 @@ class Run:
         state, decision = shared_out(parts, state, found)
         record = cycle_record(parts, state, cycle, found, seconds, decision)
         record = with_end(parts, (*state.records, record))
+        if parts.learner is not None and turns_to_text(parts, record):
+            parts.learner.learn_from_text()
         # Processes that no longer agree would only be noticed by their results.
         facts = (record.weights_version, record.val_scores, record.candidate_ids)
         distributed.check_same("weights and population", facts)
@@ -362,7 +368,8 @@ class Run:
             learner.state()  # under FSDP every process has its part of the optimizer
 
     def _counted(self) -> dict[str, Any]:
-        """What the runner has counted so far, as the state keeps it."""
+        """What the runner has counted so far, and what else the state keeps of the parts."""
+        learner = self.parts.learner
         return {
             "counts": self.runner.counts,
             "tally": self.runner.tally,
@@ -371,6 +378,7 @@ class Run:
             "structured": self.runner.structured,
             "explains_format": self.runner.explains_format,
             "turns": self.runner.turns,
+            "by_text": learner is not None and learner.learns_from_text,
         }
 
     # --- telling ------------------------------------------------------------------------------

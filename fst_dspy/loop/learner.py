@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Protocol
 
 import dspy
 
-from fst_dspy.config import FSTConfig
+from fst_dspy.config import FSTConfig, SlowConfig
+from fst_dspy.distributed import uses_fsdp
 from fst_dspy.lm.local_lm import LocalLM
 from fst_dspy.loop.self_teacher import SelfTeacher
 from fst_dspy.slow.advantage import group_rows
@@ -23,13 +23,21 @@ from fst_dspy.types import Candidate, Group, StepStats
 
 
 class Learner(Protocol):
-    """Moves the policy's weights, and can be saved and gone on with.
+    """Moves the policy's weights, and can be saved and gone on with."""
 
-    Attributes:
-        learns_from_rewards: Whether groups of equal rewards teach it nothing.
-    """
+    @property
+    def learns_from_rewards(self) -> bool:
+        """Whether groups of equal rewards teach it nothing."""
+        ...
 
-    learns_from_rewards: bool
+    @property
+    def learns_from_text(self) -> bool:
+        """Whether the metric's text teaches it."""
+        ...
+
+    def learn_from_text(self) -> None:
+        """Let the metric's text teach as well from now on, where it does not yet."""
+        ...
 
     @property
     def bad_steps(self) -> int:
@@ -65,25 +73,41 @@ class GRPOLearner:
     """
 
     def __init__(self, lm: LocalLM, program: dspy.Module, config: FSTConfig, seed: int) -> None:
-        slow = self._slow = config.slow
-        self.learns_from_rewards = slow.slow_signal == "reward"
+        slow, self._lm = config.slow, lm
+        self._slow, self._reads = slow, False
         settings = lm.policy, slow, config.sampling, schedule_steps(config), seed
         self._averaged: AveragedWeights | None = None
-        if self.learns_from_rewards:
+        if not may_learn_from_text(slow):
             self._trainer = SlowTrainer(*settings)
             return
         self._teacher = SelfTeacher(program, lm, config.fast.perfect_score)
-        if slow.averages_teacher:
-            self._averaged = AveragedWeights(lm.policy, slow.teacher_update_rate)
-        self._trainer = TaughtTrainer(
-            *settings, teaching=partial(_holding, lm, self._averaged), divergence=jensen_shannon
-        )
+        self._trainer = TaughtTrainer(*settings, teaching=self._teaching, divergence=jensen_shannon)
+        if slow.slow_signal != "auto":
+            self.learn_from_text()
+
+    @property
+    def learns_from_rewards(self) -> bool:
+        """See :meth:`Learner.learns_from_rewards`."""
+        return not self._reads
+
+    @property
+    def learns_from_text(self) -> bool:
+        """See :meth:`Learner.learns_from_text`."""
+        return self._reads
+
+    def learn_from_text(self) -> None:
+        """See :meth:`Learner.learn_from_text`; the teacher begins as the weights are now."""
+        if self._reads or not isinstance(self._trainer, TaughtTrainer):
+            return
+        self._reads, rate = True, self._slow.teacher_update_rate
+        if rate < 1:
+            self._averaged = AveragedWeights(self._lm.policy, rate)
 
     def advance(self, groups_P: Sequence[Group], candidates: Mapping[str, Candidate]) -> StepStats:
         """See :meth:`Learner.advance`."""
         slow, trainer = self._slow, self._trainer
         rows = group_rows(groups_P, slow.scale_rewards, credit=slow.credit, discount=slow.discount)
-        if not isinstance(trainer, TaughtTrainer):
+        if not (self._reads and isinstance(trainer, TaughtTrainer)):
             return trainer.advance(rows)
         readings = self._teacher.read(groups_P, rows, candidates)
         weight = 1.0 if slow.slow_signal == "feedback" else slow.distillation_weight
@@ -91,6 +115,11 @@ class GRPOLearner:
         if self._averaged is not None:
             self._averaged.follow()
         return replace(stats, taught=len(readings.found), untaught=readings.untaught)
+
+    def _teaching(self) -> AbstractContextManager[None]:
+        """The teacher's weights in the policy's place: an average, or the live ones."""
+        averaged = self._averaged
+        return nullcontext() if averaged is None else self._lm.policy.holding(averaged.state())
 
     @property
     def bad_steps(self) -> int:
@@ -111,9 +140,9 @@ class GRPOLearner:
             self._averaged.load(state.teacher)
 
 
-def _holding(lm: LocalLM, averaged: AveragedWeights | None) -> AbstractContextManager[None]:
-    """The teacher's weights in the policy's place: an average, or the live ones."""
-    return nullcontext() if averaged is None else lm.policy.holding(averaged.state())
+def may_learn_from_text(slow: SlowConfig) -> bool:
+    """Whether the settings, and the processes, let the metric's text teach, now or later."""
+    return slow.slow_signal != "reward" and not (slow.slow_signal == "auto" and uses_fsdp())
 
 
 def schedule_steps(config: FSTConfig) -> int:

@@ -39,7 +39,7 @@ class StepSampler:
         self.trainset, self.seed = trainset, seed
 
     def sample(
-        self, population: Population, step: int, stream: ProblemStream
+        self, population: Population, step: int, stream: ProblemStream, by_reward: bool = True
     ) -> tuple[tuple[Group, ...], dict[str, Candidate], ProblemStream]:
         """The groups of a step.
 
@@ -47,13 +47,12 @@ class StepSampler:
             population: The candidates.
             step: The step that they are for; part of the sampling seed.
             stream: The problems that come next.
+            by_reward: Whether groups of equal rewards teach nothing, so that others are drawn.
 
         Returns:
             The groups, the candidates they ran under by id, and the problems behind them.
         """
         size = self.config.problems_per_step
-        # Feedback on equal rewards teaches as well, so that there is no need to draw others.
-        by_reward = self.config.slow_signal == "reward"
         revisit = self.config.revisit_constant if by_reward else 1.0
         problems_P, stream = stream.pick(self.trainset, size, self.seed, revisit)
         jobs = self._jobs(problems_P, population)

@@ -77,6 +77,7 @@ class LoopState:
         cold_start: As ``CycleRecord.cold_start``.
         early_scores: As ``CycleRecord.early_scores``, of the cycle under way.
         structured, explains_format: As the runner's, since then.
+        by_text: Whether the metric's text teaches the weights.
     """
 
     population: Population
@@ -102,6 +103,7 @@ class LoopState:
     early_scores: tuple[tuple[int, float], ...] = ()
     structured: bool = False
     explains_format: bool = False
+    by_text: bool = False
 
 
 def state_to_json(state: LoopState) -> dict[str, Any]:
@@ -158,4 +160,5 @@ def state_from_json(plain: Mapping[str, Any]) -> LoopState:
         early_scores=tuple(map(tuple, plain.get("early_scores", ()))),
         structured=plain.get("structured", False),
         explains_format=plain.get("explains_format", False),
+        by_text=plain.get("by_text", False),
     )

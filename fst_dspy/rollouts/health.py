@@ -57,6 +57,7 @@ class Tally:
         rollouts: How many.
         failures: How many failed, by kind.
         messages: The first message of each kind.
+        told: Those that are learned from and of which the metric said something in words.
         low, high: The lowest and highest reward of rollouts that are learned from; ``None`` before
             there is one.
     """
@@ -66,6 +67,7 @@ class Tally:
     messages: Mapping[str, str] = field(default_factory=dict)
     low: float | None = None
     high: float | None = None
+    told: int = 0
 
     def plus(self, rollouts: Sequence[Rollout], *, learned_from: bool) -> Tally:
         """With some more rollouts; those of validation are not learned from."""
@@ -83,12 +85,18 @@ class Tally:
             messages,
             min(rewards, default=None),
             max(rewards, default=None),
+            self.told + (sum(map(_is_told, rollouts)) if learned_from else 0),
         )
 
     @property
     def shares(self) -> dict[str, float]:
         """Share of the rollouts that failed, by kind, 0 to 1."""
         return {kind: n / self.rollouts for kind, n in sorted(self.failures.items())}
+
+
+def _is_told(rollout: Rollout) -> bool:
+    said = (rollout.feedback, *rollout.feedback_by_predictor.values())
+    return rollout.failure is None and any(text.strip() for text in said)
 
 
 def unread_share(rollouts: Sequence[Rollout]) -> float:

@@ -8,7 +8,14 @@ import dspy
 import pytest
 import torch
 from chat_families import save_family
-from helpers import Echo, RawAdapter, assert_equal_but_for_rounding, questions, vowels
+from helpers import (
+    Echo,
+    RawAdapter,
+    assert_equal_but_for_rounding,
+    kill_before_steps,
+    questions,
+    vowels,
+)
 from tiny_compile import SETTINGS, compile_tiny, raw_adapter  # noqa: F401
 from training_rows import rows_for
 
@@ -262,6 +269,34 @@ def test_groups_of_equal_rewards_have_a_gradient_by_feedback(signal, tiny_qwen3)
     assert record.constant_group_share == 1.0
     moved = record.weights_version != lm.policy.base_version
     assert moved == (signal != "reward")
+
+
+@pytest.mark.usefixtures("repeatable_sampling")
+def test_rewards_that_say_nothing_leave_it_to_the_text(tiny_qwen3, tmp_path, monkeypatch, caplog):
+    settings = {"arm": "rl_only", "max_cycles": 2, "steps_per_cycle": 2, "metric": wrong}
+    whole = compile_tiny(tiny_qwen3, log_dir=tmp_path / "whole", **settings)[2]
+    before, first, second = whole.records
+    assert first.weights_version == before.weights_version != second.weights_version
+    assert "reward 0: the metric's text teaches the weights from now on" in first.decided
+    assert not first.ended and second.lessons["taught"] and "nothing to learn" not in caplog.text
+    steps = kill_before_steps(monkeypatch, 2, 3)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="killed"):
+            compile_tiny(tiny_qwen3, log_dir=tmp_path / "cut", **settings)
+    resumed = compile_tiny(tiny_qwen3, log_dir=tmp_path / "cut", **settings)[2]
+    assert steps[-1] == 3 and resumed.weights_version == whole.weights_version
+
+
+def test_rewards_that_say_something_teach_as_ever(tiny_qwen3):
+    found = [compile_tiny(tiny_qwen3, slow_signal=signal)[2] for signal in ("auto", "reward")]
+    assert found[0].weights_version == found[1].weights_version
+    assert not any(record.lessons for record in found[0].records)
+
+
+def test_a_metric_without_words_ends_where_rewards_say_nothing(tiny_qwen3, caplog):
+    settings = {"arm": "rl_only", "max_cycles": 3}
+    result = compile_tiny(tiny_qwen3, metric=lambda *given: 0.0, **settings)[2]
+    assert result.records[-1].cycle == 1 and "have it say in words what is right" in result.stopped
 
 
 def of_ten(gold, pred, *_):
