@@ -17,7 +17,9 @@ which more is to be learned get the larger budget.
 
 Two families are there since they ask for both channels, chosen before any result was seen:
 ``long_policy`` has three times the rules that its instruction may hold, of topics some of which are
-frequent, and ``hard_stars`` are wider and longer than what can be guessed.
+frequent, and ``hard_stars`` are wider and longer than what can be guessed. ``long_stars`` are there
+for rewards that say nothing: their paths are longer than any that the model has walked, and it
+finds none whatever its prompt says. They were chosen after one run of seed 0 was seen.
 """
 
 from __future__ import annotations
@@ -81,6 +83,7 @@ FAMILIES = {
     "list_program": Family("list_program", 4800),
     "long_policy": Family("triage:topics=36,skew=1.0", 4800, {"instruction_tokens": 160}),
     "hard_stars": Family("star_graph:degree=16,length=4", 4800),
+    "long_stars": Family("star_graph:degree=2,length=5", 4800),
 }
 ORDINARY = ("triage", "star_graph", "multihop", "list_program")
 """What others forget is measured on these."""
