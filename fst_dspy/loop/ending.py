@@ -143,8 +143,8 @@ def with_end(parts: Parts, records: Sequence[CycleRecord]) -> CycleRecord:
     if record.ended or reason is None:
         return record
     if turns_to_text(parts, record):
-        text = "the metric's text teaches the weights from now on"
-        return replace(record, decided=f"{_same_reward(record)}: {text}")
+        text = f"{_same_reward(record)}: the metric's text teaches the weights from now on"
+        return replace(record, decided="; ".join(filter(None, (record.decided, text))))
     if parts.config.budget.on_no_signal == "warn":
         return record
     return replace(record, decided=f"{reason}; the run ends", ended=True)
