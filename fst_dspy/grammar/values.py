@@ -32,6 +32,10 @@ DIGITS = 300
 """Digits of a number at most: ``int`` takes 4,300, ``float`` is infinite from 309."""
 FLOAT_DIGITS = 21
 """Behind the point at most: ``repr`` gives 17 after the zeros, of which there are up to four."""
+STEP_DIGITS = 10
+"""Of them at most, where a number is also to be within limits: llguidance takes no finer steps."""
+EXACT_DIGITS = 15
+"""Of a number within limits in front of the point, which are floats there."""
 
 _WHOLE, _BEHIND = rf"(?:0|[1-9][0-9]{{0,{DIGITS}}})", rf"(?:\.[0-9]{{1,{FLOAT_DIGITS}}})?"
 _POWER = r"[eE][+\-]?(?:[0-9]{1,2}|[12][0-9]{2}|30[0-7])"
@@ -421,15 +425,27 @@ class _Schema(GenerateJsonSchema):
         return _with_hashes(super().frozenset_schema(schema))
 
     def decimal_schema(self, schema: Any) -> dict[str, Any]:
+        digits, places = schema.get("max_digits"), schema.get("decimal_places")
         limits = {name: schema[name] for name in _LIMITS if name in schema}
-        if limits:
-            limited: Any = {"type": "float", **limits}
-            return self.float_schema(limited)
-        places = schema.get("decimal_places", FLOAT_DIGITS)
-        whole = max(1, schema.get("max_digits", DIGITS) - places)
-        behind = rf"(?:\.[0-9]{{1,{places}}})?" if places else ""
-        pattern = rf"-?(?:0|[1-9][0-9]{{0,{whole - 1}}}){behind}"
-        return as_text(pattern)
+        if not limits:
+            return as_text(f"-?(?:{'|'.join(_decimals(digits, places))})")
+        if digits is None or places is not None:
+            return self._limited_decimal(limits, digits, places)
+        counts = range(min(digits, STEP_DIGITS) + 1)
+        return {"anyOf": [self._limited_decimal(limits, digits, count) for count in counts]}
+
+    def _limited_decimal(
+        self, limits: Mapping[str, Any], digits: int | None, places: int | None
+    ) -> dict[str, Any]:
+        """Numbers within limits, of so many digits, of which so many are behind the point."""
+        own: Any = {"type": "float", **limits}
+        if places is not None:
+            step = decimal.Decimal(1).scaleb(-min(places, STEP_DIGITS))
+            own.setdefault("multiple_of", step)
+        if digits is not None and places is not None:
+            most = 10 ** min(max(0, digits - places), EXACT_DIGITS)
+            own |= {"lt": min(own.get("lt", most), most), "gt": max(own.get("gt", -most), -most)}
+        return self.float_schema(own)
 
     def complex_schema(self, schema: Any) -> dict[str, Any]:
         return as_text(rf"-?(?:{_REAL}[+\-])?{_REAL}j")
@@ -474,6 +490,23 @@ class _Schema(GenerateJsonSchema):
         )
 
 
+def _decimals(digits: int | None, places: int | None) -> list[str]:
+    """The patterns of numbers without a sign, of so many digits, and so many behind the point."""
+    if digits is None:
+        places = FLOAT_DIGITS if places is None else places
+        digits = DIGITS + places
+    if places is None:
+        counts = range(1, min(digits, FLOAT_DIGITS) + 1)
+        return [_whole(digits), *(rf"{_whole(digits - n)}\.[0-9]{{{n}}}" for n in counts)]
+    behind = rf"\.[0-9]{{1,{min(digits, places)}}}" if places else ""
+    # pydantic counts a 0 in front of a point as no digit, and one by itself as one.
+    return [_whole(digits - places) + (f"(?:{behind})?" if digits > places else behind)]
+
+
+def _whole(digits: int) -> str:
+    return f"(?:0|[1-9][0-9]{{0,{digits - 1}}})" if digits > 0 else "0"
+
+
 def _with_hashes(schema: dict[str, Any]) -> dict[str, Any]:
     """A set's schema; where it may hold anything, no lists and objects, which no set can hold."""
     anything = {"anyOf": [{"type": ["null", "boolean", "number"]}, {"type": "string"}]}
@@ -500,9 +533,11 @@ def _reached(
 
 
 def with_own_formats(part: Any, formats: Mapping[str, str] = FORMATS) -> Any:
-    """A schema with patterns in place of the formats that there are any for."""
+    """A schema that JSON can hold, with patterns in place of the formats that there are any for."""
     if isinstance(part, list):
         return [with_own_formats(item, formats) for item in part]
+    if isinstance(part, decimal.Decimal):  # a bound, of numbers of any type
+        return int(part) if part == int(part) else float(part)
     if not isinstance(part, dict):
         return part
     own = {name: with_own_formats(value, formats) for name, value in part.items()}

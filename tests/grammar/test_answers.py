@@ -14,11 +14,13 @@ import pathlib
 import re
 import uuid
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Annotated, Any, Literal, Optional
 
 import dspy
 import pydantic
 import pytest
+from dspy.utils.exceptions import AdapterParseError
 from held_answers import drawn_answer
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -439,6 +441,43 @@ def test_constraints_hold_for_a_type_and_its_parts(
     for value in (*good, *bad):
         held = is_let_through(policy, adapter, kind, value, **constraints)
         assert held == (value in good), value
+
+
+class Price(pydantic.BaseModel):
+    """Decimals within bounds, which are decimals as well, and of so many digits."""
+
+    amount: Annotated[
+        decimal.Decimal, pydantic.Field(gt=decimal.Decimal("0.5"), max_digits=4, decimal_places=2)
+    ]
+    share: Annotated[decimal.Decimal, pydantic.Field(max_digits=2, decimal_places=2)]
+    size: Annotated[decimal.Decimal, pydantic.Field(max_digits=3)]
+    left: Annotated[decimal.Decimal, pydantic.Field(lt=2, max_digits=3)]
+
+
+PRICE = {"amount": "12.34", "share": '"0.25"', "size": '"1.25"', "left": "-0.25"}
+
+
+@pytest.mark.parametrize(
+    ("name", "good", "bad"),
+    [
+        ("amount", ["0.51", "99.99", "7"], ["0.5", "100", "1.234"]),
+        ("share", ['"0.2"', '"-0.25"'], ['"1.5"', '"0"', '"0.125"']),
+        ("size", ['"125"', '"12.5"', '"0.125"'], ['"1250"', '"12.25"', '"0.1255"']),
+        ("left", ["-125", "1.25"], ["2.5", "-12.25", "-1250"]),
+    ],
+)
+def test_decimals_have_as_many_digits_as_they_may(
+    policy: Policy, name: str, good: list[str], bad: list[str]
+) -> None:
+    signature = signature_of(first=Price)
+    text = grammar_of_answer(dspy.ChatAdapter(), signature)
+    assert text is not None
+    for value in (*good, *bad):
+        price = ", ".join(f'"{key}": {said}' for key, said in {**PRICE, name: value}.items())
+        written = f"[[ ## first ## ]]\n{{{price}}}\n\n[[ ## completed ## ]]"
+        with nullcontext() if value in good else pytest.raises(AdapterParseError):
+            dspy.ChatAdapter().parse(signature, written)
+        assert takes(policy, text, written) == (value in good), value
 
 
 @pytest.mark.parametrize(
