@@ -7,6 +7,18 @@ this package can catch it. A message says what is wrong and what to do about it.
 LOST = (ConnectionError, TimeoutError, MemoryError)
 """Errors of what a program runs on, not of the program: nothing is to be learned from them."""
 
+MOST_SAID = 4000
+"""Characters of an error's message that are kept: some hold a whole page or document."""
+
+
+def said_of(error: BaseException) -> str:
+    """An error in words: its kind and its message, as much of it as can be had."""
+    kind = type(error).__name__
+    try:
+        return f"{kind}: {error}"[:MOST_SAID]
+    except Exception as own:
+        return f"{kind}, whose message cannot be read ({type(own).__name__})"
+
 
 class FSTError(Exception):
     """Base of every error that fst_dspy raises on purpose."""

@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Any
 
+from fst_dspy import errors
 from fst_dspy.agents.event_loop import EventLoop
 from fst_dspy.errors import ProgramError
 
@@ -76,8 +77,8 @@ def tool_of(environment: Any, name: str) -> Callable[..., Any]:
 
 
 def said_of(error: BaseException) -> str:
-    """An error in a line: its kind and its message."""
-    return str(error) if isinstance(error, RemoteError) else f"{type(error).__name__}: {error}"
+    """An error in words, as it was in the environment's process if it has one."""
+    return str(error) if isinstance(error, RemoteError) else errors.said_of(error)
 
 
 def reset(environment: Any, fields: Mapping[str, Any], loop: EventLoop) -> Any:

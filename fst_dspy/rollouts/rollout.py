@@ -17,7 +17,7 @@ from dspy import lm15
 from dspy.utils.exceptions import AdapterParseError, is_retryable_lm_error
 
 from fst_dspy.config import SamplingConfig
-from fst_dspy.errors import LOST, MetricError
+from fst_dspy.errors import LOST, MetricError, said_of
 from fst_dspy.lm.answers import ends_in_thought, fills_context
 from fst_dspy.lm.asked import wanted_format
 from fst_dspy.model.policy import Policy
@@ -198,7 +198,7 @@ class RolloutThread:
         except BaseException as error:  # SystemExit and CancelledError among them
             self.error = error
             kind: FailureKind = "infrastructure" if is_infrastructure(error) else "program"
-            self._finish(self._failed(kind, f"{type(error).__name__}: {error}"))
+            self._finish(self._failed(kind, said_of(error)))
 
     def _run_program(self) -> Any:
         program, self.predictors = self.make_program()
@@ -223,7 +223,7 @@ class RolloutThread:
         except (MetricError, KeyboardInterrupt):
             raise
         except BaseException as error:
-            raise MetricError(f"the metric raised {type(error).__name__}: {error}") from error
+            raise MetricError(f"the metric raised {said_of(error)}") from error
         rollout = self._rollout_with(score)
         if self.setting.ask_predictors:
             rollout = replace(rollout, feedback_by_predictor=self._ask(prediction, score))

@@ -142,7 +142,7 @@ def read_score(result: Any) -> Score:
     else:
         raw, objectives = result, None
     wanted = "the metric must return a number or dspy.Prediction(score=, feedback=)"
-    reward = _finite(raw, f"{wanted}, got {result!r}")
+    reward = _finite(raw, f"{wanted}, got {result!r:.200}")
     return Score(reward, _feedback_in(result) or "", _objectives(objectives))
 
 
@@ -155,10 +155,10 @@ def _feedback_in(result: Any) -> str | None:
 def _objectives(given: Any) -> dict[str, float]:
     if given is not None and not isinstance(given, Mapping):
         raise MetricError(
-            f"a metric's objective_scores must be a dict of numbers by name, got {given!r}"
+            f"a metric's objective_scores must be a dict of numbers by name, got {given!r:.200}"
         )
     return {
-        str(name): _finite(raw, f"objective_scores[{name!r}] must be a number, got {raw!r}")
+        str(name): _finite(raw, f"objective_scores[{name!r}] must be a number, got {raw!r:.200}")
         for name, raw in (given or {}).items()
     }
 

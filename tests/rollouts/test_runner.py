@@ -208,6 +208,50 @@ def test_a_metric_that_raises_and_a_program_that_raises_end_only_their_rollout(l
     assert None in kinds[0:3]
 
 
+class _Unspeakable(Exception):
+    def __str__(self):
+        raise RuntimeError("no message was set")
+
+
+class _Raising(Echo):
+    """It raises what it is made with."""
+
+    def __init__(self, error):
+        super().__init__()
+        self.error = error
+
+    def forward(self, question):
+        super().forward(question)
+        raise self.error
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (_Unspeakable(), "_Unspeakable, whose message cannot be read (RuntimeError)"),
+        (ValueError("<html>" * 1_000_000), "ValueError: <html><html>"),
+    ],
+    ids=["without a message", "a page long"],
+)
+def test_an_error_of_any_message_ends_its_rollout_in_a_few_words(lm, error, said):
+    def metric(gold, pred, trace=None):
+        raise error
+
+    for program, scorer in ((_Raising(error), vowels), (Echo(), metric)):
+        rollouts = make_runner(lm, program, scorer).run(
+            jobs_for(program, 1, 3), channel="slow", salt=0
+        )
+        told = [r.failure.message for r in rollouts if r.failure.kind in ("program", "metric")]
+        assert told and all(said in message and len(message) < 5000 for message in told)
+
+
+def test_a_metric_that_returns_a_document_is_told_in_a_few_words(lm):
+    runner = make_runner(lm, metric=lambda gold, pred: ["word"] * 1_000_000)
+    (rollout,) = runner.run(jobs_for(Echo(), 1, 1), channel="slow", salt=1)
+    assert "must return a number" in rollout.failure.message
+    assert len(rollout.failure.message) < 500
+
+
 def test_a_judge_that_cannot_be_reached_says_nothing_of_the_answer(lm):
     def metric(gold, pred, trace=None):
         raise ConnectionError("the judge is away")
