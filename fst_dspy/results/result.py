@@ -26,7 +26,7 @@ from fst_dspy.display import (
     panel,
     score_text,
 )
-from fst_dspy.errors import ConfigError, DataError
+from fst_dspy.errors import ConfigError
 from fst_dspy.files import as_plain, read_jsonl, shown_folder, write_atomically, writing_to
 from fst_dspy.results import plots
 from fst_dspy.results.cycles import cycle_html, cycle_table, records_frame
@@ -258,7 +258,7 @@ class FSTResult:
         Raises:
             ConfigError: This is not the result that the compile returned, but one read from a
                 folder or a pickle, which has no program: ``fst_dspy.quadrants`` takes one.
-            DataError: There are no examples.
+            DataError: There are no examples, or things that are none, or without inputs set.
             StoreError: The run folder cannot be written to.
         """
         tester = self.tester
@@ -268,8 +268,6 @@ class FSTResult:
                 "fst_dspy.quadrants with a RolloutRunner, or compile again with the same log_dir, "
                 "which returns at once"
             )
-        if not testset:
-            raise DataError("the testset is empty; give examples that nothing was learned on")
         found = tester(testset, samples)
         if self.log_dir is not None and (folder := Path(self.log_dir)).is_dir():
             pair = {"version": self.best.version, "candidate_id": self.best.candidate.id}

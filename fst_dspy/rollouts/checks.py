@@ -15,13 +15,13 @@ from fst_dspy.errors import DataError, MetricError, ProgramError
 from fst_dspy.lm.local_lm import LocalLM
 from fst_dspy.lm.predictors import find_local_lm
 from fst_dspy.rollouts.health import no_objectives
+from fst_dspy.rollouts.inputs import checked_examples
 from fst_dspy.student.candidate import (
     bind,
     example_id,
     plain_fields,
     predictor_names,
     seed_candidate,
-    with_id,
 )
 from fst_dspy.student.metric import call_metric, check_metric
 from fst_dspy.student.modules import every_predictor
@@ -98,42 +98,15 @@ def check_input(
     if unlisted:
         logger.warning("some instructions stay as they are: %s", why)
     lm = find_local_lm(student)
-    train = _check_examples("trainset", trainset)
+    train = checked_examples("trainset", trainset)
     if valset is None:
         train, val = _split(train, seed, val_size)
     else:
-        val = _check_examples("valset", valset)
+        val = checked_examples("valset", valset)
         train = _without(train, val)
     _check_metric_on(metric, train[0], frontier)
     bind(student, seed_candidate(student))
     return CheckedInput(lm=lm, trainset=train, valset=val)
-
-
-def _check_examples(name: str, examples: Sequence[dspy.Example] | None) -> list[dspy.Example]:
-    try:
-        examples = [] if examples is None else list(examples)
-    except TypeError:
-        raise DataError(
-            f"the {name} must be a list of dspy.Example, got {type(examples).__name__}"
-        ) from None
-    if not examples:
-        raise DataError(f"the {name} is empty; FST needs at least one dspy.Example")
-    known = []
-    for position, example in enumerate(examples):
-        if not isinstance(example, dspy.Example):
-            raise DataError(f"{name}[{position}] is a {type(example).__name__}, not a dspy.Example")
-        if example._input_keys is None:
-            raise DataError(
-                f"{name}[{position}] does not say which fields are inputs; "
-                'call .with_inputs("field", ...) on it'
-            )
-        try:
-            known.append(with_id(example))
-        except RecursionError:
-            raise DataError(
-                f"{name}[{position}] holds a value that holds itself; leave that field out"
-            ) from None
-    return known
 
 
 def _split(

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import dspy
 
+from fst_dspy.rollouts.inputs import checked_examples
 from fst_dspy.rollouts.jobs import Channel, RolloutJob, Runner
 from fst_dspy.types import Candidate, Rollout
 
@@ -69,7 +70,11 @@ def evaluate(
         salt: Tells apart repeated evaluations.
         samples: Rollouts an example; the score is their mean.
         version: The weights to evaluate; ``None`` means the live ones.
+
+    Raises:
+        DataError: There are no examples, or things that are none, or without inputs set.
     """
+    examples = checked_examples("set of examples", examples)
     jobs = evaluation_jobs(candidates, examples, samples)
     rollouts = runner.run(jobs, channel=channel, salt=salt, version=version)
     return evaluation_of(rollouts, len(candidates), samples)
@@ -150,7 +155,11 @@ def quadrants(
         base_version: Version id of the weights before training.
         trained_version: Version id of the weights after it.
         samples: Rollouts an example.
+
+    Raises:
+        DataError: There are no examples, or things that are none, or without inputs set.
     """
+    testset = checked_examples("testset", testset)
     scores: dict[str, tuple[float, ...]] = {}
     for name, version in (("base", base_version), ("trained", trained_version)):
         found = evaluate(runner, [original, evolved], testset, samples=samples, version=version)

@@ -136,6 +136,31 @@ def test_quadrants(lm):
     assert found.examples == 3
 
 
+@pytest.mark.parametrize(
+    ("testset", "message"),
+    [
+        ([dspy.Example(question="number 1")], r"testset\[0\] does not say which fields are inputs"),
+        ([{"question": "number 1"}], r"testset\[0\] is a dict"),
+        (iter([]), "the testset is empty"),
+    ],
+    ids=["without inputs", "a dict", "nothing"],
+)
+def test_quadrants_of_what_cannot_be_run_are_refused_before_any_rollout(lm, testset, message):
+    runner, seed, base = runner_of(lm), seed_candidate(Shouter()), lm.policy.base_version
+    with pytest.raises(DataError, match=message):
+        quadrants(runner, seed, SHOUT, testset, base_version=base, trained_version=base)
+    assert runner.counts.total == 0
+
+
+def test_quadrants_go_through_an_iterator_once(lm):
+    runner, seed = runner_of(lm, table(a=0, A=1, z=0, Z=1)), seed_candidate(Shouter())
+    base = lm.policy.base_version
+    found = quadrants(
+        runner, seed, SHOUT, iter(questions(2)), base_version=base, trained_version=base
+    )
+    assert (found.examples, found.trained_evolved) == (2, 1)
+
+
 def test_mean_at_4_of_a_loaded_coin(lm):
     load_coin(lm.policy, 0.8)
     scored = evaluate(
