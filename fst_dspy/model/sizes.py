@@ -172,10 +172,18 @@ def cache_bytes(config: Any, itemsize: int) -> int:
         itemsize: Of a value.
     """
     config = config.get_text_config()
+    # Layers of Gemma 4 differ in their heads, and its configuration tells of each by itself alone.
+    several = getattr(config, "is_heterogeneous", False)
+    layers = config.per_layer_config if several else [config] * config.num_hidden_layers
+    return itemsize * sum(map(_cached_values, layers))
+
+
+def _cached_values(config: Any) -> int:
+    """Of a layer, and one token."""
     heads = getattr(config, "num_attention_heads", None) or 1
     width = getattr(config, "head_dim", None) or config.hidden_size // heads
     key_heads = getattr(config, "num_key_value_heads", None) or heads
-    return 2 * config.num_hidden_layers * key_heads * width * itemsize
+    return 2 * key_heads * width
 
 
 def activation_bytes(config: Any, itemsize: int) -> int:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from chat_families import save_family
 from model_sizes import QWEN
 from transformers import Qwen3Config
 
@@ -42,6 +43,15 @@ def test_the_cache_of_a_token_is_what_the_cache_holds(tiny_model: Path) -> None:
     assert held <= 20 * cache_bytes(model.config, 4)
     if all(type(layer).__name__ == "DynamicLayer" for layer in cache.layers):
         assert held == 20 * cache_bytes(model.config, 4)
+
+
+def test_the_cache_of_layers_with_heads_of_their_own_is_counted(tmp_path: Path) -> None:
+    model = Policy.load(save_family(tmp_path, "gemma4"), device="cpu").model
+    with torch.no_grad():
+        cache = model(torch.arange(3, 23)[None], use_cache=True).past_key_values
+    assert len({layer.keys.shape[-1] for layer in cache.layers}) == 2
+    held = sum(2 * layer.keys.numel() * layer.keys.element_size() for layer in cache.layers)
+    assert held == 20 * cache_bytes(model.config, 4)
 
 
 def test_micro_batches_keep_to_half_of_the_free_memory() -> None:

@@ -124,7 +124,7 @@ FAMILIES = {
         "<turn|>",
         ("<bos>", "<|turn>", "<|channel>", "<channel|>", "<|tool_call>", "<tool_call|>"),
         "<|tool_call>call:add{a:1,b:2}<tool_call|>",
-        (("head_dim", 8), ("global_head_dim", 8), ("hidden_size_per_layer_input", 0)),
+        (("head_dim", 8), ("global_head_dim", 16), ("hidden_size_per_layer_input", 0)),
     ),
     "mamba2": Family(
         "Mamba2",
