@@ -358,7 +358,7 @@ def chosen_logprobs(
     inputs: Mapping[str, Any],
     at_BT: Tensor,
     label_BT: Tensor,
-    allowed_BTW: Tensor,
+    allowed_BTW: Tensor | None,
     temperature: float,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Log-probabilities of given tokens, and entropies, over what was allowed at each.
@@ -369,17 +369,22 @@ def chosen_logprobs(
     Args:
         inputs, at_BT: As ``completion_inputs`` gives them.
         label_BT: The tokens; -100 for padding.
-        allowed_BTW: A packed mask for each (``allowed_tokens``).
+        allowed_BTW: A packed mask for each (``allowed_tokens``); ``None`` where all were.
 
     Returns:
         Nats, float32 of shape (B, T) each, with gradients where they are enabled; and the router
         loss of a mixture of experts, where the inputs ask for ``output_router_logits``.
     """
     state_BTD, output = _states(model, inputs, at_BT)
-    free_BT = (label_BT >= 0) & ~single(allowed_BTW)
-    state_ND, label_N, allowed_NW = state_BTD[free_BT], label_BT[free_BT], allowed_BTW[free_BT]
+    free_BT, allowed_NW = label_BT >= 0, None
+    if allowed_BTW is not None:
+        free_BT &= ~single(allowed_BTW)
+        allowed_NW = allowed_BTW[free_BT]
+    state_ND, label_N = state_BTD[free_BT], label_BT[free_BT]
 
-    def part_of(state_nD: Tensor, label_n: Tensor, allowed_nW: Tensor) -> tuple[Tensor, Tensor]:
+    def part_of(part: slice) -> tuple[Tensor, Tensor]:
+        state_nD, label_n = state_ND[part], label_N[part]
+        allowed_nW = None if allowed_NW is None else allowed_NW[part]
         temperature_n = torch.full(label_n.shape, temperature, device=label_n.device)
         logprob_nV = _logprobs(model, pad_id, state_nD, temperature_n, allowed_nW)
         own_nV = logprob_nV.masked_fill(logprob_nV == -torch.inf, 0)  # of which there is nothing
@@ -388,8 +393,8 @@ def chosen_logprobs(
 
     size = _part_size(model)
     found = [
-        checkpoint(part_of, state_ND[part], label_N[part], allowed_NW[part], use_reentrant=False)
-        for part in (slice(start, start + size) for start in range(0, len(label_N), size))
+        checkpoint(part_of, slice(start, start + size), use_reentrant=False)
+        for start in range(0, len(label_N), size)
     ]
     # Connected to the model also where nothing was free.
     zero_BT = label_BT.new_zeros(label_BT.shape, dtype=torch.float32) + 0 * state_BTD.float().sum()

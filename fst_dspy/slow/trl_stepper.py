@@ -11,7 +11,7 @@ large ones. They are:
   ``shift_labels`` and hands the cache on; ``trl.trainer.utils.add_fused_lm_head``, which makes it
   for one temperature, and ``GRPOConfig.cast_lm_head_to_fp32``;
 - ``GRPOTrainer._metrics["train"]`` with ``entropy``, ``clip_ratio/region_mean`` and
-  ``cispo_clip_ratio``; ``GRPOTrainer.beta``;
+  ``cispo_clip_ratio``; ``GRPOTrainer.beta`` and ``aux_loss_enabled``;
 - ``Trainer._prepare_for_training``, which makes optimizer and scheduler,
   ``Trainer.compute_loss_context_manager`` and ``Trainer.current_gradient_accumulation_steps``;
 - that TRL and accelerate put a ``forward`` of their own on the model's instance;
@@ -154,6 +154,8 @@ class SteppedGRPOTrainer(GRPOTrainer):
         self._show(original=True)
         # Where there is dropout, each row draws its own.
         self.pad_id: int = tokenizer.pad_token_id
+        # TRL goes by the configuration, which speaks of routers in dense models too (Granite 4).
+        self.aux_loss_enabled = self.aux_loss_enabled and _has_routers(model, self.pad_id)
         self._seen_logprobs: Tensor | None = None  # of the micro-batch run last
         self._allowed_BTW: Tensor | None = None  # of the one that is being run
         self._row_temperature = 1.0
@@ -213,10 +215,10 @@ class SteppedGRPOTrainer(GRPOTrainer):
         Without Triton, TRL's fused output layer runs at every position of the prompt as well,
         which for long prompts is most of the work.
         """
-        if self._allowed_BTW is not None:
-            held = (input_ids, attention_mask, logits_to_keep)
-            return self._held_logps(model, *held, self._allowed_BTW)
-        if self.aux_loss_enabled:  # mixtures of experts, whose routers the loss reads
+        held, routed = self._allowed_BTW is not None, self.aux_loss_enabled
+        if held or (routed and not self.is_fsdp_enabled):
+            return self._own_logps(model, input_ids, attention_mask, logits_to_keep)
+        if routed:
             found = super()._get_per_token_logps_and_entropies(
                 model, input_ids, attention_mask, logits_to_keep, *args, **kwargs
             )
@@ -233,15 +235,14 @@ class SteppedGRPOTrainer(GRPOTrainer):
         self._seen_logprobs = output.log_probs.detach()
         return output.log_probs, output.entropy, None
 
-    def _held_logps(
-        self,
-        model: Any,
-        input_ids: Tensor,
-        attention_mask: Tensor,
-        logits_to_keep: int,
-        allowed_BTW: Tensor,
+    def _own_logps(
+        self, model: Any, input_ids: Tensor, attention_mask: Tensor, logits_to_keep: int
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """The same of rows that were held to grammars: over what these allowed."""
+        """The same by the model's own output: over what grammars allowed, and with its router loss.
+
+        TRL's knows of no grammars, and of some mixtures of experts (GraniteMoe) not what they call
+        their experts.
+        """
         if self.is_fsdp_enabled:
             raise TrainingError(
                 "answers that were held to a format cannot be trained on under FSDP; set "
@@ -257,8 +258,9 @@ class SteppedGRPOTrainer(GRPOTrainer):
                 model, rows, self.pad_id, input_ids.device, continues=continues
             )
             inputs |= routed
+            asked = label_BT, self._allowed_BTW, self._row_temperature
             logprob_BT, entropy_BT, aux_loss = chosen_logprobs(
-                model, self.pad_id, inputs, at_BT, label_BT, allowed_BTW, self._row_temperature
+                model, self.pad_id, inputs, at_BT, *asked
             )
         self._seen_logprobs = logprob_BT.detach()
         return logprob_BT, entropy_BT, aux_loss
@@ -462,6 +464,16 @@ def _rows(
 
 def _unwrapped(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "peft_config") else model
+
+
+@torch.no_grad()
+def _has_routers(model: Any, pad_id: int) -> bool:
+    """Whether a model gives a router loss where it is asked for one."""
+    ids_11 = torch.tensor([[pad_id]], device=model.device)
+    try:
+        return model(input_ids=ids_11, output_router_logits=True).aux_loss is not None
+    except (AttributeError, IndexError, TypeError):  # as many ways as there are to have none
+        return False
 
 
 def _has_dropout(model: Any) -> bool:

@@ -10,9 +10,18 @@ import pytest
 import torch
 from helpers import assert_equal_but_for_rounding
 from records import make_call, make_group, make_rollout
-from tiny_models import make_model, make_tokenizer
+from tiny_models import SHAPE, make_model, make_tokenizer
 from training_rows import rows_for
-from transformers import GPT2Config, GPT2LMHeadModel, OPTConfig, OPTForCausalLM
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    GraniteMoeConfig,
+    GraniteMoeForCausalLM,
+    GraniteMoeHybridConfig,
+    GraniteMoeHybridForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+)
 
 import fst_dspy.model.prefixes as prefixes_module
 import fst_dspy.slow.trainer as slow_module
@@ -421,6 +430,39 @@ def test_tokens_have_the_positions_that_they_were_sampled_at(
     assert (taken[:, 0] - sampled).abs().max() < 1e-4
     trainer = SlowTrainer(policy, SlowConfig(lora=lora), SamplingConfig(), 20, 0)
     assert trainer.advance(rows).drift < 1e-4
+
+
+def small_granite(tokenizer):
+    """Dense, though its configuration speaks of routers."""
+    return GraniteMoeHybridForCausalLM(
+        GraniteMoeHybridConfig(
+            **SHAPE, vocab_size=len(tokenizer), num_hidden_layers=2, num_local_experts=0,
+            layer_types=["attention"] * 2, shared_intermediate_size=64, mamba_n_heads=8,
+        )
+    )  # fmt: skip
+
+
+def small_granite_moe(tokenizer):
+    """Its experts go by another name than TRL knows."""
+    return GraniteMoeForCausalLM(
+        GraniteMoeConfig(
+            **SHAPE, vocab_size=len(tokenizer), num_hidden_layers=2, num_local_experts=4,
+            num_experts_per_tok=2,
+        )
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("make_small", [small_granite, small_granite_moe])
+def test_granite_is_trained(make_small, tmp_path):
+    tokenizer = make_tokenizer()
+    torch.manual_seed(0)
+    make_small(tokenizer).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    policy = load(tmp_path)
+    trainer = SlowTrainer(policy, SlowConfig(), SamplingConfig(), 20, 0)
+    assert trainer._trl.aux_loss_enabled == (make_small is small_granite_moe)
+    stats = trainer.advance(sampled_rows(policy, 9, (1.0, 0.5)))
+    assert stats.skipped is None and stats.drift < 1e-4
 
 
 def test_drift_between_sampling_and_training_is_measured(tiny_lfm2, caplog):
