@@ -95,6 +95,8 @@ class Policy:
         self.context_length = _context_length(model.config, tokenizer)
         # peft moves modules about but keeps the parameters, so these names hold for good.
         self._weights: dict[str, torch.nn.Parameter] = dict(model.named_parameters())
+        # Not those of bitsandbytes, which are whole numbers.
+        self._with_gradient = [weight for weight in self._weights.values() if weight.requires_grad]
         self._lora: LoraConfig | None = None
         self._kept: dict[str, _Kept] = {}
         self._visiting: str | None = None
@@ -487,7 +489,7 @@ class Policy:
             # peft leaves its mark, and would warn that the model is wrapped a second time.
             if hasattr(self.model, "peft_config"):
                 del self.model.peft_config
-            for weight in self._weights.values():
+            for weight in self._with_gradient:
                 weight.requires_grad_(True)
         self._lora = None
 

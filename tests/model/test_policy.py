@@ -273,6 +273,21 @@ def test_adapters_are_refused_on_weights_that_are_not_the_base(tiny_qwen3: Path)
         policy.add_lora(LoraConfig(), seed=0)
 
 
+def test_weights_of_whole_numbers_lie_under_adapters_that_come_and_go(tiny_qwen3: Path) -> None:
+    """As bitsandbytes has them, which cannot have a gradient."""
+    policy = Policy.load(tiny_qwen3, device="cpu")
+    packed = torch.nn.Parameter(torch.arange(8, dtype=torch.uint8), requires_grad=False)
+    policy.model.register_parameter("packed", packed)
+    policy = Policy(policy.model, policy.tokenizer, policy.name, policy.source)
+    policy.add_lora(LoraConfig(rank=2), seed=0)
+    trained = policy.keep()
+    policy.restore(policy.base_version)
+    assert policy.version() == policy.base_version
+    assert all(w.requires_grad == (w is not packed) for w in policy.model.parameters())
+    policy.restore(trained)
+    assert policy.version() == trained
+
+
 def test_trainable_state_round_trips_and_refuses_another_model(tiny_qwen3: Path) -> None:
     policy = Policy.load(tiny_qwen3)
     nudge(policy)
