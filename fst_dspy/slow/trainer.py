@@ -59,6 +59,8 @@ MICRO_BATCH_ROWS = 16
 DRIFT_LIMIT = 0.1
 """Nats a token between sampling and training, above which there is a warning; bfloat16 is below."""
 
+DROPPED = ": training drops activations; set dropout to 0 in the model's config.json and in lora"
+
 
 class SlowTrainer:
     """Advances a policy's weights, and can be saved and gone on with.
@@ -376,8 +378,9 @@ class SlowTrainer:
         if gradients.drift > DRIFT_LIMIT:
             logger.warning(
                 "sampling and training disagree by %.3f nats a token on the log-probabilities of "
-                "the same weights; the step is not quite on policy",
+                "the same weights; the step is not quite on policy%s",
                 gradients.drift,
+                DROPPED if trl.has_dropout else "",
             )
         limit = self.slow.max_grad_norm or math.inf
         norm = distributed.whole(torch.nn.utils.clip_grad_norm_(trl.parameters, limit)).item()

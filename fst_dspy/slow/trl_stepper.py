@@ -86,6 +86,7 @@ class SteppedGRPOTrainer(GRPOTrainer):
     Attributes:
         whole: The model as it was given.
         model: What is trained: the same, or under FSDP a copy that is cut up.
+        has_dropout: Whether activations are dropped in training, by the model or its adapters.
 
     Raises:
         ConfigError: FSDP is asked for where accelerate does not cut models up.
@@ -159,11 +160,12 @@ class SteppedGRPOTrainer(GRPOTrainer):
         self._seen_logprobs: Tensor | None = None  # of the micro-batch run last
         self._allowed_BTW: Tensor | None = None  # of the one that is being run
         self._row_temperature = 1.0
+        self.has_dropout = _has_dropout(model)
         # FSDP needs the same passes in every process, and beginnings are as the rows are.
         self.continues = (
             can_continue(model)
             and not is_checkpointing(model)  # a training model then has no use for caches
-            and not _has_dropout(model)
+            and not self.has_dropout
             and not self.is_fsdp_enabled
         )
 

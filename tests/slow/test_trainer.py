@@ -473,7 +473,10 @@ def test_drift_between_sampling_and_training_is_measured(tiny_lfm2, caplog):
     off = [replace(row, logprobs_T=tuple(p - 0.5 for p in row.logprobs_T)) for row in rows]
     policy, trainer = make(tiny_lfm2)
     assert trainer.advance(off).drift == pytest.approx(0.5, abs=1e-4)
-    assert "disagree by 0.500" in caplog.text
+    assert "disagree by 0.500" in caplog.text and "config.json" not in caplog.text
+    policy, trainer = make(tiny_lfm2, replace(SLOW, lora=LoraConfig(rank=4, dropout=0.5)))
+    trainer.advance(off)
+    assert "quite on policy: training drops activations" in caplog.text
 
 
 @pytest.mark.parametrize("lora", [None, LoraConfig(rank=2)])
