@@ -160,7 +160,9 @@ def vocabulary(policy: Policy) -> Vocabulary:
             # Tokens may have been added to the tokenizer alone.
             size = int(policy.model.get_output_embeddings().weight.shape[0])
             size = max(size, len(policy.tokenizer))
-            _vocabularies[policy] = Vocabulary(policy.tokenizer, size, eos_ids(policy))
+            # Nor are all of the model's known to the tokenizer, which llguidance reads.
+            ends = [token for token in eos_ids(policy) if token < len(policy.tokenizer)]
+            _vocabularies[policy] = Vocabulary(policy.tokenizer, size, ends)
         return _vocabularies[policy]
 
 

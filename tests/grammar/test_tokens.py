@@ -11,6 +11,7 @@ import dspy
 import pytest
 import torch
 from held_answers import DESKS, SMALL, all_answers, allowed_after, encode
+from tiny_models import save_model
 from tokenizers import decoders, pre_tokenizers
 from tokenizers.normalizers import NFC, Lowercase, Replace, Sequence
 
@@ -45,6 +46,13 @@ def test_end_tokens_and_others_that_the_model_has_not_are_left_out(tiny_llama: P
     }
     assert texts == set(ANSWERS)
     assert vocabulary(policy).eos == {policy.tokenizer.eos_token_id}
+
+
+def test_an_end_token_that_the_tokenizer_has_not_ends_no_held_answer(tmp_path: Path) -> None:
+    policy = Policy.load(save_model(tmp_path, "llama", vocab_size=384))
+    policy.model.generation_config.eos_token_id = [330, policy.tokenizer.eos_token_id]
+    assert vocabulary(policy).eos == {policy.tokenizer.eos_token_id}
+    assert allowed_after(policy, SMALL, ())
 
 
 def test_without_an_end_token_there_is_no_end(tiny_llama: Path) -> None:
