@@ -93,6 +93,7 @@ class SteppedGRPOTrainer(GRPOTrainer):
     """
 
     model: Any
+    aux_loss_enabled: bool
     optimizer: Any
     lr_scheduler: Any
     current_gradient_accumulation_steps: Any
