@@ -55,7 +55,9 @@ class Run:
     def held_curve(self) -> Curve:
         """Its curve to the whole of ``budget``; what ended of itself holds its last score to it."""
         x, y = self.curve
-        return Curve(self.name, (*x, max(x[-1], float(self.budget))), (*y, y[-1]))
+        if self.budget > x[-1]:
+            x, y = (*x, float(self.budget)), (*y, y[-1])
+        return Curve(self.name, x, y)
 
     @property
     def best(self) -> float:

@@ -24,7 +24,7 @@ from fst_dspy.experiments import (
     plasticity,
     write_results,
 )
-from fst_dspy.experiments.findings.figures import band, share_bands, stage_lines
+from fst_dspy.experiments.findings.figures import band, probe_bands, share_bands, stage_lines
 from fst_dspy.experiments.findings.plasticity_tables import every_probe, plasticity_table, probes
 from fst_dspy.experiments.findings.stream_tables import every_stage, stage_table, task_table
 from fst_dspy.experiments.jobs import read_job, write_job
@@ -142,6 +142,22 @@ def test_a_band_is_the_mean_of_the_last_measurements():
     shares = {one.label: one for one in share_bands(probes(second_runs(), STARTS))}
     assert shares["from-base"].seeds[0] == Curve("from-base", (10, 50, 90), (0.2, 0.6, 1.0))
     assert shares["from-fst"].mean.y == (0.4, 1.2)
+
+
+def test_a_band_goes_on_where_a_seed_has_ended_with_nothing_to_gain():
+    base = [record(0, 10, 0.1), record(1, 50, 0.3), record(2, 100, 0.5)]
+    done = [record(0, 10, 0.2), replace(record(1, 50, 0.6), ended=True)]
+    more = [record(0, 10, 0.2), record(1, 50, 0.6), record(2, 100, 0.8)]
+    runs = [
+        made_run(label, "rl_only", seed, curve, [0.4])
+        for label, curves in (("from-base", (base, base)), ("from-fst", (done, more)))
+        for seed, curve in enumerate(curves)
+    ]
+    found = probes(runs, STARTS)
+    (_, scores), (_, shares) = probe_bands(found), share_bands(found)
+    assert scores.mean.x == shares.mean.x == (10, 50, 100)
+    assert scores.mean.y == pytest.approx((0.2, 0.6, 0.7))
+    assert shares.mean.y == pytest.approx((0.4, 1.2, 1.4))
 
 
 # --- streams --------------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ class Band:
     Attributes:
         label: What it is.
         seeds: A curve a seed.
-        mean: Their mean, wherever all of them have been measured and none has ended.
+        mean: Their mean, from where all have begun to where the first ends.
     """
 
     label: str
@@ -49,8 +49,7 @@ def band(label: str, curves: Sequence[Curve]) -> Band:
 def probe_bands(found: Mapping[str, Sequence[Probe]]) -> list[Band]:
     """Validation score on the second task against its rollouts, a band a starting point."""
     return [
-        band(label, [Curve(label, *probe.run.curve) for probe in group])
-        for label, group in found.items()
+        band(label, [probe.run.held_curve for probe in group]) for label, group in found.items()
     ]
 
 
@@ -61,9 +60,9 @@ def share_bands(found: Mapping[str, Sequence[Probe]]) -> list[Band]:
         curves = []
         for probe in group:
             if probe.counts:
-                x, y = probe.run.curve
-                best = accumulate(y, max)
-                curves.append(Curve(label, x, tuple(score / probe.base.best for score in best)))
+                held = probe.run.held_curve
+                best = accumulate(held.y, max)
+                curves.append(Curve(label, held.x, tuple(s / probe.base.best for s in best)))
         if curves:
             bands.append(band(label, curves))
     return bands
