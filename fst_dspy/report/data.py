@@ -190,17 +190,72 @@ def chosen_id(run: Run) -> str | None:
 
 
 def best_scores(run: Run) -> Sequence[float]:
-    """The per-example scores behind the best validation score; empty where they are not kept.
-
-    Where the population was scored on training problems, they are not.
-    """
+    """The per-example scores behind the best validation score; empty where they are not kept."""
     best = best_cycle(run)
-    for row in run.populations:
-        if best is not None and row["cycle"] == best["cycle"] and is_validated(run, row):
-            ids = [candidate["id"] for candidate in row["candidates"]]
-            if best["best_candidate_id"] in ids and row["score_K_V"]:
-                return row["score_K_V"][ids.index(best["best_candidate_id"])]
+    if best is None:
+        return ()
+    chosen = chosen_id(run)
+    found = (
+        _of_populations(run, chosen, steps_of(run, best)),
+        scores_of(run, chosen, best, best["cycle"]),
+    )
+    return next((own for own in found if own and is_mean(best["val_score"], own)), ())
+
+
+def scores_of(
+    run: Run,
+    candidate: str | None,
+    weights: Mapping[str, Any],
+    until: int,
+    *,
+    asked_first: bool = False,
+) -> tuple[float, ...]:
+    """A candidate's scores on all validation examples, in their order, from answers or populations.
+
+    Args:
+        run: Whose.
+        candidate: Its id.
+        weights: A cycle with the weights that it was scored under.
+        until: The last cycle whose answers count.
+        asked_first: Of the student as it came only.
+
+    Returns:
+        The scores; none where they are not kept. With ``val_samples`` above 1 each is a mean.
+    """
+    steps, answers = steps_of(run, weights), dict[str, list[float]]()
+    for row in run.answers:
+        if (
+            row["candidate_id"] == candidate
+            and row["step"] in steps
+            and row["cycle"] <= until
+            and ("inputs" in row or not asked_first)
+        ):
+            answers.setdefault(row["example_id"], []).append(row["reward"])
+    means = {example: sum(rewards) / len(rewards) for example, rewards in answers.items()}
+    return _in_order(run, means) or _of_populations(run, candidate, steps)
+
+
+def is_mean(mean: float, scores: Sequence[float]) -> bool:
+    """Whether a mean is that of some scores, at least one."""
+    return abs(sum(scores) / len(scores) - mean) < 1e-9
+
+
+def _of_populations(run: Run, candidate: str | None, steps: set[int]) -> tuple[float, ...]:
+    """The latest scores of a candidate where the population was validated at such a step."""
+    cycles = {cycle["cycle"] for cycle in run.cycles if cycle["step"] in steps}
+    for row in reversed(run.populations):
+        ids = [one["id"] for one in row["candidates"]]
+        if row["cycle"] in cycles and candidate in ids and row["score_K_V"]:
+            score_V = row["score_K_V"][ids.index(candidate)]
+            if found := _in_order(run, dict(zip(row["val_ids"], score_V, strict=True))):
+                return found
     return ()
+
+
+def _in_order(run: Run, score_by_id: Mapping[str, float]) -> tuple[float, ...]:
+    """Scores of all validation examples; none where one is missing, as of training problems."""
+    ids = run.config["val_ids"]
+    return tuple(score_by_id[name] for name in ids) if score_by_id.keys() >= set(ids) else ()
 
 
 def is_validated(run: Run, row: Mapping[str, Any]) -> bool:

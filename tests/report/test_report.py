@@ -297,7 +297,7 @@ def test_scores_on_training_problems_are_not_called_validation(run_folder):
     assert data.pareto(run).validated and data.best_scores(run)
     train = run.config["train_ids"][: len(run.populations[-1]["val_ids"])]
     reused = [{**row, "val_ids": train} for row in run.populations]
-    run = dataclasses.replace(run, populations=reused)
+    run = dataclasses.replace(run, populations=reused, answers=())
     assert not data.pareto(run).validated and data.best_scores(run) == ()
     shown = render([run], [read_rollouts(run_folder)])
     assert "on 24 recent training problems" in shown and "; 95 %: " not in shown
@@ -305,6 +305,17 @@ def test_scores_on_training_problems_are_not_called_validation(run_folder):
     assert "differ from the validation scores" not in render(
         [data.read_run(run_folder)], [read_rollouts(run_folder)]
     )
+
+
+def test_where_the_population_is_scored_on_training_problems_the_answers_give_the_interval(
+    run_folder,
+):
+    run = data.read_run(run_folder)
+    reused = dataclasses.replace(run, populations=())
+    scores = data.best_scores(reused)
+    assert scores and scores == data.best_scores(run)
+    facts = {name: note for name, _, note in sections.headline_facts(reused)}
+    assert "; 95 %: " in facts["best validation score"]
 
 
 def test_runs_are_laid_over_one_another(run_folder, tmp_path):

@@ -110,10 +110,11 @@ def _summary(run: Run, found: Sequence[Entry]) -> str:
     others = ", ".join(f"{n:,} {words}" for n, words in told if n)
     if others:
         text += f" {others_are}, {others}."
-    if not all(data.is_validated(run, row) for row in run.populations):
+    trained = [row["cycle"] for row in run.populations if not data.is_validated(run, row)]
+    if trained:
         text += (
-            " After a slow phase the scores here are those of its own rollouts, on recent training "
-            "problems, so they differ from the validation scores."
+            f" From cycle {trained[0]} on the scores here are of the rollouts that are learned "
+            "from, on recent training problems, so they differ from the validation scores."
         )
     advice = counts.get("advice")
     return text + (f"</p><p><b>What to do:</b> {escape(advice)}" if advice else "")

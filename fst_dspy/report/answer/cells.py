@@ -93,40 +93,10 @@ def cells_of(run: Run) -> Cells | None:
 def _validated(run: Run, best: Mapping[str, Any], name: str, *, own: bool) -> Cell | None:
     """A cell that validations of the run give; ``own`` for that of the chosen pair."""
     candidate = data.chosen_id(run) if name.endswith("evolved") else data.seed_id(run)
-    steps = data.steps_of(run, run.cycles[0] if name.startswith("base") else best)
     first = name == "base_original"  # as the student came, before a cold start changed anything
-    answers: dict[str, list[float]] = {}
-    for row in run.answers:
-        if (
-            row["candidate_id"] == candidate
-            and row["step"] in steps
-            and row["cycle"] <= best["cycle"]
-            and ("inputs" in row or not first)
-        ):
-            answers.setdefault(row["example_id"], []).append(row["reward"])
-    # With val_samples above 1 an example has several.
-    means = {example: sum(rewards) / len(rewards) for example, rewards in answers.items()}
-    scores = _in_order(run, means) or _of_populations(run, candidate, steps)
+    weights = run.cycles[0] if name.startswith("base") else best
+    scores = data.scores_of(run, candidate, weights, best["cycle"], asked_first=first)
     recorded = run.cycles[0]["val_score"] if first else best["val_score"] if own else None
-    mean = sum(scores) / len(scores) if scores else None
-    if mean is not None and (first or recorded is None or abs(mean - recorded) < 1e-9):
-        return Cell(mean, scores)
+    if scores and (first or recorded is None or data.is_mean(recorded, scores)):
+        return Cell(sum(scores) / len(scores), scores)
     return None if recorded is None else Cell(recorded)
-
-
-def _of_populations(run: Run, candidate: str | None, steps: set[int]) -> tuple[float, ...]:
-    """The latest scores of a candidate where the population was validated at such a step."""
-    cycles = {cycle["cycle"] for cycle in run.cycles if cycle["step"] in steps}
-    for row in reversed(run.populations):
-        ids = [one["id"] for one in row["candidates"]]
-        if row["cycle"] in cycles and candidate in ids and row["score_K_V"]:
-            score_V = row["score_K_V"][ids.index(candidate)]
-            if found := _in_order(run, dict(zip(row["val_ids"], score_V, strict=True))):
-                return found
-    return ()
-
-
-def _in_order(run: Run, score_by_id: Mapping[str, float]) -> tuple[float, ...]:
-    """Scores of all validation examples; none where one is missing, as of training problems."""
-    ids = run.config["val_ids"]
-    return tuple(score_by_id[name] for name in ids) if score_by_id.keys() >= set(ids) else ()
