@@ -183,7 +183,8 @@ class ContinualFST:
     def evaluate(self, *, samples: int = 1) -> StreamScores:
         """Scores of every task at every stage, on its test set (without one, its validation set).
 
-        What was measured before is not measured again. Rollouts are counted as ``eval``.
+        What was measured before is not measured again, by the same metric and program as it is.
+        Rollouts are counted as ``eval``.
 
         Args:
             samples: Rollouts an example, whose mean is the score, at least 1.
@@ -350,7 +351,8 @@ class ContinualFST:
         task, lm, stage = self._tasks[name], self._lms[name], self._stage_of(name, number)
         candidate = stage.candidate if stage is not None else seed_candidate(task.program)
         version = self.stages[number - 1].version if number else self._start_version
-        score = self._scores.find(task, candidate, version, samples)
+        sampling = stage.result.sampling if stage is not None else self.config.sampling
+        score = self._scores.find(task, candidate, version, samples, sampling)
         if score is not None:
             return score
         if not lm.policy.has(version) and not (
@@ -358,7 +360,6 @@ class ContinualFST:
         ):
             return None
         progress.phase(number, f"evaluating {name}", self.rollouts)
-        sampling = stage.result.sampling if stage is not None else self.config.sampling
         return self._scores.measure(task, candidate, version, samples, lm, sampling, self.seed)
 
     def _forget_early_weights(self) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import dspy
 
 from fst_dspy import distributed
 from fst_dspy.config import SamplingConfig
@@ -17,6 +19,7 @@ from fst_dspy.lm.local_lm import LocalLM
 from fst_dspy.rollouts.evaluate import evaluate
 from fst_dspy.rollouts.runner import RolloutRunner
 from fst_dspy.student.candidate import content_hash, example_id
+from fst_dspy.student.identity import adapter_identity, metric_identity, program_identity
 from fst_dspy.types import Candidate, Task
 
 if TYPE_CHECKING:
@@ -80,7 +83,7 @@ class StreamScores:
 
 
 class ScoreCache:
-    """Test scores by weights, candidate, examples and samples: no cell is measured twice.
+    """Test scores by weights, candidate, examples, metric and the like: none is measured twice.
 
     Args:
         file: Where they are kept, after each one; ``None`` keeps them in memory.
@@ -100,9 +103,11 @@ class ScoreCache:
         """Rollouts that all the cells took."""
         return sum(cell["rollouts"] for cell in self.cells.values())
 
-    def find(self, task: Task, candidate: Candidate, version: str, samples: int) -> float | None:
+    def find(
+        self, task: Task, candidate: Candidate, version: str, samples: int, sampling: SamplingConfig
+    ) -> float | None:
         """A cell that was measured before, or ``None``."""
-        cell = self.cells.get(_key(task, candidate, version, samples))
+        cell = self.cells.get(_key(task, candidate, version, samples, sampling))
         return cell["score"] if cell is not None else None
 
     def measure(
@@ -116,14 +121,12 @@ class ScoreCache:
         seed: int,
     ) -> float:
         """Measure a cell and keep it: mean score of ``samples`` rollouts an example."""
+        key = _key(task, candidate, version, samples, sampling)  # before a metric that counts does
         runner = RolloutRunner(task.program, task.metric, lm, sampling, seed)
         examples = test_examples(task)
         scored = evaluate(runner, [candidate], examples, samples=samples, version=version)
         score = scored.mean_K[0]
-        self.cells[_key(task, candidate, version, samples)] = {
-            "score": score,
-            "rollouts": runner.counts.total,
-        }
+        self.cells[key] = {"score": score, "rollouts": runner.counts.total}
         if self.file is not None and distributed.is_main():
             text = json.dumps(self.cells, indent=1).encode()
             write_atomically(self.file, lambda file: file.write(text))
@@ -141,6 +144,15 @@ def test_examples(task: Task) -> list[Any]:
     return task.testset or task.valset
 
 
-def _key(task: Task, candidate: Candidate, version: str, samples: int) -> str:
+def _key(
+    task: Task, candidate: Candidate, version: str, samples: int, sampling: SamplingConfig
+) -> str:
+    """All that a score is of, by a hash: another metric or temperature gives another score."""
     ids = [example_id(example) for example in test_examples(task)]
-    return content_hash([task.name, candidate.id, version, samples, ids])
+    made_by = (
+        metric_identity(task.metric),
+        program_identity(task.program),
+        adapter_identity(dspy.settings.adapter),
+        asdict(sampling),
+    )
+    return content_hash([task.name, candidate.id, version, samples, ids, *made_by])

@@ -1,7 +1,9 @@
 """A stream of tasks on shared weights, on tiny random models and the embedded one."""
 
 import dataclasses
+import functools
 import io
+from types import SimpleNamespace
 
 import dspy
 import pytest
@@ -15,13 +17,16 @@ from training_helpers import late_letters
 import fst_dspy
 from fst_dspy import ContinualFST, LocalLM, Task
 from fst_dspy.config import LoraConfig
+from fst_dspy.continual import scores as scores_of_streams
 from fst_dspy.continual.origin import SEARCH_EXAMPLES, alike, fits, nearest
-from fst_dspy.continual.scores import StreamScores
+from fst_dspy.continual.scores import ScoreCache, StreamScores
 from fst_dspy.errors import ConfigError, DataError, ModelError, ProgramError, StoreError
 from fst_dspy.loop.parts import begin_lora
 from fst_dspy.rollouts.runner import RolloutRunner
 from fst_dspy.student.candidate import make_candidate
+from fst_dspy.types import RolloutCounts
 
+FOUR = RolloutCounts(eval=4)
 SETTINGS = TINY | {"max_cycles": 1, "first_cycle_iterations": 1}
 
 
@@ -53,6 +58,24 @@ def test_the_scores_of_a_stream_show_themselves():
     (axes,) = scores.plot_scores().axes
     assert sorted(t.get_text() for t in axes.texts) == ["0.25", "0.50", "0.75"]
     assert [t.get_text() for t in axes.get_yticklabels()] == ["0 base", "1 <a>"]
+
+
+def test_a_score_is_not_taken_for_that_of_another_metric_program_or_temperature(monkeypatch):
+    monkeypatch.setattr(scores_of_streams, "RolloutRunner", lambda *_: SimpleNamespace(counts=FOUR))
+    monkeypatch.setattr(scores_of_streams, "evaluate", lambda *_, **__: SimpleNamespace(mean_K=[1]))
+    cache, candidate = ScoreCache(None), make_candidate({"say.instructions": "own"})
+    sampling = fst_dspy.FSTConfig().sampling
+    cache.measure(A, candidate, "v", 1, None, sampling, 0)
+    assert cache.find(make_task("a"), candidate, "v", 1, sampling) == 1
+    harder = functools.partial(vowels, pred_name="all")
+    for task in (
+        make_task("a", late_letters),
+        make_task("a", harder),
+        make_task("a", program=Twice()),
+    ):
+        assert cache.find(task, candidate, "v", 1, sampling) is None
+    cooler = dataclasses.replace(sampling, temperature=0.5)
+    assert cache.find(A, candidate, "v", 1, cooler) is None
 
 
 def versions(learner):
