@@ -30,7 +30,7 @@ from fst_dspy.experiments.jobs import LOG, OUTCOME, Job, read_job, write_job, wr
 from fst_dspy.files import read_json, read_jsonl
 from fst_dspy.run.store import delete_checkpoints, environment
 
-INDEX, CYCLES = "index.json", "cycles.jsonl"
+INDEX, CYCLES, LOCK = "index.json", "cycles.jsonl", ".lock"
 SCHEMA_VERSION = 1
 POLL_SECONDS = 0.5
 
@@ -76,6 +76,10 @@ class ExperimentStore:
         self.calls: list[dict[str, str]] = []
         self.environment = environment()
         self.status: dict[str, JobStatus] = {}
+        self._read()
+
+    def _read(self) -> None:
+        """Take over what the index says, where there is one."""
         path = self.folder / INDEX
         if path.exists():
             plain = read_json(path)
@@ -87,25 +91,26 @@ class ExperimentStore:
                 raise StoreError(
                     f"{path} is damaged ({error!r}): take it from a copy, or choose another folder"
                 ) from error
-        elif self.folder.is_dir() and any(self.folder.iterdir()):
+        elif self.folder.is_dir() and any(p.name != LOCK for p in self.folder.iterdir()):
             raise StoreError(f"{self.folder} is no store of experiments; choose another folder")
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the store for this process.
+        """Hold the store for this process, as it is now: others may have changed it since.
 
         Raises:
-            StoreError: Another process does, or the folder cannot be made.
+            StoreError: Another process does, or the folder cannot be made, or is damaged.
         """
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(self.folder / ".lock", blocking=False)
+            lock = FileLock(self.folder / LOCK, blocking=False)
             lock.acquire()
         except Timeout:
             raise StoreError(f"another process runs experiments in {self.folder}") from None
         except OSError as error:
             raise StoreError(f"cannot write to {self.folder}: {error.strerror}") from error
         try:
+            self._read()
             yield
         finally:
             lock.release()

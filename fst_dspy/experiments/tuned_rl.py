@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,7 +19,8 @@ from fst_dspy.experiments.plan import Plan
 from fst_dspy.experiments.runner import ExperimentStore, threads_each
 from fst_dspy.run.store import delete_checkpoints
 from fst_dspy.study import Categorical, Float, Int, Objective, Space, best_settings, tune
-from fst_dspy.study.runner import OnTrial
+from fst_dspy.study.runner import OnTrial, hash_of_examples
+from fst_dspy.tasks import load_task
 
 SEED = 0
 
@@ -56,7 +58,7 @@ def tune_rl(
 
     Every trial has the plan's budget and is measured by its best validation score within it. What
     the plan's settings fix is not tuned. The outcome of every trial is noted down in the store, and
-    a study of which it has so many trials is not opened again.
+    a study of which it has so many trials is not opened again, on the same plan.
 
     Args:
         store: Gets the study's folder, and ``about["tuned_rl"][label]``.
@@ -73,9 +75,9 @@ def tune_rl(
         ConfigError: No trial has completed, or all that could be tuned is fixed.
         FSTError: As ``study.tune``.
     """
-
+    space, of = rl_space().beside(plan.settings), _of(plan)
     noted = store.about.get("tuned_rl", {}).get(label)
-    if noted and noted["rollouts"] == plan.rollouts and _ended(noted["trials"]) >= trials:
+    if noted and _ended(noted["trials"]) >= trials and _is_of(noted, plan, of, space):
         return dict(noted["settings"])
 
     folder = store.folder / f"tune-{label}"
@@ -86,7 +88,6 @@ def tune_rl(
         if on_trial is not None:
             on_trial(study, trial)
 
-    space = rl_space().beside(plan.settings)
     with _threads(threads_each(workers)), dspy.context(**adapter_setting(plan.adapter)):
         study = tune(
             plan.program,
@@ -107,6 +108,7 @@ def tune_rl(
     store.about.setdefault("tuned_rl", {})[label] = {
         "seed": SEED,
         "rollouts": plan.rollouts,
+        "of": of,
         "settings": best,
         "trials": [
             {
@@ -122,6 +124,28 @@ def tune_rl(
     }
     store.save()
     return best
+
+
+def _of(plan: Plan) -> dict[str, Any]:
+    """What a study of the plan is of, beside its budget and settings; the same on any machine."""
+    task = load_task(plan.program, SEED)
+    return {
+        "task": task.name,
+        "model": Path(plan.model).name,
+        "adapter": plan.adapter,
+        "examples": hash_of_examples(task),
+    }
+
+
+def _is_of(noted: Mapping[str, Any], plan: Plan, of: Mapping[str, Any], space: Space) -> bool:
+    """Whether what was noted down is of this plan; earlier versions did not note all of it."""
+    tuned = {parameter.name for parameter in space.parameters}
+    fixed = {name: value for name, value in noted["settings"].items() if name not in tuned}
+    return (
+        noted["rollouts"] == plan.rollouts
+        and noted.get("of", of) == of
+        and fixed == json.loads(json.dumps(dict(plan.settings)))
+    )
 
 
 def _ended(trials: Sequence[Mapping[str, Any]]) -> int:

@@ -356,10 +356,10 @@ def open_study(plan: StudyPlan, task: Task, worker: int = 0) -> optuna.Study:
         elif found[name] != value:
             raise ConfigError(
                 f"the study {plan.study_name!r} has another {name}: {found[name]}, not {value}; "
-                "choose another study name, or warm-start from it"
+                "choose another folder, or another study name"
             )
     _check_drawn(study, plan.space)
-    examples = _hash_of_examples(task)
+    examples = hash_of_examples(task)
     if found.get("examples", examples) != examples:
         logger.warning(
             f"the examples of the task {task.name} have changed since the study "
@@ -372,7 +372,8 @@ def open_study(plan: StudyPlan, task: Task, worker: int = 0) -> optuna.Study:
     return study
 
 
-def _hash_of_examples(task: Task) -> str:
+def hash_of_examples(task: Task) -> str:
+    """What tells the examples that a task learns and is validated on from others."""
     found = (e for e in (*task.trainset, *(task.valset or ())) if isinstance(e, dspy.Example))
     return content_hash([example_id(example) for example in found])
 
@@ -392,7 +393,7 @@ def _check_drawn(study: optuna.Study, space: Space) -> None:
                 raise ConfigError(
                     f"the study {study.study_name!r} has drawn {name} from "
                     f"{trial.distributions[name]}, not {wanted[name]}, and a study keeps its "
-                    "choices; choose another study name, or warm-start from it"
+                    "choices; choose another folder, or another study name"
                 ) from error
 
 

@@ -10,11 +10,11 @@ import pytest
 from experiment_runs import TINY, column, job_of, made_run, record, run
 from helpers import RawAdapter
 from long_model import save_long_model
-from places import PROGRAM
+from places import PROGRAM, SUPPORT
 
 from fst_dspy.config import FSTConfig
 from fst_dspy.errors import ConfigError, DataError, StoreError
-from fst_dspy.experiments import ARMS, AXES, ExperimentStore, Plan, compare, write_results
+from fst_dspy.experiments import ARMS, AXES, ExperimentStore, Plan, compare, tuned_rl, write_results
 from fst_dspy.experiments.findings.contrasts import ablations, against_rl, asymptotes, mean_curves
 from fst_dspy.experiments.findings.show import Found, make_tables
 from fst_dspy.experiments.findings.tables import forgetting_table, summary
@@ -194,6 +194,14 @@ def test_a_store_takes_no_other_job_of_a_name_and_no_other_protocol(tmp_path):
         again.begin("ablate")
     with again.locked(), pytest.raises(StoreError, match="another process"), again.locked():
         pass
+    # What another process has added since a store was read is not written over.
+    late, other = ExperimentStore(store.folder), ExperimentStore(store.folder)
+    with other.locked():
+        other.add(job_of("embedded", seed=1))
+        other.save()
+    with late.locked():
+        late.begin("compare")
+    assert list(ExperimentStore(store.folder).status) == ["fst-0", "fst-1"]
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("precious")
     with pytest.raises(StoreError, match="no store of experiments"):
@@ -501,9 +509,30 @@ def test_a_packed_file_that_is_none_is_refused(change, tmp_path):
     assert not (tmp_path / "there").exists() and not (tmp_path / "away").exists()
 
 
-def test_a_study_that_is_noted_down_is_not_run_again(tmp_path):
+class Opened(Exception):
+    """The study was opened."""
+
+
+def opened(*_, **__):
+    raise Opened
+
+
+def test_a_study_that_is_noted_down_is_not_run_again(tmp_path, monkeypatch):
     store = ExperimentStore(tmp_path / "store")
     store.about["tuned_rl"] = {"rl_only": TUNED}
     plan = Plan(PROGRAM, rollouts=TUNED["rollouts"])
     assert tune_rl(store, plan, 2, "rl_only") == TUNED["settings"]  # a pruned trial is one
     assert not (store.folder / "tune-rl_only").exists()
+    # Another setting that is held fixed, or another task, is another study.
+    monkeypatch.setattr(tuned_rl, "tune", opened)
+    store.about["tuned_rl"]["rl_only"] = {**TUNED, "of": tuned_rl._of(plan)}
+    assert tune_rl(store, plan, 2, "rl_only") == TUNED["settings"]
+    for other in (
+        replace(plan, settings={"val_size": 2}),
+        replace(plan, model="other"),
+        replace(plan, adapter="xml"),
+        replace(plan, program=str(SUPPORT / "study_program_late.py")),
+        replace(plan, rollouts=101),
+    ):
+        with pytest.raises(Opened):
+            tune_rl(store, other, 2, "rl_only")
