@@ -17,6 +17,7 @@ from typing import Any
 
 from fst_dspy.fast.decide import Block
 from fst_dspy.fast.proposers.demos import shown_examples
+from fst_dspy.fast.proposers.sentences import gaps
 from fst_dspy.rollouts.evaluate import objectives_in, score_of
 from fst_dspy.run.records import as_read_back, rollout_from_json, with_fields
 from fst_dspy.run.rollout_log import unpack
@@ -26,8 +27,6 @@ SWEEPS = 50
 """Alternations of the two-way fit; a chain of candidates compared pairwise needs a few dozen."""
 MAX_CHARACTERS = 4000
 """Characters of one field that a pooled rollout keeps: the pool is written at every checkpoint."""
-SENTENCE_END = re.compile(r"[.!?。！？](?:\s+|$)|\n")
-"""Where long feedback may be cut."""
 
 
 @dataclass(frozen=True)
@@ -257,9 +256,13 @@ def _said(text: str) -> str:
         return text
     half = MAX_CHARACTERS // 2
     head, tail = text[:half], text[-half:]
-    last = max((found.end() for found in SENTENCE_END.finditer(head)), default=half)
-    first = next((found.end() for found in SENTENCE_END.finditer(tail)), 0)
+    last, first = max(_ends(head), default=half), min(_ends(tail), default=0)
     return f"{head[:last].rstrip()}\n\n[...]\n\n{tail[first:].lstrip()}"
+
+
+def _ends(text: str) -> list[int]:
+    """Where its lines and sentences end."""
+    return [*(found.end() for found in re.finditer("\n", text)), *(end for _, end in gaps(text))]
 
 
 def _short_turn(turn: Turn) -> Turn:

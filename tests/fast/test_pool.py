@@ -185,6 +185,14 @@ def test_what_was_left_out_and_half_sentences_are_no_lessons():
     (kept,) = RolloutPool().plus([rollout(feedback=" ".join(whole))]).rollouts
     assert 3800 < len(kept.feedback) <= 4010
     assert set(unmarked_sentences(kept.feedback)) < set(whole)
+    for sentence, join in (
+        ("Ask Dr. Example in ward {} about it.", " "),
+        ("第{}条：签证的信件送到银色部门。", ""),
+    ):
+        own = [sentence.format(n) for n in range(999)]
+        (kept,) = RolloutPool().plus([rollout(feedback=join.join(own))]).rollouts
+        head, tail = kept.feedback.split("\n\n[...]\n\n")
+        assert head.endswith(tuple(own)) and tail.startswith(tuple(own))
     listed = "Lessons:\n" + "\n".join(f"- {sentence}" for sentence in whole)
     (kept,) = RolloutPool().plus([rollout(feedback=listed)]).rollouts
     assert set(marked_lessons(kept.feedback)) < set(whole)

@@ -42,16 +42,21 @@ _LONGEST = 16
 
 def sentences(line: str, *, quotations_whole: bool = False) -> list[str]:
     """The sentences of one line; where quotations are whole, none ends within one."""
-    quoted = [found.span() for found in QUOTED.finditer(line)] if quotations_whole else []
-    ends = [
-        found.span()
-        for found in _GAP.finditer(line)
-        if _is_end(line, *found.span())
-        and not any(start < found.start() < end for start, end in quoted)
-    ]
+    ends = gaps(line, quotations_whole=quotations_whole)
     starts = [0, *(end for _, end in ends)]
     parts = [line[a:b].strip() for a, b in zip(starts, [*(a for a, _ in ends), None], strict=True)]
     return [part for part in parts if part]
+
+
+def gaps(text: str, *, quotations_whole: bool = False) -> list[tuple[int, int]]:
+    """From where to where the gaps between sentences are."""
+    quoted = [found.span() for found in QUOTED.finditer(text)] if quotations_whole else []
+    return [
+        found.span()
+        for found in _GAP.finditer(text)
+        if _is_end(text, *found.span())
+        and not any(start < found.start() < end for start, end in quoted)
+    ]
 
 
 def markers(line: str, following: str = "", inputs: str = "") -> list[re.Match[str]]:
