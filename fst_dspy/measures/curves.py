@@ -201,12 +201,14 @@ def kl_at_score(records: Sequence[CycleRecord], score: float) -> float | None:
     """The smallest KL to the base at which a run has measured a validation score or a better one.
 
     Over all cycles, not only the first that got there: a run may come closer to the base again.
-    Nothing is interpolated, for KL need not grow along a run.
+    Nothing is interpolated, for KL need not grow along a run. One that is no number counts for
+    none.
 
     Returns:
         Nats a token; ``None`` when the score is never reached.
     """
-    return min((r.kl_to_base for r in records if r.val_score >= score), default=None)
+    reached = (record.kl_to_base for record in records if record.val_score >= score)
+    return min((kl for kl in reached if not math.isnan(kl)), default=None)
 
 
 def kl_at_matched_score(
@@ -231,8 +233,8 @@ def kl_at_matched_score(
         score = min(max(record.val_score for record in run) for run in (records, reference))
     kl, reference_kl = kl_at_score(records, score), kl_at_score(reference, score)
     reduction = None
-    if kl is not None and reference_kl is not None and 0 < reference_kl < math.inf:
-        reduction = 1 - kl / reference_kl
+    if kl is not None and reference_kl is not None and max(kl, reference_kl) < math.inf:
+        reduction = 1 - kl / reference_kl if reference_kl > 0 else None
     return MatchedKL(score, kl, reference_kl, reduction)
 
 

@@ -183,6 +183,12 @@ def test_kl_at_matched_score():
     unreached = kl_at_matched_score(ours, theirs, score=0.7)
     assert (unreached.kl, unreached.reference_kl, unreached.reduction) == (0.03, None, None)
     assert kl_at_matched_score(ours, theirs, score=0.1).reduction is None  # no drift to reduce
+    for order in ((math.nan, 0.2, 0.3), (0.3, math.nan, 0.2)):  # one that is no number is none
+        odd = run(*((0.6, kl) for kl in order))
+        assert kl_at_score(odd, 0.6) == 0.2
+        assert kl_at_matched_score(odd, theirs, score=0.6).reduction == pytest.approx(0)
+    assert kl_at_score(run((0.6, math.nan)), 0.6) is None
+    assert kl_at_matched_score(run((0.6, math.inf)), theirs, score=0.6).reduction is None
 
 
 @pytest.mark.parametrize(

@@ -63,15 +63,16 @@ def health(runs: Sequence[Run]) -> str:
             caption="what the model by itself gives to what it is held to; near 1 it need not be",
         ),
     ]  # fmt: skip
-    if any(_lessons(run)["taught"] for run in runs):
+    lessons = [_lessons(run) for run in runs]
+    if any(own["taught"] for own in lessons):
         words = "of the answers that are read again; nats a token, before each step"
         figures.append(steps("Distance from the teacher", lesson, words, ends=ZERO))
-    return f"{_facts(runs)}<div class=charts>{''.join(figures)}</div>"
+    return f"{_facts(runs, lessons)}<div class=charts>{''.join(figures)}</div>"
 
 
-def _facts(runs: Sequence[Run]) -> str:
+def _facts(runs: Sequence[Run], lessons: Sequence[Counter[str]]) -> str:
     items = []
-    for run in runs:
+    for run, own in zip(runs, lessons, strict=True):
         reasons = skipped_steps(run.steps)
         skipped = ", ".join(f"{n} {reason}" for reason, n in reasons.items()) or "none"
         constant = [step["constant_group_share"] for step in run.steps]
@@ -81,10 +82,10 @@ def _facts(runs: Sequence[Run]) -> str:
             "equal rewards, which give no gradient: "
             f"{percent(sum(constant) / max(1, len(constant)))} on average."
         )
-        if lessons := _lessons(run):
-            left_out = ", ".join(f"{n:,} {why}" for why, n in lessons.items() if why != "taught")
+        if own:
+            left_out = ", ".join(f"{n:,} {why}" for why, n in own.items() if why != "taught")
             items.append(
-                f"{who}{lessons['taught']:,} of {lessons.total():,} answers were read again by a "
+                f"{who}{own['taught']:,} of {own.total():,} answers were read again by a "
                 f"teacher under a prompt that knows more; left out: {left_out or 'none'}."
             )
     return "<ul>" + "".join(f"<li>{escape(item)}</li>" for item in items) + "</ul>"
