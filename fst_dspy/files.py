@@ -17,19 +17,32 @@ from safetensors import SafetensorError
 from fst_dspy.errors import FSTError, StoreError
 
 
-def folder_given(path: str | os.PathLike[str] | None) -> Path | None:
-    """A folder that a user named, or none; it stays the same one wherever the program goes.
+def path_given(path: str | os.PathLike[str]) -> Path:
+    """A file or folder that a user named; it stays the same one wherever the program goes.
 
     A program may change the working directory, which is that of the whole process. ``~`` is the
-    home folder, as where programs are saved and models loaded.
+    home folder.
     """
-    return None if path is None else Path(path).expanduser().absolute()
+    return Path(path).expanduser().absolute()
+
+
+def folder_given(path: str | os.PathLike[str] | None) -> Path | None:
+    """As ``path_given``, where none may be named."""
+    return None if path is None else path_given(path)
 
 
 def shown_folder(path: str | os.PathLike[str]) -> str:
     """A folder as one who is in the working directory names it, where it lies there."""
     folder, here = Path(path), Path.cwd()
     return str(folder.relative_to(here) if folder.is_relative_to(here) else folder)
+
+
+def left_by_system(name: str) -> bool:
+    """Whether a file of that name is none of ours: systems leave them in folders they have shown.
+
+    So do macOS (``.DS_Store``, and ``._name`` beside what is copied), Windows and KDE.
+    """
+    return name in (".DS_Store", "Thumbs.db", "desktop.ini", ".directory") or name.startswith("._")
 
 
 def as_plain(row: Any) -> Any:

@@ -28,6 +28,7 @@ from fst_dspy.bundle.files import MANIFEST
 from fst_dspy.bundle.manifest import read_manifest
 from fst_dspy.bundle.weights import read_weights
 from fst_dspy.errors import FSTError
+from fst_dspy.files import path_given
 from fst_dspy.lm.engine import AsyncLocalEngine, LocalEngine
 
 PROVIDER = "fst"
@@ -128,7 +129,7 @@ class FSTProvider(litellm.CustomLLM):
         ]
 
     def _engine(self, model: str, base: str | None) -> LocalEngine:
-        folder = Path(model).expanduser().absolute()
+        folder = path_given(model)
         with self._lock:
             stamp = _stamp(folder / MANIFEST)
             known = self._engines.get((str(folder), base))

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from fst_dspy.errors import StoreError
-from fst_dspy.files import flush, sha256, writing_to
+from fst_dspy.files import flush, left_by_system, sha256, writing_to
 
 MANIFEST = "manifest.json"
 MAX_JSON_BYTES = 64 * 2**20  # read, it takes up to 25 times as much
@@ -214,7 +214,7 @@ def _check_place(target: Path, may_replace: Callable[[Path], bool]) -> None:
         return
     if not target.is_dir():
         raise StoreError(f"{target} is a file; choose a folder")
-    if any(target.iterdir()) and not may_replace(target):
+    if not all(left_by_system(path.name) for path in target.iterdir()) and not may_replace(target):
         raise StoreError(
             f"{target} holds other files, which are not overwritten; choose a new or empty folder"
         )
@@ -236,11 +236,14 @@ def _swap_in(temporary: Path, target: Path) -> None:
 
 
 def _walk(root: Path) -> Iterator[Path]:
-    """Everything under a folder that is not itself a real folder; links are not followed."""
+    """Everything under a folder that is not itself a real folder; links are not followed.
+
+    What the operating system leaves in folders is passed over: nothing reads it.
+    """
     for entry in sorted(os.scandir(root), key=lambda entry: entry.name):
         if entry.is_dir(follow_symlinks=False):
             yield from _walk(Path(entry.path))
-        else:
+        elif not left_by_system(entry.name):
             yield Path(entry.path)
 
 

@@ -53,6 +53,7 @@ from fst_dspy.bundle.program import (
 )
 from fst_dspy.bundle.weights import plain_folder, read_run, read_weights, write_weights
 from fst_dspy.errors import ProgramError, StoreError
+from fst_dspy.files import path_given
 from fst_dspy.lm.compiled import mark_compiled
 from fst_dspy.lm.local_lm import COMPILED_ADAPTER, LocalLM
 from fst_dspy.model.policy import Policy
@@ -146,7 +147,7 @@ def load(
         ProgramError: The program is missing, or is not the one that was saved.
         ModelError: The base model is missing or another one; the message says which is expected.
     """
-    path = Path(folder).expanduser().absolute()
+    path = path_given(folder)
     manifest = read_manifest(path)
     with damaged(path):
         loaded = new_instance(manifest.program) if program is None else copy_of(program)
@@ -196,7 +197,7 @@ def export(
     if isinstance(source, dspy.Module):
         policy, version = _weights_of(source)
     else:
-        path = Path(source).expanduser().absolute()
+        path = path_given(source)
         if is_bundle(path):
             policy = read_weights(path, read_manifest(path), where)
         elif (path / "result.json").is_file():

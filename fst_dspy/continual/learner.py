@@ -40,7 +40,7 @@ from fst_dspy.continual.origin import Origin, alike, find_origin, fits, kept_ori
 from fst_dspy.continual.scores import ScoreCache, StreamScores, test_examples
 from fst_dspy.continual.stages import TaskStage, read_version
 from fst_dspy.errors import ConfigError, ProgramError
-from fst_dspy.files import folder_given, read_json
+from fst_dspy.files import folder_given, path_given, read_json
 from fst_dspy.lm.in_use import versions_in_use
 from fst_dspy.lm.local_lm import LocalLM
 from fst_dspy.lm.predictors import bound_to, find_local_lm
@@ -253,7 +253,7 @@ class ContinualFST:
             ModelError, ProgramError: The programs call another model, or several.
             StoreError: The folder is damaged or holds something else.
         """
-        path, given = Path(folder), {task.name: task for task in tasks}
+        path, given = path_given(folder), {task.name: task for task in tasks}
         history, stages = continual_bundle.read(path)
         saved = {"arm": history["arm"], "seed": history["seed"], **flat_settings(history["config"])}
         said = {ALIASES.get(name, name) for name in options}

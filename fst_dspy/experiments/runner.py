@@ -27,7 +27,7 @@ from rich.text import Text
 from fst_dspy.display import Terminal, as_text
 from fst_dspy.errors import StoreError
 from fst_dspy.experiments.jobs import LOG, OUTCOME, Job, read_job, write_job, write_json
-from fst_dspy.files import read_json, read_jsonl
+from fst_dspy.files import left_by_system, read_json, read_jsonl
 from fst_dspy.run.store import delete_checkpoints, environment
 
 INDEX, CYCLES, LOCK = "index.json", "cycles.jsonl", ".lock"
@@ -91,7 +91,9 @@ class ExperimentStore:
                 raise StoreError(
                     f"{path} is damaged ({error!r}): take it from a copy, or choose another folder"
                 ) from error
-        elif self.folder.is_dir() and any(p.name != LOCK for p in self.folder.iterdir()):
+        elif self.folder.is_dir() and not all(
+            path.name == LOCK or left_by_system(path.name) for path in self.folder.iterdir()
+        ):
             raise StoreError(f"{self.folder} is no store of experiments; choose another folder")
 
     @contextmanager

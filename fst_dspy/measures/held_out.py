@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import dspy
 from rich.console import Console
@@ -15,6 +14,7 @@ from fst_dspy.bundle.manifest import is_bundle, read_manifest
 from fst_dspy.bundle.weights import made_live, read_run, read_weights
 from fst_dspy.config import SamplingConfig
 from fst_dspy.errors import ConfigError, DataError
+from fst_dspy.files import path_given
 from fst_dspy.lm.local_lm import LocalLM
 from fst_dspy.measures.statistics import (
     Interval,
@@ -199,7 +199,7 @@ def ideal_candidate(task: Task) -> Candidate:
 def _lm_of(weights: Weights, base: str | os.PathLike[str] | None) -> LocalLM:
     if isinstance(weights, LocalLM):
         return weights
-    path, where = Path(weights), os.fspath(base) if base is not None else None
+    path, where = path_given(weights), os.fspath(base) if base is not None else None
     if is_bundle(path):
         return LocalLM(read_weights(path, read_manifest(path), where))
     return LocalLM(read_run(path, where))

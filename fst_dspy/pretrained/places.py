@@ -7,6 +7,7 @@ from pathlib import Path
 
 from fst_dspy.embedded import path as embedded_path
 from fst_dspy.errors import ModelError
+from fst_dspy.files import path_given
 from fst_dspy.pretrained import smollm2
 from fst_dspy.pretrained.gguf import SUFFIX, find_gguf
 
@@ -27,7 +28,7 @@ def model_place(name_or_path: str | Path) -> str:
         return str(embedded_path())
     if str(name_or_path) in smollm2.NAMES:
         return str(smollm2.fetch(str(name_or_path)))
-    path = Path(name_or_path).expanduser().absolute()
+    path = path_given(name_or_path)
     looks_like_path = isinstance(name_or_path, Path) or str(name_or_path)[:1] in ("/", ".", "~")
     found = find_gguf(path)
     if found is not None:

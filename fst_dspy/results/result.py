@@ -27,7 +27,14 @@ from fst_dspy.display import (
     score_text,
 )
 from fst_dspy.errors import ConfigError
-from fst_dspy.files import as_plain, read_jsonl, shown_folder, write_atomically, writing_to
+from fst_dspy.files import (
+    as_plain,
+    path_given,
+    read_jsonl,
+    shown_folder,
+    write_atomically,
+    writing_to,
+)
 from fst_dspy.results import plots
 from fst_dspy.results.cycles import cycle_html, cycle_table, records_frame
 from fst_dspy.run.records import cycle_record
@@ -311,7 +318,7 @@ class FSTResult:
             raise ConfigError("the report is made from a run folder: compile with log_dir=...")
         import fst_dspy  # by its public name: the page is made of results and lies below them
 
-        file = Path(path) if path is not None else Path(self.log_dir) / "report.html"
+        file = path_given(path) if path is not None else Path(self.log_dir) / "report.html"
         fst_dspy.report.write_report([Path(self.log_dir)], file)
         if show:
             webbrowser.open(file.resolve().as_uri())

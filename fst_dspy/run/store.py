@@ -40,7 +40,15 @@ from filelock import FileLock, Timeout
 
 from fst_dspy.config import without_removed
 from fst_dspy.errors import StoreError
-from fst_dspy.files import flush, read_json, read_jsonl, sha256, write_atomically, writing_to
+from fst_dspy.files import (
+    flush,
+    left_by_system,
+    read_json,
+    read_jsonl,
+    sha256,
+    write_atomically,
+    writing_to,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -439,7 +447,8 @@ def _fields(value: Any) -> dict[str, Any]:
 
 
 def _files_in(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.is_file())
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return sorted(path for path in files if not left_by_system(path.name))
 
 
 def _refuse_links(folder: Path) -> None:

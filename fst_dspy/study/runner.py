@@ -38,7 +38,7 @@ from fst_dspy.errors import (
     ProgramError,
     StoreError,
 )
-from fst_dspy.files import as_plain, writing_to
+from fst_dspy.files import as_plain, path_given, writing_to
 from fst_dspy.lm.local_lm import LocalLM
 from fst_dspy.model.sizes import parameter_count
 from fst_dspy.optimizer import FST
@@ -214,7 +214,7 @@ def tune(
             "several workers each load the task themselves: pass the program's name or file, or a "
             "function of a module that returns the Task"
         )
-    folder = Path(folder).expanduser().absolute()  # a program may change the working directory
+    folder = path_given(folder)
     fixed = {name: as_plain(value) for name, value in (fixed or {}).items()}
     if space is None:
         space = default_space().of_arm(arm).beside(fixed)

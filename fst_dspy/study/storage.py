@@ -22,6 +22,7 @@ from optuna.trial import TrialState
 from sqlalchemy import URL, Connection, event, make_url
 
 from fst_dspy.errors import ConfigError
+from fst_dspy.files import path_given
 
 HEARTBEAT_SECONDS = 30
 GRACE_SECONDS = 240
@@ -52,7 +53,7 @@ def open_storage(url: str) -> optuna.storages.BaseStorage:
     patience = {"connect_args": {"timeout": SQLITE_WAIT_SECONDS}} if kind == "sqlite" else {}
     try:
         if kind == "journal":
-            file = Path(path.removeprefix("/"))
+            file = path_given(path.removeprefix("/"))
             file.parent.mkdir(parents=True, exist_ok=True)
             return JournalStorage(JournalFileBackend(str(file)))
         if kind == "sqlite":

@@ -591,6 +591,18 @@ def test_a_hostile_bundle_is_refused_and_runs_nothing(
     assert not marker.exists()
 
 
+def test_what_the_system_leaves_in_a_bundle_is_passed_over(tampered, tiny_qwen3, tmp_path):
+    for name in (".DS_Store", "tokenizer/._tokenizer.json", "Thumbs.db"):
+        (tampered / name).write_bytes(b"Bud1")
+    program = fst_dspy.load(tampered, Echo(), base=tiny_qwen3)
+    shown = tmp_path / "shown"
+    shown.mkdir()
+    (shown / ".DS_Store").write_bytes(b"Bud1")
+    for folder in (shown, tampered):  # a folder that was looked at is as empty, or a bundle
+        program.save(folder)
+        assert read_manifest(folder) and not (folder / ".DS_Store").exists()
+
+
 def test_weights_of_another_shape_or_none_are_refused(full_bundle, tmp_path):
     bundle = Path(shutil.copytree(full_bundle, tmp_path / "bundle"))
     path, name = bundle / "model" / "model.safetensors", "model.layers.0.mlp.up_proj.weight"

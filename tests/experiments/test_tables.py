@@ -203,6 +203,8 @@ def test_a_store_takes_no_other_job_of_a_name_and_no_other_protocol(tmp_path):
         late.begin("compare")
     assert list(ExperimentStore(store.folder).status) == ["fst-0", "fst-1"]
     (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / ".DS_Store").touch()
+    ExperimentStore(tmp_path / "mine")  # which was looked at, is empty
     (tmp_path / "mine" / "thesis.txt").write_text("precious")
     with pytest.raises(StoreError, match="no store of experiments"):
         ExperimentStore(tmp_path / "mine")

@@ -209,6 +209,15 @@ def checkpointed(folder: Path, count: int = 2) -> RunStore:
     return store
 
 
+def test_what_the_system_leaves_in_a_folder_is_no_damage(tmp_path: Path) -> None:
+    store = checkpointed(tmp_path)
+    for place in ("1", "1/weights"):
+        (tmp_path / "checkpoints" / place / ".DS_Store").write_bytes(b"Bud1")
+    found = store.latest()
+    assert found is not None and found[0] == {"number": 1}
+    store.close()
+
+
 @pytest.mark.parametrize("name", ["weights/w.bin", "state.json"])
 @pytest.mark.parametrize("damage", [b"", b"weightz"])
 def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(
