@@ -255,7 +255,8 @@ class _Pace:
         budget = self.budget
         shares = [0.0]
         if budget.max_cycles is not None:
-            shares.append(max(0, cycle - 1) / budget.max_cycles)
+            # Cycles of prompts alone do not count, so there may be more; one is under way.
+            shares.append(max(0, min(cycle, budget.max_cycles) - 1) / budget.max_cycles)
         if budget.max_rollouts is not None:
             shares.append(counts.total / budget.max_rollouts)
         for counted, limit in budget.env_limits().items():

@@ -41,6 +41,13 @@ def test_where_logging_is_set_up_it_has_the_lines(heard, caplog, capsys):
     assert capsys.readouterr().err == ""
 
 
+def test_a_run_that_goes_on_is_not_said_to_be_done(heard):
+    """Cycles of prompts alone do not count, so that there may be more than asked for."""
+    heard.begin(BudgetConfig(max_cycles=2))
+    shares = [heard._pace.at(cycle, RolloutCounts(slow=10 * cycle)).share for cycle in range(5)]
+    assert shares == [0, 0, 0.5, 0.5, 0.5]
+
+
 def test_steps_of_environments_count_towards_the_end(heard):
     heard.begin(BudgetConfig(max_rollouts=1000, max_env_steps=400))
     record = make_cycle(0, 0.5, RolloutCounts(eval=10), turns=TurnCounts(turns=110, steps=100))
