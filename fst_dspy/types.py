@@ -472,7 +472,8 @@ class CycleRecord:
         cycle: 0 is the student as it came, before any learning.
         step: Optimizer steps taken by the end of the cycle.
         candidate_ids: The population after the cycle's fast phase.
-        best_candidate_id: The candidate with the best validation score.
+        best_candidate_id: The candidate of the highest score in ``val_scores``, of which
+            ``val_score`` is.
         train_reward: Mean reward over the cycle's slow rollouts; ``None`` without a slow phase.
         val_score: Mean score of the best candidate on the validation examples.
         val_scores: Mean score of each candidate, in the order of ``candidate_ids``: on the
@@ -480,7 +481,8 @@ class CycleRecord:
         kl_to_base: KL(policy || base), nats a token, on validation prompts.
         entropy: Mean policy entropy, nats a token; ``None`` without a slow phase.
         constant_group_share: Share of groups with equal rewards (no gradient), 0 to 1.
-        failure_shares: Share of the cycle's rollouts, of all channels, by kind of failure, 0 to 1.
+        failure_shares: Share of the cycle's rollouts, of all channels, by kind of failure, 0 to 1;
+            with a cold start, cycle 0 has those of the validation that stands.
         rollouts: Counts of this cycle.
         total_rollouts: Counts from the start of the run to the end of this cycle.
         tokens: Prompt and completion tokens from the start of the run.

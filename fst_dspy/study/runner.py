@@ -53,6 +53,7 @@ from fst_dspy.study.storage import (
     retry,
     retry_lost_trials,
     sqlite_url,
+    unwatched,
     worker_alive,
 )
 from fst_dspy.tasks import load_task
@@ -414,6 +415,7 @@ def run_worker(plan: StudyPlan, worker: int = 0, on_trial: OnTrial | None = None
     """
     task = plan.load_task()
     study = open_study(plan, task, worker)
+    told = False
     with worker_alive(plan.folder) as name:
         while True:
             retry_lost_trials(study, plan.folder)
@@ -421,6 +423,13 @@ def run_worker(plan: StudyPlan, worker: int = 0, on_trial: OnTrial | None = None
             if finished >= plan.trials:
                 return
             if finished + running >= plan.trials:
+                if not told and (elsewhere := unwatched(study, plan.storage, plan.folder)):
+                    told = True
+                    logger.warning(
+                        f"the study waits for trials {elsewhere}, whose workers are not known in "
+                        f"{plan.folder}; if one has died, no other will notice: on several "
+                        "machines share the study's folder, or take postgresql://..."
+                    )
                 time.sleep(POLL_SECONDS)
                 continue
             study.optimize(

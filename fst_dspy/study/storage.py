@@ -36,8 +36,9 @@ def open_storage(url: str) -> optuna.storages.BaseStorage:
     Args:
         url: ``sqlite:///studies/triage.db``, ``postgresql://user@host/name`` (needs the extra
             ``fst-dspy[postgres]``), or ``journal:///studies/triage.log`` for a journal file, the
-            choice for network drives. As in every such URL, three slashes begin a relative path
-            and four an absolute one.
+            choice for network drives; workers on several machines then share the study's folder as
+            well, or none knows of another that died. As in every such URL, three slashes begin a
+            relative path and four an absolute one.
 
     Raises:
         ConfigError: It is none of these, or cannot be opened.
@@ -100,7 +101,8 @@ def worker_alive(folder: Path) -> Iterator[str]:
     """Hold a lock for as long as this worker lives, whatever ends it; gives the worker's id.
 
     The kernel lets go of the lock when the process dies, so others on this machine know at once,
-    with every storage. Workers on other machines are known by Optuna's heartbeat.
+    with every storage. Workers on other machines are known by Optuna's heartbeat, which a journal
+    does not have.
     """
     worker = uuid.uuid4().hex[:12]
     path = _lock_path(folder, worker)
@@ -131,6 +133,21 @@ def retry_lost_trials(study: optuna.Study, folder: Path) -> list[int]:
     with _no_experimental_warning():
         optuna.storages.fail_stale_trials(study)
     return lost
+
+
+def unwatched(study: optuna.Study, url: str, folder: Path) -> list[int]:
+    """Running trials whose worker may die without a word: it is elsewhere, as far as can be seen.
+
+    Args:
+        study: The study.
+        url: Of its storage; all but journals have heartbeats.
+        folder: The study's folder, in which workers that can be watched hold a lock.
+    """
+    if not url.startswith("journal:"):
+        return []
+    running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+    workers = {trial.number: trial.user_attrs.get("worker") or "none" for trial in running}
+    return [number for number, name in workers.items() if not _lock_path(folder, name).exists()]
 
 
 def retry(study: optuna.Study, number: int, at_most: int | None = MAX_RETRIES) -> None:

@@ -65,7 +65,13 @@ from fst_dspy.study.objective import Measured, behind_median, budget_step, measu
 from fst_dspy.study.outcome import draw_front, draw_importances
 from fst_dspy.study.runner import StudyPlan, count_trials
 from fst_dspy.study.space import draw_settings
-from fst_dspy.study.storage import open_storage, retried_numbers, sqlite_url, worker_alive
+from fst_dspy.study.storage import (
+    open_storage,
+    retried_numbers,
+    sqlite_url,
+    unwatched,
+    worker_alive,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -609,6 +615,31 @@ def test_a_journal_file_keeps_a_study(tiny_qwen3, tmp_path):
     study = tune_tiny(tiny_qwen3, tmp_path, trials=2, storage=storage)
     assert states(study) == [TrialState.COMPLETE] * 2
     assert (tmp_path / "journal.log").stat().st_size > 0
+
+
+def test_a_trial_whose_worker_nobody_can_watch_is_told_of(
+    tiny_qwen3, tmp_path, monkeypatch, caplog
+):
+    """A journal has no heartbeats: the study would wait for it without a word."""
+
+    class Waited(Exception):
+        pass
+
+    def waited(_):
+        if len(caplog.records):
+            raise Waited
+
+    monkeypatch.setattr(runner.time, "sleep", waited)
+    for kind, told in (("sqlite", False), ("journal", True)):
+        plan = plan_tiny(
+            tiny_qwen3, tmp_path / kind, f"{kind}:///{tmp_path}/{kind}/study", trials=1
+        )
+        study = runner.open_study(plan, plan.load_task())
+        study.ask().set_user_attr("worker", "of-another-machine")
+        assert unwatched(study, plan.storage, plan.folder) == [0] * told
+    with pytest.raises(Waited):
+        runner.run_worker(plan)
+    assert "waits for trials [0], whose workers are not known" in caplog.text
 
 
 @pytest.mark.parametrize("kind", ["sqlite", "journal"])
