@@ -55,6 +55,11 @@ TRL_MAX_COMPLETION = 512
 TOKEN_MEAN_LOSSES = ("cispo", "dapo", "vespo", "bnpo")  # every token weighs the same
 CLIP_METRICS = ("cispo_clip_ratio", "clip_ratio/region_mean")
 
+PROBED = 8
+"""Tokens on which TRL's output layer is compared with the model's own."""
+DIFFERS = 0.1
+"""Nats a token from which on the two are not the same; what bfloat16 rounds is below."""
+
 
 Batch = Mapping[str, Any]
 """A micro-batch as ``collate`` makes it: tensors, and the temperature of its rows."""
@@ -87,6 +92,7 @@ class SteppedGRPOTrainer(GRPOTrainer):
         whole: The model as it was given.
         model: What is trained: the same, or under FSDP a copy that is cut up.
         has_dropout: Whether activations are dropped in training, by the model or its adapters.
+        outputs_as_model: Whether TRL's output layer gives the model's own log-probabilities.
 
     Raises:
         ConfigError: FSDP is asked for where accelerate does not cut models up.
@@ -169,6 +175,8 @@ class SteppedGRPOTrainer(GRPOTrainer):
             and not self.has_dropout
             and not self.is_fsdp_enabled
         )
+        # Of some kinds TRL's output layer lacks a factor; a copy that is cut up knows no other.
+        self.outputs_as_model = self.is_fsdp_enabled or self._outputs_as_model()
 
     @property
     def parameters(self) -> list[torch.nn.Parameter]:
@@ -219,7 +227,7 @@ class SteppedGRPOTrainer(GRPOTrainer):
         which for long prompts is most of the work.
         """
         held, routed = self._allowed_BTW is not None, self.aux_loss_enabled
-        if held or (routed and not self.is_fsdp_enabled):
+        if held or not self.outputs_as_model or (routed and not self.is_fsdp_enabled):
             return self._own_logps(model, input_ids, attention_mask, logits_to_keep)
         if routed:
             found = super()._get_per_token_logps_and_entropies(
@@ -243,8 +251,8 @@ class SteppedGRPOTrainer(GRPOTrainer):
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """The same by the model's own output: over what grammars allowed, and with its router loss.
 
-        TRL's knows of no grammars, and of some mixtures of experts (GraniteMoe) not what they call
-        their experts.
+        TRL's knows of no grammars, of some mixtures of experts (GraniteMoe) not what they call
+        their experts, and of some models (Inkling) not what they do with their logits.
         """
         if self.is_fsdp_enabled:
             raise TrainingError(
@@ -267,6 +275,23 @@ class SteppedGRPOTrainer(GRPOTrainer):
             )
         self._seen_logprobs = logprob_BT.detach()
         return logprob_BT, entropy_BT, aux_loss
+
+    @torch.no_grad()
+    def _outputs_as_model(self) -> bool:
+        """Whether TRL's output layer gives what the model does, on a few tokens."""
+        self.outputs_as_model, training = True, self.whole.training
+        ids_1T = torch.arange(PROBED + 1, device=self.whole.device)[None]
+        asked = self.whole, ids_1T, torch.ones_like(ids_1T), PROBED
+        self._row_temperature = self.temperature
+        self.whole.eval()
+        try:
+            own_1T = self._own_logps(*asked)[0]
+            with self.fused():
+                found_1T = self._get_per_token_logps_and_entropies(*asked)[0]
+        finally:
+            self.whole.train(training)
+            self._row_temperature = 1.0
+        return (found_1T - own_1T).abs().mean().item() < DIFFERS
 
     @contextmanager
     def _as_sampled(self, model: Any, batch: Batch) -> Iterator[None]:

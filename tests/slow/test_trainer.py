@@ -465,6 +465,21 @@ def test_granite_is_trained(make_small, tmp_path):
     assert stats.skipped is None and stats.drift < 1e-4
 
 
+@pytest.mark.parametrize("lora", [None, LoraConfig(rank=2)])
+def test_a_model_with_an_output_of_its_own_is_trained_by_that(lora, tiny_qwen3):
+    policy, known = load(tiny_qwen3), SlowTrainer(load(tiny_qwen3), SLOW, SamplingConfig(), 20, 0)
+    assert known._trl.outputs_as_model
+    # Something is done to its logits that TRL does not know of.
+    policy.model.lm_head.register_forward_hook(lambda module, given, logits: 0.25 * logits)
+    with torch.no_grad():  # else all tokens are about as probable, whatever the factor
+        policy.model.get_output_embeddings().weight.mul_(20)
+    slow = replace(SLOW, lora=lora)
+    trainer = SlowTrainer(policy, slow, SamplingConfig(), 20, 0)
+    assert not trainer._trl.outputs_as_model
+    stats = trainer.advance(sampled_rows(policy))
+    assert stats.skipped is None and stats.drift < 1e-4
+
+
 def test_drift_between_sampling_and_training_is_measured(tiny_lfm2, caplog):
     policy, trainer = make(tiny_lfm2)
     rows = sampled_rows(policy)
