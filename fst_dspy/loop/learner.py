@@ -131,7 +131,10 @@ class GRPOLearner:
         state = self._trainer.state()
         if self._averaged is None or not state.weights:  # none: another process writes
             return state
-        return replace(state, teacher=self._averaged.state())
+        teacher = self._averaged.state()
+        if not state.live:  # the trainer's tensors came from a device; these are here, and move on
+            teacher = {name: tensor.clone() for name, tensor in teacher.items()}
+        return replace(state, teacher=teacher)
 
     def load(self, folder: Path) -> None:
         """See :meth:`Learner.load`."""

@@ -20,8 +20,10 @@ from tiny_compile import SETTINGS, compile_tiny, raw_adapter  # noqa: F401
 from training_rows import rows_for
 
 from fst_dspy import FST, LocalLM
-from fst_dspy.config import SamplingConfig, SlowConfig
-from fst_dspy.errors import ConfigError
+from fst_dspy.config import FSTConfig, SamplingConfig, SlowConfig
+from fst_dspy.errors import ConfigError, TrainingError
+from fst_dspy.loop.learner import GRPOLearner
+from fst_dspy.loop.progress import SilentProgress
 from fst_dspy.loop.self_teacher import ANSWER, FEEDBACK, SelfTeacher
 from fst_dspy.model.logprobs import completion_logprobs, completion_states, sampled_logprobs
 from fst_dspy.model.policy import Policy
@@ -285,6 +287,41 @@ def test_rewards_that_say_nothing_leave_it_to_the_text(tiny_qwen3, tmp_path, mon
             compile_tiny(tiny_qwen3, log_dir=tmp_path / "cut", **settings)
     resumed = compile_tiny(tiny_qwen3, log_dir=tmp_path / "cut", **settings)[2]
     assert steps[-1] == 3 and resumed.weights_version == whole.weights_version
+
+
+def test_a_run_that_text_teaches_stops_where_all_fails(tiny_qwen3):
+    class Losing(Echo):
+        """What it runs on is gone after the first cycle."""
+
+        def forward(self, question):
+            if ended:
+                raise ConnectionError("the service is gone")
+            return super().forward(question)
+
+    class Ends(SilentProgress):
+        def cycle_done(self, record):
+            ended.extend([record] * record.cycle)
+
+    ended = []
+    settings = {"arm": "rl_only", "max_cycles": 4, "steps_per_cycle": 1, "progress": Ends()}
+    with pytest.raises(TrainingError, match=r"rollout of cycle 2 .* the service is gone"):
+        compile_tiny(tiny_qwen3, Losing(), metric=wrong, **settings)
+    assert "text teaches" in ended[0].decided
+
+
+def test_what_a_checkpoint_is_written_of_moves_on_no_more(tiny_qwen3):
+    lm = LocalLM(str(tiny_qwen3))
+    config = FSTConfig.make(slow_signal="both", lora=False, max_cycles=1)
+    learner = GRPOLearner(lm, Echo(), config, 0)
+    whole = learner._trainer.state().copied()  # as a GPU gives it: in copies of its own
+    learner._trainer.state = lambda: replace(whole, live=False)
+    teacher = learner.state().copied().teacher
+    before = {name: tensor.clone() for name, tensor in teacher.items()}
+    with torch.no_grad():
+        for weight in lm.policy.model.parameters():
+            weight.add_(1.0)
+    learner._averaged.follow()
+    assert all(torch.equal(teacher[name], tensor) for name, tensor in before.items())
 
 
 def test_rewards_that_say_something_teach_as_ever(tiny_qwen3):
