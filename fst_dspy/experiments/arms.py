@@ -63,8 +63,13 @@ def _fst(
 ) -> Teleprompter:
     from fst_dspy.optimizer import FST  # seconds of imports, which making jobs does not need
 
-    usual = BY_SCORE if channels == "rl_only" else {}
+    usual = usual_settings(channels)
     return FST(metric, arm=channels, **used_by(channels, {**usual, **options, **own}))
+
+
+def usual_settings(channels: str) -> Mapping[str, Any]:
+    """What runs of some channels are given unless told otherwise."""
+    return BY_SCORE if channels == "rl_only" else {}
 
 
 def _distill(metric: Callable[..., Any], **options: Any) -> Teleprompter:

@@ -16,6 +16,7 @@ import dspy
 from fst_dspy.continual.learner import ContinualFST
 from fst_dspy.continual.stages import TaskStage
 from fst_dspy.errors import StoreError
+from fst_dspy.experiments.arms import usual_settings
 from fst_dspy.experiments.jobs import Job, adapter_setting, read_job
 from fst_dspy.experiments.process import locked, work
 from fst_dspy.experiments.stages import LogProgress, load_job_task
@@ -49,7 +50,7 @@ def _learner(folder: Path, job: Job, budget: int) -> ContinualFST:
         log_dir=folder,
         progress=LogProgress(),
         reflection_lm=dspy.LM(job.reflection_lm) if job.reflection_lm else None,
-        **{**job.settings, "max_rollouts": budget},
+        **{**usual_settings(job.arm), **job.settings, "max_rollouts": budget},
     )
 
 

@@ -184,9 +184,7 @@ def _taught_nothing(parts: Parts, records: Sequence[CycleRecord]) -> bool:
         and parts.learner is not None
         and parts.learner.learns_from_text
         # Up to where rewards said nothing, and not all had failed, text was not asked.
-        and (
-            parts.config.slow.slow_signal != "auto" or bool(record.lessons) or _all_failed(record)
-        )
+        and (parts.config.slow.slow_signal != "auto" or bool(record.lessons) or _all_failed(record))
         and not parts.learner.bad_steps
         and record.train_reward is not None
         and record.weights_version == before.weights_version

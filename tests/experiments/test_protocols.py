@@ -30,7 +30,7 @@ from fst_dspy.experiments.findings.stream_tables import every_stage, stage_table
 from fst_dspy.experiments.jobs import read_job, write_job
 from fst_dspy.experiments.runner import rollouts_so_far
 from fst_dspy.experiments.stages import load_job_task
-from fst_dspy.experiments.stream_worker import run_stream
+from fst_dspy.experiments.stream_worker import _learner, run_stream
 from fst_dspy.experiments.streams import (
     MODULE,
     Stream,
@@ -187,6 +187,15 @@ def test_streams_and_single_compiles_share_seeds_and_budget(tmp_path, monkeypatc
     ):
         with pytest.raises(ConfigError, match=message):
             continual(ExperimentStore(tmp_path / "other"), plan, then, arms)
+
+
+def test_a_stream_of_rl_learns_from_rewards_as_its_single_compiles_do(tmp_path):
+    def signal(arm, **settings):
+        job = replace(job_of("embedded"), arm=arm, settings=settings)
+        return _learner(tmp_path, job, 100).config.slow.slow_signal
+
+    assert (signal("rl_only"), signal("fst")) == ("reward", "auto")
+    assert signal("rl_only", slow_signal="both") == "both"
 
 
 def copied(folder):
