@@ -172,6 +172,8 @@ class Run:
         # G rollouts of each of P problems, spread over the population's candidates.
         learner = parts.learner
         assert learner is not None
+        # Text that teaches the weights is that of each predictor, as the prompts have it.
+        self.runner.predictor_feedback |= learner.learns_from_text
         groups_P, candidates, stream = parts.sampler.sample(
             state.population, step, state.stream, learner.learns_from_rewards
         )

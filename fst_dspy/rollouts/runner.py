@@ -75,6 +75,7 @@ class RolloutRunner:
             take ``pred_name``, and not on channel ``eval``, from which nothing is learned.
 
     Attributes:
+        predictor_feedback: As the argument; it may be set later.
         counts, tokens: What has been run so far, by channel and by kind.
         lowest_score: The least that the metric has given so far, and at most the failure score.
         explains_format: What is told of an answer that could not be read says why, and what was
@@ -99,11 +100,8 @@ class RolloutRunner:
         self.policy = lm.policy
         self.sampling = sampling
         self.seed = seed
-        self.predictor_feedback = (
-            predictor_feedback
-            and len(predictor_names(program)) > 1
-            and gives_predictor_feedback(metric)
-        )
+        self.predictor_feedback = predictor_feedback
+        self._can_ask = len(predictor_names(program)) > 1 and gives_predictor_feedback(metric)
         self.counts = RolloutCounts()
         self.tally = Tally()  # since the last record
         self.tokens: dict[str, int] = {"prompt": 0, "completion": 0}
@@ -196,7 +194,7 @@ class RolloutRunner:
             self.sampling,
             self._settings,
             version or self.policy.live_id,
-            ask_predictors=self.predictor_feedback and channel != "eval",
+            ask_predictors=self.predictor_feedback and self._can_ask and channel != "eval",
             explains_format=self.explains_format,
         )
         runs = [

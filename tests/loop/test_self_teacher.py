@@ -11,6 +11,7 @@ from chat_families import save_family
 from helpers import (
     Echo,
     RawAdapter,
+    Twice,
     assert_equal_but_for_rounding,
     kill_before_steps,
     questions,
@@ -22,6 +23,7 @@ from training_rows import rows_for
 from fst_dspy import FST, LocalLM
 from fst_dspy.config import FSTConfig, SamplingConfig, SlowConfig
 from fst_dspy.errors import ConfigError, TrainingError
+from fst_dspy.loop import self_teacher
 from fst_dspy.loop.learner import GRPOLearner
 from fst_dspy.loop.progress import SilentProgress
 from fst_dspy.loop.self_teacher import ANSWER, FEEDBACK, SelfTeacher
@@ -287,6 +289,25 @@ def test_rewards_that_say_nothing_leave_it_to_the_text(tiny_qwen3, tmp_path, mon
             compile_tiny(tiny_qwen3, log_dir=tmp_path / "cut", **settings)
     resumed = compile_tiny(tiny_qwen3, log_dir=tmp_path / "cut", **settings)[2]
     assert steps[-1] == 3 and resumed.weights_version == whole.weights_version
+
+
+@pytest.mark.parametrize("signal", ["auto", "both"])
+def test_each_predictor_is_taught_by_what_is_said_of_it(signal, tiny_qwen3, tmp_path, monkeypatch):
+    notes, real = set(), self_teacher._note
+
+    def heard(group, rollout, call):
+        note = real(group, rollout, call)
+        notes.add((call.predictor, note))
+        return note
+
+    monkeypatch.setattr(self_teacher, "_note", heard)
+
+    def about(gold, pred, trace=None, pred_name=None, pred_trace=None):
+        return dspy.Prediction(score=0.0, feedback=f"Of {pred_name or 'all'}.")
+
+    settings = {"arm": "rl_only", "steps_per_cycle": 1, "slow_signal": signal}
+    compile_tiny(tiny_qwen3, Twice(), metric=about, **settings)
+    assert notes == {(name, FEEDBACK.format(f"Of {name}.")) for name in ("first", "second")}
 
 
 def test_a_run_that_text_teaches_stops_where_all_fails(tiny_qwen3):
