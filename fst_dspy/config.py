@@ -58,9 +58,10 @@ class BudgetConfig:
         max_env_seconds: Time that their environments take, summed over rollouts, in seconds; or
             ``None``. Likewise.
         on_no_signal: What to do where nothing is left to learn: after a full cycle all of whose
-            rollouts had the same reward, or where neither channel pays any more
-            (``fst_dspy.loop.share``). ``"stop"`` ends the run, whatever is left of its limits (with
-            an error where all rollouts failed), ``"warn"`` says so and goes on.
+            rollouts had the same reward, unless the metric's text teaches the weights from then on
+            (``slow_signal``), or where neither channel pays any more (``fst_dspy.loop.share``).
+            ``"stop"`` ends the run, whatever is left of its limits (with an error where all
+            rollouts failed), ``"warn"`` says so and goes on.
     """
 
     max_cycles: int | None = None
@@ -283,7 +284,7 @@ class SlowConfig:
             not, token by token on what that has said (``fst_dspy.loop.self_teacher``; SDPO,
             arXiv 2601.20802); or ``"both"``. Text is for weights that have no prompts beside them
             to hold it (``arm="rl_only"``), and for rewards that say nothing: with ``"auto"`` it is
-            rewards, and both once all rollouts of a cycle had the same one.
+            rewards, and both once all rollouts of a cycle had the same one (under FSDP, rewards).
         distillation_weight: Of the feedback where both count, in (0, 1); rewards have the rest
             (TRL: SDPO's ``distillation_weight``).
         teacher_update_rate: With feedback, share of the way to the live weights that the teacher's

@@ -152,7 +152,7 @@ class Settings(TypedDict, total=False):
     not, token by token on what that has said (``fst_dspy.loop.self_teacher``; SDPO, arXiv
     2601.20802); or ``"both"``. Text is for weights that have no prompts beside them to hold
     it (``arm="rl_only"``), and for rewards that say nothing: with ``"auto"`` it is rewards,
-    and both once all rollouts of a cycle had the same one."""
+    and both once all rollouts of a cycle had the same one (under FSDP, rewards)."""
     distillation_weight: float
     """Default 0.5. Of the feedback where both count, in (0, 1); rewards have the rest (TRL:
     SDPO's ``distillation_weight``)."""
@@ -237,9 +237,10 @@ class Settings(TypedDict, total=False):
     ``None``. Likewise."""
     on_no_signal: Literal["stop", "warn"]
     """Default 'stop'. What to do where nothing is left to learn: after a full cycle all of whose
-    rollouts had the same reward, or where neither channel pays any more
-    (``fst_dspy.loop.share``). ``"stop"`` ends the run, whatever is left of its limits (with
-    an error where all rollouts failed), ``"warn"`` says so and goes on."""
+    rollouts had the same reward, unless the metric's text teaches the weights from then on
+    (``slow_signal``), or where neither channel pays any more (``fst_dspy.loop.share``).
+    ``"stop"`` ends the run, whatever is left of its limits (with an error where all rollouts
+    failed), ``"warn"`` says so and goes on."""
     rollouts_per_candidate: int
     """Rollouts a problem under each candidate: group_size is this times population_size. In
     place of group_size."""

@@ -97,8 +97,12 @@ def without_signal(parts: Parts, records: Sequence[CycleRecord]) -> str | None:
             [text, *told_failures(record.failure_shares, messages, parts.policy.tokenizer)]
         )
     if parts.learner is not None and _learns_from_rewards(parts) and not _is_perfect(parts, record):
-        by_words = BY_TEXT if parts.config.slow.slow_signal == "reward" else IN_WORDS
-        text += f" (give partial credit in the metric, or {by_words})"
+        slow, ways = parts.config.slow, ["give partial credit in the metric"]
+        if slow.slow_signal == "reward":
+            ways.append(BY_TEXT)
+        elif may_learn_from_text(slow):
+            ways.append(IN_WORDS)
+        text += f" ({', or '.join(ways)})"
     return text
 
 
@@ -115,6 +119,7 @@ def turns_to_text(parts: Parts, record: CycleRecord) -> bool:
     learner, slow = parts.learner, parts.config.slow
     return (
         learner is not None
+        and not record.ended
         and learner.learns_from_rewards
         and slow.slow_signal == "auto"
         and may_learn_from_text(slow)

@@ -357,6 +357,12 @@ def test_a_metric_without_words_ends_where_rewards_say_nothing(tiny_qwen3, caplo
     assert result.records[-1].cycle == 1 and "have it say in words what is right" in result.stopped
 
 
+def test_words_are_not_advised_where_they_cannot_teach(tiny_qwen3, monkeypatch):
+    monkeypatch.setattr("fst_dspy.loop.learner.uses_fsdp", lambda: True)
+    result = compile_tiny(tiny_qwen3, metric=wrong, arm="rl_only", max_cycles=2)[2]
+    assert result.stopped.endswith("(give partial credit in the metric); the run ends")
+
+
 def of_ten(gold, pred, *_):
     return dspy.Prediction(score=10 * vowels(gold, pred).score + 2, feedback="Write the letter b.")
 
