@@ -90,7 +90,10 @@ def without_signal(parts: Parts, records: Sequence[CycleRecord]) -> str | None:
     same = partial(math.isclose, record.reward_range[0], abs_tol=1e-9)
     if parts.learner is None and not all(same(each.val_score) for each in records):
         return None
-    text = f"{_same_reward(record)}, so that there is nothing to learn from"
+    text = (
+        f"every rollout of cycle {record.cycle} had the reward {record.reward_range[0]:g}, so that "
+        "there is nothing to learn from"
+    )
     if _all_failed(record):
         messages = record.failure_messages
         return "; ".join(
@@ -104,11 +107,6 @@ def without_signal(parts: Parts, records: Sequence[CycleRecord]) -> str | None:
             ways.append(IN_WORDS)
         text += f" ({', or '.join(ways)})"
     return text
-
-
-def _same_reward(record: CycleRecord) -> str:
-    assert record.reward_range is not None
-    return f"every rollout of cycle {record.cycle} had the reward {record.reward_range[0]:g}"
 
 
 def turns_to_text(parts: Parts, record: CycleRecord) -> bool:
@@ -148,7 +146,11 @@ def with_end(parts: Parts, records: Sequence[CycleRecord]) -> CycleRecord:
     if record.ended or reason is None:
         return record
     if turns_to_text(parts, record):
-        text = f"{_same_reward(record)}: the metric's text teaches the weights from now on"
+        assert record.reward_range is not None
+        text = (
+            f"every rollout of cycle {record.cycle} had the reward {record.reward_range[0]:g}: the "
+            "metric's text teaches the weights from now on"
+        )
         return replace(record, decided="; ".join(filter(None, (record.decided, text))))
     if parts.config.budget.on_no_signal == "warn":
         return record
