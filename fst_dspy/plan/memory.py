@@ -115,11 +115,16 @@ def memory_of(
         weights=_weights(model, item),
         gradients=trainable * trained_item,
         optimizer=trainable * (MOMENTS + masters) + (0 if lora is None else trainable * 4),
-        copies=2 * trainable * trained_item + (4 * trainable if averaged else 0),
+        copies=2 * trainable * trained_item + (averaged_bytes(trainable) if averaged else 0),
         activations=micro_tokens * activation_bytes(config, item)
         + trained_tokens * words * TRAINED_LOGIT_BYTES,
         cache=cached_tokens * cache_bytes(config, item) + rows * words * LOGIT_BYTES,
     )
+
+
+def averaged_bytes(trainable: int) -> int:
+    """Bytes of an average of so many weights, which is in float32 and on the CPU."""
+    return 4 * trainable
 
 
 def _weights(model: Any, item: int) -> int:

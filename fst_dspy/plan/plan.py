@@ -29,6 +29,7 @@ from fst_dspy.model.sizes import (
 from fst_dspy.plan.memory import (
     USABLE,
     Memory,
+    averaged_bytes,
     fitting_lora,
     memory_of,
     run_folder_bytes,
@@ -66,6 +67,8 @@ class Plan:
         micro_batch_tokens: Of a forward and backward pass.
         memory: By what it is for, in bytes.
         peak_memory, machine_memory: The most at once, and what the device has.
+        later_memory: What comes on top, beside the model, once rewards say nothing and text teaches
+            the weights (``slow_signal="auto"``): their average.
         disk: The most that the run folder's checkpoints and weights take at once, in bytes; its
             logs come on top.
         steps, rollouts_per_step, rollouts: Of the whole run; a limit in seconds is not looked at.
@@ -90,6 +93,7 @@ class Plan:
     memory: Memory
     peak_memory: int
     machine_memory: int
+    later_memory: int
     disk: int
     steps: int
     rollouts_per_step: int
@@ -163,7 +167,9 @@ class Plan:
         yield "trained", f"{trained}, {moved}"
         parts = self.memory.to_dict().items()
         used = ", ".join(f"{name} {_gib(size)}" for name, size in parts if size)
-        yield "memory", f"{_gib(self.peak_memory)} of {_gib(self.machine_memory)} at most: {used}"
+        later = f"; {_gib(self.later_memory)} more if text comes to teach the weights"
+        most = f"{_gib(self.peak_memory)} of {_gib(self.machine_memory)} at most: {used}"
+        yield "memory", most + (later if self.later_memory else "")
         if self.disk:
             yield "run folder", f"{_gib(self.disk)} at most"
         answer = f"answer of at most {self.max_tokens:,}"
@@ -236,6 +242,8 @@ def make_plan(
     parameters = parameter_count(model)
     trainable = trainable_count(model, lora)
     averaged = slow.averages_teacher
+    may_average = slow.slow_signal == "auto" and slow.teacher_update_rate < 1
+    may_average = may_average and arm in ("fst", "rl_only")
     bare = memory_of(model, dtype, lora, trainable=trainable, averaged=averaged, micro_tokens=0)
     room = max(0, total - bare.peak(device))
     cuda = device.type == "cuda"
@@ -290,6 +298,7 @@ def make_plan(
         memory=memory,
         peak_memory=memory.peak(device),
         machine_memory=total,
+        later_memory=averaged_bytes(trainable) if may_average else 0,
         disk=run_folder_bytes(memory) if slow_on else 0,
         steps=steps,
         rollouts_per_step=batch,

@@ -96,6 +96,21 @@ def test_adapters_are_trained_where_all_weights_do_not_fit(
     assert full.adapters is None and "lora=True" in full.problems[0]
 
 
+def test_what_text_would_take_later_is_told_beside_the_memory(
+    qwen: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def told(arm: Arm = "fst", **settings: object) -> bool:
+        plan = planned(qwen, arm, **settings)
+        words = f"; {plan.later_memory / GIB:.3g} GiB more if text comes to teach the weights"
+        assert plan.later_memory in (0, 4 * plan.parameters)
+        return dict(plan.lines())["memory"].endswith(words)
+
+    machine(monkeypatch, 64)
+    assert told() and told("rl_only")
+    assert not (told("gepa_only") or told(slow_signal="reward") or told(slow_signal="both"))
+    assert not told(teacher_update_rate=1.0)
+
+
 def test_adapters_are_advised_wherever_all_weights_are_trained(qwen: Path) -> None:
     prompts = Prompts(1, 350, True)
     plan = make_plan(
