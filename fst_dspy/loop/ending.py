@@ -99,14 +99,19 @@ def without_signal(parts: Parts, records: Sequence[CycleRecord]) -> str | None:
         return "; ".join(
             [text, *told_failures(record.failure_shares, messages, parts.policy.tokenizer)]
         )
-    if parts.learner is not None and _learns_from_rewards(parts) and not _is_perfect(parts, record):
-        slow, ways = parts.config.slow, ["give partial credit in the metric"]
+    if parts.learner is None or not _learns_from_rewards(parts):
+        return text
+    slow, perfect = parts.config.slow, parts.config.fast.perfect_score
+    ways = []
+    if record.reward_range[0] > perfect:
+        ways = [f"set perfect_score, now {perfect:g}, to the best score that the metric gives"]
+    elif not _is_perfect(parts, record):
+        ways = ["give partial credit in the metric"]
         if slow.slow_signal == "reward":
             ways.append(BY_TEXT)
         elif may_learn_from_text(slow):
             ways.append(IN_WORDS)
-        text += f" ({', or '.join(ways)})"
-    return text
+    return f"{text} ({', or '.join(ways)})" if ways else text
 
 
 def turns_to_text(parts: Parts, record: CycleRecord) -> bool:

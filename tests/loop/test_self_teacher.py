@@ -367,6 +367,16 @@ def of_ten(gold, pred, *_):
     return dspy.Prediction(score=10 * vowels(gold, pred).score + 2, feedback="Write the letter b.")
 
 
+def test_a_score_above_the_perfect_one_is_not_the_end_without_a_word(tiny_qwen3):
+    def five(gold, pred, *_):
+        return dspy.Prediction(score=5.0, feedback="Write the letter b.")
+
+    settings = {"arm": "rl_only", "max_cycles": 1, "metric": five}
+    stopped = compile_tiny(tiny_qwen3, **settings)[2].stopped
+    assert "(set perfect_score, now 1, to the best score that the metric gives)" in stopped
+    assert compile_tiny(tiny_qwen3, perfect_score=10.0, **settings)[2].stopped is None
+
+
 @pytest.mark.parametrize("by", [{"slow_signal": "feedback"}, {"skip_perfect_score": True}])
 def test_a_metric_of_another_range_is_not_taken_for_perfect(by, tiny_qwen3):
     with pytest.raises(ConfigError, match=r"above perfect_score=1, and .* set perfect_score"):
