@@ -38,7 +38,7 @@ IN_TESTS = {
         "max_rollouts=260": "max_rollouts=200",
         "first_cycle_iterations=4": "first_cycle_iterations=2",
     },
-    "06_compared": {"budget = 800": "budget = 300", "test=64": "test=24"},
+    "06_compared": {"budget = 800": "budget = 220", "test=64": "test=24"},
 }
 """What is run otherwise here, for time and the network: texts of the notebook, and of the test."""
 
