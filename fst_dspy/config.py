@@ -284,7 +284,8 @@ class SlowConfig:
             not, token by token on what that has said (``fst_dspy.loop.self_teacher``; SDPO,
             arXiv 2601.20802); or ``"both"``. Text is for weights that have no prompts beside them
             to hold it (``arm="rl_only"``), and for rewards that say nothing: with ``"auto"`` it is
-            rewards, and both once all rollouts of a cycle had the same one (under FSDP, rewards).
+            rewards, and both once a cycle's were equal in nearly every group, and low (under FSDP,
+            rewards).
         distillation_weight: Of the feedback where both count, in (0, 1); rewards have the rest
             (TRL: SDPO's ``distillation_weight``).
         teacher_update_rate: With feedback, share of the way to the live weights that the teacher's

@@ -26,6 +26,10 @@ from fst_dspy.types import CycleRecord, Rollout, TurnCounts
 
 ALL = 0.999
 """Share from which on a figure is that of all rollouts."""
+NEARLY_ALL, TELLING = 0.9, 20
+"""Share of a cycle's groups without a gradient from which on rewards tell next to nothing, and how
+many groups there must be to say so. Of 20 groups of 8, with one right rollout of 20 on every
+problem, as many are without one in 2 % of cases; of 48 in 0.01 %."""
 BY_TEXT = "let its feedback teach the weights: slow_signal='both'"
 """What makes up for a score that says nothing."""
 IN_WORDS = "have it say in words what is right: dspy.Prediction(score=, feedback=)"
@@ -114,12 +118,16 @@ def without_signal(parts: Parts, records: Sequence[CycleRecord]) -> str | None:
     return f"{text} ({', or '.join(ways)})" if ways else text
 
 
-def turns_to_text(parts: Parts, record: CycleRecord) -> bool:
-    """Whether rewards have said nothing to the weights in a cycle, and the metric's text is to.
+def turns_to_text(parts: Parts, records: Sequence[CycleRecord]) -> bool:
+    """Whether rewards told the weights next to nothing in a cycle, and the metric's text is to.
 
-    So it is with ``slow_signal="auto"``: once, and for the rest of the run.
+    So it is with ``slow_signal="auto"``: once, and for the rest of the run. Rewards tell nothing
+    where all are equal, and next to nothing where those of nearly every group are, and low.
+
+    Args:
+        records: Those so far; of the cycle itself the last.
     """
-    learner, slow = parts.learner, parts.config.slow
+    learner, slow, record = parts.learner, parts.config.slow, records[-1]
     return (
         learner is not None
         and not record.ended
@@ -127,10 +135,27 @@ def turns_to_text(parts: Parts, record: CycleRecord) -> bool:
         and slow.slow_signal == "auto"
         and may_learn_from_text(slow)
         and record.train_reward is not None
-        and all_equal(record)
+        and (all_equal(record) or _hardly_differ(parts, records))
         and not _is_perfect(parts, record)
         and not _all_failed(record)
         and parts.runner.tally.told > 0
+    )
+
+
+def _hardly_differ(parts: Parts, records: Sequence[CycleRecord]) -> bool:
+    """Whether nearly all groups of a cycle had equal rewards, and more low ones than perfect ones.
+
+    Of few groups that may be chance.
+    """
+    *_, before, record = records
+    if record.train_reward is None or record.reward_range is None:
+        return False
+    groups = (record.step - before.step) * parts.config.slow.problems_per_step
+    middle = (record.reward_range[0] + parts.config.fast.perfect_score) / 2
+    return (
+        groups >= TELLING
+        and record.constant_group_share >= NEARLY_ALL
+        and record.train_reward < middle
     )
 
 
@@ -147,17 +172,15 @@ def with_end(parts: Parts, records: Sequence[CycleRecord]) -> CycleRecord:
     Args:
         records: Those so far; of the cycle itself the last.
     """
-    record, reason = records[-1], without_signal(parts, records)
-    if record.ended or reason is None:
-        return record
-    if turns_to_text(parts, record):
-        assert record.reward_range is not None
+    record = records[-1]
+    if turns_to_text(parts, records):
         text = (
-            f"every rollout of cycle {record.cycle} had the reward {record.reward_range[0]:g}: the "
-            "metric's text teaches the weights from now on"
+            f"{record.constant_group_share:.0%} of the groups of cycle {record.cycle} had equal "
+            "rewards: the metric's text teaches the weights from now on"
         )
         return replace(record, decided="; ".join(filter(None, (record.decided, text))))
-    if parts.config.budget.on_no_signal == "warn":
+    reason = without_signal(parts, records)
+    if record.ended or reason is None or parts.config.budget.on_no_signal == "warn":
         return record
     return replace(record, decided=f"{reason}; the run ends", ended=True)
 

@@ -248,7 +248,7 @@ class Run:
         state, decision = shared_out(parts, state, found)
         record = cycle_record(parts, state, cycle, found, seconds, decision)
         record = with_end(parts, (*state.records, record))
-        if parts.learner is not None and turns_to_text(parts, record):
+        if parts.learner is not None and turns_to_text(parts, (*state.records, record)):
             parts.learner.learn_from_text()
         # Processes that no longer agree would only be noticed by their results.
         facts = (record.weights_version, record.val_scores, record.candidate_ids)

@@ -281,7 +281,7 @@ def test_rewards_that_say_nothing_leave_it_to_the_text(tiny_qwen3, tmp_path, mon
     whole = compile_tiny(tiny_qwen3, log_dir=tmp_path / "whole", **settings)[2]
     before, first, second = whole.records
     assert first.weights_version == before.weights_version != second.weights_version
-    assert "reward 0: the metric's text teaches the weights from now on" in first.decided
+    assert "100% of the groups of cycle 1 had equal rewards: the metric's text" in first.decided
     assert not first.ended and second.lessons["taught"] and "nothing to learn" not in caplog.text
     steps = kill_before_steps(monkeypatch, 2, 3)
     for _ in range(2):
@@ -343,6 +343,22 @@ def test_what_a_checkpoint_is_written_of_moves_on_no_more(tiny_qwen3):
             weight.add_(1.0)
     learner._averaged.follow()
     assert all(torch.equal(teacher[name], tensor) for name, tensor in before.items())
+
+
+@pytest.mark.parametrize(("steps", "share"), [(5, "95%"), (2, None)])
+def test_of_few_groups_one_with_a_gradient_is_enough(steps, share, tiny_qwen3):
+    """One rollout of the whole cycle is right: of twenty groups that is next to nothing."""
+    asked = itertools.count()
+
+    def rarely(gold, pred, trace=None):
+        right = next(asked) == 12  # after those of validation
+        return dspy.Prediction(score=float(right), feedback="Write the letter b.")
+
+    settings = {"arm": "rl_only", "max_cycles": 2, "steps_per_cycle": steps, "val_size": 2}
+    settings |= {"problems_per_step": 4, "cold_start_demos": 0, "metric": rarely}
+    first = compile_tiny(tiny_qwen3, **settings)[2].records[1]
+    assert first.reward_range == (0.0, 1.0)
+    assert (first.decided or "").startswith(f"{share} of the groups") == (share is not None)
 
 
 def test_rewards_that_say_something_teach_as_ever(tiny_qwen3):
