@@ -135,8 +135,10 @@ def main(
         "Mean test scores of the prompt that the opening ended with and of the one that the run "
         "ended with, under base and trained weights.",
     )
-    more = "What the later prompt gains more under the trained weights (95 % intervals over runs):"
-    results.write_text("\n".join([table.markdown(), more, "", *said, ""]))
+    heading = (
+        "What the later prompt gains more under the trained weights (95 % intervals over runs):"
+    )
+    results.write_text("\n".join([table.markdown(), heading, "", *said, ""]))
 
 
 if __name__ == "__main__":

@@ -175,8 +175,11 @@ class SteppedGRPOTrainer(GRPOTrainer):
             and not self.has_dropout
             and not self.is_fsdp_enabled
         )
-        # Of some kinds TRL's output layer lacks a factor; a copy that is cut up knows no other.
-        self.outputs_as_model = self.is_fsdp_enabled or self._outputs_as_model()
+        # Of some kinds TRL's output layer lacks a factor; a copy that is cut up knows no other, and
+        # mixtures of experts do not use it.
+        self.outputs_as_model = (
+            self.is_fsdp_enabled or self.aux_loss_enabled or self._outputs_as_model()
+        )
 
     @property
     def parameters(self) -> list[torch.nn.Parameter]:
