@@ -103,11 +103,11 @@ class _Entry:
 def _entering(like: Callable[..., Any], find: Callable[[dspy.Module], Any]) -> Callable[..., Any]:
     """A function of a program that enters it and runs what is found for it."""
 
-    def forward(program: dspy.Module, *args: Any, **kwargs: Any) -> Any:
+    def forward(program: dspy.Module, /, *args: Any, **kwargs: Any) -> Any:
         with _entered(program):
             return find(program)(*args, **kwargs)
 
-    async def aforward(program: dspy.Module, *args: Any, **kwargs: Any) -> Any:
+    async def aforward(program: dspy.Module, /, *args: Any, **kwargs: Any) -> Any:
         with _entered(program):
             return await find(program)(*args, **kwargs)
 

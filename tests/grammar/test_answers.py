@@ -301,7 +301,7 @@ def test_answers_of_every_type_are_read(adapter: Any, kind: str, policy: Policy)
         assert adapter.parse(signature, answer).keys() == {"first", "last"}
 
 
-@settings(max_examples=12)
+@settings(max_examples=8)
 @given(
     kinds=st.lists(st.sampled_from(sorted(TYPES)), min_size=1, max_size=3, unique=True),
     adapter=st.sampled_from(ADAPTERS),

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.slow
 
 def test_triage_improves_by_both_channels_at_low_drift():
     task, lm = load_task("triage", seed=3), LocalLM("embedded")
-    settings = {"max_cycles": 2, "steps_per_cycle": 3, "max_tokens": 48}
+    settings = {"max_cycles": 1, "steps_per_cycle": 3, "max_tokens": 40}
     fst = FST(task.metric, seed=3, track_stats=True, **settings)
     with dspy.context(lm=lm):
         compiled = fst.compile(task.program, trainset=task.trainset, valset=task.valset)

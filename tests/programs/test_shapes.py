@@ -56,6 +56,13 @@ def models(tiny_qwen3: Any) -> Models:
 
 # --- the shapes -----------------------------------------------------------------------------------
 
+OUR_WORDS = (
+    "program, example, candidate, version, seed, like, find, given, method",
+    "name, task, job, call, calls, cls, owner, kind, args, module, runner",
+    "predictor, predictors, prediction, gold, pred, trace, score, feedback, metric",
+)
+"""Fields that are called what arguments of ours are."""
+
 SHAPES = Shapes()
 shape = SHAPES.add
 
@@ -64,6 +71,8 @@ for title, make, inputs in [
     ("Predict", lambda m: dspy.Predict(QA), {}),
     ("ChainOfThought", lambda m: dspy.ChainOfThought(QA), {}),
     ("ReAct", lambda m: dspy.ReAct(QA, [look], max_iters=3), {}),
+    *((f"ChainOfThought of {names}", lambda m, names=names: dspy.ChainOfThought(
+     f"{names} -> answer"), dict.fromkeys(names.split(", "), "x")) for names in OUR_WORDS),
     ("config of a predictor", lambda m: dspy.Predict(QA, temperature=0.3, max_tokens=300), {}),
     ("n completions", lambda m: dspy.Predict(QA, n=3), {}),
     ("model", lambda m: dspy.Predict(dspy.Signature({"place": (Place, dspy.InputField()),

@@ -28,8 +28,9 @@ IN_TESTS = {
     "02_watch_the_weights": {"test=40": "test=16", "max_cycles=4": "max_cycles=2"},
     "03_study": {
         "test=60": "test=1",  # which it has no use for
-        "    trials=4,": "    trials=3,",
-        "max_rollouts=320": "max_rollouts=160",
+        "rollouts=160),\n    trials=4,": "rollouts=96),\n    trials=3,",
+        "rollouts=160),\n    trials=2,": "rollouts=96),\n    trials=2,",
+        "max_rollouts=320": "max_rollouts=96",
     },
     "04_continual": {"test=24": "test=12", "val_size=24": "val_size=12"},
     "05_real_models": {

@@ -380,12 +380,12 @@ def test_every_pruner_hears_of_the_cycles(pruner, tiny_qwen3, tmp_path):
 
 
 def test_several_objectives_with_a_limit_and_a_warm_start(tiny_qwen3, tmp_path):
-    earlier = tune_tiny(tiny_qwen3, tmp_path / "earlier", trials=2)
+    earlier = tune_tiny(tiny_qwen3, tmp_path / "earlier", trials=1)
     objective = Objective(
         ("score", "kl_to_base"), BUDGET, at_most={"kl_to_base": 0.5}, pruner="none"
     )
     study = tune_tiny(
-        tiny_qwen3, tmp_path / "study", trials=5, objective=objective, warm_start=[earlier]
+        tiny_qwen3, tmp_path / "study", trials=4, objective=objective, warm_start=[earlier]
     )
     assert study.trials[1].params == earlier.best_params
     assert "fst, trial" in study.trials[1].user_attrs["source"]
@@ -698,12 +698,12 @@ def start_worker(plan, index=0):
 
 def test_the_trial_of_a_killed_worker_goes_on_in_its_folder(tiny_qwen3, tmp_path, monkeypatch):
     storage = f"journal:///{tmp_path}/study.journal"
-    objective = Objective(rollouts=400, pruner="none")
+    objective = Objective(rollouts=160, pruner="none")
     plan = plan_tiny(tiny_qwen3, tmp_path, storage, objective=objective, trials=1)
     worker = start_worker(plan)
     checkpoints = tmp_path / "trial-0000" / "checkpoints"
     wait_for(
-        lambda: any(path.name.isdigit() and int(path.name) > 8 for path in checkpoints.glob("*"))
+        lambda: any(path.name.isdigit() and int(path.name) > 3 for path in checkpoints.glob("*"))
     )
     os.kill(worker.pid, signal.SIGKILL)
     worker.join()
