@@ -21,7 +21,7 @@ from fst_dspy.fast.phase import FastPhase
 from fst_dspy.fast.population import best, choose
 from fst_dspy.fast.proposers.demos import SOURCE, DemoProposer, shown_examples, without_answer
 from fst_dspy.fast.proposers.labels import read_rules
-from fst_dspy.fast.proposers.lessons import LessonProposer
+from fst_dspy.fast.proposers.lessons import ORDERS, LessonProposer
 from fst_dspy.fast.reflector import Reflector, Trajectory, make_records
 from fst_dspy.fast.trials import TrialPhase
 from fst_dspy.loop.sampling import StepSampler
@@ -302,6 +302,58 @@ def test_lessons_and_what_labels_tell_are_tried_together_and_each_alone():
     assert both == again and set(both) == {*alone, *(rules - {"visa: silver"})}
     assert set(labels) == rules
     assert proposed("\n".join(["Answer.", *both])) != alone, "what was accepted stays"
+
+
+def told_of(examples, feedback):
+    rollouts = [Trajectory(e, rollout_of(e, "?", feedback.format(**e))) for e in examples]
+    return {NAME: make_records(NAME, rollouts)}
+
+
+SENTENCE = "Lesson: {topic} tickets go to {queue}."
+"""A lesson of five words, where the rule of the labels has two."""
+
+
+def test_where_room_is_short_lessons_are_said_as_rules_of_labels():
+    proposer = LessonProposer(4 * len(TOPICS), words)
+    proposer.study({example_id(e): e for e in TRAIN})
+    told = told_of(TRAIN, SENTENCE)
+    text = proposer.propose({NAME: "Answer."}, told, [NAME])[NAME]
+    rules = {f"{topic}: {queue}" for topic, queue in QUEUES.items()}
+    assert set(text.split("\n")[1:]) == rules, "and not the first few sentences"
+    roomy = LessonProposer(256, words)
+    roomy.load_state(json.loads(json.dumps(proposer.state())))
+    roomy.study({example_id(e): e for e in TRAIN})
+    lines = roomy.propose({NAME: text}, told, [NAME])[NAME].split("\n")
+    in_place = [line.replace(":", " tickets go to") + "." for line in text.split("\n")[1:]]
+    assert lines[1:] == in_place, "as feedback words them"
+    for _ in range(ORDERS):
+        text, before = proposer.propose({NAME: text}, told, [NAME])[NAME], text
+        assert text != before and set(text.split("\n")[1:]) == rules, "in another order"
+    assert proposer.propose({NAME: text}, told, [NAME])[NAME] == text
+
+
+def test_a_lesson_that_says_more_than_a_rule_of_labels_is_not_cut_short():
+    proposer = LessonProposer(4 * len(TOPICS), words)
+    proposer.study({example_id(e): e for e in TRAIN})
+    visa = [e for e in TRAIN if e.topic == "visa"]
+    rest = told_of([e for e in TRAIN if e.topic != "visa"], SENTENCE)
+    proposer.observe(NAME, rest[NAME])
+    more = told_of(visa, "Lesson: visa tickets of groups go to {queue}, once stamped.")
+    lines = proposer.propose({NAME: "Answer."}, more, [NAME])[NAME].split("\n")
+    assert "visa tickets of groups go to silver, once stamped." in lines
+    assert "visa: silver" not in lines and "loan: amber" in lines
+
+
+def test_rules_of_labels_take_the_place_of_lessons_that_say_the_same():
+    proposer = LessonProposer(256, words)
+    proposer.study({example_id(e): e for e in TRAIN})
+    topics = sorted(QUEUES)
+    two, third = ([e for e in TRAIN if e.topic in some] for some in (topics[:2], topics[2:3]))
+    told = told_of(two, SENTENCE)
+    _, alone = (proposer.propose({NAME: "Answer."}, told, [NAME])[NAME] for _ in range(2))
+    assert alone.count("tickets go to") == 2 and ": " not in alone
+    text = proposer.propose({NAME: alone}, told_of(third, SENTENCE), [NAME])[NAME]
+    assert sorted(text.split("\n")[1:]) == sorted(f"{t}: {q}" for t, q in QUEUES.items())
 
 
 @pytest.mark.parametrize("feedback", ["quoted", "reversed"])

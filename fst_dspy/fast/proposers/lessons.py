@@ -14,6 +14,7 @@ import dataclasses
 import random
 import re
 from bisect import bisect_left
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
@@ -377,31 +378,37 @@ class LessonProposer:
             live = {k: v for k, v in live.items() if not self.guard.copied(v.text, instruction)}
         said = {key: lesson.subject for key, lesson in live.items()}
         said |= {key_of(rule.text): [rule.cue] for rule in rules}
-        stale = {key_of(rule.text) for rule in self._all_rules(component) if rule not in rules}
+        every = [] if tool is not None else self._all_rules(component)
         added = self._added.setdefault(component, {})
-        lines = [
-            line
-            for line in (instruction.split("\n") if instruction else [])
-            if not _outdated(line, memory, said, line in added)
-            and not (line in added and key_of(line) in stale)
-        ]
+        # What feedback says goes before what labels tell, and stands where that stood.
+        stale = {key_of(rule.text): rule for rule in self._all_rules(component)}
+        stale = {key: rule for key, rule in stale.items() if rule not in rules}
+        lines: list[str] = []
+        for line in instruction.split("\n") if instruction else []:
+            if line in added and (rule := stale.get(key_of(line))):
+                same = _ranked([x for key, x in live.items() if restates(key, rule)])
+                lines += [x.text for x in same[:1] if x.text not in lines]
+                added |= dict.fromkeys(x.text for x in same[:1])
+            elif not _outdated(line, memory, said, line in added):
+                lines.append(line)
         present = key_of(" ".join(lines))
         missing = _ranked([x for key, x in live.items() if not holds(present, key)])
-        every = [] if tool is not None else self._all_rules(component)
         if missing and every and not any(holds(present, key_of(rule.text)) for rule in every):
             # Labels are not always what a metric is after, and not all feedback is of use to a
             # model: where both are new they are tried together, and each alone.
             mixes = [(missing, rules), *([(missing, [])] if rules else []), ([], every)]
             turn = self._mixes[component] = self._mixes.get(component, -1) + 1
             missing, rules = mixes[turn % len(mixes)]
+            if not missing:
+                lines = [line for line, _ in in_short(lines, added, rules)]
         unmarked = [lesson for lesson in missing if not lesson.marked][NEW_UNMARKED:]
         new = [lesson.text for lesson in missing if lesson not in unmarked]
         new += [rule.text for rule in rules if not holds(present, key_of(rule.text))]
         added |= dict.fromkeys(new)
-        lines += new
+        lines += [line for line in new if line not in lines]
         rank = {key: lesson.rank for key, lesson in memory.items()}
-        rank |= {key_of(rule.text): (-1, 0, rule.support) for rule in rules}
-        lines = self._shorten(lines, added, rank)
+        rank |= {key_of(rule.text): (-1, 0, rule.support) for rule in every}
+        lines = self._shorten(lines, added, rank, every)
         text = "\n".join(lines)
         if text != instruction or self._orders.get(component, 0) >= ORDERS:
             return text
@@ -418,15 +425,26 @@ class LessonProposer:
         return "\n".join(moved.get(i, line) for i, line in enumerate(lines))
 
     def _shorten(
-        self, lines: list[str], added: Collection[str], rank: Mapping[str, tuple[int, int, int]]
+        self,
+        lines: list[str],
+        added: dict[str, None],
+        rank: Mapping[str, tuple[int, int, int]],
+        rules: Sequence[Rule],
     ) -> list[str]:
-        """The lines without the weakest of those added, which would take too many tokens."""
+        """The lines in as many tokens as they may take.
+
+        What rules of labels tell is said in their words, which are fewer, and then the weakest of
+        the lines added are left out.
+        """
         own = [line for line in lines if line not in added]
-        learned = dict.fromkeys(line for line in lines if line in added)
-        best_first = sorted(
-            learned, key=lambda line: rank.get(key_of(line), FORGOTTEN), reverse=True
-        )
         room = self._tokens(own) + self.instruction_tokens
+        if len(own) == len(lines) or self._tokens(lines) <= room:
+            return lines
+        short = in_short(lines, added, rules)
+        lines = [line for line, _ in short]
+        learned = {line: rank.get(key_of(was), FORGOTTEN) for line, was in short if was in added}
+        added |= dict.fromkeys(learned)
+        best_first = sorted(learned, key=lambda line: learned[line], reverse=True)
 
         def with_best(count: int) -> list[str]:
             dropped = set(best_first[count:])
@@ -435,10 +453,8 @@ class LessonProposer:
         def is_too_long(count: int) -> bool:
             return self._tokens(with_best(count)) > room
 
-        if not learned or not is_too_long(len(best_first)):
-            return lines
         # To drop one after the other would count what is left as often as there are lessons.
-        return with_best(bisect_left(range(len(best_first)), True, key=is_too_long) - 1)
+        return with_best(bisect_left(range(len(best_first) + 1), True, key=is_too_long) - 1)
 
     def _tokens(self, lines: Sequence[str]) -> int:
         return self.count_tokens(well_formed("\n".join(lines)))
@@ -515,6 +531,38 @@ def gaps(key: str) -> list[Gap]:
     after = list(accumulate(parts[::-1], lambda known, word: hash((known, word)), initial=0))[::-1]
     second_half = range((len(parts) + 1) // 2, len(parts))
     return [(len(parts), before[i], after[min(i + 2, len(parts))]) for i in second_half]
+
+
+def in_short(
+    lines: Sequence[str], added: Collection[str], rules: Sequence[Rule]
+) -> list[tuple[str, str]]:
+    """Lines in the words of rules of labels, each once, and each as it was.
+
+    Only a lesson that differs from another in its cue and answer alone is one of those rules.
+    """
+    forms: dict[str, tuple[str, Rule]] = {}
+    for line in lines:
+        key = key_of(line)
+        told = [rule for rule in rules if restates(key, rule)] if line in added else []
+        if len(told) == 1 and key != key_of(told[0].text):
+            form = f" {key} "
+            for part in (told[0].cue, told[0].answer):
+                form = form.replace(f" {key_of(part)} ", " \0 ")
+            forms[line] = form, told[0]
+    counts = Counter(form for form, _ in forms.values())
+    found, seen = [], set()
+    for line in lines:
+        form, rule = forms.get(line, ("", None))
+        short = rule.text if rule is not None and counts[form] > 1 else line
+        if line not in added or short not in seen:
+            found.append((short, line))
+            seen.add(short)
+    return found
+
+
+def restates(lesson: str, rule: Rule) -> bool:
+    """Whether a lesson, by its key, gives the answer of a rule of labels, of the rule's cue."""
+    return holds(lesson, key_of(rule.cue)) and holds(lesson, key_of(rule.answer))
 
 
 class Near:
