@@ -564,63 +564,83 @@ def settings_of_arm(arm: str, settings: Mapping[str, Any]) -> dict[str, Any]:
     return dict(settings)
 
 
-def used_by(arm: str, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Flat settings without those of a channel that the arm does not have."""
-    lacking = {"rl_only": "fast", "gepa_only": "slow"}.get(arm)
-    owner, kept = _owners(), ("perfect_score", "population_size")  # who reads them, and group sizes
-    named = {name: ALIASES.get(name, name) for name in settings}
+def used_by(arm: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Flat settings, and other options of ``FST``, without those that the arm has no use for."""
+    unused = _unused_by(arm)
     return {
         name: value
-        for name, value in settings.items()
-        if named[name] in kept or owner.get(STANDS_FOR.get(named[name], named[name]), "") != lacking
+        for name, value in options.items()
+        if STANDS_FOR.get(own := ALIASES.get(name, name), own) not in unused
     }
 
 
-def without_channel(arm: str, settings: Mapping[str, Any]) -> list[str]:
-    """What to tell of settings that were given for a channel that the arm does not have.
+def _unused_by(arm: str) -> set[str]:
+    """What an arm has no use for: most is of the channel that it does not have."""
+    kept = {"perfect_score", "population_size"}  # who reads them, and group sizes
+    names = {
+        part: {f.name for f in dataclasses.fields(kind)} - kept for part, kind in PARTS.items()
+    }
+    unused = {
+        "rl_only": {*names["fast"], "batch_sampler", "reflection_lm", "instruction_proposer"},
+        "gepa_only": {*names["slow"], "first_phase", "reuse", "reuse_window"},
+        "fst_distill": {*OF_REWARDS, *OF_TEXT, "loss_type", "beta", "entropy_coef"}
+        | {"slow_signal", "revisit_constant", "damp_constant"},
+    }
+    return unused.get(arm, set())
+
+
+def without_effect(arm: str, config: FSTConfig, given: Mapping[str, Any]) -> list[str]:
+    """What to tell of options that were given, and that the arm or others leave without effect.
 
     Where all settings are given, as those that were saved are, the defaults are no wish.
+
+    Args:
+        arm: ``"fst"`` and the like, or ``"fst_distill"``.
+        config: The settings that came of it.
+        given: Settings and options of ``FST``, as they were given.
     """
     usual = {f.name: f.default for kind in PARTS.values() for f in dataclasses.fields(kind)}
     usual["lora"] = "auto"  # as ``FSTConfig.make`` has it
-    return [
-        f"{name} has no effect with arm={arm!r}"
-        for name in settings.keys() - used_by(arm, settings).keys()
-        if settings[name] != usual.get(ALIASES.get(name, name))
-    ]
-
-
-def without_effect(
-    config: FSTConfig, given: Iterable[str], *, has_reflection_lm: bool = True
-) -> list[str]:
-    """What to tell of settings that were given, and that others leave without effect.
-
-    Where all settings are given, as those that were saved are, the defaults are no wish.
-    """
-    reflects = (has_reflection_lm, "a reflection_lm")
-    needed = {
-        "distillation_weight": (config.slow.slow_signal in ("auto", "both"), "slow_signal='both'"),
-        "teacher_update_rate": (
-            config.slow.slow_signal != "reward",
-            "slow_signal='feedback' or 'both'",
-        ),
-        "discount": (config.slow.credit == "turn", "credit='turn'"),
-        "epsilon": (
-            config.slow.loss_type not in ("cispo", "sapo", "vespo"),
-            "a loss_type that clips both ways, such as 'dapo'",
-        ),
-        "reuse_window": (config.fast.reuse, "reuse=True"),
-        "max_reflection_cost": reflects,
-        "max_reflection_tokens": reflects,
+    wished = {
+        name: ALIASES.get(name, name)
+        for name, value in given.items()
+        if value != usual.get(ALIASES.get(name, name))
     }
-    owner = _owners()
-    return [
-        f"{name} has no effect without {what}"
-        for name, (has_effect, what) in needed.items()
-        if name in given
-        and not has_effect
-        and getattr(getattr(config, owner[name]), name) != getattr(PARTS[owner[name]], name)
-    ]
+    used = used_by(arm, wished)
+    told = [f"{name} has no effect with arm={arm!r}" for name in wished if name not in used]
+    proposing = (given.get(name) is not None for name in ("reflection_lm", "instruction_proposer"))
+    why = _overruled(config, *proposing)
+    told += [f"{name} has no effect {why[own]}" for name, own in used.items() if why.get(own)]
+    return sorted(told)
+
+
+def _overruled(config: FSTConfig, has_reflection_lm: bool, has_proposer: bool) -> dict[str, str]:
+    """The settings that others leave without effect, and why."""
+    slow, fast = config.slow, config.fast
+    why: dict[str, str] = {}
+    if slow.slow_signal not in ("auto", "both"):
+        why["distillation_weight"] = "without slow_signal='both'"
+    if slow.slow_signal == "reward":
+        why["teacher_update_rate"] = "without slow_signal='feedback' or 'both'"
+    if slow.slow_signal in ("feedback", "both"):
+        why["revisit_constant"] = f"with slow_signal={slow.slow_signal!r}"
+    if slow.credit != "turn":
+        why["discount"] = "without credit='turn'"
+    if slow.loss_type in ("cispo", "sapo", "vespo"):
+        why["epsilon"] = "without a loss_type that clips both ways, such as 'dapo'"
+    if slow.loss_type in ("sapo", "vespo"):
+        why["epsilon_high"] = "without a loss_type that clips, such as 'cispo'"
+    if slow.slow_signal == "feedback":
+        why |= dict.fromkeys(OF_REWARDS, "with slow_signal='feedback'")
+    if not fast.reuse:
+        why["reuse_window"] = "without reuse=True"
+    if has_proposer:
+        words = "with an instruction_proposer, which has its own way"
+        why |= dict.fromkeys(("instruction_tokens", *OF_REFLECTION), words)
+    elif not has_reflection_lm:
+        why |= dict.fromkeys(OF_REFLECTION, "without a reflection_lm")
+        why["reflection_context"] = "without a reflection_lm or an instruction_proposer"
+    return why
 
 
 def check_setting(name: str, value: Any) -> None:
@@ -733,6 +753,13 @@ def as_lora(value: Any) -> LoraConfig | Literal["auto"] | None:
     _require(isinstance(value, LoraConfig), f"lora must be a LoraConfig or a bool, got {value!r}")
     return value
 
+
+OF_REWARDS = ("epsilon", "epsilon_high", "scale_rewards", "advantage", "credit", "discount")
+"""Settings of how weights learn from rewards."""
+OF_TEXT = ("distillation_weight", "teacher_update_rate")
+"""Of how they learn from feedback."""
+OF_REFLECTION = ("max_reflection_cost", "max_reflection_tokens")
+"""Of what the reflection LM may take."""
 
 DERIVED = {"rollouts_per_candidate": 1, "lora_rank": 0}
 """Flat settings that stand for others, with the least value of each."""

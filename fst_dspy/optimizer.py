@@ -55,7 +55,7 @@ from gepa.core.adapter import ProposalFn
 from gepa.utils import StopperProtocol
 
 from fst_dspy.bundle.saving import make_savable
-from fst_dspy.config import Auto, FSTConfig, settings_of_arm, without_channel, without_effect
+from fst_dspy.config import Auto, FSTConfig, settings_of_arm, without_effect
 from fst_dspy.display import on_a_screen
 from fst_dspy.errors import ConfigError
 from fst_dspy.fast.gepa.plugins import read_plugins
@@ -159,12 +159,12 @@ class FST(Teleprompter):
         self.metric = metric
         self.reflection_lm, self.strategies = plugins.reflection_lm, plugins.strategies
         self.config = FSTConfig.make(auto, **plugins.settings)
-        told = without_effect(
-            self.config, plugins.settings, has_reflection_lm=plugins.reflection_lm is not None
-        )
-        for text in told:
-            logger.warning(text)
-        self._without_channel = without_channel(arm, settings)
+        self._given = {
+            **(gepa_kwargs or {}),
+            **settings,
+            "reflection_lm": reflection_lm,
+            "instruction_proposer": instruction_proposer,
+        }
         self.arm: Arm = arm
         self.seed = _read_seed(seed)
         self.log_dir = folder_given(log_dir)
@@ -210,8 +210,6 @@ class FST(Teleprompter):
         """
         if teacher is not None:
             raise ConfigError("FST has no use for a teacher; pass the student alone")
-        for text in sorted(self._without_channel):
-            logger.warning(text)
         start = Start()
         if seed_candidates is not None:
             checked = self.check(student, trainset, valset)
@@ -232,11 +230,17 @@ class FST(Teleprompter):
         Raises:
             ConfigError: Besides, a candidate that was made for another program.
         """
+        self.tell_without_effect()
         checked = self.check(student, trainset, valset)
         for candidate in start.candidates:
             bind(student, candidate)
         parts = make_parts(self.spec(), student, checked, start)
         return self.finish(parts, student)
+
+    def tell_without_effect(self) -> None:
+        """Tell which of the options that were given change nothing; not of parts of another."""
+        for text in without_effect(self.arm, self.config, self._given):
+            logger.warning(text)
 
     def check(
         self,

@@ -15,11 +15,20 @@ from fst_dspy.config import (
     FSTConfig,
     LoraConfig,
     settings_of_arm,
-    without_channel,
+    without_effect,
     without_removed,
 )
 from fst_dspy.errors import ConfigError
 from fst_dspy.results.result import flat_settings
+
+
+def unused(fst):
+    """What is told at its compile of options that do nothing."""
+    return without_effect(fst.arm, fst.config, fst._given)
+
+
+def propose(candidate, reflective_dataset, components_to_update):
+    return {}
 
 
 def test_flat_settings_reach_their_part():
@@ -44,13 +53,35 @@ def test_flat_settings_reach_their_part():
 )
 def test_a_setting_that_others_leave_without_effect_is_told(name, value, needed, caplog):
     others = {"reuse": {"reuse": False}, "slow_signal": {"slow_signal": "reward"}}
-    FST(vowels, **{name: value}, **others.get(next(iter(needed)), {}))
-    assert f"{name} has no effect" in caplog.text and next(iter(needed)) in caplog.text
-    caplog.clear()
-    FST(vowels, **{name: value}, **needed)
-    FST(vowels)
-    FST(vowels, **flat_settings(FST(vowels).config.to_dict()))
-    assert not caplog.records
+    (told,) = unused(FST(vowels, **{name: value}, **others.get(next(iter(needed)), {})))
+    assert told.startswith(f"{name} has no effect") and next(iter(needed)) in told
+    assert unused(FST(vowels, **{name: value}, **needed)) == unused(FST(vowels)) == []
+    assert unused(FST(vowels, **flat_settings(FST(vowels).config.to_dict()))) == []
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({"slow_signal": "feedback", "scale_rewards": "none"}, "scale_rewards"),
+        ({"slow_signal": "both", "revisit_constant": 0.2}, "revisit_constant"),
+        ({"loss_type": "sapo", "epsilon_high": 3.0}, "epsilon_high"),
+        ({"reflection_context": "trajectory"}, "reflection_context"),
+        ({"instruction_proposer": propose, "instruction_tokens": 9}, "instruction_tokens"),
+        (
+            {"instruction_proposer": propose, "reflection_lm": "openai/x"}
+            | {"max_reflection_cost": 1.0},
+            "max_reflection_cost",
+        ),
+        ({"arm": "rl_only", "reflection_lm": "openai/x"}, "reflection_lm"),
+        ({"arm": "rl_only", "instruction_proposer": propose}, "instruction_proposer"),
+        ({"arm": "rl_only", "gepa_kwargs": {"reflection_minibatch_size": 3}}, "reflection_m"),
+        ({"arm": "gepa_only", "first_phase": "slow"}, "first_phase"),
+        ({"arm": "gepa_only", "reuse": False}, "reuse"),
+    ],
+)
+def test_an_option_that_is_taken_and_does_nothing_is_told(given, told):
+    (text,) = unused(FST(vowels, **given))
+    assert text.startswith(told) and " has no effect with" in text
 
 
 def test_settings_of_a_channel_that_the_arm_does_not_have_are_told():
@@ -61,15 +92,17 @@ def test_settings_of_a_channel_that_the_arm_does_not_have_are_told():
         "val_size": 9,
         "perfect_score": 2,
     }
-    assert without_channel("fst", given) == []
-    assert without_channel("rl_only", given) == ["demo_tokens has no effect with arm='rl_only'"]
-    told = without_channel("gepa_only", {"learning_rate": 1e-4, "lora_rank": 4, "val_size": 9})
-    assert sorted(told) == [
+    assert unused(FST(vowels, **given)) == []
+    told = unused(FST(vowels, arm="rl_only", **given))
+    assert told == ["demo_tokens has no effect with arm='rl_only'"]
+    fst = FST(vowels, arm="gepa_only", learning_rate=1e-4, lora_rank=4, val_size=9)
+    assert unused(fst) == [
         "learning_rate has no effect with arm='gepa_only'",
         "lora_rank has no effect with arm='gepa_only'",
     ]
     saved = flat_settings(FST(vowels).config.to_dict())
-    assert without_channel("rl_only", saved) == without_channel("gepa_only", saved) == []
+    for arm in ("rl_only", "gepa_only"):
+        assert unused(FST(vowels, arm=arm, **saved)) == []
 
 
 def test_light_is_the_default_budget_and_names_win_over_a_preset():

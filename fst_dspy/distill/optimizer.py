@@ -93,6 +93,7 @@ class FSTDistill(FST):
             raise ConfigError(f"search_share must be between 0 and 1, got {search_share}")
         super().__init__(metric, arm="rl_only", **options)
         self.arm = "fst_distill"
+        self._given = used_by("rl_only", self._given)  # the search tells of its own
         # Groups of equal rewards have a gradient here, so there is no need to draw others.
         slow = replace(self.config.slow, revisit_constant=1.0)
         self.config = replace(self.config, slow=slow)
@@ -140,6 +141,7 @@ class FSTDistill(FST):
         """
         if teacher is not None and seed_candidates is not None:
             raise ConfigError("seed_candidates are for the search for a teacher: give one of both")
+        self.tell_without_effect()
         given = self.check(student, trainset, valset)
         lm, trainset, valset = given.lm, given.trainset, given.valset
         tools = self.config.fast.tool_descriptions

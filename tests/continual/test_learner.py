@@ -15,7 +15,7 @@ from tiny_compile import raw_adapter  # noqa: F401
 from training_helpers import late_letters
 
 import fst_dspy
-from fst_dspy import ContinualFST, LocalLM, Task
+from fst_dspy import ContinualFST, LocalLM, Task, optimizer
 from fst_dspy.config import LoraConfig
 from fst_dspy.continual import scores as scores_of_streams
 from fst_dspy.continual.origin import SEARCH_EXAMPLES, alike, fits, nearest
@@ -208,6 +208,16 @@ def test_rl_only_shares_weights_under_the_programs_own_prompts(tiny_qwen3):
     }
     one, two, _ = learner.stages
     assert two.result.records[0].weights_version == one.version != one.result.base_version
+
+
+def test_settings_without_effect_are_told_of_a_stream(tiny_qwen3, monkeypatch, caplog):
+    def stop(*_):
+        raise ConfigError("far enough")
+
+    monkeypatch.setattr(optimizer, "make_parts", stop)
+    with pytest.raises(ConfigError, match="far enough"):
+        stream(tiny_qwen3, A, arm="rl_only", demo_tokens=64)
+    assert caplog.messages.count("demo_tokens has no effect with arm='rl_only'") == 1
 
 
 @pytest.mark.slow

@@ -17,7 +17,14 @@ from tiny_compile import SETTINGS as TINY
 from tiny_compile import raw_adapter  # noqa: F401
 
 from fst_dspy import FST, FSTDistill, LocalLM
-from fst_dspy.config import BudgetConfig, FSTConfig, LoraConfig, SamplingConfig, SlowConfig
+from fst_dspy.config import (
+    BudgetConfig,
+    FSTConfig,
+    LoraConfig,
+    SamplingConfig,
+    SlowConfig,
+    without_effect,
+)
 from fst_dspy.distill.reader import ContextReader
 from fst_dspy.errors import ConfigError, ProgramError, TrainingError
 from fst_dspy.rollouts.jobs import RolloutJob
@@ -353,6 +360,16 @@ def test_the_settings_of_groups_are_the_students_own():
     every_turn = FSTConfig.make(group_size=6, population_size=1, revisit_constant=1.0)
     assert optimizer.config == every_turn
     assert FSTDistill(vowels, num_generations=6).config.slow.group_size == 6
+
+
+def test_what_has_no_effect_on_a_distillation_is_told_once():
+    fst = FSTDistill(
+        vowels, slow_signal="both", kl_coef=0.1, weight_decay=0.1, max_reflection_tokens=9
+    )
+    told, of_search = (without_effect(f.arm, f.config, f._given) for f in (fst, fst._search))
+    names = ("kl_coef", "slow_signal")
+    assert told == [f"{name} has no effect with arm='fst_distill'" for name in names]
+    assert of_search == ["max_reflection_tokens has no effect without a reflection_lm"]
 
 
 def test_the_search_has_its_share_of_every_limit_by_whatever_name():
