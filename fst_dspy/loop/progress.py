@@ -89,7 +89,7 @@ class LogProgress(SilentProgress):
             self._write(now.line(cycle, name))
 
     def cycle_done(self, record: CycleRecord) -> None:
-        self._pace.acted(record)
+        self._pace.told(record)
         self._write(cycle_line(record))
 
     def _write(self, line: str) -> None:
@@ -156,7 +156,7 @@ class RichProgress:
             )
 
     def cycle_done(self, record: CycleRecord) -> None:
-        self._pace.acted(record)
+        self._pace.told(record)
         self.say(cycle_line(record))
 
     def end(self) -> None:
@@ -189,7 +189,7 @@ class NotebookProgress:
         self._show(now.line(cycle, name))
 
     def cycle_done(self, record: CycleRecord) -> None:
-        self._pace.acted(record)
+        self._pace.told(record)
         self.say(cycle_line(record))
 
     def end(self) -> None:
@@ -232,23 +232,24 @@ class _Pace:
     def __init__(self, budget: BudgetConfig) -> None:
         self.budget = budget
         self._started = time.monotonic()
-        self._rollouts_before: int | None = None
+        self._before: tuple[int, float] | None = None  # rollouts and share that there were then
+        self._spent = 0.0, self._started  # seconds of the run, and when they were told
         self._acts: dict[str, float] = {}  # what a rollout does of what is limited
 
-    def acted(self, record: CycleRecord) -> None:
-        """A cycle has shown how much a rollout does in its environment."""
+    def told(self, record: CycleRecord) -> None:
+        """A cycle has ended, or had when the run was taken up again."""
+        self._spent = sum(record.seconds.values()), time.monotonic()
         rollouts = max(1, record.total_rollouts.total)
         for counted in self.budget.env_limits():
             self._acts[counted] = getattr(record.turns, counted) / rollouts
 
     def at(self, cycle: int, counts: RolloutCounts) -> _Now:
         """Where the run is at the start of a phase of ``cycle``."""
-        if self._rollouts_before is None:
-            self._rollouts_before = counts.total
-        seconds = max(time.monotonic() - self._started, 1e-9)
-        speed = (counts.total - self._rollouts_before) / seconds
         share = self._share(cycle, counts)
-        left = f"about {seconds * (1 - share) / share:.0f} s left" if share > 0.02 else ""
+        rollouts, done = self._before = self._before or (counts.total, share)
+        seconds = max(time.monotonic() - self._started, 1e-9)
+        speed, gained = (counts.total - rollouts) / seconds, share - done
+        left = f"about {seconds * (1 - share) / gained:.0f} s left" if gained > 0.02 else ""
         return _Now(share, f"{counts.total:,} rollouts, {speed:.0f}/s", left)
 
     def _share(self, cycle: int, counts: RolloutCounts) -> float:
@@ -262,7 +263,8 @@ class _Pace:
         for counted, limit in budget.env_limits().items():
             shares.append(counts.total * self._acts.get(counted, 0.0) / limit)
         if budget.max_seconds is not None:
-            shares.append((time.monotonic() - self._started) / budget.max_seconds)
+            spent, told = self._spent
+            shares.append((spent + time.monotonic() - told) / budget.max_seconds)
         return min(1.0, max(shares))
 
 

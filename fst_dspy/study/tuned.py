@@ -10,6 +10,7 @@ It is worth it for budgets of many cycles; on a small one, plain ``FST`` spends 
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 import os
@@ -75,10 +76,11 @@ class TunedResult(FSTResult):
     @property
     def rollouts(self) -> RolloutCounts:
         """Every rollout of the compile, the runs that were given up included."""
-        total = RolloutCounts()
-        for one in self.tried:
-            total = total.plus(one.rollouts)
-        return total
+        return _total([one.rollouts for one in self.tried])
+
+
+def _total(counts: Sequence[RolloutCounts]) -> RolloutCounts:
+    return functools.reduce(RolloutCounts.plus, counts, RolloutCounts())
 
 
 class TunedFST(Teleprompter):
@@ -159,7 +161,8 @@ class TunedFST(Teleprompter):
             ]
 
             def go_on(run: _Run, rollouts: int) -> dspy.Module:
-                fst = self._fst(run.settings, run.folder, RunTo(rollouts, self.progress))
+                others = [other.rollouts for other in runs if other is not run]
+                fst = self._fst(run.settings, run.folder, RunTo(rollouts, self.progress, others))
                 compiled = fst.compile(student, teacher=teacher, trainset=trainset, valset=valset)
                 run.result = compiled.detailed_results
                 run.score = best_score(run.result.records, rollouts)
@@ -264,10 +267,17 @@ class RunTo(SilentProgress):
     Args:
         rollouts: Rollouts of the run, over all channels.
         inner: Hears everything too; ``None`` for the default.
+        others: Rollouts of the other runs so far, which are of the same budget.
     """
 
-    def __init__(self, rollouts: int, inner: ProgressListener | None) -> None:
+    def __init__(
+        self,
+        rollouts: int,
+        inner: ProgressListener | None,
+        others: Sequence[RolloutCounts] = (),
+    ) -> None:
         self.rollouts, self.inner = rollouts, inner or default_progress()
+        self.others = others
 
     def begin(self, budget: Any) -> None:
         self.inner.begin(budget)
@@ -276,7 +286,7 @@ class RunTo(SilentProgress):
         tell_plan(self.inner, plan)
 
     def phase(self, cycle: int, name: str, counts: RolloutCounts) -> None:
-        self.inner.phase(cycle, name, counts)
+        self.inner.phase(cycle, name, _total([counts, *self.others]))
 
     def cycle_done(self, record: CycleRecord) -> None:
         """Stop where the run has come far enough; the student as it came never is."""

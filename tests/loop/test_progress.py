@@ -53,3 +53,29 @@ def test_steps_of_environments_count_towards_the_end(heard):
     record = make_cycle(0, 0.5, RolloutCounts(eval=10), turns=TurnCounts(turns=110, steps=100))
     heard.cycle_done(record)
     assert heard._pace.at(1, RolloutCounts(eval=10, slow=10)).share == pytest.approx(0.5)
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """The time that listeners see; moved by hand."""
+    now = [100.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    return now
+
+
+def test_time_left_goes_by_what_was_done_since_the_run_was_taken_up_again(heard, clock):
+    """Half was done before: a tenth in ten seconds leaves forty for the rest, not seven."""
+    heard.begin(BudgetConfig(max_rollouts=1000))
+    assert heard._pace.at(3, RolloutCounts(slow=500)).left == ""
+    clock[0] += 10
+    now = heard._pace.at(3, RolloutCounts(slow=600))
+    assert (now.share, now.left) == (0.6, "about 40 s left")
+
+
+def test_seconds_of_before_count_where_a_run_with_max_seconds_goes_on(heard, clock):
+    heard.begin(BudgetConfig(max_seconds=100))
+    heard.cycle_done(make_cycle(2, 0.5, RolloutCounts(eval=10), seconds={"slow": 60.0}))
+    assert heard._pace.at(3, RolloutCounts(eval=10)).share == 0.6
+    clock[0] += 10
+    now = heard._pace.at(3, RolloutCounts(eval=12))
+    assert (now.share, now.left) == (0.7, "about 30 s left")

@@ -919,7 +919,10 @@ class Heard(SilentProgress):
     """Keeps what it is told."""
 
     def __init__(self):
-        self.plans, self.said = [], []
+        self.plans, self.said, self.counts = [], [], []
+
+    def phase(self, cycle, name, counts):
+        self.counts.append(counts.total)
 
     def plan(self, plan):
         self.plans.append(plan)
@@ -931,6 +934,8 @@ class Heard(SilentProgress):
 def test_a_listener_hears_of_a_tuned_compile_what_it_hears_of_a_plain_one(tiny_qwen3, caplog):
     listener = Heard()
     compile_tuned(tiny_qwen3, progress=listener, trials=2, max_rollouts=3)
+    # All runs are of one budget, by which the time left is told.
+    assert listener.counts == sorted(listener.counts) and listener.counts.count(0) == 1
     assert len(listener.plans) == 2 * 2 and "reached by the first validation" in listener.said[0]
     with caplog.at_level("INFO", "fst_dspy"):
         compile_tuned(tiny_qwen3, trials=2, max_rollouts=3)
