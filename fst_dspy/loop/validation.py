@@ -84,6 +84,9 @@ def score(parts: Parts, state: LoopState) -> Validation:
         check_first_rollouts(scored.rollouts_K[k], parts.runner.program)
         if parts.fast_on and parts.config.fast.frontier_type != "instance":
             check_objectives(scored.rollouts_K[k], parts.config.fast.frontier_type)
+        if not parts.fast_on:  # weights learn under one prompt, and the others are not scored again
+            rows, ids = population.score_K_V, population.val_ids
+            population = populations.choose(population.candidates, rows, ids, 1, step)
     return _measured(parts, population, scored, k)
 
 

@@ -162,6 +162,14 @@ def test_a_good_seed_is_not_dropped_unseen(tiny_qwen3, reuse):
     assert len(kept) >= 2, "all of them were compared, and none is clearly worse"
 
 
+def test_weights_alone_learn_under_the_best_seed_and_within_the_budget(tiny_qwen3):
+    """The others were validated in every cycle, which the budget did not know of."""
+    budget = 12 + 2 * (2 * 8 + 4)
+    result = compiled(tiny_qwen3, seeds=SEEDS, arm="rl_only", max_rollouts=budget, **UNLIMITED)
+    assert [record.rollouts.eval for record in result.records] == [12, 4, 4]
+    assert len({record.candidate_ids for record in result.records}) == 1
+
+
 def test_seeds_are_checked_before_any_work(tiny_qwen3):
     listener = Listener()
     with pytest.raises(ConfigError, match="names 'speak'; the predictors are"):
