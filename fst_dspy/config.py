@@ -660,6 +660,16 @@ def check_setting(name: str, value: Any) -> None:
     PARTS[owner[name]](**{**needed, name: as_lora(value) if name == "lora" else value})
 
 
+def check_share(name: str, value: Any) -> None:
+    """That an optimizer's own argument is a share.
+
+    Raises:
+        ConfigError: It is not.
+    """
+    between = isinstance(value, int | float) and 0 < value < 1
+    _require(between, f"{name} must be a number between 0 and 1, got {value!r}")
+
+
 def _check_derived(name: str, value: Any) -> None:
     least = DERIVED[name]
     _require(

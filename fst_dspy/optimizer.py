@@ -146,7 +146,7 @@ class FST(Teleprompter):
         super().__init__()
         if arm not in ("fst", "rl_only", "gepa_only"):
             raise ConfigError(f"arm must be 'fst', 'rl_only' or 'gepa_only', got {arm!r}")
-        _check_kinds(log_dir, progress, log_rollouts=log_rollouts, track_stats=track_stats)
+        check_kinds(log_dir, progress, log_rollouts=log_rollouts, track_stats=track_stats)
         plugins = read_plugins(
             metric,
             reflection_lm,
@@ -333,7 +333,7 @@ class FST(Teleprompter):
         return on_a_screen([f"{type(self).__name__}({', '.join((*about, *folder, *changed))})"])
 
 
-def _check_kinds(log_dir: object, progress: object, **switches: object) -> None:
+def check_kinds(log_dir: object, progress: object, **switches: object) -> None:
     """That what is no setting is of its kind.
 
     Raises:

@@ -28,7 +28,7 @@ from typing import Any
 
 import dspy
 
-from fst_dspy.config import LIMITS, BudgetConfig, FSTConfig, used_by
+from fst_dspy.config import LIMITS, BudgetConfig, FSTConfig, check_share, used_by
 from fst_dspy.distill.reader import ContextReader
 from fst_dspy.errors import ConfigError, ProgramError
 from fst_dspy.lm.local_lm import LocalLM
@@ -89,8 +89,7 @@ class FSTDistill(FST):
     ) -> None:
         if "arm" in options:
             raise ConfigError("FSTDistill is an arm of its own; leave arm out")
-        if not 0 < search_share < 1:
-            raise ConfigError(f"search_share must be between 0 and 1, got {search_share}")
+        check_share("search_share", search_share)
         super().__init__(metric, arm="rl_only", **options)
         self.arm = "fst_distill"
         self._given = used_by("rl_only", self._given)  # the search tells of its own

@@ -24,6 +24,7 @@ from typing import Any
 import dspy
 from dspy.teleprompt import Teleprompter
 
+from fst_dspy.config import check_share
 from fst_dspy.errors import ConfigError, TrainingError
 from fst_dspy.files import folder_given, read_jsonl
 from fst_dspy.lm.predictors import find_local_lm
@@ -36,7 +37,7 @@ from fst_dspy.loop.progress import (
     tell_plan,
 )
 from fst_dspy.model.sizes import parameter_count
-from fst_dspy.optimizer import FST
+from fst_dspy.optimizer import FST, check_kinds
 from fst_dspy.plan.plan import Plan
 from fst_dspy.results.result import FSTResult
 from fst_dspy.run.records import cycle_record
@@ -120,10 +121,14 @@ class TunedFST(Teleprompter):
         **options: Any,
     ) -> None:
         super().__init__()
-        if trials < 2:
-            raise ConfigError(f"trials must be at least 2, got {trials}; one is plain FST")
-        if not 0 < tuning_share < 1:
-            raise ConfigError(f"tuning_share must be between 0 and 1, got {tuning_share}")
+        if type(trials) is not int or trials < 2:
+            raise ConfigError(
+                f"trials must be a whole number of at least 2, got {trials!r}; one is plain FST"
+            )
+        check_share("tuning_share", tuning_share)
+        check_kinds(log_dir, progress, track_stats=track_stats)
+        if space is not None and not isinstance(space, Space):
+            raise ConfigError(f"space must be a fst_dspy.study.Space, got {type(space).__name__}")
         own = space or default_space().of_arm(options.get("arm", "fst"))
         self.space = own.beside(options)
         self.metric, self.max_rollouts, self.trials = metric, max_rollouts, trials

@@ -341,8 +341,9 @@ def test_bad_input_is_refused_before_any_work(tiny_qwen3, tiny_llama, monkeypatc
     monkeypatch.setattr(RolloutRunner, "run", no_work)
     with pytest.raises(ConfigError, match="leave arm out"):
         FSTDistill(vowels, arm="fst")
-    with pytest.raises(ConfigError, match="search_share"):
-        FSTDistill(vowels, search_share=1.0)
+    for share in (1.0, "half"):
+        with pytest.raises(ConfigError, match="search_share"):
+            FSTDistill(vowels, search_share=share)
     with pytest.raises(ConfigError, match="unknown setting"):
         FSTDistill(vowels, learning_rat=1)
     with pytest.raises(ConfigError, match="nothing to distill"):

@@ -987,7 +987,11 @@ def test_settings_that_the_user_gives_are_not_tuned():
     ("change", "message"),
     [
         ({"trials": 1}, "at least 2"),
+        ({"trials": "4"}, "trials must be a whole number"),
         ({"tuning_share": 1.0}, "tuning_share"),
+        ({"tuning_share": "half"}, "tuning_share must be a number"),
+        ({"track_stats": "no"}, "track_stats must be True or False"),
+        ({"space": {"learning_rate": [1e-5, 1e-4]}}, "space must be a .*Space, got dict"),
         ({"learning_rte": 1.0}, "did you mean"),
     ],
 )
