@@ -68,6 +68,9 @@ DIFFERENCES = 5
 """Named at most, where a folder holds another run."""
 NOT_COMPARED = ("environment", "loaded")
 """Told for whoever reads the folder; what of it matters is in the version of the weights."""
+MAY_CHANGE = ("micro_batch_size", "num_threads", "max_reflection_cost", "max_reflection_tokens")
+"""Settings that a run may go on with other values of: how much memory is taken, and what reflection
+may cost. A step that is cut otherwise is the same one but for rounding."""
 SHOWN = 40
 """Characters of a value that differs."""
 
@@ -103,9 +106,10 @@ class RunStore:
         """Write ``config.json``, or check that the folder's own says the same.
 
         What earlier versions did not write is added. A budget may change, so that a run can be
-        extended, but where the learning rate decays over it. A metric or program of the same name
-        whose source or values have changed is told of: the scores of before are the old one's. A
-        run that ended before it had anything to keep, by a mistake that is mended now, binds
+        extended, but for the cycles that the learning rate decays over, and so may ``MAY_CHANGE``,
+        so that one can go on for which there was too little memory. A metric or program of the same
+        name whose source or values have changed is told of: the scores of before are the old one's.
+        A run that ended before it had anything to keep, by a mistake that is mended now, binds
         nobody.
 
         Raises:
@@ -348,7 +352,7 @@ def delete_checkpoints(folder: Path) -> None:
 
 
 def differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[Difference]:
-    """Where the ``config.json`` of a run folder and that of a run differ, budgets left out."""
+    """Where the ``config.json`` of a run folder and that of a run differ in what may not change."""
     return _differences(_comparable(found), _comparable(wanted))
 
 
@@ -374,9 +378,13 @@ def _comparable(config: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(settings, dict):
         settings = without_removed(settings)
         schedule = settings.get("slow", {}).get("lr_scheduler_type", "constant")
-        if str(schedule).startswith("constant"):
-            settings.pop("budget", None)
-        plain["settings"] = settings
+        cycles = settings.pop("budget", {}).get("max_cycles")
+        if not str(schedule).startswith("constant"):
+            settings["budget"] = {"max_cycles": cycles}
+        plain["settings"] = {
+            part: {name: value for name, value in own.items() if name not in MAY_CHANGE}
+            for part, own in settings.items()
+        }
     if isinstance(metric := plain.get("metric"), dict):
         plain["metric"] = metric.get("name")
     if isinstance(program := plain.get("program"), dict):

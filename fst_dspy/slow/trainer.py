@@ -279,7 +279,7 @@ class SlowTrainer:
         if self._trl.is_fsdp_enabled:
             raise TrainingError(
                 "memory ran out in the middle of a step that FSDP shares out; go on from the last "
-                "checkpoint with a smaller micro_batch_size or more processes"
+                "checkpoint with a smaller micro_batch_size, or begin anew with more processes"
             ) from error
         if release(self.policy):
             logger.warning("memory ran out; going on without what decoding had kept")

@@ -7,6 +7,7 @@ from pathlib import Path
 import pydantic
 import pytest
 
+from fst_dspy.config import FSTConfig
 from fst_dspy.errors import StoreError
 from fst_dspy.run.store import KEPT_CHECKPOINTS, RunStore, delete_checkpoints
 
@@ -128,6 +129,31 @@ def test_another_runs_folder_is_refused(tmp_path):
     store.begin({"seed": 0, "environment": {"python": "3.12"}})
     with pytest.raises(StoreError, match="seed differs"):
         store.begin({"seed": 1, "environment": {}})
+
+
+@pytest.mark.parametrize(
+    ("change", "schedule"),
+    [
+        ({"micro_batch_size": 2, "num_threads": 8}, "constant"),
+        ({"max_reflection_cost": 2.0, "max_reflection_tokens": None}, "constant"),
+        ({"max_cycles": 9}, "constant"),
+        ({"on_no_signal": "warn", "max_rollouts": 900}, "cosine"),
+    ],
+)
+def test_a_run_goes_on_with_less_memory_or_more_to_spend(tmp_path, change, schedule):
+    """As what went wrong says: refused, all that was done would be lost."""
+    usual = {"max_cycles": 3, "max_reflection_tokens": 5, "lr_scheduler_type": schedule}
+    store = RunStore(tmp_path)
+    for settings in (usual, {**usual, **change}):
+        config = {"settings": FSTConfig.make(**settings).to_dict()}
+        store.begin(config)
+        store.append("cycles", [{"cycle": 0}])
+        assert store.config()["settings"] == config["settings"]
+    with pytest.raises(StoreError, match="max_tokens"):
+        store.begin({"settings": FSTConfig.make(**usual, max_tokens=9).to_dict()})
+    if schedule == "cosine":
+        with pytest.raises(StoreError, match=r"max_cycles differs \(3 there, 4 here\)"):
+            store.begin({"settings": FSTConfig.make(**{**usual, "max_cycles": 4}).to_dict()})
 
 
 def test_a_metric_that_was_kept_by_its_name_alone_is_the_same(tmp_path, caplog):
