@@ -46,7 +46,7 @@ from fst_dspy.plan.files import described_by_name
 from fst_dspy.student.candidate import content_hash, example_id
 from fst_dspy.study.objective import BudgetSpentError, Objective, TrialListener
 from fst_dspy.study.outcome import front
-from fst_dspy.study.space import Space, default_space, draw_settings
+from fst_dspy.study.space import Space, draw_settings, usual_space
 from fst_dspy.study.storage import (
     open_storage,
     retried_numbers,
@@ -218,7 +218,7 @@ def tune(
     folder = path_given(folder)
     fixed = {name: as_plain(value) for name, value in (fixed or {}).items()}
     if space is None:
-        space = default_space().of_arm(arm).beside(fixed)
+        space = usual_space(arm, fixed)
     plan = StudyPlan(
         task=task,
         lm=lm,

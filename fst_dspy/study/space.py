@@ -27,7 +27,15 @@ from typing import Any
 import optuna
 import yaml
 
-from fst_dspy.config import ALIASES, PARTS, STANDS_FOR, BudgetConfig, check_setting, used_by
+from fst_dspy.config import (
+    ALIASES,
+    AUTO,
+    PARTS,
+    STANDS_FOR,
+    BudgetConfig,
+    check_setting,
+    used_by,
+)
 from fst_dspy.errors import ConfigError
 from fst_dspy.slow.learning_rate import default_learning_rate
 
@@ -267,6 +275,12 @@ def default_space() -> Space:
             Categorical("lora_rank", (0, 4, 16)),
         )
     )
+
+
+def usual_space(arm: str, settings: Mapping[str, Any]) -> Space:
+    """The default space of an arm, less what settings say, or the preset that ``auto`` names."""
+    said = {**AUTO.get(settings.get("auto") or "", {}), **settings}
+    return default_space().of_arm(arm).beside(said)
 
 
 def _round(value: float) -> float:

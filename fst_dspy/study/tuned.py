@@ -41,7 +41,7 @@ from fst_dspy.optimizer import FST, check_kinds
 from fst_dspy.plan.plan import Plan
 from fst_dspy.results.result import FSTResult
 from fst_dspy.run.records import cycle_record
-from fst_dspy.study.space import Space, default_space, draw_settings
+from fst_dspy.study.space import Space, draw_settings, usual_space
 from fst_dspy.types import CycleRecord, RolloutCounts
 
 logger = logging.getLogger(__name__)
@@ -129,8 +129,8 @@ class TunedFST(Teleprompter):
         check_kinds(log_dir, progress, track_stats=track_stats)
         if space is not None and not isinstance(space, Space):
             raise ConfigError(f"space must be a fst_dspy.study.Space, got {type(space).__name__}")
-        own = space or default_space().of_arm(options.get("arm", "fst"))
-        self.space = own.beside(options)
+        arm = options.get("arm", "fst")
+        self.space = space.beside(options) if space is not None else usual_space(arm, options)
         self.metric, self.max_rollouts, self.trials = metric, max_rollouts, trials
         self.tuning_share, self.seed, self.track_stats = tuning_share, seed, track_stats
         self.log_dir = folder_given(log_dir)

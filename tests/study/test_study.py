@@ -32,7 +32,7 @@ from fst_dspy import FST, LocalLM, Task
 from fst_dspy.cli import app
 from fst_dspy.cli.options import parse_settings
 from fst_dspy.cli.study_report import report_study
-from fst_dspy.config import FSTConfig
+from fst_dspy.config import AUTO, FSTConfig
 from fst_dspy.errors import (
     ConfigError,
     FSTError,
@@ -64,7 +64,7 @@ from fst_dspy.study import tuned as tuned_module
 from fst_dspy.study.objective import Measured, behind_median, budget_step, measure
 from fst_dspy.study.outcome import draw_front, draw_importances
 from fst_dspy.study.runner import StudyPlan, count_trials
-from fst_dspy.study.space import draw_settings
+from fst_dspy.study.space import draw_settings, usual_space
 from fst_dspy.study.storage import (
     open_storage,
     retried_numbers,
@@ -978,6 +978,10 @@ def test_settings_that_the_user_gives_are_not_tuned():
     assert "learning_rate" not in {parameter.name for parameter in prompts.parameters}
     weights = TunedFST(vowels, max_rollouts=100, arm="rl_only").space
     assert "minibatch_size" not in {parameter.name for parameter in weights.parameters}
+    paper = TunedFST(vowels, max_rollouts=100, auto="paper").space
+    names = {parameter.name for parameter in paper.parameters}
+    assert "learning_rate" in names and not {"rollouts_per_candidate", *AUTO["paper"]} & names
+    assert usual_space("fst", {"auto": "paper", "lr": 1e-4}) == paper.without("learning_rate")
     drawn = draw_settings(default_space(), 3, seed=1)
     assert drawn == draw_settings(default_space(), 3, seed=1)
     assert drawn[0] == default_space().defaults() and drawn[1] != drawn[2]
