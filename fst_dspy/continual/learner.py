@@ -32,15 +32,14 @@ from typing import Any
 
 import dspy
 
-from fst_dspy.bundle.manifest import damaged
 from fst_dspy.bundle.saving import make_savable
-from fst_dspy.config import ALIASES, STANDS_FOR, BudgetConfig, without_removed
+from fst_dspy.config import ALIASES, STANDS_FOR, BudgetConfig
 from fst_dspy.continual import folder as continual_bundle
 from fst_dspy.continual.origin import Origin, alike, find_origin, fits, kept_origin
 from fst_dspy.continual.scores import ScoreCache, StreamScores, test_examples
 from fst_dspy.continual.stages import TaskStage, read_version
 from fst_dspy.errors import ConfigError, ProgramError
-from fst_dspy.files import folder_given, path_given, read_json
+from fst_dspy.files import folder_given, path_given
 from fst_dspy.lm.in_use import versions_in_use
 from fst_dspy.lm.local_lm import LocalLM
 from fst_dspy.lm.predictors import bound_to, find_local_lm
@@ -49,6 +48,7 @@ from fst_dspy.loop.state import Start
 from fst_dspy.optimizer import FST
 from fst_dspy.results.result import flat_settings
 from fst_dspy.rollouts.checks import check_input
+from fst_dspy.run.store import begun_budget
 from fst_dspy.student.candidate import seed_candidate
 from fst_dspy.types import Arm, RolloutCounts, Task
 
@@ -284,9 +284,7 @@ class ContinualFST:
         folder, after = self._folder(number), self._folder(number + 1)
         if folder is None or after is None or not after.exists():
             return self.config.budget
-        with damaged(folder):
-            settings = without_removed(read_json(folder / "config.json")["settings"])
-            return BudgetConfig(**settings["budget"])
+        return begun_budget(folder)
 
     def _stage_of(self, name: str, until: int | None = None) -> TaskStage | None:
         """The last stage, of the first ``until``, that learned a task."""

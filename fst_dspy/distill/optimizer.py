@@ -40,6 +40,7 @@ from fst_dspy.loop.records import rollouts_of
 from fst_dspy.loop.state import Start
 from fst_dspy.optimizer import FST
 from fst_dspy.results.result import FSTResult
+from fst_dspy.run.store import begun_budget
 from fst_dspy.slow.taught_trainer import TaughtTrainer, reverse_kl
 from fst_dspy.slow.training_state import TrainingState
 from fst_dspy.student.candidate import bind, seed_candidate
@@ -78,7 +79,8 @@ class FSTDistill(FST):
         search_share: Share of every limit but one that the search for the context may take, in
             (0, 1). ``max_cycles`` holds for the search and the distillation each.
         **options: As for ``FST``, but for ``arm``: settings, ``seed``, ``log_dir``, ... The search
-            has the run folder ``log_dir/search``.
+            has the run folder ``log_dir/search``; a larger budget is for the distillation, once
+            that has begun.
 
     Raises:
         ConfigError: A setting that is unknown or cannot work.
@@ -146,6 +148,7 @@ class FSTDistill(FST):
         tools = self.config.fast.tool_descriptions
         bare, start, search = seed_candidate(student, tools), Start(), None
         if teacher is None:
+            self._search.config = replace(self._search.config, budget=self._search_budget())
             teacher = self._search.compile(
                 student, trainset=trainset, valset=valset, seed_candidates=seed_candidates
             )
@@ -188,9 +191,18 @@ class FSTDistill(FST):
             logger.warning(
                 "nothing is distilled: the search for a teacher kept the student's own prompt. "
                 "Give it more (max_rollouts, search_share), or give a teacher"
+                + ("" if self.log_dir is None else ", and another log_dir")
             )
             parts = replace(parts, progress=_FirstValidation(parts.progress))
         return self.finish(parts, pupil, with_context)
+
+    def _search_budget(self) -> BudgetConfig:
+        """The search's budget; once its context is being distilled, what it was: it is kept."""
+        folder = self._search.log_dir
+        begun = self.log_dir is not None and (self.log_dir / "config.json").exists()
+        if folder is None or not (begun and (folder / "config.json").exists()):
+            return self._search.config.budget
+        return begun_budget(folder)
 
 
 class _FirstValidation:

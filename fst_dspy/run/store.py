@@ -38,8 +38,8 @@ from typing import Any
 import orjson
 from filelock import FileLock, Timeout
 
-from fst_dspy.config import without_removed
-from fst_dspy.errors import StoreError
+from fst_dspy.config import BudgetConfig, without_removed
+from fst_dspy.errors import ConfigError, StoreError
 from fst_dspy.files import (
     flush,
     left_by_system,
@@ -340,6 +340,20 @@ def free_bytes(folder: Path) -> int:
     there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     own = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     return shutil.disk_usage(there).free + own
+
+
+def begun_budget(folder: Path) -> BudgetConfig:
+    """The budget of the run in a folder, as it was last given.
+
+    Raises:
+        StoreError: Its ``config.json`` cannot be read, or is damaged.
+    """
+    path = folder / "config.json"
+    found = read_json(path)
+    try:
+        return BudgetConfig(**without_removed(found["settings"])["budget"])
+    except (AttributeError, ConfigError, KeyError, TypeError) as error:
+        raise StoreError(f"{path} is damaged ({type(error).__name__}: {error})") from error
 
 
 def delete_checkpoints(folder: Path) -> None:

@@ -100,7 +100,7 @@ class TunedFST(Teleprompter):
         track_stats: Put a ``TunedResult`` on the compiled program as ``detailed_results``.
         progress: As for ``FST``.
         **options: Anything else that ``FST`` takes: settings that are not to be tuned, ``arm``,
-            ``reflection_lm``, ...
+            ``reflection_lm``, ... Limits beside ``max_rollouts`` hold for each run.
 
     Raises:
         ConfigError: A setting that is unknown or cannot work.

@@ -294,6 +294,10 @@ def test_without_a_teacher_one_is_searched_for_within_the_budget(tiny_qwen3, tmp
     assert (tmp_path / "search" / "result.json").is_file()
     again = distill(tiny_qwen3, **settings)[2]
     assert again.records == result.records
+    # With more to spend the search would find another context, which is not what was distilled.
+    more = distill(tiny_qwen3, **settings | {"max_rollouts": 160, "max_cycles": 4})[2]
+    assert more.search.records == search.records and more.context == result.context
+    assert more.records[:3] == result.records[:3] and len(more.records) == 5
     assert compiled.say.signature.instructions == "Say something."
 
 
