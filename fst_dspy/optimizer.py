@@ -171,7 +171,7 @@ class FST(Teleprompter):
         self.log_rollouts = log_rollouts
         self.track_stats = track_stats
         self.instruction_proposer = plugins.proposer
-        self.report_to = tracker_names(report_to)
+        self.report_to = tracker_names(report_to, self.log_dir)
         self.progress = progress
 
     def compile(

@@ -100,7 +100,7 @@ class ContinualFST:
         self.options = {**options, "track_stats": True}
         self.stages: tuple[TaskStage, ...] = ()
         # Refuses settings that cannot work.
-        self.config = FST(_no_metric, arm=arm, seed=seed, **self.options).config
+        self.config = FST(_no_metric, arm=arm, seed=seed, log_dir=log_dir, **self.options).config
         self._tasks: dict[str, Task] = {}
         self._lms: dict[str, LocalLM] = {}
         self._start_version = ""

@@ -23,6 +23,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
@@ -37,11 +38,11 @@ from fst_dspy.types import CycleRecord, Population, StepRecord
 STATE = "trackers.json"
 
 
-def tracker_names(report_to: str | Sequence[str] | None) -> tuple[str, ...]:
+def tracker_names(report_to: str | Sequence[str] | None, log_dir: Path | None) -> tuple[str, ...]:
     """The trackers that ``report_to`` asks for, each once.
 
     Raises:
-        ConfigError: One that is unknown or not installed.
+        ConfigError: One that is unknown or not installed, or there is no run folder.
     """
     names = (report_to,) if isinstance(report_to, str) else tuple(dict.fromkeys(report_to or ()))
     for name in names:
@@ -49,6 +50,8 @@ def tracker_names(report_to: str | Sequence[str] | None) -> tuple[str, ...]:
             raise ConfigError(f"report_to takes {', '.join(KINDS)}, not {name!r}")
         if not INSTALLED[name]():
             raise ConfigError(f"report_to={name!r} needs a package: pip install 'fst-dspy[{name}]'")
+    if names and log_dir is None:
+        raise ConfigError("report_to writes to the run folder: set log_dir (fst compile --out)")
     return names
 
 
@@ -64,12 +67,7 @@ class Trackers:
             names: As ``tracker_names`` gives them.
             store: The run folder, which holds the trackers' files.
             settings: Logged with a new run; nested plain values.
-
-        Raises:
-            ConfigError: Trackers without a run folder.
         """
-        if names and store is None:
-            raise ConfigError("report_to writes to the run folder: set log_dir (fst compile --out)")
         self._store, self._settings = store, settings
         state = store.folder / STATE if store is not None and names else None
         before = read_json(state) if state is not None and state.exists() else {}

@@ -300,7 +300,8 @@ def _check_settings(plan: StudyPlan, task: Task) -> None:
     errors = list[ConfigError]()
     for drawn in draw_settings(plan.space, DRAWS, plan.seed):
         try:
-            _optimizer(plan, task, {**plan.fixed, **drawn, "max_rollouts": plan.objective.rollouts})
+            whole = {**plan.fixed, **drawn, "max_rollouts": plan.objective.rollouts}
+            _optimizer(plan, task, whole, log_dir=plan.folder)
             return
         except ConfigError as error:
             errors.append(error)

@@ -136,7 +136,9 @@ class TunedFST(Teleprompter):
         self.log_dir = folder_given(log_dir)
         self.progress = progress
         self.options = {**options, "max_rollouts": max_rollouts}
-        self._fst(self.space.defaults(), None, progress)  # refuses settings that cannot work
+        self._fst(
+            self.space.defaults(), self.log_dir, progress
+        )  # refuses settings that cannot work
 
     def compile(
         self,
@@ -158,7 +160,7 @@ class TunedFST(Teleprompter):
         size = parameter_count(find_local_lm(student).policy.model)
         drawn = draw_settings(self.space.for_size(size), self.trials, self.seed)
         for settings in drawn:  # what cannot work is refused before any of them has run
-            self._fst(settings, None, self.progress)
+            self._fst(settings, self.log_dir, self.progress)
         with ExitStack() as stack:
             folder = self.log_dir or Path(stack.enter_context(tempfile.TemporaryDirectory()))
             runs = [

@@ -16,7 +16,7 @@ from tiny_compile import SETTINGS
 from tracked_runs import compile_tracked, killed_in_step_2
 from typer.testing import CliRunner
 
-from fst_dspy import FST
+from fst_dspy import FST, ContinualFST, TunedFST
 from fst_dspy.cli import app
 from fst_dspy.errors import ConfigError, StoreError
 from fst_dspy.run.trackers import step_values
@@ -301,8 +301,13 @@ def test_trackers_that_cannot_work_are_refused_before_any_work(tiny_qwen3, tmp_p
     monkeypatch.setattr(rollout.RolloutRunner, "run", lambda *_, **__: pytest.fail("rollouts"))
     with pytest.raises(ConfigError, match="tensorboard, wandb, mlflow, not 'tensorbord'"):
         FST(vowels, report_to=["tensorbord"])
+    # A tuned compile has folders of its own, which are gone in the end, with what was logged.
+    for kind, own in ((FST, {}), (TunedFST, {"max_rollouts": 100})):
+        with pytest.raises(ConfigError, match="set log_dir"):
+            kind(vowels, report_to="tensorboard", **own)
+        assert kind(vowels, report_to="tensorboard", log_dir=tmp_path, **own).log_dir == tmp_path
     with pytest.raises(ConfigError, match="set log_dir"):
-        compile_tracked(tiny_qwen3, None, "tensorboard")
+        ContinualFST(report_to="tensorboard")
     (tmp_path / "tensorboard").write_text("in the way")
     with pytest.raises(StoreError, match=r"tensorboard failed: FileExistsError.*report_to"):
         compile_tracked(tiny_qwen3, tmp_path, "tensorboard")
