@@ -336,9 +336,13 @@ class Difference:
 
 
 def free_bytes(folder: Path) -> int:
-    """Bytes that a run folder may take where it is or is to be, with those it has."""
+    """Bytes that a run's checkpoints and weights may take where they are or are to be.
+
+    Those it has are counted; what else is in the folder, such as other runs at work, is not.
+    """
     there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    own = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    roots = (folder / "checkpoints", folder / "versions")
+    own = sum(p.stat().st_size for root in roots for p in root.rglob("*") if p.is_file())
     return shutil.disk_usage(there).free + own
 
 

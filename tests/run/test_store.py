@@ -3,12 +3,14 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import pydantic
 import pytest
 
 from fst_dspy.config import FSTConfig
 from fst_dspy.errors import StoreError
+from fst_dspy.run import store as store_of_runs
 from fst_dspy.run.store import KEPT_CHECKPOINTS, RunStore, delete_checkpoints
 
 
@@ -154,6 +156,17 @@ def test_a_run_goes_on_with_less_memory_or_more_to_spend(tmp_path, change, sched
     if schedule == "cosine":
         with pytest.raises(StoreError, match=r"max_cycles differs \(3 there, 4 here\)"):
             store.begin({"settings": FSTConfig.make(**{**usual, "max_cycles": 4}).to_dict()})
+
+
+def test_room_on_the_disk_is_that_of_the_run_and_not_of_other_files_in_its_folder(
+    tmp_path, monkeypatch
+):
+    """Another run in it may be at work, whose files come and go."""
+    monkeypatch.setattr(store_of_runs.shutil, "disk_usage", lambda path: SimpleNamespace(free=100))
+    for name in ("checkpoints/0/state.json", "versions/x.safetensors", "other/checkpoints/0/w"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("1234567")
+    assert store_of_runs.free_bytes(tmp_path) == 100 + 2 * 7
 
 
 def test_a_metric_that_was_kept_by_its_name_alone_is_the_same(tmp_path, caplog):
