@@ -21,7 +21,6 @@ Example::
 
 from __future__ import annotations
 
-import copy
 import gc
 import re
 from collections.abc import Sequence
@@ -39,6 +38,7 @@ from fst_dspy.continual.origin import Origin, alike, find_origin, fits, kept_ori
 from fst_dspy.continual.scores import ScoreCache, StreamScores, test_examples
 from fst_dspy.continual.stages import TaskStage, read_version
 from fst_dspy.errors import ConfigError, ProgramError
+from fst_dspy.fast.proposers.protocol import own_copy
 from fst_dspy.files import folder_given, path_given
 from fst_dspy.lm.in_use import versions_in_use
 from fst_dspy.lm.local_lm import LocalLM
@@ -77,7 +77,7 @@ class ContinualFST:
             that was begun, and those after it.
         progress: As for ``FST``.
         **options: Anything else that ``FST`` takes; budgets hold for each stage. Every stage has
-            its own copy of an ``instruction_proposer``.
+            its own copy of an ``instruction_proposer`` that can be copied.
 
     Attributes:
         stages: What was learned so far, in order.
@@ -145,7 +145,7 @@ class ContinualFST:
         folder = self._folder(number)
         options = {**self.options, "progress": self.progress}
         if "instruction_proposer" in options:
-            options["instruction_proposer"] = copy.deepcopy(options["instruction_proposer"])
+            options["instruction_proposer"] = own_copy(options["instruction_proposer"])
         fst = FST(task.metric, arm=self.arm, seed=self._seed(number), log_dir=folder, **options)
         fst.config = replace(fst.config, budget=self._budget(number))
         try:

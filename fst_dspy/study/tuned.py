@@ -26,6 +26,7 @@ from dspy.teleprompt import Teleprompter
 
 from fst_dspy.config import check_share
 from fst_dspy.errors import ConfigError, TrainingError
+from fst_dspy.fast.proposers.protocol import own_copy
 from fst_dspy.files import folder_given, read_jsonl
 from fst_dspy.lm.predictors import find_local_lm
 from fst_dspy.loop.progress import (
@@ -169,7 +170,12 @@ class TunedFST(Teleprompter):
 
             def go_on(run: _Run, rollouts: int) -> dspy.Module:
                 others = [other.rollouts for other in runs if other is not run]
-                fst = self._fst(run.settings, run.folder, RunTo(rollouts, self.progress, others))
+                settings = dict(run.settings)
+                if "instruction_proposer" in self.options:  # what it learned would help the next
+                    settings["instruction_proposer"] = own_copy(
+                        self.options["instruction_proposer"]
+                    )
+                fst = self._fst(settings, run.folder, RunTo(rollouts, self.progress, others))
                 compiled = fst.compile(student, teacher=teacher, trainset=trainset, valset=valset)
                 run.result = compiled.detailed_results
                 run.score = best_score(run.result.records, rollouts)

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import io
+import threading
 from types import SimpleNamespace
 
 import dspy
@@ -218,6 +219,26 @@ def test_settings_without_effect_are_told_of_a_stream(tiny_qwen3, monkeypatch, c
     with pytest.raises(ConfigError, match="far enough"):
         stream(tiny_qwen3, A, arm="rl_only", demo_tokens=64)
     assert caplog.messages.count("demo_tokens has no effect with arm='rl_only'") == 1
+
+
+class Asking:
+    """A proposer with a memory, and maybe a client, which cannot be copied."""
+
+    def __init__(self, client=None):
+        self.client, self.asked = client, 0
+
+    def propose(self, components, records, names):
+        self.asked += 1
+        return {name: f"Say {self.asked}." for name in names}
+
+
+def test_a_proposer_that_cannot_be_copied_is_shared_by_the_stages(tiny_qwen3, caplog):
+    alone, shared = Asking(), Asking(threading.Lock())
+    settings = {"arm": "gepa_only", "cycle_iterations": 0}
+    for proposer in (alone, shared):
+        stream(tiny_qwen3, A, instruction_proposer=proposer, **settings)
+    assert (alone.asked, shared.asked) == (0, 1)
+    assert caplog.text.count("cannot be copied") == 1
 
 
 @pytest.mark.slow

@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import ClassVar
 
 import dspy
 import optuna
@@ -929,6 +930,26 @@ class Heard(SilentProgress):
 
     def say(self, text):
         self.said.append(text)
+
+
+class Counting:
+    """A proposer that remembers how often it was asked."""
+
+    of_all: ClassVar[list[int]] = []
+
+    def __init__(self):
+        self.asked = 0
+
+    def propose(self, components, records, names):
+        self.asked += 1
+        self.of_all.append(self.asked)
+        return {}
+
+
+def test_settings_are_compared_without_what_others_have_taught_a_proposer(tiny_qwen3):
+    proposer = Counting()
+    compile_tuned(tiny_qwen3, trials=2, max_rollouts=24, instruction_proposer=proposer)
+    assert proposer.asked == 0 and Counting.of_all.count(1) >= 2
 
 
 def test_a_listener_hears_of_a_tuned_compile_what_it_hears_of_a_plain_one(tiny_qwen3, caplog):

@@ -7,12 +7,16 @@ needs none; ``fst_dspy.fast.proposers.demos.DemoProposer`` proposes demos.
 
 from __future__ import annotations
 
+import copy
+import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import dspy
+
+logger = logging.getLogger(__name__)
 
 Record = Mapping[str, Any]
 """One rollout as one predictor saw it.
@@ -52,6 +56,22 @@ def shown(record: Record, keys: Sequence[str]) -> dict[str, Any]:
     """What a language model is shown of a record, of the keys that it has; feedback is clipped."""
     own = {key: record[key] for key in keys if key in record}
     return {key: clipped(value) if key == FEEDBACK else value for key, value in own.items()}
+
+
+def own_copy(proposer: Any) -> Any:
+    """A user's proposer for one compile of several, without what others have taught it.
+
+    One that holds a client, a lock or the like cannot be copied: it is given to all of them.
+    """
+    try:
+        return copy.deepcopy(proposer)
+    except Exception as error:  # whatever its class raises
+        logger.warning(
+            "the instruction_proposer cannot be copied (%s), so that all compiles share what it "
+            "remembers",
+            error,
+        )
+        return proposer
 
 
 class ProposalError(Exception):
