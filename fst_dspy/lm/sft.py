@@ -29,7 +29,12 @@ from fst_dspy.config import SCHEDULES, LoraConfig
 from fst_dspy.errors import ConfigError, DataError, TrainingError
 from fst_dspy.lm.templates import check_options
 from fst_dspy.lm.train_input import Turn, check_format, check_messages, encode_turn
-from fst_dspy.model.hardware import as_current, global_rng_kept, on_device
+from fst_dspy.model.hardware import (
+    as_current,
+    computes_in_bfloat16,
+    global_rng_kept,
+    on_device,
+)
 from fst_dspy.model.policy import Policy
 from fst_dspy.slow.master_weights import MasterWeights
 
@@ -167,7 +172,7 @@ def fine_tune(
             max_length=None,  # cut already
             dataset_kwargs={"skip_prepare_dataset": True},
             use_cpu=not cuda,
-            bf16=cuda and torch.cuda.is_bf16_supported(),
+            bf16=computes_in_bfloat16(policy.model),
             gradient_checkpointing=False,
             report_to="none",
             logging_strategy="no",

@@ -129,6 +129,15 @@ def on_device(args: Any, device: torch.device) -> Any:
     return args
 
 
+def computes_in_bfloat16(model: Any) -> bool:
+    """Whether a transformers trainer is to compute in bfloat16 whatever it holds (``bf16=``).
+
+    Not where weights are float32, for then that is what answers were sampled in.
+    """
+    cuda = model.device.type == "cuda" and torch.cuda.is_bf16_supported()
+    return cuda and model.dtype != torch.float32
+
+
 def free_memory(device: torch.device | str = "cpu") -> int:
     """Bytes that are free on a device; on a GPU, what torch holds and does not use counted in."""
     device = torch.device(device)

@@ -43,7 +43,12 @@ from trl.trainer.utils import add_fused_lm_head
 from fst_dspy import distributed
 from fst_dspy.config import SamplingConfig, SlowConfig
 from fst_dspy.errors import ConfigError, TrainingError
-from fst_dspy.model.hardware import as_current, global_rng_kept, on_device
+from fst_dspy.model.hardware import (
+    as_current,
+    computes_in_bfloat16,
+    global_rng_kept,
+    on_device,
+)
 from fst_dspy.model.logprobs import chosen_logprobs, completion_inputs, only_at
 from fst_dspy.model.prefixes import can_continue, is_checkpointing, left_padded, right_padded
 from fst_dspy.slow.master_weights import MasterWeights
@@ -128,7 +133,7 @@ class SteppedGRPOTrainer(GRPOTrainer):
             super().__init__(
                 model=model,
                 reward_funcs=_no_reward,
-                args=_trl_config(slow, sampling, total_steps, seed, device, folder),
+                args=_trl_config(model, slow, sampling, total_steps, seed, folder),
                 # TRL asks for a dataset; it is never read.
                 train_dataset=Dataset.from_dict({"prompt": [""]}),
                 processing_class=tokenizer,
@@ -439,14 +444,13 @@ def collate(
 
 
 def _trl_config(
+    model: Any,
     slow: SlowConfig,
     sampling: SamplingConfig,
     total_steps: int,
     seed: int,
-    device: torch.device,
     folder: str,
 ) -> GRPOConfig:
-    cuda = device.type == "cuda"
     schedule = slow.lr_scheduler_type
     if schedule == "constant" and slow.warmup_steps:  # which transformers would leave out
         schedule = "constant_with_warmup"
@@ -469,8 +473,8 @@ def _trl_config(
         num_generations=2,
         steps_per_generation=1,
         gradient_accumulation_steps=1,
-        use_cpu=not cuda,
-        bf16=cuda and torch.cuda.is_bf16_supported(),
+        use_cpu=model.device.type != "cuda",
+        bf16=computes_in_bfloat16(model),
         gradient_checkpointing=False,
         report_to="none",
         save_strategy="no",
@@ -480,7 +484,7 @@ def _trl_config(
     if distributed.uses_fsdp():
         # Or accelerate would turn the weights that it cuts up into float32: MasterWeights has such.
         args.mixed_precision = "no"
-    return on_device(args, device)
+    return on_device(args, model.device)
 
 
 def _rows(

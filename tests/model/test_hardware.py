@@ -1,17 +1,23 @@
 """What is done differently on a GPU, as far as a CPU can show it."""
 
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 import torch
 from transformers import TrainingArguments
 
+from fst_dspy.config import LoraConfig, SamplingConfig, SlowConfig
 from fst_dspy.errors import ModelError
+from fst_dspy.lm import sft
 from fst_dspy.model import hardware
 from fst_dspy.model.hardware import default_dtype, fuse_norms
 from fst_dspy.model.policy import Policy
 from fst_dspy.model.sizes import parameter_count
+from fst_dspy.slow import trl_stepper
+from fst_dspy.slow.trainer import SlowTrainer
 
 
 def logits_of(model: torch.nn.Module, dtype: torch.dtype) -> torch.Tensor:
@@ -113,6 +119,35 @@ def test_a_trainer_stays_on_the_gpu_of_its_model(monkeypatch: pytest.MonkeyPatch
     with hardware.as_current(torch.device("cpu")):
         assert hardware.on_device(args, device) is args
     assert (args.device, args.n_gpu, made_current) == (device, 1, [device])
+
+
+@pytest.mark.parametrize("lora", [None, LoraConfig(rank=2)])
+def test_weights_of_float32_are_trained_in_float32(
+    lora: LoraConfig | None, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By either trainer, on a GPU, which is not needed to see what transformers is told."""
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
+    said: list[bool] = []
+
+    def told(**settings: Any) -> None:
+        said.append(settings["bf16"])
+        raise InterruptedError
+
+    for module, name in ((trl_stepper, "GRPOConfig"), (sft, "SFTConfig")):
+        monkeypatch.setattr(module, name, told)
+        monkeypatch.setattr(module, "as_current", lambda device: nullcontext())
+        monkeypatch.setattr(module, "global_rng_kept", lambda device: nullcontext())
+    for dtype in (torch.float32, torch.bfloat16):
+        policy = Policy.load(tiny_model, device="cpu", dtype=dtype)
+        if lora is not None:
+            policy.add_lora(lora, seed=0)
+        monkeypatch.setattr(type(policy.model), "device", torch.device("cuda"), raising=False)
+        with pytest.raises(InterruptedError):
+            SlowTrainer(policy, SlowConfig(lora=lora), SamplingConfig(), 10, 0)
+        turn = [{"role": "user", "content": "visa?"}, {"role": "assistant", "content": "silver"}]
+        with pytest.raises(InterruptedError):
+            sft.fine_tune(policy, [turn], sft.FinetuneConfig(lora=lora), lambda: False)
+    assert said == [False, False, True, True]
 
 
 def test_a_device_without_float64_is_refused_before_a_model_is_loaded() -> None:

@@ -65,7 +65,7 @@ def run_stock(policy, slow, micro_batches=1, equal_lengths=False, cuda=False):
         scale_rewards=slow.scale_rewards,
         temperature=1.0,
         use_cpu=not cuda,
-        bf16=cuda,
+        bf16=False,  # its models are float32
         gradient_checkpointing=False,
         report_to="none",
         save_strategy="no",
