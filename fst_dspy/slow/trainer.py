@@ -59,7 +59,7 @@ MICRO_BATCH_ROWS = 16
 DRIFT_LIMIT = 0.1
 """Nats a token between sampling and training, above which there is a warning; bfloat16 is below."""
 
-DROPPED = ": training drops activations; set dropout to 0 in the model's config.json and in lora"
+DROPPED = ": adapters drop activations as they are trained; set dropout to 0 in lora"
 
 
 class SlowTrainer:
@@ -90,7 +90,7 @@ class SlowTrainer:
             slow, sampling: The settings; of ``sampling`` only ``max_tokens``, which the ``dr_grpo``
                 loss reads: rows have temperatures of their own.
             total_steps: Length of the learning rate schedule, in optimizer steps.
-            seed: Seed of dropout.
+            seed: Seed of the adapters' dropout.
         """
         slow = with_learning_rate(slow, policy.model)
         self.policy, self.slow, self.seed = policy, slow, seed
@@ -192,7 +192,7 @@ class SlowTrainer:
         idle: Sequence[dict[str, Any]],
     ) -> Gradients:
         """TRL's loss of a process's micro-batches, forward and backward."""
-        self._trl.model.train()
+        self._trl.begin_training()
         return self._trl.accumulate(batches, len(rows), completion_tokens(rows), idle)
 
     @contextmanager

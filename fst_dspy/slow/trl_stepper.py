@@ -37,6 +37,7 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
+from transformers.modeling_layers import GradientCheckpointingLayer
 from trl import GRPOConfig, GRPOTrainer
 from trl.trainer.utils import add_fused_lm_head
 
@@ -60,6 +61,8 @@ TRL_MAX_COMPLETION = 512
 TOKEN_MEAN_LOSSES = ("cispo", "dapo", "vespo", "bnpo")  # every token weighs the same
 CLIP_METRICS = ("cispo_clip_ratio", "clip_ratio/region_mean")
 
+ADAPTERS_DROPOUT = "lora_dropout"
+"""What peft calls the dropout on adapters' inputs."""
 PROBED = 8
 """Tokens on which TRL's output layer is compared with the model's own."""
 DIFFERS = 0.1
@@ -96,7 +99,7 @@ class SteppedGRPOTrainer(GRPOTrainer):
     Attributes:
         whole: The model as it was given.
         model: What is trained: the same, or under FSDP a copy that is cut up.
-        has_dropout: Whether activations are dropped in training, by the model or its adapters.
+        has_dropout: Whether adapters drop activations in training; the model's own layers do not.
         outputs_as_model: Whether TRL's output layer gives the model's own log-probabilities.
 
     Raises:
@@ -172,7 +175,12 @@ class SteppedGRPOTrainer(GRPOTrainer):
         self._seen_logprobs: Tensor | None = None  # of the micro-batch run last
         self._allowed_BTW: Tensor | None = None  # of the one that is being run
         self._row_temperature = 1.0
-        self.has_dropout = _has_dropout(model)
+        self.has_dropout = any(
+            isinstance(m, torch.nn.Dropout) and m.p > 0
+            for name, m in model.named_modules()
+            if ADAPTERS_DROPOUT in name
+        )
+        self._is_noisy = _is_noisy(model)
         # FSDP needs the same passes in every process, and beginnings are as the rows are.
         self.continues = (
             can_continue(model)
@@ -190,6 +198,21 @@ class SteppedGRPOTrainer(GRPOTrainer):
     def parameters(self) -> list[torch.nn.Parameter]:
         """The parameters that are trained."""
         return [p for p in self.model.parameters() if p.requires_grad]
+
+    def begin_training(self) -> None:
+        """Put the model into training mode, but for what its own configuration drops or shakes.
+
+        Rows were sampled without that: they would be off policy, and a ratio of 1 wrong. (TRL has
+        it on, unless ``disable_dropout`` is set.) Adapters drop what they are told to.
+        """
+        self.model.train()
+        if not self._is_noisy:
+            return
+        layers = GradientCheckpointingLayer if is_checkpointing(self.model) else ()
+        for name, module in self.model.named_modules():
+            # The whole is asked by TRL, and a layer by checkpointing, whether it is in training.
+            if name and ADAPTERS_DROPOUT not in name and not isinstance(module, layers):
+                module.training = False
 
     @contextmanager
     def cut_up(self) -> Iterator[None]:
@@ -511,10 +534,13 @@ def _has_routers(model: Any, pad_id: int) -> bool:
         return False
 
 
-def _has_dropout(model: Any) -> bool:
+def _is_noisy(model: Any) -> bool:
+    """Whether a model in training drops activations, or shakes its routers, by its configuration."""
     settings = model.config.get_text_config().to_dict()
-    return any(isinstance(m, torch.nn.Dropout) and m.p > 0 for m in model.modules()) or any(
-        isinstance(value, float) and value > 0 for name, value in settings.items() if "drop" in name
+    return any(
+        isinstance(value, float) and value > 0
+        for name, value in settings.items()
+        if "drop" in name or "jitter" in name
     )
 
 
