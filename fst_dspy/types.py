@@ -19,7 +19,15 @@ if TYPE_CHECKING:
 
 Arm = Literal["fst", "rl_only", "gepa_only", "fst_distill"]
 FailureKind = Literal[
-    "parse", "empty", "truncated", "program", "metric", "no_calls", "timeout", "infrastructure"
+    "parse",
+    "empty",
+    "truncated",
+    "too_long",
+    "program",
+    "metric",
+    "no_calls",
+    "timeout",
+    "infrastructure",
 ]
 """Why a rollout failed; one lost to the infrastructure says nothing of the model."""
 

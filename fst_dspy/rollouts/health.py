@@ -33,6 +33,8 @@ ADVICE: Mapping[str, str] = {
     "(structured=True), show it demos, try another adapter (dspy.configure(adapter=...)) or fewer "
     "output fields, or a larger model",
     "truncated": "answers are cut off: raise max_tokens, or ask for shorter ones",
+    "too_long": "prompts leave no room for answers: shorten instructions, demos or inputs, or take "
+    "a model with a longer context",
     "empty": "the model ends its answer at once: check its chat template and stop strings",
     "timeout": "raise rollout_timeout, or make what the program waits for faster",
     "metric": "the metric fails on real predictions: run it on one",
@@ -129,10 +131,7 @@ def _advice(kind: str, message: str, tokenizer: Any) -> str | None:
     if IN_THOUGHT in message:
         return f"the answer is cut off {cut_thought_advice(tokenizer)}"
     if AT_THE_END in message:
-        return (
-            "prompts leave no room for answers: shorten instructions, demos or inputs, or take a "
-            "model with a longer context"
-        )
+        return ADVICE["too_long"]
     return ADVICE.get(kind)
 
 

@@ -14,7 +14,11 @@ from typing import Any
 
 import dspy
 from dspy import lm15
-from dspy.utils.exceptions import AdapterParseError, is_retryable_lm_error
+from dspy.utils.exceptions import (
+    AdapterParseError,
+    ContextWindowExceededError,
+    is_retryable_lm_error,
+)
 
 from fst_dspy.config import SamplingConfig
 from fst_dspy.errors import LOST, MetricError, said_of
@@ -187,6 +191,8 @@ class RolloutThread:
             self._finish(self._score(prediction))
         except AdapterParseError as error:
             self._finish(self._parse_failure(error))
+        except ContextWindowExceededError as error:
+            self._finish(self._failed("too_long", str(error)))
         except MetricError as error:
             self.error = error.__cause__ or error
             # A judge that could not be reached says nothing of the answer.

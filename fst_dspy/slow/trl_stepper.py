@@ -535,7 +535,7 @@ def _has_routers(model: Any, pad_id: int) -> bool:
 
 
 def _is_noisy(model: Any) -> bool:
-    """Whether a model in training drops activations, or shakes its routers, by its configuration."""
+    """Whether by its configuration a model in training drops activations or shakes its routers."""
     settings = model.config.get_text_config().to_dict()
     return any(
         isinstance(value, float) and value > 0

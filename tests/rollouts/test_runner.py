@@ -10,8 +10,9 @@ from helpers import Echo, RawAdapter, Twice, questions, vowels
 
 import fst_dspy
 from fst_dspy.config import SamplingConfig
+from fst_dspy.errors import ProgramError
 from fst_dspy.lm.local_lm import LocalLM
-from fst_dspy.rollouts.health import told_failures
+from fst_dspy.rollouts.health import check_first_rollouts, told_failures
 from fst_dspy.rollouts.jobs import RolloutJob
 from fst_dspy.rollouts.runner import RolloutRunner
 from fst_dspy.student.adapter import strict_adapter
@@ -98,6 +99,19 @@ def test_an_answer_that_fills_the_context_is_told_as_such(lm, caplog):
     with dspy.context(adapter=Refusing(), lm=lm.copy(temperature=0.0)), suppress(Exception):
         Echo()(question="number 0")
     assert "at the end of the context window" in caplog.text
+
+
+def test_a_prompt_that_fills_the_context_is_told_as_such(lm):
+    """It is not that the program fails, and to run it once shows nothing where examples differ."""
+    runner = make_runner(lm)
+    lm.policy.context_length = 8
+    (rollout,) = runner.run(jobs_for(Echo(), 1, 1), channel="slow", salt=1)
+    kind, message = rollout.failure.kind, rollout.failure.message
+    assert kind == "too_long" and "holds 8 tokens of prompt and completion" in message
+    (told,) = told_failures({kind: 1.0}, {kind: message}, lm.policy.tokenizer)
+    assert "shorten instructions" in told and "the program fails" not in told
+    with pytest.raises(ProgramError, match=r"holds 8 tokens.*prompts leave no room for answers"):
+        check_first_rollouts([rollout], Echo())
 
 
 def test_every_call_of_several_predictors_is_kept(lm):
