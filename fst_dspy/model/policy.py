@@ -33,7 +33,7 @@ from fst_dspy import distributed
 from fst_dspy.config import LoraConfig
 from fst_dspy.errors import ModelError
 from fst_dspy.model.cache_layers import cache_name
-from fst_dspy.model.hardware import default_dtype, device_named, fuse_norms
+from fst_dspy.model.hardware import as_current, default_dtype, device_named, fuse_norms
 from fst_dspy.model.sizes import check_claims, described, parameter_count
 from fst_dspy.pretrained.chat import content_form
 from fst_dspy.pretrained.gguf import SUFFIX, read_from, read_gguf
@@ -49,6 +49,8 @@ LIVE = "live"
 HASHED_TOGETHER = 2**21
 """Bytes of a weight that are hashed in one go; of larger ones, such parts side by side: hashing a
 model of a GPU's size on one core would take as long as an optimizer step."""
+LOOKS_AHEAD = 0.1
+"""How much of its logits may depend on what comes later, which is rounding."""
 _OWN, _VISITING = "default", "visiting"  # names of the live adapter and of one swapped in
 
 
@@ -208,6 +210,7 @@ class Policy:
             }
             model = _read_model(source, device)
             cache_name(model)  # refuses what could not answer
+            _check_causal(model)
             if device.type == "cuda":
                 fuse_norms(model)
         except Exception as error:
@@ -527,6 +530,24 @@ def _read_model(source: Mapping[str, Any], device: torch.device) -> Any:
     finally:
         if showed_bars:
             hf_logging.enable_progress_bar()
+
+
+@torch.no_grad()
+def _check_causal(model: Any) -> None:
+    """Refuse encoders: transformers lets BERT and its kin write, though they look ahead.
+
+    Raises:
+        ModelError: What is behind a token changes what is said at it.
+    """
+    ids_22 = torch.tensor([[0, 1], [0, 2]], device=model.device)
+    with as_current(model.device):
+        output = model(input_ids=ids_22, attention_mask=torch.ones_like(ids_22), use_cache=False)
+    one_V, other_V = output.logits[:, 0].float()
+    if (one_V - other_V).norm() > LOOKS_AHEAD * (one_V - one_V.mean()).norm():
+        raise ModelError(
+            f"{type(model).__name__} looks ahead, as encoders do: it can fill gaps in a text, but "
+            "not write one; take a model that writes, such as Qwen3 or SmolLM2"
+        )
 
 
 def _no_kernel_hint(record: logging.LogRecord) -> bool:

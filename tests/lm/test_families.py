@@ -179,6 +179,18 @@ def test_a_model_that_gives_no_cache_is_refused_as_it_is_loaded(kind: str, tmp_p
         LocalLM(str(tmp_path))
 
 
+@pytest.mark.parametrize("kind", ["Bert", "XLMRoberta"])
+def test_an_encoder_is_refused_as_it_is_loaded(kind: str, tmp_path: Path) -> None:
+    """transformers would load it as a decoder, and it would answer in silence, with nonsense."""
+    config = getattr(transformers, f"{kind}Config")(
+        **SHAPE | {"num_hidden_layers": 2, "vocab_size": 320}
+    )
+    transformers.AutoModelForMaskedLM.from_config(config).save_pretrained(tmp_path)
+    make_tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=f"{kind}.* looks ahead, as encoders do"):
+        LocalLM(str(tmp_path))
+
+
 def test_a_quantized_model_is_trained_by_adapters_alone(folder_of) -> None:
     program = Echo()
     program.set_lm(LocalLM(str(folder_of("qwen3"))))
