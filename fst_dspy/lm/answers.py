@@ -61,10 +61,11 @@ def read_answer(
     tokenizer, found = policy.tokenizer, chat_format(policy.tokenizer)
     if not tools and found.thought is None and thought_field(found) is None:
         return Answer(text)
-    raw = cut_before(tokenizer.decode(completion_ids_T), stop)
+    opened = opens_thought(policy, prompt_ids_T)
+    raw = cut_before(tokenizer.decode(completion_ids_T), stop, found.thought, opened)
     if end is not None:
         raw = end.cut(raw)
-    if found.thought is not None and opens_thought(policy, prompt_ids_T):
+    if found.thought is not None and opened:
         raw = found.thought[0] + raw
     if found.syntax is not None and (tools or found.thought is None):
         parsed = _parsed(tokenizer, found.syntax, raw, tools)

@@ -304,6 +304,8 @@ def prepare(
             f"the weights {version} are not at hand; the model serves {policy.base_version}, the "
             f"live {policy.version()} and what policy.keep() has kept"
         )
+    thought = chat_format(policy.tokenizer).thought
+    opened = thought is not None and opens_thought(policy, ids)
     generation = GenerationRequest(
         prompt_ids_T=ids,
         max_tokens=config.max_tokens or DEFAULT_MAX_TOKENS,
@@ -316,8 +318,10 @@ def prepare(
         frequency_penalty=float(config.frequency_penalty or 0.0),
         presence_penalty=float(config.presence_penalty or 0.0),
         repetition_penalty=float(_extra(config).get("repetition_penalty") or 1.0),
-        end=_end(policy, ids) if grammar is None else None,
+        end=_end(thought, opened) if grammar is None else None,
         grammar=grammar,
+        thought=thought,
+        opened=opened,
     )
     return Pending(policy, request, version, generation)
 
@@ -344,7 +348,7 @@ def _grammar(
     return grammar
 
 
-def _end(policy: Policy, prompt_ids_T: tuple[int, ...]) -> End | None:
+def _end(thought: tuple[str, str] | None, opened: bool) -> End | None:
     """The line that closes an answer of the adapter in use, if its answers have one."""
     marker, predictor = end_marker(dspy.settings.adapter), calling_predictor()
     count = 1
@@ -352,8 +356,6 @@ def _end(policy: Policy, prompt_ids_T: tuple[int, ...]) -> End | None:
         count = end_lines(dspy.settings.adapter, ensure_signature(predictor.signature))
     if marker is None or count == 0:
         return None
-    thought = chat_format(policy.tokenizer).thought
-    opened = thought is not None and opens_thought(policy, prompt_ids_T)
     return End(marker, thought, opened, count)
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -89,6 +89,35 @@ def _special_of(tokenizer: Any) -> _Special:
     return known
 
 
+class Ended(Protocol):
+    """What is asked of a request here; see ``fst_dspy.model.generate.GenerationRequest``."""
+
+    @property
+    def stop(self) -> tuple[str, ...]: ...
+    @property
+    def end(self) -> End | None: ...
+    @property
+    def thought(self) -> tuple[str, str] | None: ...
+    @property
+    def opened(self) -> bool: ...
+
+
+def answer_at(text: str, thought: tuple[str, str] | None, opened: bool) -> int | None:
+    """Where the answer begins in a completion's text; ``None`` in the middle of the thought.
+
+    Args:
+        thought: The marks around a thought; ``None`` where the model has none.
+        opened: Whether the prompt has opened the thought already.
+    """
+    if thought is None:
+        return 0
+    opening, closing = thought
+    closed = text.find(closing)
+    if closed >= 0:
+        return closed + len(closing)
+    return None if opened or text.lstrip().startswith(opening) else 0
+
+
 @dataclass(frozen=True)
 class End:
     """A line that closes an answer: what is sampled behind it is no part of it.
@@ -98,9 +127,7 @@ class End:
 
     Attributes:
         marker: What the line begins with, not empty.
-        thought: The marks around a thought, in which the marker means nothing; ``None`` where the
-            model has none.
-        opened: Whether the prompt has opened the thought already.
+        thought, opened: As for ``answer_at``; in a thought the marker means nothing.
         count: The how many-th such line it is; those before it are headers of fields.
     """
 
@@ -111,14 +138,9 @@ class End:
 
     def place(self, text: str) -> int | None:
         """The place in a completion's text behind the marker; ``None`` where it is not there."""
-        start, left = 0, self.count
-        if self.thought is not None:
-            opening, closing = self.thought
-            closed = text.find(closing)
-            if closed >= 0:
-                start = closed + len(closing)
-            elif self.opened or text.lstrip().startswith(opening):
-                return None
+        start, left = answer_at(text, self.thought, self.opened), self.count
+        if start is None:
+            return None
         while (at := text.find(self.marker, start)) >= 0:
             line = text.rfind("\n", 0, at) + 1
             left -= not text[max(line, start) : at].strip()
@@ -135,16 +157,33 @@ class End:
 
 def kept_tokens(tokenizer: Any, ids_T: Sequence[int], end: End | None) -> int:
     """How many tokens of a row are its completion: up to the one behind the closing line."""
-    low, high = 1, len(ids_T) - 1
-    if end is None or high < low or end.place(tokenizer.decode(ids_T[:-2])) is None:
+    high = len(ids_T) - 1
+    if end is None or high < 1 or end.place(tokenizer.decode(ids_T[:-2])) is None:
         return len(ids_T)
-    while low < high:  # the fewest that complete the marker
+    return _fewest(tokenizer, ids_T, high, lambda text: end.place(text) is not None) + 1
+
+
+def stopped_tokens(tokenizer: Any, ids_T: Sequence[int], request: Ended) -> int:
+    """How many tokens of a row are its completion: up to the one that completes a stop string."""
+
+    def stops(text: str) -> bool:
+        return cut_before(text, request.stop, request.thought, request.opened) != text
+
+    if not request.stop or not stops(tokenizer.decode(ids_T)):
+        return len(ids_T)
+    return _fewest(tokenizer, ids_T, len(ids_T), stops)
+
+
+def _fewest(tokenizer: Any, ids_T: Sequence[int], high: int, ends: Callable[[str], bool]) -> int:
+    """The fewest tokens, at most ``high``, in whose text there is an end."""
+    low = 1
+    while low < high:
         middle = (low + high) // 2
-        if end.place(tokenizer.decode(ids_T[:middle])) is None:
-            low = middle + 1
-        else:
+        if ends(tokenizer.decode(ids_T[:middle])):
             high = middle
-    return high + 1
+        else:
+            low = middle + 1
+    return high
 
 
 _closing: weakref.WeakKeyDictionary[Any, dict[str, Tensor]] = weakref.WeakKeyDictionary()
@@ -166,21 +205,27 @@ def closing_tokens(tokenizer: Any, marker: str, size: int) -> Tensor:
     return known[key]
 
 
-def cut_before(text: str, stop: Sequence[str]) -> str:
-    """A text up to the first of some strings."""
-    return text[: min((text.find(s) for s in stop if s in text), default=len(text))]
+def cut_before(
+    text: str, stop: Sequence[str], thought: tuple[str, str] | None, opened: bool
+) -> str:
+    """A completion's text up to the first of some strings in its answer."""
+    start = answer_at(text, thought, opened)
+    if start is None:
+        return text
+    found = [text.find(string, start) for string in stop]
+    return text[: min((place for place in found if place >= 0), default=len(text))]
 
 
 def texts_of(
-    policy: Policy,
-    ids_BT: Sequence[Sequence[int]],
-    stops_B: Sequence[tuple[str, ...]],
-    ends_B: Sequence[End | None] | None = None,
+    policy: Policy, ids_BT: Sequence[Sequence[int]], requests_B: Sequence[Ended]
 ) -> list[str]:
     """Completions as text: without special tokens, cut before a stop string, behind the marker."""
     texts = policy.tokenizer.batch_decode(
         ids_BT, skip_special_tokens=True, clean_up_tokenization_spaces=False
     )
-    ends_B = ends_B or [None] * len(texts)
-    texts = [cut_before(text, stop) for text, stop in zip(texts, stops_B, strict=True)]
-    return [text if end is None else end.cut(text) for text, end in zip(texts, ends_B, strict=True)]
+    texts = [
+        cut_before(text, request.stop, request.thought, request.opened)
+        for text, request in zip(texts, requests_B, strict=True)
+    ]
+    ends = [request.end for request in requests_B]
+    return [text if end is None else end.cut(text) for text, end in zip(texts, ends, strict=True)]

@@ -19,7 +19,14 @@ from torch import Tensor
 from fst_dspy.errors import ModelError, PromptTooLongError
 from fst_dspy.grammar.tokens import Walk
 from fst_dspy.model.cache_layers import CHANGED, DynamicLayer, left_out, obstacle, refuse
-from fst_dspy.model.endings import End, closing_tokens, eos_ids, kept_tokens, texts_of
+from fst_dspy.model.endings import (
+    End,
+    closing_tokens,
+    cut_before,
+    eos_ids,
+    kept_tokens,
+    texts_of,
+)
 from fst_dspy.model.graph_decode import GraphDecode, begin, release
 from fst_dspy.model.growing_decode import GrowingDecode, forward
 from fst_dspy.model.hardware import (
@@ -64,7 +71,7 @@ class GenerationRequest:
         max_tokens: Longest completion, at least 1; cut to the room left in the context window.
         temperature: 0 takes the likeliest token every time.
         top_p: Nucleus mass, in (0, 1].
-        stop: Strings that end the completion; they are left out of its text.
+        stop: Strings that end the completion, in its answer; they are left out of its text.
         seed: Seed of this row alone, any int.
         top_k: How many of the likeliest tokens may be drawn, at least 1; ``None`` for all.
         frequency_penalty, presence_penalty: Taken from a token's logit, before the temperature, for
@@ -73,6 +80,8 @@ class GenerationRequest:
             completion, and multiplies those below.
         end: The line that closes the answer; its text is kept, and what is behind it is not.
         grammar: What the answer is held to; it ends where the grammar does.
+        thought, opened: The marks around a thought, if the model has such, and whether the prompt
+            has opened one: what is thought does not end the answer.
         begun: Of the prompt's last tokens so many are the answer's first. They are given back with
             it, as certain, and ``max_tokens`` does not count them.
     """
@@ -89,6 +98,8 @@ class GenerationRequest:
     repetition_penalty: float = 1.0
     end: End | None = None
     grammar: Grammar | None = None
+    thought: tuple[str, str] | None = None
+    opened: bool = False
     begun: int = 0
 
     @property
@@ -170,7 +181,7 @@ def _started(policy: Policy, request: GenerationRequest) -> GenerationRequest | 
             request, prompt_ids_T=ids_T, max_tokens=room - len(forced), begun=len(forced)
         )
     ids_T = tuple(forced[:room])
-    (text,) = texts_of(policy, [ids_T], [request.stop])
+    (text,) = texts_of(policy, [ids_T], [request])
     whole = walk.ended and len(forced) <= room
     return GenerationResult(ids_T, (0.0,) * len(ids_T), text, "stop" if whole else "length")
 
@@ -422,13 +433,17 @@ class _Batch:
     def _hit_stop_string(self, done: Tensor, rows: Tensor, step: int) -> Tensor:
         hit = [False] * len(rows)
         for place, (row, over) in enumerate(zip(rows.tolist(), done.tolist(), strict=True)):
-            stop = self.requests[row].stop
-            if stop and not over:
+            request = self.requests[row]
+            if request.stop and not over:
                 # A token is at least a byte, but for special ones, which decode to nothing.
-                tail = max(len(text.encode()) for text in stop) + 8
+                tail = max(len(text.encode()) for text in request.stop) + 8
                 ids = self.ids[row, max(0, step + 1 - tail) : step + 1].tolist()
                 text = self.tokenizer.decode(ids, skip_special_tokens=True)
-                hit[place] = any(s in text for s in stop)
+                hit[place] = any(s in text for s in request.stop)
+                if hit[place] and request.thought is not None:
+                    whole = self.tokenizer.decode(self.ids[row, : step + 1].tolist())
+                    asked = request.stop, request.thought, request.opened
+                    hit[place] = cut_before(whole, *asked) != whole
         return torch.tensor(hit, device=done.device)
 
     def _closed(self, done: Tensor, rows: Tensor, step: int, at_B: Tensor) -> Tensor:
@@ -470,9 +485,7 @@ class _Batch:
         stopped = [e or n < len(row) for e, n, row in zip(stopped, kept, ids, strict=True)]
         ids = [row[:n] for row, n in zip(ids, kept, strict=True)]
         logprobs = [row[:n] for row, n in zip(logprobs, kept, strict=True)]
-        texts = texts_of(
-            self.policy, ids, [r.stop for r in self.requests], [r.end for r in self.requests]
-        )
+        texts = texts_of(self.policy, ids, self.requests)
         return [
             GenerationResult(
                 completion_ids_T=tuple(ids_T),

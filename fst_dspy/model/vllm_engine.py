@@ -32,7 +32,7 @@ import torch
 from fst_dspy.config import LoraConfig
 from fst_dspy.distributed import refuse_fsdp
 from fst_dspy.errors import ConfigError
-from fst_dspy.model.endings import eos_ids, kept_tokens, texts_of
+from fst_dspy.model.endings import eos_ids, kept_tokens, stopped_tokens, texts_of
 from fst_dspy.model.generate import (
     GenerationRequest,
     GenerationResult,
@@ -310,8 +310,11 @@ class VllmGenerator:
             answers = [output.outputs[0] for output in outputs]
             ids = [list(answer.token_ids) for answer in answers]
             kept = [
-                kept_tokens(policy.tokenizer, row, r.end)
-                for row, r in zip(ids, requests, strict=True)
+                min(
+                    kept_tokens(policy.tokenizer, row, request.end),
+                    stopped_tokens(policy.tokenizer, row, request),
+                )
+                for row, request in zip(ids, requests, strict=True)
             ]
             uncut_B = [n == len(row) for n, row in zip(kept, ids, strict=True)]
             ids = [row[:n] for n, row in zip(kept, ids, strict=True)]
@@ -334,7 +337,7 @@ class VllmGenerator:
             ]
             for n, whole in zip(cut, _read_again(policy, rows), strict=True):
                 logprobs[n] = whole
-        texts = texts_of(policy, ids, [r.stop for r in requests], [r.end for r in requests])
+        texts = texts_of(policy, ids, requests)
         return [
             GenerationResult(
                 completion_ids_T=tuple(ids_T),
@@ -363,7 +366,7 @@ class VllmGenerator:
             repetition_penalty=request.repetition_penalty,
             max_tokens=room_for(policy, request),
             seed=request.seed & MAX_SEED,
-            stop=[*request.stop, *_closing(request)],
+            stop=_stops(request),
             stop_token_ids=sorted(eos_ids(policy)),
             logprobs=0,  # of the sampled token alone
             detokenize=bool(request.stop or request.end),  # the text is made by ``texts_of``
@@ -386,11 +389,13 @@ def _read_again(policy: Policy, rows: Sequence[_Row]) -> list[tuple[float, ...]]
         policy.model.train(was_training)
 
 
-def _closing(request: GenerationRequest) -> list[str]:
-    """The end of an answer as a stop string; in a thought it would end nothing but the thought.
+def _stops(request: GenerationRequest) -> list[str]:
+    """What is to end an answer, as stop strings; in a thought they would end nothing but that.
 
-    Nor can a stop string pass over a field's header that is the same.
+    Nor can the end's pass over a field's header that is the same.
     """
-    if request.end is None or request.end.thought is not None or request.end.count > 1:
+    if request.thought is not None:
         return []
-    return ["\n" + request.end.marker]
+    end = request.end
+    closing = [] if end is None or end.count > 1 else ["\n" + end.marker]
+    return [*request.stop, *closing]

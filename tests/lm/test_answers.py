@@ -117,6 +117,8 @@ def test_what_the_text_was_cut_at_cuts_the_parts_too() -> None:
     answer = read(family_tokenizer("qwen3"), said, end=end)
     assert answer.text == "silver\n[[ ## completed ## ]]"
     assert read(family_tokenizer("qwen3"), said, stop=("But",)).text.endswith("]]\n")
+    answer = read(family_tokenizer("qwen3"), said, stop=("[[",))  # which it has thought of before
+    assert (answer.text, answer.thought) == ("silver\n", "[[ ## completed ## ]]")
 
 
 @pytest.mark.parametrize(

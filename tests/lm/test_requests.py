@@ -238,7 +238,7 @@ def test_a_field_named_as_the_adapters_end_does_not_end_the_answer(
         (request,) = requests
         ids = tokenizer(f"{said.rstrip()}\nAnd so on.", add_special_tokens=False)["input_ids"]
         ids = tuple(ids[: kept_tokens(tokenizer, ids, request.end)])
-        kept.extend(texts_of(policy, [ids], [()], [request.end]))
+        kept.extend(texts_of(policy, [ids], [request]))
         return [GenerationResult(ids, (-1.0,) * len(ids), kept[-1], "stop")]
 
     monkeypatch.setattr(lm.policy, "generator", generator)

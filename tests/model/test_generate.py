@@ -14,7 +14,7 @@ from helpers import full_logprobs, sampled_logprobs
 from fst_dspy.config import LoraConfig
 from fst_dspy.errors import ModelError, PromptTooLongError
 from fst_dspy.model import sizes as model_sizes
-from fst_dspy.model.endings import End
+from fst_dspy.model.endings import End, stopped_tokens
 from fst_dspy.model.generate import GenerationRequest, generate
 from fst_dspy.model.policy import Policy
 from fst_dspy.model.prefixes import pads_safely
@@ -150,6 +150,25 @@ def test_stop_strings_cut_the_text_and_end_the_row(tiny_lfm2: Path) -> None:
     for result, text, stop in zip(stopped, texts, stops, strict=True):
         assert result.text == text[: text.index(stop)]
         assert result.finish_reason == "stop" and len(result.completion_ids_T) < 40
+
+
+def test_stop_strings_in_a_thought_end_nothing(tiny_qwen3: Path) -> None:
+    policy = Policy.load(tiny_qwen3)
+    without_end(policy)
+    plain = [GenerationRequest(encode(policy, w), 40, seed=7) for w in WORDS]
+    for request, whole in zip(plain, generate(policy, plain), strict=True):
+        text = whole.text
+        closing, stops = text[15:18], (text[5:8], text[25:28])
+        asked = replace(request, stop=stops, thought=("<think>", closing), opened=True)
+        (result,) = generate(policy, [asked])
+        begun = text.index(closing) + 3
+        assert result.text == text[: min(p for s in stops if (p := text.find(s, begun)) >= 0)]
+        assert result.finish_reason == "stop" and len(result.completion_ids_T) < 40
+        # As vLLM is not told of them, what it has said is cut where they are complete.
+        kept = stopped_tokens(policy.tokenizer, whole.completion_ids_T, asked)
+        assert kept == len(result.completion_ids_T)
+        (result,) = generate(policy, [replace(asked, thought=("<think>", "</think>"))])
+        assert result.text == text and result.finish_reason == "length"
 
 
 def test_a_prompt_without_room_is_refused_and_max_tokens_shrinks_to_the_room(
