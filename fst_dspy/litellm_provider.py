@@ -25,7 +25,7 @@ from dspy import lm15
 from litellm.types.utils import Choices, GenericStreamingChunk, Message, ModelResponse, Usage
 
 from fst_dspy.bundle.files import MANIFEST
-from fst_dspy.bundle.manifest import read_manifest
+from fst_dspy.bundle.manifest import Manifest, read_manifest
 from fst_dspy.bundle.weights import read_weights
 from fst_dspy.errors import FSTError
 from fst_dspy.files import path_given
@@ -43,12 +43,14 @@ class FSTProvider(litellm.CustomLLM):
 
     Takes ``temperature`` (default 1), ``top_p``, ``max_tokens`` (default 512), ``stop``, ``seed``,
     ``n``, and ``base``, the folder of the base model of a bundle that needs one. Everything else is
-    refused, not dropped. Streams come as one chunk, for the model answers whole.
+    refused, not dropped. Where all of the bundle's program was asked under the same
+    ``chat_template_kwargs``, so are the messages. Streams come as one chunk, for the model answers
+    whole.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self._engines: dict[tuple[str, str | None], tuple[Any, LocalEngine]] = {}
+        self._engines: dict[tuple[str, str | None], tuple[Any, LocalEngine, dict[str, Any]]] = {}
         self._lock = threading.Lock()
 
     def completion(self, model: str, messages: list, *args: Any, **kwargs: Any) -> ModelResponse:
@@ -112,7 +114,7 @@ class FSTProvider(litellm.CustomLLM):
             )
         if params.get("stream") and count > 1:
             raise ValueError("a stream holds one answer; leave out n")
-        engine = self._engine(model, params.get("base"))
+        engine, own = self._engine(model, params.get("base"))
         lm15_messages = tuple(map(_message, messages))
         sampling = {k: v for k in _SAMPLING if (v := params.get(k)) is not None}
         stop = sampling.pop("stop", ())
@@ -123,21 +125,25 @@ class FSTProvider(litellm.CustomLLM):
                 model=engine.policy.version(),
                 messages=lm15_messages,
                 # With one seed for all, n answers would be n copies of one.
-                config=lm15.Config(**sampling, seed=None if seed is None else seed + index),
+                config=lm15.Config(
+                    **sampling, seed=None if seed is None else seed + index, extensions=own
+                ),
             )
             for index in range(count)
         ]
 
-    def _engine(self, model: str, base: str | None) -> LocalEngine:
+    def _engine(self, model: str, base: str | None) -> tuple[LocalEngine, dict[str, Any]]:
+        """A bundle's engine, and the settings of its own that no call says."""
         folder = path_given(model)
         with self._lock:
             stamp = _stamp(folder / MANIFEST)
             known = self._engines.get((str(folder), base))
             if known is not None and known[0] == stamp:
-                return known[1]
-            engine = LocalEngine(read_weights(folder, read_manifest(folder), base))
-            self._engines[str(folder), base] = (stamp, engine)
-            return engine
+                return known[1:]
+            manifest = read_manifest(folder)
+            engine, own = LocalEngine(read_weights(folder, manifest, base)), _own(manifest)
+            self._engines[str(folder), base] = (stamp, engine, own)
+            return engine, own
 
 
 def register() -> None:
@@ -145,6 +151,13 @@ def register() -> None:
     if not any(item["provider"] == PROVIDER for item in litellm.custom_provider_map):
         litellm.custom_provider_map.append({"provider": PROVIDER, "custom_handler": FSTProvider()})
     litellm.utils.custom_llm_setup()
+
+
+def _own(manifest: Manifest) -> dict[str, Any]:
+    """The variables of the chat template, such as whether to think, that the weights go with."""
+    name, settings = "chat_template_kwargs", [one.lm for one in manifest.predictors.values()]
+    said = [own.get(name) for own in settings if own is not None]
+    return {name: said[0]} if said and said[0] and all(one == said[0] for one in said) else {}
 
 
 def _stamp(path: Path) -> Any:

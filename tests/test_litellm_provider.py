@@ -11,6 +11,7 @@ import dspy
 import litellm
 import pytest
 from bundles import adapted
+from chat_families import save_family
 from dspy.utils.exceptions import ContextWindowExceededError
 
 import fst_dspy
@@ -88,6 +89,21 @@ def test_settings_are_honoured(model):
     parts = [{"role": "user", "content": [{"type": "text", "text": "hello"}]}]
     plain = [{"role": "user", "content": "hello"}]
     assert text(ask(model, parts, temperature=0)) == text(ask(model, plain, temperature=0))
+
+
+def test_a_bundle_is_asked_as_its_program_was(tmp_path):
+    """Thoughts, which were off as it was trained, are no more for a service to switch off."""
+    program = dspy.Predict("question -> answer")
+    how = {"enable_thinking": False}
+    program.set_lm(
+        fst_dspy.LocalLM(str(save_family(tmp_path / "model", "qwen3")), chat_template_kwargs=how)
+    )
+    fst_dspy.save(program, tmp_path / "bundle")
+    register()
+    tokens = ask(f"fst/{tmp_path / 'bundle'}", max_tokens=1).usage.prompt_tokens
+    tokenizer = program.lm.policy.tokenizer
+    expected = tokenizer.apply_chat_template(HELLO, add_generation_prompt=True, **how)
+    assert tokens == len(expected["input_ids"])
 
 
 def test_async_calls(model):
