@@ -298,7 +298,10 @@ def _parameters(tool: Tool) -> dict[str, inspect.Parameter]:
 
 
 def _call(text: str) -> tuple[str, dict[str, Any]]:
-    """Name and arguments of a call such as ``move(steps=2)``; a bare name has no arguments."""
+    """Name and arguments of a call such as ``move(steps=2)``; a bare name has no arguments.
+
+    JSON's names for values are taken as well: an agent's history has lists and models as JSON.
+    """
     try:
         node = ast.parse(text, mode="eval").body
         if isinstance(node, ast.Name):
@@ -308,14 +311,21 @@ def _call(text: str) -> tuple[str, dict[str, Any]]:
         keywords = [keyword.arg for keyword in node.keywords]
         if None in keywords or len(set(keywords)) < len(keywords):
             raise ValueError
-        arguments = {str(k.arg): ast.literal_eval(k.value) for k in node.keywords}
-        for position, value in enumerate(node.args):
-            arguments[str(position)] = ast.literal_eval(value)
+        given = [*enumerate(node.args), *((k.arg, k.value) for k in node.keywords)]
+        arguments = {str(key): ast.literal_eval(_AsPython().visit(one)) for key, one in given}
     except (ValueError, SyntaxError, MemoryError, RecursionError) as error:
         raise InvalidActionError(
             f"{text!r} is not written as a call of a tool, such as tool(argument='value')"
         ) from error
     return node.func.id, arguments
+
+
+class _AsPython(ast.NodeTransformer):
+    """Puts values in place of JSON's names for them."""
+
+    def visit_Name(self, node: ast.Name) -> ast.expr:
+        values = {"true": True, "false": False, "null": None}
+        return ast.Constant(values[node.id]) if node.id in values else node
 
 
 def _told(tool: Tool) -> str:

@@ -182,12 +182,17 @@ def reward_so_far(environment: Any) -> float | None:
     return _number(getattr(environment, "reward", None))
 
 
+def as_float(reward: Any) -> float:
+    """A number of any kind, an array's or a tensor's only element among them."""
+    return float(reward.item() if hasattr(reward, "item") else reward)
+
+
 def _number(reward: Any) -> float | None:
-    """A reward of any kind of number, an array's or a tensor's only element among them."""
+    """A reward that is a finite number; ``None`` where it is none."""
     if reward is None or callable(reward) or isinstance(reward, str | bytes):
         return None
     try:
-        found = float(reward)
+        found = as_float(reward)
     except (TypeError, ValueError, RuntimeError):
         return None
     return found if math.isfinite(found) else None

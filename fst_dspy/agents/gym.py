@@ -50,7 +50,7 @@ class GymEnvironment:
             raise ValueError("the episode is over")
         number = self._actions.index(action) + int(self._environment.action_space.start)
         observation, reward, terminated, truncated, _ = self._environment.step(number)
-        self.reward += float(reward)
+        self.reward += contract.as_float(reward)
         self.done = bool(terminated or truncated)
         return self._describe(observation, self._environment)
 

@@ -34,7 +34,7 @@ def env_reward(
     if pred.reward is None:
         raise MetricError(
             "the environment gives no reward: it needs get_reward() or an attribute reward that is "
-            "a number; or score pred.turns with a metric of your own"
+            "a finite number; or score pred.turns with a metric of your own"
         )
     return dspy.Prediction(score=float(pred.reward), feedback=_feedback(pred, turns))
 

@@ -93,6 +93,7 @@ def test_of_several_environments_the_example_names_its_own():
     [
         ("move(steps=2)", "move", {"steps": 2}),
         ("move(2, True)", "move", {"steps": 2, "fast": True}),
+        ("move(2, fast=true)", "move", {"steps": 2, "fast": True}),
         (" move('3') ", "move", {"steps": 3}),
         ("look()", "look", {}),
         ("look", "look", {}),
@@ -112,6 +113,7 @@ def test_a_call_is_read_with_typed_arguments(written, tool, arguments):
         ("move(steps=1, up=2)", "has no up"),
         ("move(steps='many')", "steps='many' is wrong"),
         ("move(steps=__import__('os'))", "not written as a call"),
+        ("move(steps=two)", "not written as a call"),
         ("I would move", "not written as a call"),
         ("move(**{'steps': 1})", "not written as a call"),
         ("move(1, 2, 3)", "has 2 arguments, not 3"),

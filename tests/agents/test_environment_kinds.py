@@ -204,6 +204,8 @@ def rewarded(**members):
         (rewarded(reset=lambda self: setattr(self, "reward", 0.5)), 0.5),
         (rewarded(reset=lambda self: None, reward=property(lambda self: 0.25)), 0.25),
         (rewarded(reset=lambda self: None, reward=lambda self: 1), 1.0),
+        (rewarded(reset=lambda self: None, reward=np.array([0.75])), 0.75),
+        (rewarded(reset=lambda self: None, reward=float("nan")), None),
         (rewarded(reset=lambda self: None, get_reward=lambda self: 2, reward=0.5), 2.0),
         (rewarded(reset=lambda self: None), None),
     ],

@@ -100,7 +100,7 @@ class Spaced(gymnasium.Env):
         return 0, {}
 
     def step(self, action):
-        return action, 0.0, False, False, {}
+        return action, np.array([0.5]), False, False, {}  # as some give rewards
 
 
 def test_actions_are_counted_from_where_they_start():
@@ -108,6 +108,7 @@ def test_actions_are_counted_from_where_they_start():
     with dspy.context(lm=DummyLM([{"action": "-1"}, {"action": "1"}]), adapter=dspy.ChatAdapter()):
         pred = program(seed=np.int64(3))  # as a generator of numpy's draws them
     assert [(turn.action, turn.result) for turn in pred.turns] == [("-1", "-1"), ("1", "1")]
+    assert pred.reward == 1.0
 
 
 @pytest.mark.parametrize("space", [gymnasium.spaces.MultiBinary(3), gymnasium.spaces.Box(0, 1)])
