@@ -17,6 +17,7 @@ from fst_dspy.lm.local_lm import LocalLM
 from fst_dspy.student.modules import copy_program, every_predictor
 from fst_dspy.student.tools import set_tool_texts, tool_texts
 
+_METADATA, _VERSIONS = "metadata", "dependency_versions"  # beside the parameters of a state
 _PREDICT_STATE = {"traces", "train", "demos", "signature", "lm", "fields"}
 # A program's class may save and load itself; these are DSPy's own ways.
 _DSPYS_DUMP = (dspy.Module.dump_state, dspy.Predict.dump_state)
@@ -57,8 +58,9 @@ def dump_state(program: dspy.Module) -> dict[str, Any]:
                 for name, parameter in _parameters(program).items()
             }
             state = states["self"] if set(states) == {"self"} else states
-        metadata = {"dependency_versions": get_dependency_versions()}
-        return plain_json({**state, "metadata": metadata})
+        if _METADATA not in state:  # a predictor of that name; DSPy would write over it
+            state = {**state, _METADATA: {_VERSIONS: get_dependency_versions()}}
+        return plain_json(state)
     except (TypeError, ValueError, RecursionError) as error:
         raise ProgramError(f"the program's state is not plain JSON: {error}") from error
 
@@ -148,7 +150,9 @@ def load_state(program: dspy.Module, manifest: Manifest, state: dict[str, Any]) 
     """
     if not isinstance(state, dict):
         raise StoreError("program.json does not hold the state of a program")
-    own = {name: value for name, value in state.items() if name != "metadata"}
+    own = dict(state)
+    if isinstance(beside := own.get(_METADATA), dict) and _VERSIONS in beside:
+        del own[_METADATA]
     lms = {name: predictor.lm for name, predictor in every_predictor(program).items()}
     if _saves_itself(program):
         _check_predictors(program, own)

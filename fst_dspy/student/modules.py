@@ -34,6 +34,8 @@ MAX_OWN_ITEMS = 1000
 MAX_WALKED_ITEMS = 10_000
 """Items of a container up to which it is searched for modules; longer ones hold data."""
 
+TRIED = ("candidate_programs", "mb_candidate_programs", "trial_logs", "detailed_results")
+"""Attributes in which DSPy's optimizers leave what they tried: other programs, no parts of it."""
 NOT_OF_THE_PROGRAM = "__fst_not_of_the_program__"
 """An attribute of classes whose objects a program may hold, and which are no part of it."""
 _LEAVES = (str, bytes, bytearray, int, float, complex, bool, type(None), type, types.ModuleType)
@@ -244,7 +246,11 @@ def _children(item: Any) -> Iterator[tuple[str, Any]]:
         held = iter([])
     elif isinstance(item, dspy.Module):
         skipped = ("history", "callbacks")
-        held = ((f".{n}", value) for n, value in attributes(item).items() if n not in skipped)
+        held = (
+            (f".{name}", value)
+            for name, value in attributes(item).items()
+            if name not in skipped and not _is_left(name, value)
+        )
     elif isinstance(item, dict):
         held = ((f"['{key}']", value) for key, value in _short(item).items())
     elif isinstance(item, list | tuple | set | frozenset | deque):
@@ -264,6 +270,15 @@ def _children(item: Any) -> Iterator[tuple[str, Any]]:
     else:
         held = ((f".{name}", value) for name, value in attributes(item).items())
     return ((label, value) for label, value in held if not isinstance(value, _LEAVES))
+
+
+def _is_left(name: str, value: Any) -> bool:
+    """Whether an attribute of a module is what an optimizer left, in none of a program's forms."""
+    if name not in TRIED:
+        return False
+    parts = value.values() if isinstance(value, dict) else value
+    parts = parts if isinstance(value, dict | list | tuple) else [value]
+    return not any(isinstance(part, dspy.Module) for part in parts)
 
 
 def _empty_twin(item: Any) -> Any:

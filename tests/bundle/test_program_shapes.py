@@ -234,6 +234,17 @@ def test_a_compiled_bare_predictor_comes_back(tiny_qwen3, tmp_path):
             assert loaded(**asked).answer == compiled(**asked).answer
 
 
+def test_a_predictor_may_be_named_as_what_is_written_beside_predictors(tiny_qwen3, tmp_path):
+    def make():
+        program = Pair()
+        program.metadata = predict()
+        return program
+
+    program = tuned(make, tiny_qwen3)
+    fst_dspy.save(program, tmp_path / "bundle")
+    assert texts(fst_dspy.load(tmp_path / "bundle", make(), base=tiny_qwen3)) == texts(program)
+
+
 def test_another_shape_is_refused(tiny_qwen3, tmp_path):
     fst_dspy.save(tuned(predict, tiny_qwen3), tmp_path / "bundle")
     for other in (Pair, Checked, SHAPES["react"]):

@@ -106,3 +106,21 @@ def test_long_containers_of_any_class_are_data() -> None:
     index, lines = Index(MAX_WALKED_ITEMS + 1), Lines(MAX_WALKED_ITEMS + 1)
     twin = copy_program(Asks(index=index, lines=lines))
     assert twin.index is index and twin.lines is lines
+
+
+def test_what_an_optimizer_has_tried_is_no_part_of_the_program() -> None:
+    answers = dspy.utils.DummyLM([{"reasoning": "", "answer": "a"}] * 20)
+    search = dspy.BootstrapFewShotWithRandomSearch(
+        metric=lambda gold, pred, trace=None: True, num_candidate_programs=1, num_threads=1
+    )
+    examples = [dspy.Example(question=word, answer="a").with_inputs("question") for word in "xy"]
+    with dspy.context(lm=answers):
+        found = search.compile(dspy.ChainOfThought("question -> answer"), trainset=examples)
+    assert len(found.candidate_programs) > 1
+    assert list(every_predictor(found)) == ["predict"]
+
+
+def test_an_attribute_of_such_a_name_may_hold_predictors() -> None:
+    program = Asks(candidate_programs=[dspy.Predict("question -> answer")])
+    assert list(every_predictor(program)) == ["say", "candidate_programs[0]"]
+    assert copy_program(program).candidate_programs[0] is not program.candidate_programs[0]
