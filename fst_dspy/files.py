@@ -16,6 +16,8 @@ from safetensors import SafetensorError
 
 from fst_dspy.errors import FSTError, StoreError
 
+_NUMBERS = ("b", "i", "u", "f")  # numpy's kinds of them
+
 
 def path_given(path: str | os.PathLike[str]) -> Path:
     """A file or folder that a user named; it stays the same one wherever the program goes.
@@ -76,7 +78,10 @@ def _plain_key(key: Any) -> str:
 
 
 def _typed_as_plain(value: Any) -> Any:
-    """Enums, dates, pydantic models, dataclasses and the like; DSPy's examples."""
+    """Enums, dates, pydantic models, dataclasses and the like; DSPy's examples, numpy's numbers."""
+    kind = getattr(getattr(value, "dtype", None), "kind", None)
+    if kind in _NUMBERS and value.shape == ():
+        return value.item()
     if isinstance(value, set | frozenset):  # whose order is another in every process
         return sorted(map(plain_json, value), key=json.dumps)
     return (

@@ -34,7 +34,10 @@ def checked_examples(name: str, examples: Iterable[dspy.Example] | None) -> list
     known = []
     for position, example in enumerate(given):
         if not isinstance(example, dspy.Example):
-            raise DataError(f"{name}[{position}] is a {type(example).__name__}, not a dspy.Example")
+            raise DataError(
+                f"{name}[{position}] is a {type(example).__name__}, not a dspy.Example; make each "
+                'row one: dspy.Example(**row).with_inputs("field", ...)'
+            )
         if example._input_keys is None:
             raise DataError(
                 f"{name}[{position}] does not say which fields are inputs; "

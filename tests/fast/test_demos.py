@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 import dspy
+import numpy as np
 import pydantic
 import pytest
 from hypothesis import given
@@ -202,8 +203,10 @@ PLACE = Place(town="Ulm", at=datetime.date(2024, 2, 29))
         (PLACE.at, datetime.date, "2024-02-29"),
         (PLACE, Place, '{"town": "Ulm", "at": "2024-02-29"}'),
         ({Colour.BLUE: {"b", "a"}}, dict[Colour, set[str]], '{"blue": ["a", "b"]}'),
+        (np.int64(3), int, "3"),
+        ([np.bool_(True)], list[bool], "[true]"),
     ],
-    ids=["enum", "number", "date", "model", "keys"],
+    ids=["enum", "number", "date", "model", "keys", "numpy", "numpys"],
 )
 def test_typed_answers_are_shown_as_they_are_read(answer: Any, kind: Any, shown: str) -> None:
     by = DemoProposer(100, words)
