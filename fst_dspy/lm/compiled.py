@@ -17,7 +17,7 @@ import functools
 import inspect
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, cast
 
 import dspy
 
@@ -54,8 +54,7 @@ def mark_compiled(
         setattr(predictor, FOLLOWS, predictor.lm)
     if adapter is not None:
         setattr(program, COMPILED_ADAPTER, adapter)
-    if not isinstance(program, dspy.Predict):
-        mix_in(program, Entered)
+    mix_in(program, Kept if isinstance(program, dspy.Predict) else Entered)
 
 
 def follows(predictor: dspy.Predict) -> bool:
@@ -114,7 +113,21 @@ def _entering(like: Callable[..., Any], find: Callable[[dspy.Module], Any]) -> C
     return functools.wraps(like)(aforward if inspect.iscoroutinefunction(like) else forward)
 
 
-class Entered(Mixin):
+class Kept(Mixin):
+    """A compiled program, which keeps the trained weights where an optimizer begins with it."""
+
+    def reset_copy(self) -> Any:
+        """As DSPy's, which takes predictors their language models as well as their demos."""
+        twin: Any = super().reset_copy()  # type: ignore[misc]
+        before = dict(cast(dspy.Module, self).named_predictors())
+        for name, predictor in twin.named_predictors():
+            own = before[name]
+            # The copy's own copy of it, where there is one, for it to go on following.
+            predictor.lm = vars(predictor).get(FOLLOWS) if follows(own) else own.lm
+        return twin
+
+
+class Entered(Kept):
     """A compiled program, which notes the settings' LM as it is entered.
 
     It also says where the settings' adapter is another than that of the compile.

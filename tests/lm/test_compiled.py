@@ -21,6 +21,7 @@ from long_model import DESKS, Router, save_long_model
 from fst_dspy import LocalLM
 from fst_dspy.bundle.saving import make_savable
 from fst_dspy.lm.asked import wanted_format
+from fst_dspy.lm.compiled import follows
 from fst_dspy.lm.predictors import bound_to
 from fst_dspy.student.adapter import end_lines, end_marker
 from fst_dspy.student.candidate import seed_candidate
@@ -158,6 +159,16 @@ def test_a_tool_of_it_in_an_agent_is_copied_with_the_agent(compiled: Any) -> Non
         assert func.__self__ is not program
         func.__self__.say = Fixed()
         assert func("x").answer == "fixed"
+
+
+@pytest.mark.parametrize("make", [Clerk, lambda: dspy.Predict("question -> answer")])
+def test_an_optimizer_that_begins_with_it_keeps_its_weights(make: Any, compiled: Any) -> None:
+    program = compiled(make())
+    examples = [dspy.Example(question="x", answer="y").with_inputs("question")]
+    shown = dspy.LabeledFewShot(k=1).compile(program, trainset=examples)
+    (before,), (after,) = program.predictors(), shown.predictors()
+    assert len(after.demos) == 1 and not before.demos
+    assert after.lm.model == before.lm.model and follows(after)
 
 
 def test_an_async_one_runs_as_dspy_runs_them(compiled: Any) -> None:
