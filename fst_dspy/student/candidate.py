@@ -169,7 +169,7 @@ def encode_demos(demos: Iterable[Any]) -> str:
     Raises:
         ConfigError: A demo holds a value that JSON cannot hold, such as an image.
     """
-    rows = [demo.toDict() if hasattr(demo, "toDict") else dict(demo) for demo in demos]
+    rows = [plain_fields(demo) if hasattr(demo, "toDict") else dict(demo) for demo in demos]
     try:
         # Of a demo's fields the signature has the order; what is in them keeps its own.
         return json.dumps([dict(sorted(row.items())) for row in rows], ensure_ascii=False)

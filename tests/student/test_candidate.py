@@ -228,6 +228,7 @@ def test_example_id_leaves_out_what_dspy_keeps_to_itself() -> None:
     own = dspy.Example(q="1", a="2", dspy_uuid="x", dspy_split="train").with_inputs("q")
     assert example_id(own) == example_id(plain)
     assert plain_fields(own.labels()) == {"a": "2"}
+    assert encode_demos([own]) == encode_demos([plain])  # by which a run folder knows its student
 
 
 def test_an_id_that_was_taken_stays_whatever_is_written() -> None:
