@@ -12,6 +12,8 @@ What the package relies on of DSPy beyond what it documents, here and elsewhere;
 - ``Example._input_keys``, a set of names or ``None``;
 - ``Module._compiled``, by which a program keeps the parts of a module out of its
   ``named_parameters()``; ``Module.deepcopy()``, which falls back to copying attribute by attribute;
+- ``Module.reset_copy()``, which takes predictors their LM; the attributes in which optimizers leave
+  what they tried (``fst_dspy.student.modules.TRIED``);
 - ``Module.dump_state()`` and ``load_state()``: by parameter, of a predictor ``traces``, ``train``,
   ``demos``, ``lm`` and ``signature``, this with ``instructions`` and ``fields``, each a ``prefix``
   and a ``description``; ``dspy.utils.saving.get_dependency_versions()``;
