@@ -24,7 +24,10 @@ OWN_NAMES = {
 """The user's own program, metric and the like, which a notebook may define."""
 
 IN_TESTS = {
-    "01_quickstart": {"max_cycles=2": "max_cycles=1, max_tokens=40", "examples[128:]": "examples[128:160]"},
+    "01_quickstart": {
+        "max_cycles=2": "max_cycles=1, max_tokens=40",
+        "examples[128:]": "examples[128:160]",
+    },
     "02_watch_the_weights": {"test=40": "test=16", "max_cycles=4": "max_cycles=2"},
     "03_study": {
         "test=60": "test=1",  # which it has no use for
