@@ -137,8 +137,9 @@ def test_weights_of_float32_are_trained_in_float32(
         monkeypatch.setattr(module, name, told)
         monkeypatch.setattr(module, "as_current", lambda device: nullcontext())
         monkeypatch.setattr(module, "global_rng_kept", lambda device: nullcontext())
-    for dtype in (torch.float32, torch.bfloat16):
-        policy = Policy.load(tiny_model, device="cpu", dtype=dtype)
+    dtypes = (torch.float32, torch.bfloat16)
+    policies = [Policy.load(tiny_model, device="cpu", dtype=dtype) for dtype in dtypes]
+    for policy in policies:
         if lora is not None:
             policy.add_lora(lora, seed=0)
         monkeypatch.setattr(type(policy.model), "device", torch.device("cuda"), raising=False)

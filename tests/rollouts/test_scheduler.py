@@ -427,7 +427,7 @@ def test_a_prompt_that_is_too_long_is_data(lm: LocalLM) -> None:
             return super().forward(question * (1000 if question.endswith("1") else 1))
 
     rollouts, _ = run(lm, Long())
-    assert rollouts[1].failure.kind == "program" and rollouts[0].calls
+    assert rollouts[1].failure.kind == "too_long" and rollouts[0].calls
 
 
 @pytest.mark.parametrize("error", [TimeoutError("the pool is full"), ConnectionResetError()])
