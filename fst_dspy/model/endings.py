@@ -165,13 +165,9 @@ def kept_tokens(tokenizer: Any, ids_T: Sequence[int], end: End | None) -> int:
 
 def stopped_tokens(tokenizer: Any, ids_T: Sequence[int], request: Ended) -> int:
     """How many tokens of a row are its completion: up to the one that completes a stop string."""
-
-    def stops(text: str) -> bool:
-        return cut_before(text, request.stop, request.thought, request.opened) != text
-
-    if not request.stop or not stops(tokenizer.decode(ids_T)):
+    if not request.stop or not is_stopped(tokenizer.decode(ids_T), request):
         return len(ids_T)
-    return _fewest(tokenizer, ids_T, len(ids_T), stops)
+    return _fewest(tokenizer, ids_T, len(ids_T), lambda text: is_stopped(text, request))
 
 
 def _fewest(tokenizer: Any, ids_T: Sequence[int], high: int, ends: Callable[[str], bool]) -> int:
@@ -214,6 +210,11 @@ def cut_before(
         return text
     found = [text.find(string, start) for string in stop]
     return text[: min((place for place in found if place >= 0), default=len(text))]
+
+
+def is_stopped(text: str, request: Ended) -> bool:
+    """Whether a completion's text has a stop string in its answer."""
+    return cut_before(text, request.stop, request.thought, request.opened) != text
 
 
 def texts_of(

@@ -22,8 +22,8 @@ from fst_dspy.model.cache_layers import CHANGED, DynamicLayer, left_out, obstacl
 from fst_dspy.model.endings import (
     End,
     closing_tokens,
-    cut_before,
     eos_ids,
+    is_stopped,
     kept_tokens,
     texts_of,
 )
@@ -442,8 +442,7 @@ class _Batch:
                 hit[place] = any(s in text for s in request.stop)
                 if hit[place] and request.thought is not None:
                     whole = self.tokenizer.decode(self.ids[row, : step + 1].tolist())
-                    asked = request.stop, request.thought, request.opened
-                    hit[place] = cut_before(whole, *asked) != whole
+                    hit[place] = is_stopped(whole, request)
         return torch.tensor(hit, device=done.device)
 
     def _closed(self, done: Tensor, rows: Tensor, step: int, at_B: Tensor) -> Tensor:

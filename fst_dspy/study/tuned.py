@@ -137,9 +137,8 @@ class TunedFST(Teleprompter):
         self.log_dir = folder_given(log_dir)
         self.progress = progress
         self.options = {**options, "max_rollouts": max_rollouts}
-        self._fst(
-            self.space.defaults(), self.log_dir, progress
-        )  # refuses settings that cannot work
+        # Refuses settings that cannot work.
+        self._fst(self.space.defaults(), self.log_dir, progress)
 
     def compile(
         self,

@@ -27,7 +27,7 @@ from fst_dspy.fast.proposers.labels import Rule, answers_in, read_rules
 from fst_dspy.fast.proposers.protocol import Findings, Record, well_formed
 from fst_dspy.fast.proposers.sentences import HEADING, after_markers, markers, sentences
 from fst_dspy.fast.proposers.verdicts import VERDICT, quotes_example, template_of
-from fst_dspy.fast.proposers.words import holds, key_of, length, words
+from fst_dspy.fast.proposers.words import blanked, holds, key_of, length, words
 from fst_dspy.student.candidate import texts_in, tool_in
 
 BULLET = re.compile(r"^\s*(?:[-*•]|\d+[.)])\s+")
@@ -381,14 +381,13 @@ class LessonProposer:
         every = [] if tool is not None else self._all_rules(component)
         added = self._added.setdefault(component, {})
         # What feedback says goes before what labels tell, and stands where that stood.
-        stale = {key_of(rule.text): rule for rule in self._all_rules(component)}
-        stale = {key: rule for key, rule in stale.items() if rule not in rules}
+        stale = {key_of(r.text): r for r in self._all_rules(component) if r not in rules}
         lines: list[str] = []
         for line in instruction.split("\n") if instruction else []:
             if line in added and (rule := stale.get(key_of(line))):
-                same = _ranked([x for key, x in live.items() if restates(key, rule)])
-                lines += [x.text for x in same[:1] if x.text not in lines]
-                added |= dict.fromkeys(x.text for x in same[:1])
+                same = _ranked([x for key, x in live.items() if restates(key, rule)])[:1]
+                lines += [x.text for x in same if x.text not in lines]
+                added |= dict.fromkeys(x.text for x in same)
             elif not _outdated(line, memory, said, line in added):
                 lines.append(line)
         present = key_of(" ".join(lines))
@@ -545,10 +544,7 @@ def in_short(
         key = key_of(line)
         told = [rule for rule in rules if restates(key, rule)] if line in added else []
         if len(told) == 1 and key != key_of(told[0].text):
-            form = f" {key} "
-            for part in (told[0].cue, told[0].answer):
-                form = form.replace(f" {key_of(part)} ", " \0 ")
-            forms[line] = form, told[0]
+            forms[line] = blanked(key, map(key_of, (told[0].cue, told[0].answer))), told[0]
     counts = Counter(form for form, _ in forms.values())
     found, seen = [], set()
     for line in lines:

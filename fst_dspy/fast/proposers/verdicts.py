@@ -9,7 +9,7 @@ from typing import Any
 
 from fst_dspy.fast.proposers.protocol import Record
 from fst_dspy.fast.proposers.sentences import QUOTED
-from fst_dspy.fast.proposers.words import holds, key_of
+from fst_dspy.fast.proposers.words import blanked, holds, key_of
 
 _ANSWER = r"(?:answer|output|response|reply|prediction|guess|completion)"
 _LABEL = rf"(?:{_ANSWER}|label|result|value|solution|one)s?"
@@ -64,10 +64,7 @@ def template_of(sentence: str, record: Record) -> tuple[str, str] | None:
     inside = key_of(sentence)
     named = [k for k in sorted(keys, key=lambda k: (-len(k), k)) if holds(inside, k)]
     named = [key for key in named if not holds(inputs, key)]
-    inside = f" {inside} "
-    for key in named:
-        inside = inside.replace(f" {key} ", " _ ")
-    return (inside.strip(), "|".join(named)) if named else None
+    return (blanked(inside, named), "|".join(named)) if named else None
 
 
 def parts_of(value: Any) -> Iterator[Any]:

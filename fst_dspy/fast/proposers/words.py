@@ -8,6 +8,7 @@ say something by itself.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from functools import lru_cache
 from itertools import pairwise
 
@@ -63,6 +64,14 @@ def key_of(text: str) -> str:
 def holds(key: str, part: str) -> bool:
     """Whether one key has all words of another in a row; none has those of an empty one."""
     return bool(part) and f" {part} " in f" {key} "
+
+
+def blanked(key: str, parts: Iterable[str]) -> str:
+    """A key with ``_`` where it has all words of another in a row."""
+    inside = f" {key} "
+    for part in parts:
+        inside = inside.replace(f" {part} ", " _ ")
+    return inside.strip()
 
 
 def length(text: str) -> int:
