@@ -8,13 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fst_dspy.fast.proposers import lessons as module
-from fst_dspy.fast.proposers.lessons import (
-    LessonProposer,
-    contradicts,
-    gaps,
-    marked_lessons,
-    unmarked_sentences,
-)
+from fst_dspy.fast.proposers.lesson import contradicts, gaps
+from fst_dspy.fast.proposers.lessons import LessonProposer
+from fst_dspy.fast.proposers.stated import marked_lessons, unmarked_sentences
 from fst_dspy.fast.proposers.verdicts import quotes_example
 from fst_dspy.fast.proposers.words import key_of
 from fst_dspy.student.candidate import make_candidate

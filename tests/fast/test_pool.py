@@ -18,7 +18,7 @@ from fst_dspy.fast.pool import (
     score_table,
 )
 from fst_dspy.fast.proposers.demos import SOURCE
-from fst_dspy.fast.proposers.lessons import marked_lessons, unmarked_sentences
+from fst_dspy.fast.proposers.stated import marked_lessons, unmarked_sentences
 from fst_dspy.student.candidate import encode_demos, make_candidate
 from fst_dspy.types import Call, Failure, PredictorTrace, Rollout, Turn
 

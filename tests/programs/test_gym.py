@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 from fst_dspy import FST, LocalLM
 from fst_dspy.cli import app
 from fst_dspy.errors import ConfigError, DataError
-from fst_dspy.fast.proposers.lessons import unmarked_sentences
+from fst_dspy.fast.proposers.stated import unmarked_sentences
 from fst_dspy.rollouts.checks import check_metric
 from fst_dspy.tasks import load_task
 from fst_dspy.types import Task

@@ -10,7 +10,7 @@ import pytest
 from fst_dspy.embedded.corpus.list_program import OPERATIONS
 from fst_dspy.errors import DataError
 from fst_dspy.fast.proposers.copying import CopyGuard
-from fst_dspy.fast.proposers.lessons import marked_lessons
+from fst_dspy.fast.proposers.stated import marked_lessons
 from fst_dspy.student.candidate import example_id
 from fst_dspy.tasks import load_task
 from fst_dspy.types import Task

@@ -12,27 +12,29 @@ from __future__ import annotations
 
 import dataclasses
 import random
-import re
-from bisect import bisect_left
-from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from itertools import accumulate
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import dspy
 
 from fst_dspy.fast.proposers.copying import CopyGuard
 from fst_dspy.fast.proposers.labels import Rule, answers_in, read_rules
+from fst_dspy.fast.proposers.lesson import Lesson, Near, Template, contradicts, ranked
+from fst_dspy.fast.proposers.lines import (
+    Rank,
+    in_short,
+    outdated,
+    reordered,
+    restates,
+    within,
+)
 from fst_dspy.fast.proposers.protocol import Findings, Record, well_formed
-from fst_dspy.fast.proposers.sentences import HEADING, after_markers, markers, sentences
-from fst_dspy.fast.proposers.verdicts import VERDICT, quotes_example, template_of
-from fst_dspy.fast.proposers.words import blanked, holds, key_of, length, words
+from fst_dspy.fast.proposers.stated import marked_lessons, unmarked_sentences
+from fst_dspy.fast.proposers.verdicts import quotes_example, template_of
+from fst_dspy.fast.proposers.words import holds, key_of, words
 from fst_dspy.student.candidate import texts_in, tool_in
 
-BULLET = re.compile(r"^\s*(?:[-*•]|\d+[.)])\s+")
-MIN_WORDS = 4
-"""Shorter sentences without a marker ("Well done.") teach nothing."""
 NEW_UNMARKED = 4
 """Sentences without a marker that one proposal may add: most of them are chatter."""
 ORDERS = 3
@@ -43,70 +45,22 @@ MEMORY_SIZE = 512
 FORGOTTEN = (-2, 0, 0)
 """The rank of a line that was a lesson, or a rule of labels, and is none that is known now."""
 
-Gap = tuple[int, int, int]
-"""What is around some words of a key."""
 
-
-@dataclass
-class Lesson:
-    """One sentence that feedback stated.
+@dataclass(frozen=True)
+class Known:
+    """What an instruction may say.
 
     Attributes:
-        text: As first stated.
-        general: It had a marker, or quotes nothing of its example; others need two examples.
-        marked: It had a marker.
-        subject: Words of it that the example's inputs hold, and not all examples do.
-        example_ids: Training examples whose feedback stated it.
-        failed_ids: Those of them on which the rollout scored below the best of its minibatch.
-        first, last: When it was first and last stated, on the proposer's clock.
-        live: Nothing newer contradicts it.
-        revived: Times it was stated again after something contradicted it.
-        template: Its key with the answers of its example left out; empty where there are none.
-        verdict: Other examples have the same sentence with other answers, whatever their inputs:
-            it says what was right there, and no more.
+        memory: All lessons, by their keys.
+        usable: Those that may be said.
+        rules: Rules of labels that no lesson says anything of.
+        all_rules: All rules of labels.
     """
 
-    text: str
-    general: bool
-    marked: bool
-    subject: list[str]
-    first: int
-    last: int
-    example_ids: list[str] = field(default_factory=list)
-    failed_ids: list[str] = field(default_factory=list)
-    live: bool = True
-    revived: int = 0
-    template: str = ""
-    verdict: bool = False
-
-    @property
-    def rank(self) -> tuple[int, int, int]:
-        """Higher is better supported, then newer."""
-        return (len(self.failed_ids), len(self.example_ids), self.last)
-
-    @property
-    def usable(self) -> bool:
-        """Whether it may go into an instruction."""
-        known = self.general or len(self.example_ids) >= 2
-        return self.live and known and not self.verdict
-
-
-@dataclass
-class Template:
-    """A sentence without the answers of its example, as several examples have it.
-
-    Attributes:
-        answers: Different answers it was stated with, up to two.
-        subject: Words of it that all the examples' inputs hold.
-    """
-
-    answers: list[str]
-    subject: list[str]
-
-    @property
-    def is_verdict(self) -> bool:
-        """Whether nothing in the inputs decides which of the answers it is."""
-        return len(self.answers) > 1 and not self.subject
+    memory: Mapping[str, Lesson]
+    usable: Mapping[str, Lesson]
+    rules: Sequence[Rule]
+    all_rules: Sequence[Rule]
 
 
 class LessonProposer:
@@ -231,7 +185,7 @@ class LessonProposer:
     def lessons(self, component: str) -> list[str]:
         """The lessons known for a component, best supported first."""
         known = [lesson for lesson in self._memory.get(component, {}).values() if lesson.usable]
-        return [lesson.text for lesson in _ranked(known)]
+        return [lesson.text for lesson in ranked(known)]
 
     def state(self) -> dict[str, Any]:
         """The memory, for JSON."""
@@ -368,34 +322,62 @@ class LessonProposer:
                 other.verdict = template.is_verdict
 
     def _rewrite(self, component: str, instruction: str) -> str:
-        memory, rules = self._memory.get(component, {}), self.rules(component)
-        tool = tool_in(component)
+        known = self._known(component, instruction)
+        added = self._added.setdefault(component, {})
+        lines = self._still_true(instruction, known, added)
+        lines = self._with_new(component, lines, known, added)
+        rank = {key: lesson.rank for key, lesson in known.memory.items()}
+        rank |= {key_of(rule.text): (-1, 0, rule.support) for rule in known.all_rules}
+        lines = self._shortened(lines, known, added, rank)
+        text = "\n".join(lines)
+        if text != instruction or self._orders.get(component, 0) >= ORDERS:
+            return text
+        turn = self._orders[component] = self._orders.get(component, 0) + 1
+        # Rules of labels stand still while the clock does: each turn has an order of its own.
+        seed = f"{self._clock}|{turn}" if known.rules else self._clock
+        return "\n".join(reordered(lines, rank, random.Random(seed)))
+
+    def _known(self, component: str, instruction: str) -> Known:
+        """What an instruction of a component may say by now."""
+        memory, tool = self._memory.get(component, {}), tool_in(component)
+        rules, all_rules = self.rules(component), self._all_rules(component)
         if tool is not None:  # all others stand in the instructions, once
             memory = {key: le for key, le in memory.items() if holds(key, key_of(tool))}
-            rules = []
-        live = {key: lesson for key, lesson in memory.items() if lesson.usable}
+            rules, all_rules = [], []
+        usable = {key: lesson for key, lesson in memory.items() if lesson.usable}
         if self.guard is not None:  # else no proposal with such a lesson in it would pass
-            live = {k: v for k, v in live.items() if not self.guard.copied(v.text, instruction)}
-        said = {key: lesson.subject for key, lesson in live.items()}
-        said |= {key_of(rule.text): [rule.cue] for rule in rules}
-        every = [] if tool is not None else self._all_rules(component)
-        added = self._added.setdefault(component, {})
-        # What feedback says goes before what labels tell, and stands where that stood.
-        stale = {key_of(r.text): r for r in self._all_rules(component) if r not in rules}
+            usable = {k: v for k, v in usable.items() if not self.guard.copied(v.text, instruction)}
+        return Known(memory, usable, rules, all_rules)
+
+    def _still_true(self, instruction: str, known: Known, added: dict[str, None]) -> list[str]:
+        """The lines of an instruction that hold by what is known.
+
+        What feedback says goes before what labels tell, and stands where that stood.
+        """
+        said = {key: lesson.subject for key, lesson in known.usable.items()}
+        said |= {key_of(rule.text): [rule.cue] for rule in known.rules}
+        stale = {key_of(rule.text): rule for rule in known.all_rules if rule not in known.rules}
         lines: list[str] = []
         for line in instruction.split("\n") if instruction else []:
             if line in added and (rule := stale.get(key_of(line))):
-                same = _ranked([x for key, x in live.items() if restates(key, rule)])[:1]
+                same = ranked([x for key, x in known.usable.items() if restates(key, rule)])[:1]
                 lines += [x.text for x in same if x.text not in lines]
                 added |= dict.fromkeys(x.text for x in same)
-            elif not _outdated(line, memory, said, line in added):
+            elif not outdated(line, known.memory, said, line in added):
                 lines.append(line)
-        present = key_of(" ".join(lines))
-        missing = _ranked([x for key, x in live.items() if not holds(present, key)])
-        if missing and every and not any(holds(present, key_of(rule.text)) for rule in every):
+        return lines
+
+    def _with_new(
+        self, component: str, lines: list[str], known: Known, added: dict[str, None]
+    ) -> list[str]:
+        """The lines, and after them what is known and not in them yet."""
+        present, rules = key_of(" ".join(lines)), known.rules
+        missing = ranked([x for key, x in known.usable.items() if not holds(present, key)])
+        is_told = any(holds(present, key_of(rule.text)) for rule in known.all_rules)
+        if missing and known.all_rules and not is_told:
             # Labels are not always what a metric is after, and not all feedback is of use to a
             # model: where both are new they are tried together, and each alone.
-            mixes = [(missing, rules), *([(missing, [])] if rules else []), ([], every)]
+            mixes = [(missing, rules), *([(missing, [])] if rules else []), ([], known.all_rules)]
             turn = self._mixes[component] = self._mixes.get(component, -1) + 1
             missing, rules = mixes[turn % len(mixes)]
             if not missing:
@@ -404,31 +386,10 @@ class LessonProposer:
         new = [lesson.text for lesson in missing if lesson not in unmarked]
         new += [rule.text for rule in rules if not holds(present, key_of(rule.text))]
         added |= dict.fromkeys(new)
-        lines += [line for line in new if line not in lines]
-        rank = {key: lesson.rank for key, lesson in memory.items()}
-        rank |= {key_of(rule.text): (-1, 0, rule.support) for rule in every}
-        lines = self._shorten(lines, added, rank, every)
-        text = "\n".join(lines)
-        if text != instruction or self._orders.get(component, 0) >= ORDERS:
-            return text
-        turn = self._orders[component] = self._orders.get(component, 0) + 1
-        # Rules of labels stand still while the clock does: each turn has an order of its own.
-        seed = f"{self._clock}|{turn}" if rules else self._clock
-        return self._reordered(lines, rank, random.Random(seed))
+        return [*lines, *(line for line in new if line not in lines)]
 
-    def _reordered(self, lines: list[str], known: Collection[str], rng: random.Random) -> str:
-        places = [i for i, line in enumerate(lines) if key_of(line) in known]
-        shuffled = [lines[i] for i in places]
-        rng.shuffle(shuffled)
-        moved = dict(zip(places, shuffled, strict=True))
-        return "\n".join(moved.get(i, line) for i, line in enumerate(lines))
-
-    def _shorten(
-        self,
-        lines: list[str],
-        added: dict[str, None],
-        rank: Mapping[str, tuple[int, int, int]],
-        rules: Sequence[Rule],
+    def _shortened(
+        self, lines: list[str], known: Known, added: dict[str, None], rank: Mapping[str, Rank]
     ) -> list[str]:
         """The lines in as many tokens as they may take.
 
@@ -439,178 +400,10 @@ class LessonProposer:
         room = self._tokens(own) + self.instruction_tokens
         if len(own) == len(lines) or self._tokens(lines) <= room:
             return lines
-        short = in_short(lines, added, rules)
-        lines = [line for line, _ in short]
+        short = in_short(lines, added, known.all_rules)
         learned = {line: rank.get(key_of(was), FORGOTTEN) for line, was in short if was in added}
         added |= dict.fromkeys(learned)
-        best_first = sorted(learned, key=lambda line: learned[line], reverse=True)
-
-        def with_best(count: int) -> list[str]:
-            dropped = set(best_first[count:])
-            return [line for line in lines if line not in dropped]
-
-        def is_too_long(count: int) -> bool:
-            return self._tokens(with_best(count)) > room
-
-        # To drop one after the other would count what is left as often as there are lessons.
-        return with_best(bisect_left(range(len(best_first) + 1), True, key=is_too_long) - 1)
+        return within(room, [line for line, _ in short], learned, self._tokens)
 
     def _tokens(self, lines: Sequence[str]) -> int:
         return self.count_tokens(well_formed("\n".join(lines)))
-
-
-def marked_lessons(feedback: str, inputs: str = "") -> list[str]:
-    """The sentences after a marker such as ``Lesson:``, to the end of its line.
-
-    A marker that ends its line holds for the lines up to the next blank one, and one that is a
-    heading also for those after a blank one, up to the next.
-
-    Args:
-        feedback: What the metric said.
-        inputs: What it is about: what that holds, the metric only repeats.
-    """
-    lessons: list[str] = []
-    in_block, is_awaited = False, False
-    lines, about = [BULLET.sub("", raw).strip() for raw in feedback.split("\n")], key_of(inputs)
-    for number, line in enumerate(lines):
-        found = markers(line, "\n".join(lines[number + 1 : number + 3]), about)
-        if HEADING.match(line):
-            in_block = is_awaited = True
-        elif found:
-            rest = after_markers(line, found)
-            lessons += sentences(rest)
-            in_block, is_awaited = not rest, False
-        elif in_block and line:
-            in_block, is_awaited = not line.startswith("# ") and not line.startswith("##"), False
-            lessons += sentences(line) if in_block else []
-        elif not line:
-            in_block = is_awaited
-    return lessons
-
-
-def unmarked_sentences(feedback: str) -> list[str]:
-    """The sentences of feedback without markers that may say more than right or wrong.
-
-    Quotations stay whole, however many sentences they hold: a part of one says nothing.
-    """
-    lines = [BULLET.sub("", line).strip() for line in feedback.split("\n")]
-    return [
-        sentence
-        for line in lines
-        for sentence in sentences(line, quotations_whole=True)
-        if length(sentence) >= MIN_WORDS and not VERDICT.search(sentence)
-    ]
-
-
-def contradicts(new: str, old: str, subject: Sequence[str] = ()) -> bool:
-    """Whether two keys say different things of the same subject.
-
-    They do if only one or two neighbouring words differ, in the second half: in a rule the subject
-    comes first. Where a differing word is one of ``subject`` (words of ``new`` that its example is
-    about), it is the subject that differs.
-    """
-    new_words, old_words = new.split(), old.split()
-    if len(new_words) != len(old_words):
-        return False
-    differ = [i for i, (a, b) in enumerate(zip(new_words, old_words, strict=True)) if a != b]
-    if not 1 <= len(differ) <= 2 or differ[-1] - differ[0] >= len(differ):
-        return False
-    if any(new_words[i] in subject for i in differ):
-        return False
-    return 2 * differ[0] >= len(new_words)
-
-
-def gaps(key: str) -> list[Gap]:
-    """What two keys must have in common for one to contradict the other, as hashes.
-
-    That is all but two neighbouring words, or the last, of the second half.
-    """
-    parts = key.split()
-    before = list(accumulate(parts, lambda known, word: hash((known, word)), initial=0))
-    after = list(accumulate(parts[::-1], lambda known, word: hash((known, word)), initial=0))[::-1]
-    second_half = range((len(parts) + 1) // 2, len(parts))
-    return [(len(parts), before[i], after[min(i + 2, len(parts))]) for i in second_half]
-
-
-def in_short(
-    lines: Sequence[str], added: Collection[str], rules: Sequence[Rule]
-) -> list[tuple[str, str]]:
-    """Lines in the words of rules of labels, each once, and each as it was.
-
-    Only a lesson that differs from another in its cue and answer alone is one of those rules.
-    """
-    forms: dict[str, tuple[str, Rule]] = {}
-    for line in lines:
-        key = key_of(line)
-        told = [rule for rule in rules if restates(key, rule)] if line in added else []
-        if len(told) == 1 and key != key_of(told[0].text):
-            forms[line] = blanked(key, map(key_of, (told[0].cue, told[0].answer))), told[0]
-    counts = Counter(form for form, _ in forms.values())
-    found, seen = [], set()
-    for line in lines:
-        form, rule = forms.get(line, ("", None))
-        short = rule.text if rule is not None and counts[form] > 1 else line
-        if line not in added or short not in seen:
-            found.append((short, line))
-            seen.add(short)
-    return found
-
-
-def restates(lesson: str, rule: Rule) -> bool:
-    """Whether a lesson, by its key, gives the answer of a rule of labels, of the rule's cue."""
-    return holds(lesson, key_of(rule.cue)) and holds(lesson, key_of(rule.answer))
-
-
-class Near:
-    """Lessons by what they share with others, so that a new one is compared with few of them."""
-
-    def __init__(self, memory: Mapping[str, Lesson]) -> None:
-        self._by_gap: dict[Gap, dict[str, Lesson]] = {}
-        self._by_template: dict[str, dict[int, Lesson]] = {}
-        for key, lesson in memory.items():
-            self.take(key, lesson)
-            self.retemplate(lesson, lesson.template)
-
-    def take(self, key: str, lesson: Lesson) -> None:
-        """Take a lesson in."""
-        for gap in gaps(key):
-            self._by_gap.setdefault(gap, {})[key] = lesson
-
-    def opposed(self, key: str, lesson: Lesson) -> Iterator[tuple[str, Lesson]]:
-        """The live lessons that may contradict one, with their keys."""
-        for gap in gaps(key):
-            near = self._by_gap.get(gap, {})
-            for other_key, other in [*near.items()]:
-                if not other.live:
-                    del near[other_key]  # comes back when it is taken in again
-                elif other is not lesson:
-                    yield other_key, other
-
-    def retemplate(self, lesson: Lesson, template: str) -> None:
-        """Give a lesson its template."""
-        self._by_template.get(lesson.template, {}).pop(id(lesson), None)
-        lesson.template = template
-        if template:
-            self._by_template.setdefault(template, {})[id(lesson)] = lesson
-
-    def of_template(self, template: str) -> list[Lesson]:
-        """The lessons that have a template."""
-        return [*self._by_template.get(template, {}).values()]
-
-
-def _ranked(lessons: Sequence[Lesson]) -> list[Lesson]:
-    return sorted(lessons, key=lambda x: (-len(x.failed_ids), -len(x.example_ids), x.first))
-
-
-def _outdated(
-    line: str, memory: Mapping[str, Lesson], said: Mapping[str, Sequence[str]], is_added: bool
-) -> bool:
-    """Whether a line is no longer true, by what is said now and the subject of each saying.
-
-    Where the proposer added it, it also goes with the lesson that it was.
-    """
-    key = key_of(line)
-    lesson = memory.get(key)
-    if lesson is not None and (is_added or lesson.live):
-        return is_added and (not lesson.live or lesson.verdict)
-    return any(contradicts(other, key, subject) for other, subject in said.items())
