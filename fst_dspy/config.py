@@ -599,19 +599,20 @@ def without_effect(arm: str, config: FSTConfig, given: Mapping[str, Any]) -> lis
         config: The settings that came of it.
         given: Settings and options of ``FST``, as they were given.
     """
-    usual = {f.name: f.default for kind in PARTS.values() for f in dataclasses.fields(kind)}
-    usual["lora"] = "auto"  # as ``FSTConfig.make`` has it
-    wished = {
-        name: ALIASES.get(name, name)
-        for name, value in given.items()
-        if value != usual.get(ALIASES.get(name, name))
-    }
-    used = used_by(arm, wished)
-    told = [f"{name} has no effect with arm={arm!r}" for name in wished if name not in used]
+    used = used_by(arm, wishes := wished(given))
+    told = [f"{name} has no effect with arm={arm!r}" for name in wishes if name not in used]
     proposing = (given.get(name) is not None for name in ("reflection_lm", "instruction_proposer"))
     why = _overruled(config, *proposing)
     told += [f"{name} has no effect {why[own]}" for name, own in used.items() if why.get(own)]
     return sorted(told)
+
+
+def wished(given: Mapping[str, Any]) -> dict[str, str]:
+    """Of options that were given, those that are not the defaults, and our names for them."""
+    usual = {f.name: f.default for kind in PARTS.values() for f in dataclasses.fields(kind)}
+    usual["lora"] = "auto"  # as ``FSTConfig.make`` has it
+    own = {name: ALIASES.get(name, name) for name in given}
+    return {name: own[name] for name, value in given.items() if value != usual.get(own[name])}
 
 
 def _overruled(config: FSTConfig, has_reflection_lm: bool, has_proposer: bool) -> dict[str, str]:

@@ -28,7 +28,7 @@ from typing import Any
 
 import dspy
 
-from fst_dspy.config import LIMITS, BudgetConfig, FSTConfig, check_share, used_by
+from fst_dspy.config import LIMITS, BudgetConfig, FSTConfig, check_share, used_by, wished
 from fst_dspy.distill.reader import ContextReader
 from fst_dspy.errors import ConfigError, ProgramError
 from fst_dspy.lm.local_lm import LocalLM
@@ -45,6 +45,8 @@ from fst_dspy.slow.taught_trainer import TaughtTrainer, reverse_kl
 from fst_dspy.slow.training_state import TrainingState
 from fst_dspy.student.candidate import bind, seed_candidate
 from fst_dspy.types import Candidate, CycleRecord, Group, StepStats
+
+SEARCH_SHARE = 0.5
 
 logger = logging.getLogger(__name__)
 
@@ -87,14 +89,17 @@ class FSTDistill(FST):
     """
 
     def __init__(
-        self, metric: Callable[..., Any], *, search_share: float = 0.5, **options: Any
+        self, metric: Callable[..., Any], *, search_share: float = SEARCH_SHARE, **options: Any
     ) -> None:
         if "arm" in options:
             raise ConfigError("FSTDistill is an arm of its own; leave arm out")
         check_share("search_share", search_share)
         super().__init__(metric, arm="rl_only", **options)
         self.arm = "fst_distill"
-        self._given = used_by("rl_only", self._given)  # the search tells of its own
+        given, self._given = self._given, used_by("rl_only", self._given)
+        self._of_search = sorted(wished(given).keys() - self._given.keys())  # which tells of them
+        if search_share != SEARCH_SHARE:
+            self._of_search.append("search_share")
         # Groups of equal rewards have a gradient here, so there is no need to draw others.
         slow = replace(self.config.slow, revisit_constant=1.0)
         self.config = replace(self.config, slow=slow)
@@ -143,6 +148,8 @@ class FSTDistill(FST):
         if teacher is not None and seed_candidates is not None:
             raise ConfigError("seed_candidates are for the search for a teacher: give one of both")
         self.tell_without_effect()
+        for name in self._of_search if teacher is not None else ():
+            logger.warning("%s has no effect with a teacher: nothing is searched for", name)
         given = self.check(student, trainset, valset)
         lm, trainset, valset = given.lm, given.trainset, given.valset
         tools = self.config.fast.tool_descriptions

@@ -1,5 +1,7 @@
 """Distilling a context into the weights, on tiny random models and the embedded one."""
 
+from dataclasses import fields
+
 import dspy
 import pytest
 import torch
@@ -19,6 +21,7 @@ from tiny_compile import raw_adapter  # noqa: F401
 from fst_dspy import FST, FSTDistill, LocalLM
 from fst_dspy.config import (
     BudgetConfig,
+    FastConfig,
     FSTConfig,
     LoraConfig,
     SamplingConfig,
@@ -35,6 +38,7 @@ from fst_dspy.student.candidate import make_candidate, seed_candidate
 from fst_dspy.tasks import load_task
 
 SAMPLING = SamplingConfig(max_tokens=8)
+FAST = {field.name for field in fields(FastConfig)}
 SETTINGS = TINY | {"group_size": 2, "problems_per_step": 3, "first_cycle_iterations": 1}
 
 
@@ -375,6 +379,14 @@ def test_what_has_no_effect_on_a_distillation_is_told_once():
     names = ("kl_coef", "slow_signal")
     assert told == [f"{name} has no effect with arm='fst_distill'" for name in names]
     assert of_search == ["max_reflection_tokens has no effect without a reflection_lm"]
+
+
+def test_what_only_a_search_has_a_use_for_is_told_where_there_is_a_teacher(tiny_qwen3, caplog):
+    with pytest.raises(ConfigError, match="nothing to distill"):
+        distill(tiny_qwen3, teacher=Echo(), search_share=0.3, demo_tokens=9, weight_decay=0.1)
+    told = [text.split()[0] for text in caplog.messages if "no effect with a teacher" in text]
+    assert {"demo_tokens", "search_share"} <= {*told} and "weight_decay" not in told
+    assert all(name in {*FAST, "search_share"} for name in told)
 
 
 def test_the_search_has_its_share_of_every_limit_by_whatever_name():
