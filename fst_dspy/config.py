@@ -128,7 +128,8 @@ class FastConfig:
         first_phase: Which phase opens the first cycle: ``"fast"``, as in the paper, or ``"slow"``,
             which leaves that cycle to the slow channel alone. Later cycles are the same.
         demo_tokens: Most tokens that a predictor's learned demos may take in its prompt; 0 leaves
-            demos alone.
+            demos alone. ``"auto"`` does so until a first fast phase has found no better
+            instructions; from then on it is 512, and a quarter of the context window at most.
         component_selector: Which component the next proposal rewrites: ``"round_robin"``,
             ``"worst_first"``, the predictor that fares worst on the minibatch, or ``"all"``. All
             instructions at once while the minibatch scores alike, which does not tell who is at
@@ -160,8 +161,9 @@ class FastConfig:
             then the run goes on without it. ``None`` sets no limit.
         max_reflection_tokens: Prompt and completion tokens of the reflection LM, likewise.
         cold_start_demos: Where the first validation shows nothing to learn from, as many labelled
-            training examples are shown as demos in a candidate beside the student's own, also where
-            ``demo_tokens`` is 0, in a quarter of the context window at most; 0 for none.
+            training examples are shown as demos in a candidate beside the student's own; where
+            ``demo_tokens`` is no number above 0, in a quarter of the context window at most; 0 for
+            none.
         format_feedback: Where it does after all, or where answers cannot be read, what is told of
             such an answer says what was wrong with it and what was wanted, so that instructions
             can be written against it.
@@ -176,7 +178,7 @@ class FastConfig:
     minibatch_size: int = 12
     instruction_tokens: int = 256
     first_phase: Literal["fast", "slow"] = "fast"
-    demo_tokens: int = 0
+    demo_tokens: int | Literal["auto"] = "auto"
     component_selector: Literal["round_robin", "worst_first", "all", "custom"] = "round_robin"
     candidate_selection_strategy: Literal[
         "pareto", "current_best", "epsilon_greedy", "top_k_pareto", "custom"
@@ -214,7 +216,8 @@ class FastConfig:
             "cold_start_demos",
         ):
             value = getattr(self, name)
-            _require(value is None or value >= 0, f"{name} must not be negative, got {value}")
+            unset = value is None or value == "auto"
+            _require(unset or value >= 0, f"{name} must not be negative, got {value}")
         for name in STRATEGIES:
             value, known = getattr(self, name), (*STRATEGIES[name], "custom")
             _require(

@@ -36,9 +36,10 @@ class Settings(TypedDict, total=False):
     first_phase: Literal["fast", "slow"]
     """Default 'fast'. Which phase opens the first cycle: ``"fast"``, as in the paper, or
     ``"slow"``, which leaves that cycle to the slow channel alone. Later cycles are the same."""
-    demo_tokens: int
-    """Default 0. Most tokens that a predictor's learned demos may take in its prompt; 0 leaves
-    demos alone."""
+    demo_tokens: int | Literal["auto"]
+    """Default 'auto'. Most tokens that a predictor's learned demos may take in its prompt; 0
+    leaves demos alone. ``"auto"`` does so until a first fast phase has found no better
+    instructions; from then on it is 512, and a quarter of the context window at most."""
     component_selector: Literal["round_robin", "worst_first", "all"] | Callable[..., list[str]]
     """Default 'round_robin'. Which component the next proposal rewrites: ``"round_robin"``,
     ``"worst_first"``, the predictor that fares worst on the minibatch, or ``"all"``. All
@@ -89,8 +90,9 @@ class Settings(TypedDict, total=False):
     """Default None. Prompt and completion tokens of the reflection LM, likewise."""
     cold_start_demos: int
     """Default 4. Where the first validation shows nothing to learn from, as many labelled
-    training examples are shown as demos in a candidate beside the student's own, also where
-    ``demo_tokens`` is 0, in a quarter of the context window at most; 0 for none."""
+    training examples are shown as demos in a candidate beside the student's own; where
+    ``demo_tokens`` is no number above 0, in a quarter of the context window at most; 0 for
+    none."""
     format_feedback: bool
     """Default True. Where it does after all, or where answers cannot be read, what is told of
     such an answer says what was wrong with it and what was wanted, so that instructions can

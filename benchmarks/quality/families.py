@@ -118,6 +118,7 @@ COLOURS = {
     LABELS[SAME]: "C2",
     "reuse=off": "C1",
     "demos=on": "C2",
+    "demos=off": "C1",
 }
 
 

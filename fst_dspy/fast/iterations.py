@@ -270,10 +270,14 @@ class Iterations:
         return state
 
     def advise(self) -> None:
-        """Tell, after a first phase, if there was nothing to learn in it."""
-        self.advice = self.memory.advice(self.judge.stats)
-        if self.advice is not None:
-            logger.warning("%s", self.advice)
+        """Tell, after a first phase, if there was nothing to learn in it; demos are tried then."""
+        stats = self.judge.stats
+        told = [
+            text for text in (self.memory.advice(stats), self.memory.turn_to_demos(stats)) if text
+        ]
+        for text in told:
+            logger.warning("%s", text)
+        self.advice = ". ".join(text[:1].upper() + text[1:] for text in told) or None
 
     def report(self) -> dict[str, Any]:
         """What became of the proposals, and what the reflection LM cost, for JSON.

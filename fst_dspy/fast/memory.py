@@ -35,6 +35,7 @@ class Memory:
     Attributes:
         guard: Refuses copies of training examples, the proposer's own where it has one; or
             ``None``.
+        shows_demos: Whether demos are proposed; with ``demo_tokens="auto"`` not at first.
     """
 
     def __init__(
@@ -47,6 +48,7 @@ class Memory:
         own = getattr(proposer, "guard", None)
         guard = own if isinstance(own, CopyGuard) else CopyGuard()
         self.guard = guard if self.config.copy_guard else None
+        self.shows_demos = demos is not None and self.config.demo_tokens != "auto"
         self._studied: Sequence[dspy.Example] | None = None
         self._fell_short = False  # a rollout did: there is something to mend
         self._indexed: tuple[Sequence[dspy.Example], dict[str, dspy.Example]] = ((), {})
@@ -99,7 +101,7 @@ class Memory:
                 f"0 of {stats.proposals} proposals were accepted: every rollout failed before it "
                 "had a score, so that there is nothing to learn from; mend that first"
             )
-        said = "the metric gave no feedback"
+        said, demos = "the metric gave no feedback", ", or demo_tokens to show labelled examples"
         if found.lessons:
             came_of_it = (
                 "made no answers better"
@@ -116,7 +118,18 @@ class Memory:
         return (
             f"0 of {stats.proposals} proposals were accepted: {said}. Write what is right as a "
             "general rule, e.g. 'visa tickets go to amber.', after 'Lesson:' where other text "
-            "stands beside it; or give a reflection_lm, or demo_tokens to show labelled examples"
+            f"stands beside it; or give a reflection_lm{demos if self.demos is None else ''}"
+        )
+
+    def turn_to_demos(self, stats: ProposalStats) -> str | None:
+        """Propose demos from here on, if no better instructions were found: what to tell of it."""
+        waited = self.demos is not None and not self.shows_demos
+        if not waited or stats.accepted or not stats.iterations or not self._fell_short:
+            return None
+        self.shows_demos = True
+        return (
+            "no better instructions were found: solved and labelled examples are tried as demos "
+            "from here on (demo_tokens='auto')"
         )
 
     def bank(self, rollouts: Sequence[Rollout]) -> None:
@@ -127,8 +140,9 @@ class Memory:
 
     def ready(self, components: Mapping[str, str]) -> list[str]:
         """The components to update: plain texts, and demos once there is something to show."""
-        demos = [name for name in components if split_component(name)[1] == DEMOS]
-        ready = [name for name in demos if self.demos is not None and self.demos.ready(name)]
+        demos = self.demos if self.shows_demos else None
+        named = [name for name in components if split_component(name)[1] == DEMOS]
+        ready = [name for name in named if demos is not None and demos.ready(name)]
         return [*texts_in(components), *ready]
 
     def by_id(self, trainset: Sequence[dspy.Example]) -> dict[str, dspy.Example]:
@@ -147,6 +161,7 @@ class Memory:
         return {
             "proposer": self.proposer.state() if isinstance(self.proposer, HasState) else None,
             "demos": self.demos.state() if self.demos is not None else None,
+            "shows_demos": self.shows_demos,
         }
 
     def load_state(self, state: Mapping[str, Any]) -> None:
@@ -155,3 +170,4 @@ class Memory:
             self.proposer.load_state(state["proposer"])
         if self.demos is not None and state["demos"] is not None:
             self.demos.load_state(state["demos"])
+            self.shows_demos = state.get("shows_demos", True)  # earlier states had no other

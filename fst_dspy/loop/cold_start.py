@@ -25,7 +25,7 @@ from functools import partial
 from fst_dspy.errors import ConfigError, ProgramError
 from fst_dspy.fast.decide import better
 from fst_dspy.fast.population import blocks_of, mean
-from fst_dspy.fast.proposers.demos import DemoProposer
+from fst_dspy.fast.proposers.demos import DEMO_SHARE, DemoProposer
 from fst_dspy.loop.parts import Parts, count_tokens
 from fst_dspy.loop.state import LoopState
 from fst_dspy.loop.validation import Validation, score, scored_now, with_better
@@ -47,8 +47,6 @@ logger = logging.getLogger(__name__)
 
 UNREAD_SHARE = 0.1
 """Share of answers that cannot be read, above which they are held to the format."""
-DEMO_SHARE = 0.25
-"""Of the context window, that a predictor's labelled demos may take where ``demo_tokens`` is 0."""
 
 
 def warmed_up(parts: Parts, state: LoopState, found: Validation) -> tuple[LoopState, Validation]:
@@ -134,9 +132,9 @@ def _with_labels(parts: Parts) -> Candidate | None:
     """The student's own texts, with demos from training labels where it has none."""
     fast, own = parts.config.fast, parts.seed_candidate
     count = partial(count_tokens, parts.policy)
-    # Where no demos are learned (demo_tokens=0, the default), labels are shown all the same.
-    room = fast.demo_tokens or int(DEMO_SHARE * parts.policy.context_length)
-    proposer = DemoProposer(room, count)
+    # Where no demos are learned (demo_tokens=0), or not yet, labels are shown all the same.
+    told = fast.demo_tokens != "auto" and fast.demo_tokens
+    proposer = DemoProposer(told or int(DEMO_SHARE * parts.policy.context_length), count)
     proposer.study({example_id(example): example for example in parts.trainset})
     components = dict(own.components)
     for name, predictor in every_predictor(parts.runner.program).items():

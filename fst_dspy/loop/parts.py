@@ -19,7 +19,7 @@ from fst_dspy.fast.gepa.events import Events
 from fst_dspy.fast.gepa.strategies import NAMED, Strategies
 from fst_dspy.fast.phase import FastPhase
 from fst_dspy.fast.proposers.copying import CopyGuard
-from fst_dspy.fast.proposers.demos import DemoProposer
+from fst_dspy.fast.proposers.demos import DEMO_SHARE, DEMO_TOKENS, DemoProposer
 from fst_dspy.fast.proposers.lessons import LessonProposer
 from fst_dspy.fast.proposers.protocol import Proposer, well_formed
 from fst_dspy.fast.proposers.reflection import ReflectionLMProposer
@@ -298,7 +298,8 @@ def _with_opening(parts: Parts) -> Parts:
 def _make_fast(spec: RunSpec, policy: Policy, events: Events, *, reuse: bool) -> FastChannel:
     config, count = spec.config.fast, partial(count_tokens, policy)
     proposer = _make_proposer(spec, count)
-    demos = DemoProposer(config.demo_tokens, count) if config.demo_tokens else None
+    usual, room = min(DEMO_TOKENS, int(DEMO_SHARE * policy.context_length)), config.demo_tokens
+    demos = DemoProposer(room if isinstance(room, int) else usual, count) if room else None
     if not reuse:
         return FastPhase(
             config, proposer, spec.seed, demos=demos, strategies=spec.strategies, events=events

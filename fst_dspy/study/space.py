@@ -271,7 +271,7 @@ def default_space() -> Space:
             Int("first_cycle_iterations", 2, 14, step=2),
             Int("cycle_iterations", 0, 4),
             Int("minibatch_size", 4, 20, step=4),
-            Categorical("demo_tokens", (0, 128, 256)),
+            Categorical("demo_tokens", ("auto", 0, 128, 256)),
             Categorical("lora_rank", (0, 4, 16)),
         )
     )

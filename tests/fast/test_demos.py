@@ -272,7 +272,7 @@ class DemoRunner(RuleRunner):
 
 
 def phase_with(demos: DemoProposer | None, **config: Any) -> FastPhase:
-    return FastPhase(FastConfig(**config), Scripted(lambda *_: {}), 0, demos=demos)
+    return FastPhase(FastConfig(demo_tokens=120, **config), Scripted(lambda *_: {}), 0, demos=demos)
 
 
 def test_demos_are_evolved_beside_instructions_and_dropped_when_learned() -> None:

@@ -87,9 +87,9 @@ class ColonRunner:
         return rollout_of(example, answer, text, job.candidate)
 
 
-def phase_on(feedback, iterations=8, demos=None, train=TRAIN, proposer=None):
+def phase_on(feedback, iterations=8, demos=None, train=TRAIN, proposer=None, **config):
     runner = ColonRunner(feedback)
-    phase = FastPhase(FastConfig(), proposer or LessonProposer(256, words), 0, demos=demos)
+    phase = FastPhase(FastConfig(**config), proposer or LessonProposer(256, words), 0, demos=demos)
     start = choose([SEED], [[0.0] * len(VAL)], [example_id(e) for e in VAL], 4, 0)
     settings = {"cycle": 1, "iterations": iterations, "policy_version": 0}
     return phase.run(runner, start, train, VAL, **settings), phase, runner
@@ -403,14 +403,22 @@ def test_a_resumed_loop_of_trials_continues_identically():
     def looped(after=lambda phase: phase):
         demos = DemoProposer(120, words)
         phase = TrialPhase(
-            FastConfig(), LessonProposer(256, words), 0, steps_per_cycle=6, demos=demos
+            FastConfig(demo_tokens=120),
+            LessonProposer(256, words),
+            0,
+            steps_per_cycle=6,
+            demos=demos,
         )
         return simulate(phase, ScriptedRunner(reward, 0), SEED, TRAIN, VAL, cycles=2, after=after)
 
     def resumed(phase):
         demos = DemoProposer(120, words)
         other = TrialPhase(
-            FastConfig(), LessonProposer(256, words), 0, steps_per_cycle=6, demos=demos
+            FastConfig(demo_tokens=120),
+            LessonProposer(256, words),
+            0,
+            steps_per_cycle=6,
+            demos=demos,
         )
         other.load_state(json.loads(json.dumps(phase.state(), default=vars)))
         return other
@@ -480,7 +488,8 @@ def test_a_proposer_of_ones_own_is_not_advised():
 
 def test_labels_are_shown_where_no_rollout_succeeded():
     demos = DemoProposer(60, words)
-    found, _, runner = phase_on("none", demos=demos, proposer=Scripted(lambda *_: {}))
+    silent = Scripted(lambda *_: {})
+    found, _, runner = phase_on("none", demos=demos, proposer=silent, demo_tokens=60)
     shown = [c for c in found.candidates if shown_examples(c)]
     assert shown and all(c.source == "demos" for c in shown)
     (demo, *_) = decode_demos(shown[0].components[DEMOS])
@@ -488,6 +497,26 @@ def test_labels_are_shown_where_no_rollout_succeeded():
     assert shown_examples(shown[0]) <= {example_id(e) for e in TRAIN}
     # No rollout had its own answer in the prompt.
     assert not any(example_id(j.example) in shown_examples(j.candidate) for j in runner.jobs)
+
+
+def test_demos_wait_for_instructions_that_are_no_better(caplog):
+    def run(phase, runner, found, cycle):
+        rest = {"cycle": cycle, "iterations": 4, "policy_version": 0}
+        return phase.run(runner, found, TRAIN, VAL, **rest)
+
+    silent = Scripted(lambda *_: {})
+    found, phase, runner = phase_on("none", demos=DemoProposer(60, words), proposer=silent)
+    assert not any(map(shown_examples, found.candidates))
+    told = "no better instructions were found: solved and labelled examples are tried as demos"
+    assert caplog.text.count(told) == 1 and told[3:] in phase.report()["advice"]
+    resumed = FastPhase(FastConfig(), silent, 0, demos=DemoProposer(60, words))
+    resumed.load_state(json.loads(json.dumps(phase.state())))
+    later = [run(by, runner, found, cycle=2) for by in (phase, resumed)]
+    assert later[0] == later[1] and any(map(shown_examples, later[0].candidates))
+    # Where lessons are of use, they are all there is.
+    found, phase, runner = phase_on("expected", demos=DemoProposer(60, words))
+    found = run(phase, runner, found, cycle=2)
+    assert phase.stats.accepted and not any(map(shown_examples, found.candidates))
 
 
 def test_a_labelled_demo_costs_what_is_written_for_the_fields_it_lacks():

@@ -337,7 +337,12 @@ def test_demos_of_an_only_predictor_take_their_turn_where_a_minibatch_scores_ali
     assert demos.ready("solve.demos")
     start = choose([SEED], [[0.0] * len(VAL)], [example_id(e) for e in VAL], 4, 0)
     proposer = Scripted(lambda *_: {})
-    run(FastPhase(FastConfig(), proposer, 0, demos=demos), Wrong(), start, iterations=4)
+    run(
+        FastPhase(FastConfig(demo_tokens=60), proposer, 0, demos=demos),
+        Wrong(),
+        start,
+        iterations=4,
+    )
     assert proposer.names == [NAME] * 2, "every other turn is the demos'"
 
 

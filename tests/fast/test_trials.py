@@ -235,7 +235,9 @@ def test_merges_are_tried_in_trials_too():
 
 def test_demos_come_from_slow_rollouts():
     demos = DemoProposer(120, words)
-    phase = TrialPhase(FastConfig(), Scripted(lambda *_: {}), 0, steps_per_cycle=6, demos=demos)
+    phase = TrialPhase(
+        FastConfig(demo_tokens=60), Scripted(lambda *_: {}), 0, steps_per_cycle=6, demos=demos
+    )
     runner = ScriptedRunner(reward, 0)
     population = step_through(phase, choose([WHOLE], [[0.0]], ["x"], 4, 0), runner, 6)
     assert demos.ready("solve.demos")

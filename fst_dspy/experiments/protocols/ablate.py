@@ -24,7 +24,11 @@ AXES: dict[str, dict[str, dict[str, Any]]] = {
     },
     "reuse": {"reuse=on": {"reuse": True}, "reuse=off": {"reuse": False}},
     "first": {"first=fast": {"first_phase": "fast"}, "first=slow": {"first_phase": "slow"}},
-    "demos": {"demos=off": {"demo_tokens": 0}, "demos=on": {"demo_tokens": 256}},
+    "demos": {
+        "demos=auto": {"demo_tokens": "auto"},
+        "demos=off": {"demo_tokens": 0},
+        "demos=on": {"demo_tokens": 256},
+    },
     # Adapters want about ten times the rate of full fine-tuning (Schulman 2025, "LoRA Without
     # Regret"); with the same rate, the rate would be what is compared.
     "weights": {

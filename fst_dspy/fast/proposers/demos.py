@@ -50,6 +50,10 @@ COUNTED = 4096
 """Demos whose tokens are remembered: a choice is made among the same ones again and again."""
 NOT_SUPPLIED = "Not supplied for this particular example."
 """What DSPy's adapters write for a field that a demo lacks."""
+DEMO_SHARE = 0.25
+"""Of the context window, that a predictor's demos may take where nobody has said how much."""
+DEMO_TOKENS = 512
+"""Most that learned ones then take: whatever is rolled out reads them."""
 ANSWER_WEIGHT = 4.0
 """What covering another answer counts for, where another input word counts for 1."""
 
