@@ -128,7 +128,7 @@ class FastConfig:
         first_phase: Which phase opens the first cycle: ``"fast"``, as in the paper, or ``"slow"``,
             which leaves that cycle to the slow channel alone. Later cycles are the same.
         demo_tokens: Most tokens that a predictor's learned demos may take in its prompt; 0 leaves
-            demos alone. ``"auto"`` does so until a first fast phase has found no better
+            demos alone. ``"auto"`` does so until four iterations have found no better
             instructions; from then on it is 512, and a quarter of the context window at most.
         component_selector: Which component the next proposal rewrites: ``"round_robin"``,
             ``"worst_first"``, the predictor that fares worst on the minibatch, or ``"all"``. All

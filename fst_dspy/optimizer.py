@@ -25,7 +25,8 @@ are settings:
 * Steps whose groups are mostly constant are shortened (``damp_constant``); problems whose groups
   were constant come back less often (``revisit_constant``).
 * Rollouts of a candidate on trial are trained on, whether it is accepted or not.
-* Demos are fast weights too (``demo_tokens``); the paper evolves instructions.
+* Demos are fast weights too, where iterations have found no better instructions
+  (``demo_tokens``); the paper evolves instructions.
 * Where the first validation shows nothing to learn from, labelled demos, answers held to the format
   and feedback on it make a start (``cold_start_demos``, ``structured``, ``format_feedback``).
 * The metric's text can reach the weights too (``slow_signal``); the paper's weights learn from

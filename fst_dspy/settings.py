@@ -38,7 +38,7 @@ class Settings(TypedDict, total=False):
     ``"slow"``, which leaves that cycle to the slow channel alone. Later cycles are the same."""
     demo_tokens: int | Literal["auto"]
     """Default 'auto'. Most tokens that a predictor's learned demos may take in its prompt; 0
-    leaves demos alone. ``"auto"`` does so until a first fast phase has found no better
+    leaves demos alone. ``"auto"`` does so until four iterations have found no better
     instructions; from then on it is 512, and a quarter of the context window at most."""
     component_selector: Literal["round_robin", "worst_first", "all"] | Callable[..., list[str]]
     """Default 'round_robin'. Which component the next proposal rewrites: ``"round_robin"``,

@@ -103,6 +103,7 @@ class Iterations:
             self._compare(adapter, members, trainset, cycle)
         reflection = self._reflection(adapter, trainset, cycle)
         for number in range(iterations):
+            self.turn_to_demos()
             state = self.gepa_state(members, scores.rows(members), scores.objectives(members))
             if self.events.stop(state) or (number and not has_room()):
                 break
@@ -269,15 +270,17 @@ class Iterations:
         ]
         return state
 
+    def turn_to_demos(self) -> None:
+        """Have demos proposed too, once some iterations have found no better instructions."""
+        told = self.memory.turn_to_demos(self.judge.stats)
+        if told is not None:
+            logger.warning("%s", told)
+
     def advise(self) -> None:
-        """Tell, after a first phase, if there was nothing to learn in it; demos are tried then."""
-        stats = self.judge.stats
-        told = [
-            text for text in (self.memory.advice(stats), self.memory.turn_to_demos(stats)) if text
-        ]
-        for text in told:
-            logger.warning("%s", text)
-        self.advice = ". ".join(text[:1].upper() + text[1:] for text in told) or None
+        """Tell, after a first phase, if there was nothing to learn in it."""
+        self.advice = self.memory.advice(self.judge.stats)
+        if self.advice is not None:
+            logger.warning("%s", self.advice)
 
     def report(self) -> dict[str, Any]:
         """What became of the proposals, and what the reflection LM cost, for JSON.

@@ -23,6 +23,9 @@ from fst_dspy.fast.reflector import Reflector, Trajectory
 from fst_dspy.student.candidate import DEMOS, example_id, split_component, texts_in
 from fst_dspy.types import Rollout
 
+PATIENCE = 4
+"""Iterations without a better candidate before demos are tried, with ``demo_tokens="auto"``."""
+
 
 class Memory:
     """The proposer of instructions, that of demos, and what rollouts have taught them.
@@ -122,14 +125,14 @@ class Memory:
         )
 
     def turn_to_demos(self, stats: ProposalStats) -> str | None:
-        """Propose demos from here on, if no better instructions were found: what to tell of it."""
-        waited = self.demos is not None and not self.shows_demos
-        if not waited or stats.accepted or not stats.iterations or not self._fell_short:
+        """Propose demos from here on, if it is time for them: what to tell of it."""
+        waits = self.demos is not None and not self.shows_demos
+        if not waits or stats.accepted or stats.iterations < PATIENCE or not self._fell_short:
             return None
         self.shows_demos = True
         return (
-            "no better instructions were found: solved and labelled examples are tried as demos "
-            "from here on (demo_tokens='auto')"
+            f"{stats.iterations} iterations found no better instructions: solved and labelled "
+            "examples are tried as demos from here on (demo_tokens='auto')"
         )
 
     def bank(self, rollouts: Sequence[Rollout]) -> None:
@@ -162,6 +165,7 @@ class Memory:
             "proposer": self.proposer.state() if isinstance(self.proposer, HasState) else None,
             "demos": self.demos.state() if self.demos is not None else None,
             "shows_demos": self.shows_demos,
+            "fell_short": self._fell_short,
         }
 
     def load_state(self, state: Mapping[str, Any]) -> None:
@@ -171,3 +175,4 @@ class Memory:
         if self.demos is not None and state["demos"] is not None:
             self.demos.load_state(state["demos"])
             self.shows_demos = state.get("shows_demos", True)  # earlier states had no other
+        self._fell_short = state.get("fell_short", False)

@@ -358,6 +358,7 @@ class TrialPhase:
         """Put a new candidate on trial, one made before or now, if there is one to be had."""
         if self.config.cycle_iterations < 1 or not self.pool.rollouts:
             return
+        self.iterations.turn_to_demos()
         state = self._state(population.candidates)
         if self.events.stop(state):
             return
