@@ -30,7 +30,7 @@ from fst_dspy.loop.parts import Parts, count_tokens
 from fst_dspy.loop.state import LoopState
 from fst_dspy.loop.validation import Validation, score, scored_now, with_better
 from fst_dspy.model.sampling import vocabulary
-from fst_dspy.rollouts.health import Tally, told_failures, unread_share
+from fst_dspy.rollouts.health import Tally, is_unread, told_failures, unread_share
 from fst_dspy.student.candidate import (
     DEMOS,
     component_name,
@@ -161,8 +161,8 @@ def _again(parts: Parts, state: LoopState) -> Validation | None:
 
 
 def _failed_share(rollouts: Sequence[Rollout]) -> float:
-    """Share of the rollouts that failed in any way, 0 to 1."""
-    return sum(rollout.failure is not None for rollout in rollouts) / len(rollouts)
+    """Share of the rollouts that failed in any way, or in part, 0 to 1."""
+    return sum(r.failure is not None or is_unread(r) for r in rollouts) / len(rollouts)
 
 
 def _is_flat(parts: Parts, found: Validation) -> bool:

@@ -101,10 +101,16 @@ def _is_told(rollout: Rollout) -> bool:
     return rollout.failure is None and any(text.strip() for text in said)
 
 
+def is_unread(rollout: Rollout) -> bool:
+    """Whether an answer could not be read, also where the program went on without it."""
+    if rollout.failure is not None and rollout.failure.kind in NOT_ANSWERED:
+        return True
+    return any(trace.outputs is None and trace.text for trace in rollout.traces)
+
+
 def unread_share(rollouts: Sequence[Rollout]) -> float:
-    """Share of the rollouts whose answer could not be read, 0 to 1."""
-    unread = sum(r.failure is not None and r.failure.kind in NOT_ANSWERED for r in rollouts)
-    return unread / len(rollouts) if rollouts else 0.0
+    """Share of the rollouts in which an answer could not be read, 0 to 1."""
+    return sum(map(is_unread, rollouts)) / len(rollouts) if rollouts else 0.0
 
 
 def told_failures(

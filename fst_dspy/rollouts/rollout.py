@@ -189,22 +189,35 @@ class RolloutThread:
                 self.scheduler.leave(self.slot)
             self.time.restart()
             self._finish(self._score(prediction))
-        except AdapterParseError as error:
-            self._finish(self._parse_failure(error))
-        except ContextWindowExceededError as error:
-            self._finish(self._failed("too_long", str(error)))
-        except MetricError as error:
-            self.error = error.__cause__ or error
-            # A judge that could not be reached says nothing of the answer.
-            lost = is_infrastructure(error)
-            self._finish(self._failed("infrastructure" if lost else "metric", str(error)))
-        except KeyboardInterrupt as error:
-            self.interrupt = error
-            self._finish(self._failed("infrastructure", "interrupted"))
         except BaseException as error:  # SystemExit and CancelledError among them
-            self.error = error
-            kind: FailureKind = "infrastructure" if is_infrastructure(error) else "program"
-            self._finish(self._failed(kind, said_of(error)))
+            self._finish(self._failed_by(self._cause(error)))
+
+    def _cause(self, error: BaseException) -> BaseException:
+        """What a rollout failed by, first of all.
+
+        Programs may go on without an answer that could not be read: ``dspy.BestOfN`` and
+        ``dspy.Refine`` give ``None`` where no attempt has one, which the program's next line or the
+        metric fails on.
+        """
+        if isinstance(error, KeyboardInterrupt) or is_infrastructure(error):
+            return error
+        runs = self.session.runs()
+        return (runs[-1].error if runs else None) or error
+
+    def _failed_by(self, error: BaseException) -> Rollout:
+        if isinstance(error, AdapterParseError):
+            return self._parse_failure(error)
+        if isinstance(error, ContextWindowExceededError):
+            return self._failed("too_long", str(error))
+        if isinstance(error, KeyboardInterrupt):
+            self.interrupt = error
+            return self._failed("infrastructure", "interrupted")
+        kind: FailureKind = "program"
+        self.error, message = error, said_of(error)
+        if isinstance(error, MetricError):
+            kind, self.error, message = "metric", error.__cause__ or error, str(error)
+        # A judge that could not be reached says nothing of the answer.
+        return self._failed("infrastructure" if is_infrastructure(error) else kind, message)
 
     def _run_program(self) -> Any:
         program, self.predictors = self.make_program()

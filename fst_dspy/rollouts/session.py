@@ -58,6 +58,7 @@ class OpenCall:
         before: Calls that the rollout had made when it began.
         calls: Its calls of the local model.
         prediction: ``None`` until it has ended, and where it failed.
+        error: What it failed by.
         leave: Puts the settings back as they were.
     """
 
@@ -66,6 +67,7 @@ class OpenCall:
     before: int
     calls: list[Call] = field(default_factory=list)
     prediction: dspy.Prediction | None = None
+    error: BaseException | None = None
     leave: AbstractContextManager[Any] | None = None
 
     def trace(self) -> PredictorTrace:
@@ -173,6 +175,7 @@ class Session(BaseCallback):
         if run.leave is not None:
             run.leave.__exit__(None, None, None)
         run.prediction = outputs if isinstance(outputs, dspy.Prediction) else None
+        run.error = exception
         with self._guard:
             self._closed.append(run)
 

@@ -75,6 +75,28 @@ def test_answers_that_cannot_be_read_are_held_to_the_format(folder: Path, tmp_pa
     assert fst_dspy.load(tmp_path / "bundle", program=Router())(ticket="visa").desk in DESKS
 
 
+class Careful(Router):
+    """It answers even where the model's answer could not be read."""
+
+    def forward(self, ticket: str) -> dspy.Prediction:
+        try:
+            return super().forward(ticket)
+        except Exception:
+            return dspy.Prediction(desk="")
+
+
+def best_of_two() -> dspy.Module:
+    return dspy.BestOfN(Router(), 2, lambda given, pred: float(pred.desk in DESKS), 1.0)
+
+
+@pytest.mark.parametrize("program", [Careful, best_of_two])
+def test_so_they_are_where_the_program_goes_on_without_them(folder: Path, program: Any) -> None:
+    result = compile_router(folder, program=program, steps_per_cycle=1)[1]
+    assert result.structured
+    (text,) = [text for text in result.records[0].cold_start if "(structured)" in text]
+    assert text.startswith("100% of the answers could not be read") and "and 0% cannot" in text
+
+
 def readable(gold, pred, trace=None, pred_name=None, pred_trace=None) -> float:
     """1 for any desk at all: an answer that cannot be read never comes here, and has 0."""
     return float(pred.desk in DESKS)

@@ -12,7 +12,7 @@ import fst_dspy
 from fst_dspy.config import SamplingConfig
 from fst_dspy.errors import ProgramError
 from fst_dspy.lm.local_lm import LocalLM
-from fst_dspy.rollouts.health import check_first_rollouts, told_failures
+from fst_dspy.rollouts.health import check_first_rollouts, told_failures, unread_share
 from fst_dspy.rollouts.jobs import RolloutJob
 from fst_dspy.rollouts.runner import RolloutRunner
 from fst_dspy.student.adapter import strict_adapter
@@ -187,6 +187,43 @@ def test_a_parse_failure_is_a_scored_rollout_with_its_text(lm):
         assert rollout.reward == -1.0
         assert rollout.calls and rollout.traces[0].outputs is None
         assert "answer" in rollout.feedback
+
+
+def _unread(self, question):
+    with suppress(dspy.utils.exceptions.AdapterParseError):
+        self.say(question=question)
+
+
+def _too_long(self, question):
+    with suppress(dspy.ContextWindowExceededError):
+        self.say(question="many words " * 500)
+
+
+def _unread_and_on(self, question):
+    return dspy.Prediction(answer=_unread(self, question).answer)
+
+
+@pytest.mark.parametrize(
+    ("forward", "kinds"),
+    [
+        (_unread, {"parse", "truncated", "empty"}),
+        (_unread_and_on, {"parse", "truncated", "empty"}),
+        (_too_long, {"too_long"}),
+    ],
+)
+def test_a_program_that_goes_on_without_an_answer_fails_by_that(lm, forward, kinds):
+    class Unparsable(RawAdapter):
+        def parse(self, signature, completion):
+            return super().parse(signature, "!" + completion)
+
+    program = type("Careful", (Echo,), {"forward": forward})()
+    with dspy.context(adapter=Unparsable()):
+        runner = RolloutRunner(program, vowels, lm, SAMPLING, 0)
+    rollouts = runner.run(jobs_for(program), channel="slow", salt=0)
+    assert {r.failure.kind for r in rollouts} <= kinds
+    if forward is not _too_long:  # it may be learned away
+        check_first_rollouts(rollouts, program)
+    assert unread_share(rollouts) == float(forward is not _too_long)
 
 
 @pytest.mark.parametrize(
