@@ -7,7 +7,8 @@ of ``dspy.Evaluate``. So of what a program holds there are copied
 - its modules, predictors, and whatever leads to one: containers, bound methods, partial functions,
   functions that close over one, functions with a cache, whose copies begin with an empty one, weak
   references to what else is copied, and plain objects that hold one;
-- small lists, dicts and sets that a module holds, which a program may write into;
+- small lists, dicts, sets and ``dspy.History`` that a module holds, which a program may write into,
+  and functions and tools that write into the same ones;
 - objects whose class has a method ``copy_for_rollout()``, by that method: an environment, say, that
   every rollout needs to itself.
 
@@ -22,7 +23,7 @@ import functools
 import types
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import dspy
@@ -40,6 +41,8 @@ NOT_OF_THE_PROGRAM = "__fst_not_of_the_program__"
 """An attribute of classes whose objects a program may hold, and which are no part of it."""
 _LEAVES = (str, bytes, bytearray, int, float, complex, bool, type(None), type, types.ModuleType)
 _CONTAINERS = (list, dict, set, deque)
+_WRITERS = (*_CONTAINERS, tuple, types.FunctionType, types.CellType, functools.partial, dspy.Tool)
+"""What a copy has its own of, where it holds a container that the copy has its own of."""
 _CACHED = type(functools.cache(len))
 
 
@@ -183,22 +186,32 @@ def _to_copy(program: dspy.Module) -> set[int]:
     parents: dict[int, list[int]] = {}
     wanted: list[int] = []
     own: set[int] = set()
+    writers: set[int] = set()
     for item, children in _graph(program):
         if isinstance(item, dspy.Module) or hasattr(type(item), OWN_COPY):
             wanted.append(id(item))
         if isinstance(item, dspy.Module):
             for value in vars(item).values():
                 own |= _small_containers(value)
+        if type(item) in _WRITERS:
+            writers.add(id(item))
         if type(item) is weakref.ref:  # it leads to what others hold: a copy of its own would end
             parents.setdefault(id(item()), []).append(id(item))
         for _, child in children:
             parents.setdefault(id(child), []).append(id(item))
-    found = set(wanted)
-    while wanted:
-        new = set(parents.get(wanted.pop(), ())) - found
+    found = _with_parents(wanted, parents)
+    return found | _with_parents(own, {n: writers & {*above} for n, above in parents.items()})
+
+
+def _with_parents(ids: Iterable[int], parents: Mapping[int, Iterable[int]]) -> set[int]:
+    """Ids of objects and of all that leads to them."""
+    found = set(ids)
+    left = list(found)
+    while left:
+        new = set(parents.get(left.pop(), ())) - found
         found |= new
-        wanted.extend(new)
-    return found | own
+        left.extend(new)
+    return found
 
 
 def _small_containers(value: Any) -> set[int]:
@@ -207,6 +220,9 @@ def _small_containers(value: Any) -> set[int]:
     left, items = [value], 0
     while left:
         item = left.pop()
+        if isinstance(item, dspy.History):
+            found.add(id(item))
+            item = item.messages
         if type(item) in _CONTAINERS and id(item) not in found:
             found.add(id(item))
             items += len(item)

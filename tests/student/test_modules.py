@@ -80,6 +80,43 @@ def test_a_cached_function_may_call_itself() -> None:
     assert isinstance(twin.deep(0), dspy.Predict) and deep.cache_info().currsize == 0
 
 
+def test_a_tool_writes_into_the_list_that_its_copy_reads() -> None:
+    notes: list[str] = []
+
+    def note(text: str) -> None:
+        notes.append(text)
+
+    add = dspy.Tool(functools.partial(note), name="note")
+    program = Asks(notes=notes, tools={"note": add}, other=len)
+    twin = copy_program(program)
+    twin.tools["note"](text="a")
+    assert twin.notes == ["a"] and notes == [] and twin.other is len
+    add(text="b")
+    assert twin.notes == ["a"] and notes == ["b"]
+
+
+def test_a_client_that_holds_the_same_list_is_shared() -> None:
+    class Client:
+        def __init__(self, corpus: list[str]) -> None:
+            self.corpus = corpus
+
+        def search(self, query: str) -> list[str]:
+            return self.corpus
+
+    client = Client(["a"])
+    program = Asks(corpus=client.corpus, client=client, search=client.search)
+    twin = copy_program(program)
+    assert twin.client is client and twin.corpus is not client.corpus
+    assert twin.search.__self__ is client
+
+
+def test_a_conversation_that_a_module_holds_is_the_copys_own() -> None:
+    program = Asks(chat=dspy.History(messages=[{"question": "a"}]))
+    twin = copy_program(program)
+    twin.chat.messages.append({"question": "b"})
+    assert len(program.chat.messages) == 1 and len(twin.chat.messages) == 2
+
+
 def test_a_cached_function_without_a_module_is_shared() -> None:
     @functools.lru_cache
     def length(text: str) -> int:
