@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import logging
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
@@ -39,7 +40,8 @@ ENTERED_WITH = "fst_entered_with"
 COMPILED_ADAPTER = "fst_adapter"
 """The attribute of a compiled program that says which adapter it was compiled under."""
 TOLD = 256
-"""Programs of which it is known that they were told to be called under another adapter."""
+"""Programs of which it is known that they were told to be called under another adapter, and weights
+of which it is known that they were told to be left out of what is saved."""
 _ASKED = ("prompt", "messages", "request")  # of a call's arguments those that are no settings
 _ANSWERS_WITH = "answers_with"  # in a pickle: the version id, also where ``model`` is the live one
 
@@ -164,8 +166,14 @@ class LocalLM(dspy.LM):
         dspy.LM.__setstate__(copied, copy.deepcopy(super().__getstate__(), memo))
         return remember(copied)
 
+    def dump_state(self) -> dict[str, Any]:
+        """For a saved program: everything but the weights, which are named."""
+        _tell_left_out(self.policy, self.version)
+        return super().dump_state()
+
     def __getstate__(self) -> dict[str, Any]:
         """For a pickle: everything but the weights, which are named as in a saved program."""
+        _tell_left_out(self.policy, self.version)
         state = {**super().__getstate__(), _ANSWERS_WITH: self.version}
         if type(self.provider) is type(self.infer_provider()):
             del state["provider"]
@@ -405,6 +413,22 @@ def _tell_adapters(program: dspy.Module, compiled: str, here: str) -> None:
         type(program).__name__,
         compiled,
         here,
+    )
+
+
+def _tell_left_out(policy: Policy, version: str) -> None:
+    """Say so, once for each, where trained weights are not in what is saved."""
+    if version != policy.base_version:
+        _tell_trained(version)
+
+
+@functools.lru_cache(TOLD)
+def _tell_trained(version: str) -> None:
+    logger.warning(
+        "what is saved names the trained weights %s and does not hold them: to have them in "
+        "another process save the program to a folder, with compiled.save(folder) or "
+        "fst_dspy.save(program, folder), which fst_dspy.load reads",
+        version,
     )
 
 

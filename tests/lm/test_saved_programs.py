@@ -128,6 +128,21 @@ def test_a_whole_program_is_found_elsewhere_but_for_trained_weights(lm, tmp_path
         assert error == "ModelError" and "fst_dspy.save" in said
 
 
+def test_what_is_saved_without_the_trained_weights_says_so_once(lm, tiny_qwen3, tmp_path, caplog):
+    program = dspy.ReAct("question -> answer", tools=[])
+    program.set_lm(lm)
+    program.save(tmp_path / "base.json")
+    assert "trained weights" not in caplog.text
+    own = LocalLM(str(tiny_qwen3))
+    move(own.policy)
+    program.set_lm(own.at(own.policy.keep()))
+    program.save(tmp_path / "trained.json")
+    program.deepcopy().save(tmp_path / "whole", save_program=True)
+    assert caplog.text.count("does not hold them") == 1
+    fst_dspy.save(program, tmp_path / "bundle")
+    assert caplog.text.count("does not hold them") == 1
+
+
 def test_a_pickled_language_model_is_whole(lm):
     lm("hi")
     warm = lm.copy(temperature=0.5, stop=["x"])
