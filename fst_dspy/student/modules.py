@@ -8,7 +8,8 @@ of ``dspy.Evaluate``. So of what a program holds there are copied
   functions that close over one, functions with a cache, whose copies begin with an empty one, weak
   references to what else is copied, and plain objects that hold one;
 - small lists, dicts, sets and ``dspy.History`` that a module holds, which a program may write into,
-  and functions and tools that write into the same ones;
+  and functions and tools that hold the same ones, unless another object does too: what it wrote
+  into them, the copy would not see;
 - objects whose class has a method ``copy_for_rollout()``, by that method: an environment, say, that
   every rollout needs to itself.
 
@@ -200,7 +201,10 @@ def _to_copy(program: dspy.Module) -> set[int]:
         for _, child in children:
             parents.setdefault(id(child), []).append(id(item))
     found = _with_parents(wanted, parents)
-    return found | _with_parents(own, {n: writers & {*above} for n, above in parents.items()})
+    own = _with_parents(own, {n: writers & {*above} for n, above in parents.items()}) - found
+    while left := {n for n in own if not (found | own).issuperset(parents.get(n, ()))}:
+        own -= left
+    return found | own
 
 
 def _with_parents(ids: Iterable[int], parents: Mapping[int, Iterable[int]]) -> set[int]:

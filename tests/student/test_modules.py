@@ -95,19 +95,20 @@ def test_a_tool_writes_into_the_list_that_its_copy_reads() -> None:
     assert twin.notes == ["a"] and notes == ["b"]
 
 
-def test_a_client_that_holds_the_same_list_is_shared() -> None:
-    class Client:
-        def __init__(self, corpus: list[str]) -> None:
-            self.corpus = corpus
+def test_a_list_that_a_shared_object_holds_too_is_shared() -> None:
+    class Store:
+        def __init__(self, notes: list[str]) -> None:
+            self.notes = notes
 
-        def search(self, query: str) -> list[str]:
-            return self.corpus
+        def add(self, text: str) -> None:
+            self.notes.append(text)
 
-    client = Client(["a"])
-    program = Asks(corpus=client.corpus, client=client, search=client.search)
+    store = Store([])
+    program = Asks(notes=store.notes, parts=[store.notes], add=store.add)
     twin = copy_program(program)
-    assert twin.client is client and twin.corpus is not client.corpus
-    assert twin.search.__self__ is client
+    twin.add("a")
+    assert twin.notes is twin.parts[0] is store.notes and twin.notes == ["a"]
+    assert twin.parts is not program.parts
 
 
 def test_a_conversation_that_a_module_holds_is_the_copys_own() -> None:
