@@ -131,9 +131,9 @@ def instructions_in(components: Iterable[str]) -> list[str]:
 def example_id(example: dspy.Example) -> str:
     """Content hash of an example: all its fields (inputs and labels) and which are inputs.
 
-    Fields that JSON cannot hold count by their ``repr``, and arrays and the like by what they hold;
-    give classes a ``repr`` without memory addresses if ids are to agree between processes. One that
-    was taken before (``with_id``) stays.
+    Fields that JSON cannot hold count by their ``repr``, arrays and the like by what they hold, and
+    functions by their name and code; give classes a ``repr`` without memory addresses if ids are to
+    agree between processes. One that was taken before (``with_id``) stays.
     """
     taken = vars(example).get(TAKEN_ID)
     if taken is not None:

@@ -2,13 +2,17 @@
 
 That is its ``repr``, but where this may leave something out: arrays, tensors and tables of more
 than a few values show the first and last ones alone, and images none. Of those it is a hash of what
-they hold.
+they hold. A function's has its address, which is another in every process: it is told by its name
+and its code.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import hashlib
+import types
 from collections import deque
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -31,8 +35,37 @@ def contents(value: Any) -> Any:
     """
     if (own := _array(value)) is not None:
         return own
+    if isinstance(value, functools.partial):
+        given = [*value.args, *(part for pair in sorted(value.keywords.items()) for part in pair)]
+        return ["partial", *map(contents, (value.func, *given))]
+    if isinstance(value, types.FunctionType):
+        held = [*(value.__defaults__ or ()), *_closed_over(value)]
+        name = f"{value.__module__}.{value.__qualname__}"
+        return [name, *_code(value.__code__), *(map(_named, held))]
     inside = list(_arrays_within(value, set()))
     return [repr(value), *inside] if inside else repr(value)
+
+
+def _closed_over(function: types.FunctionType) -> Iterator[Any]:
+    for cell in function.__closure__ or ():
+        with contextlib.suppress(ValueError):  # it is empty
+            yield cell.cell_contents
+
+
+def _named(value: Any) -> Any:
+    """What a function holds; other functions by their names, as they may hold each other."""
+    return value.__qualname__ if isinstance(value, types.FunctionType) else contents(value)
+
+
+def _code(code: types.CodeType) -> list[Any]:
+    """What a function does, without where it lies."""
+    constants = [
+        _code(one)
+        if isinstance(one, types.CodeType)
+        else repr(sorted(map(repr, one)) if isinstance(one, frozenset) else one)
+        for one in code.co_consts
+    ]
+    return [code.co_code.hex(), list(code.co_names), constants]
 
 
 def _arrays_within(value: Any, seen: set[int]) -> Iterator[dict[str, Any]]:

@@ -206,6 +206,29 @@ def test_example_id_covers_what_a_repr_leaves_out(made: Callable[[int], object])
 
 
 @pytest.mark.parametrize(
+    "source",
+    [
+        "def f(x): return x + {}",
+        "def f(x): return x in {{{}, 5, 6}}",
+        "def f(x, y={}): return lambda: x + y",
+        "f = (lambda y: lambda x: x + y)({})",
+        "import functools; f = functools.partial(lambda x, y: x, y={})",
+    ],
+)
+def test_example_id_knows_a_function_by_what_it_does(source: str) -> None:
+    """Its ``repr`` has its address, which is another in every process."""
+
+    def made(value: int) -> dspy.Example:
+        names: dict[str, object] = {}
+        exec(source.format(value), names)
+        return dspy.Example(tools={"f": names["f"]}).with_inputs("tools")
+
+    one, same, other = [made(value) for value in (1, 1, 2)]
+    assert one.tools["f"] is not same.tools["f"]
+    assert example_id(one) == example_id(same) != example_id(other)
+
+
+@pytest.mark.parametrize(
     ("value", "known"),
     [
         ("a", "c80cd3a999dc"),
