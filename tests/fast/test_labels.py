@@ -19,8 +19,10 @@ from fst_dspy.fast.gepa.adapter import GepaAdapter
 from fst_dspy.fast.memory import Memory
 from fst_dspy.fast.phase import FastPhase
 from fst_dspy.fast.population import best, choose
+from fst_dspy.fast.proposers import demos as demos_module
+from fst_dspy.fast.proposers import labels as labels_module
 from fst_dspy.fast.proposers.demos import SOURCE, DemoProposer, shown_examples, without_answer
-from fst_dspy.fast.proposers.labels import read_rules
+from fst_dspy.fast.proposers.labels import MAX_EXAMPLES, read_rules
 from fst_dspy.fast.proposers.lessons import ORDERS, LessonProposer
 from fst_dspy.fast.reflector import Reflector, Trajectory, make_records
 from fst_dspy.fast.trials import TrialPhase
@@ -197,6 +199,40 @@ def test_cues_of_scripts_without_spaces_are_two_characters():
     for rule in rules:
         (topic,) = (topic for topic, queue in topics.items() if queue == rule.answer)
         assert set(rule.cue) & set(topic)
+
+
+def test_examples_sorted_by_their_labels_teach_as_others_do():
+    """As many data sets are; of many examples not all labels are looked at."""
+    texts = ["on visa number {}", "on tax number {}"]
+    examples = labelled(texts, ["amber", "onyx"], 2 * MAX_EXAMPLES + 2)
+    examples.sort(key=lambda example: example.queue)
+    rules = read_rules(examples, ["queue"])
+    assert {rule.text for rule in rules} == {"visa: amber", "tax: onyx"}
+    demos = DemoProposer(200, words)
+    demos.study({example_id(e): e for e in examples})
+    demos.know("solve", ["ticket"], ["queue"])
+    text = demos.propose({DEMOS: "[]"}, {DEMOS: []}, [DEMOS])[DEMOS]
+    assert {demo.queue for demo in decode_demos(text)} == {"amber", "onyx"}
+
+
+def test_long_documents_are_looked_at_by_their_ends(monkeypatch):
+    """To take all words of hundreds of them, at every proposal, took minutes."""
+    read = []
+    for module in (labels_module, demos_module):
+        known = module.telling_words
+        monkeypatch.setattr(
+            module, "telling_words", lambda text, known=known: read.append(len(text)) or known(text)
+        )
+    page = "word " * 20_000
+    examples = labelled([f"on visa {page} {{}}", f"{page} on tax {{}}"], ["amber", "onyx"])
+    rules = read_rules(examples, ["queue"])
+    assert {rule.text for rule in rules} == {"visa: amber", "tax: onyx"}
+    demos = DemoProposer(30_000, words)
+    demos.study({example_id(e): e for e in examples})
+    demos.know("solve", ["ticket"], ["queue"])
+    text = demos.propose({DEMOS: "[]"}, {DEMOS: []}, [DEMOS])[DEMOS]
+    assert [len(demo.ticket) > 100_000 for demo in decode_demos(text)] == [True]
+    assert len(read) == 2 * len(examples) and max(read) < 5000
 
 
 def test_answers_of_several_lines_tell_no_rule():

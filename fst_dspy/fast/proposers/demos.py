@@ -11,7 +11,6 @@ help, because the weights have learned what they show, go again.
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import json
 import random
 import re
@@ -23,7 +22,8 @@ from typing import Any
 
 import dspy
 
-from fst_dspy.fast.proposers.protocol import Record, well_formed
+from fst_dspy.fast.proposers.labels import drawn
+from fst_dspy.fast.proposers.protocol import Record, both_ends, well_formed
 from fst_dspy.fast.proposers.words import length, telling_words
 from fst_dspy.student.candidate import (
     DEMOS,
@@ -44,8 +44,6 @@ TOP_SHARE = 0.25
 """A rollout succeeds if its reward lies in this top share of the range of rewards seen."""
 SHORT_ANSWER = 6
 """Outputs of at most this many words are answers to be covered one by one; others are prose."""
-LABELLED = 512
-"""Labelled examples to choose from, the first."""
 COUNTED = 4096
 """Demos whose tokens are remembered: a choice is made among the same ones again and again."""
 NOT_SUPPLIED = "Not supplied for this particular example."
@@ -206,7 +204,7 @@ class DemoProposer:
             return self._labels.get(predictor, [])
         inputs, outputs = self._fields[predictor]
         calls = []
-        for ident, example in itertools.islice(self._examples.items(), LABELLED):
+        for ident, example in drawn([*self._examples.items()]):
             given, labels = dict(example.inputs()), dict(example.labels())
             told = {name: labels[name] for name in outputs if name in labels}
             if told and set(inputs) <= given.keys():
@@ -225,11 +223,12 @@ class DemoProposer:
     ) -> list[BankedCall]:
         """Greedy budgeted cover: the most not yet shown for its tokens, again and again."""
         cost = [self._tokens(_demo(call), predictor) for call in calls]
-        common = Counter(word for call in calls for word in _words(call.inputs))
+        words_N = [_words(call.inputs) for call in calls]
+        common = Counter(word for words in words_N for word in words)
         weights: list[dict[str, float]] = []
-        for call in calls:
-            words = {w for w in _words(call.inputs) if 2 * common[w] <= max(2, len(calls))}
-            weight = {f"word {word}": 2.0 if word in failed else 1.0 for word in words}
+        for call, words in zip(calls, words_N, strict=True):
+            telling = [word for word in words if 2 * common[word] <= max(2, len(calls))]
+            weight = {f"word {word}": 2.0 if word in failed else 1.0 for word in telling}
             weights.append({**weight, f"answer {_answer(call)}": ANSWER_WEIGHT})
         # Near equals change places from turn to turn, so that other sets get their chance.
         jitter = [rng.uniform(0.8, 1.2) for _ in calls]
@@ -336,5 +335,5 @@ def _answer(call: BankedCall) -> str:
 
 
 def _words(fields: Mapping[str, Any]) -> set[str]:
-    found = telling_words(" ".join(map(str, fields.values())))
+    found = telling_words(" ".join(both_ends(str(value)) for value in fields.values()))
     return {part for word in found for part in re.findall(r"\w+", word)}

@@ -7,21 +7,22 @@ examples that hold it have that answer far more often than chance would have it.
 
 from __future__ import annotations
 
+import random
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import comb
-from typing import Any
+from typing import Any, TypeVar
 
 import dspy
 
-from fst_dspy.fast.proposers.protocol import well_formed
+from fst_dspy.fast.proposers.protocol import both_ends, well_formed
 from fst_dspy.fast.proposers.verdicts import parts_of
 from fst_dspy.fast.proposers.words import key_of, length, telling_words
 from fst_dspy.student.candidate import value_text
 
 MAX_EXAMPLES = 512
-"""Examples that rules are read off, the first."""
+"""Examples whose labels are looked at."""
 SHORT_ANSWER = 6
 """Labels of at most this many words are answers; others are prose."""
 PRECISION = 0.9
@@ -30,6 +31,8 @@ CHANCE = 0.05
 """Probability that any word at all would be taken for a cue of an answer by chance."""
 MAX_CUES = 3
 """Cues for one answer."""
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,7 @@ def read_rules(examples: Sequence[dspy.Example], fields: Sequence[str]) -> list[
         fields: Names of output fields; those that are no labels are passed over.
     """
     rules: list[Rule] = []
-    rows = [(example, words_of(dict(example.inputs()))) for example in examples[:MAX_EXAMPLES]]
+    rows = [(example, words_of(dict(example.inputs()))) for example in drawn(examples)]
     several = sum(any(name in example.labels() for example, _ in rows) for name in fields) > 1
     for name in fields:
         pairs = [
@@ -74,16 +77,27 @@ def read_rules(examples: Sequence[dspy.Example], fields: Sequence[str]) -> list[
     return sorted(rules, key=lambda rule: (-rule.support, rule.text))
 
 
+def drawn(examples: Sequence[T]) -> list[T]:
+    """Those whose labels are looked at, in their order; of many some, from everywhere among them.
+
+    Data sets are often sorted by their labels, so that the first have one answer alone.
+    """
+    count = min(len(examples), MAX_EXAMPLES)
+    numbers = random.Random(0).sample(range(len(examples)), count)
+    return [examples[number] for number in sorted(numbers)]
+
+
 def words_of(fields: Mapping[str, Any]) -> frozenset[str]:
-    """The words of some fields' values, in lower case."""
-    return frozenset(telling_words(well_formed(" ".join(map(value_text, fields.values())))))
+    """The words of some fields' values, in lower case; of long ones, those at both ends."""
+    texts = [both_ends(value_text(value)) for value in fields.values()]
+    return frozenset(telling_words(well_formed(" ".join(texts))))
 
 
 def answers_in(examples: Sequence[dspy.Example], fields: Sequence[str]) -> frozenset[str]:
     """The keys of the answers that the labels of some output fields have, and of their parts."""
     values = {
         well_formed(value_text(example.labels()[name]))
-        for example in examples[:MAX_EXAMPLES]
+        for example in drawn(examples)
         for name in fields
         if name in example.labels()
     }

@@ -52,6 +52,11 @@ def clipped(text: str, limit: int = MAX_TEXT) -> str:
     return f"{text[:half]}\n[... {len(text) - 2 * half} characters left out ...]\n{text[-half:]}"
 
 
+def both_ends(text: str, limit: int = MAX_TEXT) -> str:
+    """As ``clipped``, without a word on it: for what looks at the words of a text."""
+    return text if len(text) <= limit else f"{text[: limit // 2]} {text[-(limit // 2) :]}"
+
+
 def shown(record: Record, keys: Sequence[str]) -> dict[str, Any]:
     """What a language model is shown of a record, of the keys that it has; feedback is clipped."""
     own = {key: record[key] for key in keys if key in record}
