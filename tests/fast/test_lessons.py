@@ -411,6 +411,20 @@ def test_state_goes_through_json_and_continues_identically() -> None:
     assert one.state() == other.state()
 
 
+def test_what_is_remembered_does_not_grow_with_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A metric whose lessons are all new ones, as a judge's are: most never reach a prompt."""
+    monkeypatch.setattr(module, "MOST_ADDED", 20)
+    one, text, sizes = proposer(40), "Answer.", []
+    for turn in range(12):
+        told = [f"Lesson: case {turn} {n} {n * turn} goes to desk {turn * n}." for n in range(60)]
+        rows = [record(told[n], f"e{n}") for n in range(60)]
+        text = one.propose({NAME: text}, {NAME: rows}, [NAME])[NAME]
+        state = json.loads(json.dumps(one.state()))
+        sizes.append(len(state["added"][NAME]))
+        assert set(text.split("\n")[1:]) <= set(state["added"][NAME]), "those in use stay"
+    assert max(sizes) <= 20
+
+
 def test_seeing_the_same_rollouts_again_adds_no_support() -> None:
     by = proposer()
     records = [record("Lesson: tax tickets go to teal.", "e1")]

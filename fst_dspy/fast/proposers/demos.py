@@ -10,7 +10,6 @@ help, because the weights have learned what they show, go again.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import random
 import re
@@ -145,8 +144,7 @@ class DemoProposer:
         """The bank, for JSON."""
         return {
             "bank": {
-                name: [dataclasses.asdict(call) for call in calls]
-                for name, calls in self._bank.items()
+                name: [dict(vars(call)) for call in calls] for name, calls in self._bank.items()
             },
             "rewards": list(self._rewards),
             "turns": dict(self._turns),

@@ -10,7 +10,6 @@ labels of all examples are known before the first rollout, lessons come minibatc
 
 from __future__ import annotations
 
-import dataclasses
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -42,6 +41,8 @@ ORDERS = 3
 and candidates of a population that know as much should still differ."""
 MEMORY_SIZE = 512
 """Lessons remembered for a component; the least supported are forgotten first."""
+MOST_ADDED = 8 * MEMORY_SIZE
+"""Lines of proposals remembered as the proposer's own, those that were in use last."""
 FORGOTTEN = (-2, 0, 0)
 """The rank of a line that was a lesson, or a rule of labels, and is none that is known now."""
 
@@ -198,11 +199,11 @@ class LessonProposer:
             "added": {name: list(lines) for name, lines in self._added.items()},
             "outputs": {name: list(fields) for name, fields in self._outputs.items()},
             "templates": {
-                component: {key: dataclasses.asdict(t) for key, t in templates.items()}
+                component: {key: _plain(template) for key, template in templates.items()}
                 for component, templates in self._templates.items()
             },
             "memory": {
-                component: [dataclasses.asdict(lesson) for lesson in memory.values()]
+                component: [_plain(lesson) for lesson in memory.values()]
                 for component, memory in self._memory.items()
             },
         }
@@ -322,13 +323,16 @@ class LessonProposer:
                 other.verdict = template.is_verdict
 
     def _rewrite(self, component: str, instruction: str) -> str:
-        known = self._known(component, instruction)
-        added = self._added.setdefault(component, {})
+        known, before = self._known(component, instruction), self._added.get(component, {})
+        added = dict(before)
         lines = self._still_true(instruction, known, added)
         lines = self._with_new(component, lines, known, added)
         rank = {key: lesson.rank for key, lesson in known.memory.items()}
         rank |= {key_of(rule.text): (-1, 0, rule.support) for rule in known.all_rules}
         lines = self._shortened(lines, known, added, rank)
+        used = dict.fromkeys(line for line in lines if line in added)
+        others = [line for line in before if line not in used]
+        self._added[component] = dict.fromkeys([*others, *used][-MOST_ADDED:])
         text = "\n".join(lines)
         if text != instruction or self._orders.get(component, 0) >= ORDERS:
             return text
@@ -407,3 +411,8 @@ class LessonProposer:
 
     def _tokens(self, lines: Sequence[str]) -> int:
         return self.count_tokens(well_formed("\n".join(lines)))
+
+
+def _plain(known: Lesson | Template) -> dict[str, Any]:
+    """Its fields, as they are now; ``dataclasses.asdict`` takes ten times as long, every step."""
+    return {name: [*v] if isinstance(v, list) else v for name, v in vars(known).items()}
