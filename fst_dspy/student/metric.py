@@ -22,6 +22,7 @@ import dspy
 
 from fst_dspy.config import MAX_SCORE
 from fst_dspy.errors import MetricError
+from fst_dspy.student.candidate import plain_value
 from fst_dspy.student.copies import own_value
 
 ARITIES = (5, 3, 2)
@@ -149,7 +150,27 @@ def read_score(result: Any) -> Score:
 def _feedback_in(result: Any) -> str | None:
     """The text that a metric returned; ``None`` where it returned none."""
     found = result.get("feedback", None) if isinstance(result, dspy.Prediction | dict) else None
-    return None if found is None else str(found or "")
+    if found is None:
+        return None
+    try:
+        return _as_text(found)
+    except RecursionError:  # it holds itself
+        return str(found)
+
+
+def _as_text(said: Any) -> str:
+    """Feedback as lines: the items of a list, the fields of a dict or of a judge's prediction.
+
+    As Python writes these, lessons in them stand in quotation marks, and what is quoted is none.
+    """
+    value = plain_value(sorted(said, key=str) if isinstance(said, set | frozenset) else said)
+    if isinstance(value, Mapping):
+        return "\n".join(f"{name}: {_as_text(item)}" for name, item in value.items())
+    if isinstance(value, list):
+        return "\n".join(map(_as_text, value))
+    # ``wrong and "..."`` is False where nothing is wrong, an empty cell of a table is nan.
+    is_none = value is None or (isinstance(value, int | float) and not abs(value) > 0)
+    return "" if is_none else str(value)
 
 
 def _objectives(given: Any) -> dict[str, float]:

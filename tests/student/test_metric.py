@@ -10,6 +10,7 @@ from dspy.evaluate import CompleteAndGrounded, SemanticF1, answer_exact_match
 from dspy.teleprompt.gepa.gepa_utils import ScoreWithFeedback
 
 from fst_dspy.errors import MetricError
+from fst_dspy.fast.proposers.lessons import marked_lessons
 from fst_dspy.student.candidate import example_id
 from fst_dspy.student.metric import (
     ask_about_predictor,
@@ -197,6 +198,31 @@ def test_other_objects_are_passed_on_as_they_are():
     assert own_copy("text") == "text"
     pred = own_copy(dspy.Prediction.from_completions([{"x": 1}, {"x": 2}]))
     assert isinstance(pred, dspy.Prediction) and len(pred.completions) == 2
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        ["Lesson: visa goes to amber.", "Lesson: tax goes to jade."],
+        {"Lesson: visa goes to amber.", "Lesson: tax goes to jade."},
+        {"lesson": "visa goes to amber.", "rule": "tax goes to jade."},
+        {"why": ["Lesson: visa goes to amber."], "more": ("Rule: tax goes to jade.", None)},
+        dspy.Prediction(score=0.5, feedback="Lesson: visa goes to amber.\nHint: tax goes to jade."),
+    ],
+    ids=["list", "set", "dict", "nested", "prediction"],
+)
+def test_feedback_that_is_no_text_teaches_as_text_does(said):
+    """As a judge with a typed output gives it."""
+    feedback = read_score(dspy.Prediction(score=0, feedback=said)).feedback
+    assert set(marked_lessons(feedback)) == {"visa goes to amber.", "tax goes to jade."}
+
+
+def test_feedback_that_is_none_is_empty():
+    for said in (None, "", [], {}, False, 0, math.nan):
+        assert read_score(dspy.Prediction(score=0, feedback=said)).feedback == ""
+    loop = ["a"]
+    loop.append(loop)
+    assert read_score(dspy.Prediction(score=0, feedback=loop)).feedback == "['a', [...]]"
 
 
 def test_scores_by_objective_are_read():
