@@ -9,6 +9,7 @@ two probabilities, for easy and for hard problems, to a target share.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import random
 from collections.abc import Iterator, Mapping, Sequence
@@ -82,8 +83,14 @@ def _turns(size: int, seed: int, position: int) -> Iterator[tuple[int, float]]:
     """The problems by number, epoch after epoch, and a chance in [0, 1) with each turn."""
     first, offset = divmod(position, size)
     for epoch in itertools.count(first):
-        rng = random.Random(f"{seed}/{epoch}")
-        order = list(range(size))
-        rng.shuffle(order)
-        turns = [(index, rng.random()) for index in order]
-        yield from turns[offset if epoch == first else 0 :]
+        begin = offset if epoch == first else 0
+        yield from itertools.islice(_epoch(size, seed, epoch), begin, None)
+
+
+@functools.lru_cache(2)  # of 100,000 problems a step takes a few, and the order takes a while
+def _epoch(size: int, seed: int, epoch: int) -> Sequence[tuple[int, float]]:
+    """An epoch's turns."""
+    rng = random.Random(f"{seed}/{epoch}")
+    order = list(range(size))
+    rng.shuffle(order)
+    return [(index, rng.random()) for index in order]

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from records import make_group
 
+from fst_dspy.loop import problems
 from fst_dspy.loop.problems import LEAST, ProblemStream
 from fst_dspy.student.candidate import example_id
 
@@ -90,3 +91,10 @@ def test_without_a_preference_every_turn_is_taken():
 def test_equal_examples_are_problems_of_their_own():
     twins = [dspy.Example(question="same").with_inputs("question") for _ in range(3)]
     assert len(ProblemStream().pick(twins, 3, 0, 1.0)[0]) == 3
+
+
+def test_an_epoch_is_put_in_order_once():
+    """Of many problems that takes a while, and a step takes few of them."""
+    problems._epoch.cache_clear()
+    steps(ProblemStream(), questions(20), 2, 5)
+    assert problems._epoch.cache_info().misses == 1
