@@ -37,6 +37,18 @@ def refusal(grammar: str) -> str:
 
 
 @functools.cache
+def steps_below_zero() -> bool:
+    """Whether of numbers that are multiples of one those below 0 are let through as well.
+
+    Before 1.8, which vLLM asks for, llguidance lets none through.
+    """
+    from llguidance import LLMatcher
+
+    grammar = 'start: %json {"type": "integer", "multipleOf": 2}'
+    return LLMatcher(_bytes(), grammar, log_level=0).try_consume_tokens(list(b"-2")) == 2
+
+
+@functools.cache
 def _bytes() -> Any:
     from llguidance import LLTokenizer
 

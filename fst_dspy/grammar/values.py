@@ -14,6 +14,7 @@ import enum
 import fractions
 import inspect
 import json
+import math
 import re
 import types
 from collections.abc import Callable, Mapping, Sequence
@@ -26,7 +27,7 @@ from pydantic import TypeAdapter
 from pydantic.json_schema import GenerateJsonSchema
 
 from fst_dspy.grammar import bounds
-from fst_dspy.grammar.limits import LONGEST, refusal
+from fst_dspy.grammar.limits import LONGEST, refusal, steps_below_zero
 
 DIGITS = 300
 """Digits of a number at most: ``int`` takes 4,300, ``float`` is infinite from 309."""
@@ -331,7 +332,7 @@ def texts_of_values(schema: Mapping[str, Any], values: Sequence[Any]) -> list[st
 
 def json_piece(schema: Mapping[str, Any], layout: Mapping[str, Any]) -> str | None:
     """The piece of a JSON schema; ``None`` where llguidance cannot hold to it."""
-    schema = _without_tags(schema)
+    schema = _as_llguidance_reads(schema)
     for lenient in (False, True):  # at worst without the constraints that it does not know
         own = {**layout, "json_allowed_escapes": 'nrbtf\\"', "lenient": lenient}
         piece = f"%json {json.dumps({**schema, 'x-guidance': own})}"
@@ -340,13 +341,21 @@ def json_piece(schema: Mapping[str, Any], layout: Mapping[str, Any]) -> str | No
     return None
 
 
-def _without_tags(part: Any) -> Any:
-    """A schema whose unions do not name their tag, by which llguidance refuses models in models."""
+def _as_llguidance_reads(part: Any) -> Any:
+    """A schema without what llguidance takes in another way.
+
+    Unions do not name their tag, by which it refuses models in models; and numbers that may be
+    below 0 need not be multiples where it would let none such through.
+    """
     if isinstance(part, list):
-        return [_without_tags(item) for item in part]
+        return [_as_llguidance_reads(item) for item in part]
     if not isinstance(part, Mapping):
         return part
-    own = {name: _without_tags(value) for name, value in part.items()}
+    own = {name: _as_llguidance_reads(value) for name, value in part.items()}
+    if isinstance(own.get("multipleOf"), int | float) and not steps_below_zero():
+        least = max(own.get(name, -math.inf) for name in ("minimum", "exclusiveMinimum"))
+        if least < 0:
+            del own["multipleOf"]
     if isinstance(own.get("discriminator"), dict) and isinstance(own.get("oneOf"), list):
         del own["discriminator"]
         own["anyOf"] = own.pop("oneOf")  # they are apart, by their tags

@@ -27,6 +27,8 @@ from hypothesis import strategies as st
 from tiny_models import save_model
 
 from fst_dspy.grammar.answers import grammar_of_answer, grammar_of_json_schema
+from fst_dspy.grammar.limits import steps_below_zero
+from fst_dspy.grammar.values import json_piece
 from fst_dspy.model.generate import GenerationRequest, generate
 from fst_dspy.model.policy import Policy
 from fst_dspy.model.sampling import vocabulary
@@ -477,7 +479,18 @@ def test_decimals_have_as_many_digits_as_they_may(
         written = f"[[ ## first ## ]]\n{{{price}}}\n\n[[ ## completed ## ]]"
         with nullcontext() if value in good else pytest.raises(AdapterParseError):
             dspy.ChatAdapter().parse(signature, written)
-        assert takes(policy, text, written) == (value in good), value
+        if value in good or steps_below_zero():
+            assert takes(policy, text, written) == (value in good), value
+
+
+@pytest.mark.parametrize("newer", [False, True])
+def test_steps_are_left_out_where_they_would_keep_numbers_above_0(
+    newer: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fst_dspy.grammar.values.steps_below_zero", lambda: newer)
+    for bounds, kept in (({}, newer), ({"exclusiveMinimum": -1}, newer), ({"minimum": 0}, True)):
+        piece = json_piece({"items": {"type": "number", "multipleOf": 0.5, **bounds}}, {})
+        assert piece is not None and ("multipleOf" in piece) == kept, bounds
 
 
 @pytest.mark.parametrize(
