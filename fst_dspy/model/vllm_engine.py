@@ -68,8 +68,8 @@ def use_vllm(
         gpu_memory_utilization: Share of the GPU's memory that vLLM may take, weights and caches.
 
     Raises:
-        ConfigError: vLLM is not installed or cannot run the model, there is no GPU, or accelerate
-            is set up for FSDP.
+        ConfigError: vLLM is not installed or cannot run the model as the policy has it, there is no
+            GPU, or accelerate is set up for FSDP.
     """
     refuse_fsdp("the vLLM engine")
     if policy.device.type != "cuda":
@@ -82,6 +82,12 @@ def use_vllm(
         raise ConfigError(
             f"vLLM's convolutions read {LONGEST_CONVOLUTION} tokens, those of {policy.name} "
             f"{policy.model.config.conv_L_cache}; the built-in engine runs it"
+        )
+    if "quantization_config" in policy.source:
+        raise ConfigError(
+            f"vLLM reads {policy.name} as it is stored, and here it was quantized as it was "
+            "loaded: it would sample from other weights than adapters are trained over; leave "
+            "quantization_config out, or take the built-in engine"
         )
     place = policy.source["place"]
     if place.endswith(SUFFIX):
@@ -115,7 +121,7 @@ def _trl_engine(policy: Policy, gpu_memory_utilization: float) -> Any:
     from accelerate import Accelerator
     from trl.generation.vllm_generation import VLLMGeneration
 
-    return VLLMGeneration(
+    made = VLLMGeneration(
         model=policy.model,
         accelerator=Accelerator(),
         processing_class=policy.tokenizer,
@@ -123,6 +129,14 @@ def _trl_engine(policy: Policy, gpu_memory_utilization: float) -> Any:
         max_model_length=policy.context_length,
         trust_remote_code=policy.source["trust_remote_code"],
     )
+    # TRL leaves it to vLLM, which goes by config.json and by what the GPU can do.
+    own = made.llm.model_config.dtype
+    if own != policy.model.dtype:
+        own, trained = (str(dtype).removeprefix("torch.") for dtype in (own, policy.model.dtype))
+        raise ConfigError(
+            f"vLLM samples in {own} from a policy in {trained}; load it with dtype='{own}'"
+        )
+    return made
 
 
 class Weights(Protocol):

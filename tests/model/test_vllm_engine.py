@@ -7,12 +7,14 @@ take. What is tested is the adapter's part, not vLLM.
 
 from __future__ import annotations
 
-from contextlib import contextmanager
+import sys
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from helpers import sampled_logprobs
 from peft import PeftModel
 from vllm_calls import LLM_ARGUMENTS, LORA_RANKS, LoRARequest, SamplingParams
@@ -21,6 +23,7 @@ from fst_dspy import distributed
 from fst_dspy.config import LoraConfig
 from fst_dspy.errors import ConfigError, PromptTooLongError
 from fst_dspy.lm.local_lm import LocalLM
+from fst_dspy.model import vllm_engine
 from fst_dspy.model.generate import GenerationRequest, generate
 from fst_dspy.model.policy import Policy
 from fst_dspy.model.vllm_engine import (
@@ -210,6 +213,34 @@ def test_what_vllm_cannot_do_is_refused(tiny_qwen3):
     policy.add_lora(LoraConfig(rank=2), seed=0)
     with pytest.raises(ConfigError, match=r"use_vllm\(policy, lora=True\)"):
         run(policy, requests_for(policy, 1))
+
+
+@pytest.fixture
+def as_if_installed(monkeypatch):
+    """vLLM and a GPU, as far as ``use_vllm`` looks; gives the dtype that TRL's engine has."""
+    from trl.generation import vllm_generation
+
+    model_config = SimpleNamespace(dtype=torch.bfloat16)
+    made = SimpleNamespace(llm=SimpleNamespace(model_config=model_config))
+    monkeypatch.setattr(vllm_generation, "VLLMGeneration", lambda **_: made)
+    monkeypatch.setattr("accelerate.Accelerator", lambda: None)
+    monkeypatch.setattr(Policy, "device", torch.device("cuda"))
+    monkeypatch.setattr(vllm_engine, "global_rng_kept", lambda _: nullcontext())
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(SamplingParams=SamplingParams))
+    return model_config
+
+
+def test_weights_of_another_rounding_than_the_policys_are_refused(tiny_qwen3, as_if_installed):
+    policy = Policy.load(tiny_qwen3, device="cpu", dtype="bfloat16")
+    as_if_installed.dtype = torch.float16
+    with pytest.raises(ConfigError, match="load it with dtype='float16'"):
+        use_vllm(policy)
+    as_if_installed.dtype = torch.bfloat16
+    use_vllm(policy)
+    assert isinstance(policy.generator, VllmGenerator)
+    policy.source["quantization_config"] = {"load_in_4bit": True}
+    with pytest.raises(ConfigError, match="as it is stored"):
+        use_vllm(policy, lora=True)
 
 
 @pytest.mark.parametrize(
