@@ -176,7 +176,9 @@ class _Worker:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env={**os.environ, "PYTHONPATH": path},
-            start_new_session=True,  # Ctrl-C is for the compile, which ends the step under way
+            # Ctrl-C is for the compile, which ends the step under way; Windows has the second.
+            start_new_session=True,
+            creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),
         )
         self._answers: queue.SimpleQueue[Any] = queue.SimpleQueue()
         # A read of a pipe cannot be given up on every platform; waiting for a thread can.

@@ -6,6 +6,7 @@ The parent holds the other end of its standard input.
 
 from __future__ import annotations
 
+import _thread
 import os
 import signal
 import stat
@@ -55,13 +56,21 @@ def locked(folder: Path) -> Iterator[None]:
         lock.release()
 
 
+def _interrupt() -> None:
+    """Ctrl-C for this process; on Windows ``os.kill`` would end it."""
+    if os.name == "nt":
+        _thread.interrupt_main()
+    else:
+        os.kill(os.getpid(), signal.SIGINT)
+
+
 def _stop_with_parent() -> None:
     """When standard input ends, a pipe that the parent holds open, interrupt the main thread."""
 
     def wait() -> Any:
         while os.read(0, 1):  # not sys.stdin, whose lock would be held at exit
             pass
-        os.kill(os.getpid(), signal.SIGINT)
+        _interrupt()
 
     if stat.S_ISFIFO(os.fstat(0).st_mode):
         threading.Thread(target=wait, daemon=True).start()

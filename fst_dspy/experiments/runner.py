@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import shlex
-import signal
 import subprocess
 import sys
 import time
@@ -293,7 +292,9 @@ def _start(folder: Path, job: Job, workers: int) -> subprocess.Popen[bytes]:
             stdout=log,
             stderr=log,
             env={**os.environ, **threads},
-            start_new_session=True,  # Ctrl-C reaches the workers once, from here
+            # Ctrl-C reaches the workers once, from here: on Windows by the second of these.
+            start_new_session=True,
+            creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),
         )
 
 
@@ -317,7 +318,8 @@ def _ended(store: ExperimentStore, name: str, one: _Running) -> Text:
 def _stop(running: dict[str, _Running]) -> None:
     """Let the workers save what they are at, and wait for them."""
     for one in running.values():
-        one.process.send_signal(signal.SIGINT)
+        assert one.process.stdin is not None
+        one.process.stdin.close()  # on which they stop as after Ctrl-C; Windows has no such signal
     for one in running.values():
         try:
             one.process.wait()

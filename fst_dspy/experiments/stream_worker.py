@@ -83,7 +83,7 @@ def _plain(folder: Path, stage: TaskStage) -> StreamStage:
         rollouts=result.rollouts,
         steps=last.step,
         seconds=sum(last.seconds.values()),
-        folder=str(Path(str(result.log_dir)).relative_to(folder.absolute())),
+        folder=Path(str(result.log_dir)).relative_to(folder.absolute()).as_posix(),
         version=stage.version,
     )
 

@@ -219,7 +219,7 @@ class RunStore:
             (temporary / "weights").mkdir(parents=True)
             write_weights(temporary / "weights")
             (temporary / "state.json").write_text(text)
-            names = {str(p.relative_to(temporary)): sha256(p) for p in _files_in(temporary)}
+            names = {_name(p, temporary): sha256(p) for p in _files_in(temporary)}
             (temporary / HASHES).write_text(json.dumps(names))
             for path in (*sorted(temporary.rglob("*")), temporary):
                 flush(path)
@@ -272,8 +272,10 @@ class RunStore:
         hashes, own = folder / HASHES, {path: sha256(path) for path in _files_in(folder)}
         if hashes.exists():  # versions before did not write them
             wanted = read_json(hashes)
+            if isinstance(wanted, dict):  # versions before wrote names as the system does
+                wanted = {name.replace("\\", "/"): digest for name, digest in wanted.items()}
             del own[hashes]
-            found = {str(path.relative_to(folder)): digest for path, digest in own.items()}
+            found = {_name(path, folder): digest for path, digest in own.items()}
             if wanted != found:
                 raise StoreError(f"the files in {folder} are not as they were written")
         state = read_json(folder / "state.json")
@@ -470,6 +472,11 @@ def _fields(value: Any) -> dict[str, Any]:
     if not dataclasses.is_dataclass(value):
         raise TypeError(f"{type(value).__name__} is not JSON")
     return vars(value)
+
+
+def _name(path: Path, folder: Path) -> str:
+    """A file's name within a folder, the same on every system."""
+    return path.relative_to(folder).as_posix()
 
 
 def _files_in(folder: Path) -> list[Path]:

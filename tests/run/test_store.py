@@ -2,7 +2,7 @@ import datetime
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from types import SimpleNamespace
 
 import pydantic
@@ -300,6 +300,22 @@ def test_a_checkpoint_of_an_earlier_version_is_read(tmp_path: Path) -> None:
     (tmp_path / "checkpoints" / "0" / "hashes.json").unlink()
     found = store.latest()
     assert found is not None and found[0] == {"number": 0}
+    store.close()
+
+
+def test_a_checkpoint_of_another_system_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    relative_to = Path.relative_to
+    with monkeypatch.context() as windows:
+        windows.setattr(Path, "relative_to", lambda *two: PureWindowsPath(relative_to(*two)))
+        store = checkpointed(tmp_path, 1)
+    hashes = tmp_path / "checkpoints" / "0" / "hashes.json"
+    names = json.loads(hashes.read_text())
+    assert not any("\\" in name for name in names)
+    assert store.latest() is not None
+    hashes.write_text(json.dumps({name.replace("/", "\\"): own for name, own in names.items()}))
+    assert store.latest() is not None, "of an earlier version"
     store.close()
 
 
