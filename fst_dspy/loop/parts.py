@@ -31,7 +31,9 @@ from fst_dspy.loop.learner import GRPOLearner, Learner
 from fst_dspy.loop.progress import ProgressListener, SilentProgress, default_progress
 from fst_dspy.loop.sampling import StepSampler
 from fst_dspy.loop.state import Start
+from fst_dspy.model.hardware import total_memory
 from fst_dspy.model.policy import Policy
+from fst_dspy.model.vllm_engine import VllmGenerator
 from fst_dspy.plan.plan import Plan, fitted, make_plan
 from fst_dspy.plan.prompts import prompts_of
 from fst_dspy.rollouts.checks import CheckedInput
@@ -182,6 +184,8 @@ def _made_parts(spec: RunSpec, student: dspy.Module, checked: CheckedInput, star
     fast_on = spec.arm in ("fst", "gepa_only")
     if slow_on:
         check_trained(student, lm.policy, slow.adapters)
+        if isinstance(lm.policy.generator, VllmGenerator):
+            lm.policy.generator.weights.check(slow.adapters)
     valset = sample(checked.valset, config.sampling.val_size, seed)
     val_ids = tuple(example_id(example) for example in valset)
     own = seed_candidate(student, config.fast.tool_descriptions)
@@ -241,7 +245,16 @@ def _fitted(slow: SlowConfig, lm: LocalLM) -> SlowConfig:
     policy = lm.policy
     if slow.lora == "auto" and lm.version != policy.base_version:
         slow = replace(slow, lora=policy.lora_of(lm.version))  # what the weights have is trained on
-    return fitted(slow, policy.model, policy.model.dtype, policy.device)
+    if slow.lora == "auto" and isinstance(policy.generator, VllmGenerator):
+        slow = replace(slow, lora=policy.generator.weights.lora)
+    return fitted(slow, policy.model, policy.model.dtype, policy.device, _memory(policy))
+
+
+def _memory(policy: Policy) -> int | None:
+    """Bytes that vLLM leaves of the device's memory; ``None``, for all of it, without vLLM."""
+    if not isinstance(policy.generator, VllmGenerator):
+        return None
+    return round((1 - policy.generator.memory_share) * total_memory(policy.device))
 
 
 def _plan(spec: RunSpec, student: dspy.Module, checked: CheckedInput) -> Plan:
@@ -257,6 +270,7 @@ def _plan(spec: RunSpec, student: dspy.Module, checked: CheckedInput) -> Plan:
         context=policy.context_length,
         arm=spec.arm,
         val_examples=len(checked.valset),
+        total=_memory(policy),
         free_disk=None if spec.log_dir is None else free_bytes(spec.log_dir),
     )
 

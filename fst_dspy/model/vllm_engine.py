@@ -63,8 +63,8 @@ def use_vllm(
 
     Args:
         policy: On a GPU, in bfloat16 or float16; vLLM must know its architecture.
-        lora: Make room for adapters, as ``FST(lora=...)`` is given them; without it all weights
-            are trained.
+        lora: Make room for adapters, as ``FST(lora=...)`` is given them, whose default then is
+            these; without it all weights are trained.
         gpu_memory_utilization: Share of the GPU's memory that vLLM may take, weights and caches.
 
     Raises:
@@ -114,7 +114,7 @@ def use_vllm(
             f"vLLM cannot run {policy.name} ({type(error).__name__}: {error}); the built-in engine "
             "does without it"
         ) from error
-    policy.generator = VllmGenerator(weights, vllm.SamplingParams)
+    policy.generator = VllmGenerator(weights, vllm.SamplingParams, gpu_memory_utilization)
 
 
 def _trl_engine(policy: Policy, gpu_memory_utilization: float) -> Any:
@@ -144,9 +144,19 @@ class Weights(Protocol):
 
     Attributes:
         llm: vLLM's ``LLM``.
+        lora: The adapters that it was made for; ``None`` where all weights are trained.
     """
 
     llm: Any
+    lora: LoraConfig | None
+
+    def check(self, lora: LoraConfig | None) -> None:
+        """Refuse what is to be trained, where vLLM could not be given it.
+
+        Raises:
+            ConfigError: It could not.
+        """
+        ...
 
     def bring(self, policy: Policy) -> Any:
         """Let vLLM have the weights now in the model; the caller holds its lock.
@@ -166,15 +176,20 @@ class AllWeights:
 
     def __init__(self, vllm: Any) -> None:
         self.vllm, self.llm = vllm, vllm.llm
+        self.lora: LoraConfig | None = None
         self._holds: Any = None  # the mark of the weights that it has
 
-    def bring(self, policy: Policy) -> None:
+    def check(self, lora: LoraConfig | None) -> None:
         """As ``Weights``."""
-        if policy.lora is not None or policy.lora_in_use is not None:
+        if lora is not None:
             raise ConfigError(
                 "this vLLM engine has no room for adapters: call use_vllm(policy, lora=True) "
                 "before, or train with lora=False"
             )
+
+    def bring(self, policy: Policy) -> None:
+        """As ``Weights``."""
+        self.check(policy.lora or policy.lora_in_use)
         mark = policy.mark()
         if mark != self._holds:
             self.vllm.sync_weights()
@@ -187,11 +202,13 @@ class Adapters:
     Args:
         llm: vLLM's ``LLM``, with room for one set of adapters.
         lora_request: vLLM's ``LoRARequest``.
-        max_rank: Of the adapters that it has room for.
+        lora: The adapters that it was made for, and has room for.
     """
 
-    def __init__(self, llm: Any, lora_request: Callable[..., Any], max_rank: int) -> None:
-        self.llm, self.max_rank = llm, max_rank
+    def __init__(self, llm: Any, lora_request: Callable[..., Any], lora: LoraConfig) -> None:
+        self.llm = llm
+        self.lora: LoraConfig | None = lora
+        self._room = _room_of_rank(lora.rank)
         self._lora_request = lora_request
         self._folder = tempfile.TemporaryDirectory(prefix="fst-adapters-")
         self._served: tuple[Any, Any] | None = None  # the mark of the adapters, and their request
@@ -220,23 +237,27 @@ class Adapters:
         places = (own.process_index, own.local_process_index, own.num_processes)
         os.environ.update(zip(names, map(str, places), strict=True))
         ensure_master_addr_port()
-        return cls(LLM(**arguments), LoRARequest, arguments["max_lora_rank"])
+        return cls(LLM(**arguments), LoRARequest, lora)
+
+    def check(self, lora: LoraConfig | None) -> None:
+        """As ``Weights``."""
+        if lora is None:
+            raise ConfigError(
+                "this vLLM engine serves adapters over weights that stay as they are: train "
+                "with lora=True, or call use_vllm(policy) without lora"
+            )
+        if lora.rank > self._room:
+            raise ConfigError(
+                f"vLLM was given room for adapters of rank {self._room}, these have {lora.rank}: "
+                f"call use_vllm(policy, lora=LoraConfig(rank={lora.rank}))"
+            )
 
     def bring(self, policy: Policy) -> Any:
         """As ``Weights``."""
         lora = policy.lora_in_use
-        if lora is None:
-            if policy.version() != policy.base_version:
-                raise ConfigError(
-                    "this vLLM engine serves adapters over weights that stay as they are: train "
-                    "with lora=True, or call use_vllm(policy) without lora"
-                )
+        if lora is None and policy.version() == policy.base_version:
             return None
-        if lora.rank > self.max_rank:
-            raise ConfigError(
-                f"vLLM was given room for adapters of rank {self.max_rank}, these have "
-                f"{lora.rank}: call use_vllm(policy, lora=LoraConfig(rank={lora.rank}))"
-            )
+        self.check(lora)
         mark = policy.visiting or policy.mark()
         if self._served is None or self._served[0] != mark:
             # A new number for each: vLLM keeps what it has read under its number.
@@ -251,9 +272,6 @@ class Adapters:
 
 def engine_arguments(policy: Policy, place: str, lora: LoraConfig, share: float) -> dict[str, Any]:
     """What vLLM's ``LLM`` is given for adapters over a base; arguments as ``Adapters.over``."""
-    room = next((rank for rank in RANKS if rank >= lora.rank), None)
-    if room is None:
-        raise ConfigError(f"vLLM has room for adapters of rank {RANKS[-1]}, not of {lora.rank}")
     return {
         "model": place,
         "dtype": policy.source["dtype"],
@@ -263,10 +281,18 @@ def engine_arguments(policy: Policy, place: str, lora: LoraConfig, share: float)
         "distributed_executor_backend": "external_launcher",
         "logprobs_mode": "processed_logprobs",
         "enable_lora": True,
-        "max_lora_rank": room,
+        "max_lora_rank": _room_of_rank(lora.rank),
         "max_loras": 1,
         "trust_remote_code": policy.source["trust_remote_code"],
     }
+
+
+def _room_of_rank(rank: int) -> int:
+    """The rank that vLLM makes room for, to serve adapters of this one."""
+    room = next((room for room in RANKS if room >= rank), None)
+    if room is None:
+        raise ConfigError(f"vLLM has room for adapters of rank {RANKS[-1]}, not of {rank}")
+    return room
 
 
 @dataclass(frozen=True)
@@ -285,10 +311,14 @@ class VllmGenerator:
     Args:
         weights: How vLLM gets them.
         sampling_params: vLLM's ``SamplingParams``.
+        memory_share: Of the GPU's memory, that vLLM has.
     """
 
-    def __init__(self, weights: Weights, sampling_params: Callable[..., Any]) -> None:
+    def __init__(
+        self, weights: Weights, sampling_params: Callable[..., Any], memory_share: float = 0.0
+    ) -> None:
         self.weights, self.sampling_params = weights, sampling_params
+        self.memory_share = memory_share
 
     def __call__(
         self, policy: Policy, requests: Sequence[GenerationRequest]

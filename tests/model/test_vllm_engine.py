@@ -13,18 +13,22 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import dspy
 import pytest
 import torch
-from helpers import sampled_logprobs
+from helpers import Echo, RawAdapter, questions, sampled_logprobs, vowels
 from peft import PeftModel
+from tiny_compile import SETTINGS
 from vllm_calls import LLM_ARGUMENTS, LORA_RANKS, LoRARequest, SamplingParams
 
-from fst_dspy import distributed
+from fst_dspy import FST, distributed
 from fst_dspy.config import LoraConfig
 from fst_dspy.errors import ConfigError, PromptTooLongError
 from fst_dspy.lm.local_lm import LocalLM
+from fst_dspy.loop.joint import Run
 from fst_dspy.model import vllm_engine
 from fst_dspy.model.generate import GenerationRequest, generate
+from fst_dspy.model.hardware import total_memory
 from fst_dspy.model.policy import Policy
 from fst_dspy.model.vllm_engine import (
     RANKS,
@@ -259,7 +263,9 @@ def adapted(folder: Path, rank: int = 2) -> tuple[Policy, StandIn]:
     policy = Policy.load(folder)
     policy.add_lora(LoraConfig(rank=rank), seed=0)
     vllm = StandIn(folder, policy)
-    policy.generator = VllmGenerator(Adapters(vllm, LoRARequest, max_rank=8), SamplingParams)
+    policy.generator = VllmGenerator(
+        Adapters(vllm, LoRARequest, LoraConfig(rank=8)), SamplingParams
+    )
     move(policy)
     return policy, vllm
 
@@ -306,6 +312,42 @@ def test_adapters_of_another_shape_and_weights_without_any(tiny_qwen3):
     policy.add_lora(LoraConfig(rank=16), seed=0)
     with pytest.raises(ConfigError, match=r"rank=16"):
         run(policy, requests)
+
+
+class Begun(Exception):
+    """A compile is about to run its first rollout."""
+
+
+def begun_with(policy, monkeypatch, **settings):
+    """The parts of a compile that is ended before its first rollout."""
+
+    def end(run):
+        raise Begun(run.parts)
+
+    monkeypatch.setattr(Run, "loop", end)
+    fst = FST(vowels, seed=0, **{**SETTINGS, **settings})
+    with dspy.context(lm=LocalLM(policy), adapter=RawAdapter()), pytest.raises(Begun) as begun:
+        fst.compile(Echo(), trainset=questions(6), valset=questions(4, 6))
+    return begun.value.args[0]
+
+
+def test_a_compile_trains_what_the_engine_serves_and_is_refused_before_it_begins(
+    tiny_qwen3, monkeypatch
+):
+    policy = Policy.load(tiny_qwen3)
+    vllm, lora = StandIn(tiny_qwen3, policy), LoraConfig(rank=4)
+    policy.generator = VllmGenerator(AllWeights(vllm), SamplingParams, 0.75)
+    parts = begun_with(policy, monkeypatch)
+    assert parts.spec.config.slow.lora is None
+    assert parts.plan.machine_memory == pytest.approx(total_memory("cpu") / 4, rel=0.01)
+    with pytest.raises(ConfigError, match="no room for adapters"):
+        begun_with(policy, monkeypatch, lora=True)
+    policy.generator = VllmGenerator(Adapters(vllm, LoRARequest, lora), SamplingParams)
+    with pytest.raises(ConfigError, match="stay as they are"):
+        begun_with(policy, monkeypatch, lora=False)
+    with pytest.raises(ConfigError, match="room for adapters of rank 8"):
+        begun_with(policy, monkeypatch, lora=LoraConfig(rank=9))
+    assert begun_with(policy, monkeypatch).spec.config.slow.lora == lora
 
 
 def test_the_engine_is_asked_for_what_vllm_has(tiny_qwen3):
