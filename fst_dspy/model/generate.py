@@ -202,13 +202,15 @@ def _run_chunk(policy: Policy, requests: Sequence[GenerationRequest]) -> list[Ge
             refuse(f"{type(error).__name__}: {error}")
             return results
     except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error) or len(requests) == 1:
+        # A row by itself may do with what earlier batches have kept for theirs.
+        if not is_out_of_memory(error) or not (release(policy) or len(requests) > 1):
             raise
-    half = len(requests) // 2
-    logger.warning("memory ran out on %d rows; generating %d at a time", len(requests), half)
-    release(policy)
     if policy.device.type == "cuda":
         torch.cuda.empty_cache()
+    if len(requests) == 1:
+        return _Batch(policy, requests).run()
+    half = len(requests) // 2
+    logger.warning("memory ran out on %d rows; generating %d at a time", len(requests), half)
     return _run_chunk(policy, requests[:half]) + _run_chunk(policy, requests[half:])
 
 

@@ -172,8 +172,8 @@ def begin(
             logger.warning("%s: caches grow while decoding: %s", type(model).__name__, hindrance)
         return None
     rooms = _rooms.setdefault(policy, _Rooms())
-    rooms.reserve(layers, rows * columns)
     try:
+        rooms.reserve(layers, rows * columns)
         return GraphDecode(policy, rooms, layers, owner_B, mask_UT)
     except Exception as error:  # whatever it is, growing caches do without recordings
         if is_out_of_memory(error) and len(owner_B) > 1:  # fewer rows may fit

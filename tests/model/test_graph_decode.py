@@ -18,7 +18,7 @@ from training_rows import assert_alike, prompts_of, sliding
 import fst_dspy.model.graph_decode as static
 import fst_dspy.model.prefixes as prefixes_module
 from fst_dspy.config import LoraConfig, SamplingConfig, SlowConfig
-from fst_dspy.model.generate import GenerationRequest, generate
+from fst_dspy.model.generate import GenerationRequest, GenerationResult, _Batch, generate
 from fst_dspy.model.graph_step import Step
 from fst_dspy.model.policy import Policy
 from fst_dspy.slow.trainer import SlowTrainer
@@ -152,3 +152,28 @@ def test_a_window_that_holds_the_batch_is_no_obstacle_and_a_failed_recording_is_
     assert generate(policy, requests) == growing == generate(policy, requests)
     assert policy not in static._rooms
     assert len([r for r in caplog.records if "cannot be recorded" in r.message]) == 1
+
+
+def test_a_row_by_itself_may_have_the_memory_that_was_kept_for_others(
+    tiny_qwen3: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy = Policy.load(tiny_qwen3)
+    requests = [GenerationRequest(prompt, 6, 0.0) for prompt in prompts_of(policy)]
+    monkeypatch.setattr(static, "DEVICES", ("cpu",))
+    expected = generate(policy, requests)[-1:]
+    run = _Batch.run
+
+    def in_little_memory(batch: _Batch) -> list[GenerationResult]:
+        if policy in static._rooms:
+            raise RuntimeError("CUDA out of memory")
+        return run(batch)
+
+    monkeypatch.setattr(_Batch, "run", in_little_memory)
+    assert_alike(generate(policy, requests[-1:]), expected)
+    # Nor is there room for a step that is recorded: the cache grows.
+
+    def no_room(rooms: static._Rooms, *args: Any) -> None:
+        raise RuntimeError("CUDA out of memory")
+
+    monkeypatch.setattr(static._Rooms, "reserve", no_room)
+    assert_alike(generate(policy, requests[-1:]), expected)
