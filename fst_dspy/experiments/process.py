@@ -73,4 +73,6 @@ def _stop_with_parent() -> None:
         _interrupt()
 
     if stat.S_ISFIFO(os.fstat(0).st_mode):
+        # Shells have what they start in the background ignore it, and so would we.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         threading.Thread(target=wait, daemon=True).start()

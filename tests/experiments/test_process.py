@@ -2,6 +2,7 @@
 
 import _thread
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -16,6 +17,7 @@ def test_a_worker_is_stopped_by_the_end_of_its_input(monkeypatch):
         raise ValueError("Unsupported signal: 2")
 
     monkeypatch.setattr(subprocess.Popen, "send_signal", no_such_signal)
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as for a command with an & behind it
     # The file alone: the package takes seconds to import.
     code = (
         "import importlib.util, sys, time\n"
@@ -24,7 +26,11 @@ def test_a_worker_is_stopped_by_the_end_of_its_input(monkeypatch):
         "spec.loader.exec_module(process)\n"
         "sys.exit(process.work(lambda _: time.sleep(60), '.'))"
     )
-    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE) as worker:
+    try:
+        worker = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    with worker:
         runner._stop({"job": runner._Running(worker, time.monotonic(), TaskID(0))})
     assert worker.returncode == 130
 
