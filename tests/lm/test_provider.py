@@ -414,8 +414,10 @@ def test_bad_groups_are_clear_errors(lm, data, message):
 # --- fine-tuning ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
-@pytest.mark.parametrize("kind", ["tiny_qwen3", "tiny_llama", "tiny_lfm2"])
+@pytest.mark.parametrize(
+    ("kind", "lora"),
+    [("tiny_qwen3", False), ("tiny_llama", True), ("tiny_lfm2", False)],
+)
 def test_fine_tuning_teaches_the_answers_and_where_they_end(kind, lora, request):
     lm = LocalLM(str(request.getfixturevalue(kind)), max_tokens=16)
     before = greedy(lm)

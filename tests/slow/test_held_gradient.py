@@ -139,7 +139,7 @@ def test_the_router_loss_of_a_mixture_is_a_part_of_the_step(tmp_path: Path) -> N
     assert found[0] == pytest.approx(found[1], abs=1e-5)
 
 
-@pytest.mark.parametrize("settings", [{}, {"beta": 0.1}, {"entropy_coef": 0.1}])
+@pytest.mark.parametrize("settings", [{}, {"beta": 0.1, "entropy_coef": 0.1}])
 @pytest.mark.parametrize("lora", [None, LoraConfig(rank=4)])
 def test_steps_on_sampled_answers_are_on_policy(
     tiny_model: Path, settings: dict[str, float], lora: LoraConfig | None
